@@ -1,0 +1,47 @@
+"""The whole schema: every key, its type, default and meaning. Defaults live here alone."""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from sft.config.schema.base import Section
+from sft.config.schema.data import ColumnsSection, DataSection, EvalSection, GenerationSection, SplitSection
+from sft.config.schema.model import LoraSection, ModelSection, TuningSection
+from sft.config.schema.train import EarlyStoppingSection, ExperimentSection, LoggingSection, TrainSection
+
+
+class Config(Section):
+    """One run, as merged from its files."""
+
+    experiment: ExperimentSection = Field(default_factory=ExperimentSection, description="What the run is called.")
+    model: ModelSection = Field(default_factory=ModelSection, description="The base model.")
+    tuning: TuningSection = Field(default_factory=TuningSection, description="How its weights are changed.")
+    data: DataSection = Field(default_factory=DataSection, description="Where rows come from.")
+    train: TrainSection = Field(default_factory=TrainSection, description="One run.")
+    eval: EvalSection = Field(default_factory=EvalSection, description="What is measured.")
+    generation: GenerationSection = Field(default_factory=GenerationSection, description="How answers are made.")
+    logging: LoggingSection = Field(default_factory=LoggingSection, description="What is written meanwhile.")
+
+    @model_validator(mode="after")
+    def _one_precision(self) -> Config:
+        if self.train.bf16 is True and self.train.fp16 is True:
+            raise ValueError("train.bf16 and train.fp16 are both true: choose one, or `auto` for both")
+        return self
+
+
+__all__ = [
+    "ColumnsSection",
+    "Config",
+    "DataSection",
+    "EarlyStoppingSection",
+    "EvalSection",
+    "ExperimentSection",
+    "GenerationSection",
+    "LoggingSection",
+    "LoraSection",
+    "ModelSection",
+    "Section",
+    "SplitSection",
+    "TrainSection",
+    "TuningSection",
+]

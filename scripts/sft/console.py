@@ -1,0 +1,148 @@
+"""The console layer: the only place that prints, and the frame that every command runs in.
+
+A command's file builds its parser and calls `run(parser, main)`; `main(args)` imports what is heavy, does the work and
+returns what `--json` prints. Logs, tables and progress go to stderr under --json, so that stdout stays one JSON value.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sft.errors import SftError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+DEFAULT_CONFIG = "configs/run_bnb.yaml"
+LOCAL_CONFIG = "configs/local.yaml"
+_json_mode = False
+
+
+def project_root() -> Path:
+    """The folder that holds scripts/: paths inside a config count from here."""
+    return Path(__file__).resolve().parents[2]
+
+
+def default_config() -> str:
+    """configs/local.yaml where the quick start has written it, else configs/run_bnb.yaml."""
+    root = project_root()
+    return str(root / (LOCAL_CONFIG if (root / LOCAL_CONFIG).exists() else DEFAULT_CONFIG))
+
+
+def parser(description: str, examples: str, *, config: bool = True) -> argparse.ArgumentParser:
+    """A parser with the flags that all commands share: --config, --set, --json, --help with examples."""
+    made = argparse.ArgumentParser(
+        description=description,
+        epilog="examples:\n" + "\n".join("  " + line for line in examples.strip().splitlines()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    if config:
+        made.add_argument(
+            "--config", metavar="FILE", help="the run's YAML (default: configs/local.yaml, else configs/run_bnb.yaml)"
+        )
+        made.add_argument(
+            "--set", metavar="KEY=VALUE", action="append", default=[], help="override one key, repeatable"
+        )
+    made.add_argument("--json", action="store_true", help="machine-readable result on stdout, logs on stderr")
+    return made
+
+
+def out() -> Console:
+    """Where people read: stdout, or stderr under --json. Colours only on a terminal."""
+    from rich.console import Console
+
+    return Console(file=sys.stderr if _json_mode else sys.stdout, highlight=False, soft_wrap=True)
+
+
+def say(text: str) -> None:
+    """One plain line, no markup read in it."""
+    print(text, file=sys.stderr if _json_mode else sys.stdout, flush=True)
+
+
+def warn(text: str) -> None:
+    """A warning, on stderr, marked as one."""
+    colour = sys.stderr.isatty() and "NO_COLOR" not in os.environ
+    print(f"\033[33mwarning:\033[0m {text}" if colour else f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """A table for people; numbers are the caller's to format."""
+    from rich.table import Table
+    from rich.text import Text
+
+    made = Table(title=title, title_justify="left", title_style="bold")
+    for index, column in enumerate(columns):
+        made.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        made.add_row(*[Text(str(cell)) for cell in row])
+    out().print(made)
+
+
+def _fail(error: SftError) -> int:
+    colour = sys.stderr.isatty() and "NO_COLOR" not in os.environ
+    if _json_mode:
+        print(json.dumps({"error": error.what, "where": error.where, "mend": error.mend}), flush=True)
+    print(f"\033[31merror:\033[0m {error}" if colour else f"error: {error}", file=sys.stderr, flush=True)
+    return error.exit_code
+
+
+def run(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], Any]) -> None:
+    """Parses, runs `main(args)`, prints its result under --json, and exits 0, 2 (mendable), 130/143 (stopped) or 1."""
+    global _json_mode
+    args = parser.parse_args()
+    _json_mode = args.json
+    if getattr(args, "config", "") is None:
+        args.config = default_config()
+    quiet_libraries()
+    try:
+        result = main(args)
+    except SftError as error:
+        if os.environ.get("SFT_DEBUG"):
+            raise
+        sys.exit(_fail(error))
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:  # a defect of ours or of a library: say so, keep the traceback for the report
+        if os.environ.get("SFT_DEBUG"):
+            raise
+        sys.exit(_defect(error))
+    if args.json and result is not None:
+        print(json.dumps(result, ensure_ascii=False), flush=True)
+
+
+def _defect(error: Exception) -> int:
+    import traceback
+
+    path = project_root() / "outputs" / "last_error.txt"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(traceback.format_exc(), encoding="utf-8")
+        kept = f"the traceback is in {path}"
+    except OSError:
+        kept = "set SFT_DEBUG=1 for the traceback"
+    said = " ".join(str(error).split())[:500]
+    print(f"error: unexpected {type(error).__name__}: {said}\n  this is ours to mend: {kept}", file=sys.stderr)
+    return 1
+
+
+def quiet_libraries() -> None:
+    """Keeps libraries from talking over us: no advice lines, no telemetry, no progress bars of their own."""
+    for name, value in {
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+        "BITSANDBYTES_NOWELCOME": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+    }.items():
+        os.environ.setdefault(name, value)

@@ -1,0 +1,64 @@
+"""Fixtures that many tests share: tiny models, a runner of commands, the shared data where it is there."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests import tiny_models
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared" / "data"
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_models.tiny_qwen2(tmp_path_factory.mktemp("models") / "tiny-qwen2")
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_models.tiny_gpt2(tmp_path_factory.mktemp("models") / "tiny-gpt2")
+
+
+@pytest.fixture(scope="session")
+def tiny_t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_models.tiny_t5(tmp_path_factory.mktemp("models") / "tiny-t5")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real data sets and tokenizers; tests that need it skip where it is not there."""
+    if not SHARED.exists():
+        pytest.skip("the shared data is not here")
+    return SHARED
+
+
+Result = subprocess.CompletedProcess[str]
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Callable[..., Result]:
+    """Runs `python scripts/NAME.py ARGS` as a user would, in a folder of its own, and returns what came of it."""
+
+    def run(name: str, *args: object, cwd: Path | None = None, stdin: str | None = None, **env: str) -> Result:
+        return subprocess.run(
+            [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *map(str, args)],
+            cwd=cwd or tmp_path,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160", **env},
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=280,
+            check=False,
+        )
+
+    return run
