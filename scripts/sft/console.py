@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -25,7 +26,9 @@ _json_mode = False
 
 
 def project_root() -> Path:
-    """The folder that holds scripts/: paths inside a config count from here."""
+    """The folder that paths inside a config count from: the one that holds scripts/, unless SFT_ROOT names another."""
+    if named := os.environ.get("SFT_ROOT"):
+        return Path(named).resolve()
     return Path(__file__).resolve().parents[2]
 
 
@@ -100,6 +103,7 @@ def run(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], An
     if getattr(args, "config", "") is None:
         args.config = default_config()
     quiet_libraries()
+    show_logs()
     try:
         result = main(args)
     except SftError as error:
@@ -146,3 +150,21 @@ def quiet_libraries() -> None:
         "TF_CPP_MIN_LOG_LEVEL": "3",
     }.items():
         os.environ.setdefault(name, value)
+
+
+class _ToConsole(logging.Handler):
+    """Shows what the rooms log: warnings marked as such, the rest as plain lines."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        (warn if record.levelno >= logging.WARNING else say)(record.getMessage())
+
+
+def show_logs() -> None:
+    """Wires the rooms' logger ("sft") to the console and keeps the libraries' ones to errors."""
+    logger = logging.getLogger("sft")
+    if not logger.handlers:
+        logger.addHandler(_ToConsole())
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    for noisy in ("bitsandbytes", "transformers", "datasets", "accelerate", "torch", "httpx", "huggingface_hub"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
