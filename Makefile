@@ -1,0 +1,130 @@
+# sft-play: every command in one place. `make help` lists them.
+#
+# CONFIG=file.yaml   default: configs/local.yaml where the quick start has written it, else configs/run_bnb.yaml
+# SET="a.b=1 c.d=2"  overrides single keys        RAW=file   raw data        STYLE="..."   a style or a preset
+# PYTHON=python      use an environment of your own instead of .venv
+
+.DEFAULT_GOAL := help
+.PHONY: help install install-dev install-unsloth lock setup-dirs download-model demo-model process style render \
+	full-pipeline style-if-asked preview plan check train train-bnb train-unsloth train-with-tb train-bnb-tb \
+	train-unsloth-tb pause tensorboard tb-stop tb-clean tb-open eval eval-val eval-test eval-quick eval-full infer \
+	infer-interactive infer-batch merge merge-bf16 merge-test config-docs test test-all lint clean quick-start
+
+PYTHON ?= .venv/bin/python
+CONFIG ?=
+SET ?=
+RAW ?=
+STYLE ?=
+MODEL ?=
+TB_PORT ?= 6006
+INPUT ?= demo_inputs.txt
+OUTPUT ?= outputs/preds.txt
+ADAPTERS ?=
+FORCE ?=
+GPU ?=
+export RAW STYLE INPUT OUTPUT GPU
+.NOTPARALLEL:
+
+ENV := $(if $(filter .venv/bin/python,$(PYTHON)),.venv/.ready)
+DEV := $(if $(filter .venv/bin/python,$(PYTHON)),.venv/.ready-dev)
+WITH := $(if $(CONFIG),--config $(CONFIG)) $(foreach pair,$(SET),--set '$(pair)')
+UNSLOTH := $(if $(CONFIG)$(wildcard configs/local.yaml),,--config configs/run_unsloth.yaml) --set tuning.backend=unsloth
+FROM := $(if $(ADAPTERS),--adapters $(ADAPTERS))
+RUN := $(PYTHON) scripts
+
+help: ## list every command
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  \033[1m%-18s\033[0m %s\n", $$1, $$2}' Makefile | \
+		if [ -t 1 ]; then cat; else sed 's/\x1b\[[0-9;]*m//g'; fi
+
+quick-start: ## the guided set-up, from nothing to a model you can talk to
+	./workflows/quick_start.sh
+
+install: .venv/.ready ## make .venv with the exact set in requirements.lock (uv where it is, else pip)
+install-dev: .venv/.ready-dev ## the same, with what tests and lint need
+install-unsloth: ## add the optional unsloth backend (NVIDIA GPUs)
+	env/install.sh unsloth
+.venv/.ready: requirements.txt requirements.lock env/install.sh
+	env/install.sh base
+.venv/.ready-dev: requirements.txt requirements-dev.txt requirements.lock env/install.sh
+	env/install.sh dev
+lock: ## resolve requirements*.txt anew into requirements.lock (needs uv)
+	env/lock.sh
+
+setup-dirs: ## make the folders that the pipeline writes to
+	mkdir -p data/raw data/processed data/processed_with_style data/rendered outputs adapters
+download-model: $(ENV) ## fetch a model into the hub's cache, resumable (MODEL=Qwen/Qwen2.5-3B-Instruct)
+	$(RUN)/download_model.py $(WITH) $(if $(MODEL),--model $(MODEL))
+demo-model: $(ENV) ## build models/demo again from generated text (up to 90 minutes on 2 cores)
+	$(RUN)/make_demo_model.py
+
+process: $(ENV) ## raw data -> data/processed/{train,val,test}.jsonl (RAW=file)
+	$(RUN)/process_data.py $(WITH) $(if $(RAW),--raw_path "$$RAW")
+style: $(ENV) ## put a style into the system text of every split (STYLE="Answer in JSON" or a preset)
+	$(RUN)/style_prompt.py $(WITH) --style "$$STYLE"
+render: $(ENV) ## write out input and target as the chat template renders them
+	$(RUN)/render_template.py $(WITH)
+full-pipeline: setup-dirs process style-if-asked render ## setup-dirs, process, style (with STYLE=), render
+style-if-asked: $(ENV)
+	$(if $(STYLE),$(RUN)/style_prompt.py $(WITH) --style "$$STYLE",@echo "no STYLE= given: passing over style")
+preview: $(ENV) ## show rows token by token: what is learnt, what is masked
+	$(RUN)/preview.py $(WITH)
+plan: $(ENV) ## will it fit? memory of a training step, itemised (SET="model.name=...", GPU="8GiB")
+	$(RUN)/plan.py $(WITH) $(if $(GPU),--gpu "$$GPU")
+check: $(ENV) ## environment, config, data, template, model, disk, memory, ports: each with its mend
+	$(RUN)/check.py $(WITH) --port $(TB_PORT)
+
+train: $(ENV) ## train, or take up an unfinished run
+	$(RUN)/train.py $(WITH)
+train-bnb: $(ENV) ## train with the bitsandbytes backend
+	$(RUN)/train.py $(WITH) --set tuning.backend=bnb
+train-unsloth: $(ENV) ## train with the unsloth backend (falls back to bnb and says why)
+	$(RUN)/train.py $(WITH) $(UNSLOTH)
+train-with-tb: tensorboard train ## train, with TensorBoard in the background
+train-bnb-tb: tensorboard train-bnb ## train-bnb, with TensorBoard in the background
+train-unsloth-tb: tensorboard train-unsloth ## train-unsloth, with TensorBoard in the background
+pause: $(ENV) ## stop the run at the next step, with a checkpoint
+	$(RUN)/pause.py $(WITH)
+
+tensorboard: $(ENV) ## start TensorBoard in the background, or reuse ours (TB_PORT=6006)
+	$(RUN)/tb.py start --port $(TB_PORT)
+tb-stop: $(ENV) ## stop our TensorBoard, and only ours
+	$(RUN)/tb.py stop
+tb-clean: $(ENV) ## remove the event files under outputs/tb (asks, or FORCE=1)
+	$(RUN)/tb.py clean $(if $(FORCE),--force)
+tb-open: $(ENV) ## print TensorBoard's address and the folder it reads
+	$(RUN)/tb.py open --port $(TB_PORT)
+
+eval: eval-val ## evaluate the newest run on the validation split
+eval-val: $(ENV) ## the same
+	$(RUN)/eval.py $(WITH) $(FROM) --split val
+eval-test: $(ENV) ## evaluate on the test split
+	$(RUN)/eval.py $(WITH) $(FROM) --split test
+eval-quick: $(ENV) ## evaluate on at most 200 validation rows
+	$(RUN)/eval.py $(WITH) $(FROM) --split val --limit 200
+eval-full: $(ENV) ## evaluate on every validation row, whatever eval.limit says
+	$(RUN)/eval.py $(WITH) $(FROM) --split val --limit 0
+
+infer: infer-interactive ## talk to the newest run
+infer-interactive: $(ENV) ## the same
+	$(RUN)/infer.py $(WITH) $(FROM)
+infer-batch: $(ENV) ## answer a file (INPUT=demo_inputs.txt or .jsonl, OUTPUT=outputs/preds.txt)
+	$(RUN)/infer.py $(WITH) $(FROM) --mode batch --input_file "$$INPUT" --output_file "$$OUTPUT"
+merge: $(ENV) ## merge the newest adapter into fp16 weights (outputs/merged_fp16)
+	$(RUN)/merge_lora.py $(WITH) $(FROM) --out outputs/merged_fp16 --dtype fp16
+merge-bf16: $(ENV) ## the same in bf16 (outputs/merged_bf16)
+	$(RUN)/merge_lora.py $(WITH) $(FROM) --out outputs/merged_bf16 --dtype bf16
+merge-test: $(ENV) ## load the merged model and let it answer
+	$(RUN)/merge_lora.py $(WITH) --out outputs/merged_fp16 --test
+
+config-docs: $(ENV) ## write docs/CONFIG.md from the schema
+	$(RUN)/config_reference.py
+test: $(DEV) ## every test but the slow ones, at most 10 minutes, with coverage
+	$(PYTHON) -m pytest -n 2 -m "not slow" --cov --cov-report=term:skip-covered
+test-all: $(DEV) ## the slow tests too, at most 60 minutes
+	$(PYTHON) -m pytest -n 2 --timeout 3000 --cov --cov-report=term:skip-covered
+lint: $(DEV) ## ruff and mypy
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+clean: $(ENV) ## remove what was generated, never data/raw (asks, or FORCE=1)
+	$(RUN)/clean.py $(if $(FORCE),--force)

@@ -1,0 +1,53 @@
+"""Removes what the kit generated: processed data, runs, adapters, logs. Never data/raw, never configs, never models.
+
+python scripts/clean.py            asks first
+python scripts/clean.py --force    does not
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from typing import Any
+
+from sft import console
+from sft.errors import EnvironmentProblem
+
+GENERATED = ("data/processed", "data/processed_with_style", "data/rendered", "outputs", "adapters", ".cache")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's flags."""
+    made = console.parser("Remove generated files, never data/raw.", "python scripts/clean.py --force", config=False)
+    made.add_argument("--force", action="store_true", help="do not ask")
+    return made
+
+
+def main(args: argparse.Namespace) -> dict[str, Any]:
+    """Lists what is there, asks, removes it."""
+    from sft.report import board
+
+    root = console.project_root()
+    found = [root / name for name in GENERATED if (root / name).exists()]
+    if not found:
+        console.say("nothing to remove")
+        return {"removed": []}
+    for path in found:
+        files = [file for file in path.rglob("*") if file.is_file()]
+        console.say(f"  {path.relative_to(root)}: {len(files)} files, {sum(f.stat().st_size for f in files) >> 20} MiB")
+    if not args.force:
+        if not sys.stdin.isatty():
+            raise EnvironmentProblem("these would be removed, trained adapters too", mend="say so: make clean FORCE=1")
+        if input("remove all of these? trained adapters go too [y/N] ").strip().lower() != "y":
+            console.say("left as they are")
+            return {"removed": []}
+    board.stop(root / "outputs" / "tb")
+    for path in found:
+        shutil.rmtree(path)
+    console.say("removed; data/raw, configs and models were not touched")
+    return {"removed": [str(path.relative_to(root)) for path in found]}
+
+
+if __name__ == "__main__":
+    console.run(parser(), main)

@@ -1,0 +1,71 @@
+"""TensorBoard in the background, on loopback, on outputs/tb.
+
+python scripts/tb.py start --port 6006     start ours, or say where it runs
+python scripts/tb.py stop                  stop ours, and only ours
+python scripts/tb.py clean                 remove the event files (asks, or --force)
+python scripts/tb.py open                  print the address and the folder
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from sft import console
+from sft.errors import EnvironmentProblem
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's flags."""
+    made = console.parser(
+        "Start, stop, clean or find TensorBoard.", "python scripts/tb.py start --port 6007", config=False
+    )
+    made.add_argument("action", choices=["start", "stop", "clean", "open"])
+    made.add_argument("--port", type=int, default=6006, help="port on 127.0.0.1 (default 6006)")
+    made.add_argument("--force", action="store_true", help="clean without asking")
+    return made
+
+
+def main(args: argparse.Namespace) -> dict[str, Any]:
+    """Does the one action and says what came of it."""
+    from sft.report import board
+
+    logdir = console.project_root() / "outputs" / "tb"
+    if args.action == "start":
+        ours, new = board.start(logdir, args.port)
+        console.say(f"TensorBoard {'started' if new else 'already runs'}: {ours.address} (make tb-stop ends it)")
+        return {"pid": ours.pid, "port": ours.port, "started": new}
+    if args.action == "stop":
+        stopped = board.stop(logdir)
+        console.say(f"stopped TensorBoard (pid {stopped.pid})" if stopped else "no TensorBoard of ours is running")
+        return {"stopped": stopped.pid if stopped else None}
+    if args.action == "clean":
+        return _clean(args.force)
+    running = board.running(logdir)
+    address = running.address if running else f"http://{board.HOST}:{args.port} (not running: make tensorboard)"
+    console.say(f"folder:  {logdir}\naddress: {address}\nby hand: tensorboard --logdir {logdir} --port {args.port}")
+    return {"logdir": str(logdir), "address": address, "running": running is not None}
+
+
+def _clean(force: bool) -> dict[str, Any]:
+    from sft.report import board
+
+    logdir = console.project_root() / "outputs" / "tb"
+    found = board.event_files(logdir)
+    if found and not force:
+        if not sys.stdin.isatty():
+            raise EnvironmentProblem(
+                f"{len(found)} event files would be removed from {logdir}", mend="say so: make tb-clean FORCE=1"
+            )
+        if input(f"remove {len(found)} event files under {logdir}? [y/N] ").strip().lower() != "y":
+            console.say("left as they are")
+            return {"removed": 0}
+    for path in found:
+        path.unlink()
+    console.say(f"removed {len(found)} event files from {logdir}")
+    return {"removed": len(found)}
+
+
+if __name__ == "__main__":
+    console.run(parser(), main)
