@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# From nothing to a model you can talk to: environment, model, data, training, evaluation, sample answers.
+#   ./workflows/quick_start.sh            guided on a terminal
+#   ./workflows/quick_start.sh --yes      takes every default
+#   ./workflows/quick_start.sh --demo     the small demo model, with or without a GPU
+set -euo pipefail
+cd "$(dirname "$0")/.."
+case "${1:-}" in -h|--help) sed -n '2,5s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
+[ -f .venv/.ready ] && [ .venv/.ready -nt requirements.lock ] || env/install.sh base
+exec .venv/bin/python scripts/quick_start.py "$@"
