@@ -1,0 +1,44 @@
+"""What can be said of answers without a reference: how long, how repetitive, how often empty or unfinished."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def words(text: str) -> float:
+    """The number of words, as split at whitespace."""
+    return float(len(text.split()))
+
+
+def repetition(text: str, n: int = 3) -> float:
+    """The share of an answer's word n-grams that stood in it before: 1 - distinct / all; 0 below n words."""
+    split = text.split()
+    grams = [tuple(split[i : i + n]) for i in range(len(split) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def empty(text: str) -> float:
+    """1 when there is nothing but whitespace."""
+    return float(not text.strip())
+
+
+def mean(values: Sequence[float]) -> float:
+    """The plain mean; 0 of nothing."""
+    return sum(values) / len(values) if values else 0.0
+
+
+def text_stats(
+    predictions: Sequence[str], *, stopped: Sequence[bool] | None = None, tokens: Sequence[int] | None = None
+) -> dict[str, float]:
+    """Means over the answers: words, repeated 3-grams, share that is empty; and, where they are known, the share that
+    stopped by itself and the length in tokens."""
+    stats = {
+        "length_words": mean([words(text) for text in predictions]),
+        "repetition": mean([repetition(text) for text in predictions]),
+        "empty_rate": mean([empty(text) for text in predictions]),
+    }
+    if tokens is not None:
+        stats["length_tokens"] = mean([float(count) for count in tokens])
+    if stopped is not None:
+        stats["stop_rate"] = mean([float(flag) for flag in stopped])
+    return stats

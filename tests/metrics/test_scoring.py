@@ -1,0 +1,121 @@
+"""The table of metrics: names, numbers of rows, the libraries behind some of them, and statistics of the text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sft.errors import ConfigError, DataError, EnvironmentProblem
+from sft.metrics import best_constant, check_names, greater_is_better, predictions, score, score_rows, text_stats
+
+
+def test_an_unknown_name_gets_the_nearest_one() -> None:
+    with pytest.raises(ConfigError, match="'rogueL' \\(did you mean rougeL\\?\\)"):
+        check_names(["rogueL", "sari"])
+    assert check_names(["rougeL", "sari", "rougeL", "evaluate:meteor"]) == ["rougeL", "sari", "evaluate:meteor"]
+
+
+def test_which_way_is_better() -> None:
+    assert greater_is_better("rougeL") and greater_is_better("eval_stop_rate") and greater_is_better("evaluate:meteor")
+    assert not any(map(greater_is_better, ["loss", "eval_loss", "eval/perplexity", "repetition", "empty_rate"]))
+
+
+def test_rows_must_match_in_number_and_have_a_reference() -> None:
+    with pytest.raises(DataError, match="differ in number"):
+        score(["rougeL"], ["a", "b"], ["a"])
+    with pytest.raises(DataError, match="no reference answer") as error:
+        score(["rougeL"], ["a", "b"], ["a", []])
+    assert error.value.where == "row 2"
+
+
+def test_bleu_and_chrf_as_hugging_face_publishes_them() -> None:
+    hello = [["hello there general kenobi", "hello there !"], ["foo bar foobar"]]
+    assert score(["bleu"], ["hello there general kenobi", "foo bar foobar"], hello)["bleu"] == pytest.approx(100)
+    cats = [
+        "The relationship between cats and dogs is not exactly friendly.",
+        "a good bookshop is just a genteel black hole that knows how to read.",
+    ]
+    dogs = [
+        "The relationship between dogs and cats is not exactly friendly.",
+        "A good bookshop is just a genteel Black Hole that knows how to read.",
+    ]
+    got = score_rows(["chrf"], cats, dogs)
+    assert got.means["chrf"] == pytest.approx(84.64214891738334)
+    assert len(got.rows["chrf"]) == 2
+
+
+def test_the_statistics_of_answers() -> None:
+    # 3-grams of the first answer: 5, of which "a b a" and "b a b" are each there again
+    stats = text_stats(["a b a b a b a", "", "one two"], stopped=[False, True, True], tokens=[9, 0, 3])
+    assert stats == pytest.approx(
+        {
+            "length_words": 3.0,
+            "repetition": (1 - 2 / 5) / 3,
+            "empty_rate": 1 / 3,
+            "length_tokens": 4.0,
+            "stop_rate": 2 / 3,
+        }
+    )
+
+
+def test_the_best_constant_answer() -> None:
+    training = ["yes", "no", "yes", "the order has been sent", "the order has been sent today"]
+    references = ["the order has been sent", "the order has been lost", "the order has been kept", "no", "no"]
+    best = best_constant(training, references)
+    assert best is not None
+    assert best.answer == "the order has been sent"
+    assert best.scores == pytest.approx({"rougeL": (1 + 0.8 + 0.8) / 5, "exact_match": 0.4})
+    assert best_constant([], references) is None
+
+
+def test_another_library_is_asked_by_name() -> None:
+    try:
+        import evaluate  # noqa: F401
+    except ImportError:
+        with pytest.raises(EnvironmentProblem, match="needs the library `evaluate`"):
+            score(["evaluate:meteor"], ["a"], ["a"])
+    else:
+        with pytest.raises(EnvironmentProblem, match="cannot load"):
+            score(["evaluate:./no_such_metric"], ["a"], ["a"])
+
+
+METRIC = """
+import datasets
+import evaluate
+
+class Longer(evaluate.Metric):
+    def _info(self):
+        return evaluate.MetricInfo(description="", citation="", features=datasets.Features(
+            {"predictions": datasets.Value("string"), "references": datasets.Value("string")}))
+
+    def _compute(self, predictions, references):
+        return {"longer": [float(len(p) > len(r)) for p, r in zip(predictions, references)]}
+"""
+
+
+def test_a_metric_of_evaluate_scores_our_answers(tmp_path: Path) -> None:
+    pytest.importorskip("evaluate")
+    (tmp_path / "longer.py").write_text(METRIC)
+    name = f"evaluate:{tmp_path / 'longer.py'}"
+    got = score_rows([name], ["aa", "b"], [["a"], ["bb"]])
+    assert (got.means[name], got.rows[name]) == (0.5, [1.0, 0.0])
+
+
+def test_a_predictions_file_is_read_with_the_line_of_every_fault(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    path.write_text(
+        '{"prediction": "a", "reference": ["a", "b"], "source": "q"}\n\n{"prediction": "", "reference": "c"}\n'
+    )
+    answers = predictions.read(path)
+    assert (answers.predictions, answers.references, answers.sources) == (["a", ""], [["a", "b"], ["c"]], None)
+    for line, said in [
+        ("{", "not JSON"),
+        ("[1]", "not a JSON object"),
+        ('{"prediction": "a"}', '"reference" is missing'),
+        ('{"prediction": 4, "reference": "a"}', '"prediction" is int'),
+    ]:
+        path.write_text('{"prediction": "a", "reference": "b"}\n' + line)
+        with pytest.raises(DataError, match=said) as error:
+            predictions.read(path)
+        assert error.value.where == f"{path}:2"
