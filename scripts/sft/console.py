@@ -90,7 +90,9 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
 def _fail(error: SftError) -> int:
     colour = sys.stderr.isatty() and "NO_COLOR" not in os.environ
     if _json_mode:
-        print(json.dumps({"error": error.what, "where": error.where, "mend": error.mend}), flush=True)
+        problems = getattr(error, "problems", [])
+        told = [{"error": one.what, "where": one.where, "mend": one.mend} for one in (error, *problems)]
+        print(json.dumps({**told[0], **({"problems": told[1:]} if problems else {})}), flush=True)
     print(f"\033[31merror:\033[0m {error}" if colour else f"error: {error}", file=sys.stderr, flush=True)
     return error.exit_code
 

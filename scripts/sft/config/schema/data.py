@@ -21,7 +21,7 @@ class SplitSection(Section):
     def _sums_to_one(self) -> SplitSection:
         total = self.train + self.val + self.test
         if abs(total - 1) > 1e-6:
-            raise ValueError(f"train + val + test must be 1, not {total:g}")
+            raise ValueError(f"train {self.train:g} + val {self.val:g} + test {self.test:g} must be 1, not {total:g}")
         return self
 
 

@@ -12,7 +12,9 @@ from sft.config.schema.base import Auto, Section
 class ModelSection(Section):
     """Which base model, and how long its rows may be."""
 
-    name: str = Field("Qwen/Qwen2.5-3B-Instruct", description="A hub id, or a folder (an existing folder wins).")
+    name: str = Field(
+        "Qwen/Qwen2.5-3B-Instruct", min_length=1, description="A hub id, or a folder (an existing folder wins)."
+    )
     revision: str | None = Field(None, description="The hub revision (branch, tag or commit); null is the default one.")
     type: Literal["auto", "causal", "seq2seq"] = Field(
         "auto", description="Decoder-only or encoder-decoder; `auto` reads it from the model's config.json."

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import AliasChoices, Field
 
-from sft.config.schema.base import Auto, Section
+from sft.config.schema.base import Auto, Count, Positive, Section
 
 
 class ExperimentSection(Section):
@@ -28,16 +28,18 @@ class EarlyStoppingSection(Section):
 class TrainSection(Section):
     """One run: how long, how fast, how large a step, what is kept."""
 
-    output_dir: str = Field("outputs/run", description="The run's folder; its last part is the run's name.")
+    output_dir: str = Field(
+        "outputs/run", min_length=1, description="The run's folder; its last part is the run's name."
+    )
     seed: int = Field(42, ge=0, description="Seeds the order of rows, adapters and dropout.")
-    epochs: Auto | float = Field(
+    epochs: Auto | Positive = Field(
         "auto", description="Passes over the data; `auto`: 5 below 1,000 rows, 3 below 10,000, else 1."
     )
     max_steps: int | None = Field(None, ge=1, description="Stop after so many steps, whatever `epochs` says.")
-    learning_rate: Auto | float = Field(
+    learning_rate: Auto | Positive = Field(
         "auto",
-        description="Peak rate; `auto`: adapters 2e-4 below 3B parameters, else 1e-4; full 1e-4 to 1B, 2e-5 to 7B,"
-        " 1e-5 to 13B, 5e-6 above.",
+        description="Peak rate; `auto`: adapters 2e-4 below 3B parameters, else 1e-4; full by the nearest size of 1B"
+        " 1e-4, 7B 2e-5, 13B 1e-5, 70B 5e-6.",
     )
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = Field(
         "cosine", description="How the rate falls after warm-up."
@@ -53,18 +55,25 @@ class TrainSection(Section):
     labels: Literal["all_assistant", "last_assistant", "all_tokens"] = Field(
         "all_assistant", description="Which tokens are learnt: every answer, the last answer, or everything."
     )
-    effective_batch: Auto | int = Field(
-        "auto", description="Rows of one optimizer step over all devices; `auto` is 16, or batch_size * grad_accum."
+    effective_batch: Auto | Count = Field(
+        "auto",
+        description="Rows of one optimizer step over all devices; `auto` is batch_size * grad_accum where both are"
+        " given, else 16 (or more, where one of them alone is more).",
     )
-    batch_size: Auto | int = Field(
-        "auto", description="Most rows (at max_seq_len) in one micro-batch; `auto` is measured on the GPU."
+    batch_size: Auto | Count = Field(
+        "auto",
+        description="Most rows (at max_seq_len) in one micro-batch; `auto` is measured on a GPU and the whole step on"
+        " the CPU, or ceil(effective_batch / grad_accum) where grad_accum is given.",
     )
-    grad_accum: Auto | int = Field("auto", description="Micro-batches a step; `auto` follows from the other two.")
-    micro_batch_tokens: Auto | int = Field(
-        "auto", description="Token budget of a micro-batch; `auto` is batch_size * max_seq_len, at most 4096."
+    grad_accum: Auto | Count = Field("auto", description="Micro-batches a step; `auto` follows from the other two.")
+    micro_batch_tokens: Auto | Count = Field(
+        "auto",
+        description="Token budget of a micro-batch; `auto` is batch_size * max_seq_len, at most 4096 (but one row).",
     )
     bf16: Auto | bool = Field(
-        "auto", description="bfloat16; `auto`: where the hardware has it (compute capability >= 8.0, or the CPU)."
+        "auto",
+        description="bfloat16; `auto`: where the hardware has it (compute capability >= 8.0, or the CPU) and fp16 is"
+        " not true. Both false is fp32.",
     )
     fp16: Auto | bool = Field("auto", description="float16 with loss scaling; `auto`: on a GPU without bfloat16.")
     tf32: Auto | bool = Field("auto", description="TF32 matrix products on Ampere and newer; `auto` is on there.")
@@ -84,7 +93,9 @@ class TrainSection(Section):
     save_strategy: Literal["no", "steps", "epoch"] = Field(
         "epoch", description="When to write a checkpoint; mended to `eval_strategy` where the best one is to be loaded."
     )
-    save_steps: int = Field(100, ge=1, description="Steps between checkpoints.")
+    save_steps: int = Field(
+        100, ge=1, description="Steps between checkpoints; raised to a multiple of `eval_steps` with the best kept."
+    )
     save_total_limit: int = Field(2, ge=1, description="Checkpoints kept, besides the best one.")
     load_best_model_at_end: bool = Field(True, description="End with the best checkpoint, not the last one.")
     metric_for_best_model: str = Field(
