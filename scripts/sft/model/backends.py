@@ -1,0 +1,119 @@
+"""Whose kernels train the adapters: bitsandbytes with peft, or unsloth where it can be imported and there is a GPU.
+
+unsloth patches transformers when it is imported, so it must come first: `train` calls `prepare` before anything else.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from sft.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+
+    from sft.config.schema import ModelSection, TuningSection
+    from sft.model.files import ModelFiles
+    from sft.model.hardware import Hardware
+
+log = logging.getLogger("sft.model")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The backend that is used; `reason` says why it is not the one asked for, None where it is."""
+
+    name: Literal["bnb", "unsloth"]
+    reason: str | None = None
+
+
+def choose(tuning: TuningSection, hardware: Hardware, *, kind: str = "causal") -> Backend:
+    """The backend for this machine. unsloth falls back to bnb where it is not installed, or there is no CUDA GPU."""
+    return _choose(tuning, cuda=hardware.device == "cuda", kind=kind)
+
+
+def _choose(tuning: TuningSection, *, cuda: bool, kind: str) -> Backend:
+    if tuning.backend == "bnb":
+        return Backend("bnb")
+    reason = None
+    if not cuda:
+        reason = "there is no CUDA GPU"
+    elif kind != "causal":
+        reason = "unsloth trains decoder-only models alone"
+    elif importlib.util.find_spec("unsloth") is None:
+        reason = "it is not installed (make install-unsloth)"
+    return Backend("bnb", reason) if reason else Backend("unsloth")
+
+
+def prepare(tuning: TuningSection, *, kind: str = "causal") -> Backend:
+    """Chooses the backend and, for unsloth, imports it before transformers; says once why it falls back, if it does.
+
+    Call it before transformers is imported. Raises nothing for a broken unsloth: that is a reason to fall back.
+    """
+    from sft.model import hardware
+
+    chosen = _choose(tuning, cuda=bool(hardware.gpus()), kind=kind)
+    if chosen.name == "unsloth":
+        keep_xformers_off()
+        os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
+        try:
+            importlib.import_module("unsloth")
+        except Exception as error:  # unsloth raises anything at import: a wrong CUDA, torch or driver
+            said = " ".join(str(error).split())[:200]
+            chosen = Backend("bnb", f"importing it fails: {type(error).__name__}: {said}")
+    if chosen.reason:
+        log.warning(f"tuning.backend is unsloth, but {chosen.reason}: training with bnb instead")
+    return chosen
+
+
+def keep_xformers_off() -> None:
+    """Keeps XFormers out of the way where it breaks: its wheels often fit another torch, and SDPA is as good."""
+    os.environ.setdefault("XFORMERS_DISABLED", "1")
+    os.environ.setdefault("XFORMERS_FORCE_DISABLE_TRITON", "1")
+
+
+def load_unsloth(
+    files: ModelFiles, model: ModelSection, tuning: TuningSection, dtype: torch.dtype, *, gradient_checkpointing: bool
+) -> Any:
+    """The base with adapters, loaded by unsloth. Untested where there is no CUDA GPU. Raises ModelError."""
+    from unsloth import FastLanguageModel
+
+    from sft.model import adapters
+
+    full = tuning.mode == "full"
+    try:
+        base, _ = FastLanguageModel.from_pretrained(
+            model_name=str(files.path),
+            max_seq_length=model.max_seq_len,
+            dtype=dtype,
+            load_in_4bit=tuning.mode == "qlora",
+            full_finetuning=full,
+            trust_remote_code=model.trust_remote_code,
+            local_files_only=True,
+        )
+        base.name_or_path = files.name
+        if full:
+            return base
+        lora = tuning.lora
+        return FastLanguageModel.get_peft_model(
+            base,
+            r=lora.r,
+            target_modules=adapters.targets(base, tuning),
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            bias=lora.bias,
+            use_rslora=lora.use_rslora,
+            modules_to_save=lora.modules_to_save or None,
+            use_gradient_checkpointing="unsloth" if gradient_checkpointing else False,
+            max_seq_length=model.max_seq_len,
+        )
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        raise ModelError(
+            f"unsloth cannot load {files.name}: {' '.join(str(error).split())[:300]}",
+            where="tuning.backend",
+            mend="--set tuning.backend=bnb",
+        ) from None

@@ -1,0 +1,184 @@
+"""A model's files on the disk: are they all there and whole, what do they hold, how many parameters are they.
+
+Reads config.json and the headers of the safetensors files; loads no weight and imports no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from sft.errors import ModelError
+from sft.model.kinds import Kind
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8}
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model that stands on the disk: its folder, the name it was asked for by, and what its config.json says."""
+
+    path: Path
+    name: str
+    revision: str | None
+    config: dict[str, Any]
+    kind: Kind
+
+    @cached_property
+    def weights(self) -> list[Path]:
+        """The safetensors files, every one checked to be there and whole. Raises ModelError."""
+        return weight_files(self.path, self.name)
+
+    @cached_property
+    def parameters(self) -> int:
+        """Number of parameters, tied ones counted once; from the weights' headers, else from the config alone."""
+        if not has_weights(self.path):
+            return _parameters_of_config(self)
+        headers = [tensors(path) for path in self.weights]
+        packed = 2 if self.quantised else 1  # bitsandbytes keeps two 4-bit numbers in a byte
+        return sum(
+            math.prod(entry["shape"]) * (packed if entry["dtype"] == "U8" else 1)
+            for header in headers
+            for key, entry in header.items()
+            if not (self.quantised and ".weight." in key)
+        )
+
+    @property
+    def quantised(self) -> str | None:
+        """The method by which the stored weights are quantised already (`bitsandbytes`, `gptq`), None for full ones."""
+        said = self.config.get("quantization_config")
+        return str(said.get("quant_method", "unknown")) if said else None
+
+    @cached_property
+    def bytes(self) -> int:
+        """Size of the weights on the disk."""
+        return sum(path.stat().st_size for path in self.weights)
+
+    def fingerprint(self) -> str:
+        """A hash that tells two bases of the same shape apart without reading them whole.
+
+        Of every tensor its name, type, shape and 256 bytes from its middle; how they are shared out over files is
+        nothing to it.
+        """
+        parts: list[tuple[str, str, list[int], bytes]] = []
+        for path in self.weights:
+            start = _start(path)
+            with open(path, "rb") as file:
+                for key, entry in sorted(tensors(path).items(), key=lambda item: item[1]["data_offsets"][0]):
+                    first, last = entry["data_offsets"]
+                    file.seek(start + max(first, (first + last) // 2 - 128))
+                    parts.append((key, entry["dtype"], entry["shape"], file.read(min(256, last - first))))
+        return hashlib.sha256(repr(sorted(parts)).encode()).hexdigest()[:32]
+
+
+def read_config(folder: Path, name: str) -> dict[str, Any]:
+    """The folder's config.json. Raises ModelError where it is missing or no JSON object."""
+    path = folder / "config.json"
+    if not path.is_file():
+        adapter = (folder / "adapter_config.json").is_file()
+        raise ModelError(
+            f"{name} is an adapter, not a model" if adapter else f"the folder {name} has no config.json, so no model",
+            where=str(folder),
+            mend="give its base as model.name and the adapter with --adapters"
+            if adapter
+            else "name a folder with config.json, tokenizer and safetensors, or a hub id",
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(
+            f"config.json of {name} is not JSON: {error}", where=str(path), mend="fetch it again"
+        ) from None
+    if not isinstance(config, dict):
+        raise ModelError(f"config.json of {name} is not an object", where=str(path), mend="fetch it again")
+    return config
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether any safetensors weights stand there, whole or not."""
+    return (folder / INDEX).is_file() or (folder / SINGLE).is_file()
+
+
+def weight_files(folder: Path, name: str) -> list[Path]:
+    """The safetensors files of a folder. Raises ModelError where one is missing or cut short, or there are none."""
+    if (folder / INDEX).is_file():
+        try:
+            shards = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError):
+            raise ModelError(
+                f"the index of {name} cannot be read", where=str(folder / INDEX), mend=_again(name)
+            ) from None
+        paths = [folder / shard for shard in shards]
+        if missing := [path.name for path in paths if not path.is_file()]:
+            raise ModelError(
+                f"{name} is incomplete: {len(missing)} of {len(paths)} shards are missing ({', '.join(missing[:3])}"
+                f"{', ...' if len(missing) > 3 else ''})",
+                where=str(folder),
+                mend=_again(name),
+            )
+    elif (folder / SINGLE).is_file():
+        paths = [folder / SINGLE]
+    else:
+        pickles = sorted(path.name for path in folder.glob("*.bin"))
+        raise ModelError(
+            f"{name} has no safetensors weights" + (f", only {pickles[0]}, which can run code" if pickles else ""),
+            where=str(folder),
+            mend="use a repository or folder with model.safetensors (pickled weights are never loaded)",
+        )
+    for path in paths:
+        header = tensors(path)
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        if path.stat().st_size < end + _start(path):
+            raise ModelError(f"{path.name} of {name} is cut short", where=str(path), mend=_again(name))
+    return paths
+
+
+def tensors(path: Path) -> dict[str, dict[str, Any]]:
+    """The header of a safetensors file: tensor name -> {dtype, shape, data_offsets}. Raises ModelError."""
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= 100_000_000:
+                raise ValueError("no header")
+            header: dict[str, dict[str, Any]] = json.loads(file.read(length))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{path.name} is not a safetensors file, or is cut short ({error})",
+            where=str(path),
+            mend="fetch or write it again",
+        ) from None
+    header.pop("__metadata__", None)
+    return header
+
+
+def bytes_a_weight(dtype: str) -> float:
+    """Bytes of one number of a safetensors dtype (`BF16` is 2)."""
+    return _BITS.get(dtype, 8) / 8
+
+
+def _start(path: Path) -> int:
+    with open(path, "rb") as file:
+        return 8 + int.from_bytes(file.read(8), "little")
+
+
+def _again(name: str) -> str:
+    return f"fetch it again: make download-model MODEL={name}"
+
+
+def _parameters_of_config(files: ModelFiles) -> int:
+    """Parameters of the architecture, built on the meta device: no memory, no weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    config = AutoConfig.from_pretrained(files.path, local_files_only=True)
+    maker = AutoModelForSeq2SeqLM if files.kind == "seq2seq" else AutoModelForCausalLM
+    with torch.device("meta"):
+        model = maker.from_config(config)
+    return sum(weight.numel() for weight in {id(p): p for p in model.parameters()}.values())

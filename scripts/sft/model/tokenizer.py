@@ -1,0 +1,151 @@
+"""Loads a tokenizer, gives it a pad token that hides no end token, and says where text does not survive it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sft.errors import ModelError
+from sft.model.files import ModelFiles
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger("sft.model")
+# Existing tokens that serve as padding, best first: made for it, then never learnt, then the end of a document where
+# a turn ends otherwise. Embeddings are never resized for a pad token.
+_PADS = (
+    "<pad>",
+    "[PAD]",
+    "<|pad|>",
+    "<|finetune_right_pad_id|>",
+    "<|padding|>",
+    "<|dummy_0|>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<unk>",
+    "[UNK]",
+)
+_PROBES = (
+    "Order 48213, due 2024-07-31: 3 × €19.95.",
+    "def f(x):\n    return {'a': [1, 2.5e-3], \"b\": None}\n",
+    "Ein Käse für Zoë; naïve café, 東京, Привет, 🙂!",
+    "  two  spaces,\ttabs\n\nand an empty line ",
+)
+
+
+def load_tokenizer(source: ModelFiles | Path | str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model or of a folder with tokenizer files alone, with a pad token that is not its end token.
+
+    Raises ModelError where the folder holds none, or one that cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    folder = source.path if isinstance(source, ModelFiles) else Path(source)
+    name = source.name if isinstance(source, ModelFiles) else str(folder)
+    present = ("tokenizer.json", "tokenizer_config.json", "spiece.model", "tokenizer.model", "vocab.json", "vocab.txt")
+    if not any((folder / file).is_file() for file in present):
+        raise ModelError(
+            f"{name} has no tokenizer files",
+            where=str(folder),
+            mend=f"fetch it again: make download-model MODEL={name}",
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        said = " ".join(str(error).split())[:300]
+        needs_code = "trust_remote_code" in said
+        raise ModelError(
+            f"the tokenizer of {name} cannot be loaded: {said}",
+            where=str(folder),
+            mend="if you trust its authors: --set model.trust_remote_code=true" if needs_code else "fetch it again",
+        ) from None
+    choose_pad(tokenizer, _rows(folder))
+    return tokenizer
+
+
+def choose_pad(tokenizer: PreTrainedTokenizerBase, rows: int | None = None) -> str:
+    """Sets a pad token that differs from the end token, from the tokens there are; returns it.
+
+    rows: rows of the embedding; a token beyond them is not taken. Where nothing fits, padding takes the end token's id:
+    labels come from `chat/`, never from the pad id, so the end of an answer is learnt all the same.
+    """
+    eos, pad = tokenizer.eos_token, tokenizer.pad_token
+    if pad is not None and pad != eos:
+        return str(pad)
+    known = tokenizer.get_vocab()
+    special = sorted(_special(tokenizer), key=lambda token: known.get(token, 0))
+    candidates = [token for token in _PADS if token in known]
+    candidates += [token for token in special if "pad" in token.lower()]
+    candidates += [token for token in special if "reserved" in token or "unused" in token]
+    candidates += [str(tokenizer.unk_token)] if tokenizer.unk_token else []
+    for token in candidates:
+        if token not in (eos, tokenizer.bos_token) and (rows is None or known[token] < rows):
+            tokenizer.pad_token = token
+            log.info(f"padding with {token}, since the tokenizer pads with {'its end token' if pad else 'nothing'}")
+            return token
+    if eos is None:
+        raise ModelError(
+            "the tokenizer has neither an end token nor a pad token, so answers could never stop",
+            where=str(tokenizer.name_or_path),
+            mend="choose another model, or add eos_token to its tokenizer_config.json",
+        )
+    tokenizer.pad_token = eos
+    log.info(f"padding with the end token {eos}: no other token is free; it stays in the labels where an answer ends")
+    return str(eos)
+
+
+def round_trip_problem(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """What text this tokenizer changes, or None.
+
+    Two checks: against the folder's own tokenizer.json (transformers 5 rebuilds some tokenizers by the model type and
+    gives other ids), and text -> ids -> text.
+    """
+    return _rebuilt(tokenizer) or _lossy(tokenizer)
+
+
+def _rebuilt(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    own = Path(str(tokenizer.name_or_path)) / "tokenizer.json"
+    if not own.is_file():
+        return None
+    from tokenizers import Tokenizer
+
+    filed = Tokenizer.from_file(str(own))
+    for text in _PROBES:
+        expected = filed.encode(text, add_special_tokens=False).ids
+        got = _ids(tokenizer, text)
+        if got != expected:
+            return (
+                f"the tokenizer is not the one in {own}: transformers rebuilt it as {type(tokenizer).__name__}, and"
+                f" {text!r} becomes {len(got)} tokens instead of {len(expected)}; the model was trained on the latter"
+            )
+    return None
+
+
+def _lossy(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    for text in _PROBES:
+        back = tokenizer.decode(_ids(tokenizer, text), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        if str(back).strip(" ") != text.strip(" "):
+            return f"the tokenizer changes text: {text!r} comes back as {back!r}"
+    return None
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+    return ids
+
+
+def _special(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    added: dict[int, Any] = getattr(tokenizer, "added_tokens_decoder", {})
+    return {str(token) for token in added.values() if token.special} | set(tokenizer.all_special_tokens)
+
+
+def _rows(folder: Path) -> int | None:
+    path = folder / "config.json"
+    if not path.is_file():
+        return None
+    config = json.loads(path.read_text(encoding="utf-8"))
+    rows = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+    return int(rows) if rows else None
