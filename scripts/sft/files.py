@@ -129,3 +129,36 @@ def lock(path: Path, what: str) -> Iterator[None]:
         file.write(f"pid {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
         file.flush()
         yield
+
+
+MANIFEST = "manifest.json"
+
+
+def write_manifest(folder: Path) -> None:
+    """Writes the SHA-256 and size of every file in `folder` into its manifest.json; the last file to be written."""
+    listed = {
+        path.relative_to(folder).as_posix(): {"sha256": sha256(path), "bytes": path.stat().st_size}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }
+    text = json.dumps({"files": listed}, indent=2) + "\n"
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
+
+
+def manifest_problem(folder: Path) -> str | None:
+    """Why `folder` is not what its manifest says, or None: no manifest, a file missing, cut short or changed."""
+    try:
+        listed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        for name, said in listed.items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != said["bytes"]:
+                return f"{name} has {path.stat().st_size} bytes, not {said['bytes']}"
+            if sha256(path) != said["sha256"]:
+                return f"{name} has changed since it was written (its SHA-256 differs)"
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} cannot be read ({type(error).__name__})"
+    return None if listed else f"{MANIFEST} lists no file"

@@ -1,0 +1,224 @@
+"""Run folders: their names, what resuming takes up, the finished marker, and the links to the newest one.
+
+A run is `outputs/<name>`, its adapter `adapters/<name>`, its curves `outputs/tb/<name>`. Nothing here loads a model.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sft import files
+from sft.config import paths
+from sft.errors import ConfigError, RunError
+
+if TYPE_CHECKING:
+    from sft.config.schema import Config
+
+RESOLVED, FINISHED, LOCK, PAUSE, SAVE = "config.resolved.yaml", "finished.json", "lock", "pause", "save"
+_RESERVED = {"tb", "last", ""}
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run's places."""
+
+    name: str
+    folder: Path
+    adapter_dir: Path
+    tb_dir: Path
+
+    @property
+    def model_dir(self) -> Path:
+        """Where a full fine-tune leaves its weights."""
+        return self.folder / "model"
+
+    @property
+    def finished(self) -> bool:
+        return (self.folder / FINISHED).is_file()
+
+    def checkpoints(self) -> list[Path]:
+        """Its checkpoint folders, oldest step first, valid or not."""
+        found = [path for path in self.folder.glob("checkpoint-*") if _CHECKPOINT.fullmatch(path.name)]
+        return sorted((path for path in found if path.is_dir()), key=step_of)
+
+
+@dataclass(frozen=True)
+class OpenRun:
+    """What a training command is to do: the run, the checkpoint to take up (None: from the start), and why."""
+
+    run: Run
+    checkpoint: Path | None
+    said: str
+
+
+def at(folder: Path, root: Path) -> Run:
+    """The run whose folder is `folder`."""
+    return Run(folder.name, folder, root / "adapters" / folder.name, root / "outputs" / "tb" / folder.name)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint folder's name."""
+    found = _CHECKPOINT.fullmatch(checkpoint.name)
+    if not found:
+        raise RunError(f"{checkpoint} is no checkpoint folder", mend="name a run's folder or its checkpoint-<step>")
+    return int(found[1])
+
+
+def open_run(output_dir: str, root: Path, resume: str) -> OpenRun:
+    """Chooses the run and the checkpoint; writes nothing.
+
+    resume: "auto" takes up the newest of <run>, <run>-2, ... if it is unfinished, else takes the next name; "never"
+    takes the next free name; anything else is a run's or a checkpoint's folder. Raises RunError, ConfigError.
+    """
+    base = paths.resolve(root, output_dir)
+    if base.name in _RESERVED:
+        raise ConfigError(
+            f"train.output_dir ends in {base.name!r}, which sft-play needs itself",
+            mend="--set train.output_dir=outputs/NAME",
+        )
+    if resume not in {"auto", "never"}:
+        return _take_up_path(Path(resume), root)
+    numbers = _series(base)
+    if not numbers:
+        return OpenRun(at(base, root), None, f"a new run: {paths.shown(base, root)}")
+    newest, following = at(_nth(base, numbers[-1]), root), at(_nth(base, numbers[-1] + 1), root)
+    if resume == "never":
+        return OpenRun(following, None, f"a new run, as --resume never asks: {paths.shown(following.folder, root)}")
+    if newest.finished:
+        said = f"{newest.name} is finished, so this is a new run: {paths.shown(following.folder, root)}"
+        return OpenRun(following, None, said)
+    return _take_up(newest, root)
+
+
+def _take_up(run: Run, root: Path) -> OpenRun:
+    checkpoint, passed_over = newest_checkpoint(run)
+    shown = paths.shown(run.folder, root)
+    if checkpoint is None:
+        if not any(run.folder.iterdir()):
+            return OpenRun(run, None, f"a new run: {shown}")
+        return OpenRun(run, None, f"{shown} was begun but has no checkpoint yet: it starts again from the beginning")
+    notes = "".join(f"\npassed over {path.name}: {reason}" for path, reason in passed_over)
+    return OpenRun(run, checkpoint, f"taking up {shown} at {checkpoint.name}{notes}")
+
+
+def _take_up_path(path: Path, root: Path) -> OpenRun:
+    path = path.expanduser().absolute()
+    if not path.is_dir():
+        raise RunError(f"--resume names {path}, which is not there", mend="--resume auto, or list them: ls outputs")
+    path = path.resolve()
+    is_checkpoint = _CHECKPOINT.fullmatch(path.name) is not None
+    run = at(path.parent if is_checkpoint else path, root)
+    if run.finished:
+        raise RunError(f"{run.name} is finished: there is nothing to resume", mend="leave out --resume for a new run")
+    if not is_checkpoint:
+        return _take_up(run, root)
+    if problem := files.manifest_problem(path):
+        raise RunError(f"{path.name} cannot be used: {problem}", where=str(path), mend="--resume auto takes a good one")
+    return OpenRun(run, path, f"taking up {paths.shown(run.folder, root)} at {path.name}, as --resume asks")
+
+
+def newest_checkpoint(run: Run) -> tuple[Path | None, list[tuple[Path, str]]]:
+    """The newest checkpoint whose manifest holds, and those passed over for it with the reason.
+
+    Raises RunError if there are checkpoints and none of them is whole: never a silent fresh start.
+    """
+    passed_over: list[tuple[Path, str]] = []
+    for path in reversed(run.checkpoints()):
+        problem = files.manifest_problem(path)
+        if problem is None:
+            return path, passed_over
+        passed_over.append((path, problem))
+    if passed_over:
+        raise RunError(
+            f"none of {run.name}'s checkpoints is whole: " + "; ".join(f"{p.name}: {why}" for p, why in passed_over),
+            where=str(run.folder),
+            mend="--resume never starts a new run; the old folder stays as it is",
+        )
+    return None, passed_over
+
+
+def _nth(base: Path, number: int) -> Path:
+    return base if number == 1 else base.with_name(f"{base.name}-{number}")
+
+
+def _series(base: Path) -> list[int]:
+    """The numbers of the runs named after `base` that exist: 1 is `base` itself."""
+    pattern = re.compile(re.escape(base.name) + r"-(\d+)")
+    found = [int(hit[1]) for path in base.parent.glob("*") if (hit := pattern.fullmatch(path.name)) and path.is_dir()]
+    return sorted({number for number in found if number > 1} | ({1} if base.is_dir() else set()))
+
+
+def make_folders(run: Run) -> None:
+    """Makes the run's folder and adapters/, and proves that both can be written to; raises RunError."""
+    for folder in (run.folder, run.adapter_dir.parent):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = folder / f".write-test.{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise RunError(
+                f"{folder} cannot be written to ({error.strerror})",
+                where="train.output_dir",
+                mend="choose another: --set train.output_dir=outputs/NAME, or mend its permissions",
+            ) from None
+
+
+def write_resolved(folder: Path, config: Config) -> None:
+    """Puts the resolved config into `folder`, so that whoever uses it later need not restate anything."""
+    from sft.config.load import dump
+
+    files.write_text(folder / RESOLVED, dump(config))
+
+
+def run_of_adapter(folder: Path) -> Config:
+    """The resolved config beside an adapter, a full model or in a run's folder. Raises RunError if there is none."""
+    from sft.config.load import read_resolved
+
+    for place in (folder, folder.parent):
+        if (place / RESOLVED).is_file():
+            return read_resolved(place / RESOLVED)
+    raise RunError(
+        f"{folder} holds no {RESOLVED}, so its base model and template are unknown",
+        mend="name a folder that `train` wrote, such as adapters/last",
+    )
+
+
+def finish(run: Run, summary: dict[str, Any]) -> None:
+    """Marks the run as finished."""
+    files.write_json(run.folder / FINISHED, summary)
+
+
+def point_last(run: Run, root: Path) -> None:
+    """Makes outputs/last, and adapters/last where there is an adapter, point to this run."""
+    files.point(root / "outputs" / "last", run.folder)
+    if run.adapter_dir.is_dir():
+        files.point(root / "adapters" / "last", run.adapter_dir)
+
+
+def last_run(root: Path) -> Run:
+    """The newest finished run. Raises RunError if there is none yet."""
+    link = root / "outputs" / "last"
+    if not link.is_dir():
+        raise RunError("no run has finished yet", where=str(link), mend="make train")
+    return at(link.resolve(), root)
+
+
+def running(root: Path) -> list[Run]:
+    """The runs under outputs/ whose lock a living process holds."""
+    return [at(path.parent, root) for path in sorted((root / "outputs").glob(f"*/{LOCK}")) if _held(path)]
+
+
+def _held(lock: Path) -> bool:
+    with open(lock, encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        return False

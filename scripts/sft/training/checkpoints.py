@@ -1,0 +1,106 @@
+"""Checkpoints that are whole or not there: staged beside the target, SHA-256 manifest last, renamed, then rotated.
+
+A folder `checkpoint-<step>` holds the trained weights (safetensors), `optimizer.pt` and `rng.pt` (torch's format, read
+with weights_only=True), and everything else as JSON or YAML: `scheduler.json`, `scaler.json`, `trainer_state.json`,
+`session.json`, the resolved config and the stamp. No other pickle is written.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sft import files
+from sft.errors import EnvironmentProblem, RunError
+from sft.runs import Run
+from sft.training import weights
+
+OPTIMIZER, RNG, SCHEDULER, SCALER = "optimizer.pt", "rng.pt", "scheduler.json", "scaler.json"
+STATE, SESSION = "trainer_state.json", "session.json"
+
+
+@dataclass(frozen=True)
+class Keeper:
+    """Where checkpoints go, how many stay besides the best, and what goes into each besides the state."""
+
+    run: Run
+    limit: int
+    beside: Callable[[Path], None]  # writes the resolved config and the stamp into the staged folder
+
+
+@dataclass
+class Snapshot:
+    """All that a resumed run needs, at a step boundary."""
+
+    step: int
+    model: Any
+    optimizer: Any
+    scheduler: dict[str, Any]
+    rng: list[dict[str, Any]]  # one for each rank
+    trainer_state: Callable[[Path], None]  # writes the trainer's own state as JSON
+    session: dict[str, Any] = field(default_factory=dict)  # tokens and seconds so far, the budget in force
+    scaler: dict[str, Any] | None = None
+
+
+def folder_of(run: Run, step: int) -> Path:
+    """The folder of the checkpoint at `step`."""
+    return run.folder / f"checkpoint-{step}"
+
+
+def save(keeper: Keeper, snapshot: Snapshot, best_step: int | None) -> Path:
+    """Writes, verifies, then rotates. Raises EnvironmentProblem when the disk refuses; older checkpoints then stay."""
+    target = folder_of(keeper.run, snapshot.step)
+    try:
+        with files.atomic_folder(target) as staged:
+            _fill(staged, keeper, snapshot)
+            files.write_manifest(staged)
+    except (OSError, RuntimeError) as error:
+        free = shutil.disk_usage(keeper.run.folder).free / 2**20
+        older = [path.name for path in keeper.run.checkpoints()]
+        raise EnvironmentProblem(
+            f"{target.name} could not be written ({error}); {free:,.0f} MiB are free on that disk",
+            where=str(keeper.run.folder),
+            mend=f"make room and run the same command: it takes up {older[-1] if older else 'the run'}",
+        ) from error
+    if problem := files.manifest_problem(target):
+        raise RunError(f"{target.name} did not survive being written: {problem}", mend="check the disk")
+    _rotate(keeper, snapshot.step, best_step)
+    return target
+
+
+def _fill(folder: Path, keeper: Keeper, snapshot: Snapshot) -> None:
+    weights.save(snapshot.model, folder)
+    torch.save(snapshot.optimizer.state_dict(), folder / OPTIMIZER)
+    torch.save(snapshot.rng, folder / RNG)
+    _write(folder / SCHEDULER, snapshot.scheduler)
+    if snapshot.scaler is not None:
+        _write(folder / SCALER, snapshot.scaler)
+    _write(folder / SESSION, snapshot.session)
+    snapshot.trainer_state(folder / STATE)
+    keeper.beside(folder)
+
+
+def _write(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def read(checkpoint: Path, name: str) -> Any:
+    """One of the checkpoint's state files, as it was saved."""
+    if name.endswith(".pt"):
+        return torch.load(checkpoint / name, map_location="cpu", weights_only=True)
+    return json.loads((checkpoint / name).read_text(encoding="utf-8"))
+
+
+def _rotate(keeper: Keeper, step: int, best_step: int | None) -> None:
+    """Removes the oldest checkpoints up to this step; never the best one, nor one of a later step."""
+    names = {f"checkpoint-{best_step}", f"checkpoint-{step}"}
+    mine = [path for path in keeper.run.checkpoints() if int(path.name.split("-")[1]) <= step]
+    for path in mine[: -keeper.limit]:
+        if path.name not in names:
+            shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,92 @@
+"""How many steps a run takes, and at which of them it logs, evaluates and saves."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from sft.config.schema import Config
+from sft.errors import ConfigError
+
+Cadence = Literal["no", "steps", "epoch"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The steps of one run. `best` is the metric that chooses the best checkpoint, or None for the last one."""
+
+    steps_per_epoch: int
+    total_steps: int
+    warmup_steps: int
+    log_every: int
+    evaluate: Cadence
+    eval_steps: int
+    save: Cadence
+    save_steps: int
+    watched: str | None
+    greater_is_better: bool
+    load_best: bool
+    notes: tuple[str, ...] = ()
+
+    def due(self, cadence: Cadence, every: int, step: int) -> bool:
+        """Whether something of this cadence happens after `step`; the last step always counts."""
+        if cadence == "no":
+            return False
+        if step >= self.total_steps:
+            return True
+        return step % (every if cadence == "steps" else self.steps_per_epoch) == 0
+
+
+def make(config: Config, rows: int, *, validation: bool) -> Plan:
+    """The plan for `rows` training rows; every other value comes from the resolved config. Raises ConfigError."""
+    train, notes = config.train, []
+    per_epoch = math.ceil(rows / int(train.effective_batch))
+    total = train.max_steps or max(1, math.ceil(float(train.epochs) * per_epoch))
+    warmup = train.warmup_steps if train.warmup_steps is not None else math.ceil(train.warmup_ratio * total)
+    evaluate: Cadence = train.eval_strategy
+    if evaluate != "no" and not validation:
+        notes.append("no evaluation while training: there are no validation rows")
+        evaluate = "no"
+    watched = _watched(config) if evaluate != "no" else None
+    load_best = train.load_best_model_at_end and evaluate != "no"
+    if train.load_best_model_at_end and not load_best:
+        notes.append("the last checkpoint is the result: without evaluation there is no best one")
+    if train.early_stopping.enabled and evaluate == "no":
+        raise ConfigError(
+            "train.early_stopping needs an evaluation while training, and there is none",
+            where="train.early_stopping.enabled",
+            mend="--set train.eval_strategy=epoch with validation rows, or switch early stopping off",
+        )
+    return Plan(
+        steps_per_epoch=per_epoch,
+        total_steps=total,
+        warmup_steps=warmup,
+        log_every=config.logging.log_interval,
+        evaluate=evaluate,
+        eval_steps=train.eval_steps or train.save_steps,
+        save=train.save_strategy,
+        save_steps=train.save_steps,
+        watched=watched,
+        greater_is_better=bool(train.greater_is_better),
+        load_best=load_best,
+        notes=tuple(notes),
+    )
+
+
+def _watched(config: Config) -> str:
+    name = config.train.metric_for_best_model.removeprefix("eval_").removeprefix("eval/")
+    known = ["loss", "perplexity", "stop_rate", *config.eval.metrics]
+    if name not in known:
+        raise ConfigError(
+            f"train.metric_for_best_model is {name!r}, which is not measured while training",
+            where="train.metric_for_best_model",
+            mend=f"one of {', '.join(known)}; or add {name} to eval.metrics",
+        )
+    if name not in {"loss", "perplexity"} and config.eval.train_sample == 0:
+        raise ConfigError(
+            f"train.metric_for_best_model is {name!r}, but eval.train_sample is 0, so no answers are made",
+            where="eval.train_sample",
+            mend="--set eval.train_sample=32",
+        )
+    return name

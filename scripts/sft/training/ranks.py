@@ -1,0 +1,61 @@
+"""What the processes of one run tell each other; in a single process every function is the identity."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+def world() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's number; 0 is the one that writes and prints."""
+    return dist.get_rank() if world() > 1 else 0
+
+
+def total(values: torch.Tensor) -> torch.Tensor:
+    """The sum over ranks, on every rank; of a tensor on the device that they train on."""
+    if world() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def largest(value: int) -> int:
+    """The largest value over ranks, on every rank."""
+    return max(everywhere(value)) if world() > 1 else value
+
+
+def everywhere(value: T) -> list[T]:
+    """Each rank's value, on every rank."""
+    if world() == 1:
+        return [value]
+    found: list[Any] = [None] * world()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Adds up the ranks' gradients: exact however many micro-batches, none included, each rank's share was cut into."""
+    if world() == 1:
+        return
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    for parameter in trained:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    waiting = [dist.all_reduce(parameter.grad, async_op=True) for parameter in trained]
+    for handle in waiting:
+        handle.wait()
+
+
+def wait() -> None:
+    """Until every rank is here."""
+    if world() > 1:
+        dist.barrier()
