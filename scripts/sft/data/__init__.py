@@ -1,0 +1,1 @@
+"""Rows: read from any file, checked one by one, split, styled, and read again for training."""

@@ -1,0 +1,77 @@
+"""Raw rows to processed ones: any format in, checked and split rows out, with an account of every row.
+
+    python scripts/process_data.py --raw_path my_rows.json
+    python scripts/process_data.py --raw_path owner/name --set data.hub_split=train
+
+Reads JSON, JSONL, CSV, TSV, Parquet or a hub data set; writes data/processed/{train,val,test}.jsonl, ledger.json and
+quarantine.jsonl. With more faults than data.max_dropped it changes nothing and writes rejected.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from sft import console
+
+if TYPE_CHECKING:
+    from sft.data.ledger import Ledger
+
+FORMATS = ("auto", "chat", "qa", "prompt", "alpaca", "sharegpt", "messages", "rendered", "columns")
+EXAMPLES = """
+python scripts/process_data.py                                   # data/raw/raw.jsonl, else raw.json
+python scripts/process_data.py --raw_path my_rows.csv --set data.columns.user=Question \\
+                               --set data.columns.assistant="Best Answer"
+python scripts/process_data.py --raw_path owner/name --set data.hub_split=train
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    made = console.parser("Turn raw rows into checked, split rows to train on.", EXAMPLES)
+    made.add_argument("--raw_path", metavar="P", help="file, or hub data set as owner/name (default: data.raw_path)")
+    made.add_argument("--format", choices=FORMATS, help="format of the rows (default: data.format, which is auto)")
+    return made
+
+
+def main(args: argparse.Namespace) -> dict[str, Any]:
+    from sft.config.load import load
+    from sft.data.process import Rejected, process
+
+    root = console.project_root()
+    sets = [*args.set, *([f"data.format={args.format}"] if args.format else [])]
+    data = load(args.config, sets, root=root).config.data
+    try:
+        with console.progress("reading rows") as on_progress:
+            ledger = process(data, root, args.raw_path, on_progress)
+    except Rejected as rejected:
+        show(rejected.ledger)
+        raise
+    show(ledger)
+    console.say(f"written to {root / data.processed_dir}; next: make preview, make train")
+    return ledger.to_json()
+
+
+def show(ledger: Ledger) -> None:
+    """What was found, one example, and the account."""
+    import json
+
+    for line in ledger.said:
+        console.warn(line)
+    formats = ", ".join(f"{name} ({count:,})" for name, count in ledger.formats.items()) or "no usable row"
+    console.say(f"{ledger.source}: {ledger.kind}, {ledger.encoding}; formats found: {formats}")
+    if ledger.example:
+        text = json.dumps(ledger.example, ensure_ascii=False)
+        console.say(f"the first row became: {text if len(text) < 400 else text[:400] + ' ...'}")
+    rows: list[tuple[str, str, str]] = [("rows read", f"{ledger.read:,}", "")]
+    for reason, count in ledger.named.items():
+        first = ledger.examples[reason][0]
+        rows.append((f"  {reason}", f"{count:,}", f"{first['origin']}: {first['detail']}"[:100]))
+    rows.append(("rows written", f"{ledger.written:,}", ""))
+    rows += [(f"  {name}", f"{count:,}", "") for name, count in ledger.splits.items()]
+    console.table("What became of the rows", ("", "rows", "first one"), rows)
+    share = f"{ledger.fault_share:.1%} faulty, {ledger.max_dropped:.0%} allowed"
+    console.say(f"{share}; {ledger.verdict()}")
+
+
+if __name__ == "__main__":
+    console.run(build_parser(), main)

@@ -1,0 +1,89 @@
+"""The account of every row: rows read = rows written + rows named, by reason."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from sft.data.faults import FAULTS, REASONS
+
+EXAMPLES = 3  # origins kept for each reason
+# Rows to train on -> what to expect of a fine-tune (the guide seed's table).
+SIZES = (
+    (50_000, "large: enough to generalise well; more rows now help less than better ones"),
+    (5_000, "medium: solid for instruction tuning"),
+    (500, "small: enough for the main patterns of one task"),
+    (100, "the least that teaches a pattern: watch for overfitting, and look at the answers yourself"),
+    (0, "too few to learn from: expect the model to repeat them; 100 is the least, 500 is better"),
+)
+
+
+@dataclass
+class Ledger:
+    """What became of the rows of one source."""
+
+    source: str
+    kind: str
+    encoding: str = "utf-8"
+    read: int = 0
+    written: int = 0
+    named: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, list[dict[str, str]]] = field(default_factory=dict)
+    formats: dict[str, int] = field(default_factory=dict)
+    shapes: dict[str, int] = field(default_factory=dict)
+    splits: dict[str, int] = field(default_factory=dict)
+    max_dropped: float = 0.1
+    example: dict[str, Any] | None = None
+    said: list[str] = field(default_factory=list)
+
+    def name(self, reason: str, origin: str, detail: str) -> None:
+        """Counts one row that is not written."""
+        self.named[reason] = self.named.get(reason, 0) + 1
+        examples = self.examples.setdefault(reason, [])
+        if len(examples) < EXAMPLES:
+            examples.append({"origin": origin, "detail": detail})
+
+    @property
+    def faults(self) -> int:
+        """Rows that are faulty; what was dropped because the config asks for it is not among them."""
+        return sum(count for reason, count in self.named.items() if reason in FAULTS)
+
+    @property
+    def fault_share(self) -> float:
+        """Faults over rows read, 0-1."""
+        return self.faults / self.read if self.read else 0.0
+
+    @property
+    def too_many_faults(self) -> bool:
+        return self.fault_share > self.max_dropped
+
+    def verdict(self) -> str:
+        """One sentence on the number of rows to train on."""
+        rows = self.splits.get("train", self.written)
+        return next(f"{rows:,} rows to train on: {words}" for least, words in SIZES if rows >= least)
+
+    def balanced(self) -> bool:
+        """Whether every row read is either written or named."""
+        return self.read == self.written + sum(self.named.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """What stands in ledger.json; the same rows give the same text."""
+        return {
+            "source": self.source,
+            "kind": self.kind,
+            "encoding": self.encoding,
+            "rows_read": self.read,
+            "rows_written": self.written,
+            "rows_named": sum(self.named.values()),
+            "named": {reason: self.named[reason] for reason in REASONS if reason in self.named},
+            "examples": self.examples,
+            "faults": self.faults,
+            "fault_share": round(self.fault_share, 6),
+            "max_dropped": self.max_dropped,
+            "accepted": not self.too_many_faults and self.written > 0,
+            "formats": self.formats,
+            "shapes": self.shapes,
+            "splits": self.splits,
+            "verdict": self.verdict(),
+            "said": self.said,
+        }

@@ -1,0 +1,86 @@
+"""Rows as they are stored: short (`system`, `user`, `assistant`), `messages` (with `tools`), or rendered (`input`,
+`target`); each with `id`, a hash of its content, and `origin`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+from sft.data.conversation import Message
+from sft.data.strict_json import sorted_dumps
+
+Row = dict[str, Any]
+ID_BYTES = 8
+
+
+def to_record(messages: list[Message], tools: list[Message] | None = None, **extra: Any) -> Row:
+    """The stored row of these turns: short where it is one plain turn without tools, else `messages`.
+
+    extra: more keys, as `origin`, `tags`; an `id` given there is kept, else it is the hash of the content.
+    """
+    row: Row = {"id": extra.pop("id", None) or content_id(messages, tools)}
+    if "origin" in extra:
+        row["origin"] = extra.pop("origin")
+    texts = {message["role"]: message["content"] for message in messages}
+    turns = [message["role"] for message in messages]
+    plain = all(len(message) == 2 and isinstance(message["content"], str) for message in messages)
+    if plain and not tools and turns in (["user", "assistant"], ["system", "user", "assistant"]):
+        row |= {"system": texts.get("system", ""), "user": texts["user"], "assistant": texts["assistant"]}
+    else:
+        row["messages"] = messages
+        if tools:
+            row["tools"] = tools
+    return row | extra
+
+
+def rendered_record(source: str, target: str, **extra: Any) -> Row:
+    """The stored row of a text that needs no template."""
+    row: Row = {"id": extra.pop("id", None) or _hash({"input": source, "target": target})}
+    if "origin" in extra:
+        row["origin"] = extra.pop("origin")
+    return {**row, "input": source, "target": target, **extra}
+
+
+def is_rendered(row: Row) -> bool:
+    """Whether this is `{"input", "target"}`: text that no template is put around."""
+    return "input" in row and "target" in row and "messages" not in row and "user" not in row
+
+
+def messages(row: Row) -> list[Message]:
+    """The turns of a stored row of either shape; a system text that is empty is no turn."""
+    if "messages" in row:
+        return list(row["messages"])
+    turns = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    return [*turns, {"role": "user", "content": row["user"]}, {"role": "assistant", "content": row["assistant"]}]
+
+
+def tools(row: Row) -> list[Message] | None:
+    """The tools that the row's turns may call."""
+    return row.get("tools") or None
+
+
+def row_id(row: Row) -> str:
+    """The row's own id, else the hash of its content: 16 hex digits."""
+    if row.get("id"):
+        return str(row["id"])
+    if is_rendered(row):
+        return _hash({"input": row["input"], "target": row["target"]})
+    return content_id(messages(row), tools(row))
+
+
+def reference(row: Row) -> str:
+    """The last answer: what a generated one is compared with."""
+    if is_rendered(row):
+        return str(row["target"])
+    answers = [message["content"] for message in messages(row) if message["role"] == "assistant"]
+    return str(answers[-1]) if answers else ""
+
+
+def content_id(messages: list[Message], tools: list[Message] | None = None) -> str:
+    """Equal turns and tools, equal id; nothing else counts."""
+    return _hash([messages, tools or None])
+
+
+def _hash(content: Any) -> str:
+    return hashlib.blake2b(sorted_dumps(content), digest_size=ID_BYTES).hexdigest()

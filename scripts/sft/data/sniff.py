@@ -1,0 +1,213 @@
+"""What a file is, told from its bytes and not from its name: kind, encoding, delimiter, compression."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+from sft.errors import DataError
+
+Kind = Literal["jsonl", "json", "csv", "parquet"]
+HEAD = 1 << 18
+BLOCK = 1 << 20
+ASCII_AND_TAILS = bytes(range(0xC0))  # what UTF-8 characters beyond ASCII do not begin with
+WRAPPERS = ("data", "rows", "train", "examples", "instances", "items", "records", "samples")
+NAMES: dict[str, tuple[Kind, ...]] = {
+    ".jsonl": ("jsonl",),
+    ".ndjson": ("jsonl",),
+    ".json": ("json",),
+    ".csv": ("csv",),
+    ".tsv": ("csv",),
+    ".parquet": ("parquet",),
+}
+SAID = {"jsonl": "JSON lines", "json": "JSON", "csv": "a table in text (CSV)", "parquet": "Parquet"}
+# Openings of files that people take for data: what they are, and what to do.
+OTHERS: tuple[tuple[bytes, str, str], ...] = (
+    (b"\x89PNG", "a PNG picture", ""),
+    (b"\xff\xd8\xff", "a JPEG picture", ""),
+    (b"GIF8", "a GIF picture", ""),
+    (b"%PDF", "a PDF document", "take the text out of it first"),
+    (b"PK\x03\x04", "a zip archive (or an .xlsx or .docx)", "unpack it, or save the sheet as CSV"),
+    (b"\x28\xb5\x2f\xfd", "compressed with zstd", "unpack it first: unzstd FILE"),
+    (b"BZh", "compressed with bzip2", "unpack it first: bunzip2 FILE"),
+    (b"\xfd7zXZ", "compressed with xz", "unpack it first: unxz FILE"),
+    (b"SQLite format 3", "an SQLite database", "export the table as CSV"),
+    (b"ARROW1", "an Arrow file", "save it as Parquet"),
+    (b"version https://git-lfs", "a Git LFS pointer, not the file itself", "fetch it: git lfs pull"),
+    (b"\x80\x04", "a Python pickle", "pickles can run code and are not read: save the rows as JSON lines"),
+)
+
+
+@dataclass(frozen=True)
+class Found:
+    """kind and encoding of a file, and what a person should be told about it."""
+
+    kind: Kind
+    encoding: str = "utf-8"
+    errors: str = "surrogateescape"
+    suspect: bool = False  # some bytes are not text in this encoding: rows must be looked at
+    delimiter: str = ","
+    said: list[str] = field(default_factory=list)
+
+
+def open_bytes(path: Path) -> tuple[BinaryIO, BinaryIO]:
+    """The content of `path` (unpacked where it is gzip), and the file under it, whose `tell` shows the progress."""
+    raw = path.open("rb")
+    packed = raw.read(2) == b"\x1f\x8b"
+    raw.seek(0)
+    return (io.BufferedReader(gzip.GzipFile(fileobj=raw)), raw) if packed else (raw, raw)  # type: ignore[arg-type]
+
+
+def sniff(path: Path) -> Found:
+    """What `path` is. Raises DataError for what cannot be read: missing, empty, a picture, a web page, a database."""
+    try:
+        if path.is_dir():
+            raise DataError("this is a folder, not a file", where=str(path), mend="name one file in it")
+        stream, raw = open_bytes(path)
+        with raw, stream:
+            head = stream.read(HEAD)
+            return _sniff(path, head, stream)
+    except FileNotFoundError:
+        raise DataError("no such file", where=str(path), mend="name a file that is there, see docs/DATA.md") from None
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise DataError(f"the gzip file is broken: {error}", where=str(path), mend="fetch it again") from None
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror}", where=str(path)) from None
+
+
+def _sniff(path: Path, head: bytes, stream: BinaryIO) -> Found:
+    if not head.strip(b" \t\r\n\0\xef\xbb\xbf"):
+        raise DataError("the file is empty", where=str(path), mend="put rows into it, see docs/DATA.md")
+    if head[:4] == b"PAR1":
+        return Found("parquet", said=_misnamed(path, "parquet"))
+    for opening, what, mend in OTHERS:
+        if head.startswith(opening):
+            raise _refused(path, what, mend)
+    encoding, errors, suspect, said = _encoding(path, head, stream)
+    text = head.decode(encoding, "replace").lstrip("\ufeff")
+    if "\0" in text and encoding == "utf-8" and text.count("\0") > len(text) // 100:
+        raise _refused(path, "binary, of a kind that is not known here", "")
+    if re.match(r"\s*<(!doctype|html|\?xml|head|!--)", text, re.IGNORECASE):
+        raise _refused(path, "a web page or XML (did a download or a login go wrong?)", "download it again")
+    kind, delimiter = _kind(path, text)
+    return Found(kind, encoding, errors, suspect, delimiter, said + _misnamed(path, kind))
+
+
+def _refused(path: Path, what: str, mend: str) -> DataError:
+    named = f"{path.suffix[1:].upper()} by its name, but " if path.suffix else ""
+    readable = "rows are read from JSON, JSONL, CSV, TSV and Parquet"
+    return DataError(f"the file is {named}{what}", where=str(path), mend="; ".join(filter(None, [mend, readable])))
+
+
+def _misnamed(path: Path, kind: Kind) -> list[str]:
+    suffix = (path.with_suffix("") if path.suffix == ".gz" else path).suffix.lower()
+    if suffix in NAMES and kind not in NAMES[suffix]:
+        return [f"{path.name} is {SAID[kind]} in spite of its name, and is read as that"]
+    return []
+
+
+def _encoding(path: Path, head: bytes, stream: BinaryIO) -> tuple[str, str, bool, list[str]]:
+    for mark, name in ((b"\xff\xfe\0\0", "utf-32"), (b"\0\0\xfe\xff", "utf-32"), (b"\xff\xfe", "utf-16")):
+        if head.startswith(mark):
+            return name, "surrogatepass", True, [f"{path.name} is {name.upper()}, not UTF-8: read as that"]
+    if head.startswith(b"\xfe\xff"):
+        return "utf-16", "surrogatepass", True, [f"{path.name} is UTF-16, not UTF-8: read as that"]
+    sample = head[:4096]
+    zeros = (sample[0::2].count(0), sample[1::2].count(0))
+    if sum(zeros) > len(sample) // 4 and min(zeros) * 8 < max(zeros):
+        name = "utf-16-be" if zeros[0] > zeros[1] else "utf-16-le"
+        return name, "surrogatepass", True, [f"{path.name} is {name.upper()} without a mark: read as that"]
+    characters, strange, high = _utf8(head, stream)
+    if not strange:
+        return "utf-8", "surrogateescape", False, []
+    if strange > characters and not high & {0x81, 0x8D, 0x8F, 0x90, 0x9D, 0xFE, 0xFF}:
+        return "cp1252", "strict", False, [f"{path.name} is not UTF-8 but Windows text (cp1252): read as that"]
+    return "utf-8", "surrogateescape", True, []
+
+
+def _utf8(head: bytes, stream: BinaryIO) -> tuple[int, int, set[int]]:
+    """Over the whole file: how many characters beyond ASCII are UTF-8, how many bytes are not, and which bytes."""
+    characters, strange, high = 0, 0, set[int]()
+    block, rest = head, b""
+    while block:
+        data, rest = rest + block, b""
+        if not data.isascii():
+            whole = len(data) - _cut(data)
+            data, rest = data[:whole], data[whole:]
+            bad = _not_utf8(data)
+            strange, high = strange + len(bad), high | set(bad)
+            characters += len(data.translate(None, ASCII_AND_TAILS)) - sum(byte >= 0xC0 for byte in bad)
+        block = stream.read(BLOCK)
+    return characters, strange + len(rest), high | set(rest)
+
+
+def _not_utf8(data: bytes) -> bytes:
+    """The bytes of `data` that are no UTF-8, in order."""
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError:
+        text = data.decode("utf-8", "surrogateescape")
+        return "".join(re.findall("[\udc80-\udcff]", text)).encode("utf-8", "surrogateescape")
+    return b""
+
+
+def _cut(data: bytes) -> int:
+    """How many bytes at the end begin a character that the next block finishes."""
+    for back in range(1, min(3, len(data)) + 1):
+        byte = data[-back]
+        if byte >= 0xC0:
+            return back if back < (2 if byte < 0xE0 else 3 if byte < 0xF0 else 4) else 0
+        if byte < 0x80:
+            return 0
+    return 0
+
+
+def _kind(path: Path, text: str) -> tuple[Kind, str]:
+    """JSON, JSON lines or a table; the name is asked only where the bytes leave it open."""
+    lines = [line for line in text.split("\n") if line.strip()]
+    if len(lines) > 1 and len(text) >= HEAD // 4:
+        lines.pop()  # most likely cut in the middle
+    first = lines[0].strip()
+    objects = sum(line.lstrip().startswith("{") for line in lines[:50])
+    if first[0] in "[{":
+        return _json_kind(first, lines), ","
+    delimiter = _delimiter(lines)
+    if objects * 2 > min(len(lines), 50) or (path.suffix in (".jsonl", ".ndjson") and (objects or not delimiter)):
+        return "jsonl", ","
+    if delimiter is None:
+        mend = "rows are read from JSON, JSONL, CSV, TSV and Parquet: see docs/DATA.md"
+        raise DataError(f"neither JSON nor a table: the file begins {first[:60]!r}", where=str(path), mend=mend)
+    return "csv", delimiter
+
+
+def _json_kind(first: str, lines: list[str]) -> Kind:
+    second = lines[1].strip() if len(lines) > 1 else ""
+    try:
+        value = json.loads(first)
+    except (ValueError, RecursionError):
+        # A broken first line among lines of objects, or one value that runs over many lines.
+        broken = second.startswith("{") and first.startswith("{") and first[-1] not in "{[,"
+        return "jsonl" if broken else "json"
+    if isinstance(value, dict):
+        return "jsonl" if second or not any(is_wrapper(key, item) for key, item in value.items()) else "json"
+    return "jsonl" if second and second[0] in "[{" else "json"
+
+
+def is_wrapper(key: str, value: object) -> bool:
+    """Whether `{key: value}` is not a row but holds the list of rows, as in {"data": [{...}, ...]}."""
+    return key in WRAPPERS and isinstance(value, list) and (not value or isinstance(value[0], dict))
+
+
+def _delimiter(lines: list[str]) -> str | None:
+    """What parts the cells of the header, and of the line after it where there is one."""
+    best, most = None, 0
+    for delimiter in (",", "\t", ";", "|"):
+        count = re.sub(r'"[^"]*"', "", lines[0]).count(delimiter)
+        if count > most and (len(lines) == 1 or any(delimiter in line for line in lines[1:20])):
+            best, most = delimiter, count
+    return best

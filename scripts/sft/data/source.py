@@ -1,0 +1,72 @@
+"""Where raw rows come from: a path on the command line, the config, the default places, or a hub data set."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from sft.config.paths import resolve, shown
+from sft.config.schema import DataSection
+from sft.data.lines import Progress
+from sft.data.raw import Raw
+from sft.data.read_csv import read_csv
+from sft.data.read_json import read_array, read_lines
+from sft.data.read_parquet import read_hub, read_parquet
+from sft.data.sniff import SAID, Found, sniff
+from sft.errors import DataError
+
+DEFAULTS = ("data/raw/raw.jsonl", "data/raw/raw.json")
+HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
+FILE_ENDS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".gz", ".txt", ".zst")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source of rows. name: how its rows' origins begin. found: None for a hub data set."""
+
+    name: str
+    path: Path | None
+    found: Found | None
+    hub_config: str | None = None
+    hub_split: str = "train"
+
+    @property
+    def kind(self) -> str:
+        return f"hub data set, split {self.hub_split}" if self.found is None else SAID[self.found.kind]
+
+    def rows(self, on_progress: Progress | None = None) -> Iterator[Raw]:
+        """Every row of the source, in its order."""
+        if self.path is None or self.found is None:
+            return read_hub(self.name, self.hub_config, self.hub_split)
+        if self.found.kind == "parquet":
+            return read_parquet(self.path, self.name, on_progress)
+        read = {"jsonl": read_lines, "json": read_array, "csv": read_csv}[self.found.kind]
+        return read(self.path, self.name, self.found, on_progress)
+
+
+def find(data: DataSection, root: Path, raw_path: str | None = None) -> Source:
+    """The source to process. raw_path: from the command line, so it counts from the working folder.
+
+    Raises DataError: nothing there, not a data file, empty.
+    """
+    if raw_path:
+        return _named(raw_path, Path(raw_path), data, root)
+    if data.raw_path:
+        return _named(data.raw_path, resolve(root, data.raw_path), data, root)
+    for default in DEFAULTS:
+        if (root / default).exists():
+            return _local(root / default, root)
+    mend = f"put your rows there, or name the file: make process RAW=FILE; samples: {root / 'data/samples'}"
+    raise DataError(f"no raw data: neither {DEFAULTS[0]} nor {DEFAULTS[1]} is there", where=str(root), mend=mend)
+
+
+def _named(text: str, path: Path, data: DataSection, root: Path) -> Source:
+    if not path.exists() and HUB_NAME.match(text) and not text.lower().endswith(FILE_ENDS):
+        return Source(text, None, None, data.hub_config, data.hub_split)
+    return _local(path, root)
+
+
+def _local(path: Path, root: Path) -> Source:
+    return Source(shown(path, root), path, sniff(path))

@@ -1,0 +1,29 @@
+"""`source.json` beside styled rows: which file each was made from, with which content, by which style."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sft import files
+
+NAME = "source.json"
+
+
+def note(target: Path, source: Path, digest: str, **how: str) -> None:
+    """Writes beside `target` that it was made from `source`, whose bytes had the SHA-256 `digest`."""
+    entry = {"source": source.name, "sha256": digest, **how}
+    files.write_json(target.parent / NAME, {"files": {**read(target.parent), target.name: entry}})
+
+
+def read(folder: Path) -> dict[str, dict[str, Any]]:
+    """File name -> its entry; nothing where there is no source.json or it cannot be read."""
+    try:
+        value = json.loads((folder / NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    entries = value.get("files") if isinstance(value, dict) else None
+    return (
+        {name: entry for name, entry in entries.items() if isinstance(entry, dict)} if isinstance(entries, dict) else {}
+    )

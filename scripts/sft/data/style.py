@@ -1,0 +1,89 @@
+"""Style: one system text over all rows (replaced, put before, put after, or filled in where there is none)."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from sft import files
+from sft.config.paths import resolve
+from sft.config.schema import DataSection
+from sft.data import folder, records, stamps, store, strict_json
+from sft.data.split import NAMES
+from sft.errors import DataError
+
+Mode = Literal["replace", "prepend", "append", "fill"]
+MODES: tuple[str, ...] = get_args(Mode)
+PRESETS = {
+    "concise": "Answer in at most two short sentences. Leave out introductions, lists and headings.",
+    "json": "Answer with one valid JSON value and nothing else: no explanation, no code fence.",
+    "step-by-step": "Work the answer out step by step, one numbered step a line, and end with the result on a line alone.",
+    "structured": "Answer in Markdown: a one-line summary first, then short headed sections with bullet points.",
+}
+
+
+def text_of(style: str) -> str:
+    """The preset of that name, else the text itself. A word that is nearly a preset's name is a mistake."""
+    if style in PRESETS:
+        return PRESETS[style]
+    near = difflib.get_close_matches(style.lower(), PRESETS, 1, 0.75)
+    if not style.strip() or near:
+        what = f"there is no preset {style!r}" if near else "the style is empty"
+        near_one = f"did you mean {near[0]}? " if near else ""
+        raise DataError(what, mend=f"{near_one}presets: {', '.join(PRESETS)}; or a sentence of your own")
+    return style
+
+
+def styled(row: dict[str, Any], style: str, mode: str) -> dict[str, Any]:
+    """The row with the style in its system text; its id stays, so that it is known as the same row."""
+    turns = records.messages(row)
+    first = turns[0] if turns and turns[0]["role"] == "system" else None
+    system = str(first["content"] or "") if first else ""
+    wanted = {
+        "replace": style,
+        "prepend": f"{style}\n\n{system}" if system else style,
+        "append": f"{system}\n\n{style}" if system else style,
+        "fill": system or style,
+    }[mode]
+    if "messages" not in row:
+        kept = {key: row[key] for key in ("id", "origin") if key in row}
+        return {**kept, "system": wanted, **{key: value for key, value in row.items() if key not in {*kept, "system"}}}
+    head = {**(first or {"role": "system"}), "content": wanted}
+    return {**row, "messages": [head, *(turns[1:] if first else turns)]}
+
+
+def style_file(source: Path, target: Path, style: str, mode: str) -> int:
+    """Styles one file of rows into another and notes beside it what it was made from; returns the number of rows."""
+    if source.resolve() == target.resolve():
+        raise DataError("--in and --out are the same file", where=str(source), mend="name another --out")
+    rows = 0
+    try:
+        digest = files.sha256(source) if source.exists() else ""
+        with files.atomic_file(target) as staged, staged.open("wb") as out:
+            for row in store.iter_rows(source):
+                if records.is_rendered(row):
+                    mend = "style the processed rows, then render again: make style render"
+                    raise DataError("rendered rows have no system text to style", where=str(source), mend=mend)
+                out.write(strict_json.dumps(styled(row, style, mode)) + b"\n")
+                rows += 1
+        stamps.note(target, source, digest, style=style, mode=mode)
+    except OSError as error:
+        where = str(error.filename or target)
+        raise DataError(f"cannot write: {error.strerror or error}", where=where, mend="name another --out") from None
+    return rows
+
+
+def style_folder(data: DataSection, root: Path, style: str, mode: str) -> dict[str, int]:
+    """Styles every processed split; the styled folder changes as a whole. Returns split -> rows."""
+    processed, target = resolve(root, data.processed_dir), resolve(root, data.styled_dir)
+    present = [name for name in NAMES if (processed / f"{name}.jsonl").exists()]
+    if "train" not in present:
+        raise DataError("there are no processed rows", where=str(processed / "train.jsonl"), mend="make process")
+    if processed.resolve() == target.resolve():
+        mend = "--set data.styled_dir=data/processed_with_style"
+        raise DataError("data.styled_dir and data.processed_dir are one folder", where=str(target), mend=mend)
+    ours = {f"{name}.jsonl" for name in NAMES} | {stamps.NAME}
+    with folder.replaced(target, ours, "data.styled_dir") as staged:
+        files_of = {name: (processed / f"{name}.jsonl", staged / f"{name}.jsonl") for name in present}
+        return {name: style_file(source, made, style, mode) for name, (source, made) in files_of.items()}

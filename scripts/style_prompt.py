@@ -1,0 +1,62 @@
+"""Puts a style ("Answer in two sentences.") into the system text of processed rows.
+
+    python scripts/style_prompt.py --style concise
+    python scripts/style_prompt.py --style "Answer like a pirate." --mode append --in a.jsonl --out b.jsonl
+
+Without --in and --out it reads every split of data/processed and writes data/processed_with_style, which training then
+takes by itself, with source.json to tell what it was made from.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from sft import console
+
+MODES = ("replace", "prepend", "append", "fill")
+EXAMPLES = """
+python scripts/style_prompt.py --style concise                     # presets: concise, json, step-by-step, structured
+python scripts/style_prompt.py --style "Use British spelling." --mode append
+python scripts/style_prompt.py --style json --in data/processed/train.jsonl --out data/processed_with_style/train.jsonl
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    made = console.parser("Put a style into the system text of rows.", EXAMPLES)
+    made.add_argument("--style", metavar="TEXT", help="a sentence of your own, or a preset's name")
+    made.add_argument("--mode", choices=MODES, default="replace", help="what happens to the system text that is there")
+    made.add_argument("--in", dest="source", metavar="F", help="one file of rows (default: every processed split)")
+    made.add_argument("--out", dest="target", metavar="F", help="where its styled rows go; needed with --in")
+    return made
+
+
+def main(args: argparse.Namespace) -> dict[str, Any]:
+    from pathlib import Path
+
+    from sft.config.load import load
+    from sft.data import style
+    from sft.errors import DataError
+
+    if not args.style:
+        presets = "\n".join(f"    {name}: {text}" for name, text in style.PRESETS.items())
+        mend = f'make style STYLE="a sentence of your own", or one of the presets:\n{presets}'
+        raise DataError("no style is given", mend=mend)
+    if bool(args.source) != bool(args.target):
+        raise DataError("--in and --out go together", mend="give both, or neither to style every processed split")
+    root = console.project_root()
+    data = load(args.config, args.set, root=root).config.data
+    text = style.text_of(args.style)
+    if args.source:
+        counts = {args.target: style.style_file(Path(args.source), Path(args.target), text, args.mode)}
+    else:
+        counts = style.style_folder(data, root, text, args.mode)
+    console.say(f"style ({args.mode}): {text}")
+    console.table("Rows styled", ("", "rows"), [(name, f"{count:,}") for name, count in counts.items()])
+    if not args.source:
+        console.say(f"written to {root / data.styled_dir}; make train takes these rows now, unless data.stage says no")
+    return {"style": text, "mode": args.mode, "rows": counts}
+
+
+if __name__ == "__main__":
+    console.run(build_parser(), main)
