@@ -62,13 +62,12 @@ def show(ledger: Ledger) -> None:
     if ledger.example:
         text = json.dumps(ledger.example, ensure_ascii=False)
         console.say(f"the first row became: {text if len(text) < 400 else text[:400] + ' ...'}")
-    rows: list[tuple[str, str, str]] = [("rows read", f"{ledger.read:,}", "")]
-    for reason, count in ledger.named.items():
-        first = ledger.examples[reason][0]
-        rows.append((f"  {reason}", f"{count:,}", f"{first['origin']}: {first['detail']}"[:100]))
-    rows.append(("rows written", f"{ledger.written:,}", ""))
-    rows += [(f"  {name}", f"{count:,}", "") for name, count in ledger.splits.items()]
-    console.table("What became of the rows", ("", "rows", "first one"), rows)
+    named = {f"  {reason}": count for reason, count in ledger.named.items()}
+    splits = {f"  {name}": count for name, count in ledger.splits.items()}
+    counts = {"rows read": ledger.read, **named, "rows written": ledger.written, **splits}
+    console.table("What became of the rows", ("", "rows"), [(name, f"{count:,}") for name, count in counts.items()])
+    for reason, examples in ledger.examples.items():
+        console.say(f"{reason}, for example: {examples[0]['origin']}: {examples[0]['detail']}")
     share = f"{ledger.fault_share:.1%} faulty, {ledger.max_dropped:.0%} allowed"
     console.say(f"{share}; {ledger.verdict()}")
 

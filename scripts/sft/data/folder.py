@@ -31,7 +31,5 @@ def replaced(target: Path, ours: set[str], key: str) -> Iterator[Path]:
             for path in others:
                 shutil.copy2(path, staged / path.name, follow_symlinks=False)
     except OSError as error:
-        where = str(error.filename or target)
-        raise DataError(
-            f"cannot write: {error.strerror or error}", where=where, mend=f"free space, or {mend}"
-        ) from None
+        what, where = f"cannot write: {error.strerror or error}", str(error.filename or target)
+        raise DataError(what, where=where, mend=f"free space, or {mend}") from None

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from sft.data.conversation import Message, conversation, text_of, tools
 from sft.data.faults import EMPTY_ANSWER, NO_USER_TURN, UNKNOWN_FORMAT, RowFault
+from sft.errors import DataError
 
 Row = dict[str, Any]
 MOST_PLANS = 1_000  # different sets of keys remembered
@@ -34,6 +35,9 @@ class Formats:
     """Turns raw rows into turns. format: `auto` or the one to hold every row to. columns: role -> column's name."""
 
     def __init__(self, format: str, columns: dict[str, str] | None) -> None:
+        if (columns or format == "columns") and not {"user", "assistant"} <= set(columns or ()):
+            mend = "--set data.columns.user=NAME --set data.columns.assistant=NAME"
+            raise DataError("data.columns must name the columns of user and assistant", where="data.columns", mend=mend)
         self._format, self._columns = format, columns
         self._plans: dict[tuple[str, ...], tuple[dict[str, str], str]] = {}
 
@@ -74,7 +78,7 @@ class Formats:
             raise RowFault(EMPTY_ANSWER, f"no answer beside {asks!r}: the keys are {_listed(row)}")
         if gives and not asks:
             raise RowFault(NO_USER_TURN, f"no question beside {gives!r}: the keys are {_listed(row)}")
-        raise RowFault(UNKNOWN_FORMAT, f"no format has the keys {_listed(row)}")
+        raise RowFault(UNKNOWN_FORMAT, f"no format is known for it: the keys are {_listed(row)}")
 
 
 def _names(keys: tuple[str, ...]) -> dict[str, str]:

@@ -162,7 +162,7 @@ def _judge(ledger: Ledger, staged: Path, target: Path) -> None:
     else:
         what += ": nothing is left"
     mend = f"all are listed in {rejected}, for example: {first['detail']}; "
-    if worst == "unknown format":
+    if not ledger.written and "the keys are" in first["detail"]:
         mend += "say which column is what: --set data.columns.user=NAME --set data.columns.assistant=NAME"
     else:
         mend += "mend them, or raise --set data.max_dropped=SHARE; what was processed before is unchanged"

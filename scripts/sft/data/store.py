@@ -10,9 +10,9 @@ from typing import Any
 from sft import files
 from sft.config.paths import resolve
 from sft.config.schema import DataSection
-from sft.data import records, stamps, strict_json
-from sft.data.faults import RowFault
-from sft.data.lines import open_text
+from sft.data import records, stamps
+from sft.data.read_json import read_lines
+from sft.data.records import Row
 from sft.data.sniff import sniff
 from sft.data.split import NAMES
 from sft.errors import DataError
@@ -30,52 +30,44 @@ class Stage:
     test: Path | None
 
 
-def read_rows(path: Path | str) -> list[dict[str, Any]]:
+def read_rows(path: Path | str) -> list[Row]:
     """All rows of a stored file, each with `id` and `origin`. Raises DataError with file:line at the first bad one."""
     return list(iter_rows(path))
 
 
-def iter_rows(path: Path | str) -> Iterator[dict[str, Any]]:
+def iter_rows(path: Path | str) -> Iterator[Row]:
     """The same, one at a time."""
     path, number = Path(path), 0
     if not path.exists():
         raise DataError("no such file of rows", where=str(path), mend="make it: make process RAW=your_file")
     found = sniff(path)
-    if found.kind not in ("jsonl", "json"):
+    if found.kind != "jsonl":
         raise DataError("not a file of JSON lines", where=str(path), mend=f"make process RAW={path}")
-    with open_text(path, found, None) as text:
-        for number, line in text.lines():
-            if line.isspace():
-                continue
-            try:
-                row = strict_json.parse(line)
-                _check(row)
-            except RowFault as fault:
-                raise DataError(
-                    fault.detail, where=f"{path}:{number}", mend=f"mend that line, or: make process RAW={path}"
-                ) from None
-            row.setdefault("origin", f"{path.name}:{number}")
-            yield row if row.get("id") else {"id": records.row_id(row), **row}
+    for number, raw in enumerate(read_lines(path, str(path), found, None), 1):
+        if fault := raw.fault or _fault(raw.value):
+            raise DataError(fault, where=raw.origin, mend=f"mend that line, or: make process RAW={path}")
+        row: Row = raw.value
+        row.setdefault("origin", f"{path.name}:{raw.origin.rpartition(':')[2]}")
+        yield row if row.get("id") else {"id": records.row_id(row), **row}
     if number == 0:
         raise DataError("the file has no rows", where=str(path), mend="make process RAW=your_file")
 
 
-def _check(row: Any) -> None:
-    """The three stored shapes, and text where text belongs."""
+def _fault(row: Any) -> str | None:
+    """What keeps a row from being one of the three stored shapes, with text where text belongs."""
     keys = set(row) if isinstance(row, dict) else set()
     if "messages" in keys:
         turns = row["messages"]
-        good = isinstance(turns, list) and all(isinstance(turn, dict) and "role" in turn for turn in turns)
-        if not good or not turns:
-            raise RowFault("unknown format", "messages is not a list of turns with a role")
-        return
+        good = isinstance(turns, list) and turns and all(isinstance(turn, dict) and "role" in turn for turn in turns)
+        return None if good else "messages is not a list of turns with a role"
     wanted = ("user", "assistant") if "user" in keys else ("input", "target")
     if not set(wanted) <= keys:
         shapes = "{system,user,assistant}, {messages} or {input,target}"
-        raise RowFault("unknown format", f"not a processed row: it has {sorted(map(str, keys))[:8]} and not {shapes}")
+        return f"not a processed row: it has {sorted(map(str, keys))[:8]} and not {shapes}"
     for key in (*wanted, *({"system"} & keys)):
         if not isinstance(row[key], str) and not (key == "system" and row[key] is None):
-            raise RowFault("not text", f"{key} is not text")
+            return f"{key} is not text"
+    return None
 
 
 def paths(data: DataSection, root: Path) -> Stage:
@@ -131,11 +123,9 @@ def check_styled(data: DataSection, root: Path) -> None:
         if not source.exists() and not made.exists():
             continue
         if name not in kept or not made.exists():
-            what = (
-                f"{name} is processed, but not styled"
-                if source.exists()
-                else f"{stamps.NAME} does not tell what it was made from"
-            )
+            what = f"{name} is processed, but not styled"
+            if made.exists():
+                what = f"{stamps.NAME} does not tell what {name} was made from"
         elif not source.exists():
             what = f"{name} is styled, but its source is gone"
         elif files.sha256(source) != kept[name].get("sha256"):

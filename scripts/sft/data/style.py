@@ -18,7 +18,7 @@ MODES: tuple[str, ...] = get_args(Mode)
 PRESETS = {
     "concise": "Answer in at most two short sentences. Leave out introductions, lists and headings.",
     "json": "Answer with one valid JSON value and nothing else: no explanation, no code fence.",
-    "step-by-step": "Work the answer out step by step, one numbered step a line, and end with the result on a line alone.",
+    "step-by-step": "Work the answer out step by step, one numbered step a line, and end with the result.",
     "structured": "Answer in Markdown: a one-line summary first, then short headed sections with bullet points.",
 }
 
@@ -47,7 +47,7 @@ def styled(row: dict[str, Any], style: str, mode: str) -> dict[str, Any]:
         "fill": system or style,
     }[mode]
     if "messages" not in row:
-        kept = {key: row[key] for key in ("id", "origin") if key in row}
+        kept: dict[str, Any] = {key: row[key] for key in ("id", "origin") if key in row}
         return {**kept, "system": wanted, **{key: value for key, value in row.items() if key not in {*kept, "system"}}}
     head = {**(first or {"role": "system"}), "content": wanted}
     return {**row, "messages": [head, *(turns[1:] if first else turns)]}
