@@ -1,0 +1,152 @@
+"""Packed rows are kept apart, in any family whose attention transformers dispatches; the rest is refused or padded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from sft.step import attention
+from sft.step.window import cut
+from tests.step import models
+
+
+def _logits_row_by_row(model: Any, batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    rows = batch["input_ids"].split(batch["lengths"].tolist())
+    return [model(input_ids=row[None]).logits[0] for row in rows]
+
+
+def _logits_packed(model: Any, batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    (micro,) = cut(batch, tokens=10_000, apart=True)
+    return list(model(**micro.inputs, use_cache=False).logits[0].split(batch["lengths"].tolist()))
+
+
+def _largest_difference(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+    return max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("family", ["tiny_qwen2", "tiny_gpt2"])
+def test_packed_rows_have_the_logits_they_have_alone(family: str, request: pytest.FixtureRequest) -> None:
+    model = models.load(request.getfixturevalue(family), dtype=torch.float32).eval()
+    batch = models.batch()
+    with torch.no_grad():
+        found, expected = _logits_packed(model, batch), _logits_row_by_row(model, batch)
+    assert _largest_difference(found, expected) < 3e-6
+    assert attention.keeps_rows_apart(model)
+
+
+def _llama_like(kind: str, **settings: object) -> Any:
+    from transformers import AutoConfig
+
+    shape = {
+        "vocab_size": 256,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 128,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    return AutoConfig.for_model(kind, **{**shape, **settings})
+
+
+def _model(config: Any) -> Any:
+    torch.manual_seed(0)
+    name = attention.implementation("cpu", config)
+    assert name == attention.NAME
+    return AutoModelForCausalLM.from_config(config, attn_implementation=name).eval()
+
+
+@pytest.mark.parametrize("window", [4, 64])
+def test_a_sliding_window_is_honoured_whether_it_binds_or_not(window: int) -> None:
+    model = _model(_llama_like("mistral", sliding_window=window))
+    batch = models.batch()
+    with torch.no_grad():
+        found, expected = _logits_packed(model, batch), _logits_row_by_row(model, batch)
+    assert _largest_difference(found, expected) < 3e-6
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3_text", "olmo2", "phi3", "granite", "cohere"])
+def test_other_families_keep_rows_apart_too(kind: str) -> None:
+    model = _model(_llama_like(kind))
+    batch = models.batch()
+    with torch.no_grad():
+        found, expected = _logits_packed(model, batch), _logits_row_by_row(model, batch)
+    assert _largest_difference(found, expected) < 3e-6
+    assert attention.keeps_rows_apart(model)
+
+
+def test_caps_sinks_encoders_and_own_attention_are_refused() -> None:
+    from transformers import AutoConfig
+
+    gemma2 = _llama_like("gemma2")
+    assert attention.implementation("cpu", gemma2) is None
+    assert attention.fallback(gemma2) == "eager"
+    assert attention.implementation("cpu", AutoConfig.for_model("t5")) is None
+    assert attention.implementation("cpu", AutoConfig.for_model("falcon")) is None
+    assert attention.implementation("cpu", AutoConfig.for_model("gpt_oss")) is None
+    assert attention.implementation("cpu", {"model_type": "never-heard-of"}) is None
+    assert attention.implementation("cpu", {"model_type": "qwen2"}) == attention.NAME
+    assert attention.implementation("mps", {"model_type": "qwen2"}) is None
+
+
+def test_without_a_capable_gpu_cuda_is_served_by_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
+    assert attention.implementation("cuda", {"model_type": "qwen2"}) is None
+
+
+def test_a_model_that_mixes_rows_is_found_out(tiny_qwen2: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = models.load(tiny_qwen2, dtype=torch.float32)
+    forward = model.forward
+
+    def leaking(*args: Any, position_ids: Any = None, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    model.forward = leaking
+    assert not attention.keeps_rows_apart(model)
+    assert "padded instead" in caplog.text
+    assert model.training
+    assert not attention.keeps_rows_apart(models.load(tiny_qwen2, attn="sdpa"))
+
+
+def test_generation_is_what_sdpa_generates(tiny_qwen2: Path) -> None:
+    ids = torch.tensor([[0, 0, 0, 11, 12, 13], [21, 22, 23, 24, 25, 26]])
+    mask = torch.tensor([[0, 0, 0, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    answers = [
+        models.load(tiny_qwen2, attn=name, dtype=torch.float32)
+        .eval()
+        .generate(input_ids=ids, attention_mask=mask, max_new_tokens=24, do_sample=False, eos_token_id=None)
+        for name in (attention.NAME, "sdpa")
+    ]
+    assert answers[0].tolist() == answers[1].tolist()
+
+
+def test_checkpointing_recomputes_packed_rows_alike(tiny_qwen2: Path) -> None:
+    found = []
+    for checkpointing in (False, True):
+        model = models.load(tiny_qwen2)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        (micro,) = cut(models.batch(), tokens=10_000, apart=True)
+        model(**micro.inputs, use_cache=False).logits.square().mean().backward()
+        found.append(models.gradients(model))
+    assert models.relative(found[1], found[0]) < 1e-12
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_cuda_packed_rows_have_the_logits_they_have_alone(tiny_qwen2: Path) -> None:
+    model = models.load(tiny_qwen2, dtype=torch.bfloat16).cuda().eval()
+    batch = {name: value.cuda() for name, value in models.batch().items()}
+    with torch.no_grad():
+        found, expected = _logits_packed(model, batch), _logits_row_by_row(model, batch)
+    assert _largest_difference(found, expected) < 2e-2
+    assert attention.keeps_rows_apart(model)

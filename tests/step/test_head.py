@@ -1,0 +1,164 @@
+"""The tiled head gives the loss and gradients of full logits, for every kind of head, or steps aside and says so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+from sft.step import head, microbatch
+from sft.step.losses import Transform, tile_gradient_
+from sft.step.window import Collator, cut
+from tests.step import models
+
+
+def _both(model: Any, *, smoothing: float = 0.0, tile: int = 4, seq2seq: bool = False) -> tuple[float, float]:
+    """Relative differences of loss and of gradients between tiles and full logits."""
+    batch = Collator("seq2seq")(models.seq2seq_rows()) if seq2seq else models.batch()
+    micro = cut(batch, tokens=10_000, apart=False)[0]
+    found = []
+    for logits in ("full", "chunked"):
+        loss, count = microbatch.loss_sum(model, micro, logits=logits, tile=tile, label_smoothing=smoothing)  # type: ignore[arg-type]
+        (3 * loss / count).backward()
+        found.append((loss.detach(), models.gradients(model)))
+    (loss, gradient), (tiled_loss, tiled_gradient) = found
+    assert float(gradient.norm()) > 0
+    return float((tiled_loss - loss).abs() / loss), models.relative(tiled_gradient, gradient)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("tile", [1, 7, 512])
+def test_a_tied_head_trained_whole(tiny_qwen2: Path, smoothing: float, tile: int) -> None:
+    loss, gradient = _both(models.load(tiny_qwen2), smoothing=smoothing, tile=tile)
+    assert loss < 1e-12
+    assert gradient < 1e-11
+
+
+def test_in_fp32_loss_and_gradient_agree_to_a_millionth(tiny_qwen2: Path) -> None:
+    loss, gradient = _both(models.load(tiny_qwen2, dtype=torch.float32))
+    assert loss < 1e-6
+    assert gradient < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_models_take_their_loss_in_fp32(tiny_qwen2: Path, dtype: torch.dtype) -> None:
+    model = models.load(tiny_qwen2, dtype=dtype)
+    micro = cut(models.batch(), tokens=10_000, apart=False)[0]
+    tiled, _ = microbatch.loss_sum(model, micro, tile=5)
+    full, _ = microbatch.loss_sum(model, micro, logits="full")
+    assert tiled.dtype == full.dtype == torch.float32
+    assert abs(tiled.item() - full.item()) < 1e-6 * full.item()
+    assert _both(model)[1] < 3e-2
+
+
+@pytest.mark.parametrize(
+    ("targets", "saved"), [(["q_proj", "down_proj"], []), (["q_proj"], ["lm_head"]), (["q_proj", "lm_head"], [])]
+)
+def test_adapters_in_the_blocks_a_head_saved_whole_and_an_adapter_on_the_head(
+    tmp_path: Path, targets: list[str], saved: list[str]
+) -> None:
+    from tests.tiny_models import tiny_qwen2
+
+    model = models.load(tiny_qwen2(tmp_path / "untied", tie_word_embeddings=False))
+    settings = LoraConfig(r=4, target_modules=targets, modules_to_save=saved or None, init_lora_weights=False)
+    loss, gradient = _both(get_peft_model(model, settings))
+    assert loss < 1e-12
+    assert gradient < 1e-11
+
+
+SMALL = {
+    "vocab_size": 256,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "pad_token_id": 0,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "expected"),
+    [
+        ("gemma2", {"final_logit_softcapping": 0.05}, Transform(softcap=0.05)),
+        ("granite", {"logits_scaling": 4.0}, Transform(scale=0.25)),
+        ("cohere", {"logit_scale": 0.125}, Transform(scale=0.125)),
+        ("phi", {}, Transform()),  # a head with a bias
+    ],
+)
+def test_soft_caps_scales_and_biases_are_honoured(kind: str, settings: dict[str, Any], expected: Transform) -> None:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **{**SMALL, **settings}, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_config(config).double()
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.normal_(module.bias)
+    loss, gradient = _both(model.train().requires_grad_(), smoothing=0.1)
+    assert head._transforms[model] == expected
+    assert loss < 1e-9
+    assert gradient < 1e-6  # models scale and cap by constants kept in their own way
+
+
+def test_t5_tied_and_untied(tiny_t5: Path) -> None:
+    assert max(_both(models.load(tiny_t5, attn="sdpa", seq2seq=True), seq2seq=True)) < 1e-11
+    torch.manual_seed(0)
+    shape = {"vocab_size": 128, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 2}
+    config = AutoConfig.for_model("t5", **shape, tie_word_embeddings=False, decoder_start_token_id=0, dropout_rate=0.0)
+    assert max(_both(AutoModelForSeq2SeqLM.from_config(config).double().train(), seq2seq=True)) < 1e-11
+
+
+def test_a_head_it_does_not_know_is_left_to_the_model_and_said_once(
+    tiny_qwen2: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = models.load(tiny_qwen2)
+    forward = model.forward
+
+    def bent(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        output.logits = output.logits + output.logits.square()
+        return output
+
+    model.forward = bent
+    assert max(_both(model)) < 1e-12
+    assert max(_both(model)) < 1e-12
+    assert caplog.text.count("full logits are kept") == 1
+
+
+def test_no_full_logits_are_ever_made(tiny_qwen2: Path) -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.shape[-1:] == (vocabulary,) and out.is_contiguous():
+                largest = max(largest, out.numel() // vocabulary)
+            return out
+
+    model = models.load(tiny_qwen2).requires_grad_(False)
+    model.model.norm.weight.requires_grad_()
+    vocabulary = model.config.vocab_size
+    micro = cut(models.batch(), tokens=10_000, apart=False)[0]
+    with Watch():
+        microbatch.loss_sum(model, micro, tile=6)[0].backward()
+    assert largest == 6
+
+
+def test_a_tiles_gradient_is_autograds() -> None:
+    torch.manual_seed(0)
+    raw, targets = 3 * torch.randn(5, 11, dtype=torch.float64), torch.tensor([0, 3, 10, 3, 7])
+    for transform in (Transform(), Transform(0.5), Transform(2.0, 1.5)):
+        leaf = raw.clone().requires_grad_()
+        loss = nn.functional.cross_entropy(transform(leaf), targets, reduction="sum", label_smoothing=0.2)
+        (expected,) = torch.autograd.grad(loss, leaf)
+        mine = raw.clone()
+        assert torch.allclose(tile_gradient_(mine, targets, transform, 0.2), loss, rtol=1e-12)
+        assert torch.allclose(mine, expected, atol=1e-12)
