@@ -89,10 +89,13 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
 
 
 @contextmanager
-def progress(title: str) -> Iterator[Callable[[int, int], None]]:
-    """Yields `advance(done, total)`, which draws a bar with the time left on a terminal's stderr; else nothing."""
+def progress(title: str) -> Iterator[Callable[..., None]]:
+    """Yields `advance(done, total, beside="")`, which draws a bar with the time left on a terminal's stderr, else nothing.
+
+    beside: text to show next to the title, such as the loss.
+    """
     if not sys.stderr.isatty():
-        yield lambda done, total: None
+        yield lambda done, total, beside="": None
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -100,7 +103,9 @@ def progress(title: str) -> Iterator[Callable[[int, int], None]]:
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bars:
         task = bars.add_task(title, total=None)
-        yield lambda done, total: bars.update(task, completed=done, total=total)
+        yield lambda done, total, beside="": bars.update(
+            task, completed=done, total=total, description=f"{title}  {beside}".rstrip()
+        )
 
 
 def _fail(error: SftError) -> int:

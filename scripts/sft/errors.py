@@ -11,6 +11,7 @@ class SftError(Exception):
     """Something went wrong that can be said in one message.
 
     what: one sentence. where: file:line, key or row, if known. mend: the command or edit that mends it, if known.
+    details: more for --json.
     """
 
     exit_code = 2
@@ -18,6 +19,7 @@ class SftError(Exception):
     def __init__(self, what: str, *, where: str | None = None, mend: str | None = None) -> None:
         super().__init__(what)
         self.what, self.where, self.mend = what, where, mend
+        self.details: dict[str, object] = {}
 
     def __str__(self) -> str:
         lines = [self.what]
