@@ -11,12 +11,13 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from sft.config.batch import EFFECTIVE_BATCH, agree, batch_plan
 from sft.config.schema import Config, TrainSection
-from sft.config.verdict import unequal_batches
+
+__all__ = ["Facts", "Resolved", "batch_plan", "resolve"]
 
 log = logging.getLogger("sft.config")
 
-EFFECTIVE_BATCH = 16
 MOST_MICRO_TOKENS = 4096
 # Full fine-tuning, by the model's nominal size in billions of parameters (guide seed, "guidelines by model size").
 FULL_RATES = {1: 1e-4, 7: 2e-5, 13: 1e-5, 70: 5e-6}
@@ -166,41 +167,12 @@ def _epochs(work: _Work) -> None:
     work.settle("epochs", epochs, why)
 
 
-def batch_plan(
-    effective_batch: int | Literal["auto"],
-    batch_size: int | Literal["auto"],
-    grad_accum: int | Literal["auto"],
-    measured: int | None,
-) -> tuple[int, int, int]:
-    """(rows of a step, most rows of a micro-batch, micro-batches of a step), from what is given.
-
-    Both given: their product is the step. grad_accum alone: ceil(effective / grad_accum). batch_size alone: it caps a
-    micro-batch. Neither: `measured` rows caps it, evened out over the micro-batches. A part alone that is larger than
-    an `auto` step makes the step as large.
-    Raises ConfigError when all three are given and unequal.
-    """
-    if batch_size != "auto" and grad_accum != "auto":
-        product = batch_size * grad_accum
-        if effective_batch not in ("auto", product):
-            raise unequal_batches(int(effective_batch), batch_size, grad_accum, where="the section train")
-        return product, batch_size, grad_accum
-    given = [part for part in (batch_size, grad_accum) if part != "auto"]
-    effective = max([EFFECTIVE_BATCH, *given]) if effective_batch == "auto" else effective_batch
-    if grad_accum != "auto":
-        batch = math.ceil(effective / grad_accum)
-    elif batch_size != "auto":
-        batch = min(batch_size, effective)
-    else:
-        batch = math.ceil(effective / math.ceil(effective / max(1, min(measured or 1, effective))))
-    return effective, batch, math.ceil(effective / batch)
-
-
 def _batch(work: _Work, max_seq_len: int) -> None:
     train, facts = work.train, work.facts
     measured, asked = facts.measured_batch, (train.effective_batch, train.batch_size, train.grad_accum)
     if facts.device == "cpu" and measured is None:
         measured = 1 << 30
-    if "auto" in asked or not _settled(*map(int, asked)):
+    if "auto" in asked or not agree(*map(int, asked)):
         effective, batch, accum = batch_plan(*asked, measured)
         free = train.batch_size == "auto" and train.grad_accum == "auto"
         work.settle("effective_batch", effective, _why_effective(train, effective))
@@ -211,11 +183,6 @@ def _batch(work: _Work, max_seq_len: int) -> None:
     if train.micro_batch_tokens == "auto":
         budget = max(max_seq_len, min(batch * max_seq_len, MOST_MICRO_TOKENS))
         work.settle("micro_batch_tokens", budget, f"{batch} rows of {max_seq_len}, at most {MOST_MICRO_TOKENS}")
-
-
-def _settled(effective: int, batch: int, accum: int) -> bool:
-    """Three numbers that agree, where the last micro-batch of a step may be smaller."""
-    return batch * accum == effective or accum == math.ceil(effective / batch)
 
 
 def _why_effective(train: TrainSection, effective: int) -> str:

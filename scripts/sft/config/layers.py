@@ -175,7 +175,8 @@ def _set_value(text: str, where: str, problems: list[SftError]) -> Node:
         return Node(yaml_dialect.scalar(text), where, text)
     found: list[SftError] = []
     node = yaml_dialect.parse(text, where, found)
-    problems += [ConfigError(error.what, where=where, mend=error.mend) for error in found]
+    for error in found:
+        problems.append(ConfigError(error.what.replace(f": {where}:1 and {where}:1", ""), where=where))
     return _placed(node, where) if node else Node(None, where)
 
 

@@ -193,7 +193,7 @@ def _mend(field: Field, node: Node | None) -> str:
             return f"write `{name}: {meant}`"
         if node and node.raw is None and isinstance(scalar(value), int | float) and "number" in field.expected:
             return f"remove the quotes: `{name}: {value}`"
-        if close := difflib.get_close_matches(value.lower(), field.choices, 1, 0.5):
+        if close := difflib.get_close_matches(value.lower(), field.choices, 1, 0.6):
             return f"did you mean `{close[0]}`?"
     if isinstance(value, str | int | float) and "a list of texts" in field.expected:
         return f"write it as a list: `{name}: [{node.raw if node and node.raw else value}]`"

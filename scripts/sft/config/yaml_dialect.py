@@ -85,6 +85,15 @@ for _tag, _pattern in (("null", _NULL), ("bool", _BOOL), ("int", _INT), ("float"
     _Dumper.add_implicit_resolver(_CORE + _tag, re.compile(rf"(?:{_pattern.pattern})\Z"), None)  # type: ignore[no-untyped-call]
 
 
+def _text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    """PyYAML would fold these rarer line breaks; in double quotes they are escaped."""
+    style = '"' if any(mark in text for mark in "\x85\u2028\u2029\r") else None
+    return dumper.represent_scalar(_CORE + "str", text, style=style)
+
+
+_Dumper.add_representer(str, _text)
+
+
 def dump(value: Any) -> str:
     """YAML text that `parse` reads back to the same value."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
@@ -104,7 +113,9 @@ def parse(text: str, name: str, problems: list[SftError]) -> Node | None:
         raise _syntax_error(error, name) from None
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        raise ConfigError(f"a character that YAML does not take: {error.character!r}", where=f"{name}:{line}") from None
+        raise ConfigError(
+            f"a character that YAML does not take: {text[error.position]!r}", where=f"{name}:{line}"
+        ) from None
     except RecursionError:
         raise ConfigError("nested too deeply", where=name) from None
     return None if root is None else _Reader(name, problems).read(root, 0, "")

@@ -13,14 +13,24 @@ from sft.config.schema.train import EarlyStoppingSection, ExperimentSection, Log
 class Config(Section):
     """One run, as merged from its files."""
 
-    experiment: ExperimentSection = Field(default_factory=ExperimentSection, description="What the run is called.")
-    model: ModelSection = Field(default_factory=ModelSection, description="The base model.")
-    tuning: TuningSection = Field(default_factory=TuningSection, description="How its weights are changed.")
-    data: DataSection = Field(default_factory=DataSection, description="Where rows come from.")
-    train: TrainSection = Field(default_factory=TrainSection, description="One run.")
-    eval: EvalSection = Field(default_factory=EvalSection, description="What is measured.")
-    generation: GenerationSection = Field(default_factory=GenerationSection, description="How answers are made.")
-    logging: LoggingSection = Field(default_factory=LoggingSection, description="What is written meanwhile.")
+    experiment: ExperimentSection = Field(
+        default_factory=ExperimentSection, description="What the run is called in reports."
+    )
+    model: ModelSection = Field(
+        default_factory=ModelSection, description="Which base model, and how long its rows may be."
+    )
+    tuning: TuningSection = Field(
+        default_factory=TuningSection, description="How its weights are changed, and by whose kernels."
+    )
+    data: DataSection = Field(default_factory=DataSection, description="Where rows come from and where they go.")
+    train: TrainSection = Field(
+        default_factory=TrainSection, description="How long, how fast, how large a step, what is kept."
+    )
+    eval: EvalSection = Field(default_factory=EvalSection, description="What is measured, on how many rows.")
+    generation: GenerationSection = Field(
+        default_factory=GenerationSection, description="How answers are made, in eval, infer and compare alike."
+    )
+    logging: LoggingSection = Field(default_factory=LoggingSection, description="What is written while a run goes on.")
 
     @model_validator(mode="after")
     def _one_precision(self) -> Config:

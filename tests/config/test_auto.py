@@ -1,0 +1,263 @@
+"""The written rules behind `auto`, each with expectations written out by hand."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from typing import Any
+
+import pytest
+
+from sft.config import auto
+from sft.config.auto import Facts, batch_plan, resolve
+from sft.config.schema import Config
+from sft.errors import ConfigError
+
+CPU = Facts("cpu")
+AMPERE = Facts("cuda", (8, 0))
+ADA = Facts("cuda", (8, 9))
+TURING = Facts("cuda", (7, 5))
+
+
+def settled(facts: Facts, mode: str = "qlora", max_seq_len: int = 512, **train: Any) -> auto.Resolved:
+    return resolve(
+        Config.model_validate({"train": train, "tuning": {"mode": mode}, "model": {"max_seq_len": max_seq_len}}), facts
+    )
+
+
+@pytest.mark.parametrize(
+    ("facts", "bf16", "fp16", "expected"),
+    [
+        (CPU, "auto", "auto", (True, False)),
+        (AMPERE, "auto", "auto", (True, False)),
+        (ADA, "auto", "auto", (True, False)),
+        (TURING, "auto", "auto", (False, True)),
+        (Facts("cuda", None), "auto", "auto", (False, True)),
+        (Facts("cuda", (7, 5), bf16_supported=True), "auto", "auto", (True, False)),
+        (Facts("cuda", (8, 6), bf16_supported=False), "auto", "auto", (False, True)),
+        (TURING, True, "auto", (True, False)),
+        (TURING, True, False, (True, False)),
+        (ADA, "auto", True, (False, True)),
+        (CPU, "auto", True, (False, True)),
+        (ADA, False, "auto", (False, True)),
+        (CPU, False, "auto", (False, False)),
+        (ADA, "auto", False, (True, False)),
+        (TURING, "auto", False, (False, False)),
+        (CPU, "auto", False, (True, False)),
+        (ADA, False, False, (False, False)),
+        (CPU, False, True, (False, True)),
+    ],
+)
+def test_precision(facts: Facts, bf16: Any, fp16: Any, expected: tuple[bool, bool]) -> None:
+    train = settled(facts, bf16=bf16, fp16=fp16).config.train
+    assert (train.bf16, train.fp16) == expected
+
+
+def test_an_explicit_precision_that_the_hardware_lacks_is_honoured_and_warned_of(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("sft"), "propagate", True)
+    resolved = settled(TURING, bf16=True)
+    assert resolved.config.train.bf16 is True
+    message = "train.bf16 is true, but a GPU of compute capability 7.5 has no bfloat16: it is emulated and slow"
+    assert resolved.warnings == (message,) and message in caplog.messages
+    assert "fp16 is true on the CPU" in settled(CPU, fp16=True).warnings[0]
+    assert "encoder-decoder" in settled(Facts("cuda", (7, 5), seq2seq=True)).warnings[0]
+    assert settled(ADA, bf16=True).warnings == settled(CPU, bf16=True).warnings == ()
+
+
+def test_both_precisions_are_refused_by_the_schema_too() -> None:
+    with pytest.raises(ValueError, match="both true"):
+        settled(ADA, bf16=True, fp16=True)
+
+
+@pytest.mark.parametrize(
+    ("mode", "parameters", "rate"),
+    [
+        ("qlora", 494_032_768, 2e-4),  # Qwen2.5-0.5B
+        ("qlora", 1_543_714_304, 2e-4),  # 1.5B
+        ("lora", 2_999_999_999, 2e-4),
+        ("lora", 3_000_000_000, 1e-4),
+        ("qlora", 3_085_938_688, 1e-4),  # Qwen2.5-3B
+        ("qlora", 7_615_616_512, 1e-4),
+        ("qlora", None, 1e-4),
+        ("full", 1_300_000, 1e-4),
+        ("full", 247_577_856, 1e-4),  # flan-t5-base
+        ("full", 1_000_000_000, 1e-4),
+        ("full", 1_543_714_304, 1e-4),
+        ("full", 3_085_938_688, 2e-5),
+        ("full", 7_000_000_000, 2e-5),
+        ("full", 7_615_616_512, 2e-5),
+        ("full", 8_030_261_248, 2e-5),
+        ("full", 13_015_864_320, 1e-5),
+        ("full", 14_770_033_664, 1e-5),
+        ("full", 32_763_876_352, 5e-6),
+        ("full", 70_553_706_496, 5e-6),
+        ("full", None, 2e-5),
+    ],
+)
+def test_learning_rate(mode: str, parameters: int | None, rate: float) -> None:
+    resolved = settled(Facts("cpu", parameters=parameters), mode)
+    assert resolved.config.train.learning_rate == rate
+    assert mode in resolved.reasons["train.learning_rate"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "epochs"), [(1, 5), (999, 5), (1_000, 3), (9_999, 3), (10_000, 1), (52_002, 1), (None, 3)]
+)
+def test_epochs_by_rows(rows: int | None, epochs: float) -> None:
+    assert settled(Facts("cpu", train_rows=rows)).config.train.epochs == epochs
+
+
+A = "auto"
+
+
+@pytest.mark.parametrize(
+    ("effective", "batch", "accum", "measured", "plan"),
+    [
+        (A, A, A, None, (16, 1, 16)),
+        (A, A, A, 1, (16, 1, 16)),
+        (A, A, A, 8, (16, 8, 2)),
+        (A, A, A, 64, (16, 16, 1)),
+        (24, A, A, 16, (24, 12, 2)),
+        (17, A, A, 16, (17, 9, 2)),
+        (4, A, A, 64, (4, 4, 1)),
+        (A, 2, A, 64, (16, 2, 8)),
+        (A, 6, A, None, (16, 6, 3)),
+        (A, 32, A, None, (32, 32, 1)),
+        (8, 32, A, None, (8, 8, 1)),
+        (A, A, 4, 64, (16, 4, 4)),
+        (10, A, 4, None, (10, 3, 4)),
+        (A, A, 32, None, (32, 1, 32)),
+        (8, A, 32, None, (8, 1, 8)),
+        (A, 3, 5, 1, (15, 3, 5)),
+        (15, 3, 5, 1, (15, 3, 5)),
+    ],
+)
+def test_batch_and_accumulation(effective: Any, batch: Any, accum: Any, measured: Any, plan: tuple[int, ...]) -> None:
+    assert batch_plan(effective, batch, accum, measured) == plan
+
+
+def test_every_plan_covers_its_step_with_no_micro_batch_to_spare() -> None:
+    parts: list[Any] = [A, 1, 2, 3, 5, 8, 16, 40]
+    for effective, batch, accum, measured in itertools.product(parts, parts, parts, [None, 1, 3, 64]):
+        if A not in (effective, batch, accum) and batch * accum != effective:
+            continue
+        rows, most, times = batch_plan(effective, batch, accum, measured)
+        assert rows <= most * times < rows + most
+
+
+def test_three_unequal_batch_numbers_are_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"batch_size 2 \* train.grad_accum 4 is 8, but train.effective_batch is 16"):
+        batch_plan(16, 2, 4, None)
+    with pytest.raises(ConfigError):
+        settled(CPU, effective_batch=16, batch_size=2, grad_accum=4)
+
+
+@pytest.mark.parametrize(
+    ("facts", "max_seq_len", "train", "expected"),
+    [
+        (CPU, 128, {}, (16, 16, 1, 2048)),
+        (CPU, 512, {}, (16, 16, 1, 4096)),
+        (CPU, 8192, {}, (16, 16, 1, 8192)),
+        (CPU, 512, {"batch_size": 2}, (16, 2, 8, 1024)),
+        (CPU, 512, {"effective_batch": 4}, (4, 4, 1, 2048)),
+        (CPU, 512, {"micro_batch_tokens": 300}, (16, 16, 1, 300)),
+        (ADA, 512, {}, (16, 1, 16, 512)),
+        (Facts("cuda", (8, 9), measured_batch=4), 512, {}, (16, 4, 4, 2048)),
+        (Facts("cuda", (8, 9), measured_batch=64), 2048, {}, (16, 16, 1, 4096)),
+        (Facts("cuda", (8, 9), measured_batch=64), 512, {"grad_accum": 8}, (16, 2, 8, 1024)),
+    ],
+)
+def test_step_size_on_a_machine(
+    facts: Facts, max_seq_len: int, train: dict[str, Any], expected: tuple[int, ...]
+) -> None:
+    found = settled(facts, max_seq_len=max_seq_len, **train).config.train
+    assert (found.effective_batch, found.batch_size, found.grad_accum, found.micro_batch_tokens) == expected
+
+
+@pytest.mark.parametrize(
+    ("facts", "optim", "tf32", "checkpointing"),
+    [
+        (CPU, "adamw_torch", False, False),
+        (ADA, "adamw_torch_fused", True, True),
+        (TURING, "adamw_torch_fused", False, True),
+    ],
+)
+def test_what_follows_the_hardware(facts: Facts, optim: str, tf32: bool, checkpointing: bool) -> None:
+    train = settled(facts).config.train
+    assert (train.optim, train.tf32, train.gradient_checkpointing) == (optim, tf32, checkpointing)
+    kept = settled(facts, optim="sgd", tf32=False, gradient_checkpointing=False).config.train
+    assert (kept.optim, kept.tf32, kept.gradient_checkpointing) == ("sgd", False, False)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, ("epoch", "epoch", True, 100, 100)),
+        ({"eval_strategy": "steps"}, ("steps", "steps", True, 100, 100)),
+        ({"eval_strategy": "steps", "eval_steps": 30}, ("steps", "steps", True, 30, 120)),
+        ({"eval_strategy": "steps", "eval_steps": 200}, ("steps", "steps", True, 200, 200)),
+        ({"eval_strategy": "steps", "eval_steps": 50}, ("steps", "steps", True, 50, 100)),
+        ({"eval_strategy": "epoch", "save_strategy": "steps"}, ("epoch", "epoch", True, 100, 100)),
+        ({"eval_strategy": "no", "save_strategy": "steps"}, ("no", "steps", False, 100, 100)),
+        ({"eval_strategy": "epoch", "save_strategy": "no"}, ("epoch", "epoch", True, 100, 100)),
+        (
+            {"eval_strategy": "steps", "eval_steps": 30, "save_strategy": "epoch", "load_best_model_at_end": False},
+            ("steps", "epoch", False, 30, 100),
+        ),
+    ],
+)
+def test_saving_and_evaluating_are_mended_together(given: dict[str, Any], expected: tuple[Any, ...]) -> None:
+    resolved = settled(CPU, **given)
+    train = resolved.config.train
+    found = (train.eval_strategy, train.save_strategy, train.load_best_model_at_end, train.eval_steps, train.save_steps)
+    assert found == expected
+    defaults = Config().train
+    for key, value in (("save_strategy", found[1]), ("load_best_model_at_end", found[2]), ("save_steps", found[4])):
+        changed = value != given.get(key, getattr(defaults, key))
+        assert (f"train.{key}" in resolved.reasons) == changed
+
+
+def test_early_stopping_without_evaluations_is_switched_off_and_said() -> None:
+    resolved = settled(CPU, eval_strategy="no", early_stopping={"enabled": True, "patience": 7})
+    assert resolved.config.train.early_stopping.enabled is False
+    assert resolved.config.train.early_stopping.patience == 7
+    assert "early_stopping is off" in resolved.warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("metric", "greater"),
+    [
+        ("loss", False),
+        ("eval_loss", False),
+        ("perplexity", False),
+        ("evaluate:wer", False),
+        ("rougeL", True),
+        ("eval_rougeL", True),
+        ("exact_match", True),
+        ("stop_rate", True),
+    ],
+)
+def test_the_direction_of_a_metric(metric: str, greater: bool) -> None:
+    assert settled(CPU, metric_for_best_model=metric).config.train.greater_is_better is greater
+    assert settled(CPU, metric_for_best_model=metric, greater_is_better=True).config.train.greater_is_better is True
+
+
+@pytest.mark.parametrize("facts", [CPU, ADA, TURING, Facts("cuda", (9, 0), 7_000_000_000, 240, 6)])
+@pytest.mark.parametrize("given", [{}, {"batch_size": 6}, {"grad_accum": 5}, {"eval_strategy": "no"}, {"max_steps": 9}])
+def test_nothing_is_left_open_and_a_second_time_changes_nothing(facts: Facts, given: dict[str, Any]) -> None:
+    resolved = settled(facts, **given)
+    values = resolved.config.train.model_dump()
+    assert "auto" not in values.values()
+    assert Config.model_validate(resolved.config.model_dump(), strict=True) == resolved.config
+    again = resolve(resolved.config, facts)
+    assert again.config == resolved.config and again.reasons == {}
+
+
+def test_every_settled_value_has_its_reason() -> None:
+    before, resolved = Config().train, settled(ADA)
+    for name in type(before).model_fields:
+        changed = getattr(before, name) != getattr(resolved.config.train, name)
+        assert (f"train.{name}" in resolved.reasons) == changed
+    assert all(resolved.reasons.values())

@@ -1,0 +1,110 @@
+"""What is shipped: every configuration loads, the reference page is the schema's, and nothing here imports torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sft.config import fields, paths, reference
+from sft.config.auto import Facts, resolve
+from sft.config.load import load
+from sft.config.schema import Config
+from tests.conftest import ROOT
+
+SHIPPED = sorted(path for path in (ROOT / "configs").glob("**/*.yaml") if path.name != "local.yaml")
+NAMES = {
+    "config_base", "run_bnb", "run_unsloth", "demo_cpu", "alpaca", "chat", "seq2seq_full", "card_8gb", "card_12gb",
+    "card_16gb", "card_24gb", "edugen_240",
+}  # fmt: skip
+
+
+def test_the_promised_configurations_are_there() -> None:
+    assert {path.stem for path in SHIPPED} >= NAMES
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("facts", [Facts("cpu"), Facts("cuda", (7, 5))], ids=["cpu", "old-gpu"])
+def test_every_shipped_configuration_loads_and_leaves_the_step_to_the_machine(path: Path, facts: Facts) -> None:
+    loaded = load(path, root=ROOT)
+    assert not loaded.given("train.batch_size") and not loaded.given("train.grad_accum")
+    assert not loaded.given("train.bf16") and not loaded.given("train.fp16")
+    assert "auto" not in resolve(loaded.config, facts).config.train.model_dump().values()
+
+
+def test_run_configurations_have_their_own_folders() -> None:
+    folders = [load(path, root=ROOT).config.train.output_dir for path in SHIPPED if path.stem != "config_base"]
+    assert len(set(folders)) == len(folders)
+    assert {"outputs/run-bnb", "outputs/run-unsloth", "outputs/demo"} <= set(folders)
+
+
+def test_the_base_restates_defaults_and_nothing_else() -> None:
+    assert load(ROOT / "configs" / "config_base.yaml", root=ROOT).config == Config()
+
+
+def test_every_key_has_a_meaning_and_the_page_is_up_to_date() -> None:
+    assert [field.key for field in fields.table().values() if len(field.description) < 10] == []
+    assert (ROOT / "docs" / "CONFIG.md").read_text(encoding="utf-8") == reference.markdown()
+
+
+def test_the_page_has_one_row_for_every_key() -> None:
+    rows = [line.split("`")[1] for line in reference.markdown().splitlines() if line.startswith("| `")]
+    assert rows == [f.key for f in fields.table().values() if not f.section or f.nullable]
+    row = "| `train.max_steps` | a whole number (at least 1) or null | `null` |"
+    assert sum(line.startswith(row) for line in reference.markdown().splitlines()) == 1
+
+
+def test_the_reference_command_writes_and_checks(command, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    page = tmp_path / "CONFIG.md"
+    page.write_text("old", encoding="utf-8")
+    stale = command("config_reference", "--check", "--out", page)
+    assert stale.returncode == 2 and "is not what the schema says" in stale.stderr and page.read_text() == "old"
+    assert command("config_reference", "--out", page).returncode == 0
+    assert page.read_text(encoding="utf-8") == reference.markdown()
+    assert command("config_reference", "--check", "--out", page).returncode == 0
+
+
+def test_loading_a_configuration_imports_no_torch_and_is_quick() -> None:
+    code = (
+        "import sys, pathlib; from sft.config import auto, load, paths, reference;"
+        f"load.load({str(ROOT / 'configs/demo_cpu.yaml')!r}, root=pathlib.Path({str(ROOT)!r}));"
+        "print(sorted({'torch', 'transformers', 'numpy', 'datasets'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT / "scripts", check=True
+    )
+    assert done.stdout.strip() == "[]"
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        load(ROOT / "configs" / "demo_cpu.yaml", root=ROOT)
+        times.append(time.perf_counter() - start)
+    assert min(times) < 0.15
+
+
+def test_accelerate_files_leave_the_precision_to_the_run() -> None:
+    one, two = (yaml.safe_load((ROOT / "env" / name).read_text()) for name in
+                ("accelerate_config.yaml", "accelerate_ddp_2.yaml"))  # fmt: skip
+    assert (one["num_processes"], one["distributed_type"], one["mixed_precision"]) == (1, "NO", "no")
+    assert (two["num_processes"], two["distributed_type"], two["mixed_precision"]) == (2, "MULTI_GPU", "no")
+
+
+def test_paths_count_from_the_root(tmp_path: Path) -> None:
+    assert paths.resolve(tmp_path, "data/raw/x.jsonl") == tmp_path / "data" / "raw" / "x.jsonl"
+    assert paths.resolve(tmp_path, "./a/../b") == tmp_path / "b"
+    assert paths.resolve(tmp_path, "/etc/hosts") == Path("/etc/hosts")
+    assert paths.resolve(tmp_path, "~/x") == Path.home() / "x"
+    assert paths.shown(tmp_path / "configs" / "a.yaml", tmp_path) == "configs/a.yaml"
+    assert paths.shown(Path("/elsewhere/a.yaml"), tmp_path) == "/elsewhere/a.yaml"
+
+
+def test_what_is_shipped_is_found_from_another_root_unless_it_has_its_own(tmp_path: Path) -> None:
+    assert paths.shipped(tmp_path, "configs/run_bnb.yaml") == ROOT / "configs" / "run_bnb.yaml"
+    assert paths.shipped(tmp_path, "configs/none.yaml") == tmp_path / "configs" / "none.yaml"
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "run_bnb.yaml").touch()
+    assert paths.shipped(tmp_path, "configs/run_bnb.yaml") == tmp_path / "configs" / "run_bnb.yaml"
