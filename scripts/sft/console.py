@@ -90,7 +90,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
 
 @contextmanager
 def progress(title: str) -> Iterator[Callable[..., None]]:
-    """Yields `advance(done, total, beside="")`, which draws a bar with the time left on a terminal's stderr, else nothing.
+    """Yields `advance(done, total, beside="")`, which draws a bar with the time left on a terminal, else nothing.
 
     beside: text to show next to the title, such as the loss.
     """
@@ -113,7 +113,7 @@ def _fail(error: SftError) -> int:
     if _json_mode:
         problems = getattr(error, "problems", [])
         told = [{"error": one.what, "where": one.where, "mend": one.mend} for one in (error, *problems)]
-        print(json.dumps({**told[0], **({"problems": told[1:]} if problems else {})}), flush=True)
+        print(json.dumps({**told[0], **({"problems": told[1:]} if problems else {}), **error.details}), flush=True)
     print(f"\033[31merror:\033[0m {error}" if colour else f"error: {error}", file=sys.stderr, flush=True)
     return error.exit_code
 
