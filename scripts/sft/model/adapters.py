@@ -115,8 +115,8 @@ def count(model: nn.Module) -> tuple[int, int]:
 
 def save(model: PeftModel, folder: Path, state: Mapping[str, Any] | None = None) -> None:
     """Writes adapter_model.safetensors, adapter_config.json and base.json (the base's name and fingerprint)."""
-    whole = any("embed" in name for name in model.peft_config["default"].modules_to_save or [])
-    model.save_pretrained(str(folder), safe_serialization=True, state_dict=state, save_embedding_layers=whole)
+    # "auto" would ask the hub for the base's config; modules_to_save are written in any case
+    model.save_pretrained(str(folder), safe_serialization=True, state_dict=state, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
     if base := getattr(model.get_base_model(), "sft_base", None):
         (folder / BASE).write_text(json.dumps(base, indent=2) + "\n", encoding="utf-8")

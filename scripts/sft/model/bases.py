@@ -47,12 +47,16 @@ def refuse_other_base(model: Any, folder: Path, base: dict[str, Any]) -> None:
     elif problem is None and base["name"] and not _same_name(str(base["name"]), str(here["name"])):
         problem = "the names differ, and nothing proves that the weights are the same"
     if problem:
-        raise ModelError(
-            f"this adapter belongs to another base: it was trained on {base['name']}, the model here is {here['name']}"
-            f" ({problem})",
-            where=str(folder),
-            mend=f"--set model.name={base['name']}, or name the adapter that was trained on {here['name']}",
-        )
+        raise other_base(folder, str(base["name"]), str(here["name"]), problem)
+
+
+def other_base(folder: Path, trained_on: str, here: str, problem: str) -> ModelError:
+    """The error for an adapter on a base that is not its own."""
+    return ModelError(
+        f"this adapter belongs to another base: it was trained on {trained_on}, the model here is {here} ({problem})",
+        where=str(folder),
+        mend=f"--set model.name={trained_on}, or name the adapter that was trained on {here}",
+    )
 
 
 def _misfit(model: Any, folder: Path, wanted: Any) -> str | None:

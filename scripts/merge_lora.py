@@ -1,0 +1,90 @@
+"""Merges an adapter into its full-precision base, checks the result, and leaves a model that any library can load.
+
+    python scripts/merge_lora.py                                          # adapters/last -> outputs/merged_fp16
+    python scripts/merge_lora.py --adapters adapters/run --out DIR --dtype bf16
+    python scripts/merge_lora.py --out DIR --test                         # load DIR and let it answer
+
+Reads the adapter and the config beside it (which names base and template) and the base's own weights tensor by tensor,
+never 4-bit ones; writes safetensors, tokenizer, chat template, stop tokens and merge.json with the figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from sft import console
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's flags."""
+    made = console.parser(
+        "Merge an adapter into its full-precision base and check the result.",
+        """python scripts/merge_lora.py --adapters adapters/last --out outputs/merged_fp16 --dtype fp16
+python scripts/merge_lora.py --out outputs/merged_fp16 --test
+python scripts/merge_lora.py --set model.name=/new/place/of/the/base""",
+    )
+    made.add_argument("--adapters", metavar="DIR", type=Path, help="the adapter's folder (default: adapters/last)")
+    made.add_argument("--out", metavar="DIR", type=Path, help="the new model (default: outputs/merged_DTYPE)")
+    made.add_argument("--dtype", choices=["fp16", "bf16", "fp32"], default="fp16", help="its type (default: fp16)")
+    made.add_argument("--test", action="store_true", help="merge nothing: load --out and let it answer")
+    made.add_argument("--prompt", default="Hello! What can you do?", help="the question for --test")
+    return made
+
+
+def main(args: argparse.Namespace) -> dict[str, Any]:
+    """Merges with a progress bar and prints the figures; or, with --test, lets the merged model answer."""
+    root = console.project_root()
+    out = args.out or root / "outputs" / f"merged_{args.dtype}"
+    return _test(out, args.prompt, root) if args.test else _merge(args, out, root)
+
+
+def _merge(args: argparse.Namespace, out: Path, root: Path) -> dict[str, Any]:
+    from sft.config.load import load
+    from sft.ship.merge import merge
+
+    loaded = load(args.config, args.set, root=root)
+    base = loaded.config.model.name if loaded.origin["model.name"] == "--set" else None
+    with console.progress("merging") as advance:
+        report = merge(
+            args.adapters or root / "adapters" / "last",
+            out,
+            args.dtype,
+            root,
+            lambda done, total, name: advance(done, total),
+            base=base,
+        )
+    compared = "not compared (too little memory)"
+    if report.max_logit_difference is not None:
+        compared = (
+            f"largest difference {report.max_logit_difference:.2g}, KL {report.mean_kl:.2g} nats a token,"
+            f" same first choice in {report.top1_agreement:.1%}"
+        )
+    rows = [
+        ("base", report.base),
+        ("adapter", report.adapter),
+        ("tensors changed", f"{report.tensors}, {report.changed_share:.1%} of their numbers"),
+        ("logits, adapter against merged", compared),
+        ("size", f"{report.bytes / 1e9:.2f} GB, {report.dtype}"),
+        ("time", f"{report.seconds:.0f} s"),
+    ]
+    console.table(f"merged into {report.out}", ["", "value"], rows)
+    console.say(f"next: make merge-test, or python scripts/infer.py --merged {report.out}")
+    return asdict(report)
+
+
+def _test(out: Path, prompt: str, root: Path) -> dict[str, Any]:
+    from sft.ship.trial import answer
+
+    found = answer(out, prompt, root)
+    console.say(f"prompt: {prompt}\nanswer: {found.text}")
+    console.say(
+        f"{found.tokens} tokens, {'stopped by itself' if found.stopped else 'cut off at the limit'}; logits finite"
+    )
+    return asdict(found)
+
+
+if __name__ == "__main__":
+    console.run(parser(), main)
