@@ -27,7 +27,7 @@ def read_lines(path: Path, name: str, found: Found, on_progress: Progress | None
     """One row a line; blank lines are no rows."""
     with open_text(path, found, on_progress) as text:
         for number, line in text.lines():
-            if not line.isspace():
+            if line.strip(" \t\r\n"):
                 yield _row(f"{name}:{number}", line.strip("\n\r"), found)
 
 

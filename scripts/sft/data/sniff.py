@@ -14,6 +14,7 @@ from sft.errors import DataError
 
 Kind = Literal["jsonl", "json", "csv", "parquet"]
 HEAD = 1 << 18
+CONTROL = re.compile("[\0-\x08\x0e-\x1f\ufffe\uffff]")  # what text does not hold
 BLOCK = 1 << 20
 ASCII_AND_TAILS = bytes(range(0xC0))  # what UTF-8 characters beyond ASCII do not begin with
 WRAPPERS = ("data", "rows", "train", "examples", "instances", "items", "records", "samples")
@@ -90,7 +91,7 @@ def _sniff(path: Path, head: bytes, stream: BinaryIO) -> Found:
             raise _refused(path, what, mend)
     encoding, errors, suspect, said = _encoding(path, head, stream)
     text = head.decode(encoding, "replace").lstrip("\ufeff")
-    if "\0" in text and encoding == "utf-8" and text.count("\0") > len(text) // 100:
+    if len(CONTROL.findall(text)) * 50 > len(text):
         raise _refused(path, "binary, of a kind that is not known here", "")
     if re.match(r"\s*<(!doctype|html|\?xml|head|!--)", text, re.IGNORECASE):
         raise _refused(path, "a web page or XML (did a download or a login go wrong?)", "download it again")

@@ -37,20 +37,18 @@ def read_rows(path: Path | str) -> list[Row]:
 
 def iter_rows(path: Path | str) -> Iterator[Row]:
     """The same, one at a time."""
-    path, number = Path(path), 0
+    path = Path(path)
     if not path.exists():
         raise DataError("no such file of rows", where=str(path), mend="make it: make process RAW=your_file")
     found = sniff(path)
     if found.kind != "jsonl":
         raise DataError("not a file of JSON lines", where=str(path), mend=f"make process RAW={path}")
-    for number, raw in enumerate(read_lines(path, str(path), found, None), 1):
+    for raw in read_lines(path, str(path), found, None):
         if fault := raw.fault or _fault(raw.value):
             raise DataError(fault, where=raw.origin, mend=f"mend that line, or: make process RAW={path}")
         row: Row = raw.value
         row.setdefault("origin", f"{path.name}:{raw.origin.rpartition(':')[2]}")
         yield row if row.get("id") else {"id": records.row_id(row), **row}
-    if number == 0:
-        raise DataError("the file has no rows", where=str(path), mend="make process RAW=your_file")
 
 
 def _fault(row: Any) -> str | None:

@@ -1,0 +1,266 @@
+"""Files of every kind, whole and broken: which rows come out, from where, and what is said of the others."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sft.config.schema import DataSection
+from sft.data.source import find
+from sft.errors import DataError
+
+
+def read(path: Path, **data: Any) -> list[Any]:
+    return list(find(DataSection(**data), path.parent, str(path)).rows())
+
+
+def values(path: Path) -> list[Any]:
+    return [raw.value for raw in read(path)]
+
+
+def put(path: Path, content: str | bytes, encoding: str = "utf-8") -> Path:
+    path.write_bytes(content if isinstance(content, bytes) else content.encode(encoding))
+    return path
+
+
+def test_json_lines_carry_their_line_and_blank_lines_are_no_rows(tmp_path: Path) -> None:
+    path = put(tmp_path / "a.jsonl", '{"a": 1}\r\n\n{"a": 2}')
+    assert [(raw.origin, raw.value) for raw in read(path)] == [("a.jsonl:1", {"a": 1}), ("a.jsonl:3", {"a": 2})]
+
+
+def test_lines_end_at_the_newline_only(tmp_path: Path) -> None:
+    strange = "a\u2028b\u2029c\x85d\x0ce"
+    escaped = json.dumps({"q": strange}, ensure_ascii=False).replace("\\f", "\f").replace("\f", "\\f")
+    path = put(tmp_path / "a.jsonl", escaped + "\n" + '{"q": 2}\n')
+    assert values(path) == [{"q": strange}, {"q": 2}]
+    assert [raw.origin for raw in read(path)] == ["a.jsonl:1", "a.jsonl:2"]
+
+
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ('{"a": 1', "broken JSON"),
+        ('{"a": NaN}', "NaN is not JSON"),
+        ('{"a": -Infinity}', "-Infinity is not JSON"),
+        ('{"a": 1e999}', "the number 1e999 is too large"),
+        ('{"a": 1, "b": {"c": 1, "c": 2}}', "the key 'c' is given twice"),
+        ('{"a": "\\ud800"}', "half a surrogate pair"),
+        ('{"\\uDEAD": 1}', "half a surrogate pair"),
+        ('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested deeper than 128 levels"),
+        ('{"a": ' + "[" * 200 + "]" * 200 + "}", "nested deeper than 128 levels"),
+        ('{"a": ' + "7" * 5_000 + "}", "an integer of 5,000 digits"),
+        ('{"a": 1} {"b": 2}', "broken JSON"),
+        ('{"a": "tab\there"}', "broken JSON"),
+    ],
+)
+def test_a_faulty_line_is_one_faulty_row_and_its_neighbours_are_read(tmp_path: Path, line: str, said: str) -> None:
+    for name, text in {
+        "lines.jsonl": f'{{"ok": 1}}\n{line}\n{{"ok": 2}}\n',
+        "array.json": f'[{{"ok": 1}},\n{line if line.count("{") == line.count("}") else "{,}"},\n{{"ok": 2}}]',
+    }.items():
+        if name == "array.json" and "} {" in line:
+            continue
+        first, bad, last = read(put(tmp_path / name, text))
+        assert (first.value, last.value) == ({"ok": 1}, {"ok": 2})
+        assert bad.origin == f"{name}:2" and bad.value is None and said in str(bad.fault)
+        assert bad.text
+
+
+def test_a_surrogate_pair_and_a_big_but_possible_integer_are_fine(tmp_path: Path) -> None:
+    path = put(tmp_path / "a.jsonl", '{"a": "\\ud83d\\ude00", "n": ' + "9" * 40 + "}\n")
+    assert values(path) == [{"a": "\U0001f600", "n": int("9" * 40)}]
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("wrapped", ["%s", '{"data": %s}', '{"version": "1", "note": [1, {"x": 2}], "data": %s, "n": 3}'])
+def test_json_arrays_and_objects_around_them(tmp_path: Path, indent: int | None, wrapped: str) -> None:
+    rows = [{"q": f"{{[\"{i}\\", "a": [i, {"b": None}]} for i in range(50)]
+    path = put(tmp_path / "a.json", wrapped % json.dumps(rows, indent=indent))
+    assert values(path) == rows
+
+
+def test_origins_in_arrays_are_lines_where_rows_begin_on_their_own_else_indexes(tmp_path: Path) -> None:
+    own = put(tmp_path / "own.json", json.dumps([{"a": 1}, {"a": 2}], indent=1))
+    assert [raw.origin for raw in read(own)] == ["own.json:2", "own.json:5"]
+    one = put(tmp_path / "one.json", json.dumps([{"a": 1}, {"a": 2}]))
+    assert [raw.origin for raw in read(one)] == ["one.json[0]", "one.json[1]"]
+
+
+def test_rows_longer_than_a_block_are_read_across_blocks(tmp_path: Path) -> None:
+    rows = [{"i": i, "text": "é\\\"]}" * size} for i, size in enumerate([1, 400_000, 3, 900_000, 5])]
+    path = put(tmp_path / "a.json", json.dumps({"data": rows}, ensure_ascii=False))
+    assert values(path) == rows
+    lines = put(tmp_path / "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    assert values(lines) == rows
+
+
+def test_pretty_printed_objects_one_after_the_other_are_rows(tmp_path: Path) -> None:
+    rows = [{"q": 1, "messages": [{"role": "user"}]}, {"q": 2}]
+    path = put(tmp_path / "a.jsonl", "\n".join(json.dumps(row, indent=2) for row in rows))
+    assert values(path) == rows
+
+
+@pytest.mark.parametrize(
+    "text, line",
+    [('[{"a": 1},\n{"a": 2}', 2), ('[{"a": 1}\n{"a": 2}]', 2), ('[\n{"a": 1},\n{"a": "x', 3), ('{"data": [{"a": 1}]', 1)],
+)
+def test_an_array_that_breaks_off_names_the_line(tmp_path: Path, text: str, line: int) -> None:
+    path = put(tmp_path / "a.json", text)
+    with pytest.raises(DataError, match="broken JSON") as caught:
+        read(path)
+    assert caught.value.where == f"{path}:{line}"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "cp1252"])
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv"])
+def test_encodings_are_recognised(tmp_path: Path, encoding: str, kind: str) -> None:
+    rows = [{"question": f"Wie heißt das Café Nr. {i}?", "answer": "„Zur schönen Aussicht“ – sehr hübsch"} for i in range(9)]
+    text = {
+        "jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
+        "json": json.dumps(rows, ensure_ascii=False, indent=1),
+        "csv": "question,answer\r\n" + "".join(f"{row['question']},{row['answer']}\r\n" for row in rows),
+    }[kind]
+    path = put(tmp_path / f"a.{kind}", text, encoding)
+    source = find(DataSection(), tmp_path, str(path))
+    assert [raw.value for raw in source.rows()] == rows
+    assert source.found is not None and bool(source.found.said) == (encoding != "utf-8-sig")
+
+
+def test_a_few_bytes_that_are_not_utf8_cost_their_rows_only(tmp_path: Path) -> None:
+    good = '{"q": "Grüße aus Köln"}\n'.encode()
+    path = put(tmp_path / "a.jsonl", good * 3 + b'{"q": "\xff\xfe\x81"}\n' + good)
+    assert [raw.fault for raw in read(path)] == [None, None, None, "not UTF-8 at column 8", None]
+    table = put(tmp_path / "a.csv", "q,a\nKöln,ja\n".encode() * 1 + b"x,\xff\n" + "schön,ß\n".encode())
+    assert [raw.fault for raw in read(table)] == [None, "not UTF-8", None]
+
+
+def test_csv_cells_of_any_size_with_newlines_quotes_and_unicode(tmp_path: Path) -> None:
+    big = 'x"' * 200_000 + "\nüber\u2028zwei Zeilen"
+    text = 'q,a\r\n"' + big.replace('"', '""') + '",ok\r\nnext,"a, b"\r\n'
+    path = put(tmp_path / "a.csv", text)
+    assert [(raw.origin, raw.value) for raw in read(path)] == [
+        ("a.csv:2", {"q": big, "a": "ok"}),
+        ("a.csv:4", {"q": "next", "a": "a, b"}),
+    ]
+
+
+def test_bad_csv_quoting_costs_its_own_row(tmp_path: Path) -> None:
+    lines = ["q,a", "one,1", 'two,"never closed', "three,3", '"four" x,4', 'five,"5\n5"', "six", "seven,7,7", 'eight,"8"']
+    rows = read(put(tmp_path / "a.csv", "\n".join(lines) + "\n"))
+    assert [raw.value["a"] for raw in rows if raw.value] == ["1", "3", "5\n5", "8"]
+    assert [(raw.origin, raw.text) for raw in rows if raw.fault] == [
+        ("a.csv:3", 'two,"never closed'),
+        ("a.csv:5", '"four" x,4'),
+        ("a.csv:8", "six"),
+        ("a.csv:9", "seven,7,7"),
+    ]
+
+
+@pytest.mark.parametrize("delimiter", ["\t", ";", "|"])
+def test_other_delimiters_are_found(tmp_path: Path, delimiter: str) -> None:
+    path = put(tmp_path / "a.tsv", f"q{delimiter}a\nHello, you{delimiter}Hi, me\n")
+    assert values(path) == [{"q": "Hello, you", "a": "Hi, me"}]
+
+
+def test_a_header_that_names_a_column_twice_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="two columns are called 'q'"):
+        read(put(tmp_path / "a.csv", "q,q\n1,2\n"))
+
+
+def test_parquet_rows_and_a_broken_parquet_file(tmp_path: Path) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    rows = [{"q": f"question {i}", "a": i} for i in range(1_500)]
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pa.Table.from_pylist(rows), path)
+    assert values(path) == rows
+    assert read(path)[1_400].origin == "a.parquet[1400]"
+    broken = put(tmp_path / "b.parquet", path.read_bytes()[:-30])
+    with pytest.raises(DataError, match="the Parquet file is broken"):
+        read(broken)
+
+
+def test_gzip_is_unpacked_on_the_way(tmp_path: Path) -> None:
+    path = put(tmp_path / "a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 1_000))
+    assert values(path) == [{"a": 1}] * 1_000
+    with pytest.raises(DataError, match="gzip"):
+        read(put(tmp_path / "b.jsonl.gz", path.read_bytes()[:-20]))
+
+
+@pytest.mark.parametrize(
+    "name, content, said",
+    [
+        ("a.parquet", b"\x89PNG\r\n\x1a\n" + bytes(100), "PARQUET by its name, but a PNG picture"),
+        ("a.json", b"<!DOCTYPE html><html></html>", "a web page"),
+        ("a.csv", b"PK\x03\x04" + bytes(50), "a zip archive"),
+        ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "a Git LFS pointer"),
+        ("a.json", b"", "the file is empty"),
+        ("a.jsonl", b"\xef\xbb\xbf \n\n", "the file is empty"),
+        ("a.json", bytes(range(256)) * 40, "binary"),
+        ("a.csv", b"just a sentence\nand another\n", "neither JSON nor a table"),
+        ("a.json", b"42", "neither JSON nor a table"),
+    ],
+)
+def test_what_is_no_data_is_named(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        read(put(tmp_path / name, content))
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.csv", "a.parquet", "a.txt"])
+def test_the_content_decides_and_a_wrong_name_is_said(tmp_path: Path, name: str) -> None:
+    path = put(tmp_path / name, '{"q": 1}\n{"q": 2}\n')
+    source = find(DataSection(), tmp_path, str(path))
+    assert [raw.value for raw in source.rows()] == [{"q": 1}, {"q": 2}]
+    assert source.found is not None
+    assert source.found.said == ([] if name == "a.txt" else [f"{name} is JSON lines in spite of its name, and is read as that"])
+
+
+def test_the_first_line_may_be_broken_and_the_file_is_still_json_lines(tmp_path: Path) -> None:
+    for broken in ("oops", '{"q": ', "[1, 2]", '"text"'):
+        rows = read(put(tmp_path / "a.jsonl", broken + '\n{"q": 1}\n{"q": 2}\n'))
+        assert [raw.value for raw in rows][1:] == [{"q": 1}, {"q": 2}]
+
+
+def test_where_raw_rows_are_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DataError, match="no raw data"):
+        find(DataSection(), tmp_path)
+    (tmp_path / "data/raw").mkdir(parents=True)
+    put(tmp_path / "data/raw/raw.json", '[{"q": "json"}]')
+    assert find(DataSection(), tmp_path).name == "data/raw/raw.json"
+    put(tmp_path / "data/raw/raw.jsonl", '{"q": "jsonl"}\n')
+    assert find(DataSection(), tmp_path).name == "data/raw/raw.jsonl"
+    put(tmp_path / "mine.csv", "q,a\n1,2\n")
+    assert find(DataSection(raw_path="mine.csv"), tmp_path).path == tmp_path / "mine.csv"
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    put(tmp_path / "here/own.jsonl", '{"q": 1}\n')
+    assert find(DataSection(raw_path="mine.csv"), tmp_path, "own.jsonl").name == "here/own.jsonl"
+
+
+def test_a_name_that_is_no_file_is_a_hub_data_set_or_an_error(tmp_path: Path) -> None:
+    source = find(DataSection(hub_config="main", hub_split="test"), tmp_path, "owner/name")
+    assert (source.kind, source.path) == ("hub data set, split test", None)
+    with pytest.raises(DataError, match="cannot be had") as caught:
+        list(source.rows())
+    assert "owner/name" in str(caught.value.where) and "--raw_path" in str(caught.value.mend)
+    with pytest.raises(DataError, match="no such file"):
+        find(DataSection(), tmp_path, "folder/gone.jsonl")
+
+
+def test_hub_rows_come_through_the_datasets_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sft.data.read_parquet import read_hub
+
+    (tmp_path / "owner/name").mkdir(parents=True)
+    put(tmp_path / "owner/name/train.jsonl", '{"q": "1"}\n{"q": "2"}\n')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    assert [(raw.origin, raw.value) for raw in read_hub("owner/name", None, "train")] == [
+        ("owner/name[0]", {"q": "1"}),
+        ("owner/name[1]", {"q": "2"}),
+    ]
+    with pytest.raises(DataError, match="cannot be"):
+        list(read_hub("owner/name", None, "validation"))
