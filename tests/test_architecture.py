@@ -26,7 +26,7 @@ MAY_IMPORT = {  # room -> rooms it may import, besides itself and ANYONE; transi
     "memory": {"step", "model", "config"},
     "metrics": set(),
     "runs": {"config"},
-    "generation": {"chat", "data", "model", "step", "config", "runs"},
+    "generation": {"chat", "data", "model", "step", "config", "runs", "metrics"},
     "training": {
         "config", "data", "chat", "model", "step", "memory", "generation", "metrics", "runs", "report", "ship",
     },

@@ -182,7 +182,7 @@ def test_a_prompt_too_long_loses_its_oldest_tokens_and_says_how_many(tiny_gpt2: 
     assert [answer.truncated for answer in answers] == [600 - (512 - 24), 0]
     assert answers[0].ids == engine.generate(model, tokenizer, [long[-488:]], GREEDY, Ends(), batch_size=1)[0].ids
     short = engine.generate(model, tokenizer, [long], GREEDY, Ends(), batch_size=1, max_len=30)
-    assert (short[0].truncated, short[0].tokens) == (600 - 15, 15)
+    assert (short[0].truncated, short[0].tokens) == (600 - 30, 24)
 
 
 def test_streaming_gives_the_same_text_in_pieces(qwen2: Any) -> None:

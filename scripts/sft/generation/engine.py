@@ -64,8 +64,8 @@ def generate(
 ) -> list[Answer]:
     """An answer to each prompt (token ids), in their order.
 
-    Longest first in batches of `batch_size`, halved for good when memory runs out. max_len: most tokens of prompt and
-    answer together, the model's own context at most; a prompt that leaves too little room loses its oldest tokens.
+    Longest first in batches of `batch_size`, halved for good when memory runs out. max_len: most tokens of a prompt; a
+    longer one, or one that leaves the answer too little of the model's context, loses its oldest tokens.
     Greedy answers are those of one prompt at a time (but for rounding); drawn ones depend on the seed and the batches.
     Raises EnvironmentProblem when not even one answer fits into memory.
     """
@@ -77,7 +77,7 @@ def generate(
         while len(answers) < len(order):
             indices = order[len(answers) : len(answers) + size]
             fitted = [fit(model, prompts[index], settings, kind, max_len) for index in indices]
-            made = _try(model, tokenizer, [ids for ids, _ in fitted], settings, ends, kind, max_len)
+            made = _try(model, tokenizer, [ids for ids, _ in fitted], settings, ends, kind)
             if made is None:
                 size = _smaller(len(indices))
                 continue
@@ -100,30 +100,27 @@ def finish(tokenizer: Any, made: Sequence[int], ends: Ends, truncated: int) -> A
     return Answer(found.ids, found.text, found.stopped, found.made, truncated)
 
 
-def context(model: nn.Module, kind: Kind, max_len: int | None) -> int | None:
+def context(model: nn.Module, kind: Kind) -> int | None:
     """Most tokens of prompt and answer together; None where nothing limits them (T5's positions are relative)."""
     config: Any = unwrap(model).config
-    own = None if kind == "seq2seq" else getattr(config.get_text_config(), "max_position_embeddings", None)
-    limits = [limit for limit in (own, max_len) if limit]
-    return min(limits) if limits else None
+    return None if kind == "seq2seq" else getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def prompt_room(model: nn.Module, settings: GenerationSection, kind: Kind, max_len: int | None = None) -> int | None:
+    """Most tokens that a prompt may have: the answer gets what it asks for, or half the context; None is no limit."""
+    limit = context(model, kind)
+    rooms = [] if limit is None else [max(limit - settings.max_new_tokens, limit // 2, 1)]
+    return min([*rooms, *([max_len] if max_len else [])], default=None)
 
 
 def fit(
     model: nn.Module, prompt: Sequence[int], settings: GenerationSection, kind: Kind, max_len: int | None
 ) -> tuple[list[int], int]:
-    """The prompt's newest tokens that leave room for the answer (half the context at least), and how many were cut."""
+    """The prompt's newest tokens that there is room for, and how many were cut."""
     room = prompt_room(model, settings, kind, max_len)
     if room is None or len(prompt) <= room:
         return list(prompt), 0
     return list(prompt[-room:]), len(prompt) - room
-
-
-def prompt_room(model: nn.Module, settings: GenerationSection, kind: Kind, max_len: int | None) -> int | None:
-    """Most tokens that a prompt may have; None where nothing limits it."""
-    limit = context(model, kind, max_len)
-    if limit is None or kind == "seq2seq":
-        return limit
-    return max(limit - settings.max_new_tokens, limit // 2, 1)
 
 
 @contextmanager
@@ -157,11 +154,10 @@ def _try(
     settings: GenerationSection,
     ends: AnyEnds,
     kind: Kind,
-    max_len: int | None,
 ) -> list[list[int]] | None:
     """The tokens made for each prompt, or None when memory ran out."""
     try:
-        return run(model, tokenizer, prompts, settings, ends, kind=kind, max_len=max_len)
+        return run(model, tokenizer, prompts, settings, ends, kind=kind)
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
@@ -189,7 +185,6 @@ def run(
     ends: AnyEnds,
     *,
     kind: Kind,
-    max_len: int | None = None,
     streamer: Any = None,
     cancelled: Event | None = None,
 ) -> list[list[int]]:
@@ -204,7 +199,7 @@ def run(
     if settings.repetition_penalty != 1.0:
         padding = mask[:, :0].bool() if kind == "seq2seq" else mask == 0
         processors.append(RepetitionPenalty(settings.repetition_penalty, padding, ends.ids))
-    limit = None if kind == "seq2seq" else context(model, kind, max_len)
+    limit = context(model, kind)
     most = settings.max_new_tokens if limit is None else max(1, min(settings.max_new_tokens, limit - ids.shape[1]))
     with _seeded(settings, ids.device), torch.no_grad():
         made = base.generate(

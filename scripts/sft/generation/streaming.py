@@ -54,7 +54,7 @@ def stream(
         try:
             engine.run(
                 model, tokenizer, [ids], settings, ends,
-                kind=kind, max_len=max_len, streamer=_Tokens(queue), cancelled=cancelled,
+                kind=kind, streamer=_Tokens(queue), cancelled=cancelled,
             )  # fmt: skip
             queue.put(None)
         except BaseException as error:

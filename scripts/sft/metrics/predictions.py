@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sft.errors import DataError
+from sft.metrics.scoring import score
+from sft.metrics.text import text_stats
 
+log = logging.getLogger("sft.metrics")
 _SHAPE = 'a row is {"prediction": "...", "reference": "..." or ["...", "..."], "source": "..."} on one line'
 
 
@@ -19,6 +24,25 @@ class Answers:
     predictions: list[str] = field(default_factory=list)
     references: list[list[str]] = field(default_factory=list)
     sources: list[str] | None = field(default_factory=list)
+
+
+def score_file(
+    path: Path, names: Sequence[str], *, stemmer: bool = False, json_schema: dict[str, Any] | None = None, strict: bool
+) -> tuple[int, dict[str, float]]:
+    """The number of rows, and the metrics and text statistics of their answers.
+
+    strict: every metric was asked for by name; else SARI is left out, with a warning, where a row has no source.
+    """
+    answers = read(path)
+    if not strict and answers.sources is None and "sari" in names:
+        log.warning("no SARI: not every row has a source")
+        names = [name for name in names if name != "sari"]
+    if json_schema is not None:
+        names = list(dict.fromkeys([*names, "json_schema"]))
+    values = score(
+        names, answers.predictions, answers.references, answers.sources, stemmer=stemmer, json_schema=json_schema
+    )
+    return len(answers.predictions), values | text_stats(answers.predictions)
 
 
 def read(path: Path) -> Answers:

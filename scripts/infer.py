@@ -1,0 +1,81 @@
+"""Talks with a model, or answers a file of questions, with the template and the stops that it was trained with.
+
+python scripts/infer.py                                                       a chat with the newest run
+python scripts/infer.py --mode batch --input_file q.txt --output_file a.txt   a line a question
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from sft import console
+
+EXAMPLES = """
+python scripts/infer.py
+python scripts/infer.py --base --set generation.temperature=0.7 --set generation.do_sample=true
+python scripts/infer.py --mode batch --input_file questions.jsonl --output_file outputs/answers.jsonl
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's flags."""
+    made = console.parser("Talk with a model, or answer a file of questions.", EXAMPLES)
+    made.add_argument("--mode", choices=["interactive", "batch"], help="default: batch where --input_file is given")
+    made.add_argument("--input_file", type=Path, metavar="F", help="questions: .txt (one a line) or .jsonl (one a row)")
+    made.add_argument("--output_file", type=Path, metavar="F", help="answers: .txt or .jsonl")
+    made.add_argument("--adapters", type=Path, metavar="DIR", help="an adapter (default: the newest run's)")
+    made.add_argument("--base", action="store_true", help="the base model alone")
+    made.add_argument("--merged", type=Path, metavar="DIR", help="a folder of merged weights")
+    made.add_argument("--system", metavar="TEXT", help="system text (default: the one the run was trained with)")
+    return made
+
+
+def main(args: argparse.Namespace) -> dict[str, Any] | None:
+    """Choose the model, read the questions, open the model, answer."""
+    from sft.errors import ConfigError
+    from sft.generation import batch_input, targets
+
+    root = console.project_root()
+    batch = args.mode == "batch" or (args.mode is None and args.input_file is not None)
+    if batch and (args.input_file is None or args.output_file is None):
+        raise ConfigError("batch mode needs --input_file and --output_file", mend="name both")
+    target = targets.choose(
+        Path(args.config), args.set, adapters=args.adapters, merged=args.merged, base=args.base,
+        is_default=args.config == console.default_config(), root=root,
+    )  # fmt: skip
+    from sft.generation import serving
+
+    system = args.system if args.system is not None else serving.system_text(target.config, target.folder)
+    requests = batch_input.read(args.input_file, system) if batch else []
+    adapter, merged = (None, None) if args.base else (target.adapter, target.merged)
+    served = serving.open_model(target.config, adapter=adapter, merged=merged, root=root)
+    if not batch:
+        return chat(served, target.config.generation, system, root)
+    with console.progress("answering") as advance:
+        answers = serving.answer_all(served, [one.row for one in requests], target.config, advance)
+    batch_input.write(args.output_file, requests, answers)
+    stopped = sum(answer.stopped for answer in answers if answer is not None)
+    asked = sum(answer is not None for answer in answers)
+    console.say(f"{asked} answers in {args.output_file}; {stopped} of them stopped by themselves")
+    return {"rows": asked, "stopped": stopped, "output_file": str(args.output_file)}
+
+
+def chat(served: Any, settings: Any, system: str | None, root: Path) -> None:
+    """The conversation, until /exit."""
+    from sft.generation.chat_session import ChatSession
+    from sft.generation.line_input import reader
+
+    session = ChatSession(
+        served.stream, console.write, settings=settings, system=system, save_path=root / "outputs" / "chat.jsonl",
+        count_tokens=lambda messages: len(served.encoder.prompt(messages)),
+    )  # fmt: skip
+    console.say(f"{served.name} on {served.device}; /help lists the commands")
+    if system:
+        console.say(f"system: {system}")
+    session.run(reader(root / "outputs" / ".chat_history"))
+
+
+if __name__ == "__main__":
+    console.run(parser(), main)

@@ -1,0 +1,223 @@
+"""The chat without its terminal: history, commands, and answers that can be broken off; testable with no model.
+
+The session is given three functions: `answer` (messages, settings, attempt -> pieces of text), `read` (a line, EOFError
+at the end) and `write` (a piece of text).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from sft import files
+from sft.config.schema import GenerationSection
+from sft.errors import DataError, SftError
+
+Message = dict[str, Any]
+Answerer = Callable[[list[Message], GenerationSection, int], Iterator[str]]
+
+HELP = """\
+/help                 this list
+/reset                forget the conversation (the system text stays)
+/system [TEXT]        show the system text, or set it and start over; /system none takes it away
+/set [KEY VALUE]      show or change a setting of `generation`, such as /set temperature 0.7
+/retry                answer the last question again
+/undo                 take the last question and its answer back
+/save [FILE]          write the conversation as one row of messages (default: outputs/chat.jsonl, appended)
+/load FILE            go on with a saved conversation
+/tokens               tokens of the conversation so far
+/exit                 leave (Ctrl-D too)
+Ctrl-C stops an answer. A line that ends in \\ goes on in the next one."""
+
+
+class ChatSession:
+    """A conversation and its commands. Prints through `write` alone."""
+
+    def __init__(
+        self,
+        answer: Answerer,
+        write: Callable[[str], None],
+        *,
+        settings: GenerationSection,
+        system: str | None = None,
+        save_path: Path = Path("outputs/chat.jsonl"),
+        count_tokens: Callable[[list[Message]], int] | None = None,
+    ) -> None:
+        self.answer, self.write, self.settings, self.save_path = answer, write, settings, save_path
+        self.system, self.count_tokens = system, count_tokens
+        self.turns: list[Message] = []
+        self.attempt = 0
+
+    @property
+    def messages(self) -> list[Message]:
+        """The whole conversation, its system text first."""
+        return [*([{"role": "system", "content": self.system}] if self.system else []), *self.turns]
+
+    def run(self, read: Callable[[], str]) -> None:
+        """Reads and answers until /exit or the end of the input."""
+        while True:
+            try:
+                line = read_whole(read)
+            except EOFError:
+                return
+            except KeyboardInterrupt:
+                self.write("\n(/exit or Ctrl-D leaves)\n")
+                continue
+            try:
+                if not self.handle(line):
+                    return
+            except SftError as error:
+                self.write(f"error: {error}\n")
+
+    def handle(self, line: str) -> bool:
+        """Does what one input asks for; false when it asks to leave."""
+        text = line.strip()
+        if not text:
+            return True
+        if not text.startswith("/"):
+            self._ask(line.strip("\n"))
+            return True
+        name, _, rest = text[1:].partition(" ")
+        if name in ("exit", "quit"):
+            return False
+        command = getattr(self, f"_do_{name}", None) if name.isalpha() else None
+        if command is None:
+            self.write(f"there is no command /{name}: /help lists them\n")
+        else:
+            command(rest.strip())
+        return True
+
+    def _ask(self, question: str) -> None:
+        self.turns.append({"role": "user", "content": question})
+        self.attempt = 0
+        self._answer()
+
+    def _answer(self) -> None:
+        """Streams the answer to the last question; what was shown when it broke off is kept as the answer."""
+        said: list[str] = []
+        try:
+            pieces = self.answer(self.messages, self.settings, self.attempt)
+            try:
+                for piece in pieces:
+                    said.append(piece)
+                    self.write(piece)
+            except KeyboardInterrupt:
+                self.write(" [stopped]")
+            finally:
+                close = getattr(pieces, "close", None)
+                if close is not None:
+                    close()
+            self.turns.append({"role": "assistant", "content": "".join(said)})
+        except SftError:
+            self.turns.pop()
+            raise
+        finally:
+            self.write("\n")
+
+    def _do_help(self, rest: str) -> None:
+        self.write(HELP + "\n")
+
+    def _do_reset(self, rest: str) -> None:
+        self.turns = []
+        self.write("(forgotten)\n")
+
+    def _do_system(self, rest: str) -> None:
+        if not rest:
+            self.write(f"system: {self.system or '(none)'}\n")
+            return
+        self.system = None if rest == "none" else rest
+        self.turns = []
+        self.write("(system text set; the conversation starts over)\n")
+
+    def _do_set(self, rest: str) -> None:
+        key, _, value = rest.partition(" ")
+        current = self.settings.model_dump()
+        if not key:
+            self.write("".join(f"{name} = {json.dumps(known)}\n" for name, known in current.items()))
+            return
+        if key not in current or not value:
+            self.write(f"/set takes one of {', '.join(current)} and a value\n")
+            return
+        try:
+            parsed = json.loads(value)
+        except ValueError:
+            parsed = value
+        drawn = {"do_sample": True} if key in ("temperature", "top_p", "top_k") else {}
+        try:
+            self.settings = GenerationSection.model_validate({**current, **drawn, key: parsed})
+        except ValidationError as error:
+            self.write(f"{key}: {error.errors()[0]['msg']}\n")
+            return
+        self.write(f"{key} = {json.dumps(parsed)}{' (answers are drawn now)' if drawn else ''}\n")
+
+    def _do_retry(self, rest: str) -> None:
+        if not self._drop_answer():
+            self.write("(there is no question to answer again)\n")
+            return
+        self.attempt += 1
+        if not self.settings.do_sample:
+            self.write("(greedy: the answer will be the same; /set temperature 0.7 draws another)\n")
+        self._answer()
+
+    def _do_undo(self, rest: str) -> None:
+        if self._drop_answer():
+            self.turns.pop()
+            self.write("(taken back)\n")
+        else:
+            self.write("(there is nothing to take back)\n")
+
+    def _drop_answer(self) -> bool:
+        if self.turns and self.turns[-1]["role"] == "assistant":
+            self.turns.pop()
+        return bool(self.turns)
+
+    def _do_save(self, rest: str) -> None:
+        if not self.turns:
+            self.write("(there is nothing to save)\n")
+            return
+        path = Path(rest).expanduser() if rest else self.save_path
+        older = path.read_text(encoding="utf-8") if path.is_file() and not rest else ""
+        row = json.dumps({"messages": self.messages}, ensure_ascii=False)
+        try:
+            files.write_text(path, older + row + "\n")
+        except OSError as error:
+            raise DataError(f"the conversation cannot be written: {error}", where=str(path)) from None
+        self.write(f"(saved: {path})\n")
+
+    def _do_load(self, rest: str) -> None:
+        messages = last_conversation(Path(rest).expanduser())
+        self.system = next((str(m["content"]) for m in messages if m["role"] == "system"), None)
+        self.turns = [message for message in messages if message["role"] != "system"]
+        while self.turns and self.turns[-1]["role"] != "assistant":
+            self.turns.pop()
+        self.write(f"(loaded {len(self.turns)} turns)\n")
+
+    def _do_tokens(self, rest: str) -> None:
+        if self.count_tokens is None or not self.turns:
+            self.write("(nothing was said yet)\n")
+        else:
+            self.write(f"{self.count_tokens(self.messages)} tokens in {len(self.turns)} turns\n")
+
+
+def read_whole(read: Callable[[], str]) -> str:
+    """One input: lines that end in a backslash go on in the next one."""
+    lines = [read()]
+    while lines[-1].endswith("\\"):
+        lines[-1] = lines[-1][:-1]
+        lines.append(read())
+    return "\n".join(lines)
+
+
+def last_conversation(path: Path) -> list[Message]:
+    """The messages in the last line of a file that /save wrote. Raises DataError."""
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+        messages = json.loads(lines[-1])["messages"]
+        assert isinstance(messages, list) and all(isinstance(m["content"], str) and m["role"] for m in messages)
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AssertionError):
+        raise DataError("no saved conversation there", where=str(path), mend="/load a file that /save wrote") from None
+    return messages

@@ -1,0 +1,165 @@
+"""Opens what a run made, as the run made it: base, adapter, tokenizer, template; nothing is restated."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sft.chat.encode import Encoder, make_encoder
+from sft.chat.template import load_template
+from sft.config.schema import Config, GenerationSection
+from sft.errors import ModelError
+from sft.generation import engine, streaming
+from sft.model import adapters, hardware, hub, loading
+from sft.model.tokenizer import load_tokenizer
+from sft.step import attention
+
+log = logging.getLogger("sft.generation")
+SERVING = "serving.json"
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model ready to answer, with the encoder that it was trained with."""
+
+    model: Any
+    tokenizer: Any
+    encoder: Encoder
+    kind: engine.Kind
+    device: str
+    name: str
+
+    @contextmanager
+    def base_only(self) -> Iterator[None]:
+        """The base's own answers for the time of the block: the adapter is switched off."""
+        if not hasattr(self.model, "disable_adapter"):
+            yield
+            return
+        with self.model.disable_adapter():
+            yield
+
+    def prompt(self, messages: list[Message], settings: GenerationSection) -> tuple[list[int], int]:
+        """The prompt's ids for a conversation, and how many of its oldest turns were left out to fit the model.
+
+        The system text and the newest turn always stay; if that alone is too long, the engine cuts its oldest tokens.
+        """
+        room = engine.prompt_room(self.model, settings, self.kind)
+        ids, turns = self.encoder.prompt(messages), 0
+        while room is not None and len(ids) > room and (shorter := without_oldest_turn(messages)) is not None:
+            messages, turns = shorter, turns + 1
+            ids = self.encoder.prompt(messages)
+        return ids, turns
+
+    def stream(self, messages: list[Message], settings: GenerationSection, attempt: int = 0) -> Iterator[str]:
+        """The answer to a conversation in pieces; another attempt draws with another seed."""
+        ids, turns = self.prompt(messages, settings)
+        if turns:
+            log.warning("the conversation is too long for the model: its oldest %d turns were left out", turns)
+        seeded = settings.model_copy(update={"seed": settings.seed + attempt})
+        return streaming.stream(self.model, self.tokenizer, ids, seeded, self.encoder.stops, kind=self.kind)
+
+
+def answer_all(
+    served: Served,
+    rows: Sequence[Message | None],
+    config: Config,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[engine.Answer | None]:
+    """An answer to each row (as the encoder takes them), None for None."""
+    prompts = {index: served.encoder.prompt(row) for index, row in enumerate(rows) if row is not None}
+    answers = engine.generate(
+        served.model,
+        served.tokenizer,
+        list(prompts.values()),
+        config.generation,
+        served.encoder.stops,
+        batch_size=config.eval.batch_size,
+        kind=served.kind,
+        on_progress=on_progress,
+    )
+    if cut_short := sum(answer.truncated > 0 for answer in answers):
+        log.warning("%d prompts are too long for the model: they lost their oldest tokens", cut_short)
+    found = dict(zip(prompts, answers, strict=True))
+    return [found.get(index) for index in range(len(rows))]
+
+
+def without_oldest_turn(messages: list[Message]) -> list[Message] | None:
+    """The conversation without its oldest question and what followed it; None when only one question is left."""
+    questions = [index for index, message in enumerate(messages) if message["role"] == "user"]
+    if len(questions) < 2:
+        return None
+    return [*messages[: questions[0]], *messages[questions[1] :]]
+
+
+def open_model(config: Config, *, adapter: Path | None = None, merged: Path | None = None, root: Path) -> Served:
+    """The tuned model (`adapter` on its base, or the whole weights in `merged`), or the base when neither is given.
+
+    config: the run's resolved one. A 4-bit run is served in 4 bits, its base alone too; merged weights as they are.
+    Raises ModelError (not found, the adapter is another base's), TemplateError, EnvironmentProblem.
+    """
+    card = hardware.probe()
+    section = config.model if merged is None else config.model.model_copy(update={"name": str(merged.absolute())})
+    device = loading.placement(section.device_map, card.device)
+    files = hub.find(section, root, weights=True)
+    tokenizer = load_tokenizer(_tokenizer_source(files, adapter), trust_remote_code=section.trust_remote_code)
+    template = load_template(config.data, tokenizer, root)
+    encoder = make_encoder(
+        template,
+        tokenizer,
+        kind=files.kind,
+        max_seq_len=section.max_seq_len,
+        over_length=section.over_length,
+        labels=config.train.labels,
+    )
+    dtype = weight_dtype(config, card, device, files.parameters)
+    wanted = attention.implementation(device, files.config) or attention.fallback(files.config)
+    model: Any = loading.load_base(
+        files,
+        section,
+        config.tuning,
+        dtype,
+        device=device,
+        train=False,
+        attention=wanted,
+        quantise=merged is None and config.tuning.mode == "qlora",
+    )
+    if adapter is not None:
+        model = adapters.load(model, adapter)
+    return Served(model.eval(), tokenizer, encoder, files.kind, device, str(adapter or merged or files.name))
+
+
+def weight_dtype(config: Config, card: hardware.Hardware, device: str, parameters: int) -> torch.dtype:
+    """The run's 16-bit type on a GPU that has it; on the CPU fp32, or bf16 where fp32 would not fit into memory."""
+    if device.startswith("cuda"):
+        if config.train.bf16 is False and config.train.fp16 is False:
+            return torch.float32
+        return torch.float16 if config.train.fp16 is True or not card.bf16 else torch.bfloat16
+    small = 4 * parameters < 0.6 * card.free_bytes or config.tuning.mode == "qlora"
+    return torch.float32 if small else torch.bfloat16
+
+
+def _tokenizer_source(files: Any, adapter: Path | None) -> Any:
+    saved = adapter is not None and (adapter / "tokenizer_config.json").is_file()
+    return adapter if saved else files
+
+
+def system_text(config: Config, folder: Path | None) -> str | None:
+    """The system text that answers expect: the one all training rows shared, else `data.system_prompt`, else None."""
+    for place in (folder, folder.parent if folder else None):
+        path = place / SERVING if place else None
+        if path is not None and path.is_file():
+            try:
+                said = json.loads(path.read_text(encoding="utf-8")).get("system")
+            except (ValueError, AttributeError):
+                raise ModelError(f"{path} is not a JSON object", mend="delete it, or train again") from None
+            if isinstance(said, str) and said:
+                return said
+    return config.data.system_prompt

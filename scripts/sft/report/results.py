@@ -1,0 +1,125 @@
+"""What an evaluation leaves: outputs/metrics.json, outputs/samples.jsonl, the run's own copies, and a table."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sft import files
+from sft.metrics import greater_is_better
+
+METRICS, SAMPLES = "metrics.json", "samples.jsonl"
+Values = Mapping[str, float]
+
+
+def merged(
+    older: Mapping[str, Any] | None,
+    *,
+    run: str,
+    split: str,
+    rows: int,
+    sides: Mapping[str, Values],
+    constant: Mapping[str, Any] | None,
+    fields: Mapping[str, Values],
+) -> dict[str, Any]:
+    """The new contents of metrics.json: these sides, and the other one where `older` has it for this run and split.
+
+    `about` says of each side when, and on how many rows, it was measured.
+    """
+    same = older is not None and older.get("run") == run and older.get("split") == split
+    kept: Mapping[str, Any] = older if same and older is not None else {}
+    made: dict[str, Any] = {"run": run, "split": split, "rows": rows}
+    about = dict(kept.get("about", {}))
+    for side in ("tuned", "base"):
+        if side in sides:
+            made[side] = {name: round(value, 6) for name, value in sides[side].items()}
+            about[side] = {"rows": rows, "at": time.strftime("%Y-%m-%d %H:%M:%S")}
+            if fields.get(side):
+                about[side]["fields"] = {name: round(value, 6) for name, value in fields[side].items()}
+        elif side in kept:
+            made[side] = kept[side]
+    if constant is not None or "constant" in kept:
+        made["constant"] = constant if constant is not None else kept["constant"]
+    made["about"] = about
+    return made
+
+
+def read(path: Path) -> dict[str, Any] | None:
+    """An earlier metrics.json; None where there is none that can be read."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def write(
+    outputs: Path, run_folder: Path | None, result: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]
+) -> None:
+    """Writes both files into outputs/ and, where the run has a folder, there too; each atomically."""
+    text = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+    for folder in [outputs, *([run_folder] if run_folder is not None and run_folder.is_dir() else [])]:
+        files.write_json(folder / METRICS, result)
+        files.write_text(folder / SAMPLES, text)
+
+
+def both_sides(tuned: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The samples of the tuned model, each with the base's answer and scores beside it."""
+    return [
+        {**mine, "base": {"prediction": theirs["prediction"], "scores": theirs["scores"]}}
+        for mine, theirs in zip(tuned, base, strict=True)
+    ]
+
+
+def table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of the results: metric, base, tuned, change, best constant answer."""
+    base, tuned = result.get("base", {}), result.get("tuned", {})
+    constant = result.get("constant") or {}
+    columns = ["metric", *(["base"] if base else []), *(["tuned"] if tuned else [])]
+    columns += [*(["change"] if base and tuned else []), *(["best constant answer"] if constant else [])]
+    rows = []
+    for name in dict.fromkeys([*tuned, *base]):
+        cells = [name]
+        cells += [number(base.get(name))] if base else []
+        cells += [number(tuned.get(name))] if tuned else []
+        if base and tuned:
+            cells.append(change(name, base.get(name), tuned.get(name)))
+        cells += [number(constant.get(name))] if constant else []
+        rows.append(cells)
+    return columns, rows
+
+
+def number(value: float | None) -> str:
+    """Three or four digits that matter; nothing for nothing."""
+    if value is None:
+        return ""
+    return f"{value:.4f}" if abs(value) < 10 else f"{value:,.2f}"
+
+
+def change(name: str, base: float | None, tuned: float | None) -> str:
+    """The difference, marked where it is for the worse."""
+    if base is None or tuned is None:
+        return ""
+    neutral = name.startswith("length")
+    worse = not neutral and tuned != base and (tuned > base) != greater_is_better(name)
+    return f"{tuned - base:+.4f}" + (" worse" if worse else "")
+
+
+def other_rows(result: Mapping[str, Any]) -> str | None:
+    """A warning when the two sides were measured on different numbers of rows."""
+    counts = {side: about["rows"] for side, about in result["about"].items()}
+    if len(set(counts.values())) < 2:
+        return None
+    told = ", ".join(f"{side} on {rows}" for side, rows in counts.items())
+    return f"the sides were measured on different rows ({told}): score both anew to compare them"
+
+
+def sample_text(sample: Mapping[str, Any]) -> str:
+    """A row's question, reference and answers, for people."""
+    lines = [f"\nprompt:    {sample['prompt']}", f"reference: {sample['reference']}"]
+    if "base" in sample:
+        lines.append(f"base:      {sample['base']['prediction']}")
+    return "\n".join([*lines, f"answer:    {sample['prediction']}{'' if sample['stopped'] else ' [did not stop]'}"])

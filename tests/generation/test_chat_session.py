@@ -1,0 +1,147 @@
+"""The chat's commands and history, with a scripted model in place of a real one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sft.config.schema import GenerationSection
+from sft.errors import DataError, ModelError
+from sft.generation.chat_session import ChatSession, last_conversation
+
+
+class Scripted:
+    """Answers with the number of turns it was shown and the attempt; remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[list[dict[str, Any]], GenerationSection, int]] = []
+        self.interrupt = self.fail = False
+        self.closed = 0
+
+    def __call__(self, messages: list[dict[str, Any]], settings: GenerationSection, attempt: int) -> Iterator[str]:
+        self.asked.append((messages, settings, attempt))
+        try:
+            yield "answer "
+            if self.interrupt:
+                raise KeyboardInterrupt
+            if self.fail:
+                raise ModelError("the model is gone")
+            yield f"{len(messages)}.{attempt}"
+        finally:
+            self.closed += 1
+
+
+def chat(
+    tmp_path: Path, *lines: Any, model: Scripted | None = None, **kwargs: Any
+) -> tuple[str, ChatSession, Scripted]:
+    said: list[str] = []
+    model = model or Scripted()
+    session = ChatSession(
+        model, said.append, settings=GenerationSection(), save_path=tmp_path / "outputs" / "chat.jsonl", **kwargs
+    )
+    session.run(fed(*lines))
+    return "".join(said), session, model
+
+
+def fed(*lines: Any) -> Callable[[], str]:
+    left = iter(lines)
+
+    def read() -> str:
+        line = next(left, None)
+        if line is None:
+            raise EOFError
+        if isinstance(line, BaseException):
+            raise line
+        return str(line)
+
+    return read
+
+
+def test_a_conversation_keeps_its_history_and_its_system_text(tmp_path: Path) -> None:
+    said, session, model = chat(tmp_path, "hello", "", "and then?", "/exit", "never read", system="Be brief.")
+    assert said == "answer 2.0\nanswer 4.0\n"
+    assert [message["role"] for message in model.asked[1][0]] == ["system", "user", "assistant", "user"]
+    assert session.turns[-1] == {"role": "assistant", "content": "answer 4.0"}
+
+
+def test_an_unknown_command_says_so_and_nothing_is_asked(tmp_path: Path) -> None:
+    said, _, model = chat(tmp_path, "/hlep", "/ask()", "/help")
+    assert said.startswith("there is no command /hlep: /help lists them\nthere is no command /ask()")
+    assert "/retry" in said and not model.asked
+
+
+def test_reset_and_system_start_over(tmp_path: Path) -> None:
+    said, session, model = chat(
+        tmp_path, "/system", "hello", "/reset", "hello", "/system Speak French.", "hello", "/system none", "hello"
+    )
+    assert said.startswith("system: (none)\n")
+    assert [len(messages) for messages, _, _ in model.asked] == [1, 1, 2, 1]
+    assert session.system is None
+
+
+def test_retry_asks_again_with_another_attempt_and_undo_takes_back(tmp_path: Path) -> None:
+    said, session, model = chat(tmp_path, "/retry", "/undo", "one", "two", "/retry", "/retry", "/undo", "three")
+    assert said.startswith("(there is no question to answer again)\n(there is nothing to take back)\n")
+    assert "greedy: the answer will be the same" in said
+    assert [(len(messages), attempt) for messages, _, attempt in model.asked] == [
+        (1, 0), (3, 0), (3, 1), (3, 2), (3, 0),
+    ]  # fmt: skip
+    assert [turn["content"] for turn in session.turns if turn["role"] == "user"] == ["one", "three"]
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(tmp_path: Path) -> None:
+    model = Scripted()
+    model.interrupt = True
+    said, session, _ = chat(tmp_path, KeyboardInterrupt(), "one", "two", model=model)
+    assert said == "\n(/exit or Ctrl-D leaves)\nanswer  [stopped]\nanswer  [stopped]\n"
+    assert [turn["content"] for turn in session.turns] == ["one", "answer ", "two", "answer "]
+    assert model.closed == 2
+
+
+def test_an_error_is_told_and_the_question_taken_back(tmp_path: Path) -> None:
+    model = Scripted()
+    model.fail = True
+    said, session, _ = chat(tmp_path, "one", "/help", model=model)
+    assert "error: the model is gone" in said and "/retry" in said
+    assert session.turns == []
+
+
+def test_settings_are_checked_and_sampling_follows_from_a_temperature(tmp_path: Path) -> None:
+    said, session, model = chat(
+        tmp_path, "/set temperature 0.4", "one", "/set temperature -1", "/set heat 3", "/set top_k x", "/set"
+    )
+    assert (model.asked[0][1].temperature, model.asked[0][1].do_sample) == (0.4, True)
+    assert "temperature = 0.4 (answers are drawn now)" in said
+    assert "temperature: Input should be greater than 0" in said and "/set takes one of max_new_tokens" in said
+    assert session.settings.temperature == 0.4
+
+
+def test_a_conversation_is_saved_as_a_row_and_loaded_again(tmp_path: Path) -> None:
+    other = tmp_path / "mine.jsonl"
+    said, _, _ = chat(tmp_path, "/save", "one", "/save", "two", "/save", f"/save {other}", system="S")
+    assert said.startswith("(there is nothing to save)\n")
+    rows = [json.loads(line) for line in (tmp_path / "outputs/chat.jsonl").read_text().splitlines()]
+    assert [len(row["messages"]) for row in rows] == [3, 5]
+    assert last_conversation(other) == rows[1]["messages"]
+    said, session, model = chat(tmp_path, f"/load {other}", "three", "/load nowhere.jsonl", "/save /proc/no/file")
+    assert session.system == "S" and len(model.asked[0][0]) == 6
+    assert "no saved conversation there" in said and "cannot be written" in said
+
+
+def test_tokens_are_counted_and_lines_can_go_on(tmp_path: Path) -> None:
+    said, session, _ = chat(
+        tmp_path, "/tokens", "one\\", "two", "/tokens", count_tokens=lambda m: sum(len(x["content"]) for x in m)
+    )
+    assert said == "(nothing was said yet)\nanswer 1.0\n17 tokens in 2 turns\n"
+    assert session.turns[0]["content"] == "one\ntwo"
+
+
+def test_a_broken_conversation_file_is_one_error(tmp_path: Path) -> None:
+    for content in ("", "{}", '{"messages": 4}', '{"messages": [{"role": "user"}]}'):
+        (tmp_path / "x.jsonl").write_text(content)
+        with pytest.raises(DataError, match="no saved conversation"):
+            last_conversation(tmp_path / "x.jsonl")
