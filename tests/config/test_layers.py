@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sft.config import layers, yaml_dialect
@@ -173,6 +173,8 @@ def test_a_resolved_configuration_reads_back_equal(write: Write) -> None:
         read_resolved(write("edited.yaml", "train: {speed: 3}"))
 
 
+# The same examples every time, however busy the machine is.
+CALM = settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 LEAVES = st.integers() | st.text(max_size=3) | st.lists(st.integers(), max_size=2)
 TREES = st.recursive(
     st.dictionaries(st.sampled_from("abc"), LEAVES, max_size=3),
@@ -196,6 +198,7 @@ def merged(*trees: Any) -> Any:
     return result
 
 
+@CALM
 @given(st.lists(TREES, min_size=1, max_size=4))
 def test_layers_merge_in_order(trees: list[Any]) -> None:
     result: Mapping = {}
@@ -204,6 +207,7 @@ def test_layers_merge_in_order(trees: list[Any]) -> None:
     assert plain(Node(result, "")) == merged(*trees)
 
 
+@CALM
 @given(TREES, TREES)
 def test_every_value_of_the_last_layer_survives_with_its_place(below: Any, above: Any) -> None:
     result = layers.merge(nodes(below, "below"), nodes(above, "above"))

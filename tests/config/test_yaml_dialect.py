@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sft.config import yaml_dialect
@@ -158,6 +158,8 @@ def test_a_huge_file_is_refused() -> None:
         read("# " + "x" * 300_000)
 
 
+# The same examples every time, however busy the machine is.
+CALM = settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-(10**12), 10**12) | st.floats(allow_nan=False) | st.text(max_size=12),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
@@ -165,11 +167,13 @@ VALUES = st.recursive(
 )
 
 
+@CALM
 @given(st.dictionaries(st.text(max_size=6), VALUES, max_size=4))
 def test_what_is_dumped_reads_back_the_same(value: dict[str, Any]) -> None:
     assert read(yaml_dialect.dump(value)) == value
 
 
+@CALM
 @given(
     st.sampled_from(["NO", "yes", "2e-4", "1e5", "1_000", "null", "~", "", "true", "007", "1:30", "=", "<<", "0x1f"])
 )
