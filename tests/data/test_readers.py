@@ -75,9 +75,11 @@ def test_a_surrogate_pair_and_a_big_but_possible_integer_are_fine(tmp_path: Path
 
 
 @pytest.mark.parametrize("indent", [None, 2])
-@pytest.mark.parametrize("wrapped", ["%s", '{"data": %s}', '{"version": "1", "note": [1, {"x": 2}], "data": %s, "n": 3}'])
+@pytest.mark.parametrize(
+    "wrapped", ["%s", '{"data": %s}', '{"version": "1", "note": [1, {"x": 2}], "data": %s, "n": 3}']
+)
 def test_json_arrays_and_objects_around_them(tmp_path: Path, indent: int | None, wrapped: str) -> None:
-    rows = [{"q": f"{{[\"{i}\\", "a": [i, {"b": None}]} for i in range(50)]
+    rows = [{"q": f'{{["{i}\\', "a": [i, {"b": None}]} for i in range(50)]
     path = put(tmp_path / "a.json", wrapped % json.dumps(rows, indent=indent))
     assert values(path) == rows
 
@@ -90,7 +92,7 @@ def test_origins_in_arrays_are_lines_where_rows_begin_on_their_own_else_indexes(
 
 
 def test_rows_longer_than_a_block_are_read_across_blocks(tmp_path: Path) -> None:
-    rows = [{"i": i, "text": "é\\\"]}" * size} for i, size in enumerate([1, 400_000, 3, 900_000, 5])]
+    rows = [{"i": i, "text": 'é\\"]}' * size} for i, size in enumerate([1, 400_000, 3, 900_000, 5])]
     path = put(tmp_path / "a.json", json.dumps({"data": rows}, ensure_ascii=False))
     assert values(path) == rows
     lines = put(tmp_path / "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
@@ -105,7 +107,12 @@ def test_pretty_printed_objects_one_after_the_other_are_rows(tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     "text, line",
-    [('[{"a": 1},\n{"a": 2}', 2), ('[{"a": 1}\n{"a": 2}]', 2), ('[\n{"a": 1},\n{"a": "x', 3), ('{"data": [{"a": 1}]', 1)],
+    [
+        ('[{"a": 1},\n{"a": 2}', 2),
+        ('[{"a": 1}\n{"a": 2}]', 2),
+        ('[\n{"a": 1},\n{"a": "x', 3),
+        ('{"data": [{"a": 1}]', 1),
+    ],
 )
 def test_an_array_that_breaks_off_names_the_line(tmp_path: Path, text: str, line: int) -> None:
     path = put(tmp_path / "a.json", text)
@@ -117,7 +124,9 @@ def test_an_array_that_breaks_off_names_the_line(tmp_path: Path, text: str, line
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "cp1252"])
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv"])
 def test_encodings_are_recognised(tmp_path: Path, encoding: str, kind: str) -> None:
-    rows = [{"question": f"Wie heißt das Café Nr. {i}?", "answer": "„Zur schönen Aussicht“ – sehr hübsch"} for i in range(9)]
+    rows = [
+        {"question": f"Wie heißt das Café Nr. {i}?", "answer": "„Zur schönen Aussicht“ – sehr hübsch"} for i in range(9)
+    ]
     text = {
         "jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
         "json": json.dumps(rows, ensure_ascii=False, indent=1),
@@ -148,7 +157,17 @@ def test_csv_cells_of_any_size_with_newlines_quotes_and_unicode(tmp_path: Path) 
 
 
 def test_bad_csv_quoting_costs_its_own_row(tmp_path: Path) -> None:
-    lines = ["q,a", "one,1", 'two,"never closed', "three,3", '"four" x,4', 'five,"5\n5"', "six", "seven,7,7", 'eight,"8"']
+    lines = [
+        "q,a",
+        "one,1",
+        'two,"never closed',
+        "three,3",
+        '"four" x,4',
+        'five,"5\n5"',
+        "six",
+        "seven,7,7",
+        'eight,"8"',
+    ]
     rows = read(put(tmp_path / "a.csv", "\n".join(lines) + "\n"))
     assert [raw.value["a"] for raw in rows if raw.value] == ["1", "3", "5\n5", "8"]
     assert [(raw.origin, raw.text) for raw in rows if raw.fault] == [
@@ -216,7 +235,9 @@ def test_the_content_decides_and_a_wrong_name_is_said(tmp_path: Path, name: str)
     source = find(DataSection(), tmp_path, str(path))
     assert [raw.value for raw in source.rows()] == [{"q": 1}, {"q": 2}]
     assert source.found is not None
-    assert source.found.said == ([] if name == "a.txt" else [f"{name} is JSON lines in spite of its name, and is read as that"])
+    assert source.found.said == (
+        [] if name == "a.txt" else [f"{name} is JSON lines in spite of its name, and is read as that"]
+    )
 
 
 def test_the_first_line_may_be_broken_and_the_file_is_still_json_lines(tmp_path: Path) -> None:

@@ -176,7 +176,7 @@ def _kind(path: Path, text: str) -> tuple[Kind, str]:
     first = lines[0].strip()
     objects = sum(line.lstrip().startswith("{") for line in lines[:50])
     if first[0] in "[{":
-        return _json_kind(first, lines), ","
+        return _json_kind(path, first, lines), ","
     delimiter = _delimiter(lines)
     if objects * 2 > min(len(lines), 50) or (path.suffix in (".jsonl", ".ndjson") and (objects or not delimiter)):
         return "jsonl", ","
@@ -186,14 +186,15 @@ def _kind(path: Path, text: str) -> tuple[Kind, str]:
     return "csv", delimiter
 
 
-def _json_kind(first: str, lines: list[str]) -> Kind:
+def _json_kind(path: Path, first: str, lines: list[str]) -> Kind:
     second = lines[1].strip() if len(lines) > 1 else ""
     try:
         value = json.loads(first)
     except (ValueError, RecursionError):
         # A broken first line among lines of objects, or one value that runs over many lines.
         broken = second.startswith("{") and first.startswith("{") and first[-1] not in "{[,"
-        return "jsonl" if broken else "json"
+        alone = not second and len(first) < HEAD // 4 and path.suffix in (".jsonl", ".ndjson")
+        return "jsonl" if broken or alone else "json"
     if isinstance(value, dict):
         return "jsonl" if second or not any(is_wrapper(key, item) for key, item in value.items()) else "json"
     return "jsonl" if second and second[0] in "[{" else "json"

@@ -1,0 +1,227 @@
+"""Every format with an example row, and what becomes of it; every fault of a row that can be read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from sft.config.schema import DataSection
+from sft.data import records
+from sft.data.faults import RowFault
+from sft.data.formats import Formats
+from sft.data.process import _record
+from sft.data.raw import Raw
+from sft.errors import DataError
+
+
+def stored(row: Any, format: str = "auto", **columns: str) -> tuple[str, dict[str, Any]]:
+    record, found = _record(Raw("f:1", row), Formats(format, columns or None), None)
+    assert record.pop("origin") == "f:1" and record.pop("id") == records.row_id(record)
+    return found, record
+
+
+def fault(row: Any, format: str = "auto", **columns: str) -> str:
+    with pytest.raises(RowFault) as caught:
+        stored(row, format, **columns)
+    return caught.value.reason
+
+
+def short(user: str, assistant: str, system: str = "") -> dict[str, str]:
+    return {"system": system, "user": user, "assistant": assistant}
+
+
+@pytest.mark.parametrize(
+    "row, format, record",
+    [
+        ({"system": "s", "user": "u", "assistant": "a"}, "chat", short("u", "a", "s")),
+        ({"user": "u", "assistant": "a"}, "chat", short("u", "a")),
+        ({"question": "q", "answer": "a"}, "qa", short("q", "a")),
+        ({"Question": "q", "ANSWER": "a", "System Prompt": "s"}, "qa", short("q", "a", "s")),
+        ({"query": "q", "response": "a"}, "qa", short("q", "a")),
+        ({"instruction": "q", "response": "a"}, "qa", short("q", "a")),
+        ({"input": "q", "output": "a"}, "qa", short("q", "a")),
+        ({"question": "q", "answer": 4}, "qa", short("q", "4")),
+        ({"question": "q", "answer": True}, "qa", short("q", "true")),
+        ({"question": "q", "answers": ["first", "second"]}, "qa", short("q", "first")),
+        ({"question": "q", "answers": {"text": ["first"], "answer_start": [3]}}, "qa", short("q", "first")),
+        ({"prompt": "p", "completion": "c"}, "prompt", short("p", "c")),
+        ({"prompt": "p", "response": "c"}, "prompt", short("p", "c")),
+        (
+            {"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}], "completion": "a"},
+            "prompt",
+            short("u", "a", "s"),
+        ),
+        (
+            {"prompt": [{"role": "user", "content": "u"}], "completion": [{"role": "assistant", "content": "a"}]},
+            "prompt",
+            short("u", "a"),
+        ),
+        ({"instruction": "i", "input": "", "output": "o"}, "alpaca", short("i", "o")),
+        ({"instruction": "i", "output": "o"}, "alpaca", short("i", "o")),
+        ({"instruction": "i", "input": " \n", "output": "o"}, "alpaca", short("i", "o")),
+        ({"instruction": "i", "input": "x", "output": "o"}, "alpaca", short("i\n\nx", "o")),
+        ({"instruction": "i", "context": "x", "response": "o", "category": "c"}, "alpaca", short("i\n\nx", "o")),
+        (
+            {"conversations": [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]},
+            "sharegpt",
+            short("u", "a"),
+        ),
+        (
+            {"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]},
+            "messages",
+            short("u", "a"),
+        ),
+        ({"input": "i", "target": "t"}, "rendered", {"input": "i", "target": "t"}),
+    ],
+)
+def test_each_format_is_told_by_its_keys(row: dict[str, Any], format: str, record: dict[str, Any]) -> None:
+    assert stored(row) == (format, record)
+    assert stored(row, format) == (format, record)
+
+
+def test_more_turns_stay_messages() -> None:
+    turns = [("human", "1"), ("gpt", "2"), ("human", "3"), ("gpt", "4")]
+    row = {"system": "s", "conversations": [{"from": role, "value": text} for role, text in turns]}
+    assert stored(row)[1]["messages"] == [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "1"},
+        {"role": "assistant", "content": "2"},
+        {"role": "user", "content": "3"},
+        {"role": "assistant", "content": "4"},
+    ]
+    history = {"instruction": "3", "input": "", "output": "4", "history": [["1", "2"]], "system": "s"}
+    assert stored(history) == ("alpaca", stored(row)[1])
+
+
+def test_function_calls_become_tool_calls_with_their_tools() -> None:
+    row = {
+        "conversations": [
+            {"from": "human", "value": "weather?"},
+            {"from": "gpt", "value": "let me look"},
+            {"from": "function_call", "value": '{"name": "get", "arguments": {"town": "Ulm"}}'},
+            {"from": "function_call", "value": '[{"name": "get", "arguments": "{\\"town\\": \\"Bonn\\"}"}]'},
+            {"from": "observation", "value": '{"sky": "blue"}'},
+            {"from": "gpt", "value": "blue"},
+        ],
+        "tools": '[{"name": "get", "parameters": {}}]',
+    }
+    call = {"type": "function", "function": {"name": "get", "arguments": {"town": "Ulm"}}}
+    other = {"type": "function", "function": {"name": "get", "arguments": {"town": "Bonn"}}}
+    assert stored(row)[1] == {
+        "messages": [
+            {"role": "user", "content": "weather?"},
+            {"role": "assistant", "content": "let me look", "tool_calls": [call, other]},
+            {"role": "tool", "content": '{"sky": "blue"}'},
+            {"role": "assistant", "content": "blue"},
+        ],
+        "tools": [{"type": "function", "function": {"name": "get", "parameters": {}}}],
+    }
+
+
+def test_openai_rows_with_parts_reasoning_weights_and_calls() -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+    row = {
+        "messages": [
+            {"role": "developer", "content": "s"},
+            {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "value": "b"}]},
+            {"role": "assistant", "content": None, "tool_calls": [call], "weight": 0, "refusal": None},
+            {"role": "tool", "content": "1", "tool_call_id": "c1", "name": "f"},
+            {"role": "assistant", "content": [{"type": "reasoning", "value": "hm"}, {"type": "text", "text": "one"}]},
+        ],
+        "tools": [{"type": "function", "function": {"name": "f"}}],
+    }
+    made = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    assert stored(row)[1] == {
+        "messages": [
+            {"role": "system", "content": "s"},
+            {"role": "user", "content": "ab"},
+            {"role": "assistant", "content": "", "tool_calls": [made], "weight": 0},
+            {"role": "tool", "content": "1", "name": "f", "tool_call_id": "c1"},
+            {"role": "assistant", "content": "one", "reasoning_content": "hm"},
+        ],
+        "tools": [{"type": "function", "function": {"name": "f"}}],
+    }
+
+
+def test_columns_are_mapped_by_name() -> None:
+    row = {"Question": "q", "Best Answer": "a", "Other": "x", "Rule": ""}
+    assert stored(row, user="Question", assistant="Best Answer", system="Rule") == ("columns", short("q", "a"))
+    assert fault({"Question": "q"}, user="Question", assistant="Best Answer") == "unknown format"
+    with pytest.raises(DataError, match="must name the columns of user and assistant"):
+        Formats("columns", None)
+    with pytest.raises(DataError, match="must name"):
+        Formats("auto", {"user": "Question"})
+
+
+def turns(*given: tuple[str, Any]) -> dict[str, Any]:
+    return {"messages": [{"role": role, "content": content} for role, content in given]}
+
+
+@pytest.mark.parametrize(
+    "row, reason",
+    [
+        ("a text", "unknown format"),
+        ([1], "unknown format"),
+        ({}, "unknown format"),
+        ({"text": "plain"}, "unknown format"),
+        ({"messages": "hello"}, "unknown format"),
+        ({"messages": ["hello"]}, "unknown format"),
+        ({"conversations": {"from": "human"}}, "unknown format"),
+        ({"question": "q"}, "empty answer"),
+        ({"instruction": "q", "input": "x"}, "empty answer"),
+        ({"question": "q", "answer": None}, "empty answer"),
+        ({"question": "q", "answer": " \n"}, "empty answer"),
+        ({"question": "q", "answers": []}, "empty answer"),
+        ({"input": "i", "target": ""}, "empty answer"),
+        (turns(("user", "u")), "empty answer"),
+        (turns(("user", "u"), ("assistant", "")), "empty answer"),
+        (turns(("user", "u"), ("assistant", "a"), ("user", "u")), "empty answer"),
+        ({"answer": "a"}, "no user turn"),
+        ({"question": " ", "answer": "a"}, "no user turn"),
+        ({"messages": []}, "no user turn"),
+        (turns(("system", "s"), ("assistant", "a")), "no user turn"),
+        (turns(("user", ""), ("assistant", "a")), "no user turn"),
+        (turns(("narrator", "u"), ("assistant", "a")), "unknown role"),
+        ({"messages": [{"content": "u"}]}, "unknown role"),
+        (turns(("assistant", "a"), ("user", "u"), ("assistant", "a")), "roles out of order"),
+        (turns(("user", "u"), ("user", "u"), ("assistant", "a")), "roles out of order"),
+        (turns(("user", "u"), ("assistant", "a"), ("assistant", "a")), "roles out of order"),
+        (turns(("user", "u"), ("system", "s"), ("assistant", "a")), "roles out of order"),
+        (turns(("user", "u"), ("tool", "t"), ("assistant", "a")), "roles out of order"),
+        ({"question": {"text": "q"}, "answer": "a"}, "not text"),
+        ({"question": "q", "answer": b"bytes"}, "not text"),
+        (turns(("user", [{"type": "image_url", "image_url": {}}]), ("assistant", "a")), "not text"),
+        ({"conversations": [{"from": "human", "value": "u"}, {"from": "function_call", "value": "{"}]}, "unreadable"),
+        ({**turns(("user", "u"), ("assistant", "a")), "tools": "[not json"}, "unreadable"),
+    ],
+)
+def test_each_fault_has_its_reason(row: Any, reason: str) -> None:
+    assert fault(row) == reason
+
+
+def test_a_format_that_is_named_holds_for_every_row() -> None:
+    assert fault({"question": "q", "answer": "a"}, "alpaca") == "unknown format"
+
+
+def test_what_the_user_gave_with_a_row_stays_with_it() -> None:
+    row = {"id": "mine", "tags": ["x"], "weight": 2.0, "question": "q", "answer": "a", "url": "dropped"}
+    record, _ = _record(Raw("f:1", row), Formats("auto", None), "be kind")
+    assert list(record) == ["id", "origin", "system", "user", "assistant", "tags", "weight", "source_id"]
+    assert record["source_id"] == "mine" and record["system"] == "be kind"
+
+
+def test_the_id_is_told_by_content_alone_in_either_shape() -> None:
+    one = records.to_record([{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}], origin="x:1")
+    same = records.to_record(
+        [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}], origin="y:9", tag=1
+    )
+    assert one["id"] == same["id"] == records.row_id({"messages": records.messages(one)}) == "d6f57b3204f6026f"
+    other = records.to_record([{"role": "user", "content": "u"}, {"role": "assistant", "content": "b"}])
+    assert other["id"] != one["id"]
+    assert records.reference(one) == "a" and not records.is_rendered(one)
+    assert records.reference(records.rendered_record("i", "t")) == "t"
+
+
+def test_the_schema_knows_the_formats() -> None:
+    for name in ("chat", "qa", "prompt", "alpaca", "sharegpt", "messages", "rendered"):
+        Formats(DataSection(format=name).format, None)  # type: ignore[arg-type]
