@@ -83,7 +83,7 @@ train-with-tb: tensorboard train ## train, with TensorBoard in the background
 train-bnb-tb: tensorboard train-bnb ## train-bnb, with TensorBoard in the background
 train-unsloth-tb: tensorboard train-unsloth ## train-unsloth, with TensorBoard in the background
 pause: $(ENV) ## stop the run at the next step, with a checkpoint
-	$(RUN)/pause.py $(WITH)
+	$(RUN)/pause.py
 
 tensorboard: $(ENV) ## start TensorBoard in the background, or reuse ours (TB_PORT=6006)
 	$(RUN)/tb.py start --port $(TB_PORT)

@@ -69,6 +69,11 @@ def say(text: str) -> None:
     print(text, file=sys.stderr if _json_mode else sys.stdout, flush=True)
 
 
+def write(piece: str) -> None:
+    """Text as it comes, without a line's end: answers that stream."""
+    print(piece, end="", file=sys.stderr if _json_mode else sys.stdout, flush=True)
+
+
 def warn(text: str) -> None:
     """A warning, on stderr, marked as one."""
     colour = sys.stderr.isatty() and "NO_COLOR" not in os.environ

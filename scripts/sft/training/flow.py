@@ -13,7 +13,7 @@ from sft.training.plan import Plan
 from sft.training.watch import Watch
 
 
-class Flow(TrainerCallback):
+class Flow(TrainerCallback):  # type: ignore[misc]
     """Takes the place of the library's own flow, which saves a step before the evaluation that ends its epoch."""
 
     def __init__(self, plan: Plan, watch: Watch, early: EarlyStoppingSection) -> None:

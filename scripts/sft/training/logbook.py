@@ -78,8 +78,10 @@ class Board:
         flat = {
             key: value if isinstance(value, bool | int | float | str) else str(value) for key, value in values.items()
         }
-        for part in hparams(flat, dict(results)):
-            self.writer.file_writer.add_summary(part)
+        parts: Any = hparams(flat, dict(results))  # type: ignore[no-untyped-call]
+        events: Any = self.writer._get_file_writer()  # type: ignore[no-untyped-call]
+        for part in parts:
+            events.add_summary(part)
         for name, value in results.items():
             self.writer.add_scalar(name, value)
         self.writer.flush()
@@ -88,7 +90,7 @@ class Board:
         self.writer.close()
 
 
-class Logbook(TrainerCallback):
+class Logbook(TrainerCallback):  # type: ignore[misc]
     """Writes each of the trainer's log lines to every book.
 
     gauges: further numbers at that moment (memory, utilisation). samples: the answers of the last evaluation, as text.

@@ -13,7 +13,7 @@ log = logging.getLogger("sft.training")
 Report = Callable[[int, int, str], None]  # steps done, steps in all, what to show beside them
 
 
-class Narrator(TrainerCallback):
+class Narrator(TrainerCallback):  # type: ignore[misc]
     """Tells `report` of every step, for a bar; without one (no terminal), logs a line at each log interval."""
 
     def __init__(self, report: Report | None) -> None:

@@ -2,23 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+from sft.errors import SftError
 
 T = TypeVar("T")
 
 
 def world() -> int:
     """How many processes train together."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:
     """This process's number; 0 is the one that writes and prints."""
-    return dist.get_rank() if world() > 1 else 0
+    return int(os.environ.get("RANK", "0")) if world() > 1 else 0
+
+
+def start() -> None:
+    """Brings the processes together, where a launcher has started several."""
+    if world() > 1 and not dist.is_initialized():
+        from accelerate import PartialState
+
+        PartialState(cpu=not torch.cuda.is_available())
+
+
+def first(make: Callable[[], T]) -> T:
+    """What rank 0 makes of it, on every rank; an SftError is raised on every rank too."""
+    made: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            made[0] = make()
+        except SftError as error:
+            made[1] = error
+    value, fault = everywhere(tuple(made))[0]
+    if fault is not None:
+        raise fault
+    return value  # type: ignore[no-any-return]
 
 
 def total(values: torch.Tensor) -> torch.Tensor:

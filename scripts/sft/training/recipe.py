@@ -15,6 +15,9 @@ from sft.step.microbatch import loss_sum
 from sft.step.window import Collator, Kind, cut
 
 
+AT_ONCE = 256  # rows that are cut together when evaluating
+
+
 @dataclass
 class Recipe:
     """tokens: of a micro-batch, padding included; lowered when memory runs out. rows: its cap, None for none.
@@ -63,9 +66,12 @@ def losses(model: torch.nn.Module, features: Sequence[Any], recipe: Recipe) -> t
     found = torch.zeros(2, dtype=torch.float64, device=recipe.device)
     if not features:
         return found
-    window = {name: tensor.to(recipe.device) for name, tensor in Collator(recipe.kind)(features).items()}
+    rows = sorted(features, key=lambda row: (len(row["input_ids"]), len(row["labels"])))
     with torch.no_grad(), recipe.computing():
-        for micro in cut(window, tokens=recipe.tokens, rows=recipe.rows, apart=recipe.apart):
-            loss, count = loss_sum(model, micro, logits=recipe.logits, tile=recipe.tile)
-            found += torch.stack([loss.double(), torch.tensor(float(count), device=loss.device, dtype=torch.float64)])
+        for start in range(0, len(rows), AT_ONCE):
+            flat = Collator(recipe.kind)(rows[start : start + AT_ONCE])
+            window = {name: tensor.to(recipe.device) for name, tensor in flat.items()}
+            for micro in cut(window, tokens=recipe.tokens, rows=recipe.rows, apart=recipe.apart):
+                loss, count = loss_sum(model, micro, logits=recipe.logits, tile=recipe.tile)
+                found += torch.stack([loss.double(), torch.tensor(count, device=loss.device, dtype=torch.float64)])
     return found

@@ -11,20 +11,11 @@ from sft import files
 from sft.chat.encode import Encoded, Encoder, encode_all
 from sft.data import records, store
 from sft.errors import DataError
+from sft.generation.evaluation import Question
 from sft.training.windows import Feature
 
 log = logging.getLogger("sft.training")
 Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Question:
-    """A validation row to be answered while training: its prompt, and what answers are compared with."""
-
-    row: Row
-    prompt: list[int]
-    reference: str
-    source: str
 
 
 @dataclass(frozen=True)
@@ -71,5 +62,8 @@ def _features(encoded: list[Encoded]) -> list[Feature]:
 
 
 def _question(row: Row, encoder: Encoder) -> Question:
-    asked = [message["content"] for message in records.messages(row) if message["role"] == "user"]
-    return Question(row, encoder.prompt(row), records.reference(row), str(asked[-1]) if asked else "")
+    if records.is_rendered(row):
+        return Question(row, encoder.prompt(row), str(row["input"]), records.reference(row))
+    asked = [turn for turn in records.messages(row) if turn["role"] == "user"]
+    source = str(asked[-1].get("content") or "") if asked else ""
+    return Question(row, encoder.prompt(row), source, records.reference(row))

@@ -33,11 +33,13 @@ log = logging.getLogger("sft.training")
 Answers = Callable[[Any], dict[str, float]]
 
 
-class WindowTrainer(Trainer):
+class WindowTrainer(Trainer):  # type: ignore[misc]
     """Trains `model` on `rows` (features with `id`, `input_ids`, `labels`), one window a step.
 
     answers: generates from a sample of validation rows and gives their metrics, or None.
     """
+
+    control: Any
 
     def __init__(
         self,

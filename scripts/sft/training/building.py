@@ -1,0 +1,80 @@
+"""Puts a run's parts together: model, recipe, checkpoints, what watches and what writes down."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sft import files, runs
+from sft.runs import OpenRun, Run
+from sft.training import arguments, logbook, model, ranks, stamp
+from sft.training.answers import Answers
+from sft.training.checkpoints import Keeper
+from sft.training.flow import Flow
+from sft.training.narrator import Narrator, Report
+from sft.training.preparation import Job
+from sft.training.trainer import WindowTrainer
+from sft.training.watch import Watch
+
+
+@contextmanager
+def hold(job: Job, opened: OpenRun, allowed: list[str]) -> Iterator[list[str]]:
+    """Makes the run's folders, takes its lock for the time of the block, checks the stamp, and writes the resolved
+    config, stamp and ledger. Yields the changed settings that were accepted. Raises RunError.
+    """
+    with contextlib.ExitStack() as held:
+        yield ranks.first(lambda: _begin(job, opened, allowed, held))
+
+
+def _begin(job: Job, opened: OpenRun, allowed: list[str], held: contextlib.ExitStack) -> list[str]:
+    run = opened.run
+    runs.make_folders(run)
+    held.enter_context(files.lock(run.folder / runs.LOCK, f"the run {run.name}"))
+    accepted = stamp.check(opened.checkpoint, job.stamp(), allowed) if opened.checkpoint else []
+    beside(job)(run.folder)
+    files.write_json(run.folder / "ledger.json", job.rows.ledger)
+    return accepted
+
+
+def build(job: Job, opened: OpenRun, root: Path, report: Report | None) -> WindowTrainer:
+    """Loads the weights and makes the trainer. report: see `Narrator`. Raises ModelError, EnvironmentProblem."""
+    config, run = job.config, opened.run
+    made = model.build(config, job.files, job.backend.name, device=job.device.device)
+    answers = Answers(config, root, job.tokenizer, job.encoder, job.rows.questions, job.files.kind)
+    step = runs.step_of(opened.checkpoint) if opened.checkpoint else 0
+    trainer = WindowTrainer(
+        made,
+        arguments.make(config.train, job.plan, run, device=job.device.device),
+        job.rows.train,
+        job.rows.validation,
+        effective_batch=int(config.train.effective_batch),
+        recipe=model.recipe(config, made, job.files.kind, device=job.device.device),
+        keeper=Keeper(run, config.train.save_total_limit, beside(job)),
+        flow=Flow(job.plan, Watch(run.folder, ranks.largest), config.train.early_stopping),
+        answers=answers if job.rows.questions else None,
+    )
+    if ranks.rank() == 0:
+        trainer.add_callback(_logbook(job, run, step, answers))
+        trainer.add_callback(Narrator(report))
+    return trainer
+
+
+def beside(job: Job) -> Callable[[Path], None]:
+    """What stands beside weights wherever they are kept: the resolved config and the stamp."""
+
+    def write(folder: Path) -> None:
+        runs.write_resolved(folder, job.config)
+        stamp.write(folder, job.stamp())
+
+    return write
+
+
+def _logbook(job: Job, run: Run, step: int, answers: Answers) -> logbook.Logbook:
+    section = job.config.logging
+    books: list[object] = [logbook.JsonLines(run.folder / "log.jsonl", step)]
+    if section.backend == "tensorboard":
+        books.append(logbook.Board(run.tb_dir, step))
+    gauges = logbook.gpu_gauges if section.gpu_stats else dict
+    return logbook.Logbook(books, gauges, lambda: answers.samples)

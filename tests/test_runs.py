@@ -1,0 +1,144 @@
+"""Which run a command takes up, under which name, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sft import files, runs
+from sft.errors import ConfigError, RunError
+
+
+def checkpoint(folder: Path, step: int) -> Path:
+    made = folder / f"checkpoint-{step}"
+    made.mkdir(parents=True)
+    (made / "weights").write_text(f"weights of step {step}")
+    files.write_manifest(made)
+    return made
+
+
+def finished(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / runs.FINISHED).write_text("{}")
+
+
+def test_the_first_run_takes_the_name_of_its_folder(tmp_path: Path) -> None:
+    opened = runs.open_run("outputs/chat", tmp_path, "auto")
+    assert opened.run == runs.Run(
+        "chat", tmp_path / "outputs/chat", tmp_path / "adapters/chat", tmp_path / "outputs/tb/chat"
+    )
+    assert (opened.checkpoint, opened.said) == (None, "a new run: outputs/chat")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_auto_takes_up_the_newest_unfinished_run_at_its_newest_checkpoint(tmp_path: Path) -> None:
+    finished(tmp_path / "outputs/chat")
+    finished(tmp_path / "outputs/chat-2")
+    for step in (20, 100, 30):
+        checkpoint(tmp_path / "outputs/chat-10", step)
+    opened = runs.open_run("outputs/chat", tmp_path, "auto")
+    assert opened.checkpoint == tmp_path / "outputs/chat-10/checkpoint-100"
+    assert opened.said == "taking up outputs/chat-10 at checkpoint-100"
+
+
+def test_auto_gives_a_new_name_when_the_newest_run_is_finished(tmp_path: Path) -> None:
+    finished(tmp_path / "outputs/chat")
+    opened = runs.open_run("outputs/chat", tmp_path, "auto")
+    assert (opened.run.name, opened.checkpoint) == ("chat-2", None)
+    assert opened.said == "chat is finished, so this is a new run: outputs/chat-2"
+
+
+def test_auto_starts_a_run_without_checkpoints_again_in_the_same_folder(tmp_path: Path) -> None:
+    (tmp_path / "outputs/chat").mkdir(parents=True)
+    (tmp_path / "outputs/chat/log.jsonl").touch()
+    opened = runs.open_run("outputs/chat", tmp_path, "auto")
+    assert (opened.run.name, opened.checkpoint) == ("chat", None)
+    assert "no checkpoint yet: it starts again from the beginning" in opened.said
+
+
+def test_never_takes_the_next_free_name(tmp_path: Path) -> None:
+    checkpoint(tmp_path / "outputs/chat", 5)
+    (tmp_path / "outputs/chat-3").mkdir()
+    assert runs.open_run("outputs/chat", tmp_path, "never").run.name == "chat-4"
+    assert runs.open_run("outputs/other", tmp_path, "never").run.name == "other"
+
+
+def test_a_run_of_another_name_is_no_member_of_the_series(tmp_path: Path) -> None:
+    finished(tmp_path / "outputs/chat")
+    checkpoint(tmp_path / "outputs/chat-model", 5)
+    (tmp_path / "outputs/chat-7").write_text("a file")
+    assert runs.open_run("outputs/chat", tmp_path, "auto").run.name == "chat-2"
+
+
+@pytest.mark.parametrize(
+    ("harm", "reason"),
+    [
+        (lambda path: path.unlink(), "weights is missing"),
+        (lambda path: path.write_text("w"), "weights has 1 bytes, not 17"),
+        (lambda path: path.write_text("weights of step 3"), "weights has changed"),
+        (lambda path: (path.parent / files.MANIFEST).unlink(), "manifest.json is missing"),
+        (lambda path: (path.parent / files.MANIFEST).write_text('{"files": '), "manifest.json cannot be read"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path: Path, harm, reason: str) -> None:
+    first = checkpoint(tmp_path / "outputs/chat", 1)
+    harm(checkpoint(tmp_path / "outputs/chat", 2) / "weights")
+    opened = runs.open_run("outputs/chat", tmp_path, "auto")
+    assert opened.checkpoint == first
+    assert f"passed over checkpoint-2: {reason}" in opened.said
+
+
+def test_none_whole_where_some_exist_is_an_error_and_no_fresh_start(tmp_path: Path) -> None:
+    (checkpoint(tmp_path / "outputs/chat", 1) / "weights").unlink()
+    with pytest.raises(RunError, match="none of chat's checkpoints is whole: checkpoint-1: weights is missing"):
+        runs.open_run("outputs/chat", tmp_path, "auto")
+
+
+def test_a_path_names_a_run_or_a_checkpoint_and_must_be_there(tmp_path: Path) -> None:
+    one, two = checkpoint(tmp_path / "outputs/chat", 1), checkpoint(tmp_path / "outputs/chat", 2)
+    assert runs.open_run("outputs/x", tmp_path, str(one)).checkpoint == one
+    opened = runs.open_run("outputs/x", tmp_path, str(tmp_path / "outputs/chat"))
+    assert (opened.run.name, opened.checkpoint) == ("chat", two)
+    with pytest.raises(RunError, match="which is not there"):
+        runs.open_run("outputs/x", tmp_path, "outputs/nowhere")
+    finished(tmp_path / "outputs/chat")
+    with pytest.raises(RunError, match="chat is finished"):
+        runs.open_run("outputs/x", tmp_path, str(one))
+
+
+def test_a_run_may_not_be_called_as_a_folder_of_ours(tmp_path: Path) -> None:
+    for name in ("outputs/tb", "outputs/last"):
+        with pytest.raises(ConfigError):
+            runs.open_run(name, tmp_path, "auto")
+
+
+def test_links_point_to_the_newest_run_and_move(tmp_path: Path) -> None:
+    for name, adapter in (("a", True), ("b", False)):
+        run = runs.at(tmp_path / "outputs" / name, tmp_path)
+        run.folder.mkdir(parents=True)
+        if adapter:
+            run.adapter_dir.mkdir(parents=True)
+        runs.point_last(run, tmp_path)
+    assert runs.last_run(tmp_path).name == "b"
+    assert (tmp_path / "adapters/last").readlink() == Path("a")
+
+
+def test_no_finished_run_is_an_error_that_says_so(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="no run has finished yet"):
+        runs.last_run(tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "outputs").write_text("a file, where a folder should be")
+    with pytest.raises(RunError, match="cannot be written to"):
+        runs.make_folders(runs.at(tmp_path / "outputs/a", tmp_path))
+
+
+def test_running_lists_the_runs_whose_lock_is_held(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / "outputs" / name).mkdir(parents=True)
+        (tmp_path / "outputs" / name / runs.LOCK).touch()
+    with files.lock(tmp_path / "outputs/b" / runs.LOCK, "b"):
+        assert [run.name for run in runs.running(tmp_path)] == ["b"]
+    assert runs.running(tmp_path) == []
