@@ -30,8 +30,8 @@ class Facts:
     """What is known about the machine, the model and the rows; None for what is not.
 
     capability: the GPU's compute capability. parameters: of the base model. train_rows: rows to train on.
-    measured_batch: rows at max_seq_len that a micro-batch was measured to hold. bf16_supported: the hardware's own
-    word where it was asked; else capability decides.
+    measured_batch: rows at max_seq_len that a micro-batch was measured to hold. bf16_supported: torch's word,
+    which can rule bfloat16 out but not in where the capability is known: torch counts emulation on older cards.
     """
 
     device: Literal["cpu", "cuda"]
@@ -46,7 +46,9 @@ class Facts:
     def has_bf16(self) -> bool:
         if self.device == "cpu":
             return True
-        return self.bf16_supported if self.bf16_supported is not None else self.ampere
+        if self.capability is None:
+            return bool(self.bf16_supported)
+        return self.ampere and self.bf16_supported is not False
 
     @property
     def ampere(self) -> bool:
