@@ -1,0 +1,208 @@
+"""Rows to token ids and labels, prompts to token ids, answers back to text: one way for train, eval, infer and export."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from sft.chat import labels as labelling
+from sft.chat import stops as stopping
+from sft.chat.facts import learn
+from sft.chat.length import IGNORED, NO_LABEL, OverLength, fit
+from sft.chat.spans import Layout, Region, Spans
+from sft.chat.stops import Stops
+from sft.chat.template import ChatTemplate, Message, Refused
+from sft.chat.tokens import Line, Tokens
+from sft.chat.vocabulary import Vocabulary
+from sft.data import records
+from sft.errors import TemplateError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger("sft.chat")
+Row = dict[str, Any]
+
+
+@dataclass
+class Encoded:
+    """One row as it is trained on.
+
+    input_ids, labels: equally long (causal), or source and target (seq2seq); labels are -100 where no loss is taken.
+    truncated_tokens: tokens cut for length. dropped: None, or why the row is not trained on. text: as rendered.
+    """
+
+    id: str
+    input_ids: list[int]
+    labels: list[int]
+    truncated_tokens: int = 0
+    dropped: str | None = None
+    text: str = ""
+
+
+@dataclass
+class Plan:
+    """A row on its way: what to tokenise, and where the model's words are in it."""
+
+    id: str
+    layout: Layout
+    messages: list[Message]
+
+
+class Encoder:
+    """Encodes rows for a decoder-only model."""
+
+    kind: Literal["causal", "seq2seq"] = "causal"
+
+    def __init__(
+        self,
+        template: ChatTemplate,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_seq_len: int,
+        over_length: OverLength,
+        labels: labelling.Which,
+        eos_ids: Iterable[int] = (),
+    ) -> None:
+        self.template, self.tokenizer = template, tokenizer
+        self.max_seq_len, self.over_length, self.which = max_seq_len, over_length, labels
+        self.vocabulary = Vocabulary(tokenizer, words=template.control_text)
+        self.tokens = Tokens(tokenizer, self.vocabulary)
+        self.facts = learn(template, self.vocabulary)
+        self.spans = Spans(template, self.vocabulary, self.facts.turn)
+        self.stops = stopping.find(self.facts, self.tokens, self.vocabulary, tokenizer, eos_ids)
+        self._warned: set[str] = set()
+        self.adds_end = not self.facts.turn.end.strip()
+        if self.adds_end and not self.facts.turn.middle_end.strip() and tokenizer.eos_token_id is None:
+            raise TemplateError(
+                "neither the template nor the tokenizer has an end token, so answers would never stop",
+                where=template.name,
+                mend="take another template: --set data.template_path=chatml",
+            )
+
+    # --- training rows
+
+    def encode(self, row: Row) -> Encoded:
+        """One row. Raises TemplateError for a template out of bounds, DataError under `over_length: error`."""
+        return self.encode_batch([row])[0]
+
+    def encode_batch(self, rows: list[Row]) -> list[Encoded]:
+        """Many rows, tokenised together."""
+        plans = [self._plan(row) for row in rows]
+        lines = iter(self.tokens.lines([plan.layout.text for plan in plans if isinstance(plan, Plan)]))
+        return [self._finish(plan, next(lines)) if isinstance(plan, Plan) else plan for plan in plans]
+
+    def _plan(self, row: Row) -> Plan | Encoded:
+        name = records.row_id(row)
+        if records.is_rendered(row):
+            return Plan(name, self._rendered(row), [])
+        try:
+            messages = records.messages(row)
+            layout = self.spans.layout(messages, records.tools(row))
+        except Refused as refused:
+            return Encoded(name, [], [], dropped=f"template: {refused}")
+        if layout.regions and layout.prompt_ends is None:
+            self._warn_once("what a model is asked with differs from what it is trained on: the template writes earlier"
+                            f" turns, or the begin of an answer, otherwise in a prompt (first seen in row {name})")  # fmt: skip
+        return Plan(name, layout, messages)
+
+    def _rendered(self, row: Row) -> Layout:
+        """The text of a rendered row: as the template would end it, unless it ends so already."""
+        source, target = str(row["input"]), str(row["target"])
+        turn = self.facts.turn
+        ended = next((end for end in self.facts.ends if target.rstrip().endswith(end.strip())), None)
+        tail, end = ("", "") if ended else (turn.tail, turn.end)
+        missing = None if ended or turn.end.strip() else turn.middle_end.strip()
+        region = Region(0, len(source), len(source) + len(target) + len(end), missing)
+        plain = [(int(a), int(b)) for a, b in row.get("plain_spans", [])]
+        return Layout(source + target + tail, [region], plain, len(source))
+
+    def _finish(self, plan: Plan, line: Line) -> Encoded:
+        layout = plan.layout
+        text = layout.text
+        try:
+            row = self._labelled(layout, line, plan.messages)
+        except Refused as refused:
+            return Encoded(plan.id, [], [], dropped=f"template: {refused}", text=text)
+        fitted, dropped = fit(row, self.max_seq_len, self.over_length, plan.id, self.tokenizer.bos_token_id)
+        if dropped is None and all(label == IGNORED for label in fitted.labels):
+            dropped = NO_LABEL
+        return Encoded(plan.id, fitted.ids, fitted.labels, len(row.ids) - len(fitted.ids), dropped, text)
+
+    def _labelled(self, layout: Layout, line: Line, messages: list[Message]) -> Any:
+        cuts = [region.start for region in layout.regions]
+        cuts += [region.end for region in layout.regions if region.missing is not None]
+        line = self.tokens.mended(line, layout.text, sorted(cuts), layout.fakes)
+        ends = {region.message: self._end_ids(region) for region in layout.regions if region.missing is not None}
+        return labelling.label(line, layout.regions, ends, self.which, messages)
+
+    def _end_ids(self, region: Region) -> list[int]:
+        return self.tokens.ids(region.missing) if region.missing else [int(self.tokenizer.eos_token_id)]
+
+    # --- serving
+
+    def prompt(self, row: Row | list[Message]) -> list[int]:
+        """The token ids that generation starts from: a row without its last answer, or the messages as they are.
+
+        The ids are those that training showed before that answer. Raises TemplateError where the template refuses.
+        """
+        if isinstance(row, dict) and records.is_rendered(row):
+            layout = Layout(str(row["input"]), fakes=[(int(a), int(b)) for a, b in row.get("plain_spans", [])])
+            layout.fakes = [fake for fake in layout.fakes if fake[1] <= len(layout.text)]
+            messages: list[Message] = []
+        else:
+            messages = list(row) if isinstance(row, list) else records.messages(row)
+            tools = None if isinstance(row, list) else records.tools(row)
+            if messages and messages[-1].get("role") == "assistant":
+                messages = messages[:-1]
+            try:
+                layout = self.spans.layout(messages, tools, prompt=True)
+            except Refused as refused:
+                raise TemplateError(f"no prompt can be made: {refused}", where=self.template.name) from None
+        line = self.tokens.lines([layout.text])[0]
+        ids: list[int] = self._labelled(layout, line, messages).ids
+        return ids
+
+    def decode_answer(self, ids: Iterable[int]) -> str:
+        """The clean text of generated ids: nothing from the first stop on, no control token in it."""
+        kept: list[int] = []
+        for token in ids:
+            if token in self.stops.ids:
+                break
+            kept.append(int(token))
+        hidden = {self.tokenizer.bos_token_id, self.tokenizer.pad_token_id, self.tokenizer.eos_token_id}
+        shown = [token for token in kept if token not in hidden and token not in self.vocabulary.turning]
+        text = self.tokenizer.decode(shown, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return stopping.cut(str(text), self.stops.strings).strip()
+
+    def _warn_once(self, text: str) -> None:
+        if text.split("(")[0] not in self._warned:
+            self._warned.add(text.split("(")[0])
+            log.warning(text)
+
+
+def make_encoder(
+    template: ChatTemplate,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    kind: Literal["causal", "seq2seq"],
+    max_seq_len: int,
+    over_length: OverLength,
+    labels: labelling.Which,
+    eos_ids: Iterable[int] = (),
+) -> Encoder:
+    """The encoder for a kind of model. eos_ids: the end tokens of the model's generation_config.
+
+    Raises TemplateError where the template shows no answer or its labels cannot be proven.
+    """
+    from sft.chat.seq2seq import Seq2SeqEncoder
+
+    made = Encoder if kind == "causal" else Seq2SeqEncoder
+    return made(
+        template, tokenizer, max_seq_len=max_seq_len, over_length=over_length, labels=labels, eos_ids=eos_ids
+    )
+
+
+__all__ = ["Encoded", "Encoder", "Stops", "make_encoder"]

@@ -1,0 +1,146 @@
+"""Marks: private characters set into messages, so that a rendered text tells where each message's words went.
+
+A mark is one character that no text holds. It proves itself: the marked conversation is rendered, the marks are taken
+out, and what is left must be the text without marks, to the letter. If the template looked at a mark (a `startswith`, a
+`capitalize`), the texts differ, and another placement is tried.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from sft.chat.sandbox import GENERATION
+from sft.chat.template import Message, Refused
+
+Placement = Literal["edges", "middle"]
+PLACEMENTS: tuple[Placement, ...] = ("edges", "middle")
+_FIRST, _BREAK = 0x100000, "\U0010fffd"
+_RESERVED = re.compile("[\U000ffff0-\U000fffff\U00100000-\U0010ffff]")
+_MOST_MESSAGES = 30_000
+REASONING = ("reasoning_content", "reasoning", "thinking")
+
+
+@dataclass
+class Read:
+    """A rendered text without its marks, and where they stood in it (characters).
+
+    opened / closed: message index -> positions. generation: spans of {% generation %} blocks. broken: positions inside
+    control tokens that were written in a message.
+    """
+
+    text: str
+    opened: dict[int, list[int]] = field(default_factory=dict)
+    closed: dict[int, list[int]] = field(default_factory=dict)
+    generation: list[tuple[int, int]] = field(default_factory=list)
+    broken: list[int] = field(default_factory=list)
+
+    def close(self, index: int) -> int | None:
+        """Where message `index` ends, if it is shown exactly once."""
+        at = self.closed.get(index, [])
+        return at[0] if len(at) == 1 else None
+
+    def open(self, index: int) -> int | None:
+        """Where the words of message `index` begin, if known."""
+        at = self.opened.get(index, [])
+        return at[0] if len(at) == 1 else None
+
+
+def mark(messages: list[Message], placement: Placement, controls: Callable[[str], re.Pattern[str] | None]) -> Any:
+    """A copy of the messages with marks. `controls(role)` finds the control tokens to break in that role's words.
+
+    Raises Refused where a message holds characters that are used as marks.
+    """
+    if len(messages) > _MOST_MESSAGES:
+        raise Refused(f"{len(messages):,} messages in one conversation")
+    return [_marked(message, index, placement, controls) for index, message in enumerate(messages)]
+
+
+def _marked(
+    message: Message, index: int, placement: Placement, controls: Callable[[str], re.Pattern[str] | None]
+) -> Message:
+    pattern = controls(str(message.get("role")))
+    made = {key: value if key == "role" else _broken(value, pattern) for key, value in message.items()}
+    opening, closing = chr(_FIRST + 2 * index), chr(_FIRST + 2 * index + 1)
+    if placement == "middle":
+        opening = ""
+    if calls := made.get("tool_calls"):
+        made["tool_calls"] = _name_marked(calls, closing)
+        closing = ""
+    content = made.get("content")
+    if isinstance(content, str) and content.strip():
+        made["content"] = _around(content, opening, closing, placement)
+    elif isinstance(content, list) and (texts := [p for p, part in enumerate(content) if _is_text(part)]):
+        parts = [dict(part) if isinstance(part, dict) else part for part in content]
+        parts[texts[-1]]["text"] = _around(parts[texts[-1]]["text"], "", closing, placement)
+        parts[texts[0]]["text"] = _around(parts[texts[0]]["text"], opening, "", "edges")
+        made["content"] = parts
+    elif closing:
+        for key in REASONING:
+            if isinstance(made.get(key), str) and made[key].strip():
+                made[key] = _around(made[key], "", closing, placement)
+                break
+    return made
+
+
+def _around(text: str, opening: str, closing: str, placement: Placement) -> str:
+    core = text.strip()
+    start = text.index(core)
+    end = start + (len(core) if placement == "edges" else len(core) // 2)
+    return text[:start] + opening + text[start:end] + closing + text[end:]
+
+
+def _is_text(part: Any) -> bool:
+    return isinstance(part, dict) and isinstance(part.get("text"), str) and bool(part["text"].strip())
+
+
+def _name_marked(calls: Any, closing: str) -> Any:
+    if not isinstance(calls, list) or not isinstance(calls[-1], dict):
+        return calls
+    last = dict(calls[-1])
+    if isinstance(last.get("function"), dict):
+        last["function"] = {**last["function"], "name": f"{last['function'].get('name', '')}{closing}"}
+    else:
+        last["name"] = f"{last.get('name', '')}{closing}"
+    return [*calls[:-1], last]
+
+
+def _broken(value: Any, pattern: re.Pattern[str] | None) -> Any:
+    """The value with a mark inside every control token that stands in its texts, keys of mappings left alone."""
+    if isinstance(value, str):
+        if not value.isascii() and _RESERVED.search(value):
+            raise Refused("a message holds private-use characters of planes 15 and 16, which labels are found with")
+        if pattern is None or not pattern.search(value):
+            return value
+        return pattern.sub(lambda found: found[0][:1] + _BREAK + found[0][1:], value)
+    if isinstance(value, list):
+        return [_broken(item, pattern) for item in value]
+    if isinstance(value, dict):
+        return {key: _broken(item, pattern) for key, item in value.items()}
+    return value
+
+
+def read(rendered: str) -> Read:
+    """Takes the marks out of a rendered text."""
+    pieces: list[str] = []
+    made = Read("")
+    length = last = 0
+    generation: list[int] = []
+    for found in _RESERVED.finditer(rendered):
+        at = found.start()
+        pieces.append(rendered[last:at])
+        length += at - last
+        last = at + 1
+        character = rendered[at]
+        if character == _BREAK:
+            made.broken.append(length)
+        elif character == GENERATION[0]:
+            generation.append(length)
+        elif character == GENERATION[1]:
+            made.generation.append((generation.pop() if generation else length, length))
+        elif (code := ord(character) - _FIRST) >= 0:
+            (made.closed if code % 2 else made.opened).setdefault(code // 2, []).append(length)
+    made.text = "".join([*pieces, rendered[last:]])
+    return made

@@ -1,0 +1,137 @@
+"""Rows for encoder-decoder models (T5-like): a source and a target, each ended as the tokenizer ends texts.
+
+Such models have no chat template as a rule. Then the source is the system text, a newline and the question; in longer
+conversations every earlier turn stands on its own line behind `User: ` or `Assistant: `. A template that is named, or
+that came with the model, is rendered up to the answer instead. The target is the answer alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from sft.chat.encode import Encoded, Encoder, Row
+from sft.chat.labels import Which
+from sft.chat.length import IGNORED, NO_LABEL, OVER_LENGTH, OverLength
+from sft.chat.stops import Stops
+from sft.chat.template import ChatTemplate, Message, Refused
+from sft.chat.vocabulary import Vocabulary
+from sft.data import records
+from sft.errors import DataError, TemplateError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_NAMES = {"user": "User", "assistant": "Assistant", "system": "System", "tool": "Tool"}
+
+
+class Seq2SeqEncoder(Encoder):
+    """Encodes rows for an encoder-decoder model: input_ids are the source, labels the target."""
+
+    kind = "seq2seq"
+
+    def __init__(
+        self,
+        template: ChatTemplate,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_seq_len: int,
+        over_length: OverLength,
+        labels: Which,
+        eos_ids: Iterable[int] = (),
+    ) -> None:
+        self.template, self.tokenizer = template, tokenizer
+        self.max_seq_len, self.over_length, self.which = max_seq_len, over_length, labels
+        self.vocabulary = Vocabulary(tokenizer, words=template.control_text)
+        if tokenizer.eos_token_id is None:
+            raise TemplateError("the tokenizer has no end token", where=str(tokenizer.name_or_path))
+        self.stops = Stops(frozenset({int(tokenizer.eos_token_id), *map(int, eos_ids)}), ())
+        self._warned = set()
+
+    def encode_batch(self, rows: list[Row]) -> list[Encoded]:
+        return [self._encode(row) for row in rows]
+
+    def _encode(self, row: Row) -> Encoded:
+        name = records.row_id(row)
+        try:
+            source = self._source(row)
+        except Refused as refused:
+            return Encoded(name, [], [], dropped=f"template: {refused}")
+        target = records.reference(row).strip()
+        ids, labels = self._ids(source), self._ids(target)
+        if not target:
+            return Encoded(name, ids, [], dropped=NO_LABEL, text=source)
+        cut, dropped = 0, None
+        if max(len(ids), len(labels)) > self.max_seq_len:
+            ids, labels, cut, dropped = self._fitted(name, ids, labels)
+        if _weightless(row):
+            labels, dropped = [IGNORED] * len(labels), dropped or NO_LABEL
+        return Encoded(name, ids, labels, cut, dropped, f"{source}\n{target}")
+
+    def _fitted(self, name: str, ids: list[int], labels: list[int]) -> tuple[list[int], list[int], int, str | None]:
+        """Cuts the source from its begin; a target that is too long keeps its end or drops the row."""
+        limit = self.max_seq_len
+        if self.over_length == "error":
+            raise DataError(
+                f"row {name} has {len(ids):,} + {len(labels):,} tokens, more than model.max_seq_len {limit:,} a side",
+                where=f"row {name}",
+                mend=f"--set model.max_seq_len={max(len(ids), len(labels))}, or another model.over_length",
+            )
+        if self.over_length == "drop" or (self.over_length == "truncate_left" and len(labels) > limit):
+            return ids, labels, 0, OVER_LENGTH
+        cut = max(0, len(ids) - limit) + max(0, len(labels) - limit)
+        if len(labels) > limit:
+            labels = [*labels[: limit - 1], labels[-1]]
+        if len(ids) > limit:
+            ids = ids[-limit:] if self.over_length == "truncate_left" else [*ids[: limit - 1], ids[-1]]
+        return ids, labels, cut, None
+
+    def _source(self, row: Row | list[Message]) -> str:
+        if isinstance(row, dict) and records.is_rendered(row):
+            return str(row["input"])
+        messages = list(row) if isinstance(row, list) else records.messages(row)
+        tools = None if isinstance(row, list) else records.tools(row)
+        if messages and messages[-1].get("role") == "assistant":
+            messages = messages[:-1]
+        if self.template.origin != "default":
+            return self.template.render(messages, tools=tools, add_generation_prompt=True)
+        if tools:
+            raise Refused("a plain source has no place for tools: name a template that has")
+        turns = [message for message in messages if message.get("role") != "system"]
+        system = [str(message["content"]) for message in messages if message.get("role") == "system"]
+        if len(turns) == 1:
+            return "\n".join([*system, str(turns[0]["content"])])
+        named = [f"{_NAMES.get(str(turn.get('role')), 'User')}: {turn['content']}" for turn in turns]
+        return "\n".join([*system, *named])
+
+    def _ids(self, text: str) -> list[int]:
+        """A text as the tokenizer ends it, its end token last, no control token from inside the text."""
+        split = self.vocabulary.words == "plain" and bool(getattr(self.tokenizer, "is_fast", False))
+        more: dict[str, Any] = {"split_special_tokens": True} if split and self.template.origin == "default" else {}
+        ids: list[int] = list(self.tokenizer(text, add_special_tokens=True, truncation=False, **more)["input_ids"])
+        end = int(self.tokenizer.eos_token_id)
+        return ids if ids[-1:] == [end] else [*ids, end]
+
+    def prompt(self, row: Row | list[Message]) -> list[int]:
+        """The source ids, cut as in training where they are too many."""
+        try:
+            ids = self._ids(self._source(row))
+        except Refused as refused:
+            raise TemplateError(f"no prompt can be made: {refused}", where=self.template.name) from None
+        return ids[-self.max_seq_len :] if self.over_length == "truncate_left" else ids
+
+    def decode_answer(self, ids: Iterable[int]) -> str:
+        hidden = {self.tokenizer.pad_token_id, self.tokenizer.bos_token_id}
+        kept: list[int] = []
+        for token in ids:
+            if token in self.stops.ids:
+                break
+            if token not in hidden:
+                kept.append(int(token))
+        return str(self.tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)).strip()
+
+
+def _weightless(row: Row) -> bool:
+    if "messages" not in row or not row["messages"]:
+        return False
+    return bool(row["messages"][-1].get("weight", 1) == 0)

@@ -1,0 +1,274 @@
+"""Where the model's own words stand in a rendered conversation, proven from the text and never guessed.
+
+A region of one assistant message is what lies between the generation prompt and the end of its turn. It is found from
+renders alone, with marks (`marks.py`) as fixed points:
+
+- its start: the conversation before it is rendered with the generation prompt. What stands there after the last word
+  of the message before must stand in the whole text too, after that same word; the region begins where it ends. Where
+  the template asks one thing and shows another (a think block only in the prompt, or only in the text), the region
+  begins where the two part, at a control token or a line.
+- its end: what the template writes after the last word both where the conversation goes on and where it stops. That
+  is the end of the turn; a newline, or an end-of-text token that stands at the very end only, is not part of it.
+
+Everything is compared as text between fixed points, so a template may trim, move or rewrite other turns. docs/decisions/
+0003-how-labels-are-found.md has the cases.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+
+from sft.chat.marks import PLACEMENTS, Read, mark, read
+from sft.chat.template import ChatTemplate, Message, Refused
+from sft.chat.vocabulary import Vocabulary
+
+_FOLLOW_UP = {"role": "user", "content": "Kquv"}
+
+
+@dataclass(frozen=True)
+class Region:
+    """Characters [start, end) of the text, which the model writes as message `message` (an index).
+
+    missing: None where the template ends the turn itself; else the end token that encoding puts there, "" for the
+    tokenizer's own.
+    """
+
+    message: int
+    start: int
+    end: int
+    missing: str | None = None
+
+
+@dataclass
+class Layout:
+    """A rendered conversation: its text, the regions of its assistant messages, control tokens to be read as text.
+
+    prompt_ends: where the last region starts if the serving prompt is this text up to there, else None.
+    """
+
+    text: str
+    regions: list[Region] = field(default_factory=list)
+    fakes: list[tuple[int, int]] = field(default_factory=list)
+    prompt_ends: int | None = None
+
+
+@dataclass
+class Turn:
+    """What a template does with a plain turn; learnt from probes by `facts.learn`, so that rows need fewer renders.
+
+    prompt: the generation prompt. tail: all that follows an answer at the end of a conversation. end: the end of the
+    turn there. middle_end: the end of the turn where the conversation goes on. borrows: a turn has no end of its own,
+    the next turn's control token ends it (GLM). tool_end: the token that ends a tool call, where it is borrowed too.
+    """
+
+    prompt: str = ""
+    tail: str = ""
+    end: str = ""
+    middle_end: str = ""
+    borrows: bool = False
+    tool_end: str = ""
+
+
+class Spans:
+    """Finds the regions of conversations for one template and one vocabulary of control tokens."""
+
+    def __init__(self, template: ChatTemplate, vocabulary: Vocabulary, turn: Turn | None = None) -> None:
+        self.template, self.vocabulary, self.turn = template, vocabulary, turn
+        self._starts: dict[tuple[str, str], int] = {}
+
+    def layout(self, messages: list[Message], tools: list[object] | None = None, *, prompt: bool = False) -> Layout:
+        """The text of a conversation and its regions; with `prompt`, up to where the model begins to write.
+
+        Raises Refused with the reason where the template refuses the row or the proof fails.
+        """
+        text = self.template.render(messages, tools=tools, add_generation_prompt=prompt)
+        marked, seen = self._mark(messages, tools, text, prompt)
+        answers = [k for k, message in enumerate(messages) if message.get("role") == "assistant"]
+        made = Layout(text, fakes=self.vocabulary.spans(text, seen.broken))
+        for k in answers:
+            try:
+                region, exact = self._region(k, messages, marked, tools, seen, on=prompt or k < len(messages) - 1)
+            except Refused as refused:
+                region, exact = self._marked_by_author(k, seen, refused), False
+            if made.regions and region.start < made.regions[-1].end:
+                raise Refused(f"the regions of messages {made.regions[-1].message + 1} and {k + 1} overlap")
+            made.regions.append(region)
+            made.prompt_ends = region.start if exact else None
+        return made
+
+    def _mark(
+        self, messages: list[Message], tools: list[object] | None, text: str, prompt: bool
+    ) -> tuple[list[Message], Read]:
+        for placement in PLACEMENTS:
+            marked: list[Message] = mark(messages, placement, self.vocabulary.controls)
+            try:
+                seen = read(self.template.tracked(marked, tools, prompt))
+            except Refused:
+                continue
+            if seen.text == text:
+                return marked, seen
+        raise Refused("the template changes with the words of the messages, so their places cannot be proven")
+
+    def _region(
+        self, k: int, messages: list[Message], marked: list[Message], tools: list[object] | None, seen: Read, *, on: bool
+    ) -> tuple[Region, bool]:
+        """Region k, and whether the text up to it is the serving prompt. `on`: something follows message k."""
+        close = seen.close(k)
+        if close is None and (seen.closed.get(k) or _says_something(messages[k])):
+            times = len(seen.closed.get(k, []))
+            raise Refused(f"the template shows the answer in message {k + 1} {times} times" if times else _UNSHOWN)
+        start, exact = self._start(k, messages, marked, tools, seen, on)
+        close = start if close is None else close
+        if start > close:
+            raise Refused(f"the prompt of message {k + 1} reaches into its answer")
+        end = self._end(k, close, marked, tools, seen, on)
+        return Region(k, start, close + len(end), self._missing(end, messages[k], on)), exact
+
+    def _missing(self, end: str, message: Message, on: bool) -> str | None:
+        turn = self.turn or Turn()
+        if message.get("tool_calls") and turn.tool_end and not on and not end.endswith(turn.tool_end):
+            return turn.tool_end
+        return None if end.strip() else turn.middle_end.strip()
+
+    # --- where it begins
+
+    def _start(
+        self, k: int, messages: list[Message], marked: list[Message], tools: list[object] | None, seen: Read, on: bool
+    ) -> tuple[int, bool]:
+        """The start of region k, and whether the text up to there is exactly the serving prompt."""
+        text, close, opened = seen.text, seen.close(k), seen.open(k)
+        limit = opened if opened is not None else len(text) if close is None else close
+        before = seen.close(k - 1) if k else None
+        known = (str(messages[k - 1].get("role")), text[before:limit]) if before is not None and opened else None
+        if on and known is not None and before is not None and known in self._starts:
+            return before + self._starts[known], False
+        try:
+            asked = read(self.template.tracked(marked[:k], tools, True))
+        except Refused:
+            return self._start_by_prompt(k, seen, limit), False
+        anchor = next((j for j in range(k - 1, -1, -1) if _both(seen, asked, j, limit)), None)
+        if anchor is None:
+            at, asked_at = 0, 0
+        else:
+            at, asked_at = seen.closed[anchor][0], asked.closed[anchor][0]
+        tail, gap = asked.text[asked_at:], text[at : max(limit, at)]
+        within = text[at : len(text) if close is None else close]
+        if within.startswith(tail):
+            offset = len(tail)
+        else:
+            offset = self._parting(tail, gap, k, whole=opened is not None)
+        if known is not None and anchor == k - 1:
+            self._starts[known] = offset
+        return at + offset, asked.text == text[: at + offset]
+
+    def _parting(self, tail: str, gap: str, k: int, *, whole: bool) -> int:
+        """How far the prompt and the text before the answer agree, down to a control token or a line."""
+        agree = len(os.path.commonprefix([tail, gap]))
+        if whole and agree == len(gap):
+            return agree  # the prompt goes on where the text has the answer already
+        if not tail[agree:].strip():
+            return agree  # only white space of the prompt is missing
+        if whole and not gap[agree:].strip():
+            return len(gap)
+        offset = self.vocabulary.edge(tail, gap, agree)
+        if offset == 0:
+            raise Refused(f"the generation prompt and the text before message {k + 1} have nothing in common")
+        return offset
+
+    def _start_by_prompt(self, k: int, seen: Read, limit: int) -> int:
+        """Where the conversation before k cannot stand alone: right after the generation prompt known from a probe."""
+        prompt = self.turn.prompt if self.turn else ""
+        floor = max((at for j, places in seen.closed.items() for at in places if j < k and at <= limit), default=0)
+        found = seen.text.rfind(prompt, floor, limit) if prompt else -1
+        if found < 0:
+            raise Refused(f"where the answer of message {k + 1} begins cannot be proven: the text before it")
+        return found + len(prompt)
+
+    # --- where it ends
+
+    def _end(
+        self, k: int, close: int, marked: list[Message], tools: list[object] | None, seen: Read, on: bool
+    ) -> str:
+        """What follows the mark of message k up to the end of its turn, trailing white space left out."""
+        text, turn = seen.text, self.turn
+        here = text[close:]
+        if turn and not on and here == turn.tail:
+            return turn.end
+        if turn and on and turn.middle_end and here.startswith(turn.middle_end):
+            return turn.middle_end
+        if not on:
+            onward = self.after(k, [*marked, _FOLLOW_UP], tools, prompt=False)
+            asked = self.after(k, marked, tools, prompt=True)
+            return self.last_end(here, [other for other in (onward, asked) if other is not None])
+        upto = min((at for j, places in seen.opened.items() if j > k for at in places if at >= close), default=len(text))
+        alone = self.after(k, marked[: k + 1], tools, prompt=False)
+        asked = self.after(k, marked[: k + 1], tools, prompt=True)
+        end = self.middle_end(text[close:upto], alone, asked)
+        if end is None:
+            raise Refused(f"where the turn of message {k + 1} ends cannot be proven")
+        return end
+
+    def after(self, k: int, marked: list[Message], tools: list[object] | None, *, prompt: bool) -> str | None:
+        try:
+            seen = read(self.template.tracked(marked, tools, prompt))
+        except Refused:
+            return None
+        close = seen.close(k)
+        return None if close is None else seen.text[close:]
+
+    def last_end(self, tail: str, others: list[str]) -> str:
+        for other in others:
+            shared = self._shared(tail, other)
+            if shared.strip():
+                return shared
+        return tail.rstrip()
+
+    def middle_end(self, gap: str, alone: str | None, asked: str | None) -> str | None:
+        shared = "" if alone is None else self._shared(gap, alone)
+        prompt = self.turn.prompt if self.turn else ""
+        if alone is not None and gap.startswith(alone) and (not alone.strip() or (self.turn and self.turn.borrows)):
+            if borrowed := self.vocabulary.opening(gap[len(alone) :], but=prompt):
+                return alone + borrowed
+        if shared.strip():
+            return shared
+        if asked is not None and prompt and asked.endswith(prompt):
+            between = asked[: -len(prompt)]
+            if gap.startswith(between) and between.strip():
+                return between.rstrip()
+        return "" if alone is not None and not alone.strip() else None
+
+    def _shared(self, one: str, other: str) -> str:
+        """The common beginning of two texts, down to a control token or a line, trailing white space left out."""
+        agree = len(os.path.commonprefix([one, other]))
+        if agree < min(len(one), len(other)):
+            agree = self.vocabulary.edge(one, other, agree)
+        return one[:agree].rstrip()
+
+    def _marked_by_author(self, k: int, seen: Read, refused: Refused) -> Region:
+        """The {% generation %} block around message k, lengthened to the end of the turn; else the refusal stands."""
+        close = seen.close(k)
+        for start, end in seen.generation:
+            if close is not None and start <= close <= end:
+                region = seen.text[start:end].rstrip()
+                finish = self.turn.middle_end if self.turn else ""
+                if finish and not region.endswith(finish) and seen.text.startswith(finish, end):
+                    return Region(k, start, end + len(finish))
+                missing = None if not finish or region.endswith(finish) else finish
+                return Region(k, start, start + len(region), missing)
+        raise refused
+
+
+_UNSHOWN = "the template does not show its answer"
+
+
+def _both(seen: Read, asked: Read, j: int, limit: int) -> bool:
+    at = seen.close(j)
+    return at is not None and at <= limit and asked.close(j) is not None
+
+
+def _says_something(message: Message) -> bool:
+    content = message.get("content")
+    said = content.strip() if isinstance(content, str) else content
+    return bool(said or message.get("tool_calls") or any(message.get(key) for key in ("reasoning_content",)))
+
