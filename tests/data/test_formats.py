@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+
 from sft.config.schema import DataSection
 from sft.data import records
 from sft.data.faults import RowFault

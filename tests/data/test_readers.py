@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from sft.config.schema import DataSection
 from sft.data.source import find
 from sft.errors import DataError

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from sft.config.schema import DataSection
 from sft.data import store, style
 from sft.data.process import process
@@ -71,7 +72,7 @@ def test_styled_rows_are_taken_until_their_source_changes(tmp_path: Path) -> Non
     make_processed(tmp_path, word="other")
     for name in ("auto", "styled"):
         with pytest.raises(
-            DataError, match="stale: train.jsonl was styled before the processed rows changed"
+            DataError, match=r"stale: train\.jsonl was styled before the processed rows changed"
         ) as caught:
             store.paths(DataSection(stage=name), tmp_path)
         assert "make style" in str(caught.value.mend) and "--set data.stage=processed" in str(caught.value.mend)
@@ -84,13 +85,13 @@ def test_a_styled_folder_that_is_incomplete_or_tells_no_source_is_stale(tmp_path
     make_processed(tmp_path)
     processed, styled = tmp_path / "data/processed", tmp_path / "data/processed_with_style"
     style.style_file(processed / "train.jsonl", styled / "train.jsonl", "S", "fill")
-    with pytest.raises(DataError, match="val.jsonl is processed, but not styled"):
+    with pytest.raises(DataError, match=r"val\.jsonl is processed, but not styled"):
         store.paths(DataSection(), tmp_path)
     for name in ("val", "test"):
         style.style_file(processed / f"{name}.jsonl", styled / f"{name}.jsonl", "S", "fill")
     assert store.paths(DataSection(), tmp_path).name == "styled"
     (styled / "source.json").write_text("{broken")
-    with pytest.raises(DataError, match="source.json does not tell"):
+    with pytest.raises(DataError, match=r"source\.json does not tell"):
         store.paths(DataSection(), tmp_path)
 
 
@@ -138,7 +139,7 @@ def test_the_reader_takes_the_three_shapes_and_gives_ids_and_origins(tmp_path: P
         {"input": "i", "target": "t"},
     )
     rows = store.read_rows(path)
-    assert [row["id"] for row in rows][0] == "mine" and all(len(row["id"]) == 16 for row in rows[1:])
+    assert rows[0]["id"] == "mine" and all(len(row["id"]) == 16 for row in rows[1:])
     assert [row["origin"] for row in rows] == ["x:7", "a.jsonl:2", "a.jsonl:3"]
     assert rows[1]["note"] == 1
 

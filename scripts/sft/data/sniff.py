@@ -82,8 +82,8 @@ def sniff(path: Path) -> Found:
 
 
 def _sniff(path: Path, head: bytes, stream: BinaryIO) -> Found:
-    if not head.strip(b" \t\r\n\0\xef\xbb\xbf"):
-        raise DataError("the file is empty", where=str(path), mend="put rows into it, see docs/DATA.md")
+    if not head:
+        raise _empty(path)
     if head[:4] == b"PAR1":
         return Found("parquet", said=_misnamed(path, "parquet"))
     for opening, what, mend in OTHERS:
@@ -91,12 +91,18 @@ def _sniff(path: Path, head: bytes, stream: BinaryIO) -> Found:
             raise _refused(path, what, mend)
     encoding, errors, suspect, said = _encoding(path, head, stream)
     text = head.decode(encoding, "replace").lstrip("\ufeff")
+    if not text.strip():
+        raise _empty(path)
     if len(CONTROL.findall(text)) * 50 > len(text):
         raise _refused(path, "binary, of a kind that is not known here", "")
     if re.match(r"\s*<(!doctype|html|\?xml|head|!--)", text, re.IGNORECASE):
         raise _refused(path, "a web page or XML (did a download or a login go wrong?)", "download it again")
     kind, delimiter = _kind(path, text)
     return Found(kind, encoding, errors, suspect, delimiter, said + _misnamed(path, kind))
+
+
+def _empty(path: Path) -> DataError:
+    return DataError("the file is empty", where=str(path), mend="put rows into it, see docs/DATA.md")
 
 
 def _refused(path: Path, what: str, mend: str) -> DataError:

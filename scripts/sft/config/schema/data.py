@@ -56,8 +56,12 @@ class DataSection(Section):
     styled_dir: str = Field("data/processed_with_style", description="Where style writes.")
     rendered_dir: str = Field("data/rendered", description="Where render writes.")
     train_path: str | None = Field(None, description="Training rows; null follows `stage`.")
-    val_path: str | None = Field(None, description="Validation rows; null follows `stage`.")
-    test_path: str | None = Field(None, description="Test rows; null follows `stage`.")
+    val_path: str | None = Field(
+        None, description="Validation rows; null follows `stage`, or stands beside `train_path` where that is given."
+    )
+    test_path: str | None = Field(
+        None, description="Test rows; null follows `stage`, or stands beside `train_path` where that is given."
+    )
     template_path: str = Field(
         "auto",
         description="`auto`: the model's own chat template, else chat_templates/default.jinja; or a name from"

@@ -1,0 +1,89 @@
+"""process_data as a user runs it: exit codes, one message, JSON alone on stdout, nothing half written."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import ROOT
+
+CONFIG = str(ROOT / "configs/config_base.yaml")
+Run = Callable[..., Any]
+
+
+@pytest.fixture
+def process(command: Run, tmp_path: Path) -> Run:
+    def run(*args: object) -> Any:
+        return command("process_data", "--config", CONFIG, *args, SFT_ROOT=str(tmp_path), HF_HUB_OFFLINE="1")
+
+    return run
+
+
+def test_default_raw_file_to_splits_with_a_table_and_an_example(process: Run, tmp_path: Path) -> None:
+    (tmp_path / "data/raw").mkdir(parents=True)
+    rows = [{"question": f"q{i}", "answer": f"a{i}"} for i in range(60)]
+    lines = [json.dumps(row) for row in rows] + ['{"question": "cut', json.dumps(rows[0])]
+    (tmp_path / "data/raw/raw.jsonl").write_text("\n".join(lines))
+    done = process()
+    assert done.returncode == 0, done.stderr
+    for said in ("formats found: qa (60)", '"user": "q0"', "rows read", "unreadable", "exact duplicate", "1.6% faulty"):
+        assert said in done.stdout
+    assert "data/raw/raw.jsonl:61: broken JSON" in done.stdout and "too few to learn from" in done.stdout
+    told = process("--json", "--format", "qa")
+    ledger = json.loads(told.stdout)
+    assert ledger == json.loads((tmp_path / "data/processed/ledger.json").read_text())
+    assert (ledger["rows_read"], ledger["rows_written"], ledger["named"]) == (
+        62,
+        60,
+        {"unreadable": 1, "exact duplicate": 1},
+    )
+    assert "rows read" in told.stderr
+
+
+def test_a_csv_with_a_mapping_of_columns(process: Run, tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text(
+        "\ufeffType,Question,Best Answer\n" + "".join(f"x,Why {i}?,Because.\n" for i in range(9))
+    )
+    sets = ("--set", "data.columns.user=Question", "--set", "data.columns.assistant=Best Answer")
+    done = process("--raw_path", "t.csv", *sets, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["formats"] == {"columns": 9}
+    without = process("--raw_path", "t.csv")
+    assert without.returncode == 2 and "data.columns.user" in without.stderr
+
+
+@pytest.mark.parametrize(
+    "name, content, said",
+    [
+        (None, "", "no raw data"),
+        ("gone.jsonl", None, "no such file"),
+        ("nobody/nothing", None, "cannot be had"),
+        ("a.json", "", "the file is empty"),
+        ("a.parquet", "\x89PNG\r\n\x1a\n" + "x" * 50, "a PNG picture"),
+        ("a.jsonl", '{"q": 1}\n' * 3, "nothing is left"),
+    ],
+)
+def test_what_a_user_can_mend_is_exit_2_and_one_message(
+    process: Run, tmp_path: Path, name: str | None, content: str | None, said: str
+) -> None:
+    kept = tmp_path / "data/processed/train.jsonl"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("before")
+    if name and content is not None:
+        (tmp_path / name).write_bytes(content.encode("latin-1"))
+    done = process(*(["--raw_path", name] if name else []))
+    assert done.returncode == 2 and said in done.stderr
+    assert "Traceback" not in done.stderr and done.stderr.count("error:") == 1
+    assert kept.read_text() == "before"
+
+
+def test_help_answers_at_once(command: Run) -> None:
+    for name in ("process_data", "style_prompt"):
+        started = time.monotonic()
+        done = command(name, "--help")
+        assert done.returncode == 0 and "examples:" in done.stdout and time.monotonic() - started < 1.5

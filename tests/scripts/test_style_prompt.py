@@ -1,0 +1,39 @@
+"""style_prompt as a user runs it, after process_data and before training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.conftest import ROOT
+
+CONFIG = ("--config", str(ROOT / "configs/config_base.yaml"))
+Run = Callable[..., Any]
+
+
+def test_styles_all_splits_or_one_file_and_names_presets(command: Run, tmp_path: Path) -> None:
+    root = {"SFT_ROOT": str(tmp_path)}
+    (tmp_path / "raw.jsonl").write_text(
+        "".join(json.dumps({"question": f"q{i}", "answer": "a"}) + "\n" for i in range(50))
+    )
+    assert command("process_data", *CONFIG, "--raw_path", "raw.jsonl", **root).returncode == 0
+
+    without = command("style_prompt", *CONFIG, **root)
+    assert without.returncode == 2 and "no style is given" in without.stderr
+    assert all(preset in without.stderr for preset in ("concise", "json", "step-by-step", "structured"))
+    assert not (tmp_path / "data/processed_with_style").exists()
+
+    done = command("style_prompt", *CONFIG, "--style", "Answer like a clerk.", "--json", **root)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert sum(told["rows"].values()) == 50 and set(told["rows"]) == {"train", "val", "test"}
+    first = json.loads((tmp_path / "data/processed_with_style/train.jsonl").read_text().splitlines()[0])
+    assert first["system"] == "Answer like a clerk."
+
+    one = ("--in", "data/processed/val.jsonl", "--out", "styled.jsonl", "--mode", "append", "--style", "concise")
+    assert command("style_prompt", *CONFIG, *one, **root).returncode == 0
+    assert len((tmp_path / "styled.jsonl").read_text().splitlines()) == told["rows"]["val"]
+    half = command("style_prompt", *CONFIG, "--style", "concise", "--in", "x.jsonl", **root)
+    assert half.returncode == 2 and "--in and --out go together" in half.stderr
