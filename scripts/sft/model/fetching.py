@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sft.errors import EnvironmentProblem, ModelError
-from sft.model import credentials, files
+from sft.errors import EnvironmentProblem, ModelError, SftError
+from sft.model import credentials, files, resume
 from sft.model.network import offline, reachable
 
 if TYPE_CHECKING:
@@ -53,10 +53,13 @@ def download(section: ModelSection, root: Path, *, weights: bool = True) -> Path
         wanted = _list(section, token, weights=weights)
         _room(name, wanted.bytes)
         log.info(f"fetching {name}: {wanted.bytes / 1e9:.2f} GB in {len(wanted.names)} files into the hub's cache")
+        for file in wanted.names:
+            if file.endswith(".safetensors"):
+                resume.fetch(name, wanted.commit, file, token)
         folder = snapshot_download(name, revision=wanted.commit, allow_patterns=wanted.names, token=token)
         _remember_branch(section, wanted.commit)
         return Path(folder)
-    except (ModelError, EnvironmentProblem):
+    except SftError:
         raise
     except Exception as error:
         raise _said(section, error) from None

@@ -52,7 +52,7 @@ def dress(folder: Path, files: ModelFiles, config: Config, root: Path, dtype: to
 def _template(folder: Path, files: ModelFiles, config: Config, root: Path) -> list[int]:
     """Writes the chat template that the model was trained with; returns the ids of its end tokens."""
     from sft.chat.encode import make_encoder
-    from sft.chat.template import load_template
+    from sft.chat.sources import load_template
     from sft.model.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(files, trust_remote_code=config.model.trust_remote_code)

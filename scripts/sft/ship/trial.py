@@ -25,7 +25,7 @@ def answer(folder: Path, prompt: str, root: Path) -> Trial:
     import torch
 
     from sft.chat.encode import make_encoder
-    from sft.chat.template import load_template
+    from sft.chat.sources import load_template
     from sft.generation.engine import generate
     from sft.model import hub, loading
     from sft.model.tokenizer import load_tokenizer

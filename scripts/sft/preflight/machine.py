@@ -1,0 +1,163 @@
+"""Checks of the machine: system, packages, GPU, disk, memory, ports."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+from sft.config import paths
+from sft.preflight.case import Case, Finding, Level
+
+GIB = 2**30
+PYTHONS = ((3, 10), (3, 13))
+
+
+def system(case: Case) -> Iterator[Finding]:
+    release = platform.release()
+    kind = "WSL2" if "microsoft" in release.lower() else platform.system()
+    known = platform.system() == "Linux"
+    yield Finding(
+        "ok" if known else "error", "system", f"{kind} {release}", None if known else "use Linux, or WSL2 on Windows"
+    )
+    version = sys.version_info[:2]
+    fits = PYTHONS[0] <= version <= PYTHONS[1]
+    said = f"{version[0]}.{version[1]} ({sys.executable})"
+    yield Finding(
+        "ok" if fits else "error", "python", said, None if fits else "install Python 3.10 to 3.13, make install"
+    )
+
+
+def packages(case: Case) -> Iterator[Finding]:
+    """Installed versions against requirements.txt, whose floors are the security floors too."""
+    from packaging.requirements import Requirement
+
+    wrong, seen = [], 0
+    for line in (paths.PROJECT / "requirements.txt").read_text(encoding="utf-8").splitlines():
+        text = line.partition("#")[0].strip()
+        if not text or text.startswith("-"):
+            continue
+        wanted = Requirement(text)
+        if wanted.marker is not None and not wanted.marker.evaluate():
+            continue
+        seen += 1
+        try:
+            version = metadata.version(wanted.name)
+        except metadata.PackageNotFoundError:
+            wrong.append(f"{wanted.name} is missing")
+            continue
+        if not wanted.specifier.contains(version, prereleases=True):
+            wrong.append(f"{wanted.name} {version} is not {wanted.specifier}")
+    if wrong:
+        yield Finding("error", "packages", "; ".join(wrong), "make install")
+    else:
+        shown = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "transformers", "peft"))
+        yield Finding("ok", "packages", f"{seen} within their bounds ({shown})")
+
+
+def gpu(case: Case) -> Iterator[Finding]:
+    from sft.model import hardware
+
+    cards = hardware.gpus()
+    if not cards:
+        slow = case.files is not None and case.files.parameters > 2e8
+        mend = "training it here takes days; --set model.name=models/demo shows the pipeline" if slow else None
+        yield Finding("warning" if slow else "ok", "gpu", "none: training on the CPU", mend)
+    for card in cards:
+        case.gpu_bytes = case.gpu_bytes or card.total_bytes
+        busy = card.free_bytes < 0.8 * card.total_bytes
+        said = (
+            f"{card.name}, {card.free_bytes / GIB:.1f} of {card.total_bytes / GIB:.1f} GiB free,"
+            f" {'bf16' if card.capability >= (8, 0) else 'fp16 alone (no bf16)'}"
+        )
+        mend = "another process holds its memory: nvidia-smi names it" if busy else None
+        yield Finding("warning" if busy else "ok", "gpu", said, mend)
+    if cards and "+cpu" in metadata.version("torch"):
+        said = "torch is a build for the CPU alone, so the GPU would stay idle"
+        yield Finding("error", "torch", said, "remove .venv and make install, which takes the CUDA build")
+    if case.config is not None and case.config.tuning.backend == "unsloth":
+        yield from _unsloth(bool(cards))
+
+
+def _unsloth(cuda: bool) -> Iterator[Finding]:
+    import importlib.util
+
+    missing = "there is no CUDA GPU" if not cuda else "it is not installed"
+    if cuda and importlib.util.find_spec("unsloth") is not None:
+        yield Finding("ok", "backend", f"unsloth {metadata.version('unsloth')}")
+    else:
+        yield Finding("warning", "backend", f"unsloth falls back to bnb: {missing}", "make install-unsloth")
+
+
+def disk(case: Case) -> Iterator[Finding]:
+    """Checkpoints (kept, best and the one being written), the adapter, and the model if it is still to be fetched."""
+    if case.config is None:
+        return
+    outputs = paths.resolve(case.root, case.config.train.output_dir)
+    place = _existing(outputs)
+    free, need = shutil.disk_usage(place).free, _needed(case)
+    said = f"{free / 1e9:.1f} GB free in {place}, a run needs about {need / 1e9:.1f}"
+    short = free < need
+    mend = "make room (old runs: outputs/), or --set train.save_total_limit=1" if short else None
+    yield Finding("error" if short else "ok", "disk", said, mend)
+    for folder in (outputs, case.root / "adapters"):
+        standing = _existing(folder)
+        if not standing.is_dir() or not os.access(standing, os.W_OK | os.X_OK):
+            yield Finding("error", "outputs", f"{standing} cannot be written to", "mend its permissions, or output_dir")
+            return
+    yield Finding("ok", "outputs", f"{paths.shown(outputs, case.root)} can be written to")
+
+
+def _needed(case: Case) -> int:
+    """Bytes on the disk: a checkpoint is the trained weights and AdamW's two moments, in float32."""
+    assert case.config is not None
+    kept = case.config.train.save_total_limit + 2
+    if case.files is None:
+        return case.to_fetch + 2 * GIB
+    if case.config.tuning.mode == "full":
+        return case.files.parameters * 4 * (3 * kept + 1)
+    from sft.model.files import tensors
+
+    shapes = [entry["shape"] for path in case.files.weights for entry in tensors(path).values()]
+    sides = sum(sum(shape) for shape in shapes if len(shape) == 2)
+    return case.config.tuning.lora.r * sides * 4 * (3 * kept + 1) + 64 * 2**20
+
+
+def memory(case: Case) -> Iterator[Finding]:
+    from sft.model import hardware
+
+    total, free = hardware.memory()
+    said = f"{free / GIB:.1f} of {total / GIB:.1f} GiB free"
+    level: Level = "ok"
+    mend = None
+    if case.files is not None and case.config is not None:
+        full = case.config.tuning.mode == "full"
+        each = (16 if full else 4) if case.gpu_bytes is None else 0
+        need = case.files.parameters * each + 2 * GIB
+        said += f", a run needs about {need / GIB:.1f}"
+        if need > free:
+            level, mend = "warning", "close what else runs, or choose a smaller model (make plan)"
+    yield Finding(level, "memory", said, mend)
+
+
+def port(case: Case) -> Iterator[Finding]:
+    from sft.report import board
+
+    ours = board.running(case.root / "outputs" / "tb")
+    if ours is not None:
+        yield Finding("ok", "tensorboard", f"runs at {ours.address}")
+    elif board.answers(case.port):
+        mend = f"another port: TB_PORT={case.port + 1}"
+        yield Finding("warning", "tensorboard", f"port {case.port} is in use by another program", mend)
+    else:
+        yield Finding("ok", "tensorboard", f"port {case.port} is free")
+
+
+def _existing(path: Path) -> Path:
+    while not path.exists():
+        path = path.parent
+    return path

@@ -1,0 +1,110 @@
+"""Downloading with the real hub client from a hub on loopback."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.model.fake_hub import COMMIT, TOKEN, serve
+
+
+@pytest.fixture
+def repository(tiny_qwen2: Path, tmp_path: Path) -> Path:
+    """What a repository on the hub holds: a model, and pickles that nobody should fetch."""
+    shutil.copytree(tiny_qwen2, tmp_path / "repository")
+    (tmp_path / "repository" / "pytorch_model.bin").write_bytes(b"pickle" * 99)
+    (tmp_path / "repository" / "README.md").write_text("read me")
+    return tmp_path / "repository"
+
+
+def environment(address: str, home: Path) -> dict[str, str]:
+    return {
+        "HF_ENDPOINT": address,
+        "HF_HOME": str(home),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "SFT_ROOT": str(home.parent),
+    }
+
+
+def test_a_model_is_fetched_whole_without_pickles_and_then_works_offline(repository, tmp_path, command):
+    home = tmp_path / "home"
+    with serve(repository) as (address, asked):
+        done = command("download_model", "--model", "lab/tiny", "--json", **environment(address, home))
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["model"], found["revision"], found["kind"]) == ("lab/tiny", COMMIT, "causal")
+    assert not [line for line in asked if "pytorch_model.bin" in line or "README" in line]
+    names = sorted(path.name for path in Path(found["path"]).iterdir())
+    assert names == [
+        "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+        "tokenizer_config.json",
+    ]  # fmt: skip
+    offline = {**environment("http://127.0.0.1:9", home), "HF_HUB_OFFLINE": "1"}
+    again = command("download_model", "--model", "lab/tiny", "--json", **offline)
+    assert (again.returncode, json.loads(again.stdout)["path"]) == (0, found["path"])
+
+
+def test_a_broken_download_is_taken_up(repository, tmp_path, command):
+    home = tmp_path / "home"
+    with serve(repository) as (address, asked):
+        command("download_model", "--model", "lab/tiny", **environment(address, home))
+        weights = next(home.rglob("snapshots/*/model.safetensors"))
+        blob = weights.resolve()
+        weights.unlink()
+        blob.with_name(blob.name + ".part").write_bytes(blob.read_bytes()[:1000])
+        blob.unlink()
+        asked.clear()
+        done = command("download_model", "--model", "lab/tiny", "--json", **environment(address, home))
+    assert done.returncode == 0, done.stderr
+    assert weights.read_bytes() == (repository / "model.safetensors").read_bytes()
+    fetched = [line for line in asked if line.startswith("GET") and "model.safetensors" in line]
+    assert [line.split()[-1] for line in fetched] == ["bytes=1000-"]
+    assert not [line for line in asked if line.startswith("GET") and "/tokenizer.json" in line]
+
+
+def test_a_file_that_arrives_damaged_is_not_kept(repository, tmp_path, command):
+    home = tmp_path / "home"
+    with serve(repository) as (address, _):
+        command("download_model", "--model", "lab/tiny", **environment(address, home))
+        weights = next(home.rglob("snapshots/*/model.safetensors"))
+        blob = weights.resolve()
+        weights.unlink()
+        blob.with_name(blob.name + ".part").write_bytes(b"x" * 1000)
+        blob.unlink()
+        done = command("download_model", "--model", "lab/tiny", **environment(address, home))
+        assert done.returncode == 2
+        assert "arrived damaged" in done.stderr
+        done = command("download_model", "--model", "lab/tiny", **environment(address, home))
+    assert done.returncode == 0, done.stderr
+    assert weights.read_bytes() == (repository / "model.safetensors").read_bytes()
+
+
+def test_a_gated_model_names_its_page_and_the_login_and_never_the_token(repository, tmp_path, command):
+    home = tmp_path / "home"
+    with serve(repository) as (address, _):
+        bad = "hf_" + "wrongtoken000000000"
+        done = command("download_model", "--model", "lab/gated", HF_TOKEN=bad, **environment(address, home))
+        assert done.returncode == 2
+        assert f"{address}/lab/gated" in done.stderr
+        assert "hf auth login" in done.stderr
+        assert bad not in done.stderr + done.stdout
+        (tmp_path / ".env").write_text(f"HF_TOKEN={TOKEN}\n")
+        done = command("download_model", "--model", "lab/gated", **environment(address, home))
+    assert done.returncode == 0, done.stderr
+    assert TOKEN not in done.stderr + done.stdout
+
+
+def test_a_model_that_is_not_on_the_hub_is_said(repository, tmp_path, command):
+    with serve(repository) as (address, _):
+        done = command("download_model", "--model", "lab/nothing", **environment(address, tmp_path / "home"))
+    assert done.returncode == 2
+    assert "lab/nothing is neither a folder here nor a model on the hub" in done.stderr
+    assert "Traceback" not in done.stderr
+    gone = environment("http://127.0.0.1:9", tmp_path / "home")
+    done = command("download_model", "--model", "lab/nothing", **gone)
+    assert done.returncode == 2
+    assert "the hub does not answer" in done.stderr
