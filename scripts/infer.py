@@ -47,7 +47,7 @@ def main(args: argparse.Namespace) -> dict[str, Any] | None:
     )  # fmt: skip
     from sft.generation import serving
 
-    system = args.system if args.system is not None else serving.system_text(target.config, target.folder)
+    system = args.system if args.system is not None else serving.system_text(target.config, target.folder, root)
     requests = batch_input.read(args.input_file, system) if batch else []
     adapter, merged = (None, None) if args.base else (target.adapter, target.merged)
     served = serving.open_model(target.config, adapter=adapter, merged=merged, root=root)
