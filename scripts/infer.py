@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> dict[str, Any] | None:
     """Choose the model, read the questions, open the model, answer."""
     from sft.errors import ConfigError
-    from sft.generation import batch_input, targets
+    from sft.generation import batch_input, system_text, targets
 
     root = console.project_root()
     batch = args.mode == "batch" or (args.mode is None and args.input_file is not None)
@@ -45,10 +45,10 @@ def main(args: argparse.Namespace) -> dict[str, Any] | None:
         Path(args.config), args.set, adapters=args.adapters, merged=args.merged, base=args.base,
         is_default=args.config == console.default_config(), root=root,
     )  # fmt: skip
+    system = args.system if args.system is not None else system_text.expected(target.config, target.folder, root)
+    requests = batch_input.read(args.input_file, system) if batch else []
     from sft.generation import serving
 
-    system = args.system if args.system is not None else serving.system_text(target.config, target.folder, root)
-    requests = batch_input.read(args.input_file, system) if batch else []
     adapter, merged = (None, None) if args.base else (target.adapter, target.merged)
     served = serving.open_model(target.config, adapter=adapter, merged=merged, root=root)
     if not batch:

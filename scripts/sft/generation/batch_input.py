@@ -6,12 +6,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sft import files
 from sft.data import records
 from sft.errors import DataError
-from sft.generation.engine import Answer
+
+if TYPE_CHECKING:
+    from sft.generation.engine import Answer
 
 Row = dict[str, Any]
 _KEYS = ("user", "prompt", "question", "instruction")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +15,12 @@ import torch
 from sft.chat.encode import Encoder, make_encoder
 from sft.chat.sources import load_template
 from sft.config.schema import Config, GenerationSection
-from sft.data import records, store
-from sft.errors import ModelError, SftError
 from sft.generation import engine, streaming
 from sft.model import adapters, hardware, hub, loading
 from sft.model.tokenizer import load_tokenizer
 from sft.step import attention
 
 log = logging.getLogger("sft.generation")
-SERVING = "serving.json"
 Message = dict[str, Any]
 
 
@@ -160,39 +157,3 @@ def _end_ids(folder: Path) -> list[int]:
 def _tokenizer_source(files: Any, adapter: Path | None) -> Any:
     saved = adapter is not None and (adapter / "tokenizer_config.json").is_file()
     return adapter if saved else files
-
-
-def system_text(config: Config, folder: Path | None, root: Path) -> str | None:
-    """The system text that answers expect: the one that all training rows shared, else `data.system_prompt`, else None.
-
-    Read from serving.json beside the adapter or model; where there is none, from the training rows if they are here.
-    """
-    for place in (folder, folder.parent if folder else None):
-        path = place / SERVING if place else None
-        if path is not None and path.is_file():
-            try:
-                said = json.loads(path.read_text(encoding="utf-8")).get("system")
-            except (ValueError, AttributeError):
-                raise ModelError(f"{path} is not a JSON object", mend="delete it, or train again") from None
-            return said if isinstance(said, str) and said else config.data.system_prompt
-    if folder is None:
-        return config.data.system_prompt
-    try:
-        shared = common_system(store.iter_rows(store.paths(config.data, root).train))
-    except (SftError, OSError):
-        shared = None
-    return shared or config.data.system_prompt
-
-
-def common_system(rows: Iterable[Message]) -> str | None:
-    """The system text that every one of the rows has, letter by letter; None where they differ or have none."""
-    shared: str | None = None
-    for row in rows:
-        if records.is_rendered(row):
-            return None
-        turns = records.messages(row)
-        text = turns[0].get("content") if turns and turns[0]["role"] == "system" else None
-        if not isinstance(text, str) or (shared is not None and text != shared):
-            return None
-        shared = text
-    return shared

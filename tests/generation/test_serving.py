@@ -1,0 +1,192 @@
+"""What a run made, opened again: adapters on their base, the base alone, whole weights; and its rows answered."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sft import runs
+from sft.config.load import load
+from sft.data import store
+from sft.errors import DataError, ModelError, RunError
+from sft.generation import engine, evaluation, serving, sides, system_text, targets
+from tests import tiny_models
+from tests.generation import tiny_runs
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory, tiny_qwen2: Path) -> Path:
+    root = tiny_runs.project(tmp_path_factory.mktemp("project"), tiny_qwen2)
+    tiny_runs.finished_run(root)
+    return root
+
+
+def chosen(root: Path, *sets: str, **kwargs: Any) -> targets.Target:
+    return targets.choose(root / "configs" / "run_bnb.yaml", list(sets), is_default=True, root=root, **kwargs)
+
+
+def rows_of(root: Path, split: str = "test") -> list[dict[str, Any]]:
+    return store.read_rows(root / "data" / "processed" / f"{split}.jsonl")
+
+
+def test_an_adapter_changes_the_answers_and_switched_off_it_is_the_base(project: Path) -> None:
+    target = chosen(project)
+    assert (target.name, target.adapter) == ("tiny", project / "adapters" / "tiny")
+    served = serving.open_model(target.config, adapter=target.adapter, root=project)
+    base = serving.open_model(target.config, root=project)
+    rows = rows_of(project)
+    tuned = serving.answer_all(served, rows, target.config)
+    with served.base_only():
+        off = serving.answer_all(served, rows, target.config)
+    assert off == serving.answer_all(base, rows, target.config)
+    assert off != tuned
+    assert serving.answer_all(served, [None, rows[0]], target.config) == [None, tuned[0]]
+
+
+def test_both_sides_are_scored_in_one_load_as_they_are_alone(project: Path) -> None:
+    target, rows = chosen(project), rows_of(project)
+    done: list[tuple[int, int]] = []
+    both = sides.evaluate(target, ["tuned", "base"], rows, project, lambda *at: done.append(at))
+    base = sides.evaluate(target, ["base"], rows, project)
+    assert both["base"].metrics == pytest.approx(base["base"].metrics, rel=1e-5)
+    assert both["tuned"].metrics["loss"] != pytest.approx(both["base"].metrics["loss"], rel=1e-5)
+    assert done[-1] == (14, 14)
+    assert math.log(both["tuned"].metrics["perplexity"]) == pytest.approx(both["tuned"].metrics["loss"])
+
+
+def test_the_loss_is_the_mean_over_labelled_tokens(project: Path) -> None:
+    target, rows = chosen(project), rows_of(project)
+    served = serving.open_model(target.config, adapter=target.adapter, root=project)
+    total, count = 0.0, 0
+    for row in rows:
+        encoded = served.encoder.encode(row)
+        logits = served.model(torch.tensor([encoded.input_ids])).logits[0, :-1].float()
+        labels = torch.tensor(encoded.labels[1:])
+        total += float(torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum"))
+        count += int((labels != -100).sum())
+    assert evaluation.losses(served, rows, target.config)["loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_a_conversation_too_long_loses_its_oldest_turns(project: Path) -> None:
+    target = chosen(project, "generation.max_new_tokens=512")
+    served = serving.open_model(target.config, root=project)
+    turns = [
+        {"role": role, "content": f"{role} {i} " + "word " * 30} for i in range(12) for role in ("user", "assistant")
+    ]
+    messages = [{"role": "system", "content": "S"}, *turns, {"role": "user", "content": "last"}]
+    ids, lost = served.prompt(messages, target.config.generation)
+    room = engine.prompt_room(served.model, target.config.generation, "causal")
+    assert room == 512 and len(ids) <= room and 0 < lost < 12
+    text = served.tokenizer.decode(ids)
+    assert "<|im_start|>system\nS<|im_end|>" in text and "last" in text
+    assert "user 0 " not in text and f"user {lost} " in text and f"user {lost - 1} " not in text
+    assert served.prompt(messages[-1:], target.config.generation)[1] == 0
+
+
+def test_the_stream_of_a_chat_is_the_batch_answer(project: Path) -> None:
+    target = chosen(project)
+    served = serving.open_model(target.config, adapter=target.adapter, root=project)
+    row = rows_of(project)[0]
+    messages = [{"role": "system", "content": row["system"]}, {"role": "user", "content": row["user"]}]
+    pieces = list(served.stream(messages, target.config.generation))
+    answer = serving.answer_all(served, [row], target.config)[0]
+    assert answer is not None and "".join(pieces) == answer.text
+
+
+def test_an_adapter_of_another_base_is_refused(project: Path, tmp_path: Path) -> None:
+    other = tiny_models.tiny_qwen2(tmp_path / "other", seed=5)
+    target = chosen(project, f"model.name={other}")
+    with pytest.raises(ModelError, match=r"(?s)base"):
+        serving.open_model(target.config, adapter=target.adapter, root=project)
+
+
+def test_a_full_fine_tune_is_served_from_its_own_weights(tmp_path: Path, tiny_qwen2: Path) -> None:
+    root = tiny_runs.project(tmp_path, tiny_qwen2, mode="full")
+    run = runs.at(root / "outputs" / "tiny", root)
+    runs.make_folders(run)
+    tiny_models.tiny_qwen2(run.model_dir, seed=9)
+    runs.write_resolved(run.folder, load(root / "configs" / "run_bnb.yaml", root=root).config)
+    runs.point_last(run, root)
+    target = chosen(root)
+    assert (target.adapter, target.merged, target.name) == (None, run.model_dir, "tiny")
+    found = sides.evaluate(target, ["tuned", "base"], rows_of(root), root)
+    assert found["tuned"].metrics["loss"] != found["base"].metrics["loss"]
+    assert chosen(root, merged=run.model_dir).run == run
+
+
+@pytest.mark.parametrize("family", ["tiny_gpt2", "tiny_t5"])
+def test_other_families_are_evaluated(family: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    root = tiny_runs.project(tmp_path, request.getfixturevalue(family))
+    target = chosen(root, base=True)
+    found = sides.evaluate(target, ["base"], rows_of(root), root)["base"]
+    assert 0 < found.metrics["loss"] < 20 and 0 <= found.metrics["stop_rate"] <= 1
+    assert len(found.samples) == 7
+
+
+def test_a_four_bit_run_is_served_in_four_bits_on_its_base(tmp_path: Path, tiny_qwen2: Path) -> None:
+    root = tiny_runs.project(tmp_path, tiny_qwen2, mode="qlora")
+    tiny_runs.finished_run(root)
+    target = chosen(root)
+    served = serving.open_model(target.config, adapter=target.adapter, root=root)
+    assert served.model.get_base_model().is_loaded_in_4bit
+    assert all(answer is not None and answer.ids for answer in serving.answer_all(served, rows_of(root), target.config))
+
+
+def test_settings_come_from_the_run_the_config_and_set_in_that_order(project: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(
+        "model: {name: another/model}\ntrain: {output_dir: outputs/else}\ngeneration: {max_new_tokens: 5, top_k: 9}\n"
+    )
+
+    def settings(*sets: str, default: bool = False) -> Any:
+        return targets.choose(mine, list(sets), is_default=default, root=project).config
+
+    named = settings("generation.top_k=3")
+    assert (named.generation.max_new_tokens, named.generation.top_k) == (5, 3)
+    assert named.eval.batch_size == 4 and named.model.name != "another/model"
+    assert settings(default=True).generation.max_new_tokens == 12
+    mine.write_text(mine.read_text().replace("outputs/else", "outputs/tiny"))
+    assert settings(default=True).generation.max_new_tokens == 5
+
+
+def test_without_a_run_only_the_base_can_be_had(tmp_path: Path, tiny_qwen2: Path) -> None:
+    root = tiny_runs.project(tmp_path, tiny_qwen2)
+    with pytest.raises(RunError, match="no trained model yet"):
+        chosen(root)
+    base = chosen(root, base=True)
+    assert (base.name, base.tuned, base.run) == ("base", False, None)
+    for flags, said in [
+        ({"adapters": tmp_path}, "there is no adapter in"),
+        ({"merged": tmp_path / "x"}, "is not there"),
+        ({"adapters": tmp_path, "merged": tmp_path}, "name two models"),
+    ]:
+        with pytest.raises(ModelError, match=said):
+            chosen(root, **flags)
+
+
+def test_the_system_text_that_all_training_rows_share_is_the_default(project: Path, tmp_path: Path) -> None:
+    config = chosen(project).config
+    adapter = project / "adapters" / "tiny"
+    assert system_text.expected(config, adapter, project) == tiny_runs.SYSTEM
+    rows = tiny_runs.rows(2)
+    assert system_text.shared_by([rows[0], {**rows[1], "system": "else"}]) is None
+    assert system_text.shared_by([rows[0], {**rows[1], "system": ""}]) is None
+    assert system_text.shared_by([]) is None
+    (tmp_path / "serving.json").write_text('{"system": "told"}')
+    assert system_text.expected(config, tmp_path, project) == "told"
+    (tmp_path / "serving.json").write_text("[")
+    with pytest.raises(ModelError, match="not a JSON object"):
+        system_text.expected(config, tmp_path, project)
+
+
+def test_a_row_without_an_answer_cannot_be_scored(project: Path) -> None:
+    target = chosen(project)
+    served = serving.open_model(target.config, root=project)
+    row = {"messages": [{"role": "user", "content": "hello"}], "origin": "rows.jsonl:3"}
+    with pytest.raises(DataError, match="no answer to compare with") as error:
+        evaluation.questions(served, [row], target.config)
+    assert error.value.where == "rows.jsonl:3"
