@@ -13,6 +13,7 @@ from sft.preflight.case import Case, Finding, Level
 
 
 def config(case: Case) -> Iterator[Finding]:
+    """Loads the config; every mistake in it is a finding."""
     from sft.config.load import load
 
     try:
@@ -29,6 +30,7 @@ def config(case: Case) -> Iterator[Finding]:
 
 
 def data(case: Case) -> Iterator[Finding]:
+    """The rows of the stage that training would take, counted; the first one read."""
     if case.config is None:
         return
     from sft.data import source, store
@@ -52,6 +54,7 @@ def data(case: Case) -> Iterator[Finding]:
 
 
 def model(case: Case) -> Iterator[Finding]:
+    """The model's files here, or on the hub; nothing is fetched or loaded."""
     if case.config is None:
         return
     from sft.model import credentials, hub
@@ -114,3 +117,11 @@ def template(case: Case) -> Iterator[Finding]:
         yield Finding("warning", "template", said, "make preview shows both")
         return
     yield Finding("ok", "template", f"{template.name} shows question and answer")
+
+
+def _rows(path: Path | None) -> int | None:
+    """Lines with text in them; what they hold is read when training."""
+    if path is None:
+        return None
+    with open(path, "rb") as file:
+        return sum(1 for line in file if line.strip())

@@ -18,6 +18,7 @@ PYTHONS = ((3, 10), (3, 13))
 
 
 def system(case: Case) -> Iterator[Finding]:
+    """Linux or WSL2, and a Python that the kit is tested on."""
     release = platform.release()
     kind = "WSL2" if "microsoft" in release.lower() else platform.system()
     known = platform.system() == "Linux"
@@ -60,6 +61,7 @@ def packages(case: Case) -> Iterator[Finding]:
 
 
 def gpu(case: Case) -> Iterator[Finding]:
+    """Every visible GPU: memory, precision, whether torch and the backend can use it."""
     from sft.model import hardware
 
     cards = hardware.gpus()
@@ -128,6 +130,7 @@ def _needed(case: Case) -> int:
 
 
 def memory(case: Case) -> Iterator[Finding]:
+    """The system's memory against a rough need: weights on the CPU, and two GiB of libraries."""
     from sft.model import hardware
 
     total, free = hardware.memory()
@@ -145,6 +148,7 @@ def memory(case: Case) -> Iterator[Finding]:
 
 
 def port(case: Case) -> Iterator[Finding]:
+    """TensorBoard's port."""
     from sft.report import board
 
     ours = board.running(case.root / "outputs" / "tb")
