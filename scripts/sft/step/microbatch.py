@@ -54,12 +54,14 @@ def backward_window(
     tile: int = 512,
     label_smoothing: float = 0.0,
     on_budget: Callable[[int], None] | None = None,
+    replay: bool = True,
 ) -> Tensor:
     """Forward and backward of a whole window; leaves its gradients on the model and returns its mean loss, detached.
 
     tokens, rows: the budget of a micro-batch. apart: None asks the model (`attention.keeps_rows_apart`). normaliser:
     labelled tokens of the window over all ranks, this window's own by default. backward: e.g. accelerator.backward.
     on_budget: told the new token budget when memory ran out and it was lowered; keep it for the windows to come.
+    replay: False lets the error through when memory runs out (a probe wants to know).
     Gradients must be clear at the start: when memory runs out, all of them are dropped and formed again.
     Raises EnvironmentProblem if a single row does not fit.
     """
@@ -71,7 +73,7 @@ def backward_window(
         try:
             return _run(model, micros, count, backward or torch.Tensor.backward, logits, tile, label_smoothing)
         except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
+            if not (replay and out_of_memory(error)):
                 raise
             shared = [micro.computed for micro in micros if len(micro.rows) > 1]
             if not shared:

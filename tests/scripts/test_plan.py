@@ -1,0 +1,69 @@
+"""`plan` answers from a config.json alone, in the shape that others read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+KEYS = {
+    "fits",
+    "peak_gib",
+    "allocated_gib",
+    "parts",
+    "effective_batch",
+    "batch_size",
+    "grad_accum",
+    "micro_batch_tokens",
+    "remedies",
+    "method",
+}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text("model: {name: Qwen/Qwen2.5-7B-Instruct, max_seq_len: 2048}\n")
+    return path
+
+
+def test_a_model_too_large_for_the_card_gets_remedies_that_are_enough(
+    command: Callable[..., Any], config: Path
+) -> None:
+    done = command("plan", "--config", config, "--gpu", "RTX 2060", "--json", "--set", "train.batch_size=2")
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert set(plan) >= KEYS
+    assert (plan["fits"], plan["batch_size"], plan["grad_accum"], plan["effective_batch"]) == (False, 2, 8, 16)
+    assert plan["micro_batch_tokens"] == 4096
+    assert sum(plan["parts"].values()) == pytest.approx(plan["allocated_gib"], abs=1e-3)
+    settings = {remedy["setting"]: remedy for remedy in plan["remedies"]}
+    assert settings["train.batch_size=1"]["saves_gib"] > 0.5
+    assert settings["model.name=Qwen/Qwen2.5-3B-Instruct"]["fits"]
+    assert "closed form, rough" in done.stderr
+    assert "smallest card that would do" in done.stderr
+
+
+def test_models_of_a_card_and_a_model_in_a_folder(command: Callable[..., Any], config: Path, tiny_t5: Path) -> None:
+    done = command("plan", "--config", config, "--gpu", "12GiB", "--models", "--set", "model.max_seq_len=512")
+    assert done.returncode == 0, done.stderr
+    assert "Qwen/Qwen2.5-32B-Instruct" in done.stdout
+    lone = tiny_t5.parent / "config-alone"
+    lone.mkdir()
+    (lone / "config.json").write_bytes((tiny_t5 / "config.json").read_bytes())
+    done = command("plan", "--config", config, "--gpu", "cpu", "--json", "--set", f"model.name={lone}")
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert plan["fits"]
+    assert plan["device"]["kind"] == "cpu"
+    assert plan["allocated_gib"] < 0.5
+
+
+def test_an_unknown_card_is_exit_2(command: Callable[..., Any], config: Path) -> None:
+    done = command("plan", "--config", config, "--gpu", "RTX 9999X")
+    assert done.returncode == 2
+    assert "no card of this name" in done.stderr
+    assert "Traceback" not in done.stderr
