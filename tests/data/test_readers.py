@@ -286,3 +286,22 @@ def test_hub_rows_come_through_the_datasets_library(tmp_path: Path, monkeypatch:
     ]
     with pytest.raises(DataError, match="cannot be"):
         list(read_hub("owner/name", None, "validation"))
+
+
+@pytest.mark.parametrize("block", [1, 2, 7, 64])
+def test_where_a_block_ends_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    monkeypatch.setattr("sft.data.lines.BLOCK", block)
+    rows: list[Any] = [{"a": 'é\\"[{', "n": [1, -2.5e3, None, True], "o": {"x": {}}}, {"a": 12}, {"b": "\U0001f600"}]
+    bad = '{"a": 1, "a": 2}'
+    pieces = [
+        json.dumps(rows[0], indent=1),
+        bad,
+        json.dumps(rows[1], indent=3),
+        json.dumps(rows[2], ensure_ascii=False),
+    ]
+    listed = "[" + " ,\n ".join(pieces) + "\n]\n"
+    for text in (listed, f'{{"v": "1,2", "w": [{{}}], "data": {listed}, "z": {{"data": []}} }}', "\n".join(pieces)):
+        path = put(tmp_path / "a.json", ("\n" + text) if text[0] == "[" else text)
+        found = list(find(DataSection(), tmp_path, str(path)).rows())
+        assert [raw.value for raw in found] == [rows[0], None, rows[1], rows[2]]
+        assert found[1].text == bad and "given twice" in str(found[1].fault)

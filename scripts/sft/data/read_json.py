@@ -167,10 +167,12 @@ class _Scanner:
     def _leave_wrapper(self) -> None:
         """Over the keys that follow the list, to the end of the object around it."""
         while (mark := self._skip()) != "}":
-            key = KEY.match(self.buffer, self.at)
-            if mark == "" or key is None:
+            while (key := KEY.match(self.buffer, self.at)) is None and mark and self._more():
+                pass
+            if key is None:
                 raise self._broken("the object around the list of rows is not closed")
             self._to(key.end())
+            self._skip()
             self._element(self.name)
         self._to(self.at + 1)
 
