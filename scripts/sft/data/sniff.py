@@ -201,7 +201,7 @@ def _json_kind(path: Path, first: str, lines: list[str]) -> Kind:
         broken = second.startswith("{") and first.startswith("{") and first[-1] not in "{[,"
         alone = not second and len(first) < HEAD // 4 and path.suffix in (".jsonl", ".ndjson")
         return "jsonl" if broken or alone else "json"
-    if second == "{":
+    if second == "{" and len(lines) > 2 and lines[2].lstrip().startswith('"'):
         return "json"  # printed over many lines, one object after the other
     if isinstance(value, dict):
         return "jsonl" if second or not any(is_wrapper(key, item) for key, item in value.items()) else "json"
