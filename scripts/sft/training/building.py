@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from sft import files, runs
 from sft.runs import OpenRun, Run
-from sft.training import arguments, logbook, model, ranks, stamp
+from sft.training import arguments, budget, logbook, model, ranks, stamp
 from sft.training.answers import Answers
 from sft.training.checkpoints import Keeper
 from sft.training.flow import Flow
 from sft.training.narrator import Narrator, Report
 from sft.training.preparation import Job
+from sft.training.recipe import Recipe
 from sft.training.trainer import WindowTrainer
 from sft.training.watch import Watch
+
+log = logging.getLogger("sft.training")
 
 
 @contextmanager
@@ -34,7 +40,7 @@ def _begin(job: Job, opened: OpenRun, allowed: list[str], held: contextlib.ExitS
     held.enter_context(files.lock(run.folder / runs.LOCK, f"the run {run.name}"))
     accepted = stamp.check(opened.checkpoint, job.stamp(), allowed) if opened.checkpoint else []
     beside(job)(run.folder)
-    files.write_json(run.folder / "ledger.json", job.rows.ledger)
+    files.write_json(run.folder / "ledger.json", job.rows.ledger())
     return accepted
 
 
@@ -42,6 +48,9 @@ def build(job: Job, opened: OpenRun, root: Path, report: Report | None) -> Windo
     """Loads the weights and makes the trainer. report: see `Narrator`. Raises ModelError, EnvironmentProblem."""
     config, run = job.config, opened.run
     made = model.build(config, job.files, job.backend.name, device=job.device.device)
+    recipe = model.recipe(config, made, job.files.kind, device=job.device.device)
+    job = _with_budget(job, made, recipe, opened)
+    config = job.config
     answers = Answers(config, root, job.tokenizer, job.encoder, job.rows.questions, job.files.kind)
     step = runs.step_of(opened.checkpoint) if opened.checkpoint else 0
     trainer = WindowTrainer(
@@ -50,7 +59,7 @@ def build(job: Job, opened: OpenRun, root: Path, report: Report | None) -> Windo
         job.rows.train,
         job.rows.validation,
         effective_batch=int(config.train.effective_batch),
-        recipe=model.recipe(config, made, job.files.kind, device=job.device.device),
+        recipe=recipe,
         keeper=Keeper(run, config.train.save_total_limit, beside(job)),
         flow=Flow(job.plan, Watch(run.folder, ranks.largest), config.train.early_stopping),
         answers=answers if job.rows.questions else None,
@@ -59,6 +68,25 @@ def build(job: Job, opened: OpenRun, root: Path, report: Report | None) -> Windo
         trainer.add_callback(_logbook(job, run, step, answers))
         trainer.add_callback(Narrator(report))
     return trainer
+
+
+def _with_budget(job: Job, made: Any, recipe: Recipe, opened: OpenRun) -> Job:
+    """The job with the budget that was measured, where it was, in its config and in the run's folder."""
+    settled = budget.settle(job, made, recipe, opened.checkpoint)
+    if settled is None:
+        return job
+    tokens, why = settled
+    recipe.tokens = tokens
+    recipe.asked = recipe.budget
+    effective, length = int(job.config.train.effective_batch), job.config.model.max_seq_len
+    rows = min(effective, max(1, tokens // length))
+    now = {"micro_batch_tokens": tokens, "batch_size": rows, "grad_accum": -(-effective // rows)}
+    train = job.config.train.model_copy(update=now)
+    job = replace(job, config=job.config.model_copy(update={"train": train}))
+    if ranks.rank() == 0:
+        beside(job)(opened.run.folder)
+        log.info("micro-batches of at most %d tokens (%s)", tokens, why)
+    return job
 
 
 def beside(job: Job) -> Callable[[Path], None]:

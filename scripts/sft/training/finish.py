@@ -10,7 +10,7 @@ from typing import Any
 from sft import files, runs
 from sft.errors import Stopped
 from sft.runs import Run
-from sft.training import building, logbook, ranks, weights
+from sft.training import logbook, ranks, weights
 from sft.training.preparation import Job
 from sft.training.trainer import WindowTrainer
 
@@ -27,7 +27,7 @@ def finish(job: Job, trainer: WindowTrainer, run: Run, root: Path) -> dict[str, 
     with files.atomic_folder(target) as staged:
         weights.save(trainer.model, staged)
         save_tokenizer(job, staged)
-        building.beside(job)(staged)
+        trainer.keeper.beside(staged)
         files.write_manifest(staged)
     found = summary(job, trainer, run, best, target)
     _settings_tab(job, trainer, found)

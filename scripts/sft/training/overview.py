@@ -28,7 +28,7 @@ def before(job: Job, opened: OpenRun) -> list[str]:
         f" {tuning.mode} with {job.backend.name}{adapter}, on {job.device.name or job.device.device}",
         f"rows    {len(rows.train):,} to train on, {len(rows.validation):,} to evaluate on ({rows.stage} rows,"
         f" template {job.template.name})",
-        *(f"        {line}" for line in lost(rows.ledger)),
+        *(f"        {split}: {line}" for split, told in rows.ledgers.items() for line in told.sentences()),
         f"steps   {plan.total_steps:,} ({plan.steps_per_epoch:,} an epoch, {plan.warmup_steps} of warm-up),"
         f" seed {config.train.seed}",
         "settings",
@@ -37,20 +37,6 @@ def before(job: Job, opened: OpenRun) -> list[str]:
         reason = job.reasons.get(f"train.{name}")
         lines.append(f"  {name:<24}{getattr(config.train, name)!s:<14}" + (f"  {reason}" if reason else ""))
     return [line.rstrip() for line in lines] + [f"note: {note}" for note in plan.notes]
-
-
-def lost(ledger: dict[str, Any]) -> list[str]:
-    """One line for each reason that rows were left out or cut, by split."""
-    lines = []
-    for split, told in ledger.items():
-        reasons = told.get("dropped", {}) if told else {}
-        lines += [f"{split}: {count:,} rows left out: {reason}" for reason, count in reasons.items()]
-        if told and told.get("truncated_rows"):
-            lines.append(
-                f"{split}: {told['truncated_rows']:,} rows cut to model.max_seq_len"
-                f" ({told['truncated_tokens']:,} tokens lost)"
-            )
-    return lines
 
 
 def as_json(job: Job, opened: OpenRun) -> dict[str, Any]:

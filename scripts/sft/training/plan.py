@@ -8,7 +8,9 @@ from typing import Literal
 
 from sft.config.schema import Config
 from sft.errors import ConfigError
+from sft.metrics import check_names
 
+_OF_ANSWERS = ("stop_rate", "repetition", "empty_rate", "length_words", "length_tokens")
 Cadence = Literal["no", "steps", "epoch"]
 
 
@@ -76,7 +78,8 @@ def make(config: Config, rows: int, *, validation: bool) -> Plan:
 
 def _watched(config: Config) -> str:
     name = config.train.metric_for_best_model.removeprefix("eval_").removeprefix("eval/")
-    known = ["loss", "perplexity", "stop_rate", *config.eval.metrics]
+    known = ["loss", "perplexity", *check_names(config.eval.metrics), *_OF_ANSWERS]
+    known += ["json_schema"] if config.eval.json_schema else []
     if name not in known:
         raise ConfigError(
             f"train.metric_for_best_model is {name!r}, which is not measured while training",

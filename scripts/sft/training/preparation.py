@@ -9,7 +9,7 @@ from typing import Any
 
 from sft.config import auto
 from sft.config.load import Loaded
-from sft.config.schema import Config
+from sft.config.schema import Config, TrainSection
 from sft.data import store
 from sft.errors import ConfigError
 from sft.model import backends, hardware, hub
@@ -22,9 +22,13 @@ from sft.training import plan
 
 @dataclass(frozen=True)
 class Job:
-    """A run that could begin: the resolved config with the reason of each settled value, its rows, its steps."""
+    """A run that could begin: the resolved config with the reason of each settled value, its rows, its steps.
+
+    asked: the section `train` as it was before its `auto`s were settled.
+    """
 
     config: Config
+    asked: TrainSection
     reasons: dict[str, str]
     files: ModelFiles
     backend: Backend
@@ -75,7 +79,7 @@ def prepare(loaded: Loaded, root: Path, on_progress: Callable[[int, int], None] 
 
     from sft import metrics
     from sft.chat.encode import make_encoder
-    from sft.chat.template import load_template
+    from sft.chat.sources import load_template
     from sft.model.tokenizer import load_tokenizer
     from sft.training import rows
 
@@ -105,6 +109,7 @@ def prepare(loaded: Loaded, root: Path, on_progress: Callable[[int, int], None] 
     steps = plan.make(resolved.config, len(found.train), validation=bool(found.validation))
     return Job(
         config=resolved.config,
+        asked=config.train,
         reasons=resolved.reasons,
         files=files,
         backend=backend,

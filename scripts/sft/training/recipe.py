@@ -14,7 +14,6 @@ from sft.config.schema import TrainSection
 from sft.step.microbatch import loss_sum
 from sft.step.window import Collator, Kind, cut
 
-
 AT_ONCE = 256  # rows that are cut together when evaluating
 
 

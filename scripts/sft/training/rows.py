@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from sft import files
-from sft.chat.encode import Encoded, Encoder, encode_all
+from sft.chat.batch import RunLedger, encode_all
+from sft.chat.encode import Encoded, Encoder
 from sft.data import records, store
 from sft.errors import DataError
 from sft.generation.evaluation import Question
@@ -27,38 +28,44 @@ class Rows:
     validation: list[Feature]
     questions: list[Question]
     hashes: dict[str, str]  # SHA-256 of each file that was read
-    ledger: dict[str, Any]
+    ledgers: dict[str, RunLedger]
+
+    def ledger(self) -> dict[str, Any]:
+        """As it stands in outputs/<run>/ledger.json: rows read = rows trained on + rows named, in each split."""
+        return {"stage": self.stage, **{split: ledger.to_dict() for split, ledger in self.ledgers.items()}}
 
 
 def read(
     stage: store.Stage, encoder: Encoder, *, questions: int, on_progress: Callable[[int, int], None] | None = None
 ) -> Rows:
     """Reads and encodes the training and validation rows. Raises DataError if none is left to train on."""
-    if stage.train is None:
-        raise DataError("there are no training rows", where="data.train_path", mend="make process")
-    raw = store.read_rows(stage.train)
-    encoded, ledger = encode_all(encoder, raw, on_progress)
-    train = _features(encoded)
-    if not train:
-        raise DataError("no row is left to train on", where=str(stage.train), mend="make preview shows why")
+    encoded, ledger = encode_all(encoder, store.read_rows(stage.train), on_progress)
     held = store.read_rows(stage.val) if stage.val is not None else []
-    held_encoded, held_ledger = encode_all(encoder, held, None) if held else ([], None)
-    validation = _features(held_encoded)
-    answered = {feature["id"] for feature in validation}
-    asked = [row for row in held if records.row_id(row) in answered][:questions]
+    held_encoded, held_ledger = _validation(encoder, held)
+    kept = {row.id for row in held_encoded}
+    asked = [row for row in held if records.row_id(row) in kept and records.reference(row).strip()][:questions]
     return Rows(
         stage=stage.name,
-        train=train,
-        validation=validation,
+        train=_features(encoded),
+        validation=_features(held_encoded),
         questions=[_question(row, encoder) for row in asked],
         hashes={str(path.name): files.sha256(path) for path in (stage.train, stage.val) if path is not None},
-        ledger={"train": _told(ledger, raw, train), "val": _told(held_ledger, held, validation)},
+        ledgers={"train": ledger, "val": held_ledger},
     )
 
 
+def _validation(encoder: Encoder, held: list[Row]) -> tuple[list[Encoded], RunLedger]:
+    if not held:
+        return [], RunLedger()
+    try:
+        return encode_all(encoder, held)
+    except DataError as error:
+        log.warning("no validation row can be used, so nothing is evaluated while training: %s", error.what)
+        return [], RunLedger(rows_read=len(held), dropped={error.what: [records.row_id(row) for row in held]})
+
+
 def _features(encoded: list[Encoded]) -> list[Feature]:
-    kept = [row for row in encoded if row.dropped is None]
-    return [{"id": row.id, "input_ids": row.input_ids, "labels": row.labels} for row in kept]
+    return [{"id": row.id, "input_ids": row.input_ids, "labels": row.labels} for row in encoded]
 
 
 def _question(row: Row, encoder: Encoder) -> Question:

@@ -1,0 +1,150 @@
+"""The train command from rows to adapter, on tiny models: what it writes, what it takes up, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from sft import files, runs
+from sft.errors import ConfigError, RunError
+from tests.training import project
+
+
+@pytest.fixture
+def root(tmp_path: Path, tiny_qwen2: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SFT_ROOT", str(tmp_path))
+    return project.make(tmp_path, tiny_qwen2)
+
+
+def test_a_run_leaves_adapter_log_ledger_curves_and_links(root: Path) -> None:
+    summary = project.run(root)
+    assert (summary["run"], summary["steps"]) == ("t", 6)
+    assert summary["train_loss_last"] < summary["train_loss_first"]
+    assert json.loads((root / "outputs/t/finished.json").read_text()) == summary
+    assert (root / "adapters/last").resolve() == root / "adapters/t"
+    assert (root / "outputs/last").resolve() == root / "outputs/t"
+    names = {path.name for path in (root / "adapters/t").iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "chat_template.jinja"} <= names
+    assert runs.run_of_adapter(root / "adapters/t").train.max_steps == 6
+    assert files.manifest_problem(root / "adapters/t") is None
+    ledger = json.loads((root / "outputs/t/ledger.json").read_text())
+    assert ledger["stage"] == "processed"
+    assert (
+        ledger["train"]["rows_read"] == 20 == ledger["train"]["rows_trained"] + sum(ledger["train"]["reasons"].values())
+    )
+    assert [step for step, _ in project.losses(root, "t")] == [1, 2, 4, 6]
+    assert [step for step, _ in project.losses(root, "t", "eval/rougeL")] == [2, 4, 6]
+    assert not list(root.rglob("training_args.bin"))
+
+
+def test_tensorboard_holds_the_same_numbers_samples_and_settings(root: Path) -> None:
+    project.run(root)
+    events = EventAccumulator(str(root / "outputs/tb/t"))
+    events.Reload()
+    tags = events.Tags()
+    named = {"train/loss", "train/lr", "train/grad_norm", "train/tokens_per_second", "eval/loss", "eval/rougeL"}
+    assert named <= set(tags["scalars"])
+    for key in ("train/loss", "eval/loss"):
+        seen = [(event.step, pytest.approx(event.value, rel=1e-6)) for event in events.Scalars(key)]
+        assert project.losses(root, "t", key) == seen
+    assert "eval/samples/text_summary" in tags["tensors"]
+    assert any("hparams" in tag for tag in events.summary_metadata)
+
+
+def test_a_finished_run_is_followed_by_the_next_name_and_never_touched(root: Path) -> None:
+    project.run(root, "train.max_steps=1")
+    before = files.sha256(root / "adapters/t/adapter_model.safetensors")
+    assert project.run(root, "train.max_steps=1")["run"] == "t-2"
+    assert files.sha256(root / "adapters/t/adapter_model.safetensors") == before
+    assert (root / "adapters/last").resolve() == root / "adapters/t-2"
+
+
+def as_if_killed_after(root: Path, step: int) -> None:
+    """The run's folder as a SIGKILL after this step leaves it."""
+    for path in (root / "outputs/t").glob("checkpoint-*"):
+        if runs.step_of(path) > step:
+            shutil.rmtree(path)
+    (root / "outputs/t/finished.json").unlink()
+
+
+def test_a_killed_run_goes_on_to_the_same_adapter_and_the_same_curve(root: Path) -> None:
+    project.run(root)
+    adapter, curve = load_file(root / "adapters/t/adapter_model.safetensors"), project.losses(root, "t")
+    metrics = project.losses(root, "t", "eval/rougeL")
+    as_if_killed_after(root, 4)
+    (root / "outputs/t/checkpoint-4/optimizer.pt").write_bytes(b"torn")
+    assert project.run(root)["run"] == "t"
+    again = load_file(root / "adapters/t/adapter_model.safetensors")
+    assert all(bool((again[name] == weight).all()) for name, weight in adapter.items())
+    assert project.losses(root, "t") == curve
+    assert project.losses(root, "t", "eval/rougeL") == metrics
+
+
+def test_other_settings_are_refused_showing_both_and_some_can_be_accepted(root: Path, tiny_gpt2: Path) -> None:
+    project.run(root)
+    as_if_killed_after(root, 2)
+    with pytest.raises(RunError, match=r"learning_rate: was 0\.005, is 0\.001"):
+        project.run(root, "train.learning_rate=1e-3")
+    with pytest.raises(RunError, match="base_model: was .*tiny-qwen2, is .*tiny-gpt2"):
+        project.run(root, f"model.name={tiny_gpt2}", "data.template_path=chatml")
+    with pytest.raises(RunError, match="precision: was fp32, is bf16"):
+        project.run(root, "train.bf16=true", allow=("precision",))
+    with pytest.raises(RunError, match="mode: was lora, is full"):
+        project.run(root, "tuning.mode=full")
+    summary = project.run(root, "train.learning_rate=1e-3", allow=("learning_rate",))
+    assert (summary["run"], summary["steps"]) == ("t", 6)
+
+
+def test_full_mode_leaves_a_whole_model_that_loads(root: Path, tiny_qwen2: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    summary = project.run(root, "tuning.mode=full", "train.max_steps=2")
+    folder = root / "outputs/t/model"
+    assert summary["output"] == str(folder)
+    assert (root / "outputs/last").resolve() == root / "outputs/t" and not (root / "adapters/t").exists()
+    model, base = AutoModelForCausalLM.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(tiny_qwen2)
+    assert not (model.get_input_embeddings().weight == base.get_input_embeddings().weight).all()
+    assert AutoTokenizer.from_pretrained(folder).chat_template
+
+
+def test_a_tiny_t5_trains_in_full_mode(tmp_path: Path, tiny_t5: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SFT_ROOT", str(tmp_path))
+    root = project.make(tmp_path, tiny_t5, mode="full")
+    summary = project.run(root, "train.max_steps=8")
+    assert summary["train_loss_last"] < summary["train_loss_first"]
+    assert (root / "outputs/t/model/model.safetensors").is_file()
+
+
+def test_the_best_metric_may_be_any_that_is_measured(root: Path) -> None:
+    summary = project.run(root, "train.metric_for_best_model=length_tokens", "train.max_steps=2")
+    assert summary["best_step"] == 2 and "length_tokens" in summary["eval"]
+    with pytest.raises(ConfigError, match="'bleurt', which is not measured"):
+        project.run(root, "train.metric_for_best_model=bleurt")
+    with pytest.raises(ConfigError, match=r"eval\.train_sample is 0"):
+        project.run(root, "train.metric_for_best_model=rougeL", "eval.train_sample=0")
+
+
+def test_a_dry_run_shows_the_settings_and_writes_nothing(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(root.rglob("*"))
+    shown = project.run(root, dry=True)
+    assert (shown["run"], shown["steps"], shown["rows"]) == ("t", 6, 20)
+    assert sorted(root.rglob("*")) == before
+    printed = capsys.readouterr().out
+    assert "a new run: outputs/t" in printed and "bf16 is off: fp32 on the CPU" in printed
+
+
+def test_two_runs_in_one_folder_are_refused_with_the_holders_pid(root: Path) -> None:
+    (root / "outputs/t").mkdir(parents=True)
+    with files.lock(root / "outputs/t" / runs.LOCK, "t"), pytest.raises(RunError, match="in use by another process"):
+        project.run(root)
+
+
+def test_a_folder_that_is_not_writable_is_refused_before_weights_are_loaded(root: Path) -> None:
+    (root / "outputs").write_text("a file, where the folder should be")
+    with pytest.raises(RunError, match="cannot be written to"):
+        project.run(root)
