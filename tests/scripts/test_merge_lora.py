@@ -1,0 +1,70 @@
+"""`merge_lora` as a user runs it: merge what training left, let it answer, refuse what cannot be."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from sft import files, runs
+from sft.config.schema import Config, ModelSection, TuningSection
+from tests import tiny_models
+from tests.ship.test_merge import adapter
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A project with a base under models/ and a finished LoRA run, as `train` leaves it."""
+    tiny_models.tiny_qwen2(tmp_path / "models" / "base")
+    config = Config(
+        model=ModelSection(name="models/base"),
+        tuning=TuningSection(mode="lora"),
+        train={"output_dir": "outputs/first"},
+        generation={"max_new_tokens": 8},
+    )
+    adapter(tmp_path / "models" / "base", tmp_path / "adapters" / "first")
+    runs.write_resolved(tmp_path / "adapters" / "first", config)
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "run_bnb.yaml").write_text("model: {name: Qwen/Qwen2.5-3B-Instruct}\n")
+    files.point(tmp_path / "adapters" / "last", tmp_path / "adapters" / "first")
+    return tmp_path
+
+
+def test_the_newest_adapter_is_merged_and_answers(project, command):
+    done = command("merge_lora", "--dtype", "fp32", "--json", SFT_ROOT=str(project))
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["out"] == str(project / "outputs" / "merged_fp32")
+    assert report["max_logit_difference"] <= 1e-3
+    assert report["base"] == "models/base"
+    names = {path.name for path in (project / "outputs" / "merged_fp32").iterdir()}
+    assert {
+        "model.safetensors",
+        "config.json",
+        "tokenizer.json",
+        "chat_template.jinja",
+        "config.resolved.yaml",
+    } <= names
+    said = command("merge_lora", "--dtype", "fp32", "--test", "--json", SFT_ROOT=str(project))
+    assert said.returncode == 0, said.stderr
+    assert 0 < json.loads(said.stdout)["tokens"] <= 8
+
+
+def test_a_base_that_is_not_the_adapters_own_is_refused(project, command):
+    tiny_models.tiny_qwen2(project / "models" / "other", seed=3)
+    done = command("merge_lora", "--set", "model.name=models/other", SFT_ROOT=str(project))
+    assert done.returncode == 2
+    assert "models/base" in done.stderr or str(project / "models" / "base") in done.stderr
+    assert "models/other" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (project / "outputs" / "merged_fp16").exists()
+
+
+def test_where_there_is_no_adapter_or_no_merged_model_it_is_said(tmp_path, command):
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "run_bnb.yaml").write_text("{}\n")
+    done = command("merge_lora", SFT_ROOT=str(tmp_path))
+    assert (done.returncode, "there is no adapter in" in done.stderr) == (2, True)
+    done = command("merge_lora", "--test", "--out", tmp_path / "m", SFT_ROOT=str(tmp_path))
+    assert (done.returncode, "there is no merged model in" in done.stderr) == (2, True)
