@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 IGNORED = -100
 # What one more micro-batch costs, in tokens of compute, when a finer cut would save padding: kernels launched and
 # 4-bit weights dequantised once again (about 130 tokens on a fast card, near nothing on a CPU).
-MICRO_BATCH_COST = 48
+MICRO_BATCH_COST = 96
 
 Kind = Literal["causal", "seq2seq"]
 Batch = Mapping[str, Tensor]
