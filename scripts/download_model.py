@@ -41,7 +41,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         hub.download(section, root)
     found = hub.find(section, root)
     console.say(
-        f"{found.name} is whole: {found.parameters / 1e9:.2f}B parameters, {found.bytes / 1e9:.2f} GB of weights"
+        f"{found.name} is whole: {found.size} parameters, {found.bytes / 1e6:,.0f} MB of weights"
         f"{f', revision {found.revision[:12]}' if found.revision else ''}\nwhere: {found.path}"
     )
     console.say(f"next:  make plan SET=model.name={found.name}   (does it fit?), then make train")

@@ -67,7 +67,7 @@ def _merge(args: argparse.Namespace, out: Path, root: Path) -> dict[str, Any]:
         ("adapter", report.adapter),
         ("tensors changed", f"{report.tensors}, {report.changed_share:.1%} of their numbers"),
         ("logits, adapter against merged", compared),
-        ("size", f"{report.bytes / 1e9:.2f} GB, {report.dtype}"),
+        ("size", f"{report.bytes / 1e6:,.1f} MB, {report.dtype}"),
         ("time", f"{report.seconds:.0f} s"),
     ]
     console.table(f"merged into {report.out}", ["", "value"], rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 
 import pytest
@@ -58,15 +59,28 @@ def test_a_tokenizer_that_loses_text_is_told(shared, tiny_qwen2):
     assert "the tokenizer changes text" in str(round_trip_problem(load_tokenizer(shared / "tokenizers" / "t5-small")))
 
 
-def test_a_tokenizer_that_transformers_rebuilds_otherwise_is_told(tmp_path):
+def test_a_tokenizer_that_transformers_rebuilds_otherwise_is_taken_as_filed(tmp_path, caplog):
     """A tokenizer with another splitting pattern beside a config.json of Qwen2: rebuilt by the model type."""
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer
+
     folder = tiny_models.tiny_qwen2(tmp_path / "m")
     state = json.loads((folder / "tokenizer.json").read_text())
     state["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r"\S|\s"
     (folder / "tokenizer.json").write_text(json.dumps(state))
-    problem = round_trip_problem(load_tokenizer(folder))
-    assert problem is not None
-    assert "transformers rebuilt it" in problem
+    text = "Order 48213: the lazy dog"
+    filed = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids
+    rebuilt = AutoTokenizer.from_pretrained(folder)
+    assert rebuilt.encode(text) != filed
+    assert "transformers rebuilt it" in str(round_trip_problem(rebuilt))
+    with caplog.at_level("WARNING"):
+        logging.getLogger("sft").propagate = True
+        tokenizer = load_tokenizer(folder)
+    assert tokenizer.encode(text) == filed
+    assert "loaded here as its file says" in caplog.text
+    assert (tokenizer.pad_token, tokenizer.eos_token) == ("<|endoftext|>", "<|im_end|>")
+    assert tokenizer.chat_template == rebuilt.chat_template
+    assert round_trip_problem(tokenizer) is None
 
 
 def test_a_folder_without_tokenizer_files_is_named(tiny_qwen2, tmp_path):

@@ -52,7 +52,7 @@ def download(section: ModelSection, root: Path, *, weights: bool = True) -> Path
     try:
         wanted = _list(section, token, weights=weights)
         _room(name, wanted.bytes)
-        log.info(f"fetching {name}: {wanted.bytes / 1e9:.2f} GB in {len(wanted.names)} files into the hub's cache")
+        log.info(f"fetching {name}: {wanted.bytes / 1e6:,.0f} MB in {len(wanted.names)} files into the hub's cache")
         for file in wanted.names:
             if file.endswith(".safetensors"):
                 resume.fetch(name, wanted.commit, file, token)

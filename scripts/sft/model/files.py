@@ -51,6 +51,12 @@ class ModelFiles:
         )
 
     @property
+    def size(self) -> str:
+        """The number of parameters as people say it: `3.09B`, `494M`."""
+        count = self.parameters
+        return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.3g}M"
+
+    @property
     def quantised(self) -> str | None:
         """The method by which the stored weights are quantised already (`bitsandbytes`, `gptq`), None for full ones."""
         said = self.config.get("quantization_config")

@@ -39,6 +39,8 @@ _PROBES = (
 def load_tokenizer(source: ModelFiles | Path | str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a model or of a folder with tokenizer files alone, with a pad token that is not its end token.
 
+    Where transformers rebuilds it into one with other ids, tokenizer.json is taken as it stands, and that is said.
+
     Raises ModelError where the folder holds none, or one that cannot be read.
     """
     from transformers import AutoTokenizer
@@ -62,8 +64,18 @@ def load_tokenizer(source: ModelFiles | Path | str, *, trust_remote_code: bool =
             where=str(folder),
             mend="if you trust its authors: --set model.trust_remote_code=true" if needs_code else "fetch it again",
         ) from None
+    if problem := _rebuilt(tokenizer):
+        tokenizer = _as_filed(folder)
+        log.warning(f"{problem}. It is loaded here as its file says; other programs may still rebuild it")
     choose_pad(tokenizer, _rows(folder))
     return tokenizer
+
+
+def _as_filed(folder: Path) -> PreTrainedTokenizerBase:
+    """tokenizer.json as it stands, whatever class the model type has."""
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)  # type: ignore[no-any-return]
 
 
 def choose_pad(tokenizer: PreTrainedTokenizerBase, rows: int | None = None) -> str:

@@ -71,7 +71,7 @@ def model(case: Case) -> Iterator[Finding]:
                 raise
             yield Finding("warning", "model", f"{section.name} is in the cache in part", "make download-model")
             return
-        size = f"{case.files.parameters / 1e9:.3g}B parameters, {case.files.kind}"
+        size = f"{case.files.size} parameters, {case.files.kind}"
         yield Finding("ok", "model", f"{section.name}: {size}, all files whole")
     elif hub.offline():
         yield Finding("error", "model", f"{section.name} is not here, and HF_HUB_OFFLINE is set", "make download-model")

@@ -81,7 +81,7 @@ def merge(
         {name for path in files.weights for name in tensors(path)},
         tied=bool(files.config.get("tie_word_embeddings", True)),
     )
-    log.info(f"merging {adapter.name} into {files.name} ({files.parameters / 1e9:.2f}B parameters) as {dtype}")
+    log.info(f"merging {adapter.name} into {files.name} ({files.size} parameters) as {dtype}")
     with disk.atomic_folder(out) as staged:
         tally = streams.write(files.weights, staged, changes, record["config"], dtype, on_progress)
         _refuse_nothing(tally, dtype)
