@@ -74,6 +74,11 @@ def write(piece: str) -> None:
     print(piece, end="", file=sys.stderr if _json_mode else sys.stdout, flush=True)
 
 
+def emit(value: Any) -> None:
+    """One JSON value as a line on stdout, for commands whose --json is a line a row."""
+    print(json.dumps(value, ensure_ascii=False), flush=False)
+
+
 def warn(text: str) -> None:
     """A warning, on stderr, marked as one."""
     colour = sys.stderr.isatty() and "NO_COLOR" not in os.environ
