@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -176,3 +177,26 @@ def test_the_header_reader_agrees_with_safetensors(tiny_gpt2):
         expected = {name: list(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
     got = files.tensors(tiny_gpt2 / "model.safetensors")
     assert {name: entry["shape"] for name, entry in got.items()} == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("no_such_attention", "no_such_attention"), ("flash_attention_2", "FlashAttention2")]
+)
+def test_an_attention_that_is_not_there_is_said(tiny_qwen2, tmp_path, name, said):
+    section = ModelSection(name=str(tiny_qwen2), attn_implementation=name)
+    with pytest.raises(ModelError, match=said) as caught:
+        loading.load_base(
+            hub.find(section, tmp_path), section, TuningSection(mode="lora"), torch.float32, device="cpu", train=True
+        )
+    assert "model.attn_implementation" in str(caught.value)
+
+
+def test_code_that_comes_with_a_model_is_run_only_loudly(tiny_qwen2, tmp_path, caplog):
+    logging.getLogger("sft").propagate = True
+    section = ModelSection(name=str(tiny_qwen2), trust_remote_code=True)
+    with caplog.at_level("WARNING"):
+        model = loading.load_base(
+            hub.find(section, tmp_path), section, TuningSection(mode="lora"), torch.float32, device="cpu", train=False
+        )
+    assert "runs on this machine" in caplog.text
+    assert (model.training, model.config.use_cache) == (False, True)

@@ -64,11 +64,16 @@ def load_base(
         raise _said(files, error) from error
     _refuse_gaps(files, report)
     _keep_weights_canonical(loaded)
-    loaded.name_or_path = files.name
-    loaded.sft_base = {"name": files.name, "revision": files.revision, "fingerprint": files.fingerprint()}
+    mark(loaded, files)
     loaded.config.use_cache = not train
     loaded.train(train)
     return loaded  # type: ignore[no-any-return]
+
+
+def mark(model: Any, files: ModelFiles) -> None:
+    """Notes on the model which base it is, so that its adapters can say so."""
+    model.name_or_path = files.name
+    model.sft_base = {"name": files.name, "revision": files.revision, "fingerprint": files.fingerprint()}
 
 
 def placement(device_map: str, device: str) -> str:

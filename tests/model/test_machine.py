@@ -1,0 +1,89 @@
+"""What the machine has, which backend it can use, and tokens that are found but never shown."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from sft.config.schema import TuningSection
+from sft.model import backends, credentials, hardware, hub
+
+UNSLOTH = TuningSection(backend="unsloth")
+
+
+@pytest.fixture
+def no_tokens(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in credentials.NAMES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "nowhere"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_cpu_and_its_memory_are_told():
+    found = hardware.probe()
+    assert (found.device, found.capability, found.bf16, found.count) == ("cpu", None, True, 1)
+    assert 0 < found.free_bytes < found.total_bytes <= psutil.virtual_memory().total
+    assert hardware.gpus() == []
+    assert hardware.gpu_stats() is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_nvml_and_torch_tell_the_same_gpu():
+    found, first = hardware.probe(), hardware.gpus()[0]
+    assert (found.device, found.name, found.capability) == ("cuda", first.name, first.capability)
+    stats = hardware.gpu_stats()
+    assert stats is not None
+    assert 0 < stats["memory_used"] < stats["memory_total"]
+
+
+def test_unsloth_falls_back_where_there_is_no_gpu_and_says_why_once(caplog):
+    cpu = hardware.Hardware("cpu", "cpu", None, 1, 1, True, 1)
+    assert backends.choose(TuningSection(), cpu) == backends.Backend("bnb")
+    assert backends.choose(UNSLOTH, cpu) == backends.Backend("bnb", "there is no CUDA GPU")
+    if hardware.gpus():
+        return
+    logging.getLogger("sft").propagate = True
+    with caplog.at_level("WARNING"):
+        assert backends.prepare(UNSLOTH).name == "bnb"
+    assert [record.getMessage() for record in caplog.records] == [
+        "tuning.backend is unsloth, but there is no CUDA GPU: training with bnb instead"
+    ]
+
+
+def test_unsloth_is_for_installed_and_causal_models_alone():
+    gpu = hardware.Hardware("cuda", "card", (8, 9), 1, 1, True, 1)
+    assert backends.choose(UNSLOTH, gpu, kind="seq2seq").reason == "unsloth trains decoder-only models alone"
+    assert "not installed" in str(backends.choose(UNSLOTH, gpu).reason)
+
+
+@pytest.mark.usefixtures("no_tokens")
+def test_tokens_are_found_in_order_and_never_shown(monkeypatch, tmp_path):
+    assert credentials.find(tmp_path) == (None, "")
+    (tmp_path / ".env").write_text("HUGGINGFACE_HUB_TOKEN='from-dot-env-1234'\n")
+    assert credentials.find(tmp_path) == ("from-dot-env-1234", ".env (HUGGINGFACE_HUB_TOKEN)")
+    monkeypatch.setenv("HUGGINGFACE_HUB_TOKEN", "from-second-1234")
+    assert credentials.find(tmp_path) == ("from-second-1234", "HUGGINGFACE_HUB_TOKEN")
+    monkeypatch.setenv("HF_TOKEN", "from-first-1234")
+    assert credentials.find(tmp_path) == ("from-first-1234", "HF_TOKEN")
+    text = "Bearer from-first-1234, from-dot-env-1234 and hf_" + "AbcDef0123456789"
+    assert credentials.redact(text) == "Bearer hf_***, hf_*** and hf_***"
+
+
+@pytest.mark.usefixtures("no_tokens")
+def test_a_token_in_dot_env_reaches_every_library(monkeypatch, tmp_path):
+    (tmp_path / ".env").write_text("HF_TOKEN=from-dot-env-1234\n")
+    monkeypatch.setenv("HF_TOKEN", "")
+    monkeypatch.delenv("HF_TOKEN")
+    assert credentials.install(tmp_path) == ".env (HF_TOKEN)"
+    assert os.environ.pop("HF_TOKEN") == "from-dot-env-1234"
+
+
+def test_offline_means_that_nobody_is_asked():
+    assert hub.offline()
+    assert not hub.reachable(0.1)
