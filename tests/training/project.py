@@ -14,8 +14,8 @@ NAMES = ["Mara Olsen", "Ivo Petrov", "Ana Lima", "Kofi Mensah", "Lena Braun"]
 CONFIG = """
 model: {{name: {model}, max_seq_len: 128}}
 tuning: {{mode: {mode}, lora: {{r: 8, dropout: 0.1}}}}
-train: {{output_dir: outputs/t, max_steps: 6, learning_rate: 5.0e-3, effective_batch: 8, bf16: false, save_total_limit: 9,
-  eval_strategy: steps, eval_steps: 2, save_steps: 2}}
+train: {{output_dir: outputs/t, max_steps: 6, learning_rate: 5.0e-3, effective_batch: 8, bf16: false,
+  save_total_limit: 9, eval_strategy: steps, eval_steps: 2, save_steps: 2}}
 generation: {{max_new_tokens: 8}}
 logging: {{log_interval: 2}}
 eval: {{train_sample: 4}}

@@ -90,7 +90,7 @@ def test_other_settings_are_refused_showing_both_and_some_can_be_accepted(root: 
     as_if_killed_after(root, 2)
     with pytest.raises(RunError, match=r"learning_rate: was 0\.005, is 0\.001"):
         project.run(root, "train.learning_rate=1e-3")
-    with pytest.raises(RunError, match="base_model: was .*tiny-qwen2, is .*tiny-gpt2"):
+    with pytest.raises(RunError, match=r"base_model: was .*tiny-qwen2, is .*tiny-gpt2"):
         project.run(root, f"model.name={tiny_gpt2}", "data.template_path=chatml")
     with pytest.raises(RunError, match="precision: was fp32, is bf16"):
         project.run(root, "train.bf16=true", allow=("precision",))
@@ -148,3 +148,22 @@ def test_a_folder_that_is_not_writable_is_refused_before_weights_are_loaded(root
     (root / "outputs").write_text("a file, where the folder should be")
     with pytest.raises(RunError, match="cannot be written to"):
         project.run(root)
+
+
+def test_the_real_qwen_tokenizer_trains_with_its_own_template(
+    tmp_path: Path, shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers/qwen2.5")
+    tokenizer.save_pretrained(tmp_path / "model")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    settings = Qwen2Config(vocab_size=151936, num_key_value_heads=1, tie_word_embeddings=True, **sizes)
+    Qwen2ForCausalLM(settings).save_pretrained(tmp_path / "model")
+    monkeypatch.setenv("SFT_ROOT", str(tmp_path))
+    root = project.make(tmp_path, tmp_path / "model", mode="qlora")
+    summary = project.run(root, "train.max_steps=2", "eval.train_sample=2")
+    assert summary["steps"] == 2
+    saved = AutoTokenizer.from_pretrained(root / "adapters/t")
+    assert saved.chat_template == tokenizer.chat_template
+    assert (saved.pad_token, saved.eos_token) == ("<|endoftext|>", "<|im_end|>")

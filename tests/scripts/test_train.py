@@ -1,0 +1,83 @@
+"""`python scripts/train.py` as a user runs it: stopped and taken up, its exit codes, several processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sft.training.logbook import read
+from tests.conftest import ROOT
+from tests.training import project
+
+
+def test_ctrl_c_stops_with_a_checkpoint_and_the_same_command_goes_on(
+    tmp_path: Path, tiny_qwen2: Path, command: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    root = project.make(tmp_path, tiny_qwen2, mode="qlora")
+    many = ["--config", "config.yaml", "--set", "train.eval_strategy=no", "--set", "train.save_strategy=no"]
+    running = subprocess.Popen(
+        [sys.executable, str(ROOT / "scripts" / "train.py"), *many, "--set", "train.max_steps=3000"],
+        cwd=root,
+        env={**os.environ, "SFT_ROOT": str(root), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    log, until = root / "outputs/t/log.jsonl", time.monotonic() + 120
+    while not read(log) and time.monotonic() < until and running.poll() is None:
+        time.sleep(0.1)
+    running.send_signal(signal.SIGINT)
+    said, errors = running.communicate(timeout=60)
+    assert running.returncode == 130, errors
+    assert "stopping after this step, with a checkpoint" in errors
+    assert "t was stopped after step" in errors and "make train" in errors and "Traceback" not in errors
+    assert "step 1/3000  loss" in said
+    (checkpoint,) = (root / "outputs/t").glob("checkpoint-*")
+    step = int(checkpoint.name.split("-")[1])
+
+    refused = command("train", *many, cwd=root, SFT_ROOT=str(root))
+    assert refused.returncode == 2
+    assert "total_steps: was 3000, is 6" in refused.stderr and "Traceback" not in refused.stderr
+
+    args = [*many, "--set", f"train.max_steps={step + 4}", "--allow-change", "total_steps", "--json"]
+    result = command("train", *args, "--allow-change", "warmup_steps", cwd=root, SFT_ROOT=str(root))
+    assert result.returncode == 0, result.stderr
+    assert f"taking up outputs/t at checkpoint-{step}" in result.stderr
+    assert json.loads(result.stdout)["steps"] == step + 4
+    steps = [entry["step"] for entry in read(log)]
+    assert steps == sorted(set(steps)) and steps[-1] == step + 4
+
+
+@pytest.mark.slow
+def test_two_processes_give_what_one_gives(tmp_path: Path, tiny_qwen2: Path) -> None:
+    for name, count in (("one", 1), ("two", 2)):
+        root = project.make(tmp_path / name, tiny_qwen2)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={count}", f"--master_port={port}"]
+        done = subprocess.run(
+            [sys.executable, *launcher, str(ROOT / "scripts" / "train.py"), "--config", "config.yaml"]
+            + ["--set", "tuning.lora.dropout=0.0"],
+            cwd=root,
+            env={**os.environ, "SFT_ROOT": str(root), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=280,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("t is finished") == 1
+    for key in ("train/loss", "eval/loss", "train/grad_norm"):
+        one, two = (project.losses(tmp_path / name, "t", key) for name in ("one", "two"))
+        assert [step for step, _ in one] == [step for step, _ in two]
+        assert all(abs(a - b) < 1e-4 for (_, a), (_, b) in zip(one, two, strict=True))
