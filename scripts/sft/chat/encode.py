@@ -73,7 +73,7 @@ class Encoder:
         self.facts = learn(template, self.vocabulary)
         self.spans = Spans(template, self.vocabulary, self.facts.turn)
         self.stops = stopping.find(self.facts, self.tokens, self.vocabulary, tokenizer, eos_ids)
-        self._warned: set[str] = set()
+        self.warned = False
         self.adds_end = not self.facts.turn.end.strip()
         if self.adds_end and not self.facts.turn.middle_end.strip() and tokenizer.eos_token_id is None:
             raise TemplateError(
@@ -104,20 +104,38 @@ class Encoder:
         except Refused as refused:
             return Encoded(name, [], [], dropped=f"template: {refused}")
         if layout.regions and layout.prompt_ends is None:
-            self._warn_once("what a model is asked with differs from what it is trained on: the template writes earlier"
-                            f" turns, or the begin of an answer, otherwise in a prompt (first seen in row {name})")  # fmt: skip
+            self._warn_once(name)
         return Plan(name, layout, messages)
 
     def _rendered(self, row: Row) -> Layout:
         """The text of a rendered row: as the template would end it, unless it ends so already."""
         source, target = str(row["input"]), str(row["target"])
-        turn = self.facts.turn
-        ended = next((end for end in self.facts.ends if target.rstrip().endswith(end.strip())), None)
-        tail, end = ("", "") if ended else (turn.tail, turn.end)
-        missing = None if ended or turn.end.strip() else turn.middle_end.strip()
-        region = Region(0, len(source), len(source) + len(target) + len(end), missing)
-        plain = [(int(a), int(b)) for a, b in row.get("plain_spans", [])]
-        return Layout(source + target + tail, [region], plain, len(source))
+        turn, shown = self.facts.turn, len(target)
+        tail, end, missing = turn.tail, turn.end, None if turn.end.strip() else turn.middle_end.strip()
+        if any(target.rstrip().endswith(ending.strip()) for ending in self.facts.ends):
+            tail, end, missing, shown = "", "", None, len(target.rstrip())
+        region = Region(0, len(source), len(source) + shown + len(end), missing)
+        return Layout(source + target + tail, [region], _spans(row), len(source))
+
+    def split(self, row: Row) -> Row:
+        """The rendered form of a row: `input` up to where the model begins to write its last answer, `target` without
+        the end that the template always writes, and `plain_spans` (characters) for control tokens inside its words.
+
+        Training on it gives the ids that training on the row itself gives. Raises Refused with the reason.
+        """
+        layout = self.spans.layout(records.messages(row), records.tools(row))
+        if not layout.regions:
+            raise Refused("there is no answer in it")
+        region, turn, text = layout.regions[-1], self.facts.turn, layout.text
+        usual = region.end + len(turn.tail) - len(turn.end)
+        if text[region.end - len(turn.end) :] == turn.tail and usual == len(text):
+            target = text[region.start : region.end - len(turn.end)]
+        elif any(text[: region.end].endswith(ending.strip()) for ending in self.facts.ends):
+            target = text[region.start :]
+        else:
+            raise Refused("its last answer ends otherwise than answers do, so it cannot be told as input and target")
+        made: Row = {"input": text[: region.start], "target": target}
+        return {**made, "plain_spans": [list(fake) for fake in layout.fakes]} if layout.fakes else made
 
     def _finish(self, plan: Plan, line: Line) -> Encoded:
         layout = plan.layout
@@ -149,8 +167,8 @@ class Encoder:
         The ids are those that training showed before that answer. Raises TemplateError where the template refuses.
         """
         if isinstance(row, dict) and records.is_rendered(row):
-            layout = Layout(str(row["input"]), fakes=[(int(a), int(b)) for a, b in row.get("plain_spans", [])])
-            layout.fakes = [fake for fake in layout.fakes if fake[1] <= len(layout.text)]
+            text = str(row["input"])
+            layout = Layout(text, fakes=[fake for fake in _spans(row) if fake[1] <= len(text)])
             messages: list[Message] = []
         else:
             messages = list(row) if isinstance(row, list) else records.messages(row)
@@ -177,10 +195,17 @@ class Encoder:
         text = self.tokenizer.decode(shown, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return stopping.cut(str(text), self.stops.strings).strip()
 
-    def _warn_once(self, text: str) -> None:
-        if text.split("(")[0] not in self._warned:
-            self._warned.add(text.split("(")[0])
-            log.warning(text)
+    def _warn_once(self, row: str) -> None:
+        if not self.warned:
+            self.warned = True
+            log.warning(
+                f"{self.template.name} asks otherwise than it shows: the prompt for row {row} is not the text before its"
+                " last answer (a think block, as a rule; data.template_options may set it). docs/TEMPLATES.md"
+            )
+
+
+def _spans(row: Row) -> list[tuple[int, int]]:
+    return [(int(start), int(end)) for start, end in row.get("plain_spans") or []]
 
 
 def make_encoder(

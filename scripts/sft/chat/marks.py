@@ -42,6 +42,10 @@ class Read:
         at = self.closed.get(index, [])
         return at[0] if len(at) == 1 else None
 
+    def first_close(self, index: int) -> int | None:
+        """Like `close`, the first of several places: a called tool's name may stand again beside its result."""
+        return next(iter(self.closed.get(index, [])), None)
+
     def open(self, index: int) -> int | None:
         """Where the words of message `index` begin, if known."""
         at = self.opened.get(index, [])

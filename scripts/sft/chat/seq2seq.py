@@ -46,7 +46,7 @@ class Seq2SeqEncoder(Encoder):
         if tokenizer.eos_token_id is None:
             raise TemplateError("the tokenizer has no end token", where=str(tokenizer.name_or_path))
         self.stops = Stops(frozenset({int(tokenizer.eos_token_id), *map(int, eos_ids)}), ())
-        self._warned = set()
+        self.warned = True
 
     def encode_batch(self, rows: list[Row]) -> list[Encoded]:
         return [self._encode(row) for row in rows]
@@ -103,6 +103,10 @@ class Seq2SeqEncoder(Encoder):
             return "\n".join([*system, str(turns[0]["content"])])
         named = [f"{_NAMES.get(str(turn.get('role')), 'User')}: {turn['content']}" for turn in turns]
         return "\n".join([*system, *named])
+
+    def split(self, row: Row) -> Row:
+        """The rendered form of a row: its source and its answer."""
+        return {"input": self._source(row), "target": records.reference(row).strip()}
 
     def _ids(self, text: str) -> list[int]:
         """A text as the tokenizer ends it, its end token last, no control token from inside the text."""

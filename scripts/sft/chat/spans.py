@@ -70,6 +70,10 @@ class Turn:
     tool_end: str = ""
 
 
+class Displaced(Refused):
+    """One answer stands in two places, so no single region is right."""
+
+
 class Spans:
     """Finds the regions of conversations for one template and one vocabulary of control tokens."""
 
@@ -89,6 +93,8 @@ class Spans:
         for k in answers:
             try:
                 region, exact = self._region(k, messages, marked, tools, seen, on=prompt or k < len(messages) - 1)
+            except Displaced:
+                raise
             except Refused as refused:
                 region, exact = self._marked_by_author(k, seen, refused), False
             if made.regions and region.start < made.regions[-1].end:
@@ -114,16 +120,23 @@ class Spans:
         self, k: int, messages: list[Message], marked: list[Message], tools: list[object] | None, seen: Read, *, on: bool
     ) -> tuple[Region, bool]:
         """Region k, and whether the text up to it is the serving prompt. `on`: something follows message k."""
-        close = seen.close(k)
+        close = _ending(seen, k, messages[k])
         if close is None and (seen.closed.get(k) or _says_something(messages[k])):
             times = len(seen.closed.get(k, []))
-            raise Refused(f"the template shows the answer in message {k + 1} {times} times" if times else _UNSHOWN)
+            if not times:
+                raise Refused(f"the template does not show the answer in message {k + 1}")
+            raise Refused(f"the template shows the answer in message {k + 1} {times} times: its place cannot be proven")
         start, exact = self._start(k, messages, marked, tools, seen, on)
         close = start if close is None else close
         if start > close:
             raise Refused(f"the prompt of message {k + 1} reaches into its answer")
-        end = self._end(k, close, marked, tools, seen, on)
-        return Region(k, start, close + len(end), self._missing(end, messages[k], on)), exact
+        end = close + len(self._end(k, close, marked, tools, seen, on))
+        if (words := seen.open(k)) is not None and words > end:
+            raise Displaced(f"the template writes the words of message {k + 1} apart from its tool call")
+        header = self.turn.prompt if self.turn else ""
+        if header.strip() and seen.text.startswith(header, start) and start + len(header) <= close:
+            start, exact = start + len(header), False  # a header is never the model's to write
+        return Region(k, start, end, self._missing(seen.text[close:end], messages[k], on)), exact
 
     def _missing(self, end: str, message: Message, on: bool) -> str | None:
         turn = self.turn or Turn()
@@ -137,7 +150,7 @@ class Spans:
         self, k: int, messages: list[Message], marked: list[Message], tools: list[object] | None, seen: Read, on: bool
     ) -> tuple[int, bool]:
         """The start of region k, and whether the text up to there is exactly the serving prompt."""
-        text, close, opened = seen.text, seen.close(k), seen.open(k)
+        text, close, opened = seen.text, _ending(seen, k, messages[k]), seen.open(k)
         limit = opened if opened is not None else len(text) if close is None else close
         before = seen.close(k - 1) if k else None
         known = (str(messages[k - 1].get("role")), text[before:limit]) if before is not None and opened else None
@@ -214,7 +227,7 @@ class Spans:
             seen = read(self.template.tracked(marked, tools, prompt))
         except Refused:
             return None
-        close = seen.close(k)
+        close = _ending(seen, k, marked[k])
         return None if close is None else seen.text[close:]
 
     def last_end(self, tail: str, others: list[str]) -> str:
@@ -247,7 +260,7 @@ class Spans:
 
     def _marked_by_author(self, k: int, seen: Read, refused: Refused) -> Region:
         """The {% generation %} block around message k, lengthened to the end of the turn; else the refusal stands."""
-        close = seen.close(k)
+        close = seen.first_close(k)
         for start, end in seen.generation:
             if close is not None and start <= close <= end:
                 region = seen.text[start:end].rstrip()
@@ -259,7 +272,8 @@ class Spans:
         raise refused
 
 
-_UNSHOWN = "the template does not show its answer"
+def _ending(seen: Read, k: int, message: Message) -> int | None:
+    return seen.first_close(k) if message.get("tool_calls") else seen.close(k)
 
 
 def _both(seen: Read, asked: Read, j: int, limit: int) -> bool:

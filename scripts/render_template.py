@@ -1,0 +1,87 @@
+"""Writes rows out as the chat template renders them: {"id", "input", "target"}, for other trainers or for a close look.
+
+    python scripts/render_template.py                             # data/rendered/{train,val,test}.jsonl
+    python scripts/render_template.py --in rows.jsonl --out rendered.jsonl
+
+Reads processed (or styled) rows. `input` is what the model is given, `target` its last answer without the end token.
+Training takes these rows only where `data.stage` is `rendered`, and then gives the same tokens as the rows themselves.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from sft import console
+
+EXAMPLES = """
+python scripts/render_template.py
+python scripts/render_template.py --set data.template_path=alpaca --in rows.jsonl --out rendered.jsonl
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    made = console.parser("Write rows out as the chat template renders them.", EXAMPLES)
+    made.add_argument("--in", dest="source", metavar="FILE", help="one file of rows (default: every split)")
+    made.add_argument("--out", dest="target", metavar="FILE", help="where its rendered rows go; needed with --in")
+    made.add_argument("--tokenizer", metavar="DIR", help="a folder of tokenizer files instead of model.name")
+    made.add_argument("--template", metavar="NAME|FILE", help="a chat template instead of data.template_path")
+    return made
+
+
+def main(args: argparse.Namespace) -> dict[str, Any]:
+    from sft.config.load import load
+    from sft.config.paths import resolve
+    from sft.data import store
+    from sft.errors import DataError
+    from sft.preflight.encoder import encoder_of
+
+    if bool(args.source) != bool(args.target):
+        raise DataError("--in and --out go together", mend="give both, or neither to render every split")
+    root = console.project_root()
+    config = load(args.config, args.set, root=root).config
+    encoder = encoder_of(config, root, tokenizer=args.tokenizer, template=args.template)
+    if args.source:
+        pairs = {args.target: (Path(args.source), Path(args.target))}
+    else:
+        stage = "auto" if config.data.stage == "rendered" else config.data.stage
+        found = store.paths(config.data.model_copy(update={"stage": stage}), root)
+        folder = resolve(root, config.data.rendered_dir)
+        splits = {"train": found.train, "val": found.val, "test": found.test}
+        pairs = {name: (path, folder / f"{name}.jsonl") for name, path in splits.items() if path}
+    made = {name: _render(encoder, source, target) for name, (source, target) in pairs.items()}
+    console.say(f"template: {encoder.template.name}")
+    console.table("Rows rendered", ("", "rows", "left out"), [(n, m["rows"], len(m["refused"])) for n, m in made.items()])
+    for name, counts in made.items():
+        for row, reason in list(counts["refused"].items())[:3]:
+            console.warn(f"{name}: row {row}: {reason}")
+    return made
+
+
+def _render(encoder: Any, source: Path, target: Path) -> dict[str, Any]:
+    """Rows written, and the rows that the template or the proof refuses, with the reason."""
+    import json
+
+    from sft.chat.template import Refused
+    from sft.data import records, store
+    from sft.errors import DataError
+    from sft.files import atomic_file
+
+    rows, refused = 0, {}
+    with atomic_file(target) as staged, staged.open("w", encoding="utf-8", newline="\n") as file:
+        for row in store.iter_rows(source):
+            try:
+                made = row if records.is_rendered(row) else {"id": records.row_id(row), **encoder.split(row)}
+            except Refused as why:
+                refused[records.row_id(row)] = str(why)
+                continue
+            file.write(json.dumps(made, ensure_ascii=False) + "\n")
+            rows += 1
+        if not rows:
+            raise DataError("no row can be rendered", where=str(source), mend=next(iter(refused.values()), None))
+    return {"rows": rows, "refused": refused}
+
+
+if __name__ == "__main__":
+    console.run(parser(), main)
