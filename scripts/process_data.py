@@ -17,7 +17,7 @@ from sft import console
 if TYPE_CHECKING:
     from sft.data.ledger import Ledger
 
-FORMATS = ("auto", "chat", "qa", "prompt", "alpaca", "sharegpt", "messages", "rendered", "columns")
+FORMATS = ("auto", "chat", "qa", "prompt", "alpaca", "sharegpt", "messages", "rendered", "text", "columns")
 EXAMPLES = """
 python scripts/process_data.py                                   # data/raw/raw.jsonl, else raw.json
 python scripts/process_data.py --raw_path my_rows.csv --set data.columns.user=Question \\

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from sft.data import text_rows
 from sft.data.conversation import Message, conversation, text_of, tools
 from sft.data.faults import EMPTY_ANSWER, NO_USER_TURN, UNKNOWN_FORMAT, RowFault
 from sft.errors import DataError
@@ -23,12 +24,16 @@ TURNS = ("messages", "conversations", "conversation")
 
 
 class Parsed(NamedTuple):
-    """One row's format, its turns and tools; for rendered rows `pair` is (input, target) and there are no turns."""
+    """One row's format, its turns and tools; for rendered rows `pair` is (input, target) and there are no turns.
+
+    references: all good answers, where the row has more than the one that is trained on.
+    """
 
     format: str
     messages: list[Message]
     tools: list[Message]
     pair: tuple[str, str] | None = None
+    references: tuple[str, ...] = ()
 
 
 class Formats:
@@ -54,11 +59,7 @@ class Formats:
         names, format = self._plans[keys]
         if format == "prompt" and isinstance(row[names["prompt"]], list):
             format = "prompt as messages"
-        read = READERS[format]
-        if format == "columns":
-            assert self._columns is not None
-            return read(row, self._columns)
-        return read(row, names)
+        return READERS[format](row, self._columns if format == "columns" and self._columns else names)
 
     def _choose(self, row: Row, names: dict[str, str]) -> str:
         if self._columns and self._format in ("auto", "columns"):
@@ -125,6 +126,7 @@ FITS: dict[str, Callable[[dict[str, str], Row], bool]] = {
     "qa": lambda names, row: (
         bool(_first(names, QUESTIONS) and _first(names, ANSWERS)) or {"input", "output"} <= names.keys()
     ),
+    "text": lambda names, row: "text" in names and not _first(names, (*ASKING, *GIVING)),
 }
 
 
@@ -145,8 +147,8 @@ def _messages(format: str) -> Callable[[Row, dict[str, str]], Parsed]:
     def read(row: Row, names: dict[str, str]) -> Parsed:
         key = _first(names, TURNS) or ""
         messages = _with_system(row, names, conversation(row[key], key))
-        defined = next((row[names[name]] for name in ("tools", "functions") if name in names), None)
-        return Parsed(format, messages, tools(defined))
+        defined = _first(names, ("tools", "functions"))
+        return Parsed(format, messages, tools(row[defined]) if defined else [])
 
     return read
 
@@ -192,9 +194,8 @@ def _prompt_messages(row: Row, names: dict[str, str]) -> Parsed:
     key = _first(names, COMPLETIONS) or ""
     answer = row[key] if isinstance(row[key], list) else [{"role": "assistant", "content": row[key]}]
     messages = conversation(row[names["prompt"]], "prompt") + conversation(answer, key)
-    return Parsed(
-        "prompt", _with_system(row, names, messages), tools(row[names["tools"]] if "tools" in names else None)
-    )
+    defined = tools(row[names["tools"]]) if "tools" in names else []
+    return Parsed("prompt", _with_system(row, names, messages), defined)
 
 
 def _qa(row: Row, names: dict[str, str]) -> Parsed:
@@ -205,13 +206,26 @@ def _qa(row: Row, names: dict[str, str]) -> Parsed:
 
 
 def _pair(format: str, row: Row, names: dict[str, str], question: str, answer: str) -> Parsed:
-    value = row[answer]
-    if isinstance(value, list):  # several good answers: the first is the one to learn
-        value = value[0] if value else None
-    elif isinstance(value, dict) and isinstance(value.get("text"), list):  # as SQuAD holds them
-        value = value["text"][0] if value["text"] else None
-    turn = _turn(text_of(row[question], question), text_of(value, answer))
-    return Parsed(format, _with_system(row, names, turn), [])
+    answers = _answers(row[answer], answer)
+    turn = _turn(text_of(row[question], question), answers[0])
+    return Parsed(format, _with_system(row, names, turn), [], None, answers if len(answers) > 1 else ())
+
+
+def _answers(value: Any, name: str) -> tuple[str, ...]:
+    """All good answers, the one to learn first: a text, a list, or as SQuAD and TriviaQA hold them."""
+    if isinstance(value, dict) and isinstance(value.get("text"), list):
+        value = value["text"]
+    elif isinstance(value, dict) and "value" in value:
+        aliases = value.get("aliases")
+        value = [value["value"], *(aliases if isinstance(aliases, list) else ())]
+    if not isinstance(value, list):
+        return (text_of(value, name),)
+    return tuple(dict.fromkeys(text_of(one, name) for one in value)) or ("",)
+
+
+def _text(row: Row, names: dict[str, str]) -> Parsed:
+    style, messages = text_rows.parse(text_of(row[names["text"]], "text"))
+    return Parsed(f"text ({style})", _with_system(row, names, messages), [])
 
 
 def _columns(row: Row, columns: dict[str, str]) -> Parsed:
@@ -228,5 +242,6 @@ READERS: dict[str, Callable[[Row, dict[str, str]], Parsed]] = {
     "prompt": _prompt,
     "prompt as messages": _prompt_messages,
     "qa": _qa,
+    "text": _text,
     "columns": _columns,
 }

@@ -101,6 +101,8 @@ def _record(raw: Raw, formats: Formats, system_prompt: str | None) -> tuple[reco
     extra = {key: raw.value[key] for key in KEPT if raw.value.get(key) is not None}
     if raw.value.get("id") is not None:
         extra["source_id"] = raw.value["id"]
+    if parsed.references:
+        extra["references"] = list(parsed.references)
     try:
         if parsed.pair:
             _check_pair(*parsed.pair)

@@ -77,6 +77,12 @@ def reference(row: Row) -> str:
     return str(answers[-1]) if answers else ""
 
 
+def references(row: Row) -> list[str]:
+    """Every answer that counts as right: those of the row's `references`, else the last answer alone."""
+    given = row.get("references")
+    return [str(one) for one in given] if isinstance(given, list) and given else [reference(row)]
+
+
 def content_id(messages: list[Message], tools: list[Message] | None = None) -> str:
     """Equal turns and tools, equal id; nothing else counts."""
     return _hash([messages, tools or None])

@@ -39,8 +39,8 @@ class DataSection(Section):
     raw_path: str | None = Field(
         None, description="File or hub data set to process; null is data/raw/raw.jsonl, then data/raw/raw.json."
     )
-    format: Literal["auto", "chat", "qa", "prompt", "alpaca", "sharegpt", "messages", "rendered", "columns"] = Field(
-        "auto", description="Format of raw rows; `auto` looks at each row. `chat` is {system,user,assistant}."
+    format: Literal["auto", "chat", "qa", "prompt", "alpaca", "sharegpt", "messages", "rendered", "text", "columns"] = (
+        Field("auto", description="Format of raw rows; `auto` looks at each row. `chat` is {system,user,assistant}.")
     )
     columns: ColumnsSection | None = Field(None, description="Mapping of plain columns, e.g. {user: Question, ...}.")
     hub_config: str | None = Field(None, description="Configuration of a hub data set.")
