@@ -11,7 +11,7 @@ import pytest
 
 from sft.config.schema import GenerationSection
 from sft.errors import DataError, ModelError
-from sft.generation.chat_session import ChatSession, last_conversation
+from sft.generation.chat_session import ChatSession, harmless, last_conversation
 
 
 class Scripted:
@@ -145,3 +145,7 @@ def test_a_broken_conversation_file_is_one_error(tmp_path: Path) -> None:
         (tmp_path / "x.jsonl").write_text(content)
         with pytest.raises(DataError, match="no saved conversation"):
             last_conversation(tmp_path / "x.jsonl")
+
+
+def test_an_answer_cannot_steer_the_terminal() -> None:
+    assert harmless("a\x1b[2Jb\r\x07\n\tc\x9b") == "a[2Jb\n\tc"

@@ -64,8 +64,8 @@ def finished_run(root: Path, *, name: str = "tiny", seed: int = 1, scale: float 
     model = loading.load_base(
         files, config.model, config.tuning, torch.float32, device="cpu", train=True, quantise=False
     )
-    adapted = adapters.attach(model, config.tuning, gradient_checkpointing=False)
     torch.manual_seed(seed)
+    adapted = adapters.attach(model, config.tuning, gradient_checkpointing=False)
     for weight_name, weight in adapted.named_parameters():
         if "lora_B" in weight_name:
             torch.nn.init.normal_(weight, std=scale)

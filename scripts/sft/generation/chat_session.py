@@ -7,6 +7,7 @@ at the end) and `write` (a piece of text).
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,9 @@ class ChatSession:
                     return
             except SftError as error:
                 self.write(f"error: {error}\n")
+            except KeyboardInterrupt:  # between two pieces, or while the model winds down
+                self._drop_question()
+                self.write("\n[stopped]\n")
 
     def handle(self, line: str) -> bool:
         """Does what one input asks for; false when it asks to leave."""
@@ -104,7 +108,7 @@ class ChatSession:
             try:
                 for piece in pieces:
                     said.append(piece)
-                    self.write(piece)
+                    self.write(harmless(piece))
             except KeyboardInterrupt:
                 self.write(" [stopped]")
             finally:
@@ -113,7 +117,7 @@ class ChatSession:
                     close()
             self.turns.append({"role": "assistant", "content": "".join(said)})
         except SftError:
-            self.turns.pop()
+            self._drop_question()
             raise
         finally:
             self.write("\n")
@@ -175,6 +179,11 @@ class ChatSession:
             self.turns.pop()
         return bool(self.turns)
 
+    def _drop_question(self) -> None:
+        """Takes back a question that got no answer, so that turns go on alternating."""
+        if self.turns and self.turns[-1]["role"] == "user":
+            self.turns.pop()
+
     def _do_save(self, rest: str) -> None:
         if not self.turns:
             self.write("(there is nothing to save)\n")
@@ -201,6 +210,11 @@ class ChatSession:
             self.write("(nothing was said yet)\n")
         else:
             self.write(f"{self.count_tokens(self.messages)} tokens in {len(self.turns)} turns\n")
+
+
+def harmless(text: str) -> str:
+    """The text without control characters, which could steer a terminal; line breaks and tabs stay."""
+    return "".join(letter for letter in text if letter in "\n\t" or unicodedata.category(letter) != "Cc")
 
 
 def read_whole(read: Callable[[], str]) -> str:
