@@ -10,6 +10,7 @@ outputs/<run>/model in full mode. Unfinished runs are taken up by themselves.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from typing import Any
@@ -44,6 +45,8 @@ def main(args: argparse.Namespace) -> dict[str, Any] | None:
     from sft.config.load import load
     from sft.training import preparation
 
+    if os.environ.get("RANK", "0") != "0":
+        logging.getLogger("sft").setLevel(logging.ERROR)  # what is to be said, the first process says
     root = console.project_root()
     loaded = load(args.config, args.set, root=root)
     with console.progress("reading rows") as report:

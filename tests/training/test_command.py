@@ -120,9 +120,11 @@ def test_a_tiny_t5_trains_in_full_mode(tmp_path: Path, tiny_t5: Path, monkeypatc
     assert (root / "outputs/t/model/model.safetensors").is_file()
 
 
-def test_the_best_metric_may_be_any_that_is_measured(root: Path) -> None:
-    summary = project.run(root, "train.metric_for_best_model=length_tokens", "train.max_steps=2")
+def test_the_best_metric_may_be_any_that_is_measured_and_the_end_may_merge(root: Path) -> None:
+    settings = ("train.metric_for_best_model=length_tokens", "train.max_steps=2", "train.merge_at_end=true")
+    summary = project.run(root, *settings)
     assert summary["best_step"] == 2 and "length_tokens" in summary["eval"]
+    assert (root / "outputs/t/merged/model.safetensors").is_file()
     with pytest.raises(ConfigError, match="'bleurt', which is not measured"):
         project.run(root, "train.metric_for_best_model=bleurt")
     with pytest.raises(ConfigError, match=r"eval\.train_sample is 0"):

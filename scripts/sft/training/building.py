@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sft import files, runs
+from sft.errors import EnvironmentProblem
 from sft.runs import OpenRun, Run
 from sft.training import arguments, budget, logbook, model, ranks, stamp
 from sft.training.answers import Answers
@@ -64,6 +65,12 @@ def build(job: Job, opened: OpenRun, root: Path, report: Report | None) -> Windo
         flow=Flow(job.plan, Watch(run.folder, ranks.largest), config.train.early_stopping),
         answers=answers if job.rows.questions else None,
     )
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise EnvironmentProblem(
+            "sharded training (FSDP, DeepSpeed) is not supported: its checkpoints could not be resumed exactly",
+            where="the accelerate config",
+            mend="accelerate launch --config_file env/accelerate_ddp_2.yaml scripts/train.py",
+        )
     if ranks.rank() == 0:
         trainer.add_callback(_logbook(job, run, step, answers))
         trainer.add_callback(Narrator(report))
