@@ -38,11 +38,11 @@ def parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     from sft.chat import show
-    from sft.preflight.encoder import encoder_of, row_file
     from sft.config.load import load
     from sft.data import store
     from sft.errors import DataError
     from sft.files import write_text
+    from sft.preflight.encoder import encoder_of, row_file
 
     root = console.project_root()
     config = load(args.config, args.set, root=root).config

@@ -52,7 +52,9 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         pairs = {name: (path, folder / f"{name}.jsonl") for name, path in splits.items() if path}
     made = {name: _render(encoder, source, target) for name, (source, target) in pairs.items()}
     console.say(f"template: {encoder.template.name}")
-    console.table("Rows rendered", ("", "rows", "left out"), [(n, m["rows"], len(m["refused"])) for n, m in made.items()])
+    console.table(
+        "Rows rendered", ("", "rows", "left out"), [(n, m["rows"], len(m["refused"])) for n, m in made.items()]
+    )
     for name, counts in made.items():
         for row, reason in list(counts["refused"].items())[:3]:
             console.warn(f"{name}: row {row}: {reason}")

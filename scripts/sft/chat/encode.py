@@ -1,4 +1,4 @@
-"""Rows to token ids and labels, prompts to token ids, answers back to text: one way for train, eval, infer and export."""
+"""Rows to ids and labels, prompts to ids, answers back to text: one way for train, eval, infer and export."""
 
 from __future__ import annotations
 
@@ -199,8 +199,8 @@ class Encoder:
         if not self.warned:
             self.warned = True
             log.warning(
-                f"{self.template.name} asks otherwise than it shows: the prompt for row {row} is not the text before its"
-                " last answer (a think block, as a rule; data.template_options may set it). docs/TEMPLATES.md"
+                f"{self.template.name} asks otherwise than it shows: the prompt for row {row} is not the text before"
+                " its last answer (a think block, as a rule; data.template_options may set it). docs/TEMPLATES.md"
             )
 
 
@@ -225,9 +225,7 @@ def make_encoder(
     from sft.chat.seq2seq import Seq2SeqEncoder
 
     made = Encoder if kind == "causal" else Seq2SeqEncoder
-    return made(
-        template, tokenizer, max_seq_len=max_seq_len, over_length=over_length, labels=labels, eos_ids=eos_ids
-    )
+    return made(template, tokenizer, max_seq_len=max_seq_len, over_length=over_length, labels=labels, eos_ids=eos_ids)
 
 
 __all__ = ["Encoded", "Encoder", "Stops", "make_encoder"]

@@ -5,13 +5,13 @@ A template that cannot show an answer, or whose turn has no provable end, fails 
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from typing import Any
 
 from sft.chat.marks import mark, read
-from sft.chat.spans import Spans, Turn
+from sft.chat.spans import Spans
 from sft.chat.template import ChatTemplate, Message, Refused
+from sft.chat.turns import Turn, agreement
 from sft.chat.vocabulary import Vocabulary
 from sft.errors import TemplateError
 
@@ -77,7 +77,9 @@ def _shown(template: ChatTemplate, vocabulary: Vocabulary) -> list[Message]:
                 reasons.append(str(refused))
     template.parts = False
     if reasons:
-        raise TemplateError(f"the template renders no plain conversation: {reasons[0]}", where=template.name, mend=_MEND)
+        raise TemplateError(
+            f"the template renders no plain conversation: {reasons[0]}", where=template.name, mend=_MEND
+        )
     raise TemplateError(
         "the template never shows the answer: a training row would have nothing to learn",
         where=template.name,
@@ -99,7 +101,7 @@ def _prompt(template: ChatTemplate, vocabulary: Vocabulary, before: list[Message
         plain = template.render(before)
     except Refused:
         return ""
-    agree = len(os.path.commonprefix([asked, plain]))
+    agree = agreement(asked, plain)
     if agree < len(plain):
         agree = vocabulary.edge(asked, plain, agree)
     return asked[agree:]
@@ -126,7 +128,11 @@ def _tool_ends(template: ChatTemplate, vocabulary: Vocabulary, turn: Turn, befor
     if template.style == "turn":
         return []
     for arguments in ({"a": "b"}, '{"a": "b"}'):
-        call: dict[str, Any] = {"type": "function", "id": "call00001", "function": {"name": "f", "arguments": arguments}}
+        call: dict[str, Any] = {
+            "type": "function",
+            "id": "call00001",
+            "function": {"name": "f", "arguments": arguments},
+        }
         asked: Message = {"role": "assistant", "content": "", "tool_calls": [call]}
         ends: list[str] = []
         told: Message = {"role": "tool", "name": "f", "tool_call_id": "call00001", "content": "Rdxy"}

@@ -72,7 +72,9 @@ class GenerationTag(Extension):
     def parse(self, parser: Parser) -> nodes.CallBlock:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("_block"), [], [], body).set_lineno(line)
+        block = nodes.CallBlock(self.call_method("_block"), [], [], body)
+        block.set_lineno(line)
+        return block
 
     def _block(self, caller: Macro) -> str:
         text = caller()
@@ -125,7 +127,8 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
             loop.body.insert(0, nodes.ExprStmt(call, lineno=loop.lineno))
             if loop.test is not None:
                 loop.test = nodes.And(call, loop.test, lineno=loop.lineno)
-        return tree.set_environment(self)
+        tree.set_environment(self)
+        return tree
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         purse = self.purse
@@ -176,7 +179,7 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
             self.purse.spend(_replaced(owner, args[0], args[1]))
         return args
 
-    def _watched(self, name: str, made: Callable[..., Any]) -> Callable[..., Any]:
+    def _watched(self, name: str, made: Any) -> Callable[..., Any]:
         """A filter or test that ticks, takes no large number, and pays for what it makes."""
         skipped = 1 if hasattr(made, "jinja_pass_arg") else 0
 

@@ -23,7 +23,8 @@ pre{{font:14px/1.8 ui-monospace,monospace;white-space:pre-wrap;overflow-wrap:any
 border-radius:6px;padding:.8rem}}
 span.t{{border-radius:3px}} span.t:hover{{outline:2px solid #d33}}
 .labelled{{background:#c9efcf}} .masked{{color:#777}} .cut{{background:#f6d0d0;text-decoration:line-through}}
-.special{{border-bottom:2px solid #36c}} .dropped{{color:#b00;font-weight:600}} h2{{font-size:1rem;margin:1.6rem 0 .3rem}}
+.special{{border-bottom:2px solid #36c}} .dropped{{color:#b00;font-weight:600}}
+h2{{font-size:1rem;margin:1.6rem 0 .3rem}}
 @media(prefers-color-scheme:dark){{body{{background:#181818;color:#ddd}} .labelled{{background:#1d5128}}
 .masked{{color:#999}} .cut{{background:#5e2323}} pre{{border-color:#444}}}}
 </style></head><body><h1>{title}</h1>

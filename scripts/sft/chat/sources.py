@@ -104,7 +104,7 @@ def _with_begin(made: ChatTemplate, tokenizer: PreTrainedTokenizerBase, common: 
         source = "{{ bos_token }}" + made.source
         return ChatTemplate(made.name, source, path=made.path, origin=made.origin, **common)
     log.warning(
-        f"this model's texts begin with {begin}, and {made.name} does not write it: put {{{{ bos_token }}}} first in it,"
-        " unless you mean to leave it out"
+        f"this model's texts begin with {begin}, and {made.name} does not write it: put {{{{ bos_token }}}} first in"
+        " it, unless you mean to leave it out"
     )
     return made

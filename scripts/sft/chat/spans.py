@@ -10,19 +10,22 @@ renders alone, with marks (`marks.py`) as fixed points:
 - its end: what the template writes after the last word both where the conversation goes on and where it stops. That
   is the end of the turn; a newline, or an end-of-text token that stands at the very end only, is not part of it.
 
-Everything is compared as text between fixed points, so a template may trim, move or rewrite other turns. docs/decisions/
-0003-how-labels-are-found.md has the cases.
+Everything is compared as text between fixed points, so a template may trim, move or rewrite other turns.
+docs/decisions/0003-how-labels-are-found.md has the cases.
 """
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
+from typing import Any
 
+from sft.chat import turns
 from sft.chat.marks import PLACEMENTS, Read, mark, read
 from sft.chat.template import ChatTemplate, Message, Refused
+from sft.chat.turns import Turn
 from sft.chat.vocabulary import Vocabulary
 
+Tools = list[dict[str, Any]] | None
 _FOLLOW_UP = {"role": "user", "content": "Kquv"}
 
 
@@ -53,23 +56,6 @@ class Layout:
     prompt_ends: int | None = None
 
 
-@dataclass
-class Turn:
-    """What a template does with a plain turn; learnt from probes by `facts.learn`, so that rows need fewer renders.
-
-    prompt: the generation prompt. tail: all that follows an answer at the end of a conversation. end: the end of the
-    turn there. middle_end: the end of the turn where the conversation goes on. borrows: a turn has no end of its own,
-    the next turn's control token ends it (GLM). tool_end: the token that ends a tool call, where it is borrowed too.
-    """
-
-    prompt: str = ""
-    tail: str = ""
-    end: str = ""
-    middle_end: str = ""
-    borrows: bool = False
-    tool_end: str = ""
-
-
 class Displaced(Refused):
     """One answer stands in two places, so no single region is right."""
 
@@ -81,7 +67,7 @@ class Spans:
         self.template, self.vocabulary, self.turn = template, vocabulary, turn
         self._starts: dict[tuple[str, str], int] = {}
 
-    def layout(self, messages: list[Message], tools: list[object] | None = None, *, prompt: bool = False) -> Layout:
+    def layout(self, messages: list[Message], tools: Tools = None, *, prompt: bool = False) -> Layout:
         """The text of a conversation and its regions; with `prompt`, up to where the model begins to write.
 
         Raises Refused with the reason where the template refuses the row or the proof fails.
@@ -103,9 +89,7 @@ class Spans:
             made.prompt_ends = region.start if exact else None
         return made
 
-    def _mark(
-        self, messages: list[Message], tools: list[object] | None, text: str, prompt: bool
-    ) -> tuple[list[Message], Read]:
+    def _mark(self, messages: list[Message], tools: Tools, text: str, prompt: bool) -> tuple[list[Message], Read]:
         for placement in PLACEMENTS:
             marked: list[Message] = mark(messages, placement, self.vocabulary.controls)
             try:
@@ -117,7 +101,14 @@ class Spans:
         raise Refused("the template changes with the words of the messages, so their places cannot be proven")
 
     def _region(
-        self, k: int, messages: list[Message], marked: list[Message], tools: list[object] | None, seen: Read, *, on: bool
+        self,
+        k: int,
+        messages: list[Message],
+        marked: list[Message],
+        tools: Tools,
+        seen: Read,
+        *,
+        on: bool,
     ) -> tuple[Region, bool]:
         """Region k, and whether the text up to it is the serving prompt. `on`: something follows message k."""
         close = _ending(seen, k, messages[k])
@@ -147,7 +138,7 @@ class Spans:
     # --- where it begins
 
     def _start(
-        self, k: int, messages: list[Message], marked: list[Message], tools: list[object] | None, seen: Read, on: bool
+        self, k: int, messages: list[Message], marked: list[Message], tools: Tools, seen: Read, on: bool
     ) -> tuple[int, bool]:
         """The start of region k, and whether the text up to there is exactly the serving prompt."""
         text, close, opened = seen.text, _ending(seen, k, messages[k]), seen.open(k)
@@ -167,27 +158,14 @@ class Spans:
             at, asked_at = seen.closed[anchor][0], asked.closed[anchor][0]
         tail, gap = asked.text[asked_at:], text[at : max(limit, at)]
         within = text[at : len(text) if close is None else close]
-        if within.startswith(tail):
-            offset = len(tail)
-        else:
-            offset = self._parting(tail, gap, k, whole=opened is not None)
+        offset = len(tail)
+        if not within.startswith(tail):
+            offset = turns.parting(self.vocabulary, tail, gap, whole=opened is not None)
+        if not within.startswith(tail) and offset == 0:
+            raise Refused(f"the generation prompt and the text before message {k + 1} have nothing in common")
         if known is not None and anchor == k - 1:
             self._starts[known] = offset
         return at + offset, asked.text == text[: at + offset]
-
-    def _parting(self, tail: str, gap: str, k: int, *, whole: bool) -> int:
-        """How far the prompt and the text before the answer agree, down to a control token or a line."""
-        agree = len(os.path.commonprefix([tail, gap]))
-        if whole and agree == len(gap):
-            return agree  # the prompt goes on where the text has the answer already
-        if not tail[agree:].strip():
-            return agree  # only white space of the prompt is missing
-        if whole and not gap[agree:].strip():
-            return len(gap)
-        offset = self.vocabulary.edge(tail, gap, agree)
-        if offset == 0:
-            raise Refused(f"the generation prompt and the text before message {k + 1} have nothing in common")
-        return offset
 
     def _start_by_prompt(self, k: int, seen: Read, limit: int) -> int:
         """Where the conversation before k cannot stand alone: right after the generation prompt known from a probe."""
@@ -200,9 +178,7 @@ class Spans:
 
     # --- where it ends
 
-    def _end(
-        self, k: int, close: int, marked: list[Message], tools: list[object] | None, seen: Read, on: bool
-    ) -> str:
+    def _end(self, k: int, close: int, marked: list[Message], tools: Tools, seen: Read, on: bool) -> str:
         """What follows the mark of message k up to the end of its turn, trailing white space left out."""
         text, turn = seen.text, self.turn
         here = text[close:]
@@ -213,50 +189,24 @@ class Spans:
         if not on:
             onward = self.after(k, [*marked, _FOLLOW_UP], tools, prompt=False)
             asked = self.after(k, marked, tools, prompt=True)
-            return self.last_end(here, [other for other in (onward, asked) if other is not None])
-        upto = min((at for j, places in seen.opened.items() if j > k for at in places if at >= close), default=len(text))
+            return turns.last_end(self.vocabulary, here, [other for other in (onward, asked) if other is not None])
+        upto = min(
+            (at for j, places in seen.opened.items() if j > k for at in places if at >= close), default=len(text)
+        )
         alone = self.after(k, marked[: k + 1], tools, prompt=False)
         asked = self.after(k, marked[: k + 1], tools, prompt=True)
-        end = self.middle_end(text[close:upto], alone, asked)
+        end = turns.middle_end(self.vocabulary, turn or Turn(), text[close:upto], alone, asked)
         if end is None:
             raise Refused(f"where the turn of message {k + 1} ends cannot be proven")
         return end
 
-    def after(self, k: int, marked: list[Message], tools: list[object] | None, *, prompt: bool) -> str | None:
+    def after(self, k: int, marked: list[Message], tools: Tools, *, prompt: bool) -> str | None:
         try:
             seen = read(self.template.tracked(marked, tools, prompt))
         except Refused:
             return None
         close = _ending(seen, k, marked[k])
         return None if close is None else seen.text[close:]
-
-    def last_end(self, tail: str, others: list[str]) -> str:
-        for other in others:
-            shared = self._shared(tail, other)
-            if shared.strip():
-                return shared
-        return tail.rstrip()
-
-    def middle_end(self, gap: str, alone: str | None, asked: str | None) -> str | None:
-        shared = "" if alone is None else self._shared(gap, alone)
-        prompt = self.turn.prompt if self.turn else ""
-        if alone is not None and gap.startswith(alone) and (not alone.strip() or (self.turn and self.turn.borrows)):
-            if borrowed := self.vocabulary.opening(gap[len(alone) :], but=prompt):
-                return alone + borrowed
-        if shared.strip():
-            return shared
-        if asked is not None and prompt and asked.endswith(prompt):
-            between = asked[: -len(prompt)]
-            if gap.startswith(between) and between.strip():
-                return between.rstrip()
-        return "" if alone is not None and not alone.strip() else None
-
-    def _shared(self, one: str, other: str) -> str:
-        """The common beginning of two texts, down to a control token or a line, trailing white space left out."""
-        agree = len(os.path.commonprefix([one, other]))
-        if agree < min(len(one), len(other)):
-            agree = self.vocabulary.edge(one, other, agree)
-        return one[:agree].rstrip()
 
     def _marked_by_author(self, k: int, seen: Read, refused: Refused) -> Region:
         """The {% generation %} block around message k, lengthened to the end of the turn; else the refusal stands."""
@@ -285,4 +235,3 @@ def _says_something(message: Message) -> bool:
     content = message.get("content")
     said = content.strip() if isinstance(content, str) else content
     return bool(said or message.get("tool_calls") or any(message.get(key) for key in ("reasoning_content",)))
-

@@ -1,4 +1,4 @@
-"""What ends an answer: every end-of-turn token that the template can write, the model's end tokens, texts in between."""
+"""What ends an answer: every end-of-turn token of the template, the model's end tokens, texts that open a turn."""
 
 from __future__ import annotations
 

@@ -164,4 +164,3 @@ def _line(error: BaseException) -> str:
             line = str(trace.tb_lineno)
         trace = trace.tb_next
     return line
-

@@ -8,6 +8,7 @@ prompt is tokenised alone, so there is always a boundary), or words of a message
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from sft.chat.template import Refused
@@ -47,8 +48,7 @@ class Tokens:
                 f"the tokenizer {type(tokenizer).__name__} does not tell which characters a token stands for, so labels"
                 " cannot be placed exactly",
                 where=str(tokenizer.name_or_path),
-                mend="convert it once to a tokenizer.json (transformers: AutoTokenizer.from_pretrained(..., use_fast=True)"
-                ".save_pretrained(folder)) and name that folder",
+                mend="save it once as a fast tokenizer (one with a tokenizer.json), or choose another model",
             )
         self._backend: Any = getattr(tokenizer, "_tokenizer")  # noqa: B009 (the tokenizers library's own object)
         self.vocabulary = vocabulary
@@ -110,7 +110,7 @@ class Tokens:
         """The stretch [start, end) in pieces, each tokenised by itself."""
         made = Line([], [], [])
         bounds = [start, *cuts, end]
-        for one, other in zip(bounds, bounds[1:], strict=False):
+        for one, other in pairwise(bounds):
             piece, inside = text[one:other], [fake for fake in fakes if one <= fake[0] and fake[1] <= other]
             line = self._piece(piece, plain=bool(inside), middle=one > 0 and one != start)
             if any(token in self.vocabulary.controlling for token in line.ids):
@@ -122,7 +122,7 @@ class Tokens:
         """Breaks each fake after its first character; for vocabularies where its plain spelling is the token itself."""
         bounds = [0, *(fake[0] + 1 for fake in fakes), len(piece)]
         made = Line([], [], [])
-        for one, other in zip(bounds, bounds[1:], strict=False):
+        for one, other in pairwise(bounds):
             made += self._piece(piece[one:other], plain=True, middle=middle or one > 0).shifted(one)
         if any(token in self.vocabulary.controlling for token in made.ids):
             raise Refused("a control token in a message cannot be written as plain text in this vocabulary")
