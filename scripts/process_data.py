@@ -10,9 +10,10 @@ quarantine.jsonl. With more faults than data.max_dropped it changes nothing and 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sft import console
+from sft import console, credentials
 
 if TYPE_CHECKING:
     from sft.data.ledger import Ledger
@@ -40,6 +41,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     root = console.project_root()
     sets = [*args.set, *([f"data.format={args.format}"] if args.format else [])]
     data = load(args.config, sets, root=root).config.data
+    if "/" in (raw := args.raw_path or data.raw_path or "") and not Path(raw).exists() and not (root / raw).exists():
+        credentials.install(root)  # a hub data set may be gated
     try:
         with console.progress("reading rows") as on_progress:
             ledger = process(data, root, args.raw_path, on_progress)

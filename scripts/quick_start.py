@@ -70,14 +70,14 @@ def choose_model(demo: bool, ask: bool) -> Any:
 
     from sft import guide
     from sft.memory import estimate
-    from sft.model import hub
+    from sft.model import network
 
     if demo:
         return guide.Choice(guide.DEMO, "the shipped demo model, as asked: proves the pipeline, knows nothing")
     card = probe()
     gpu = card.name if card.device == "cuda" else None
     gib = card.total_bytes / 2**30 if gpu else 0.0
-    reachable = gpu is not None and hub.reachable(timeout=2.0)
+    reachable = gpu is not None and network.reachable(timeout=2.0)
     offers = guide.choices(gpu, gib, reachable, estimate.that_fit(gib) if gpu else [])
     if not ask or len(offers) == 1:
         return offers[0]

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sft.credentials import redact
 from sft.errors import SftError
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def out() -> Console:
 
 def say(text: str) -> None:
     """One plain line, no markup read in it."""
-    print(text, file=sys.stderr if _json_mode else sys.stdout, flush=True)
+    print(redact(text), file=sys.stderr if _json_mode else sys.stdout, flush=True)
 
 
 def write(piece: str) -> None:
@@ -81,7 +82,7 @@ def emit(value: Any) -> None:
 
 def warn(text: str) -> None:
     """A warning, on stderr, marked as one."""
-    colour = sys.stderr.isatty() and "NO_COLOR" not in os.environ
+    text, colour = redact(text), sys.stderr.isatty() and "NO_COLOR" not in os.environ
     print(f"\033[33mwarning:\033[0m {text}" if colour else f"warning: {text}", file=sys.stderr, flush=True)
 
 
@@ -123,8 +124,10 @@ def _fail(error: SftError) -> int:
     if _json_mode:
         problems = getattr(error, "problems", [])
         told = [{"error": one.what, "where": one.where, "mend": one.mend} for one in (error, *problems)]
-        print(json.dumps({**told[0], **({"problems": told[1:]} if problems else {}), **error.details}), flush=True)
-    print(f"\033[31merror:\033[0m {error}" if colour else f"error: {error}", file=sys.stderr, flush=True)
+        told_all = json.dumps({**told[0], **({"problems": told[1:]} if problems else {}), **error.details})
+        print(redact(told_all), flush=True)
+    said = redact(str(error))
+    print(f"\033[31merror:\033[0m {said}" if colour else f"error: {said}", file=sys.stderr, flush=True)
     return error.exit_code
 
 
@@ -163,11 +166,11 @@ def _defect(error: Exception) -> int:
     path = project_root() / "outputs" / "last_error.txt"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(traceback.format_exc(), encoding="utf-8")
+        path.write_text(redact(traceback.format_exc()), encoding="utf-8")
         kept = f"the traceback is in {path}"
     except OSError:
         kept = "set SFT_DEBUG=1 for the traceback"
-    said = " ".join(str(error).split())[:500]
+    said = redact(" ".join(str(error).split())[:500])
     print(f"error: unexpected {type(error).__name__}: {said}\n  this is ours to mend: {kept}", file=sys.stderr)
     return 1
 

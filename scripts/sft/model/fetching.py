@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sft import credentials
 from sft.errors import EnvironmentProblem, ModelError, SftError
-from sft.model import credentials, files, resume
+from sft.model import files, resume
 from sft.model.network import offline, reachable
 
 if TYPE_CHECKING:

@@ -57,7 +57,8 @@ def model(case: Case) -> Iterator[Finding]:
     """The model's files here, or on the hub; nothing is fetched or loaded."""
     if case.config is None:
         return
-    from sft.model import credentials, hub
+    from sft import credentials
+    from sft.model import hub
 
     section = case.config.model
     folder = hub.local_folder(section.name, case.root) or hub.cached(section.name, section.revision)
