@@ -66,11 +66,10 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 
 def choose_model(demo: bool, ask: bool) -> Any:
     """Looks at the GPU and the hub, and picks or asks."""
-    from sft.model.hardware import probe
-
     from sft import guide
     from sft.memory import estimate
     from sft.model import network
+    from sft.model.hardware import probe
 
     if demo:
         return guide.Choice(guide.DEMO, "the shipped demo model, as asked: proves the pipeline, knows nothing")

@@ -10,8 +10,9 @@ import psutil
 import pytest
 import torch
 
+from sft import credentials
 from sft.config.schema import TuningSection
-from sft.model import backends, credentials, hardware, hub
+from sft.model import backends, hardware, hub
 
 UNSLOTH = TuningSection(backend="unsloth")
 
