@@ -10,13 +10,13 @@ from sft.config.schema import DataSection
 from sft.data import records
 from sft.data.faults import RowFault
 from sft.data.formats import Formats
-from sft.data.process import _record
 from sft.data.raw import Raw
+from sft.data.rows import record as make_record
 from sft.errors import DataError
 
 
 def stored(row: Any, format: str = "auto", **columns: str) -> tuple[str, dict[str, Any]]:
-    record, found = _record(Raw("f:1", row), Formats(format, columns or None), None)
+    record, found = make_record(Raw("f:1", row), Formats(format, columns or None), None)
     assert record.pop("origin") == "f:1" and record.pop("id") == records.row_id(record)
     return found, record
 
@@ -207,7 +207,7 @@ def test_a_format_that_is_named_holds_for_every_row() -> None:
 
 def test_what_the_user_gave_with_a_row_stays_with_it() -> None:
     row = {"id": "mine", "tags": ["x"], "weight": 2.0, "question": "q", "answer": "a", "url": "dropped"}
-    record, _ = _record(Raw("f:1", row), Formats("auto", None), "be kind")
+    record, _ = make_record(Raw("f:1", row), Formats("auto", None), "be kind")
     assert list(record) == ["id", "origin", "system", "user", "assistant", "tags", "weight", "source_id"]
     assert record["source_id"] == "mine" and record["system"] == "be kind"
 

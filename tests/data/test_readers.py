@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from sft.config.schema import DataSection
+from sft.data import mix
 from sft.data.source import find
 from sft.errors import DataError
 
@@ -249,18 +250,18 @@ def test_the_first_line_may_be_broken_and_the_file_is_still_json_lines(tmp_path:
 
 def test_where_raw_rows_are_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match="no raw data"):
-        find(DataSection(), tmp_path)
+        mix.find(DataSection(), tmp_path)
     (tmp_path / "data/raw").mkdir(parents=True)
     put(tmp_path / "data/raw/raw.json", '[{"q": "json"}]')
-    assert find(DataSection(), tmp_path).name == "data/raw/raw.json"
+    assert mix.find(DataSection(), tmp_path).name == "data/raw/raw.json"
     put(tmp_path / "data/raw/raw.jsonl", '{"q": "jsonl"}\n')
-    assert find(DataSection(), tmp_path).name == "data/raw/raw.jsonl"
+    assert mix.find(DataSection(), tmp_path).name == "data/raw/raw.jsonl"
     put(tmp_path / "mine.csv", "q,a\n1,2\n")
-    assert find(DataSection(raw_path="mine.csv"), tmp_path).path == tmp_path / "mine.csv"
+    assert mix.find(DataSection(raw_path="mine.csv"), tmp_path).parts[0].sources[0].path == tmp_path / "mine.csv"
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     put(tmp_path / "here/own.jsonl", '{"q": 1}\n')
-    assert find(DataSection(raw_path="mine.csv"), tmp_path, "own.jsonl").name == "here/own.jsonl"
+    assert mix.find(DataSection(raw_path="mine.csv"), tmp_path, "own.jsonl").name == "here/own.jsonl"
 
 
 def test_a_name_that_is_no_file_is_a_hub_data_set_or_an_error(tmp_path: Path) -> None:

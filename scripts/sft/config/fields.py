@@ -104,6 +104,11 @@ def _words(kind: Any, limits: list[Any]) -> str:
         return "a mapping of keys"
     if get_origin(kind) is dict:
         return "a mapping"
+    if get_origin(kind) is list and kind != list[str]:
+        (item,) = get_args(kind)
+        if get_origin(item) is Literal:
+            return f"a list of {', '.join(f'`{choice}`' for choice in get_args(item))}"
+        return "a list of mappings"
     if kind is str and any(isinstance(limit, MinLen) for limit in limits):
         return "text (not empty)"
     return {bool: "`true` or `false`", str: "text", type(None): "null", list[str]: "a list of texts"}[kind]

@@ -20,7 +20,7 @@ SIZES = (
 
 @dataclass
 class Ledger:
-    """What became of the rows of one source."""
+    """What became of the rows. repeated: copies made for the weight of a source; they count as read and written."""
 
     source: str
     kind: str
@@ -32,6 +32,8 @@ class Ledger:
     formats: dict[str, int] = field(default_factory=dict)
     shapes: dict[str, int] = field(default_factory=dict)
     splits: dict[str, int] = field(default_factory=dict)
+    sources: list[dict[str, Any]] = field(default_factory=list)
+    repeated: int = 0
     max_dropped: float = 0.1
     example: dict[str, Any] | None = None
     said: list[str] = field(default_factory=list)
@@ -42,6 +44,15 @@ class Ledger:
         examples = self.examples.setdefault(reason, [])
         if len(examples) < EXAMPLES:
             examples.append({"origin": origin, "detail": detail})
+
+    def count(self, record: dict[str, Any], format: str, split: str) -> None:
+        """Counts one row that is written."""
+        self.written += 1
+        self.splits[split] += 1
+        self.formats[format] = self.formats.get(format, 0) + 1
+        shape = "messages" if "messages" in record else "rendered" if "input" in record else "one turn"
+        self.shapes[shape] = self.shapes.get(shape, 0) + 1
+        self.example = self.example or record
 
     @property
     def faults(self) -> int:
@@ -72,7 +83,9 @@ class Ledger:
             "source": self.source,
             "kind": self.kind,
             "encoding": self.encoding,
+            "sources": self.sources,
             "rows_read": self.read,
+            "rows_repeated": self.repeated,
             "rows_written": self.written,
             "rows_named": sum(self.named.values()),
             "named": {reason: self.named[reason] for reason in REASONS if reason in self.named},

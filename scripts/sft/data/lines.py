@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sft.data.sniff import Found, open_bytes
+from sft.data.packed import BROKEN, open_bytes
+from sft.data.sniff import Found
 from sft.errors import DataError
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
@@ -58,5 +59,6 @@ def open_text(path: Path, found: Found, on_progress: Progress | None) -> Iterato
         except UnicodeDecodeError as error:
             what = f"the text breaks off: not {found.encoding} after {error.start:,} bytes of a block"
             raise DataError(what, where=str(path), mend="save it as UTF-8") from None
-        except EOFError:
-            raise DataError("the gzip file ends too early", where=str(path), mend="fetch it again") from None
+        except BROKEN as error:
+            what = f"the file breaks off: {error}"
+            raise DataError(what, where=str(path), mend="fetch it again") from None

@@ -9,23 +9,19 @@ from __future__ import annotations
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from sft import files
 from sft.config.paths import resolve
 from sft.config.schema import DataSection
-from sft.data import conversation, folder, records, split, strict_json
-from sft.data.faults import DUPLICATE, EMPTY_ANSWER, NO_USER_TURN, NOT_TEXT, UNREADABLE, RowFault
-from sft.data.formats import Formats
+from sft.data import folder, quarantine, records, rows, split
+from sft.data.faults import DUPLICATE, RowFault
 from sft.data.ledger import Ledger
 from sft.data.lines import Progress
-from sft.data.raw import Raw
-from sft.data.source import Source, find
+from sft.data.mix import Mix, find
 from sft.errors import DataError
 
 OURS = {"train.jsonl", "val.jsonl", "test.jsonl", "ledger.json", "quarantine.jsonl", "rejected.jsonl"}
-LONGEST_TEXT = 100_000  # characters of an unreadable row kept in the quarantine
-KEPT = ("tags", "tag", "weight")
 
 
 class Rejected(DataError):
@@ -41,40 +37,39 @@ def process(data: DataSection, root: Path, raw_path: str | None = None, on_progr
 
     raw_path counts from the working folder. Raises DataError (nothing to read, cannot write) or Rejected.
     """
-    source = find(data, root, raw_path)
+    mix = find(data, root, raw_path)
     target = resolve(root, data.processed_dir)
-    ledger = Ledger(source.name, source.kind, source.found.encoding if source.found else "utf-8")
-    ledger.max_dropped = data.max_dropped
-    ledger.said += source.found.said if source.found else []
+    ledger = Ledger(mix.name, mix.kind, mix.encoding, max_dropped=data.max_dropped, said=list(mix.said))
     with folder.replaced(target, OURS, "data.processed_dir") as staged:
-        _write_rows(source, data, staged, ledger, on_progress)
+        _write_rows(mix, data, staged, ledger, on_progress)
+        ledger.sources = mix.account()
         _judge(ledger, staged, target)
         _finish(ledger, data, staged)
     return ledger
 
 
-def _write_rows(source: Source, data: DataSection, staged: Path, ledger: Ledger, on_progress: Progress | None) -> None:
-    columns = {role: name for role, name in data.columns if name} if data.columns else None
-    formats = Formats(data.format, columns)
-    taken = split.ranges(data.split)
-    ledger.splits = dict.fromkeys(taken, 0)
+def _write_rows(mix: Mix, data: DataSection, staged: Path, ledger: Ledger, on_progress: Progress | None) -> None:
+    formats = rows.formats(data)
+    ledger.splits = dict.fromkeys(split.ranges(data.split), 0)
     seen: set[int] = set()
     with ExitStack() as open_files:
-        outs = {name: open_files.enter_context((staged / f"{name}.jsonl").open("wb")) for name in taken}
-        quarantine = open_files.enter_context((staged / "quarantine.jsonl").open("wb"))
-        for raw in source.rows(on_progress):
+        outs = {name: open_files.enter_context((staged / f"{name}.jsonl").open("wb")) for name in ledger.splits}
+        unused = open_files.enter_context((staged / "quarantine.jsonl").open("wb"))
+        for raw in mix.rows(data.split.seed, on_progress):
             ledger.read += 1
             try:
-                record, format = _record(raw, formats, data.system_prompt)
-                line = _line(record)
+                record, format = rows.record(raw, formats, data.system_prompt)
+                line = rows.line(record)
                 if data.deduplicate:
                     _check_new(int(record["id"], 16), seen)
             except RowFault as fault:
-                _quarantine(quarantine, ledger, raw, fault)
+                quarantine.add(unused, ledger, raw, fault)
                 continue
             name = split.choose(record["id"], data.split)
             outs[name].write(line)
-            _count(ledger, record, format, name)
+            ledger.count(record, format, name)
+            if name == "train" and raw.copies > 1:
+                _repeat(outs[name], ledger, record, format, raw.copies)
 
 
 def _check_new(key: int, seen: set[int]) -> None:
@@ -83,69 +78,13 @@ def _check_new(key: int, seen: set[int]) -> None:
     seen.add(key)
 
 
-def _count(ledger: Ledger, record: records.Row, format: str, name: str) -> None:
-    ledger.written += 1
-    ledger.splits[name] += 1
-    ledger.formats[format] = ledger.formats.get(format, 0) + 1
-    shape = next((shape for shape in ("messages", "input") if shape in record), "one turn")
-    shape = "rendered" if shape == "input" else shape
-    ledger.shapes[shape] = ledger.shapes.get(shape, 0) + 1
-    ledger.example = ledger.example or record
-
-
-def _record(raw: Raw, formats: Formats, system_prompt: str | None) -> tuple[records.Row, str]:
-    """The stored row and the format it came in."""
-    if raw.fault is not None:
-        raise RowFault(UNREADABLE, raw.fault)
-    parsed = formats.parse(raw.value)
-    extra = {key: raw.value[key] for key in KEPT if raw.value.get(key) is not None}
-    if raw.value.get("id") is not None:
-        extra["source_id"] = raw.value["id"]
-    if parsed.references:
-        extra["references"] = list(parsed.references)
-    try:
-        if parsed.pair:
-            _check_pair(*parsed.pair)
-            return records.rendered_record(*parsed.pair, origin=raw.origin, **extra), parsed.format
-        messages = parsed.messages
-        if system_prompt and messages and messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": system_prompt}, *messages]
-        conversation.check(messages)
-        return records.to_record(messages, parsed.tools, origin=raw.origin, **extra), parsed.format
-    except TypeError as error:
-        raise RowFault(NOT_TEXT, str(error)) from None
-
-
-def _check_pair(source: str, target: str) -> None:
-    if not source.strip():
-        raise RowFault(NO_USER_TURN, "input is empty")
-    if not target.strip():
-        raise RowFault(EMPTY_ANSWER, "target is empty")
-
-
-def _line(record: records.Row) -> bytes:
-    try:
-        return strict_json.dumps(record) + b"\n"
-    except (TypeError, ValueError) as error:
-        raise RowFault(NOT_TEXT, str(error)) from None
-
-
-def _quarantine(out: BinaryIO, ledger: Ledger, raw: Raw, fault: RowFault) -> None:
-    """Names the row: in the ledger's counts, and whole in quarantine.jsonl."""
-    ledger.name(fault.reason, raw.origin, fault.detail)
-    entry: dict[str, Any] = {"reason": fault.reason, "detail": fault.detail, "origin": raw.origin}
-    try:
-        kept = {"text": raw.text[:LONGEST_TEXT]} if raw.text is not None else {"row": raw.value}
-        line = strict_json.dumps(entry | kept)
-    except (TypeError, ValueError):  # half surrogates, bytes: shown with escapes
-        shown = raw.text if raw.text is not None else repr(raw.value)
-        entry["detail"] = _printable(fault.detail)
-        line = strict_json.dumps(entry | {"text": _printable(shown[:LONGEST_TEXT])})
-    out.write(line + b"\n")
-
-
-def _printable(text: str) -> str:
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+def _repeat(out: BinaryIO, ledger: Ledger, record: records.Row, format: str, copies: int) -> None:
+    """Further copies of a training row, each with an id of its own; they count as read again."""
+    for number in range(2, copies + 1):
+        out.write(rows.line({**record, "id": f"{record['id']}-{number}"}))
+        ledger.read += 1
+        ledger.repeated += 1
+        ledger.count(record, format, "train")
 
 
 def _judge(ledger: Ledger, staged: Path, target: Path) -> None:

@@ -6,9 +6,13 @@ from typing import Any, NamedTuple
 
 
 class Raw(NamedTuple):
-    """origin: "file:line" or "file[index]". value: the row, None where it cannot be read: fault and text say why."""
+    """origin: "file:line" or "file[index]". value: the row, None where it cannot be read: fault and text say why.
+
+    copies: how often a training row stands in the mix, from its source's weight.
+    """
 
     origin: str
     value: Any
     fault: str | None = None
     text: str | None = None
+    copies: int = 1

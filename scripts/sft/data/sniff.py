@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import gzip
-import io
 import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Literal
 
+from sft.data.packed import BROKEN, open_bytes, plain_name
 from sft.errors import DataError
 
 Kind = Literal["jsonl", "json", "csv", "parquet"]
@@ -34,7 +33,6 @@ OTHERS: tuple[tuple[bytes, str, str], ...] = (
     (b"GIF8", "a GIF picture", ""),
     (b"%PDF", "a PDF document", "take the text out of it first"),
     (b"PK\x03\x04", "a zip archive (or an .xlsx or .docx)", "unpack it, or save the sheet as CSV"),
-    (b"\x28\xb5\x2f\xfd", "compressed with zstd", "unpack it first: unzstd FILE"),
     (b"BZh", "compressed with bzip2", "unpack it first: bunzip2 FILE"),
     (b"\xfd7zXZ", "compressed with xz", "unpack it first: unxz FILE"),
     (b"SQLite format 3", "an SQLite database", "export the table as CSV"),
@@ -56,14 +54,6 @@ class Found:
     said: list[str] = field(default_factory=list)
 
 
-def open_bytes(path: Path) -> tuple[BinaryIO, BinaryIO]:
-    """The content of `path` (unpacked where it is gzip), and the file under it, whose `tell` shows the progress."""
-    raw = path.open("rb")
-    packed = raw.read(2) == b"\x1f\x8b"
-    raw.seek(0)
-    return (io.BufferedReader(gzip.GzipFile(fileobj=raw)), raw) if packed else (raw, raw)  # type: ignore[arg-type]
-
-
 def sniff(path: Path) -> Found:
     """What `path` is. Raises DataError for what cannot be read: missing, empty, a picture, a web page, a database."""
     try:
@@ -75,10 +65,10 @@ def sniff(path: Path) -> Found:
             return _sniff(path, head, stream)
     except FileNotFoundError:
         raise DataError("no such file", where=str(path), mend="name a file that is there, see docs/DATA.md") from None
-    except (gzip.BadGzipFile, EOFError) as error:
-        raise DataError(f"the gzip file is broken: {error}", where=str(path), mend="fetch it again") from None
-    except OSError as error:
-        raise DataError(f"cannot be read: {error.strerror}", where=str(path)) from None
+    except BROKEN as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise DataError(f"cannot be read: {error.strerror}", where=str(path)) from None
+        raise DataError(f"the compressed file is broken: {error}", where=str(path), mend="fetch it again") from None
 
 
 def _sniff(path: Path, head: bytes, stream: BinaryIO) -> Found:
@@ -112,7 +102,7 @@ def _refused(path: Path, what: str, mend: str) -> DataError:
 
 
 def _misnamed(path: Path, kind: Kind) -> list[str]:
-    suffix = (path.with_suffix("") if path.suffix == ".gz" else path).suffix.lower()
+    suffix = plain_name(path).suffix.lower()
     if suffix in NAMES and kind not in NAMES[suffix]:
         return [f"{path.name} is {SAID[kind]} in spite of its name, and is read as that"]
     return []

@@ -1,4 +1,4 @@
-"""Where raw rows come from: a path on the command line, the config, the default places, or a hub data set."""
+"""One source of raw rows: a file, or a hub data set. Several of them: mix.py."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from sft.config.paths import resolve, shown
+from sft.config.paths import shown
 from sft.config.schema import DataSection
 from sft.data.lines import Progress
 from sft.data.raw import Raw
@@ -15,9 +15,7 @@ from sft.data.read_csv import read_csv
 from sft.data.read_json import read_array, read_lines
 from sft.data.read_parquet import read_hub, read_parquet
 from sft.data.sniff import SAID, Found, sniff
-from sft.errors import DataError
 
-DEFAULTS = ("data/raw/raw.jsonl", "data/raw/raw.json")
 HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 FILE_ENDS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".gz", ".txt", ".zst")
 
@@ -46,27 +44,21 @@ class Source:
         return read(self.path, self.name, self.found, on_progress)
 
 
-def find(data: DataSection, root: Path, raw_path: str | None = None) -> Source:
-    """The source to process. raw_path: from the command line, so it counts from the working folder.
+def find(data: DataSection, root: Path, raw_path: str) -> Source:
+    """The one file (or hub data set) that raw_path names, which counts from the working folder.
 
     Raises DataError: nothing there, not a data file, empty.
     """
-    if raw_path:
-        return _named(raw_path, Path(raw_path), data, root)
-    if data.raw_path:
-        return _named(data.raw_path, resolve(root, data.raw_path), data, root)
-    for default in DEFAULTS:
-        if (root / default).exists():
-            return _local(root / default, root)
-    mend = f"put your rows there, or name the file: make process RAW=FILE; samples: {root / 'data/samples'}"
-    raise DataError(f"no raw data: neither {DEFAULTS[0]} nor {DEFAULTS[1]} is there", where=str(root), mend=mend)
+    return named(raw_path, Path(raw_path), root, data.hub_config, data.hub_split)
 
 
-def _named(text: str, path: Path, data: DataSection, root: Path) -> Source:
+def named(text: str, path: Path, root: Path, hub_config: str | None, hub_split: str) -> Source:
+    """The source at `path`, else the hub data set called `text`, if it can be a name of one."""
     if not path.exists() and HUB_NAME.match(text) and not text.lower().endswith(FILE_ENDS):
-        return Source(text, None, None, data.hub_config, data.hub_split)
-    return _local(path, root)
+        return Source(text, None, None, hub_config, hub_split)
+    return local(path, root)
 
 
-def _local(path: Path, root: Path) -> Source:
+def local(path: Path, root: Path) -> Source:
+    """The source in this file. Raises DataError as `sniff` does."""
     return Source(shown(path, root), path, sniff(path))

@@ -12,7 +12,7 @@ NAMES = ("train", "val", "test")
 FEWEST = 3  # rows below which a split may stay empty
 
 
-def position(row_id: str, seed: int) -> float:
+def position(row_id: str, seed: int | str) -> float:
     """Where in [0, 1) this row lies."""
     digest = hashlib.blake2b(f"{seed}:{row_id}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64

@@ -5,7 +5,14 @@ from __future__ import annotations
 from pydantic import Field, model_validator
 
 from sft.config.schema.base import Section
-from sft.config.schema.data import ColumnsSection, DataSection, EvalSection, GenerationSection, SplitSection
+from sft.config.schema.data import (
+    ColumnsSection,
+    DataSection,
+    EvalSection,
+    GenerationSection,
+    SourceSection,
+    SplitSection,
+)
 from sft.config.schema.model import LoraSection, ModelSection, TuningSection
 from sft.config.schema.train import EarlyStoppingSection, ExperimentSection, LoggingSection, TrainSection
 
@@ -51,6 +58,7 @@ __all__ = [
     "LoraSection",
     "ModelSection",
     "Section",
+    "SourceSection",
     "SplitSection",
     "TrainSection",
     "TuningSection",

@@ -33,11 +33,31 @@ class ColumnsSection(Section):
     assistant: str | None = Field(None, description="Column of the answer.")
 
 
+class SourceSection(Section):
+    """One of several sources of rows."""
+
+    path: str = Field(description="File, folder of files, or hub data set.")
+    weight: float = Field(
+        1.0, gt=0, le=1000, description="How often each row is trained on: 2 twice, 0.5 half of them."
+    )
+    limit: int | None = Field(None, ge=1, description="Most rows to take, by the order of their hashes; null is all.")
+    hub_config: str | None = Field(None, description="Configuration of a hub data set.")
+    hub_split: str = Field("train", description="Split of a hub data set.")
+
+
 class DataSection(Section):
     """Where rows come from and where they go."""
 
     raw_path: str | None = Field(
-        None, description="File or hub data set to process; null is data/raw/raw.jsonl, then data/raw/raw.json."
+        None,
+        description="File, folder of files or hub data set to process; null is data/raw/raw.jsonl, then"
+        " data/raw/raw.json.",
+    )
+    sources: list[SourceSection] = Field(
+        default_factory=list,
+        description="Several sources in the place of `raw_path`: [{path: P, weight: 1.0, limit: null}, ...]; also"
+        " `hub_config`, `hub_split`. A weight of 2 trains on each row twice, 0.5 on half of them; a limit takes the"
+        " first rows by the order of their hashes.",
     )
     format: Literal["auto", "chat", "qa", "prompt", "alpaca", "sharegpt", "messages", "rendered", "text", "columns"] = (
         Field("auto", description="Format of raw rows; `auto` looks at each row. `chat` is {system,user,assistant}.")
@@ -70,6 +90,12 @@ class DataSection(Section):
     template_options: dict[str, Any] = Field(
         default_factory=dict, description="Variables for the template, e.g. {enable_thinking: false}; same in serving."
     )
+
+    @model_validator(mode="after")
+    def _one_way_in(self) -> DataSection:
+        if self.raw_path and self.sources:
+            raise ValueError("raw_path and sources are both given: name the file among the sources")
+        return self
 
 
 class EvalSection(Section):
