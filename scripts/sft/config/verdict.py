@@ -148,7 +148,10 @@ def _locate(tree: Mapping, loc: tuple[int | str, ...]) -> tuple[str, str, Node |
     for part in loc:
         if isinstance(node.value, dict) and part in node.value:
             node = node.value[part]
-            keys.append(str(part))
+            if index:
+                index += f".{part}"
+            else:
+                keys.append(str(part))
         elif isinstance(node.value, list) and isinstance(part, int) and part < len(node.value):
             node = node.value[part]
             index += f"[{part}]"
@@ -164,9 +167,24 @@ def _tell(key: str, item: str, node: Node | None, one: Any) -> SftError:
         return ConfigError(f"`{key}`: {said}" if key else said, where=where, mend="see its row in docs/CONFIG.md")
     if field is None:
         return ConfigError(f"unknown key `{key}`", where=where, mend=nearest(key) or "see docs/CONFIG.md for every key")
+    if item != key and field.expected == "a list of mappings":
+        return _in_list(item, where, node, one)
     expected = "text" if item != key else field.expected
     what = f"`{item}`: expected {expected}, not {_shown(node)}"
     return ConfigError(what, where=where, mend=_mend(field, node))
+
+
+def _in_list(item: str, where: str | None, node: Node | None, one: Any) -> SftError:
+    """A mistake inside one mapping of a list of mappings."""
+    mend = f"see the row of `{item.partition('[')[0]}` in docs/CONFIG.md"
+    if one["type"] == "extra_forbidden":
+        return ConfigError(f"unknown key `{item}`", where=where, mend=mend)
+    if one["type"] == "missing":
+        return ConfigError(f"`{item}`: `{one['loc'][-1]}` is missing", where=where, mend=mend)
+    if one["type"] == "model_type":
+        return ConfigError(f"`{item}`: expected a mapping of keys, not {_shown(node)}", where=where, mend=mend)
+    wanted = str(one["msg"]).removeprefix("Input ")
+    return ConfigError(f"`{item}`: {wanted}, not {_shown(node)}", where=where, mend=mend)
 
 
 def _shown(node: Node | None) -> str:
