@@ -10,9 +10,24 @@ EMPTY_ANSWER = "empty answer"
 UNKNOWN_ROLE = "unknown role"
 OUT_OF_ORDER = "roles out of order"
 DUPLICATE = "exact duplicate"
+NEAR_DUPLICATE = "near duplicate"
+BRIDGES = "bridges splits"
+CONTAMINATION = "contamination"
+DROPS = {  # data.drop's names -> the reason in the ledger
+    "control_characters": "control characters",
+    "boilerplate": "boilerplate",
+    "length_outliers": "length outlier",
+    "language": "other language",
+}
 
 FAULTS = (UNREADABLE, UNKNOWN_FORMAT, NOT_TEXT, NO_USER_TURN, EMPTY_ANSWER, UNKNOWN_ROLE, OUT_OF_ORDER)
-ASKED_FOR = (DUPLICATE,)  # dropped because the config asks for it: named and counted, but no fault of the row
+ASKED_FOR = (
+    DUPLICATE,
+    NEAR_DUPLICATE,
+    BRIDGES,
+    CONTAMINATION,
+    *DROPS.values(),
+)  # dropped because the config asks for it: named and counted, but no fault of the row
 REASONS = FAULTS + ASKED_FOR
 
 

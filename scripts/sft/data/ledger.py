@@ -36,6 +36,7 @@ class Ledger:
     repeated: int = 0
     max_dropped: float = 0.1
     example: dict[str, Any] | None = None
+    reports: dict[str, Any] = field(default_factory=dict)
     said: list[str] = field(default_factory=list)
 
     def name(self, reason: str, origin: str, detail: str) -> None:
@@ -98,5 +99,6 @@ class Ledger:
             "shapes": self.shapes,
             "splits": self.splits,
             "verdict": self.verdict(),
+            **self.reports,
             "said": self.said,
         }

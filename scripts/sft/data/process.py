@@ -7,18 +7,17 @@ ledger.json, quarantine.jsonl. A run with too many faults leaves them alone and 
 from __future__ import annotations
 
 import shutil
-from contextlib import ExitStack
 from pathlib import Path
-from typing import BinaryIO
 
 from sft import files
 from sft.config.paths import resolve
 from sft.config.schema import DataSection
-from sft.data import folder, quarantine, records, rows, split
+from sft.data import folder, grouping, rows, split
 from sft.data.faults import DUPLICATE, RowFault
 from sft.data.ledger import Ledger
 from sft.data.lines import Progress
 from sft.data.mix import Mix, find
+from sft.data.writer import Writer
 from sft.errors import DataError
 
 OURS = {"train.jsonl", "val.jsonl", "test.jsonl", "ledger.json", "quarantine.jsonl", "rejected.jsonl"}
@@ -41,20 +40,18 @@ def process(data: DataSection, root: Path, raw_path: str | None = None, on_progr
     target = resolve(root, data.processed_dir)
     ledger = Ledger(mix.name, mix.kind, mix.encoding, max_dropped=data.max_dropped, said=list(mix.said))
     with folder.replaced(target, OURS, "data.processed_dir") as staged:
-        _write_rows(mix, data, staged, ledger, on_progress)
+        bound = _write_rows(mix, data, staged, ledger, on_progress)
         ledger.sources = mix.account()
         _judge(ledger, staged, target)
-        _finish(ledger, data, staged)
+        _finish(ledger, data, staged, bound)
     return ledger
 
 
-def _write_rows(mix: Mix, data: DataSection, staged: Path, ledger: Ledger, on_progress: Progress | None) -> None:
-    formats = rows.formats(data)
-    ledger.splits = dict.fromkeys(split.ranges(data.split), 0)
-    seen: set[int] = set()
-    with ExitStack() as open_files:
-        outs = {name: open_files.enter_context((staged / f"{name}.jsonl").open("wb")) for name in ledger.splits}
-        unused = open_files.enter_context((staged / "quarantine.jsonl").open("wb"))
+def _write_rows(mix: Mix, data: DataSection, staged: Path, ledger: Ledger, on_progress: Progress | None) -> set[str]:
+    """Writes every row to its split or the quarantine; returns the ids of rows that must stay where they are."""
+    formats, seen = rows.formats(data), set[int]()
+    with Writer(staged, ledger, list(split.ranges(data.split))) as writer:
+        held = grouping.Held(staged, data) if grouping.wanted(data) else None
         for raw in mix.rows(data.split.seed, on_progress):
             ledger.read += 1
             try:
@@ -63,28 +60,33 @@ def _write_rows(mix: Mix, data: DataSection, staged: Path, ledger: Ledger, on_pr
                 if data.deduplicate:
                     _check_new(int(record["id"], 16), seen)
             except RowFault as fault:
-                quarantine.add(unused, ledger, raw, fault)
+                writer.quarantine(raw, fault)
                 continue
-            name = split.choose(record["id"], data.split)
-            outs[name].write(line)
-            ledger.count(record, format, name)
-            if name == "train" and raw.copies > 1:
-                _repeat(outs[name], ledger, record, format, raw.copies)
+            if held is None:
+                writer.write(split.choose(record["id"], data.split), record, line, format, raw.copies)
+            else:
+                held.add(record, line, format, raw.copies, grouping.group_of(raw, data.split.group_by))
+        if held is not None:
+            held.place(writer)
+        ledger.reports["leaks"] = writer.leaks.count()
+    ledger.said += [*grouping.summary(ledger.reports), *_leaks_said(ledger.reports["leaks"])]
+    return writer.bound
+
+
+def _leaks_said(leaks: dict[str, dict[str, int]]) -> list[str]:
+    told = []
+    for name, counts in leaks.items():
+        words = [f"{count:,} ({kind})" for kind, count in counts.items() if count]
+        if words:
+            mend = "keep such rows together: data.near_duplicates=report, or data.split.group_by=KEY"
+            told.append(f"rows of {name} that training rows give away: {', '.join(words)}; {mend}")
+    return told
 
 
 def _check_new(key: int, seen: set[int]) -> None:
     if key in seen:
         raise RowFault(DUPLICATE, f"the same as an earlier row, id {key:016x}")
     seen.add(key)
-
-
-def _repeat(out: BinaryIO, ledger: Ledger, record: records.Row, format: str, copies: int) -> None:
-    """Further copies of a training row, each with an id of its own; they count as read again."""
-    for number in range(2, copies + 1):
-        out.write(rows.line({**record, "id": f"{record['id']}-{number}"}))
-        ledger.read += 1
-        ledger.repeated += 1
-        ledger.count(record, format, "train")
 
 
 def _judge(ledger: Ledger, staged: Path, target: Path) -> None:
@@ -110,9 +112,9 @@ def _judge(ledger: Ledger, staged: Path, target: Path) -> None:
     raise Rejected(what, ledger, where=first["origin"], mend=mend)
 
 
-def _finish(ledger: Ledger, data: DataSection, staged: Path) -> None:
+def _finish(ledger: Ledger, data: DataSection, staged: Path, bound: set[str]) -> None:
     """Fills empty splits, says what a person must know, drops files without rows, writes the ledger."""
-    for name, row_id in split.fill_empty(staged, ledger.splits, data.split).items():
+    for name, row_id in split.fill_empty(staged, ledger.splits, data.split, bound).items():
         ledger.said.append(f"{name} had no row by its share of so few: the nearest one was moved to it (id {row_id})")
     for name, count in ledger.splits.items():
         if count == 0:

@@ -77,6 +77,13 @@ def reference(row: Row) -> str:
     return str(answers[-1]) if answers else ""
 
 
+def question(row: Row) -> str:
+    """The first question of a row: its first user turn, or the text that a rendered row begins with."""
+    if is_rendered(row):
+        return str(row["input"])
+    return next((str(turn["content"] or "") for turn in messages(row) if turn["role"] == "user"), "")
+
+
 def references(row: Row) -> list[str]:
     """Every answer that counts as right: those of the row's `references`, else the last answer alone."""
     given = row.get("references")

@@ -35,10 +35,11 @@ def choose(row_id: str, split: SplitSection) -> str:
     return next((name for name, (_, end) in taken.items() if at < end), list(taken)[-1])
 
 
-def fill_empty(folder: Path, counts: dict[str, int], split: SplitSection) -> dict[str, str]:
+def fill_empty(folder: Path, counts: dict[str, int], split: SplitSection, bound: set[str]) -> dict[str, str]:
     """Gives each split that has a share and no row the row whose hash lies nearest to it, from a split that has two.
 
-    Changes the files in `folder` and `counts`; returns split -> the id of the row it got.
+    bound: ids of rows that stay where they are. Changes the files in `folder` and `counts`; returns split -> the id
+    of the row it got.
     """
     moved: dict[str, str] = {}
     if sum(counts.values()) < FEWEST:
@@ -51,9 +52,13 @@ def fill_empty(folder: Path, counts: dict[str, int], split: SplitSection) -> dic
             (max(start - at, at - end), other, number, row_id)
             for other in donors
             for number, row_id in enumerate(_ids(folder / f"{other}.jsonl"))
+            if row_id not in bound
             for at in [position(row_id, split.seed)]
         )
-        _, donor, number, row_id = min(candidates)
+        nearest = min(candidates, default=None)
+        if nearest is None:
+            continue
+        _, donor, number, row_id = nearest
         _move(folder / f"{donor}.jsonl", folder / f"{name}.jsonl", number)
         counts[donor], counts[name], moved[name] = counts[donor] - 1, 1, row_id
     return moved

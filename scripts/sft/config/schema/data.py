@@ -16,6 +16,7 @@ class SplitSection(Section):
     val: float = Field(0.1, ge=0, le=1, description="Share for evaluation while training.")
     test: float = Field(0.1, ge=0, le=1, description="Share that is never trained on or selected by.")
     seed: int = Field(42, description="Another seed, another split.")
+    group_by: str | None = Field(None, description="Key of raw rows; rows with the same value stay in one split.")
 
     @model_validator(mode="after")
     def _sums_to_one(self) -> SplitSection:
@@ -67,6 +68,14 @@ class DataSection(Section):
     hub_split: str = Field("train", description="Split of a hub data set.")
     system_prompt: str | None = Field(None, description="System text for rows that have none.")
     deduplicate: bool = Field(True, description="Drop rows that are exactly equal (the first one stays), and say so.")
+    near_duplicates: Literal["off", "report", "drop"] = Field(
+        "off",
+        description="Rows that are nearly the same: `report` keeps them and puts each cluster into one split, `drop`"
+        " keeps the first one; `off` does not look.",
+    )
+    near_duplicate_threshold: float = Field(
+        0.8, gt=0, le=1, description="Jaccard similarity of the runs of five words from which rows are nearly the same."
+    )
     max_dropped: float = Field(0.1, ge=0, le=1, description="Share of faulty rows above which process fails.")
     split: SplitSection = Field(default_factory=SplitSection, description="Shares of the splits.")
     stage: Literal["auto", "processed", "styled", "rendered"] = Field(
