@@ -114,7 +114,8 @@ class Encoder:
         tail, end, missing = turn.tail, turn.end, None if turn.end.strip() else turn.middle_end.strip()
         if any(target.rstrip().endswith(ending.strip()) for ending in self.facts.ends):
             tail, end, missing, shown = "", "", None, len(target.rstrip())
-        region = Region(0, len(source), len(source) + shown + len(end), missing)
+        start = len(source) - (len(turn.space) if turn.space and source.endswith(turn.space) else 0)
+        region = Region(0, start, len(source) + shown + len(end), missing, asked=len(source))
         return Layout(source + target + tail, [region], _spans(row), len(source))
 
     def split(self, row: Row) -> Row:
@@ -129,12 +130,12 @@ class Encoder:
         region, turn, text = layout.regions[-1], self.facts.turn, layout.text
         usual = region.end + len(turn.tail) - len(turn.end)
         if text[region.end - len(turn.end) :] == turn.tail and usual == len(text):
-            target = text[region.start : region.end - len(turn.end)]
+            target = text[region.cut : region.end - len(turn.end)]
         elif any(text[: region.end].endswith(ending.strip()) for ending in self.facts.ends):
-            target = text[region.start :]
+            target = text[region.cut :]
         else:
             raise Refused("its last answer ends otherwise than answers do, so it cannot be told as input and target")
-        made: Row = {"input": text[: region.start], "target": target}
+        made: Row = {"input": text[: region.cut], "target": target}
         return {**made, "plain_spans": [list(fake) for fake in layout.fakes]} if layout.fakes else made
 
     def _finish(self, plan: Plan, line: Line) -> Encoded:
@@ -150,7 +151,7 @@ class Encoder:
         return Encoded(plan.id, fitted.ids, fitted.labels, len(row.ids) - len(fitted.ids), dropped, text)
 
     def _labelled(self, layout: Layout, line: Line, messages: list[Message]) -> Any:
-        cuts = [region.start for region in layout.regions]
+        cuts = [region.cut for region in layout.regions]
         cuts += [region.end for region in layout.regions if region.missing is not None]
         line = self.tokens.mended(line, layout.text, sorted(cuts), layout.fakes)
         ends = {region.message: self._end_ids(region) for region in layout.regions if region.missing is not None}

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from jinja2 import nodes
+
 from sft.chat.marks import mark, read
 from sft.chat.spans import Spans
 from sft.chat.template import ChatTemplate, Message, Refused
@@ -41,7 +43,8 @@ def learn(template: ChatTemplate, vocabulary: Vocabulary) -> Facts:
     """
     before = _shown(template, vocabulary)
     spans = Spans(template, vocabulary)
-    turn = Turn(prompt=_prompt(template, vocabulary, before))
+    prompt = _prompt(template, vocabulary, before)
+    turn = Turn(prompt=prompt, space=_space(template, prompt))
     spans.turn = turn
     once = [*before, _ANSWER]
     try:
@@ -105,6 +108,23 @@ def _prompt(template: ChatTemplate, vocabulary: Vocabulary, before: list[Message
     if agree < len(plain):
         agree = vocabulary.edge(asked, plain, agree)
     return asked[agree:]
+
+
+def _space(template: ChatTemplate, prompt: str) -> str:
+    """The white space that ends the prompt, if an output of the template begins with it and goes on with the words."""
+    space = prompt[len(prompt.rstrip()) :]
+    tree = template.syntax()
+    for output in tree.find_all(nodes.Output) if space else ():
+        for node in output.nodes:
+            left: nodes.Node = node
+            following: nodes.Node | None = None
+            while isinstance(left, nodes.BinExpr) and left.operator == "+":
+                joined: Any = left
+                left, following = joined.left, joined.right
+            words = isinstance(following, nodes.Getattr) and following.attr == "content"
+            if words and isinstance(left, nodes.Const) and left.value == space:
+                return space
+    return ""
 
 
 def _onward(

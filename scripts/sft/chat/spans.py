@@ -34,13 +34,19 @@ class Region:
     """Characters [start, end) of the text, which the model writes as message `message` (an index).
 
     missing: None where the template ends the turn itself; else the end token that encoding puts there, "" for the
-    tokenizer's own.
+    tokenizer's own. asked: where the serving prompt ends, if that is not where learning starts.
     """
 
     message: int
     start: int
     end: int
     missing: str | None = None
+    asked: int | None = None
+
+    @property
+    def cut(self) -> int:
+        """Where the model begins to write, so that a token must begin there."""
+        return self.start if self.asked is None else self.asked
 
 
 @dataclass
@@ -86,7 +92,7 @@ class Spans:
             if made.regions and region.start < made.regions[-1].end:
                 raise Refused(f"the regions of messages {made.regions[-1].message + 1} and {k + 1} overlap")
             made.regions.append(region)
-            made.prompt_ends = region.start if exact else None
+            made.prompt_ends = region.cut if exact else None
         return made
 
     def _mark(self, messages: list[Message], tools: Tools, text: str, prompt: bool) -> tuple[list[Message], Read]:
@@ -127,7 +133,31 @@ class Spans:
         header = self.turn.prompt if self.turn else ""
         if header.strip() and seen.text.startswith(header, start) and start + len(header) <= close:
             start, exact = start + len(header), False  # a header is never the model's to write
-        return Region(k, start, end, self._missing(seen.text[close:end], messages[k], on)), exact
+        missing = self._missing(seen.text[close:end], messages[k], on)
+        return Region(k, self._learnt_from(start, close, k, seen), end, missing, asked=start), exact
+
+    def _learnt_from(self, start: int, close: int, k: int, seen: Read) -> int:
+        """Where learning starts: where the author's {% generation %} block does, else where the model begins to write.
+
+        A template that writes the white space at the end of its prompt together with the answer's words (Qwen2.5) means
+        it as the answer's; learning it does no harm.
+        """
+        block = self._block(k, close, seen)
+        space = self.turn.space if self.turn else ""
+        if block is not None:
+            return block[0]
+        return start - len(space) if space and seen.text.endswith(space, 0, start) else start
+
+    def _block(self, k: int, close: int, seen: Read) -> tuple[int, int] | None:
+        """The {% generation %} block around the end of message k's words, blocks that touch it taken in."""
+        block = next(((start, end) for start, end in seen.generation if start <= close <= end), None)
+        if block is None:
+            return None
+        for start, end in sorted(seen.generation):
+            if end == block[0] or start == block[1]:
+                block = min(start, block[0]), max(end, block[1])
+        others = (at for j, places in seen.closed.items() if j != k for at in places)
+        return None if any(block[0] < at < block[1] for at in others) else block
 
     def _missing(self, end: str, message: Message, on: bool) -> str | None:
         turn = self.turn or Turn()
@@ -211,15 +241,14 @@ class Spans:
     def _marked_by_author(self, k: int, seen: Read, refused: Refused) -> Region:
         """The {% generation %} block around message k, lengthened to the end of the turn; else the refusal stands."""
         close = seen.first_close(k)
-        for start, end in seen.generation:
-            if close is not None and start <= close <= end:
-                region = seen.text[start:end].rstrip()
-                finish = self.turn.middle_end if self.turn else ""
-                if finish and not region.endswith(finish) and seen.text.startswith(finish, end):
-                    return Region(k, start, end + len(finish))
-                missing = None if not finish or region.endswith(finish) else finish
-                return Region(k, start, start + len(region), missing)
-        raise refused
+        block = None if close is None else self._block(k, close, seen)
+        if block is None:
+            raise refused
+        region = seen.text[slice(*block)].rstrip()
+        finish = self.turn.middle_end if self.turn else ""
+        if finish and not region.endswith(finish) and seen.text.startswith(finish, block[1]):
+            return Region(k, block[0], block[1] + len(finish))
+        return Region(k, block[0], block[0] + len(region), None if not finish or region.endswith(finish) else finish)
 
 
 def _ending(seen: Read, k: int, message: Message) -> int | None:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import jinja2
 import jinja2.meta
+import jinja2.nodes
 
 from sft.chat.sandbox import ChatEnvironment, OutOfBounds
 from sft.errors import TemplateError
@@ -51,7 +52,7 @@ class ChatTemplate:
     def __post_init__(self) -> None:
         self._plain = self._compile(self.source)
         self._tools = self._compile(self.tool_source) if self.tool_source else None
-        named = jinja2.meta.find_undeclared_variables(self._plain.environment.parse(self.source))
+        named = jinja2.meta.find_undeclared_variables(self.syntax())
         self.style: Literal["messages", "turn"] = "messages" if "messages" in named else "turn"
         if self.style == "turn" and "assistant" not in named:
             raise TemplateError(
@@ -66,10 +67,9 @@ class ChatTemplate:
         told = repr((self.source, self.tool_source, sorted(self.options.items()), sorted(self.special.items())))
         return hashlib.sha256(told.encode()).hexdigest()
 
-    @property
-    def has_generation(self) -> bool:
-        """Whether the template marks what the model writes."""
-        return "endgeneration" in self.source
+    def syntax(self) -> jinja2.nodes.Template:
+        """The template's syntax tree."""
+        return self._plain.environment.parse(self.source)
 
     def render(
         self, messages: list[Message], *, tools: list[Any] | None = None, add_generation_prompt: bool = False

@@ -14,6 +14,7 @@ class Turn:
     prompt: the generation prompt. tail: all that follows an answer at the end of a conversation. end: the end of the
     turn there. middle_end: the end of the turn where the conversation goes on. borrows: a turn has no end of its own,
     the next turn's control token ends it (GLM). tool_end: the token that ends a tool call, where it is borrowed too.
+    space: the white space that ends the prompt, where the template writes it together with the answer's words.
     """
 
     prompt: str = ""
@@ -22,6 +23,7 @@ class Turn:
     middle_end: str = ""
     borrows: bool = False
     tool_end: str = ""
+    space: str = ""
 
 
 def parting(vocabulary: Vocabulary, tail: str, gap: str, *, whole: bool) -> int:
