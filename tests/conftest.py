@@ -49,7 +49,9 @@ Result = subprocess.CompletedProcess[str]
 def command(tmp_path: Path) -> Callable[..., Result]:
     """Runs `python scripts/NAME.py ARGS` as a user would, in a folder of its own, and returns what came of it."""
 
-    def run(name: str, *args: object, cwd: Path | None = None, stdin: str | None = None, **env: str) -> Result:
+    def run(
+        name: str, *args: object, cwd: Path | None = None, stdin: str | None = None, timeout: int = 280, **env: str
+    ) -> Result:
         return subprocess.run(
             [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *map(str, args)],
             cwd=cwd or tmp_path,
@@ -57,7 +59,7 @@ def command(tmp_path: Path) -> Callable[..., Result]:
             input=stdin,
             capture_output=True,
             text=True,
-            timeout=280,
+            timeout=timeout,
             check=False,
         )
 

@@ -33,7 +33,7 @@ for file in "$@"; do
     fi
   fi
   if [ $code -eq 0 ]; then verdict=done; else verdict="failed at $stage (exit $code)"; failed=1; fi
-  rows=$(cat "data/processed/$name/train.jsonl" 2>/dev/null | wc -l)
+  rows=$(cat "${SFT_ROOT:-.}/data/processed/$name/train.jsonl" 2>/dev/null | wc -l)
   table+=("$(printf '%-28s %-26s %8s %6ss  %s' "$name" "$verdict" "$rows" "$((SECONDS - started))" "$log")")
   echo "$name: $verdict"
 done
