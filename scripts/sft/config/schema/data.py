@@ -99,6 +99,10 @@ class DataSection(Section):
     template_options: dict[str, Any] = Field(
         default_factory=dict, description="Variables for the template, e.g. {enable_thinking: false}; same in serving."
     )
+    control_text: Literal["plain", "token"] = Field(
+        "plain",
+        description="What a control token (`<|im_start|>`) written inside a message becomes: plain text, or the token.",
+    )
 
     @model_validator(mode="after")
     def _one_way_in(self) -> DataSection:
