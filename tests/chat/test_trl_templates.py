@@ -138,7 +138,9 @@ def test_plain_talk_is_never_refused(name: str) -> None:
     for talk in ("one", "many", "think", "reason"):
         row = made.encode({"messages": TALKS[talk][0]})
         assert row.dropped is None, (talk, row.dropped)
-        assert any(token in made.stops.ids for token, label in zip(row.input_ids, row.labels, strict=True) if label >= 0)
+        assert any(
+            token in made.stops.ids for token, label in zip(row.input_ids, row.labels, strict=True) if label >= 0
+        )
         if NEVER_REFUSED.search(name) and talk in ("one", "many"):
             prompt = made.prompt({"messages": TALKS[talk][0]})
             assert row.input_ids[: len(prompt)] == prompt

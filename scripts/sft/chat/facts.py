@@ -70,19 +70,20 @@ def learn(template: ChatTemplate, vocabulary: Vocabulary) -> Facts:
 def _shown(template: ChatTemplate, vocabulary: Vocabulary) -> list[Message]:
     """The shortest beginning of a conversation after which the template shows an answer."""
     reasons: list[str] = []
+    unseen = False
     for parts in (False, True) if template.style == "messages" else (False,):
         template.parts = parts
         for before in ([_USER], [_SYSTEM, _USER]):
             try:
                 if _close(template, vocabulary, [*before, _ANSWER], len(before)) >= 0:
                     return before
+                unseen = True
             except Refused as refused:
                 reasons.append(str(refused))
     template.parts = False
-    if reasons:
-        raise TemplateError(
-            f"the template renders no plain conversation: {reasons[0]}", where=template.name, mend=_MEND
-        )
+    if reasons and not unseen:
+        said = f"the template renders no plain conversation: {reasons[0]}"
+        raise TemplateError(said, where=template.name, mend=_MEND)
     raise TemplateError(
         "the template never shows the answer: a training row would have nothing to learn",
         where=template.name,

@@ -32,9 +32,8 @@ def load_template(data: DataSection, tokenizer: PreTrainedTokenizerBase, root: P
     common: dict[str, Any] = {
         "special": {key: str(text) for key, text in tokenizer.special_tokens_map.items() if isinstance(text, str)},
         "options": dict(data.template_options),
+        "control_text": data.control_text,
     }
-    if words := getattr(data, "control_text", None):
-        common["control_text"] = words
     if asked == "auto" and (own := tokenizer.chat_template):
         return _own(own, str(tokenizer.name_or_path), common)
     path = _path(DEFAULT if asked == "auto" else asked, root)

@@ -29,7 +29,7 @@ class Vocabulary:
         self.texts = {index: text for text, index in self.ids.items()}
         self.special = {text for text, (_, special) in added.items() if special and text.strip()}
         named = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token)
-        self.bos = str(tokenizer.bos_token or "")
+        self.bos, self.unknown = str(tokenizer.bos_token or ""), str(tokenizer.unk_token or "")
         self._named = {str(text) for text in named if text}
         self._any = _pattern(text for text in self.ids if text.strip())
         self._patterns: dict[bool, re.Pattern[str] | None] = {}
@@ -40,7 +40,7 @@ class Vocabulary:
         turns = {text for text in turns if not (_INNER.search(text) and text not in self.special)}
         inner = {text for text in self.special - turns - self._named if text in source}
         self.turning = {self.ids[text] for text in turns if text in self.ids}
-        self.controlling = {self.ids[text] for text in (turns | self.special) if text in self.ids}
+        self.controlling = {self.ids[text] for text in (turns | self.special) - {self.unknown} if text in self.ids}
         self._patterns = {
             False: _pattern(self.special | turns),
             True: _pattern((self.special | turns | self._named) - inner),
