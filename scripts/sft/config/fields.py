@@ -71,7 +71,7 @@ def _field(key: str, info: FieldInfo) -> Field:
     return Field(
         key=key,
         expected=" or ".join(_words(kind, [*info.metadata, *limits]) for kind, limits in parts),
-        default=None if section else info.get_default(call_default_factory=True),  # type: ignore[call-arg]
+        default=None if section else _default(info),
         description=info.description or "",
         section=section,
         nullable=type(None) in kinds,
@@ -80,6 +80,10 @@ def _field(key: str, info: FieldInfo) -> Field:
         choices=choices,
         aliases=tuple(f"{prefix}.{other}" for other in spelled if isinstance(other, str) and other != name),
     )
+
+
+def _default(info: FieldInfo) -> Any:
+    return "(must be given)" if info.is_required() else info.get_default(call_default_factory=True)  # type: ignore[call-arg]
 
 
 def _parts(annotation: Any) -> Iterator[tuple[Any, list[Any]]]:

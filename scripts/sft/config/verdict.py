@@ -167,6 +167,8 @@ def _tell(key: str, item: str, node: Node | None, one: Any) -> SftError:
         return ConfigError(f"`{key}`: {said}" if key else said, where=where, mend="see its row in docs/CONFIG.md")
     if field is None:
         return ConfigError(f"unknown key `{key}`", where=where, mend=nearest(key) or "see docs/CONFIG.md for every key")
+    if one["type"] == "missing" and item == key and field.section:
+        return ConfigError(f"`{key}`: `{one['loc'][-1]}` is missing", where=where, mend=_mend(field, node))
     if item != key and field.expected == "a list of mappings":
         return _in_list(item, where, node, one)
     expected = "text" if item != key else field.expected

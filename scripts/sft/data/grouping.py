@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from sft.config.schema import DataSection
 from sft.data import records, split
 from sft.data.faults import BRIDGES, NEAR_DUPLICATE, RowFault
+from sft.data.quality import Look, Profile
 from sft.data.raw import Raw
 from sft.data.strict_json import DECODER, sorted_dumps
 from sft.data.writer import Writer
@@ -23,8 +24,9 @@ EXAMPLES = 5  # pairs of near duplicates shown in the ledger
 
 
 def wanted(data: DataSection) -> bool:
-    """Whether a row's split depends on other rows."""
-    return data.near_duplicates != "off" or data.split.group_by is not None
+    """Whether a row's fate depends on other rows."""
+    outliers = {"length_outliers", "language"} & set(data.drop)
+    return data.near_duplicates != "off" or data.split.group_by is not None or bool(outliers)
 
 
 def group_of(raw: Raw, key: str | None) -> str | None:
@@ -40,6 +42,7 @@ class Held:
         self.data, self.path = data, folder / "waiting.part"
         self._file = self.path.open("wb")
         self._rows: list[tuple[str, int, str | None]] = []  # format, copies, group
+        self._looks: list[Look] = []
         self._index: Index | None = None
         if data.near_duplicates != "off":
             from sft.data.near import Index
@@ -48,8 +51,9 @@ class Held:
         self._homes: list[str | None] = []
         self._of_group: dict[str, str] = {}
 
-    def add(self, record: records.Row, line: bytes, format: str, copies: int, group: str | None) -> None:
+    def add(self, record: records.Row, line: bytes, format: str, copies: int, group: str | None, look: Look) -> None:
         """The next row."""
+        self._looks.append(look)
         self._file.write(line)
         self._rows.append((format, copies, group))
         if self._index is not None:
@@ -57,8 +61,8 @@ class Held:
 
             self._index.add(text_of(record))
 
-    def place(self, writer: Writer) -> None:
-        """Writes all rows, or names them; then tells in the ledger what was found."""
+    def place(self, writer: Writer, profile: Profile) -> None:
+        """Writes all rows, or names them; then tells in the ledger what was found. profile: of all these rows."""
         self._file.close()
         pairs = list(self._index.pairs()) if self._index is not None else []
         near: dict[int, list[int]] = {}
@@ -71,6 +75,7 @@ class Held:
                 ids.append(record["id"])
                 format, copies, group = self._rows[number]
                 try:
+                    profile.check(self._looks[number], self.data.drop)
                     home = self._home(record["id"], near.get(number, []), group, ids)
                 except RowFault as fault:
                     self._homes.append(None)

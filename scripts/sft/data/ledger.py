@@ -20,7 +20,9 @@ SIZES = (
 
 @dataclass
 class Ledger:
-    """What became of the rows. repeated: copies made for the weight of a source; they count as read and written."""
+    """What became of the rows. repeated: copies made for the weight of a source. replayed: general
+    rows mixed in. Both count as read and written.
+    """
 
     source: str
     kind: str
@@ -34,6 +36,7 @@ class Ledger:
     splits: dict[str, int] = field(default_factory=dict)
     sources: list[dict[str, Any]] = field(default_factory=list)
     repeated: int = 0
+    replayed: int = 0
     max_dropped: float = 0.1
     example: dict[str, Any] | None = None
     reports: dict[str, Any] = field(default_factory=dict)
@@ -87,6 +90,7 @@ class Ledger:
             "sources": self.sources,
             "rows_read": self.read,
             "rows_repeated": self.repeated,
+            "rows_replayed": self.replayed,
             "rows_written": self.written,
             "rows_named": sum(self.named.values()),
             "named": {reason: self.named[reason] for reason in REASONS if reason in self.named},

@@ -127,14 +127,19 @@ def _mix(parts: list[Part]) -> Mix:
 
 
 def _part(text: str, path: Path, root: Path, hub_config: str | None, hub_split: str) -> Part:
+    inside = expand(text, path, root, hub_config, hub_split)
+    return Part(shown(path, root) if path.is_dir() else inside[0].name, inside)
+
+
+def expand(text: str, path: Path, root: Path, hub_config: str | None, hub_split: str) -> list[Source]:
+    """The file at `path`, all files of rows in the folder at `path`, or the hub data set `text`."""
     if not path.is_dir():
-        source = named(text, path, root, hub_config, hub_split)
-        return Part(source.name, [source])
+        return [named(text, path, root, hub_config, hub_split)]
     inside = sorted(found for found in path.rglob("*") if found.is_file() and _is_data(found, path))
     if not inside:
         mend = f"files of rows end in {', '.join(NAMES)} (also {', '.join(SUFFIXES)}), see docs/DATA.md"
         raise DataError("the folder holds no file of rows", where=str(path), mend=mend)
-    return Part(shown(path, root), [local(found, root) for found in inside])
+    return [local(found, root) for found in inside]
 
 
 def _is_data(path: Path, folder: Path) -> bool:

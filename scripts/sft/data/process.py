@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sft import files
 from sft.config.paths import resolve
 from sft.config.schema import DataSection
-from sft.data import folder, grouping, rows, split
+from sft.data import folder, grouping, quality, records, replay, rows, split
 from sft.data.faults import DUPLICATE, RowFault
 from sft.data.ledger import Ledger
 from sft.data.lines import Progress
 from sft.data.mix import Mix, find
 from sft.data.writer import Writer
 from sft.errors import DataError
+
+if TYPE_CHECKING:
+    from sft.data.contamination import Contamination
 
 OURS = {"train.jsonl", "val.jsonl", "test.jsonl", "ledger.json", "quarantine.jsonl", "rejected.jsonl"}
 
@@ -40,16 +44,59 @@ def process(data: DataSection, root: Path, raw_path: str | None = None, on_progr
     target = resolve(root, data.processed_dir)
     ledger = Ledger(mix.name, mix.kind, mix.encoding, max_dropped=data.max_dropped, said=list(mix.said))
     with folder.replaced(target, OURS, "data.processed_dir") as staged:
-        bound = _write_rows(mix, data, staged, ledger, on_progress)
+        checks = Checks(data, root)
+        bound = _write_rows(mix, checks, staged, ledger, on_progress)
         ledger.sources = mix.account()
         _judge(ledger, staged, target)
-        _finish(ledger, data, staged, bound)
+        _fill(ledger, data, staged, bound)
+        replay.mix_in(data, root, staged, ledger, checks.replayable)
+        _finish(ledger, staged)
     return ledger
 
 
-def _write_rows(mix: Mix, data: DataSection, staged: Path, ledger: Ledger, on_progress: Progress | None) -> set[str]:
+class Checks:
+    """What a readable row must pass: not seen before, of no benchmark, without the marks that are dropped."""
+
+    def __init__(self, data: DataSection, root: Path) -> None:
+        self.data, self.profile = data, quality.Profile()
+        self.contamination: Contamination | None = None
+        self._seen: set[int] = set()
+        if data.contamination.against:
+            from sft.data import contamination
+
+            self.contamination = contamination.load(data.contamination, root)
+
+    def check(self, record: records.Row) -> quality.Look:
+        """Raises RowFault for a row that is not used."""
+        if self.data.deduplicate:
+            self.new(record)
+        if self.contamination is not None:
+            self.contamination.check(record)
+        look = quality.look(record)
+        self.profile.flags.update(look.flags)  # the dropped are counted too
+        quality.drop_flags(look, self.data.drop)
+        self.profile.add(look)
+        return look
+
+    def replayable(self, record: records.Row) -> None:
+        """Raises RowFault for a replay row that is among the rows already, or of a benchmark."""
+        if int(record["id"], 16) in self._seen:
+            raise RowFault(DUPLICATE, "among the rows already")
+        if self.contamination is not None:
+            self.contamination.check(record)
+
+    def new(self, record: records.Row) -> None:
+        """Raises RowFault for a row that was there before."""
+        key = int(record["id"], 16)
+        if key in self._seen:
+            raise RowFault(DUPLICATE, f"the same as an earlier row, id {key:016x}")
+        self._seen.add(key)
+
+
+def _write_rows(mix: Mix, checks: Checks, staged: Path, ledger: Ledger, on_progress: Progress | None) -> set[str]:
     """Writes every row to its split or the quarantine; returns the ids of rows that must stay where they are."""
-    formats, seen = rows.formats(data), set[int]()
+    data = checks.data
+    formats = rows.formats(data)
     with Writer(staged, ledger, list(split.ranges(data.split))) as writer:
         held = grouping.Held(staged, data) if grouping.wanted(data) else None
         for raw in mix.rows(data.split.seed, on_progress):
@@ -57,18 +104,20 @@ def _write_rows(mix: Mix, data: DataSection, staged: Path, ledger: Ledger, on_pr
             try:
                 record, format = rows.record(raw, formats, data.system_prompt)
                 line = rows.line(record)
-                if data.deduplicate:
-                    _check_new(int(record["id"], 16), seen)
+                look = checks.check(record)
             except RowFault as fault:
                 writer.quarantine(raw, fault)
                 continue
             if held is None:
                 writer.write(split.choose(record["id"], data.split), record, line, format, raw.copies)
             else:
-                held.add(record, line, format, raw.copies, grouping.group_of(raw, data.split.group_by))
+                held.add(record, line, format, raw.copies, grouping.group_of(raw, data.split.group_by), look)
         if held is not None:
-            held.place(writer)
+            held.place(writer, checks.profile)
         ledger.reports["leaks"] = writer.leaks.count()
+    ledger.reports |= checks.profile.report()
+    if checks.contamination is not None:
+        ledger.reports["contamination"] = checks.contamination.report()
     ledger.said += [*grouping.summary(ledger.reports), *_leaks_said(ledger.reports["leaks"])]
     return writer.bound
 
@@ -81,12 +130,6 @@ def _leaks_said(leaks: dict[str, dict[str, int]]) -> list[str]:
             mend = "keep such rows together: data.near_duplicates=report, or data.split.group_by=KEY"
             told.append(f"rows of {name} that training rows give away: {', '.join(words)}; {mend}")
     return told
-
-
-def _check_new(key: int, seen: set[int]) -> None:
-    if key in seen:
-        raise RowFault(DUPLICATE, f"the same as an earlier row, id {key:016x}")
-    seen.add(key)
 
 
 def _judge(ledger: Ledger, staged: Path, target: Path) -> None:
@@ -112,10 +155,14 @@ def _judge(ledger: Ledger, staged: Path, target: Path) -> None:
     raise Rejected(what, ledger, where=first["origin"], mend=mend)
 
 
-def _finish(ledger: Ledger, data: DataSection, staged: Path, bound: set[str]) -> None:
-    """Fills empty splits, says what a person must know, drops files without rows, writes the ledger."""
+def _fill(ledger: Ledger, data: DataSection, staged: Path, bound: set[str]) -> None:
+    """Gives every split a row where that can be."""
     for name, row_id in split.fill_empty(staged, ledger.splits, data.split, bound).items():
         ledger.said.append(f"{name} had no row by its share of so few: the nearest one was moved to it (id {row_id})")
+
+
+def _finish(ledger: Ledger, staged: Path) -> None:
+    """Says what a person must know, drops files without rows, writes the ledger."""
     for name, count in ledger.splits.items():
         if count == 0:
             (staged / f"{name}.jsonl").unlink()

@@ -7,9 +7,11 @@ from pydantic import Field, model_validator
 from sft.config.schema.base import Section
 from sft.config.schema.data import (
     ColumnsSection,
+    ContaminationSection,
     DataSection,
     EvalSection,
     GenerationSection,
+    ReplaySection,
     SourceSection,
     SplitSection,
 )
@@ -49,6 +51,7 @@ class Config(Section):
 __all__ = [
     "ColumnsSection",
     "Config",
+    "ContaminationSection",
     "DataSection",
     "EarlyStoppingSection",
     "EvalSection",
@@ -57,6 +60,7 @@ __all__ = [
     "LoggingSection",
     "LoraSection",
     "ModelSection",
+    "ReplaySection",
     "Section",
     "SourceSection",
     "SplitSection",

@@ -46,6 +46,24 @@ class SourceSection(Section):
     hub_split: str = Field("train", description="Split of a hub data set.")
 
 
+class ContaminationSection(Section):
+    """Benchmarks whose rows must not be trained on."""
+
+    against: list[str] = Field(
+        default_factory=list, description="Files (or hub data sets) of benchmark rows; rows that hold them are dropped."
+    )
+    ngram: int = Field(13, ge=4, le=50, description="Words in a row that a row may not share with a benchmark row.")
+
+
+class ReplaySection(Section):
+    """General rows mixed into training, so that the model does not forget what it could."""
+
+    path: str = Field(description="File, folder or hub data set: chat rows, or plain text as {text: ...}.")
+    ratio: float = Field(0.1, gt=0, lt=1, description="Share of the mix that is replay.")
+    hub_config: str | None = Field(None, description="Configuration of a hub data set.")
+    hub_split: str = Field("train", description="Split of a hub data set.")
+
+
 class DataSection(Section):
     """Where rows come from and where they go."""
 
@@ -76,6 +94,13 @@ class DataSection(Section):
     near_duplicate_threshold: float = Field(
         0.8, gt=0, le=1, description="Jaccard similarity of the runs of five words from which rows are nearly the same."
     )
+    contamination: ContaminationSection = Field(
+        default_factory=ContaminationSection, description="Benchmarks to keep out of training."
+    )
+    drop: list[Literal["control_characters", "boilerplate", "length_outliers", "language"]] = Field(
+        default_factory=list, description="What the ledger reports that is dropped too."
+    )
+    replay: ReplaySection | None = Field(None, description="General rows mixed into training: {path: P, ratio: 0.1}.")
     max_dropped: float = Field(0.1, ge=0, le=1, description="Share of faulty rows above which process fails.")
     split: SplitSection = Field(default_factory=SplitSection, description="Shares of the splits.")
     stage: Literal["auto", "processed", "styled", "rendered"] = Field(
