@@ -3,8 +3,9 @@
     python scripts/process_data.py --raw_path my_rows.json
     python scripts/process_data.py --raw_path owner/name --set data.hub_split=train
 
-Reads JSON, JSONL, CSV, TSV, Parquet or a hub data set; writes data/processed/{train,val,test}.jsonl, ledger.json and
-quarantine.jsonl. With more faults than data.max_dropped it changes nothing and writes rejected.jsonl.
+Reads JSON, JSONL, CSV, TSV or Parquet, packed or not, a folder of them, a hub data set, or several (data.sources);
+writes data/processed/{train,val,test}.jsonl, ledger.json and quarantine.jsonl. With more faults than data.max_dropped
+it changes nothing and writes rejected.jsonl.
 """
 
 from __future__ import annotations
@@ -67,10 +68,14 @@ def show(ledger: Ledger) -> None:
         console.say(f"the first row became: {text if len(text) < 400 else text[:400] + ' ...'}")
     named = {f"  {reason}": count for reason, count in ledger.named.items()}
     splits = {f"  {name}": count for name, count in ledger.splits.items()}
-    counts = {"rows read": ledger.read, **named, "rows written": ledger.written, **splits}
+    again = {"  of them copies by weight": ledger.repeated, "  of them replay": ledger.replayed}
+    more = {name: count for name, count in again.items() if count}
+    counts = {"rows read": ledger.read, **more, **named, "rows written": ledger.written, **splits}
     console.table("What became of the rows", ("", "rows"), [(name, f"{count:,}") for name, count in counts.items()])
     for reason, examples in ledger.examples.items():
         console.say(f"{reason}, for example: {examples[0]['origin']}: {examples[0]['detail']}")
+    for line in ledger.told():
+        console.say(line)
     share = f"{ledger.fault_share:.1%} faulty, {ledger.max_dropped:.0%} allowed"
     console.say(f"{share}; {ledger.verdict()}")
 

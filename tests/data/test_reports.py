@@ -91,6 +91,7 @@ def test_marks_are_reported_and_stay_unless_asked(tmp_path: Path) -> None:
     assert found["scripts"] == {"latin": 44, "cyrillic": 1}
     assert found["lengths"]["answers"] == {"p5": 24, "median": 24, "p95": 38, "longest": 10_000}
     assert found["balance"].startswith("lengths are uneven")
+    assert ledger.told()[0].endswith("control characters 1, boilerplate 2, length outliers 1, language 1")
 
 
 def test_marks_are_dropped_when_asked_and_are_no_faults(tmp_path: Path) -> None:

@@ -77,6 +77,23 @@ class Ledger:
         rows = self.splits.get("train", self.written)
         return next(f"{rows:,} rows to train on: {words}" for least, words in SIZES if rows >= least)
 
+    def told(self) -> list[str]:
+        """What the reports say to a person, a line each."""
+        lines = []
+        for part in self.sources if len(self.sources) > 1 else ():
+            lines.append(f"{part['name']}: {part['taken']:,} of {part['rows']:,} rows, weight {part['weight']:g}")
+        if quality := {name: count for name, count in self.reports.get("quality", {}).items() if count}:
+            counts = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in quality.items())
+            lines.append(f"rows to look at (dropped only if data.drop names them): {counts}")
+        if "contamination" in self.reports:
+            files = self.reports["contamination"]["against"]
+            lines.append("benchmarks: " + ", ".join(f"{one['name']} {one['hits']:,} rows hit" for one in files))
+        if replay := self.reports.get("replay"):
+            lines.append(f"replay: {replay['taken']:,} rows of {replay['path']}, {replay['share']:.1%} of the mix")
+        if "balance" in self.reports and self.written:
+            lines.append(self.reports["balance"])
+        return lines
+
     def balanced(self) -> bool:
         """Whether every row read is either written or named."""
         return self.read == self.written + sum(self.named.values())
