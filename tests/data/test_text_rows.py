@@ -64,6 +64,8 @@ VICUNA = (
         ("vicuna", "Be brief. USER: Hi\nthere ASSISTANT: Hello!</s>USER: Bye ASSISTANT: Bye!</s>", TWO),
         ("plain", "System: Be brief.\nUser: Hi\nthere\nAssistant: Hello!</s>\nUser: Bye\nAssistant: Bye!</s>", TWO),
         ("plain", "Human: Hi\n\nAssistant: Hello!", ONE),
+        ("plain", "<s>System: Be brief.\nUser: Hi\nthere\nAssistant: Hello!</s>\nUser: Bye\nAssistant: Bye!</s>", TWO),
+        ("question and answer", "<s>Q: Hi\nA: Hello!</s>", ONE),
         ("question and answer", "Q: Hi\nA: Hello!", ONE),
         ("question and answer", "Question: Hi\nAnswer: Hello!", ONE),
         (

@@ -64,6 +64,7 @@ NAMES = ("llama2", *(style.name for style in STYLES))
 
 def parse(text: str) -> tuple[str, list[Message]]:
     """The template's name and the turns. Raises RowFault (unknown format) for a text that no known template holds."""
+    text = BEGINS.sub("", text)
     if "[INST]" in text and (turns := _llama2(text)):
         return "llama2", turns
     for style in STYLES:
@@ -83,7 +84,7 @@ def _role(name: str) -> str:
 
 def _turns(style: Style, text: str, marks: list[re.Match[str]]) -> list[Message]:
     bounds = [*(mark.start() for mark in marks[1:]), len(text)]
-    head = BEGINS.sub("", text[: marks[0].start()]).strip()
+    head = text[: marks[0].start()].strip()
     if head and not style.head:
         raise RowFault(UNKNOWN_FORMAT, f"text before the first turn of the {style.name} template: {head[:60]!r}")
     made: list[Message] = []
@@ -109,7 +110,7 @@ def _with_head(style: Style, head: str, turns: list[Message]) -> list[Message]:
 
 def _content(style: Style, text: str) -> str:
     if style.end is None:
-        return text.strip()
+        return ENDS.sub("", text).strip()
     end = style.end.search(text)
     if end is None:
         return ENDS.sub("", text) if style.name in EXACT else ENDS.sub("", text).strip()
@@ -123,7 +124,7 @@ def _llama2(text: str) -> list[Message]:
     """`<s>[INST] <<SYS>> system <</SYS>> question [/INST] answer </s>`, and as Mistral writes it; [] if not that."""
     made: list[Message] = []
     head, *rounds = text.split("[INST]")
-    if BEGINS.sub("", head).strip():
+    if head.strip():
         return []
     for number, turn in enumerate(rounds):
         asked, closed, answer = turn.partition("[/INST]")
