@@ -1,4 +1,4 @@
-"""Will it fit: the memory that a training step needs, before anything is downloaded. A closed form, rough.
+"""Will it fit: the memory that a training step needs, traced before anything but the model's config.json is here.
 
     python scripts/plan.py --gpu 8GiB
     python scripts/plan.py --gpu "RTX 4060" --set model.max_seq_len=2048 --json
@@ -25,7 +25,7 @@ python scripts/plan.py --gpu 24GiB --models       # which Qwen2.5 fits, at this 
 
 
 def build_parser() -> argparse.ArgumentParser:
-    made = console.parser("Say whether a run fits a card, and where its memory goes (rough).", EXAMPLES)
+    made = console.parser("Say whether a run fits a card, and where its memory goes.", EXAMPLES)
     made.add_argument("--gpu", metavar="CARD", help='`8GiB`, `"RTX 4060"` or `cpu` (default: this machine)')
     made.add_argument("--models", action="store_true", help="for each known model: does it fit?")
     return made
@@ -40,29 +40,24 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     config = load(args.config, args.set, root=root).config
     device = devices.parse(args.gpu) if args.gpu else devices.here()
     if args.models:
-        plans = {
-            name: plan.make(config, shapes.of_known(name, config.tuning), device) for name in shapes.known_models()
-        }
-        return show_models(plans, device)
-    known = shapes.known_models()
-    if hub.local_folder(config.model.name, root) is None and config.model.name in known:
-        counted, kind = shapes.of_known(config.model.name, config.tuning), "causal"
-    else:
-        files = hub.find(config.model, root, weights=False)
-        counted, kind = shapes.count(files.config, config.tuning, name=config.model.name), files.kind
-    made = plan.make(config, counted, device, seq2seq=kind == "seq2seq")
+        known = {name: shapes.of_known(name, config.tuning) for name in shapes.known_models()}
+        return show_models({name: plan.make_rough(config, each, device) for name, each in known.items()}, device)
+    description = shapes.known_models().get(config.model.name)
+    if description is None or hub.local_folder(config.model.name, root) is not None:
+        description = hub.find(config.model, root, weights=False).config
+    made = plan.make(config, description, device)
     show(made)
     return {"model": config.model.name, **made.to_json()}
 
 
 def show(made: Plan) -> None:
     """A table of where the memory goes, the answer, and what would mend it."""
-    from sft.memory import devices, estimate
+    from sft.memory import devices
 
     train, needed = made.config.train, made.estimate
     rows = [(name, f"{size:.2f}") for name, size in needed.parts.items()]
     rows += [("allocated at the peak", f"{needed.allocated:.2f}"), ("with context and slack", f"{needed.peak:.2f}")]
-    console.table(f"{made.config.model.name}, {made.config.tuning.mode} ({estimate.METHOD})", ("part", "GiB"), rows)
+    console.table(f"{made.config.model.name}, {made.config.tuning.mode} ({made.method})", ("part", "GiB"), rows)
     answer = "fits" if made.fits else "does NOT fit"
     console.say(f"{answer} {made.device.name} ({made.device.gib:.1f} GiB)")
     console.say(

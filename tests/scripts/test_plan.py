@@ -43,7 +43,8 @@ def test_a_model_too_large_for_the_card_gets_remedies_that_are_enough(
     settings = {remedy["setting"]: remedy for remedy in plan["remedies"]}
     assert settings["train.batch_size=1"]["saves_gib"] > 0.5
     assert settings["model.name=Qwen/Qwen2.5-3B-Instruct"]["fits"]
-    assert "closed form, rough" in done.stderr
+    assert plan["method"] == "traced"
+    assert "7B-Instruct, qlora (traced)" in done.stderr
     assert "smallest card that would do" in done.stderr
 
 
@@ -51,10 +52,12 @@ def test_models_of_a_card_and_a_model_in_a_folder(command: Callable[..., Any], c
     done = command("plan", "--config", config, "--gpu", "12GiB", "--models", "--set", "model.max_seq_len=512")
     assert done.returncode == 0, done.stderr
     assert "Qwen/Qwen2.5-32B-Instruct" in done.stdout
+    assert "closed form, rough" in done.stdout
     lone = tiny_t5.parent / "config-alone"
     lone.mkdir()
     (lone / "config.json").write_bytes((tiny_t5 / "config.json").read_bytes())
-    done = command("plan", "--config", config, "--gpu", "cpu", "--json", "--set", f"model.name={lone}")
+    short = ("--set", "model.max_seq_len=256")
+    done = command("plan", "--config", config, "--gpu", "cpu", "--json", *short, "--set", f"model.name={lone}")
     assert done.returncode == 0, done.stderr
     plan = json.loads(done.stdout)
     assert plan["fits"]

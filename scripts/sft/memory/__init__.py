@@ -1,1 +1,1 @@
-"""Will it fit: a closed form (`estimate`, `plan`), what cards have (`devices`), and a measurement (`probe`)."""
+"""Will it fit: a traced step (`trace`, `plan`), a closed form (`estimate`), cards (`devices`), a probe on the card."""

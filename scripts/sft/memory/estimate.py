@@ -1,4 +1,4 @@
-"""What a training step needs, by a closed form: rough, but from exact parameter counts, and without a GPU.
+"""What a training step needs, by a closed form: rough, but in no time; for lists of models. `plan` itself traces.
 
 Weights, adapters, optimizer and checkpoints are counted; activations of one layer are fitted to the traced peaks of
 Qwen2.5 0.5B-32B at 512 and 2048 tokens; tests/memory holds how close it comes. Other families have
@@ -76,7 +76,12 @@ def step(
     sizes.setdefault("gradients", 0.0)
     parts = {name: size / GIB for name, size in sizes.items()}
     allocated = sum(parts.values())
-    return Estimate(parts, allocated, allocated * (1 + FRAGMENTATION) + CONTEXT[device])
+    return Estimate(parts, allocated, with_slack(allocated, device))
+
+
+def with_slack(allocated: float, device: str) -> float:
+    """GiB of the card for `allocated` GiB of tensors: fragmentation and context, both assumed, not measured here."""
+    return allocated * (1 + FRAGMENTATION) + CONTEXT[device]
 
 
 def _standing(shapes: Shapes, tuning: TuningSection) -> dict[str, float]:

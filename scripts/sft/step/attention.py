@@ -40,15 +40,20 @@ def implementation(device: str | torch.device, config: Any) -> str | None:
     families that do not take their attention from transformers' interface, and attention with a soft cap or sinks,
     which SDPA would ignore in silence (see `fallback`).
     """
-    config = _as_config(config)
-    if config is None or getattr(config, "is_encoder_decoder", False) or _special(config):
-        return None
-    if not _takes_interface(config) or (torch.device(device).type == "cuda" and not _varlen_serves()):
+    if not serves(config) or (torch.device(device).type == "cuda" and not _varlen_serves()):
         return None
     if torch.device(device).type not in ("cuda", "cpu"):
         return None
     register()
     return NAME
+
+
+def serves(config: Any) -> bool:
+    """Whether `sft_rows` can serve this family at all; the device is another matter."""
+    config = _as_config(config)
+    if config is None or getattr(config, "is_encoder_decoder", False) or _special(config):
+        return False
+    return _takes_interface(config)
 
 
 def fallback(config: Any) -> str:
