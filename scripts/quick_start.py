@@ -23,7 +23,7 @@ What to do next:
   make tensorboard            look at the curves
   make eval-test              measure it again
   make merge && make merge-test   one folder of weights, checked
-  put your own examples into data/raw/raw.jsonl, delete data/raw's sample, and run this again
+  put your own examples into data/raw/raw.jsonl in place of the sample, and run this again
   docs/CONFIG.md has every setting; configs/local.yaml keeps yours"""
 
 
@@ -60,7 +60,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     step(
         "compare the base and the tuned model on the test split", "eval", "--split", "test", "--both", "--samples", "3"
     )
-    console.say(f"\nfrom nothing to here: {(time.monotonic() - started) / 60:.1f} minutes{NEXT}")
+    console.say(f"\ndone in {(time.monotonic() - started) / 60:.1f} minutes{NEXT}")
     return {"model": choice.name, "trained": True}
 
 

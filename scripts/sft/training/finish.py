@@ -9,6 +9,7 @@ from typing import Any
 
 from sft import files, runs
 from sft.errors import Stopped
+from sft.generation.system_text import SERVING
 from sft.runs import Run
 from sft.training import logbook, ranks, weights
 from sft.training.preparation import Job
@@ -28,6 +29,7 @@ def finish(job: Job, trainer: WindowTrainer, run: Run, root: Path) -> dict[str, 
         weights.save(trainer.model, staged)
         save_tokenizer(job, staged)
         trainer.keeper.beside(staged)
+        files.write_json(staged / SERVING, {"system": job.rows.system})
         files.write_manifest(staged)
     found = summary(job, trainer, run, best, target)
     _settings_tab(job, trainer, found)

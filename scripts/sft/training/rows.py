@@ -12,6 +12,7 @@ from sft.chat.batch import RunLedger, encode_all
 from sft.chat.encode import Encoded, Encoder
 from sft.data import records, store
 from sft.errors import DataError
+from sft.generation import system_text
 from sft.generation.evaluation import Question
 from sft.training.windows import Feature
 
@@ -29,6 +30,7 @@ class Rows:
     questions: list[Question]
     hashes: dict[str, str]  # SHA-256 of each file that was read
     ledgers: dict[str, RunLedger]
+    system: str | None = None  # the system text that every training row shares
 
     def ledger(self) -> dict[str, Any]:
         """As it stands in outputs/<run>/ledger.json: rows read = rows trained on + rows named, in each split."""
@@ -39,7 +41,8 @@ def read(
     stage: store.Stage, encoder: Encoder, *, questions: int, on_progress: Callable[[int, int], None] | None = None
 ) -> Rows:
     """Reads and encodes the training and validation rows. Raises DataError if none is left to train on."""
-    encoded, ledger = encode_all(encoder, store.read_rows(stage.train), on_progress)
+    rows = store.read_rows(stage.train)
+    encoded, ledger = encode_all(encoder, rows, on_progress)
     held = store.read_rows(stage.val) if stage.val is not None else []
     held_encoded, held_ledger = _validation(encoder, held)
     kept = {row.id for row in held_encoded}
@@ -51,6 +54,7 @@ def read(
         questions=[_question(row, encoder) for row in asked],
         hashes={str(path.name): files.sha256(path) for path in (stage.train, stage.val) if path is not None},
         ledgers={"train": ledger, "val": held_ledger},
+        system=system_text.shared_by(rows),
     )
 
 
