@@ -33,12 +33,12 @@ def data(case: Case) -> Iterator[Finding]:
     """The rows of the stage that training would take, counted; the first one read."""
     if case.config is None:
         return
-    from sft.data import source, store
+    from sft.data import mix, store
 
     data = case.config.data
     processed = paths.resolve(case.root, data.processed_dir) / "train.jsonl"
     if data.train_path is None and data.stage in ("auto", "processed") and not processed.exists():
-        raw = source.find(data, case.root)
+        raw = mix.find(data, case.root)
         yield Finding("warning", "data", f"{raw.name} is there ({raw.kind}), but not processed yet", "make process")
         return
     stage = store.paths(data, case.root)
