@@ -108,8 +108,9 @@ def test_a_template_without_any_end_gets_the_tokenizers_own() -> None:
 
 def test_a_system_text_that_moves_into_the_last_question_moves_no_label() -> None:
     source = (
-        "{% set ns = namespace(s='') %}" + LOOP + "{% if m.role == 'system' %}{% set ns.s = m.content %}{% elif m.role == "
-        "'user' %}{{ '[INST] ' + (ns.s + '\\n' if loop.revindex0 < 2 else '') + m.content + ' [/INST]' }}{% else %}"
+        "{% set ns = namespace(s='') %}" + LOOP + "{% if m.role == 'system' %}{% set ns.s = m.content %}"
+        "{% elif m.role == 'user' %}{{ '[INST] ' + (ns.s + '\\n' if loop.revindex0 < 2 else '') + m.content + ' [/INST]' }}"
+        "{% else %}"
         "{{ ' ' + m.content + '<|im_end|>' }}{% endif %}" + END
     )  # fmt: skip
     assert regions(source, system("Be brief."), *TWO) == [" Ann.<|im_end|>", " Bob.<|im_end|>"]
@@ -139,7 +140,7 @@ def test_a_template_whose_text_depends_on_the_words_refuses_the_row() -> None:
         + END
         + ASK
     )
-    with pytest.raises(TemplateError, match="no plain conversation|cannot be proven"):
+    with pytest.raises(TemplateError, match=r"no plain conversation|cannot be proven"):
         encoder(source, words.tokenizer(eos="<|im_end|>", bos=None))
 
 

@@ -35,9 +35,15 @@ TALKS: dict[str, tuple[list[dict[str, Any]], list[Any] | None]] = {
     "one": ([user("Hi there"), answer("Hello. Fine?")], None),
     "many": ([user("Hi"), answer("Hello.\n\nYes"), user("and? "), answer("42 \n"), user("x"), answer("y")], None),
     "system": ([system("Be brief."), user("Hi"), answer("Ok"), user("b"), answer("c")], None),
-    "think": ([user("Hi"), answer("<think>\nhm\n</think>\n\nA"), user("z"), answer("<think>\nso\n</think>\n\nB")], None),
+    "think": (
+        [user("Hi"), answer("<think>\nhm\n</think>\n\nA"), user("z"), answer("<think>\nso\n</think>\n\nB")],
+        None,
+    ),
     "thought": ([user("Hi"), answer("Fine", reasoning_content="hm")], None),
-    "reason": ([user("Hi"), answer("Fine", reasoning_content="hm"), user("z"), answer("B", reasoning_content="so")], None),
+    "reason": (
+        [user("Hi"), answer("Fine", reasoning_content="hm"), user("z"), answer("B", reasoning_content="so")],
+        None,
+    ),
     "tool": ([user("w?"), answer("", tool_calls=[called(a="b")]), RESULT, answer("It is 12"), user("k"), answer("by")],
              [TOOL]),
 }  # fmt: skip

@@ -10,8 +10,8 @@ SPECIAL = (
 )
 WORDS = (
     "<unk>", "\n", "\n\n", " ", "system", "user", "assistant", "System", "User", "Assistant", ":", "USER", "ASSISTANT",
-    "###", "Instruction", "Response", "<<", "SYS", ">>", "<</", "Be", "brief", ".", "Who", "are", "you", "?", "Ann", "And",
-    "now", "Bob", "|", "<", ">", "im_start", "im_end", "/", "s", "eot_id", "[", "]", "INST",
+    "###", "Instruction", "Response", "<<", "SYS", ">>", "<</", "Be", "brief", ".", "Who", "are", "you", "?", "Ann",
+    "And", "now", "Bob", "|", "<", ">", "im_start", "im_end", "/", "s", "eot_id", "[", "]", "INST",
 )  # fmt: skip
 ID = {word: index for index, word in enumerate([*SPECIAL, *WORDS])}
 

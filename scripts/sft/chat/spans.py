@@ -128,10 +128,12 @@ class Spans:
         if start > close:
             raise Refused(f"the prompt of message {k + 1} reaches into its answer")
         end = close + len(self._end(k, close, marked, tools, seen, on))
-        if (words := seen.open(k)) is not None and words > end:
+        words = seen.open(k)
+        if words is not None and words > end:
             raise Displaced(f"the template writes the words of message {k + 1} apart from its tool call")
         header = self.turn.prompt if self.turn else ""
-        if header.strip() and seen.text.startswith(header, start) and start + len(header) <= close:
+        limit = close if words is None else words
+        if header.strip() and seen.text.startswith(header, start) and start + len(header) <= limit:
             start, exact = start + len(header), False  # a header is never the model's to write
         missing = self._missing(seen.text[close:end], messages[k], on)
         return Region(k, self._learnt_from(start, close, k, seen), end, missing, asked=start), exact

@@ -1,0 +1,84 @@
+"""Rows over max_seq_len: what is cut is counted, the answer's end token survives or the row is dropped and named."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from sft.errors import DataError
+from tests.chat import words
+from tests.chat.making import answer, encoded, learnt, named, user
+
+TALK = [user("Who are you?"), answer("Ann. Bob."), user("And now?"), answer("Bob. Ann.")]
+# <s> User : _ Who _ are _ you ? /n Assistant : | _ Ann . _ Bob . </s> | /n User : _ And _ now ? /n Assistant : | _ Bob
+# . _ Ann . </s> | /n          13 + 7 + 11 + 7 + 1 = 39 tokens
+
+
+def row(policy: str, limit: int, *talk: dict[str, Any]) -> tuple[Any, Any]:
+    made = named("plain", words.tokenizer(), over_length=policy, max_seq_len=limit)
+    return made, encoded(made, *(talk or TALK))
+
+
+def test_a_row_that_fits_is_left_alone() -> None:
+    for policy in ("truncate_left", "truncate_right", "drop", "error"):
+        _, got = row(policy, 39)
+        assert (len(got.input_ids), got.truncated_tokens, got.dropped) == (39, 0, None)
+
+
+def test_truncate_left_cuts_the_oldest_tokens_and_keeps_the_begin_token_and_the_last_answer() -> None:
+    _, whole = row("drop", 39)
+    made, got = row("truncate_left", 15)
+    assert got.input_ids == whole.input_ids[:1] + whole.input_ids[25:]
+    assert got.labels == whole.labels[:1] + whole.labels[25:]
+    assert (got.truncated_tokens, got.dropped) == (24, None)
+    assert learnt(made, got) == [" Bob. Ann.</s>"]
+    made, got = row("truncate_left", 24)
+    assert learnt(made, got) == ["Bob.</s>"[3:], " Bob. Ann.</s>"] or learnt(made, got)[-1] == " Bob. Ann.</s>"
+
+
+def test_truncate_left_gives_up_the_newline_behind_the_answer_first() -> None:
+    _, whole = row("drop", 39)
+    made, got = row("truncate_left", 9)  # begin token, one token of the prompt, seven of the answer
+    assert got.input_ids == whole.input_ids[:1] + whole.input_ids[30:38]
+    assert learnt(made, got) == [" Bob. Ann.</s>"] and got.truncated_tokens == 30
+
+
+def test_an_answer_that_is_too_long_by_itself_is_dropped_and_named() -> None:
+    _, got = row("truncate_left", 8)
+    assert (got.dropped, got.truncated_tokens) == ("over length", 0)
+
+
+def test_truncate_right_ends_with_the_end_token_of_the_answer_it_cuts() -> None:
+    _, whole = row("drop", 39)
+    made, got = row("truncate_right", 35)
+    assert got.input_ids == [*whole.input_ids[:34], words.ID["</s>"]]
+    assert learnt(made, got) == [" Ann. Bob.</s>", " Bob.</s>"] and got.truncated_tokens == 4
+    made, got = row("truncate_right", 25)
+    assert got.input_ids == whole.input_ids[:25] and learnt(made, got) == [" Ann. Bob.</s>"]
+
+
+def test_truncate_right_drops_a_row_of_which_no_answer_is_left() -> None:
+    for limit in (9, 13, 14):
+        _, got = row("truncate_right", limit)
+        assert got.dropped == "no label left", limit
+    made, got = row("truncate_right", 15)
+    assert learnt(made, got) == [" </s>"]
+
+
+def test_drop_and_error() -> None:
+    _, got = row("drop", 38)
+    assert got.dropped == "over length" and len(got.input_ids) == 39
+    with pytest.raises(DataError, match=r"39 tokens, more than model\.max_seq_len 38"):
+        row("error", 38)
+
+
+def test_the_end_token_survives_every_cut() -> None:
+    for policy in ("truncate_left", "truncate_right"):
+        for limit in range(2, 40):
+            made, got = row(policy, limit)
+            if got.dropped:
+                continue
+            assert len(got.input_ids) <= limit and len(got.labels) == len(got.input_ids)
+            assert got.truncated_tokens == 39 - len(got.input_ids)
+            assert all(stretch.endswith("</s>") for stretch in learnt(made, got))

@@ -1,0 +1,64 @@
+"""Encoder-decoder rows: source and target, each with its end token."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from sft.chat.length import NO_LABEL, OVER_LENGTH
+from sft.errors import DataError
+from tests.chat.making import answer, encoded, named, system, user
+
+END = "</s>"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_t5: Path) -> Any:
+    return AutoTokenizer.from_pretrained(tiny_t5)
+
+
+def test_source_and_target_end_with_the_end_token(tokenizer: Any) -> None:
+    made = named("auto", tokenizer, kind="seq2seq")
+    row = encoded(made, system("You are a helpful assistant."), user("What is the capital?"), answer(" Paris. "))
+    assert row.input_ids == tokenizer("You are a helpful assistant.\nWhat is the capital?")["input_ids"]
+    assert row.labels == tokenizer("Paris.")["input_ids"]
+    assert row.input_ids[-1] == row.labels[-1] == tokenizer.eos_token_id
+    assert made.prompt([user("What is the capital?")]) == tokenizer("What is the capital?")["input_ids"]
+    assert made.decode_answer([tokenizer.pad_token_id, *row.labels, 5, 6]) == "Paris."
+    assert made.stops.ids == {tokenizer.eos_token_id}
+
+
+def test_longer_talks_name_their_speakers_and_templates_can_be_named(tokenizer: Any) -> None:
+    made = named("auto", tokenizer, kind="seq2seq")
+    row = encoded(made, user("a"), answer("b"), user("c"), answer("d"))
+    assert row.text == "User: a\nAssistant: b\nUser: c\nd"
+    plain = named("vicuna", tokenizer, kind="seq2seq")
+    assert encoded(plain, system("Be brief."), user("a"), answer("b")).text == "Be brief. USER: a ASSISTANT:\nb"
+
+
+def test_rendered_rows_and_control_text(tokenizer: Any) -> None:
+    made = named("auto", tokenizer, kind="seq2seq")
+    row = made.encode({"input": "lazy dog", "target": "fox"})
+    assert row.input_ids == tokenizer("lazy dog")["input_ids"] and row.labels == tokenizer("fox")["input_ids"]
+    assert made.split({"user": "a", "assistant": "b"}) == {"input": "a", "target": "b"}
+    assert encoded(made, user("a</s>b"), answer("c")).input_ids.count(tokenizer.eos_token_id) <= 2
+    assert encoded(made, user("a"), {**answer("c"), "weight": 0}).dropped == NO_LABEL
+
+
+def test_both_sides_are_cut_by_the_policy(tokenizer: Any) -> None:
+    long, short = user("the quick brown fox jumps over the lazy dog " * 9), answer("fox")
+    whole = encoded(named("auto", tokenizer, kind="seq2seq"), long, short)
+    left = encoded(named("auto", tokenizer, kind="seq2seq", max_seq_len=20, over_length="truncate_left"), long, short)
+    assert left.input_ids == whole.input_ids[-20:] and left.truncated_tokens == len(whole.input_ids) - 20
+    right = named("auto", tokenizer, kind="seq2seq", max_seq_len=20, over_length="truncate_right")
+    got = encoded(right, long, answer(long["content"]))
+    assert got.input_ids == [*whole.input_ids[:19], tokenizer.eos_token_id]
+    assert len(got.labels) == 20 and got.labels[-1] == tokenizer.eos_token_id
+    for policy in ("drop", "truncate_left"):
+        made = named("auto", tokenizer, kind="seq2seq", max_seq_len=20, over_length=policy)
+        assert encoded(made, user("a"), answer(long["content"])).dropped == OVER_LENGTH
+    with pytest.raises(DataError, match="a side"):
+        encoded(named("auto", tokenizer, kind="seq2seq", max_seq_len=20, over_length="error"), long, short)

@@ -1,0 +1,79 @@
+"""Which template a run takes: the model's own, a named one, a file, and the fallback."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from sft.chat import sources
+from sft.chat.sources import load_template
+from sft.config.schema import DataSection
+from sft.errors import TemplateError
+from tests.chat import words
+from tests.chat.making import CHATML, ROOT, answer, encoded, encoder, learnt, user
+
+LOOP = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+
+
+def test_auto_takes_the_models_own_and_else_the_default() -> None:
+    own = load_template(DataSection(), words.tokenizer(template=CHATML), ROOT)
+    assert (own.origin, own.source) == ("own", CHATML)
+    default = load_template(DataSection(), words.tokenizer(), ROOT)
+    assert (default.origin, default.name) == ("default", "chat_templates/default.jinja")
+
+
+def test_a_model_with_two_templates_uses_the_one_for_tools_where_a_row_has_tools() -> None:
+    tokenizer = words.tokenizer()
+    tokenizer.chat_template = {"default": CHATML, "tool_use": "{{ messages | length }} tools"}
+    own = load_template(DataSection(), tokenizer, ROOT)
+    assert own.render([user("a")], tools=[{"name": "f"}]) == "1 tools"
+    assert own.render([user("a")]).startswith("<s><|im_start|>user")
+
+
+def test_names_files_and_options(tmp_path: Path) -> None:
+    file = tmp_path / "mine.jinja"
+    file.write_text("\ufeff" + LOOP + "{{ mood }}", encoding="utf-8")
+    data = DataSection(template_path="mine.jinja", template_options={"mood": "calm"})
+    made = load_template(data, words.tokenizer(bos=None), tmp_path)
+    assert made.render([user("a")]) == "user: a\ncalm" and made.path == file
+    assert load_template(DataSection(template_path="llama3"), words.tokenizer(), tmp_path).name.endswith("llama3.jinja")
+
+
+def test_a_missing_template_names_the_nearest() -> None:
+    with pytest.raises(TemplateError, match="'lama3' is not there") as caught:
+        load_template(DataSection(template_path="lama3"), words.tokenizer(), ROOT)
+    assert caught.value.mend is not None and caught.value.mend.startswith("did you mean llama3? names: alpaca,")
+    with pytest.raises(TemplateError, match="is not there"):
+        load_template(DataSection(template_path="a/b.jinja"), words.tokenizer(), ROOT)
+
+
+def test_without_a_default_rows_are_written_plainly_with_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sources, "shipped", lambda root, text: root / text)
+    with caplog.at_level(logging.WARNING, "sft.chat"):
+        made = load_template(DataSection(), words.tokenizer(), tmp_path)
+    assert "System: / User: / Assistant:" in caplog.text
+    ready = encoder(made, words.tokenizer())
+    row = encoded(ready, user("Who"), answer("Ann."))
+    assert row.text == "<s>User: Who\nAssistant: Ann." and learnt(ready, row) == [" Ann.</s>"]
+
+
+def test_the_begin_token_is_there_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from tokenizers import processors
+
+    tokenizer = words.tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", words.ID["<s>"])]
+    )
+    (tmp_path / "turn.jinja").write_text("User: {{ user }}\nAssistant: {{ assistant }}")
+    (tmp_path / "loop.jinja").write_text(LOOP)
+    for name in ("turn.jinja", "plain", "chatml", "llama2", "llama3", "mistral", "alpaca", "vicuna"):
+        made = encoder(load_template(DataSection(template_path=name), tokenizer, tmp_path), tokenizer)
+        row = encoded(made, user("Who"), answer("Ann."))
+        assert row.input_ids[0] == words.ID["<s>"] and row.input_ids.count(words.ID["<s>"]) == 1, name
+    with caplog.at_level(logging.WARNING, "sft.chat"):
+        load_template(DataSection(template_path="loop.jinja"), tokenizer, tmp_path)
+    assert "put {{ bos_token }} first in it" in caplog.text
