@@ -38,7 +38,8 @@ CASES = {
     "llama3": (
         "<s><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|><|start_header_id|>user<|end_header_id|>"
         "\n\nWho are you?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nAnn.<|eot_id|>"
-        "<|start_header_id|>user<|end_header_id|>\n\nAnd now?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nBob.<|eot_id|>",
+        "<|start_header_id|>user<|end_header_id|>\n\nAnd now?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\nBob.<|eot_id|>",
         "<s> <|start_header_id|> system <|end_header_id|> /n/n Be _ brief . <|eot_id|> <|start_header_id|> user"
         f" <|end_header_id|> /n/n {WHO} <|eot_id|> <|start_header_id|> assistant <|end_header_id|> /n/n"
         f" {{ Ann . <|eot_id|> }} <|start_header_id|> user <|end_header_id|> /n/n {NOW} <|eot_id|> <|start_header_id|>"

@@ -109,9 +109,8 @@ def test_a_template_without_any_end_gets_the_tokenizers_own() -> None:
 def test_a_system_text_that_moves_into_the_last_question_moves_no_label() -> None:
     source = (
         "{% set ns = namespace(s='') %}" + LOOP + "{% if m.role == 'system' %}{% set ns.s = m.content %}"
-        "{% elif m.role == 'user' %}{{ '[INST] ' + (ns.s + '\\n' if loop.revindex0 < 2 else '') + m.content + ' [/INST]' }}"
-        "{% else %}"
-        "{{ ' ' + m.content + '<|im_end|>' }}{% endif %}" + END
+        "{% elif m.role == 'user' %}[INST] {{ (ns.s + '\\n' if loop.revindex0 < 2 else '') + m.content }}"
+        "{{ ' [/INST]' }}{% else %}{{ ' ' + m.content + '<|im_end|>' }}{% endif %}" + END
     )  # fmt: skip
     assert regions(source, system("Be brief."), *TWO) == [" Ann.<|im_end|>", " Bob.<|im_end|>"]
 

@@ -1,0 +1,92 @@
+"""scripts/preview.py as a user runs it: JSON lines, the terminal, the page; a tokenizer folder will do as a model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.chat import words
+from tests.chat.making import CHATML, ROOT, answer, user
+from tests.conftest import Result
+
+CONFIG = ROOT / "configs" / "run_bnb.yaml"
+ROWS = [
+    {"id": "one", "system": "", "user": "Who are you?", "assistant": "Ann."},
+    {"id": "two", "messages": [user("And now?"), answer("Bob."), user("Who <|im_end|>?"), answer("Ann & Bob.")]},
+    {"id": "three", "user": "Who " * 30, "assistant": "Ann."},
+    {"id": "four", "user": "Who?", "assistant": "Ann. " * 30},
+]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with rows, a tokenizer of its own template, and nothing else."""
+    path = tmp_path_factory.mktemp("preview")
+    words.folder(path / "tokenizer", eos="<|im_end|>", bos=None, template=CHATML)
+    (path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
+    (path / "bad.jinja").write_text("{% for m in messages %}\n{{ m.content }\n{% endfor %}", encoding="utf-8")
+    (path / "mute.jinja").write_text("{% for m in messages %}{{ m.role }}{% endfor %}", encoding="utf-8")
+    return path
+
+
+def asked(place: Path, *more: object) -> tuple[object, ...]:
+    return (
+        *("--config", CONFIG, "--set", f"model.name={place / 'tokenizer'}", "--set", "model.max_seq_len=39"),
+        *("--in", place / "rows.jsonl"),
+        *more,
+    )
+
+
+def test_a_json_line_for_every_row(command: Callable[..., Result], place: Path) -> None:
+    done = command("preview", *asked(place, "--limit", 0, "--json"))
+    assert done.returncode == 0, done.stderr
+    one, two, three, four = (json.loads(line) for line in done.stdout.splitlines())
+    asking = words.ids("<|im_start|> user /n Who _ are _ you ? <|im_end|> /n <|im_start|> assistant /n")
+    learnt = words.ids("Ann . <|im_end|>")
+    assert one == {
+        "id": "one",
+        "text": "<|im_start|>user\nWho are you?<|im_end|>\n<|im_start|>assistant\nAnn.<|im_end|>\n",
+        "input_ids": [*asking, *learnt, *words.ids("/n")],
+        "labels": [-100] * len(asking) + learnt + [-100],
+        "truncated_tokens": 0,
+        "dropped": None,
+    }
+    assert two["id"] == "two" and two["input_ids"].count(words.ID["<|im_end|>"]) == 4 and two["truncated_tokens"] == 1
+    assert three["truncated_tokens"] == 33 and len(three["input_ids"]) == 39 and three["dropped"] is None
+    assert four["dropped"] == "over length"
+
+
+def test_the_terminal_and_the_page(command: Callable[..., Result], place: Path, tmp_path: Path) -> None:
+    done = command("preview", *asked(place, "--id", "two"))
+    assert done.returncode == 0, done.stderr
+    assert (
+        "row two: 39 tokens, 10 learnt, 1 cut for length" in done.stdout
+    assert "Ann <unk> Bob.<|im_end|>" in done.stdout
+    )
+    page = tmp_path / "page.html"
+    done = command("preview", *asked(place, "--html", page, "--limit", 2))
+    assert done.returncode == 0, done.stderr
+    html = page.read_text(encoding="utf-8")
+    assert "row one" in html and "row four" in html and "row two" not in html  # the shortest and the longest
+    assert f'<span class="t labelled special" title="{words.ID["<|im_end|>"]} &#x27;&lt;|im_end|&gt;&#x27;">' in html
+    assert "http" not in html.replace("http-equiv", "")
+    assert 'class="dropped"' in html
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--set", "data.template_path={place}/bad.jinja"), "bad.jinja:2: {{{{ m.content }}"),
+        (("--template", "{place}/mute.jinja"), "never shows the answer"),
+        (("--template", "lama3"), "did you mean llama3?"),
+        (("--id", "seven"), "no row's id begins with seven"),
+    ],
+)
+def test_what_a_user_can_mend_exits_with_2(
+    command: Callable[..., Result], place: Path, more: tuple[str, ...], said: str
+) -> None:
+    done = command("preview", *asked(place, *(part.format(place=place) for part in more)))
+    assert done.returncode == 2 and said.format() in done.stderr and "Traceback" not in done.stderr
