@@ -64,10 +64,10 @@ def test_two_processes_give_what_one_gives(tmp_path: Path, tiny_qwen2: Path) -> 
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
+        settings = ["--config", "config.yaml", "--set", "tuning.lora.dropout=0.0"]
         launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={count}", f"--master_port={port}"]
         done = subprocess.run(
-            [sys.executable, *launcher, str(ROOT / "scripts" / "train.py"), "--config", "config.yaml"]
-            + ["--set", "tuning.lora.dropout=0.0"],
+            [sys.executable, *launcher, str(ROOT / "scripts" / "train.py"), *settings],
             cwd=root,
             env={**os.environ, "SFT_ROOT": str(root), "OMP_NUM_THREADS": "1"},
             capture_output=True,
