@@ -162,10 +162,12 @@ class Spans:
         return None if any(block[0] < at < block[1] for at in others) else block
 
     def _missing(self, end: str, message: Message, on: bool) -> str | None:
+        """The end token to put behind a turn, see Region; `end` is what follows the last word in it."""
         turn = self.turn or Turn()
-        if message.get("tool_calls") and turn.tool_end and not on and not end.endswith(turn.tool_end):
-            return turn.tool_end
-        return None if end.strip() else turn.middle_end.strip()
+        wanted = turn.tool_end if message.get("tool_calls") and turn.tool_end else turn.middle_end.strip()
+        if turn.end.strip() or (on and wanted):  # the template ends turns, this one too as a rule
+            return None if end.strip() else wanted
+        return None if wanted and end.endswith(wanted) else wanted
 
     # --- where it begins
 
@@ -195,7 +197,7 @@ class Spans:
             offset = turns.parting(self.vocabulary, tail, gap, whole=opened is not None)
         if not within.startswith(tail) and offset == 0:
             raise Refused(f"the generation prompt and the text before message {k + 1} have nothing in common")
-        if known is not None and anchor == k - 1:
+        if known is not None and anchor == k - 1 and offset <= len(gap):
             self._starts[known] = offset
         return at + offset, asked.text == text[: at + offset]
 

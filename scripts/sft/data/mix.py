@@ -2,7 +2,7 @@
 
 Which rows a weight below one or a limit takes is told by a seeded hash of the row, so that it is the same on every
 machine and a row appended moves few others. Weights count repetitions and not shares of the mix: 1 is every row once,
-so that a source says the same whatever stands beside it (docs/decisions/0013-weights-of-sources.md).
+so that a source says the same whatever stands beside it (docs/decisions/0008-weights-of-sources.md).
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ def weight_dtype(config: Config) -> torch.dtype:
     """The base's type: 16-bit where it is frozen, fp32 where it is trained.
 
     A full fine-tune keeps fp32 weights and computes under autocast: at a rate of 1e-5 an update is smaller than what
-    bf16 can add to a weight, and rounding would lose it (docs/decisions/0010-the-loop-and-its-precision.md).
+    bf16 can add to a weight, and rounding would lose it (docs/decisions/0007-the-loop-and-its-precision.md).
     """
     return torch.float32 if config.tuning.mode == "full" else compute_dtype(config.train)
 
