@@ -62,10 +62,8 @@ def test_a_json_line_for_every_row(command: Callable[..., Result], place: Path) 
 def test_the_terminal_and_the_page(command: Callable[..., Result], place: Path, tmp_path: Path) -> None:
     done = command("preview", *asked(place, "--id", "two"))
     assert done.returncode == 0, done.stderr
-    assert (
-        "row two: 39 tokens, 10 learnt, 1 cut for length" in done.stdout
+    assert "row two: 39 tokens, 10 learnt, 1 cut for length" in done.stdout
     assert "Ann <unk> Bob.<|im_end|>" in done.stdout
-    )
     page = tmp_path / "page.html"
     done = command("preview", *asked(place, "--html", page, "--limit", 2))
     assert done.returncode == 0, done.stderr
