@@ -71,7 +71,8 @@ def chat(served: Any, settings: Any, system: str | None, root: Path) -> None:
         served.stream, console.write, settings=settings, system=system, save_path=root / "outputs" / "chat.jsonl",
         count_tokens=lambda messages: len(served.encoder.prompt(messages)),
     )  # fmt: skip
-    console.say(f"{served.name} on {served.device}; /help lists the commands")
+    name = str(served.name).removeprefix(f"{console.project_root()}/")
+    console.say(f"{name} on {served.device}; /help lists the commands")
     if system:
         console.say(f"system: {system}")
     session.run(reader(root / "outputs" / ".chat_history"))
