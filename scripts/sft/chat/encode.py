@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from sft.chat import labels as labelling
 from sft.chat import stops as stopping
 from sft.chat.facts import learn
+from sft.chat.layout import Layout, Region
 from sft.chat.length import IGNORED, NO_LABEL, OverLength, fit
-from sft.chat.spans import Layout, Region, Spans
+from sft.chat.spans import Spans
 from sft.chat.stops import Stops
 from sft.chat.template import ChatTemplate, Message, Refused
 from sft.chat.tokens import Line, Tokens

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from sft.chat.layout import Region
 from sft.chat.length import IGNORED, Row
-from sft.chat.spans import Region
 from sft.chat.tokens import Line
 from sft.chat.vocabulary import first_at
 

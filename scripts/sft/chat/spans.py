@@ -16,10 +16,10 @@ docs/decisions/0003-how-labels-are-found.md has the cases.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 from sft.chat import turns
+from sft.chat.layout import Layout, Region
 from sft.chat.marks import PLACEMENTS, Read, mark, read
 from sft.chat.template import ChatTemplate, Message, Refused
 from sft.chat.turns import Turn
@@ -27,39 +27,6 @@ from sft.chat.vocabulary import Vocabulary
 
 Tools = list[dict[str, Any]] | None
 _FOLLOW_UP = {"role": "user", "content": "Kquv"}
-
-
-@dataclass(frozen=True)
-class Region:
-    """Characters [start, end) of the text, which the model writes as message `message` (an index).
-
-    missing: None where the template ends the turn itself; else the end token that encoding puts there, "" for the
-    tokenizer's own. asked: where the serving prompt ends, if that is not where learning starts.
-    """
-
-    message: int
-    start: int
-    end: int
-    missing: str | None = None
-    asked: int | None = None
-
-    @property
-    def cut(self) -> int:
-        """Where the model begins to write, so that a token must begin there."""
-        return self.start if self.asked is None else self.asked
-
-
-@dataclass
-class Layout:
-    """A rendered conversation: its text, the regions of its assistant messages, control tokens to be read as text.
-
-    prompt_ends: where the last region starts if the serving prompt is this text up to there, else None.
-    """
-
-    text: str
-    regions: list[Region] = field(default_factory=list)
-    fakes: list[tuple[int, int]] = field(default_factory=list)
-    prompt_ends: int | None = None
 
 
 class Displaced(Refused):
@@ -220,6 +187,10 @@ class Spans:
             return turn.end
         if turn and on and turn.middle_end and here.startswith(turn.middle_end):
             return turn.middle_end
+        if turn and _ending(seen, k, marked[k]) is None:  # no word to hold on to: an empty answer
+            space = here[: len(here) - len(here.lstrip())]
+            usual = turn.middle_end if on else turn.end
+            return space + usual if usual.strip() and here.startswith(space + usual) else usual
         if not on:
             onward = self.after(k, [*marked, _FOLLOW_UP], tools, prompt=False)
             asked = self.after(k, marked, tools, prompt=True)

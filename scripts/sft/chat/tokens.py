@@ -53,6 +53,7 @@ class Tokens:
         self._backend: Any = getattr(tokenizer, "_tokenizer")  # noqa: B009 (the tokenizers library's own object)
         self.vocabulary = vocabulary
         self._glued: bool | None = None
+        self._begins: bool | None = None
 
     def lines(self, texts: list[str]) -> list[Line]:
         """Every text as a whole; control tokens become their ids, nothing is added."""
@@ -112,9 +113,10 @@ class Tokens:
         bounds = [start, *cuts, end]
         for one, other in pairwise(bounds):
             piece, inside = text[one:other], [fake for fake in fakes if one <= fake[0] and fake[1] <= other]
-            line = self._piece(piece, plain=bool(inside), middle=one > 0 and one != start)
+            middle = one != start or (start > 0 and not self._begins_again())
+            line = self._piece(piece, plain=bool(inside), middle=middle)
             if any(token in self.vocabulary.controlling for token in line.ids):
-                line = self._apart(piece, [(a - one, b - one) for a, b in inside], middle=one > 0)
+                line = self._apart(piece, [(a - one, b - one) for a, b in inside], middle=middle)
             made += line.shifted(one)
         return made
 
@@ -140,6 +142,13 @@ class Tokens:
             if both.ids[:count] == alone.ids and both.starts[count : count + 1] == [len(lead)]:
                 return both[slice(count, None)].shifted(-len(lead))
         return encode(text)
+
+    def _begins_again(self) -> bool:
+        """Whether what follows a control token is tokenised as a text of its own would be."""
+        if self._begins is None:
+            control = next(iter(sorted(self.vocabulary.special)), "")
+            self._begins = self.ids(control + "cd")[1:] == self.ids("cd") if control else True
+        return self._begins
 
     def _glues(self) -> bool:
         """Whether a text's begin is tokenised otherwise than the same text in the middle (SentencePiece's `▁`)."""
