@@ -164,11 +164,12 @@ def _find_transform(base: nn.Module, raw: Tensor, logits: Tensor) -> Transform |
             candidates.append(Transform(scale=float(factor)))
     if cap := getattr(config, "final_logit_softcapping", None):
         candidates += [Transform(each.scale, float(cap)) for each in candidates]
+    exact = raw.dtype in (torch.float32, torch.float64)
     raw, logits = raw.detach().float(), logits.detach().float()
     size = logits.abs().max().clamp_min(1e-6)
     errors = [float((candidate(raw) - logits).abs().max() / size) for candidate in candidates]
     best = min(range(len(candidates)), key=errors.__getitem__)
-    limit = 1e-5 if next(iter(base.parameters())).dtype in (torch.float32, torch.float64) else 2e-2
+    limit = 1e-5 if exact else 2e-2
     return candidates[best] if errors[best] <= limit else None
 
 
