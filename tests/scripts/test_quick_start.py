@@ -43,7 +43,7 @@ def test_the_quick_start_ends_with_a_tuned_model_that_passes_the_bars(command: C
 def test_the_demo_holds_its_bars_for_three_seeds(command: Command, tmp_path: Path, seed: int) -> None:
     config = ROOT / "configs" / "demo_cpu.yaml"
     raw = ROOT / "data" / "samples" / "support_desk.jsonl"
-    env = {"SFT_ROOT": str(tmp_path), "OMP_NUM_THREADS": "2"}
+    env = {"SFT_ROOT": str(tmp_path), "OMP_NUM_THREADS": "1"}
     flags = ("--config", config, "--set", f"train.seed={seed}")
     assert command("process_data", *flags, "--raw_path", raw, **env).returncode == 0
     trained = command("train", *flags, timeout=900, **env)
@@ -55,7 +55,7 @@ def test_the_demo_holds_its_bars_for_three_seeds(command: Command, tmp_path: Pat
 
 @pytest.mark.parametrize("name", ["alpaca_en_demo.json", "gsm8k_train.jsonl", "truthfulqa.csv"])
 def test_real_files_go_the_whole_way(command: Command, shared: Path, tmp_path: Path, name: str) -> None:
-    env = {"SFT_ROOT": str(tmp_path), "OMP_NUM_THREADS": "2"}
+    env = {"SFT_ROOT": str(tmp_path), "OMP_NUM_THREADS": "1"}
     flags: list[Any] = ["--config", ROOT / "configs" / "demo_cpu.yaml", "--set", "tuning.mode=qlora"]
     flags += ["--set", "train.max_steps=200", "--set", "train.epochs=100", "--set", "train.eval_strategy=no"]
     flags += ["--set", "logging.log_interval=1"]
