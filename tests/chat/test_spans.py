@@ -145,7 +145,7 @@ def test_a_template_whose_text_depends_on_the_words_refuses_the_row() -> None:
 
 def test_an_answer_that_is_shown_twice_is_refused_with_its_message() -> None:
     source = LOOP + TURN + "{% if m.content == 'Bob.' %}{{ m.content }}{% endif %}" + END + ASK
-    assert "words of the messages" in reason(source, *TWO)
+    assert "changes with the words of message 4" in reason(source, *TWO)
     twice = LOOP + TURN + "{% if m.role == 'assistant' and loop.index > 3 %}{{ m.content }}{% endif %}" + END + ASK
     assert "shows the answer in message 4 2 times" in reason(twice, *TWO)
 

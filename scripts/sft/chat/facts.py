@@ -10,7 +10,7 @@ from typing import Any
 
 from jinja2 import nodes
 
-from sft.chat.marks import mark, read
+from sft.chat.marks import EDGES, mark, read
 from sft.chat.spans import Spans
 from sft.chat.template import ChatTemplate, Message, Refused
 from sft.chat.turns import Turn, agreement
@@ -93,7 +93,7 @@ def _shown(template: ChatTemplate, vocabulary: Vocabulary) -> list[Message]:
 
 def _close(template: ChatTemplate, vocabulary: Vocabulary, messages: list[Message], index: int) -> int:
     """Where message `index` ends in the text, -1 where it is not shown exactly once."""
-    seen = read(template.tracked(mark(messages, "edges", vocabulary.controls), None, False))
+    seen = read(template.tracked(mark(messages, [EDGES] * len(messages), vocabulary.controls), None, False))
     at = seen.close(index)
     return -1 if at is None else at
 
@@ -135,7 +135,7 @@ def _onward(
     try:
         onward = [*once, _USER]
         region = spans.layout(onward).regions[0]
-        seen = read(template.tracked(mark(onward, "edges", vocabulary.controls), None, False))
+        seen = read(template.tracked(mark(onward, [EDGES] * len(onward), vocabulary.controls), None, False))
     except Refused:
         return "", None
     close, following = seen.close(len(once) - 1), seen.open(len(once))

@@ -15,8 +15,10 @@ from typing import Any, Literal
 from sft.chat.sandbox import GENERATION
 from sft.chat.template import Message, Refused
 
-Placement = Literal["edges", "middle"]
-PLACEMENTS: tuple[Placement, ...] = ("edges", "middle")
+Placement = float | Literal["edges", "none"]  # at both ends of the words, or one mark after this share of them
+EDGES: Placement = "edges"
+NONE: Placement = "none"
+PLACEMENTS: tuple[Placement, ...] = (EDGES, 0.5, 0.25, 0.75, 0.0)
 _FIRST, _BREAK = 0x100000, "\U0010fffd"
 _RESERVED = re.compile("[\U000ffff0-\U000fffff\U00100000-\U0010ffff]")
 _MOST_MESSAGES = 30_000
@@ -52,14 +54,19 @@ class Read:
         return at[0] if len(at) == 1 else None
 
 
-def mark(messages: list[Message], placement: Placement, controls: Callable[[str], re.Pattern[str] | None]) -> Any:
-    """A copy of the messages with marks. `controls(role)` finds the control tokens to break in that role's words.
+def mark(
+    messages: list[Message], placements: list[Placement], controls: Callable[[str], re.Pattern[str] | None]
+) -> list[Message]:
+    """A copy of the messages with marks, one placement a message.
+
+    `controls(role)` finds the control tokens to break in that role's words; they are broken in every message.
 
     Raises Refused where a message holds characters that are used as marks.
     """
     if len(messages) > _MOST_MESSAGES:
         raise Refused(f"{len(messages):,} messages in one conversation")
-    return [_marked(message, index, placement, controls) for index, message in enumerate(messages)]
+    pairs = enumerate(zip(messages, placements, strict=True))
+    return [_marked(message, index, placement, controls) for index, (message, placement) in pairs]
 
 
 def _marked(
@@ -68,7 +75,9 @@ def _marked(
     pattern = controls(str(message.get("role")))
     made = {key: value if key == "role" else _broken(value, pattern) for key, value in message.items()}
     opening, closing = chr(_FIRST + 2 * index), chr(_FIRST + 2 * index + 1)
-    if placement == "middle":
+    if placement == NONE:
+        return made
+    if placement != EDGES:
         opening = ""
     if calls := made.get("tool_calls"):
         made["tool_calls"] = _name_marked(calls, closing)
@@ -79,7 +88,7 @@ def _marked(
     elif isinstance(content, list) and (texts := [p for p, part in enumerate(content) if _is_text(part)]):
         parts = [dict(part) if isinstance(part, dict) else part for part in content]
         parts[texts[-1]]["text"] = _around(parts[texts[-1]]["text"], "", closing, placement)
-        parts[texts[0]]["text"] = _around(parts[texts[0]]["text"], opening, "", "edges")
+        parts[texts[0]]["text"] = _around(parts[texts[0]]["text"], opening, "", EDGES)
         made["content"] = parts
     elif closing:
         for key in REASONING:
@@ -92,7 +101,7 @@ def _marked(
 def _around(text: str, opening: str, closing: str, placement: Placement) -> str:
     core = text.strip()
     start = text.index(core)
-    end = start + (len(core) if placement == "edges" else len(core) // 2)
+    end = start + (int(len(core) * placement) or 1 if isinstance(placement, float) else len(core))
     return text[:start] + opening + text[start:end] + closing + text[end:]
 
 

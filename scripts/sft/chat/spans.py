@@ -18,9 +18,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from sft.chat import turns
+from sft.chat import marking, turns
 from sft.chat.layout import Layout, Region
-from sft.chat.marks import PLACEMENTS, Read, mark, read
+from sft.chat.marks import Read, read
 from sft.chat.template import ChatTemplate, Message, Refused
 from sft.chat.turns import Turn
 from sft.chat.vocabulary import Vocabulary
@@ -46,7 +46,7 @@ class Spans:
         Raises Refused with the reason where the template refuses the row or the proof fails.
         """
         text = self.template.render(messages, tools=tools, add_generation_prompt=prompt)
-        marked, seen = self._mark(messages, tools, text, prompt)
+        marked, seen = marking.fit(self.template, messages, tools, text, self.vocabulary.controls, prompt=prompt)
         answers = [k for k, message in enumerate(messages) if message.get("role") == "assistant"]
         made = Layout(text, fakes=self.vocabulary.spans(text, seen.broken))
         for k in answers:
@@ -62,17 +62,6 @@ class Spans:
             made.prompt_ends = region.cut if exact else None
         return made
 
-    def _mark(self, messages: list[Message], tools: Tools, text: str, prompt: bool) -> tuple[list[Message], Read]:
-        for placement in PLACEMENTS:
-            marked: list[Message] = mark(messages, placement, self.vocabulary.controls)
-            try:
-                seen = read(self.template.tracked(marked, tools, prompt))
-            except Refused:
-                continue
-            if seen.text == text:
-                return marked, seen
-        raise Refused("the template changes with the words of the messages, so their places cannot be proven")
-
     def _region(
         self,
         k: int,
@@ -85,7 +74,7 @@ class Spans:
     ) -> tuple[Region, bool]:
         """Region k, and whether the text up to it is the serving prompt. `on`: something follows message k."""
         close = _ending(seen, k, messages[k])
-        if close is None and (seen.closed.get(k) or _says_something(messages[k])):
+        if close is None and (seen.closed.get(k) or marking.says_something(messages[k])):
             times = len(seen.closed.get(k, []))
             if not times:
                 raise Refused(f"the template does not show the answer in message {k + 1}")
@@ -233,9 +222,3 @@ def _ending(seen: Read, k: int, message: Message) -> int | None:
 def _both(seen: Read, asked: Read, j: int, limit: int) -> bool:
     at = seen.close(j)
     return at is not None and at <= limit and asked.close(j) is not None
-
-
-def _says_something(message: Message) -> bool:
-    content = message.get("content")
-    said = content.strip() if isinstance(content, str) else content
-    return bool(said or message.get("tool_calls") or any(message.get(key) for key in ("reasoning_content",)))
