@@ -31,7 +31,7 @@ def label(
         before, inside = line.ids[at:first], line.ids[first:end] + ends.get(region.message, [])
         ids += before
         labels += before if everything else [IGNORED] * len(before)
-        answers.append((len(ids), len(ids) + len(inside)))
+        answers.append((len(ids) + first_at(line.starts, region.cut) - first, len(ids) + len(inside)))
         ids += inside
         labels += inside if learnt else [IGNORED] * len(inside)
         at = end
