@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -68,7 +67,7 @@ def test_the_reference_command_writes_and_checks(command, tmp_path: Path) -> Non
     assert command("config_reference", "--check", "--out", page).returncode == 0
 
 
-def test_loading_a_configuration_imports_no_torch_and_is_quick() -> None:
+def test_loading_a_configuration_imports_nothing_heavy() -> None:
     code = (
         "import sys, pathlib; from sft.config import auto, load, paths, reference;"
         f"load.load({str(ROOT / 'configs/demo_cpu.yaml')!r}, root=pathlib.Path({str(ROOT)!r}));"
@@ -78,12 +77,6 @@ def test_loading_a_configuration_imports_no_torch_and_is_quick() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT / "scripts", check=True
     )
     assert done.stdout.strip() == "[]"
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        load(ROOT / "configs" / "demo_cpu.yaml", root=ROOT)
-        times.append(time.perf_counter() - start)
-    assert min(times) < 0.15
 
 
 def test_accelerate_files_leave_the_precision_to_the_run() -> None:
