@@ -226,4 +226,6 @@ def test_the_id_is_told_by_content_alone_in_either_shape() -> None:
 
 def test_the_schema_knows_the_formats() -> None:
     for name in ("chat", "qa", "prompt", "alpaca", "sharegpt", "messages", "rendered"):
-        Formats(DataSection(format=name).format, None)  # type: ignore[arg-type]
+        assert Formats(DataSection(format=name).format, None) is not None  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="format"):
+        DataSection(format="nobody's")  # type: ignore[arg-type]
