@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sft.chat import labels as labelling
@@ -12,11 +13,13 @@ from sft.chat import stops as stopping
 from sft.chat.facts import learn
 from sft.chat.layout import Layout, Region
 from sft.chat.length import IGNORED, NO_LABEL, OverLength, fit
+from sft.chat.sources import load_template
 from sft.chat.spans import Spans
 from sft.chat.stops import Stops
 from sft.chat.template import ChatTemplate, Message, Refused
 from sft.chat.tokens import Line, Tokens
 from sft.chat.vocabulary import Vocabulary
+from sft.config.schema import Config
 from sft.data import records
 from sft.errors import TemplateError
 
@@ -210,6 +213,29 @@ def _spans(row: Row) -> list[tuple[int, int]]:
     return [(int(start), int(end)) for start, end in row.get("plain_spans") or []]
 
 
+def encoder_for(
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    kind: Literal["causal", "seq2seq"],
+    root: Path,
+    *,
+    eos_ids: Iterable[int] = (),
+) -> Encoder:
+    """The encoder that a config means: the one way for training, serving, preview, checks and export.
+
+    eos_ids: the end tokens of the model's generation_config. `Encoder.template` is the template. Raises TemplateError.
+    """
+    return make_encoder(
+        load_template(config.data, tokenizer, root),
+        tokenizer,
+        kind=kind,
+        max_seq_len=config.model.max_seq_len,
+        over_length=config.model.over_length,
+        labels=config.train.labels,
+        eos_ids=eos_ids,
+    )
+
+
 def make_encoder(
     template: ChatTemplate,
     tokenizer: PreTrainedTokenizerBase,
@@ -220,7 +246,7 @@ def make_encoder(
     labels: labelling.Which,
     eos_ids: Iterable[int] = (),
 ) -> Encoder:
-    """The encoder for a kind of model. eos_ids: the end tokens of the model's generation_config.
+    """The encoder of a template, for a kind of model.
 
     Raises TemplateError where the template shows no answer or its labels cannot be proven.
     """
@@ -230,4 +256,4 @@ def make_encoder(
     return made(template, tokenizer, max_seq_len=max_seq_len, over_length=over_length, labels=labels, eos_ids=eos_ids)
 
 
-__all__ = ["Encoded", "Encoder", "Stops", "make_encoder"]
+__all__ = ["Encoded", "Encoder", "Stops", "encoder_for", "make_encoder"]

@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from sft.chat.encode import Encoder, make_encoder
-from sft.chat.sources import load_template
+from sft.chat.encode import Encoder, encoder_for
 from sft.config.schema import Config, GenerationSection
 from sft.generation import engine, streaming
 from sft.model import adapters, hardware, hub, loading
@@ -108,16 +107,7 @@ def open_model(config: Config, *, adapter: Path | None = None, merged: Path | No
     device = loading.placement(section.device_map, card.device)
     files = hub.find(section, root, weights=True)
     tokenizer = load_tokenizer(_tokenizer_source(files, adapter), trust_remote_code=section.trust_remote_code)
-    template = load_template(config.data, tokenizer, root)
-    encoder = make_encoder(
-        template,
-        tokenizer,
-        kind=files.kind,
-        max_seq_len=section.max_seq_len,
-        over_length=section.over_length,
-        labels=config.train.labels,
-        eos_ids=_end_ids(files.path),
-    )
+    encoder = encoder_for(config, tokenizer, files.kind, root, eos_ids=_end_ids(files.path))
     dtype = weight_dtype(config, card, device, files.parameters)
     wanted = attention.implementation(device, files.config) or attention.fallback(files.config)
     model: Any = loading.load_base(

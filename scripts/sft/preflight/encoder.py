@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from sft.chat.encode import Encoder, make_encoder
-from sft.chat.sources import load_template
+from sft.chat.encode import Encoder, encoder_for
 from sft.config.schema import Config, DataSection
 from sft.data import store
 from sft.errors import DataError
@@ -32,18 +31,11 @@ def encoder_of(config: Config, root: Path, *, tokenizer: str | None = None, temp
         kind, loaded = files.kind, load_tokenizer(files, trust_remote_code=model.trust_remote_code)
     if problem := round_trip_problem(loaded):
         log.warning(problem)
-    data = config.data
     if template:
         here = Path(template)
-        data = data.model_copy(update={"template_path": str(here.resolve()) if here.is_file() else template})
-    return make_encoder(
-        load_template(data, loaded, root),
-        loaded,
-        kind="seq2seq" if kind == "seq2seq" else "causal",
-        max_seq_len=model.max_seq_len,
-        over_length=model.over_length,
-        labels=config.train.labels,
-    )
+        named = str(here.resolve()) if here.is_file() else template
+        config = config.model_copy(update={"data": config.data.model_copy(update={"template_path": named})})
+    return encoder_for(config, loaded, "seq2seq" if kind == "seq2seq" else "causal", root)
 
 
 def row_file(data: DataSection, root: Path, split: str) -> Path:

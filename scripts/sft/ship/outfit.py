@@ -51,12 +51,12 @@ def dress(folder: Path, files: ModelFiles, config: Config, root: Path, dtype: to
 
 def _template(folder: Path, files: ModelFiles, config: Config, root: Path) -> list[int]:
     """Writes the chat template that the model was trained with; returns the ids of its end tokens."""
-    from sft.chat.encode import make_encoder
-    from sft.chat.sources import load_template
+    from sft.chat.encode import encoder_for
     from sft.model.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(files, trust_remote_code=config.model.trust_remote_code)
-    template = load_template(config.data, tokenizer, root)
+    encoder = encoder_for(config, tokenizer, files.kind, root)
+    template = encoder.template
     if "messages" in template.source:
         (folder / "chat_template.jinja").write_text(template.source, encoding="utf-8")
         if (folder / "tokenizer_config.json").is_file():
@@ -68,14 +68,6 @@ def _template(folder: Path, files: ModelFiles, config: Config, root: Path) -> li
             f"the template {template.name} takes system, user and assistant instead of messages: other libraries cannot"
             f" use it, so it stays in {runs.RESOLVED} alone"
         )
-    encoder = make_encoder(
-        template,
-        tokenizer,
-        kind=files.kind,
-        max_seq_len=config.model.max_seq_len,
-        over_length=config.model.over_length,
-        labels=config.train.labels,
-    )
     return sorted(encoder.stops.ids)
 
 

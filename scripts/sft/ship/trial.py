@@ -24,8 +24,7 @@ def answer(folder: Path, prompt: str, root: Path) -> Trial:
     """The model's greedy answer to `prompt` as a single user turn. Raises ModelError (no model, logits not finite)."""
     import torch
 
-    from sft.chat.encode import make_encoder
-    from sft.chat.sources import load_template
+    from sft.chat.encode import encoder_for
     from sft.generation.engine import generate
     from sft.model import hub, loading
     from sft.model.tokenizer import load_tokenizer
@@ -39,15 +38,7 @@ def answer(folder: Path, prompt: str, root: Path) -> Trial:
     dtype = getattr(torch, str(files.config.get("dtype", "float32")))
     tokenizer = load_tokenizer(files, trust_remote_code=section.trust_remote_code)
     model: Any = loading.load_base(files, section, TuningSection(mode="lora"), dtype, device=device, train=False)
-    template = load_template(config.data, tokenizer, root)
-    encoder = make_encoder(
-        template,
-        tokenizer,
-        kind=files.kind,
-        max_seq_len=config.model.max_seq_len,
-        over_length=config.model.over_length,
-        labels=config.train.labels,
-    )
+    encoder = encoder_for(config, tokenizer, files.kind, root)
     ids = encoder.prompt([{"role": "user", "content": prompt}])
     _refuse_infinite(model, ids, files.kind, device)
     found = generate(model, tokenizer, [ids], config.generation, encoder.stops, batch_size=1, kind=files.kind)[0]

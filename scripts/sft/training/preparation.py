@@ -78,22 +78,13 @@ def prepare(loaded: Loaded, root: Path, on_progress: Callable[[int, int], None] 
     stage = store.paths(config.data, root)
 
     from sft import metrics
-    from sft.chat.encode import make_encoder
-    from sft.chat.sources import load_template
+    from sft.chat.encode import encoder_for
     from sft.model.tokenizer import load_tokenizer
     from sft.training import rows
 
     metrics.check_names(config.eval.metrics)
     tokenizer = load_tokenizer(files, trust_remote_code=config.model.trust_remote_code)
-    template = load_template(config.data, tokenizer, root)
-    encoder = make_encoder(
-        template,
-        tokenizer,
-        kind=files.kind,
-        max_seq_len=config.model.max_seq_len,
-        over_length=config.model.over_length,
-        labels=config.train.labels,
-    )
+    encoder = encoder_for(config, tokenizer, files.kind, root)
     questions = config.eval.train_sample if config.train.eval_strategy != "no" else 0
     found = rows.read(stage, encoder, questions=questions, on_progress=on_progress)
     device = _device(config)
@@ -115,7 +106,7 @@ def prepare(loaded: Loaded, root: Path, on_progress: Callable[[int, int], None] 
         backend=backend,
         device=device,
         tokenizer=tokenizer,
-        template=template,
+        template=encoder.template,
         encoder=encoder,
         rows=found,
         plan=steps,
