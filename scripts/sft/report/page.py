@@ -1,0 +1,195 @@
+"""One self-contained HTML page: style, script and drawings inside it, good on a phone, in the dark and on paper.
+
+page("Title", [Section("Lengths", [text("Half have ..."), table(["role", "median"], rows)])])
+
+Everything given as `str` is escaped; what is `Html` was made here. The page's policy forbids every request and every
+script but its own, so no text in it, whoever wrote it, can run or load anything.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Literal
+
+Tone = Literal["good", "bad", "even"]
+_HERE = Path(__file__).parent
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none';style-src 'unsafe-inline';script-src '{digest}'">
+<link rel="icon" href="data:,"><title>{title}</title><style>{style}</style></head>
+<body><header><h1>{title}</h1>{nav}</header><main>
+{body}
+</main><script>{script}</script></body></html>
+"""
+
+
+class Html(str):
+    """Text that is HTML already: made by the functions of this file alone."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A table's cell: what is shown, what it is sorted and filtered by, and how it stands."""
+
+    shown: str
+    value: float | str | None = None
+    kind: str = ""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading and what stands under it; without a title it stands above all others."""
+
+    title: str
+    parts: Sequence[Html]
+
+
+def page(title: str, sections: Sequence[Section]) -> str:
+    """The whole file."""
+    script = (_HERE / "page.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    titled = [(_slug(section.title), section.title) for section in sections if section.title]
+    links = "".join(f'<a href="#{slug}">{escape(name)}</a>' for slug, name in titled)
+    return _PAGE.format(
+        digest=f"sha256-{digest}",
+        title=escape(title),
+        style=(_HERE / "page.css").read_text(encoding="utf-8"),
+        nav=f'<nav aria-label="Sections">{links}</nav>' if len(titled) > 1 else "",
+        body="\n".join(_section(section) for section in sections),
+        script=script,
+    )
+
+
+def _section(section: Section) -> str:
+    inner = "\n".join(section.parts)
+    if not section.title:
+        return f"<section>{inner}</section>"
+    slug = _slug(section.title)
+    return f'<section aria-labelledby="{slug}"><h2 id="{slug}">{escape(section.title)}</h2>\n{inner}</section>'
+
+
+def _slug(title: str) -> str:
+    return "s-" + re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+
+
+def shown(text: str) -> str:
+    """The text as HTML, unless it is that already."""
+    return text if isinstance(text, Html) else escape(text)
+
+
+def text(words: str, *, soft: bool = False) -> Html:
+    """A paragraph."""
+    return Html(f"<p{' class=soft' if soft else ''}>{shown(words)}</p>")
+
+
+def heading(words: str) -> Html:
+    """A heading inside a section."""
+    return Html(f"<h3>{escape(words)}</h3>")
+
+
+def verdict(headline: str, words: str = "", tone: Tone = "even") -> Html:
+    """A finding in plain words; the colour says no more than the words do."""
+    return Html(f'<p class="verdict {tone}"><b>{escape(headline)}</b> {escape(words)}</p>')
+
+
+def bullets(lines: Iterable[str]) -> Html:
+    """A list."""
+    return Html("<ul>" + "".join(f"<li>{shown(line)}</li>" for line in lines) + "</ul>")
+
+
+def details(summary: str, *parts: str) -> Html:
+    """Something that is opened by a click, and by printing."""
+    return Html(f"<details><summary>{escape(summary)}</summary>{''.join(shown(part) for part in parts)}</details>")
+
+
+def code(words: str) -> Html:
+    """Text as it stands, in a fixed width."""
+    return Html(f"<pre>{escape(words)}</pre>")
+
+
+def facts(pairs: Mapping[str, object]) -> Html:
+    """Names and values, as a table of two columns."""
+    rows = "".join(f'<tr><th scope="row">{escape(k)}</th><td>{shown(str(v))}</td></tr>' for k, v in pairs.items())
+    return Html(f'<div class="scroll"><table><tbody>{rows}</tbody></table></div>')
+
+
+def figures(drawn: Iterable[Html]) -> Html:
+    """Figures side by side, as many as there is room for."""
+    return Html(f'<div class="figures">{"".join(drawn)}</div>')
+
+
+def figure(svg: Html, title: str, words: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Html:
+    """A drawing with its caption, and its figures as a table for those who cannot see it or want them."""
+    inner = details("the figures", table(columns, rows))
+    head = f"<b>{escape(title)}</b>{escape(words)}"
+    return Html(f"<figure>{svg}<figcaption>{head}{inner}</figcaption></figure>")
+
+
+def table(
+    columns: Sequence[str],
+    rows: Sequence[Sequence[object]],
+    *,
+    caption: str = "",
+    search: str = "",
+    choices: Sequence[int] = (),
+    cards: bool = False,
+) -> Html:
+    """A table that a click on a heading sorts.
+
+    rows: of str, Html, int, float or Cell. search: the label of a field that filters rows by words, "" for none.
+    choices: columns that a list filters by. cards: on a phone each row becomes a card.
+    """
+    cells = [[one if isinstance(one, Cell) else _cell(one) for one in row] for row in rows]
+    numeric = [bool(cells) and all(row[at].kind == "n" for row in cells) for at in range(len(columns))]
+    head = "".join(
+        f'<th scope="col"{" class=n" if right else ""}><button type="button">{escape(name)}</button></th>'
+        for name, right in zip(columns, numeric, strict=True)
+    )
+    body = "".join(
+        "<tr>" + "".join(_td(cell, name) for cell, name in zip(row, columns, strict=True)) + "</tr>\n" for row in cells
+    )
+    said = f"<caption>{escape(caption)}</caption>" if caption else ""
+    kind = ' class="cards"' if cards else ""
+    made = f'<div class="scroll"><table{kind}>{said}<thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>'
+    return Html(f"<div data-table>{_controls(columns, cells, search, choices)}{made}</div>")
+
+
+def _controls(columns: Sequence[str], cells: list[list[Cell]], search: str, choices: Sequence[int]) -> str:
+    if not search and not choices:
+        return ""
+    made = ""
+    if search:
+        made = f'<label>{escape(search)}<input type="search" autocomplete="off"></label>'
+    for at in choices:
+        values = sorted({str(row[at].value if row[at].value is not None else row[at].shown) for row in cells})
+        options = "".join(f"<option>{escape(value)}</option>" for value in values)
+        made += f'<label>{escape(columns[at])}<select data-column="{at}"><option value="">all</option>{options}'
+        made += "</select></label>"
+    return f'<div class="controls">{made}<output aria-live="polite"></output></div>'
+
+
+def _cell(one: object) -> Cell:
+    if isinstance(one, bool) or not isinstance(one, int | float):
+        return Cell(one if isinstance(one, str) else str(one))
+    return Cell(number(one), one, "n")
+
+
+def _td(cell: Cell, column: str) -> str:
+    value = f' data-value="{escape(str(cell.value))}"' if cell.value is not None else ""
+    kind = f' class="{cell.kind}"' if cell.kind else ""
+    return f'<td{kind}{value} data-label="{escape(column)}">{shown(cell.shown)}</td>'
+
+
+def number(value: float) -> str:
+    """Whole numbers with thousands apart; others with the digits that matter."""
+    if isinstance(value, int) or (float(value).is_integer() and abs(value) >= 100):
+        return f"{int(value):,}"
+    return f"{value:.4f}" if abs(value) < 10 else f"{value:,.2f}"
