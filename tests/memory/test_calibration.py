@@ -1,0 +1,44 @@
+"""Measured runs are kept, and what they say of a GPU comes back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sft.memory import calibration
+from sft.memory.calibration import Record
+
+
+def entry(gpu: str, family: str, **values: float) -> Record:
+    return Record(gpu, family, "a/model", "qlora", 2048, **values)  # type: ignore[arg-type]
+
+
+def test_what_was_measured_comes_back_by_gpu_and_family(tmp_path: Path) -> None:
+    assert calibration.lookup(tmp_path, "RTX 4060", "qwen2") is None
+    for drift in (1.0, 1.02, 1.3):
+        measured = {"allocated_gib": 4 * drift, "planned_gib": 4.0, "reserved_gib": 4 * drift * 1.05}
+        calibration.record(tmp_path, entry("RTX 4060", "qwen2", **measured, context_gib=0.5))
+    calibration.record(tmp_path, entry("RTX 4060", "llama", tokens_per_second=500, flops_per_token=2e10))
+    found = calibration.lookup(tmp_path, "RTX 4060", "qwen2")
+    assert found is not None and found.family and found.records == 3
+    assert (found.drift, found.slack, found.context_gib) == pytest.approx((1.02, 0.05, 0.5))
+    assert found.flops is None
+    other = calibration.lookup(tmp_path, "RTX 4060", "gemma2")
+    assert other is not None and not other.family and other.records == 4
+    assert other.flops == 1e13
+    assert calibration.lookup(tmp_path, "RTX 3060", "qwen2") is None
+
+
+def test_a_spoilt_line_is_passed_over_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    calibration.record(tmp_path, entry("cpu", "qwen2", allocated_gib=1.0))
+    with (tmp_path / calibration.FILE).open("a") as file:
+        file.write('{"gpu": "cpu"\n')
+    assert [each.gpu for each in calibration.read(tmp_path)] == ["cpu"]
+    assert "1 lines" in caplog.text
+
+
+def test_a_disk_that_refuses_is_said_and_forgiven(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / ".cache").write_text("in the way")
+    calibration.record(tmp_path, entry("cpu", "qwen2"))
+    assert "could not be kept" in caplog.text
