@@ -8,7 +8,6 @@ random state is put back, and the same rows are replayed in finer micro-batches.
 from __future__ import annotations
 
 import contextlib
-import gc
 import logging
 from collections.abc import Callable
 from typing import Any, Literal
@@ -16,12 +15,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sft.errors import EnvironmentProblem
 from sft.step import attention, unwrap
 from sft.step.head import chunked_loss, full_loss
 from sft.step.losses import wide
+from sft.step.recovery import finer, out_of_memory, release
 from sft.step.window import IGNORED, Batch, MicroBatch, cut, labelled
 
+__all__ = ["Logits", "backward_window", "loss_sum", "out_of_memory"]
 Logits = Literal["chunked", "full"]
 log = logging.getLogger("sft.step")
 
@@ -75,26 +75,13 @@ def backward_window(
         except (RuntimeError, MemoryError) as error:
             if not (replay and out_of_memory(error)):
                 raise
-            shared = [micro.computed for micro in micros if len(micro.rows) > 1]
-            if not shared:
-                raise _too_long(max(micros, key=lambda micro: micro.computed)) from None
         model.zero_grad(set_to_none=True)
-        _release(batch["labels"].device)
+        release()
         _put_back(state, batch["labels"].device)
-        tokens = max(1, min(tokens, max(shared)) // 2)
+        tokens = finer(micros, tokens)
         log.warning("out of memory: this step is replayed in micro-batches of at most %d tokens", tokens)
         if on_budget is not None:
             on_budget(tokens)
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether it means that memory ran out, on the card or (where the allocator says so) beside it."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    said = str(error)
-    return isinstance(error, RuntimeError) and any(
-        text in said for text in ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
-    )
 
 
 def _run(
@@ -143,18 +130,3 @@ def _put_back(state: list[Tensor], device: torch.device) -> None:
     torch.set_rng_state(state[0])
     if device.type == "cuda":
         torch.cuda.set_rng_state(state[1], device)
-
-
-def _release(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def _too_long(micro: MicroBatch) -> EnvironmentProblem:
-    return EnvironmentProblem(
-        f"out of memory on a single row of {micro.computed} tokens: no finer cut is left",
-        where=f"row {micro.rows[0]} of the step's window",
-        mend="lower model.max_seq_len, set train.gradient_checkpointing=true, or lower train.logits_tile;"
-        " `make plan` says what each saves",
-    )

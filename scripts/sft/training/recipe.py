@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -12,8 +13,10 @@ import torch
 
 from sft.config.schema import TrainSection
 from sft.step.microbatch import loss_sum
-from sft.step.window import Collator, Kind, cut
+from sft.step.recovery import finer, out_of_memory, release
+from sft.step.window import Batch, Collator, Kind, cut
 
+log = logging.getLogger("sft.training")
 AT_ONCE = 256  # rows that are cut together when evaluating
 
 
@@ -21,7 +24,8 @@ AT_ONCE = 256  # rows that are cut together when evaluating
 class Recipe:
     """tokens: of a micro-batch, padding included; lowered when memory runs out. rows: its cap, None for none.
 
-    apart: rows kept apart without padding. autocast: the 16-bit type to compute in, None for the weights' own.
+    evaluating: what evaluation was lowered to when memory ran out there, None where it never did. apart: rows kept
+    apart without padding. autocast: the 16-bit type to compute in, None for the weights' own.
     """
 
     kind: Kind
@@ -33,6 +37,7 @@ class Recipe:
     tile: int
     label_smoothing: float
     autocast: torch.dtype | None
+    evaluating: int | None = None
 
     def __post_init__(self) -> None:
         self.asked = self.budget
@@ -69,8 +74,22 @@ def losses(model: torch.nn.Module, features: Sequence[Any], recipe: Recipe) -> t
     with torch.no_grad(), recipe.computing():
         for start in range(0, len(rows), AT_ONCE):
             flat = Collator(recipe.kind)(rows[start : start + AT_ONCE])
-            window = {name: tensor.to(recipe.device) for name, tensor in flat.items()}
-            for micro in cut(window, tokens=recipe.tokens, rows=recipe.rows, apart=recipe.apart):
-                loss, count = loss_sum(model, micro, logits=recipe.logits, tile=recipe.tile)
-                found += torch.stack([loss.double(), torch.tensor(count, device=loss.device, dtype=torch.float64)])
+            found += _of_window(model, {name: tensor.to(recipe.device) for name, tensor in flat.items()}, recipe)
     return found
+
+
+def _of_window(model: torch.nn.Module, window: Batch, recipe: Recipe) -> torch.Tensor:
+    """The sum and the number for one window, from its start again with half the budget when memory runs out."""
+    while True:
+        tokens = min(recipe.evaluating or recipe.tokens, recipe.tokens)
+        micros = cut(window, tokens=tokens, rows=recipe.rows, apart=recipe.apart)
+        try:
+            taken = [loss_sum(model, micro, logits=recipe.logits, tile=recipe.tile) for micro in micros]
+            loss = torch.stack([loss.double() for loss, _ in taken]).sum()
+            return torch.stack([loss, loss.new_tensor(sum(count for _, count in taken))])
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+        release()
+        recipe.evaluating = finer(micros, tokens)
+        log.warning("out of memory while evaluating: going on in micro-batches of at most %d tokens", recipe.evaluating)

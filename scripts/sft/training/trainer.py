@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,9 +19,10 @@ from transformers import Trainer, TrainerState
 from transformers.trainer_callback import DefaultFlowCallback, PrinterCallback
 
 from sft import files
-from sft.errors import RunError
+from sft.errors import EnvironmentProblem, RunError
 from sft.runs import step_of
 from sft.step.microbatch import backward_window
+from sft.step.recovery import CarefulOptimizer, out_of_memory, release
 from sft.step.window import Collator, labelled
 from sft.training import checkpoints, ranks, rng, weights, windows
 from sft.training.checkpoints import Keeper, Snapshot
@@ -40,6 +40,7 @@ class WindowTrainer(Trainer):  # type: ignore[misc]
     """
 
     control: Any
+    optimizer: Any
 
     def __init__(
         self,
@@ -111,6 +112,15 @@ class WindowTrainer(Trainer):  # type: ignore[misc]
         self._must_be_finite(float(loss), "loss")
         return loss
 
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        self.optimizer = CarefulOptimizer(self.optimizer, self._halve_budget)
+        return prepared
+
+    def _halve_budget(self) -> None:
+        self.recipe.lower(max(1, self.recipe.tokens // 2))
+        log.warning("micro-batches have at most %d tokens from here on", self.recipe.tokens)
+
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
         if self.accelerator.scaler is None:  # a loss scaler finds and skips these itself
@@ -180,20 +190,30 @@ class WindowTrainer(Trainer):  # type: ignore[misc]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         states = ranks.everywhere(rng.state())
-        if self.args.should_save:
-            scaler = self.accelerator.scaler
-            snapshot = Snapshot(
-                step=self.state.global_step,
-                model=self.model,
-                optimizer=self.optimizer,
-                scheduler=self.lr_scheduler.state_dict(),
-                rng=states,
-                trainer_state=lambda path: self.state.save_to_json(str(path)),
-                session=self._session(),
-                scaler=None if scaler is None else scaler.state_dict(),
-            )
+        scaler = self.accelerator.scaler
+        snapshot = Snapshot(
+            step=self.state.global_step,
+            model=self.model,
+            optimizer=self.optimizer,
+            scheduler=self.lr_scheduler.state_dict(),
+            rng=states,
+            trainer_state=lambda path: self.state.save_to_json(str(path)),
+            session=self._session(),
+            scaler=None if scaler is None else scaler.state_dict(),
+        )
+        ranks.first(lambda: self._write(snapshot))  # a disk that refuses rank 0 stops every rank
+
+    def _write(self, snapshot: Snapshot) -> None:
+        """Writes a checkpoint; once more when memory ran out while it was gathered."""
+        try:
             checkpoints.save(self.keeper, snapshot, self.state.best_global_step)
-        ranks.wait()
+            return
+        except (EnvironmentProblem, RuntimeError, MemoryError) as error:
+            if not (out_of_memory(error) or out_of_memory(error.__cause__)):
+                raise
+        release()
+        log.warning("out of memory while saving: once more, with all that can be spared released")
+        checkpoints.save(self.keeper, snapshot, self.state.best_global_step)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         weights.load(self.model, Path(resume_from_checkpoint))
@@ -208,13 +228,19 @@ class WindowTrainer(Trainer):  # type: ignore[misc]
 
     def _session(self) -> dict[str, Any]:
         counts = {"tokens": self.tokens, "labelled": self.labelled, "seconds": self.seconds}
-        return {**counts, "asked_budget": self.recipe.asked, "budget": self.recipe.budget}
+        return {
+            **counts,
+            "asked_budget": self.recipe.asked,
+            "budget": self.recipe.budget,
+            "evaluating": self.recipe.evaluating,
+        }
 
     def _take_up_session(self, session: dict[str, Any]) -> None:
         self.tokens, self.labelled, self.seconds = session["tokens"], session["labelled"], session["seconds"]
         self._read_at = (self.tokens, self.seconds)
         if session["asked_budget"] == self.recipe.asked:
             self.recipe.lower(session["budget"][0])  # what fitted then, if memory ran out
+            self.recipe.evaluating = session.get("evaluating")
         else:
             log.info("the micro-batches are cut otherwise than before: same steps, last bits may differ from here on")
 
@@ -247,8 +273,9 @@ class WindowTrainer(Trainer):  # type: ignore[misc]
             for path in self.keeper.run.checkpoints():
                 if step_of(path) > step:
                     aside = path.with_name(f"set-aside-{path.name}")
-                    shutil.rmtree(aside, ignore_errors=True)
-                    path.rename(aside)
+                    files.remove(aside)
+                    files.rename(path, aside)
+                    log.info("%s belongs to a past that is left behind: kept as %s", path.name, aside.name)
         ranks.wait()
 
     def take_best(self) -> int | None:
