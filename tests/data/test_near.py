@@ -115,7 +115,7 @@ def test_no_cluster_crosses_splits_and_appended_rows_move_nothing(tmp_path: Path
     ledger = run(tmp_path, [*rows, *more, qa(long)], near_duplicates="report", near_duplicate_threshold=0.45)
     after = splits(tmp_path)
     assert {user: after[user] for user in before} == before
-    assert ledger.named == {"bridges splits": 1} and " ".join(long) not in after
+    assert ledger.named == {"leak into val or test": 1} and " ".join(long) not in after
     assert ledger.reports["near_duplicates"]["pairs_across_splits"] == 0
 
 
@@ -136,12 +136,37 @@ def test_a_group_is_not_torn_to_fill_an_empty_split(tmp_path: Path) -> None:
     assert sorted(ledger.splits.values()) == [0, 0, 6]
 
 
-def test_rows_that_training_gives_away_are_counted(tmp_path: Path) -> None:
-    rows = [qa(["same", str(number % 100)], str(number)) for number in range(400)]
-    ledger = run(tmp_path, rows)
-    train = {user for user, name in splits(tmp_path).items() if name == "train"}
-    assert ledger.reports["leaks"]["val"]["exact"] == 0
-    assert ledger.reports["leaks"]["val"]["same question"] > 20 and train
+def homes_of_questions(folder: Path) -> dict[str, set[str]]:
+    made: dict[str, set[str]] = {}
+    for name in SPLITS:
+        for line in (folder / f"data/processed/{name}.jsonl").read_text().splitlines():
+            made.setdefault(" ".join(json.loads(line)["user"].lower().split()), set()).add(name)
+    return made
+
+
+@pytest.mark.parametrize("near", ["off", "report"])
+def test_rows_that_ask_the_same_never_stand_on_both_sides(tmp_path: Path, near: str) -> None:
+    asked = [f"What  is the capital of land {number % 100}?" for number in range(300)]
+    rows = [{**qa([ask if n % 2 else ask.upper()], str(n)), "system": f"style {n % 3}"} for n, ask in enumerate(asked)]
+    ledger = run(tmp_path, rows, near_duplicates=near, near_duplicate_threshold=0.95)
+    found = homes_of_questions(tmp_path)
+    assert len(found) == 100 and all(len(names) == 1 for names in found.values())
+    assert set().union(*found.values()) == set(SPLITS)
+    assert ledger.written == 300 and not any("give away" in said for said in ledger.said)
+    none = {"exact": 0, "same question": 0, "near": None if near == "off" else 0}
+    assert ledger.reports["leaks"] == {"val": none, "test": none}
+
+
+def test_a_question_that_all_rows_share_is_split_with_a_word(tmp_path: Path) -> None:
+    ledger = run(tmp_path, [qa(["Tell me a joke about animals."], f"joke {number}") for number in range(300)])
+    assert sorted(ledger.splits.values()) == [0, 0, 300] and sum("is empty" in said for said in ledger.said) == 2
+    assert any("of the rows, not" in said and "data.split.group_by" in said for said in ledger.said)
+    rows = [qa(["Tell me a joke about animals."], f"joke {number}", number=number) for number in range(300)]
+    ledger = run(tmp_path, rows, split=SplitSection(group_by="number"))
+    assert min(ledger.splits.values()) > 15 and ledger.reports["leaks"]["val"]["same question"] == ledger.splits["val"]
     assert any("training rows give away" in said for said in ledger.said)
-    ledger = run(tmp_path, rows, split=SplitSection(group_by="question"))
-    assert ledger.reports["leaks"] == {name: {"exact": 0, "same question": 0} for name in ("val", "test")}
+
+
+def test_short_questions_ask_what_their_system_text_says(tmp_path: Path) -> None:
+    run(tmp_path, [{**qa(["Go on."]), "system": f"text {number}"} for number in range(300)])
+    assert set(homes_of_questions(tmp_path)["go on."]) == set(SPLITS)

@@ -12,6 +12,7 @@ import pytest
 
 from sft.config.schema import ColumnsSection, DataSection, SplitSection
 from sft.data.process import Rejected, process
+from sft.data.records import prompt_id
 from sft.data.split import choose, position
 from sft.errors import DataError
 
@@ -166,7 +167,7 @@ def test_no_split_stays_empty_without_a_word(tmp_path: Path, count: int) -> None
     moved = [
         name for name in ("train", "val", "test") if any(text.startswith(f"{name} had no row") for text in ledger.said)
     ]
-    natural = [choose(row["id"], SplitSection()) for name in kept for row in rows_of(folder / f"{name}.jsonl")]
+    natural = [choose(prompt_id(row), SplitSection()) for name in kept for row in rows_of(folder / f"{name}.jsonl")]
     assert set(moved) == {"train", "val", "test"} - set(natural)
 
 

@@ -139,6 +139,14 @@ def test_replay_is_a_share_of_the_mix_seeded_and_in_training_alone(tmp_path: Pat
     assert train(tmp_path) == rows
 
 
+def test_replay_never_asks_what_val_or_test_asks(tmp_path: Path) -> None:
+    own = [qa(f"own question {i}") for i in range(300)]
+    put(tmp_path / "general.jsonl", [qa(f"Own question {i}", "another answer") for i in range(300)])
+    ledger = run(tmp_path, own, replay=ReplaySection(path="general.jsonl", ratio=0.45), split=SplitSection())
+    assert ledger.reports["replay"]["usable"] == ledger.splits["train"] - ledger.replayed < 300
+    assert ledger.reports["leaks"]["test"]["same question"] == 0
+
+
 def test_too_little_replay_is_said_and_none_is_an_error(tmp_path: Path) -> None:
     put(tmp_path / "general.jsonl", [qa("general")])
     ledger = run(tmp_path, [qa(f"own {i}") for i in range(90)], replay=ReplaySection(path="general.jsonl"))

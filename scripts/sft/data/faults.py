@@ -11,7 +11,7 @@ UNKNOWN_ROLE = "unknown role"
 OUT_OF_ORDER = "roles out of order"
 DUPLICATE = "exact duplicate"
 NEAR_DUPLICATE = "near duplicate"
-BRIDGES = "bridges splits"
+LEAK = "leak into val or test"
 CONTAMINATION = "contamination"
 DROPS = {  # data.drop's names -> the reason in the ledger
     "control_characters": "control characters",
@@ -24,7 +24,7 @@ FAULTS = (UNREADABLE, UNKNOWN_FORMAT, NOT_TEXT, NO_USER_TURN, EMPTY_ANSWER, UNKN
 ASKED_FOR = (
     DUPLICATE,
     NEAR_DUPLICATE,
-    BRIDGES,
+    LEAK,
     CONTAMINATION,
     *DROPS.values(),
 )  # dropped because the config asks for it: named and counted, but no fault of the row

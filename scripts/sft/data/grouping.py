@@ -1,17 +1,19 @@
 """Splits by groups: rows that are nearly the same, or share a key, never stand on both sides of a split.
 
 Rows are placed in their order: a row joins the split of the earlier rows it belongs to, else its own hash tells. So a
-row appended to the file moves no earlier one; if it belongs to rows of two splits it is kept out (`bridges splits`).
+row appended to the file moves no earlier one; if it belongs to rows of two splits, so that it would give rows of one
+away to the other, it is kept out (`leak into val or test`).
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft.config.schema import DataSection
 from sft.data import records, split
-from sft.data.faults import BRIDGES, NEAR_DUPLICATE, RowFault
+from sft.data.faults import LEAK, NEAR_DUPLICATE, RowFault
 from sft.data.quality import Look, Profile
 from sft.data.raw import Raw
 from sft.data.strict_json import DECODER, sorted_dumps
@@ -49,7 +51,7 @@ class Held:
 
             self._index = Index(data.near_duplicate_threshold)
         self._homes: list[str | None] = []
-        self._of_group: dict[str, str] = {}
+        self._of_key: dict[str, str] = {}  # a group, or what is asked -> its split
 
     def add(self, record: records.Row, line: bytes, format: str, copies: int, group: str | None, look: Look) -> None:
         """The next row."""
@@ -74,31 +76,31 @@ class Held:
                 record: records.Row = DECODER.decode(line.decode("utf-8"))
                 ids.append(record["id"])
                 format, copies, group = self._rows[number]
+                prompt = records.prompt_id(record)
                 try:
                     profile.check(self._looks[number], self.data.drop)
-                    home = self._home(record["id"], near.get(number, []), group, ids)
+                    home = self._home(near.get(number, []), prompt if group is None else f"group {group}", ids)
                 except RowFault as fault:
                     self._homes.append(None)
                     writer.quarantine(Raw(record["origin"], record), fault)
                     continue
                 self._homes.append(home)
-                writer.write(home, record, line, format, copies)
+                writer.write(home, record, line, format, copies, prompt)
         self.path.unlink()
         self._tell(writer, pairs, ids)
 
-    def _home(self, row_id: str, near: list[int], group: str | None, ids: list[str]) -> str:
+    def _home(self, near: list[int], key: str, ids: list[str]) -> str:
         alike = [number for number in near if self._homes[number]]
         if alike and self.data.near_duplicates == "drop":
             raise RowFault(NEAR_DUPLICATE, f"nearly the same as an earlier row, id {ids[alike[0]]}")
         homes = {home for number in alike if (home := self._homes[number])}
-        if group is not None and group in self._of_group:
-            homes.add(self._of_group[group])
+        if key in self._of_key:
+            homes.add(self._of_key[key])
         if len(homes) > 1:
             shown = ", ".join(sorted({ids[number] for number in alike})[:3])
-            raise RowFault(BRIDGES, f"it belongs to rows in {' and '.join(sorted(homes))} (near: {shown or 'none'})")
-        home = homes.pop() if homes else split.choose(row_id if group is None else f"group {group}", self.data.split)
-        if group is not None:
-            self._of_group[group] = home
+            raise RowFault(LEAK, f"it bridges {' and '.join(sorted(homes))}: it is like rows of both (near: {shown})")
+        home = homes.pop() if homes else split.choose(key, self.data.split)
+        self._of_key[key] = home
         return home
 
     def _tell(self, writer: Writer, pairs: list[tuple[int, int]], ids: list[str]) -> None:
@@ -107,12 +109,14 @@ class Held:
         reports = writer.ledger.reports
         if self.data.split.group_by is not None:
             lonely = sum(group is None for _, _, group in self._rows)
-            reports["groups"] = {"by": self.data.split.group_by, "groups": len(self._of_group), "without": lonely}
+            groups = len({group for _, _, group in self._rows if group is not None})
+            reports["groups"] = {"by": self.data.split.group_by, "groups": groups, "without": lonely}
             if lonely == len(self._rows):
                 writer.ledger.said.append(f"no row has the key data.split.group_by={self.data.split.group_by}")
         if self._index is None:
             return
-        crossing = sum(_crosses(self._homes[one], self._homes[other]) for one, other in pairs)
+        crossing = [pair for pair in pairs if _crosses(self._homes[pair[0]], self._homes[pair[1]])]
+        writer.leaks.near = Counter(str(home) for pair in crossing for number in pair if (home := self._homes[number]))
         near_clusters = self._clusters(pairs, groups=False)
         reports["near_duplicates"] = {
             "mode": self.data.near_duplicates,
@@ -121,7 +125,7 @@ class Held:
             "clusters": len(near_clusters),
             "rows_in_clusters": sum(map(len, near_clusters)),
             "largest_cluster": max(map(len, near_clusters), default=0),
-            "pairs_across_splits": crossing,
+            "pairs_across_splits": len(crossing),
             "examples": [[ids[later], ids[earlier]] for later, earlier in pairs[:EXAMPLES]],
         }
 

@@ -14,11 +14,11 @@ from sft import files
 from sft.config.paths import resolve
 from sft.config.schema import DataSection
 from sft.data import folder, grouping, quality, records, replay, rows, split
-from sft.data.faults import DUPLICATE, RowFault
+from sft.data.faults import DUPLICATE, LEAK, RowFault
 from sft.data.ledger import Ledger
 from sft.data.lines import Progress
 from sft.data.mix import Mix, find
-from sft.data.writer import Writer
+from sft.data.writer import Leaks, Writer
 from sft.errors import DataError
 
 if TYPE_CHECKING:
@@ -60,6 +60,8 @@ class Checks:
     def __init__(self, data: DataSection, root: Path) -> None:
         self.data, self.profile = data, quality.Profile()
         self.contamination: Contamination | None = None
+        self.leaks = Leaks()
+        self._asked: set[int] | None = None
         self._seen: set[int] = set()
         if data.contamination.against:
             from sft.data import contamination
@@ -79,9 +81,13 @@ class Checks:
         return look
 
     def replayable(self, record: records.Row) -> None:
-        """Raises RowFault for a replay row that is among the rows already, or of a benchmark."""
+        """Raises RowFault for a replay row that is there already, asks what val or test asks, or is a benchmark's."""
         if int(record["id"], 16) in self._seen:
             raise RowFault(DUPLICATE, "among the rows already")
+        if self._asked is None:
+            self._asked = self.leaks.asked()
+        if int(records.prompt_id(record), 16) in self._asked:
+            raise RowFault(LEAK, "val or test asks the same")
         if self.contamination is not None:
             self.contamination.check(record)
 
@@ -97,7 +103,7 @@ def _write_rows(mix: Mix, checks: Checks, staged: Path, ledger: Ledger, on_progr
     """Writes every row to its split or the quarantine; returns the ids of rows that must stay where they are."""
     data = checks.data
     formats = rows.formats(data)
-    with Writer(staged, ledger, list(split.ranges(data.split))) as writer:
+    with Writer(staged, ledger, list(split.ranges(data.split)), checks.leaks) as writer:
         held = grouping.Held(staged, data) if grouping.wanted(data) else None
         for raw in mix.rows(data.split.seed, on_progress):
             ledger.read += 1
@@ -109,12 +115,13 @@ def _write_rows(mix: Mix, checks: Checks, staged: Path, ledger: Ledger, on_progr
                 writer.quarantine(raw, fault)
                 continue
             if held is None:
-                writer.write(split.choose(record["id"], data.split), record, line, format, raw.copies)
+                prompt = records.prompt_id(record)
+                writer.write(split.choose(prompt, data.split), record, line, format, raw.copies, prompt)
             else:
                 held.add(record, line, format, raw.copies, grouping.group_of(raw, data.split.group_by), look)
         if held is not None:
             held.place(writer, checks.profile)
-        ledger.reports["leaks"] = writer.leaks.count()
+        ledger.reports["leaks"] = checks.leaks.count()
     ledger.reports |= checks.profile.report()
     if checks.contamination is not None:
         ledger.reports["contamination"] = checks.contamination.report()
@@ -122,7 +129,7 @@ def _write_rows(mix: Mix, checks: Checks, staged: Path, ledger: Ledger, on_progr
     return writer.bound
 
 
-def _leaks_said(leaks: dict[str, dict[str, int]]) -> list[str]:
+def _leaks_said(leaks: dict[str, dict[str, int | None]]) -> list[str]:
     told = []
     for name, counts in leaks.items():
         words = [f"{count:,} ({kind})" for kind, count in counts.items() if count]
@@ -159,6 +166,7 @@ def _fill(ledger: Ledger, data: DataSection, staged: Path, bound: set[str]) -> N
     """Gives every split a row where that can be."""
     for name, row_id in split.fill_empty(staged, ledger.splits, data.split, bound).items():
         ledger.said.append(f"{name} had no row by its share of so few: the nearest one was moved to it (id {row_id})")
+    ledger.said += split.uneven(ledger.splits, data.split)
 
 
 def _finish(ledger: Ledger, staged: Path) -> None:
@@ -166,7 +174,10 @@ def _finish(ledger: Ledger, staged: Path) -> None:
     for name, count in ledger.splits.items():
         if count == 0:
             (staged / f"{name}.jsonl").unlink()
-            ledger.said.append(f"{name} is empty: {ledger.written} rows are too few to split")
+            why = f"{ledger.written} rows are too few to split"
+            if ledger.written >= split.FEWEST:
+                why = "its share is small, and rows that ask the same, or belong together, stay in one split"
+            ledger.said.append(f"{name} is empty: {why}")
     if not ledger.balanced():
         raise AssertionError("the ledger does not add up")
     files.write_json(staged / "ledger.json", ledger.to_json())

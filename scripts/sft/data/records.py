@@ -12,6 +12,7 @@ from sft.data.strict_json import sorted_dumps
 
 Row = dict[str, Any]
 ID_BYTES = 8
+LITTLE = 16  # characters of a question below which ("Go on.") rows of other system texts ask something else
 
 
 def to_record(messages: list[Message], tools: list[Message] | None = None, **extra: Any) -> Row:
@@ -82,6 +83,20 @@ def question(row: Row) -> str:
     if is_rendered(row):
         return str(row["input"])
     return next((str(turn["content"] or "") for turn in messages(row) if turn["role"] == "user"), "")
+
+
+def prompt_id(row: Row) -> str:
+    """Rows that ask the same have the same: 16 hex digits over all that is not the model's own, capitals and white
+    space aside. The system text counts only where so little is asked that it is what the answer depends on.
+    """
+    if is_rendered(row):
+        asked, system = str(row["input"]), ""
+    else:
+        turns = messages(row)
+        asked = "\n".join(str(turn["content"] or "") for turn in turns if turn["role"] not in ("system", "assistant"))
+        system = str(turns[0]["content"] or "") if turns and turns[0]["role"] == "system" else ""
+    words = asked if len(asked) >= LITTLE else f"{system}\n{asked}"
+    return hashlib.blake2b(" ".join(words.casefold().split()).encode(), digest_size=ID_BYTES).hexdigest()
 
 
 def references(row: Row) -> list[str]:

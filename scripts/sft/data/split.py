@@ -1,20 +1,25 @@
-"""Which split a row goes to: told by a seeded hash of its content, so that a row appended moves no other."""
+"""Which split a row goes to: told by a seeded hash of what it asks, so that a row appended moves no other, and rows
+that ask the same never stand on both sides.
+"""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from sft.config.schema import SplitSection
+from sft.data import records
 from sft.data.strict_json import DECODER
 
 NAMES = ("train", "val", "test")
 FEWEST = 3  # rows below which a split may stay empty
+ENOUGH = 50  # rows that a split should have, and the others too, before its share is judged
 
 
-def position(row_id: str, seed: int | str) -> float:
-    """Where in [0, 1) this row lies."""
-    digest = hashlib.blake2b(f"{seed}:{row_id}".encode(), digest_size=8).digest()
+def position(key: str, seed: int | str) -> float:
+    """Where in [0, 1) the rows of this key lie."""
+    digest = hashlib.blake2b(f"{seed}:{key}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
 
 
@@ -28,9 +33,9 @@ def ranges(split: SplitSection) -> dict[str, tuple[float, float]]:
     return made
 
 
-def choose(row_id: str, split: SplitSection) -> str:
-    """The split of this row."""
-    at = position(row_id, split.seed)
+def choose(key: str, split: SplitSection) -> str:
+    """The split of the rows of this key."""
+    at = position(key, split.seed)
     taken = ranges(split)
     return next((name for name, (_, end) in taken.items() if at < end), list(taken)[-1])
 
@@ -51,9 +56,9 @@ def fill_empty(folder: Path, counts: dict[str, int], split: SplitSection, bound:
         candidates = (
             (max(start - at, at - end), other, number, row_id)
             for other in donors
-            for number, row_id in enumerate(_ids(folder / f"{other}.jsonl"))
-            if row_id not in bound
-            for at in [position(row_id, split.seed)]
+            for number, row in enumerate(_rows(folder / f"{other}.jsonl"))
+            if (row_id := str(row["id"])) not in bound
+            for at in [position(records.prompt_id(row), split.seed)]
         )
         nearest = min(candidates, default=None)
         if nearest is None:
@@ -64,9 +69,22 @@ def fill_empty(folder: Path, counts: dict[str, int], split: SplitSection, bound:
     return moved
 
 
-def _ids(path: Path) -> list[str]:
+def uneven(counts: dict[str, int], split: SplitSection) -> list[str]:
+    """What must be said where a split is far from its share, because many rows ask the same and stay together."""
+    total, said = sum(counts.values()), []
+    for name, (start, end) in ranges(split).items():
+        wanted = (end - start) * total
+        if min(wanted, total - wanted) >= ENOUGH and not wanted / 2 <= counts[name] <= (total + wanted) / 2:
+            why = "rows that ask the same, or belong together, stay in one split"
+            mend = "another data.split.seed, or data.split.group_by=KEY, tells rows apart otherwise"
+            said.append(f"{name} has {counts[name] / total:.1%} of the rows, not {end - start:.0%}: {why}; {mend}")
+    return said
+
+
+def _rows(path: Path) -> Iterator[records.Row]:
     with path.open(encoding="utf-8", newline="\n") as file:
-        return [str(DECODER.decode(line)["id"]) for line in file]
+        for line in file:
+            yield DECODER.decode(line)
 
 
 def _move(source: Path, target: Path, number: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -18,34 +19,41 @@ class Leaks:
     """Counts rows of val and test that training rows give away: the same row, or the same question."""
 
     def __init__(self) -> None:
-        self._trained = {"exact": array("q"), "same question": array("q")}
+        self._trained = {"exact": array("Q"), "same question": array("Q")}
         self._held: dict[str, dict[str, list[int]]] = {"exact": {}, "same question": {}}
+        self.near: Counter[str] | None = None  # split -> rows nearly the same as one of another; None: not looked for
 
-    def note(self, split: str, record: records.Row) -> None:
-        asked = " ".join(records.question(record).casefold().split())
-        for kind, key in (("exact", hash(record["id"])), ("same question", hash(asked))):
+    def note(self, split: str, record: records.Row, prompt: str) -> None:
+        """The next row that is written. prompt: its `records.prompt_id`."""
+        for kind, key in (("exact", int(record["id"], 16)), ("same question", int(prompt, 16))):
             if split == "train":
                 self._trained[kind].append(key)
             else:
                 self._held[kind].setdefault(split, []).append(key)
 
-    def count(self) -> dict[str, dict[str, int]]:
-        """Split -> kind -> rows of it that training gives away."""
-        made: dict[str, dict[str, int]] = {}
+    def asked(self) -> set[int]:
+        """The prompts of val and test."""
+        return {key for keys in self._held["same question"].values() for key in keys}
+
+    def count(self) -> dict[str, dict[str, int | None]]:
+        """Split -> kind -> rows of it that training gives away; None where that was not looked for."""
+        made: dict[str, dict[str, int | None]] = {}
         for kind, held in self._held.items():
             wanted = {key for keys in held.values() for key in keys}
             given_away = {key for key in self._trained[kind] if key in wanted} if wanted else set()
             for split, keys in held.items():
                 made.setdefault(split, {})[kind] = sum(key in given_away for key in keys)
+                made[split]["near"] = None if self.near is None else self.near[split]
         return made
 
 
 class Writer:
     """Open files of one run of process. bound: ids of rows that may not be moved to another split."""
 
-    def __init__(self, folder: Path, ledger: Ledger, splits: list[str]) -> None:
-        self.folder, self.ledger = folder, ledger
-        self.leaks, self.bound = Leaks(), set[str]()
+    def __init__(self, folder: Path, ledger: Ledger, splits: list[str], leaks: Leaks) -> None:
+        self.folder, self.ledger, self.leaks = folder, ledger, leaks
+        self.bound = set[str]()
+        self._first: dict[str, str] = {}  # prompt -> id of its first row
         ledger.splits = dict.fromkeys(splits, 0)
         self._open = ExitStack()
         files = [*splits, "quarantine"]
@@ -57,11 +65,13 @@ class Writer:
     def __exit__(self, *_: object) -> None:
         self._open.close()
 
-    def write(self, split: str, record: records.Row, line: bytes, format: str, copies: int) -> None:
+    def write(self, split: str, record: records.Row, line: bytes, format: str, copies: int, prompt: str) -> None:
         """One row into its split, and into training as often as its source's weight says."""
         self._outs[split].write(line)
         self.ledger.count(record, format, split)
-        self.leaks.note(split, record)
+        self.leaks.note(split, record, prompt)
+        if self.ledger.written < FEW and self._first.setdefault(prompt, record["id"]) != record["id"]:
+            self.bound |= {record["id"], self._first[prompt]}
         if split != "train" or copies == 1:
             return
         for number in range(2, copies + 1):
