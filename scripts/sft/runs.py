@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from sft import files
 from sft.config import paths
-from sft.errors import ConfigError, RunError
+from sft.errors import ConfigError, EnvironmentProblem, RunError
 
 if TYPE_CHECKING:
     from sft.config.schema import Config
@@ -158,13 +158,13 @@ def make_folders(run: Run) -> None:
     """Makes the run's folder and adapters/, and proves that both can be written to; raises RunError."""
     for folder in (run.folder, run.adapter_dir.parent):
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            probe = folder / f".write-test.{os.getpid()}"
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
+            files.make_folder(folder)
+            probe = folder / f".write-test.{os.getpid()}.part"
+            files.put(probe, "")
+            files.remove(probe)
+        except (OSError, EnvironmentProblem) as error:
             raise RunError(
-                f"{folder} cannot be written to ({error.strerror})",
+                f"{folder} cannot be written to ({getattr(error, 'strerror', None) or error})",
                 where="train.output_dir",
                 mend="choose another: --set train.output_dir=outputs/NAME, or mend its permissions",
             ) from None

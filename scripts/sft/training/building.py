@@ -39,6 +39,8 @@ def _begin(job: Job, opened: OpenRun, allowed: list[str], held: contextlib.ExitS
     run = opened.run
     runs.make_folders(run)
     held.enter_context(files.lock(run.folder / runs.LOCK, f"the run {run.name}"))
+    files.sweep(run.folder)
+    files.sweep(run.adapter_dir.parent, run.adapter_dir.name)
     accepted = stamp.check(opened.checkpoint, job.stamp(), allowed) if opened.checkpoint else []
     beside(job)(run.folder)
     files.write_json(run.folder / "ledger.json", job.rows.ledger())

@@ -8,7 +8,7 @@ with weights_only=True), and everything else as JSON or YAML: `scheduler.json`, 
 from __future__ import annotations
 
 import json
-import shutil
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +21,7 @@ from sft.errors import EnvironmentProblem, RunError
 from sft.runs import Run
 from sft.training import weights
 
+log = logging.getLogger("sft.training")
 OPTIMIZER, RNG, SCHEDULER, SCALER = "optimizer.pt", "rng.pt", "scheduler.json", "scaler.json"
 STATE, SESSION = "trainer_state.json", "session.json"
 
@@ -60,13 +61,12 @@ def save(keeper: Keeper, snapshot: Snapshot, best_step: int | None) -> Path:
         with files.atomic_folder(target) as staged:
             _fill(staged, keeper, snapshot)
             files.write_manifest(staged)
-    except (OSError, RuntimeError) as error:
-        free = shutil.disk_usage(keeper.run.folder).free / 2**20
+    except EnvironmentProblem as error:
         older = [path.name for path in keeper.run.checkpoints()]
         raise EnvironmentProblem(
-            f"{target.name} could not be written ({error}); {free:,.0f} MiB are free on that disk",
-            where=str(keeper.run.folder),
-            mend=f"make room and run the same command: it takes up {older[-1] if older else 'the run'}",
+            f"{error.what}; a checkpoint takes about {needed(snapshot) / 2**20:,.1f} MiB",
+            where=error.where,
+            mend=f"make room and run the same command: it takes up {older[-1] if older else 'the run from its start'}",
         ) from error
     if problem := files.manifest_problem(target):
         raise RunError(f"{target.name} did not survive being written: {problem}", mend="check the disk")
@@ -74,20 +74,28 @@ def save(keeper: Keeper, snapshot: Snapshot, best_step: int | None) -> Path:
     return target
 
 
+def needed(snapshot: Snapshot) -> int:
+    """Bytes of the trained weights and of what the optimizer keeps for them."""
+    moments = [value for kept in snapshot.optimizer.state.values() for value in kept.values()]
+    tensors = [tensor for tensor in moments if isinstance(tensor, torch.Tensor)]
+    tensors += [weight for weight in snapshot.model.parameters() if weight.requires_grad]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
 def _fill(folder: Path, keeper: Keeper, snapshot: Snapshot) -> None:
     weights.save(snapshot.model, folder)
-    torch.save(snapshot.optimizer.state_dict(), folder / OPTIMIZER)
-    torch.save(snapshot.rng, folder / RNG)
+    files.put(folder / OPTIMIZER, lambda path: torch.save(snapshot.optimizer.state_dict(), path))
+    files.put(folder / RNG, lambda path: torch.save(snapshot.rng, path))
     _write(folder / SCHEDULER, snapshot.scheduler)
     if snapshot.scaler is not None:
         _write(folder / SCALER, snapshot.scaler)
     _write(folder / SESSION, snapshot.session)
-    snapshot.trainer_state(folder / STATE)
+    files.put(folder / STATE, snapshot.trainer_state)
     keeper.beside(folder)
 
 
 def _write(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    files.put(path, json.dumps(value, indent=1) + "\n")
 
 
 def read(checkpoint: Path, name: str) -> Any:
@@ -103,4 +111,7 @@ def _rotate(keeper: Keeper, step: int, best_step: int | None) -> None:
     mine = [path for path in keeper.run.checkpoints() if int(path.name.split("-")[1]) <= step]
     for path in mine[: -keeper.limit]:
         if path.name not in names:
-            shutil.rmtree(path, ignore_errors=True)
+            try:
+                files.remove(path)
+            except EnvironmentProblem as error:
+                log.warning("%s is no longer needed, but could not be removed: %s", path.name, error.what)

@@ -27,14 +27,14 @@ def finish(job: Job, trainer: WindowTrainer, run: Run, root: Path) -> dict[str, 
     target = run.adapter_dir if weights.is_adapter(trainer.model) else run.model_dir
     with files.atomic_folder(target) as staged:
         weights.save(trainer.model, staged)
-        save_tokenizer(job, staged)
+        files.put(staged, lambda folder: save_tokenizer(job, folder))
         trainer.keeper.beside(staged)
         files.write_json(staged / SERVING, {"system": job.rows.system})
         files.write_manifest(staged)
     found = summary(job, trainer, run, best, target)
     _settings_tab(job, trainer, found)
-    runs.finish(run, found)
     runs.point_last(run, root)
+    runs.finish(run, found)
     ranks.wait()
     return found
 

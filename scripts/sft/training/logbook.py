@@ -48,8 +48,7 @@ class JsonLines:
         self._append({"step": step, name: text})
 
     def _append(self, entry: Entry) -> None:
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        files.append(self.path, json.dumps(entry, ensure_ascii=False) + "\n")
 
     def close(self) -> None:
         """Nothing is held open."""

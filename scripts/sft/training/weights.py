@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from sft import files
 from sft.errors import RunError
 from sft.model import adapters
 
@@ -19,10 +20,7 @@ def is_adapter(model: torch.nn.Module) -> bool:
 
 def save(model: Any, folder: Path) -> None:
     """Writes the trained weights into `folder`: the adapter with its config, or the model as transformers keeps it."""
-    if not is_adapter(model):
-        model.save_pretrained(folder)
-        return
-    adapters.save(model, folder)
+    files.put(folder, (lambda to: adapters.save(model, to)) if is_adapter(model) else model.save_pretrained)
 
 
 def load(model: Any, folder: Path) -> None:
