@@ -6,7 +6,7 @@
 
 .DEFAULT_GOAL := help
 .PHONY: help install install-dev install-unsloth lock setup-dirs download-model demo-model process style render \
-	full-pipeline style-if-asked preview plan check train train-bnb train-unsloth train-with-tb train-bnb-tb \
+	full-pipeline style-if-asked preview report-data plan check train train-bnb train-unsloth train-with-tb train-bnb-tb \
 	train-unsloth-tb pause tensorboard tb-stop tb-clean tb-open eval eval-val eval-test eval-quick eval-full infer \
 	infer-interactive infer-batch merge merge-bf16 merge-test config-docs test test-all lint clean quick-start
 
@@ -68,6 +68,8 @@ style-if-asked: $(ENV)
 	$(if $(STYLE),$(RUN)/style_prompt.py $(WITH) --style "$$STYLE",@echo "no STYLE= given: passing over style")
 preview: $(ENV) ## show rows token by token: what is learnt, what is masked
 	$(RUN)/preview.py $(WITH)
+report-data: $(ENV) ## a page with plots about the training rows (outputs/reports/data.html)
+	$(RUN)/report_data.py $(WITH)
 plan: $(ENV) ## will it fit? memory of a training step, itemised (SET="model.name=...", GPU="8GiB")
 	$(RUN)/plan.py $(WITH) $(if $(GPU),--gpu "$$GPU")
 check: $(ENV) ## environment, config, data, template, model, disk, memory, ports: each with its mend

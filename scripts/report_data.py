@@ -1,0 +1,79 @@
+"""Writes a page about the training rows: lengths in tokens, what is cut and learnt, what repeats, what was left out.
+
+python scripts/report_data.py                          the config's rows -> outputs/reports/data.html
+python scripts/report_data.py --limit 0 --out data.html
+
+Reads processed rows, ledger.json and quarantine.jsonl; loads the tokenizer and no model; changes no row.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from sft import console
+
+EXAMPLES = """
+python scripts/report_data.py
+python scripts/report_data.py --set model.max_seq_len=1024 --limit 0
+python scripts/report_data.py --json > figures.json
+"""
+LIMIT = 10_000
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's flags."""
+    made = console.parser("Write a page with plots about the training rows.", EXAMPLES)
+    made.add_argument(
+        "--limit",
+        type=int,
+        default=LIMIT,
+        metavar="N",
+        help=f"rows that are tokenised, drawn by seed (0: all; {LIMIT:,})",
+    )
+    made.add_argument("--out", type=Path, metavar="FILE", help="the page (default: outputs/reports/data.html)")
+    return made
+
+
+def main(args: argparse.Namespace) -> dict[str, Any]:
+    """Read the rows and their ledger, look at them in tokens, write the page."""
+    from sft.config.load import load
+    from sft.config.paths import resolve, shown
+    from sft.data import store
+    from sft.files import write_text
+    from sft.report import dataset, dataset_page
+
+    root = console.project_root()
+    config = load(args.config, args.set, root=root).config
+    stage = store.paths(config.data, root)
+    found, rows = dataset.figures(config, stage, resolve(root, config.data.processed_dir), max(0, args.limit))
+    found["tokens"] = in_tokens(config, root, rows)
+    out = args.out or root / "outputs" / "reports" / "data.html"
+    write_text(out, dataset_page.page(found, f"Data report: {config.experiment.name or stage.train.parent.name}"))
+    console.say(found["verdict"])
+    if len(rows) < found["sample"]["of"]:
+        console.say(f"token figures are of {len(rows):,} rows drawn from {found['sample']['of']:,} (--limit 0: all)")
+    console.say(f"written to {shown(out.resolve(), root)}")
+    for name in ("sizes", "shares"):
+        (found["tokens"] or {}).pop(name, None)
+    return {**found, "page": str(out)}
+
+
+def in_tokens(config: Any, root: Path, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The figures that need a tokenizer; None, said aloud, where the model is not here."""
+    from sft.errors import ModelError
+    from sft.preflight.encoder import encoder_of
+    from sft.report import dataset
+
+    try:
+        encoder = encoder_of(config, root)
+    except ModelError as error:
+        console.warn(f"the page says nothing of tokens, since there is no tokenizer: {error}")
+        return None
+    with console.progress("tokenising") as advance:
+        return dataset.tokens(encoder, rows, advance)
+
+
+if __name__ == "__main__":
+    console.run(parser(), main)
