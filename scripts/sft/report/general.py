@@ -1,0 +1,119 @@
+"""What a fine-tune must not unlearn: a small general set with answers that a program can check, and the verdict on it.
+
+A row is {"user", "assistant"} or any other processed row; the assistant's text is a good answer, on which the loss is
+measured. `check` says what an answer must be; all that stands in it must hold:
+  number: the answer's last number         matches: a pattern (a list: each)    excludes: a pattern that must be absent
+  json: the answer is JSON with these keys  max_words, lines: at most so many words; exactly so many lines with text
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+from sft.config.paths import shipped
+from sft.data import store
+from sft.errors import DataError
+from sft.metrics.match import number
+from sft.report.paired import Difference
+
+SHIPPED = "data/samples/general.jsonl"
+MATTERS = 0.1  # nats a token: a perplexity a tenth higher
+CHECKS = ("number", "matches", "excludes", "json", "max_words", "lines")
+_FLAGS = re.IGNORECASE | re.DOTALL
+Row = dict[str, Any]
+
+
+def read(named: Path | None, root: Path) -> list[Row]:
+    """The rows of the user's file, or of the set that is shipped. Raises DataError for a check that cannot be read."""
+    rows = store.read_rows(named or shipped(root, SHIPPED))
+    for row in rows:
+        check = row.get("check", {})
+        wrong = sorted(set(check) - set(CHECKS)) if isinstance(check, dict) else [str(check)]
+        if wrong:
+            mend = f"`check` knows {', '.join(CHECKS)}"
+            raise DataError(f"no such check: {', '.join(wrong)}", where=str(row.get("origin")), mend=mend)
+        for pattern in _patterns(check, "matches") + _patterns(check, "excludes"):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise DataError(f"{pattern!r} is no pattern: {error}", where=str(row.get("origin"))) from None
+    return rows
+
+
+def _patterns(check: Mapping[str, Any], name: str) -> list[str]:
+    given = check.get(name, [])
+    return [given] if isinstance(given, str) else list(given)
+
+
+def passes(answer: str, check: Mapping[str, Any]) -> float:
+    """1 where the answer says something and every check holds, else 0; nan without checks."""
+    if not check:
+        return float("nan")
+    text = answer.strip()
+    if not text or not all(re.search(one, text, _FLAGS) for one in _patterns(check, "matches")):
+        return 0.0
+    if any(re.search(one, text, _FLAGS) for one in _patterns(check, "excludes")):
+        return 0.0
+    if "number" in check and number(text) != Decimal(str(check["number"])):
+        return 0.0
+    if "max_words" in check and len(text.split()) > check["max_words"]:
+        return 0.0
+    if "lines" in check and sum(bool(line.strip()) for line in text.splitlines()) != check["lines"]:
+        return 0.0
+    return float("json" not in check or _is_json(text, check["json"]))
+
+
+def _is_json(text: str, keys: Sequence[str]) -> bool:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return False
+    return set(keys) <= set(found) if isinstance(found, dict) else not keys
+
+
+@dataclass(frozen=True)
+class Forgetting:
+    """level: `none`, `slight` or `forgotten`; headline and words for people."""
+
+    level: str
+    headline: str
+    words: str
+
+
+def forgetting(loss: Difference, passed: Difference | None) -> Forgetting:
+    """The verdict on the general set: loss a token of good answers, and the share of checks that hold.
+
+    Forgotten: the loss has risen by more than MATTERS beyond its interval, or fewer checks hold beyond theirs.
+    Slight: the loss has risen beyond its interval, by less than that.
+    """
+    told = [f"perplexity of good answers x{_ratio(loss.difference)} (loss {loss.difference:+.3f}, "
+            f"95 % interval {loss.low:+.3f} to {loss.high:+.3f})"]  # fmt: skip
+    if passed is not None:
+        told.append(
+            f"checks that hold {passed.base:.0%} -> {passed.tuned:.0%} (interval of the change "
+            f"{passed.low:+.0%} to {passed.high:+.0%}, {passed.rows} questions)"
+        )
+        if passed.base < 0.1:
+            told.append("the base itself passes hardly any check, so the loss tells more than they do")
+    words = "; ".join(told)
+    fewer = passed is not None and passed.finding == "worse"
+    if (loss.finding == "worse" and loss.low > MATTERS) or fewer:
+        lost = "fewer answers pass their checks" if fewer else "good general answers have become much less likely"
+        return Forgetting("forgotten", f"It has forgotten general abilities: {lost}", words)
+    if loss.finding == "worse":
+        return Forgetting("slight", "Slight forgetting: general answers have become a little less likely", words)
+    if loss.finding == "too few rows":
+        return Forgetting("unknown", "Too few general questions to tell whether it forgot", words)
+    return Forgetting("none", "No sign of forgetting on the general questions", words)
+
+
+def _ratio(nats: float) -> str:
+    import math
+
+    return f"{math.exp(min(nats, 50.0)):.3g}"

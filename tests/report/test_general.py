@@ -1,0 +1,75 @@
+"""The general set: every reference passes its own checks, wrong answers do not, and the verdict follows the figures."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from sft.errors import DataError
+from sft.report import general, paired
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_every_shipped_reference_passes_its_own_check_and_no_other_kinds_answer_does() -> None:
+    rows = general.read(None, ROOT)
+    assert 40 <= len(rows) <= 60
+    assert {row["kind"] for row in rows} == {"instruction", "arithmetic", "format", "talk"}
+    failed = [row["id"] for row in rows if general.passes(row["assistant"], row["check"]) != 1.0]
+    assert not failed
+    for nothing in ("", "   ", "48213 | kettle | Mara Olsen | 4 April"):  # what a model that does one task alone says
+        passed = [row["id"] for row in rows if general.passes(nothing, row["check"])]
+        assert len(passed) <= 2, passed
+
+
+@pytest.mark.parametrize(
+    ("answer", "check", "holds"),
+    [
+        ("It is 12.", {"number": 12}, 1.0),
+        ("It is 12.5.", {"number": 12}, 0.0),
+        ('{"a": 1, "b": 2}', {"json": ["a"]}, 1.0),
+        ('{"b": 2}', {"json": ["a"]}, 0.0),
+        ('Sure: {"a": 1}', {"json": ["a"]}, 0.0),
+        ("one\n\ntwo", {"lines": 2}, 1.0),
+        ("one two three", {"max_words": 2}, 0.0),
+        ("As an AI, yes", {"matches": "yes", "excludes": "as an ai"}, 0.0),
+        ("pear and plum", {"matches": ["pear", "PLUM"]}, 1.0),
+        ("pear", {"matches": ["pear", "plum"]}, 0.0),
+    ],
+)
+def test_checks_hold_or_do_not(answer: str, check: dict[str, object], holds: float) -> None:
+    assert general.passes(answer, check) == holds
+
+
+def test_a_row_without_a_check_has_no_share_in_them() -> None:
+    assert math.isnan(general.passes("anything", {}))
+
+
+def test_a_check_that_cannot_be_read_is_told_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "g.jsonl"
+    path.write_text('{"user": "a", "assistant": "b"}\n{"user": "a", "assistant": "b", "check": {"mathces": "b"}}\n')
+    with pytest.raises(DataError, match="mathces") as told:
+        general.read(path, tmp_path)
+    assert "g.jsonl:2" in str(told.value)
+    path.write_text('{"user": "a", "assistant": "b", "check": {"matches": "("}}\n')
+    with pytest.raises(DataError, match="no pattern"):
+        general.read(path, tmp_path)
+
+
+def test_the_verdict_follows_loss_and_checks() -> None:
+    base = [2.0 + row / 100 for row in range(50)]
+
+    def loss(rise: float) -> paired.Difference:
+        return paired.difference(base, [value + rise for value in base], greater_is_better=False)
+
+    kept = paired.difference([1.0] * 25 + [0.0] * 25, [1.0] * 25 + [0.0] * 25)
+    lost = paired.difference([1.0] * 25 + [0.0] * 25, [1.0] * 5 + [0.0] * 45)
+    assert general.forgetting(loss(0.0), kept).level == "none"
+    assert general.forgetting(loss(-0.4), kept).level == "none"
+    assert general.forgetting(loss(0.05), kept).level == "slight"
+    assert general.forgetting(loss(0.5), kept).level == "forgotten"
+    assert general.forgetting(loss(0.0), lost).level == "forgotten"
+    assert general.forgetting(loss(0.5), None).level == "forgotten"
+    assert "x1.65" in general.forgetting(loss(0.5), None).words  # e to the half
