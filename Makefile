@@ -8,7 +8,7 @@
 .PHONY: help install install-dev install-unsloth lock setup-dirs download-model demo-model process style render \
 	full-pipeline style-if-asked preview report-data plan check train train-bnb train-unsloth train-with-tb train-bnb-tb \
 	train-unsloth-tb pause tensorboard tb-stop tb-clean tb-open eval eval-val eval-test eval-quick eval-full infer \
-	infer-interactive infer-batch merge merge-bf16 merge-test config-docs test test-all lint clean quick-start
+	infer-interactive infer-batch merge merge-bf16 merge-test config-docs test test-all test-faults lint clean quick-start
 
 PYTHON ?= .venv/bin/python
 CONFIG ?=
@@ -124,6 +124,8 @@ test: $(DEV) ## every test but the slow ones, at most 10 minutes, with coverage
 	$(PYTHON) -m pytest -n 2 -m "not slow" --cov --cov-report=term:skip-covered
 test-all: $(DEV) ## the slow tests too, at most 60 minutes
 	$(PYTHON) -m pytest -n 2 --timeout 3000 --cov --cov-report=term:skip-covered
+test-faults: $(DEV) ## break a run in every way and take it up again; hours; writes benchmarks/results/faults-DATE.json
+	$(PYTHON) tests/faults/sweep.py --all --out benchmarks/results/faults-$$(date +%F).json
 lint: $(DEV) ## ruff and mypy
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .

@@ -1,0 +1,126 @@
+"""A small project whose commands are run over and over, each in a fork of a process that has imported everything."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import train as command
+from sft import console, files
+from sft.files import door
+from tests import tiny_models
+from tests.faults.faulty_disk import FaultyDisk
+from tests.training import project
+
+MODES = ("lora", "qlora", "full", "seq2seq")
+SETTINGS = (
+    "eval.train_sample=0",
+    "train.save_total_limit=1",
+    "train.micro_batch_tokens=128",  # several micro-batches a step
+    "logging.log_interval=1",
+)
+
+
+class Bench:
+    """One project, trained over and over in forks."""
+
+    def __init__(self, root: Path, mode: str, *, tensorboard: bool = False) -> None:
+        make = tiny_models.tiny_t5 if mode == "seq2seq" else tiny_models.tiny_qwen2
+        model = make(root / "base")
+        self.root = project.make(root, model, mode="full" if mode == "seq2seq" else mode)
+        self.weights = "adapters/t/adapter_model.safetensors" if "lora" in mode else "outputs/t/model/model.safetensors"
+        board = "tensorboard" if tensorboard else "none"
+        self.sets = [part for one in (*SETTINGS, f"logging.backend={board}") for part in ("--set", one)]
+        os.environ.update(SFT_ROOT=str(root), OMP_NUM_THREADS="1")
+
+    def start(self, disk: door.Disk | None = None, *sets: str, first: Callable[[], object] = lambda: None) -> int:
+        """Forks a training run on `disk`; returns its pid. What it says goes to said.txt, its calls to calls.json.
+
+        first: done in the fork before the command begins.
+        """
+        if pid := os.fork():
+            return pid
+        code = 1
+        with open(self.root / "said.txt", "wb", buffering=0) as said:
+            os.dup2(said.fileno(), 1)
+            os.dup2(said.fileno(), 2)
+        try:
+            os.chdir(self.root)
+            door.disk = disk or door.Disk()
+            first()
+            sys.argv = ["train.py", "--config", "config.yaml", *self.sets, *sets]
+            console.run(command.build_parser(), command.main)
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        finally:
+            with contextlib.suppress(Exception):
+                calls = getattr(disk, "calls", [])
+                (self.root / "calls.json").write_text(json.dumps([calls, sorted(sys.modules)]))
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    def run(self, disk: door.Disk | None = None, *sets: str, first: Callable[[], object] = lambda: None) -> int:
+        """The same, waited for; returns its exit code, or minus the signal that ended it."""
+        return os.waitstatus_to_exitcode(os.waitpid(self.start(disk, *sets, first=first), 0)[1])
+
+    def said(self) -> str:
+        return (self.root / "said.txt").read_text(encoding="utf-8")
+
+    def clear(self) -> None:
+        for name in ("outputs", "adapters"):
+            shutil.rmtree(self.root / name, ignore_errors=True)
+
+    def result(self) -> dict[str, Any]:
+        """What a run must end with, however often it was broken."""
+        curve = project.losses(self.root, "t") + project.losses(self.root, "t", "eval/loss")
+        links = [str(path.readlink()) for path in sorted(self.root.glob("*/last"))]
+        return {"sha256": files.sha256(self.root / self.weights), "curve": curve, "links": links}
+
+    def left_behind(self) -> list[str]:
+        """Names that a killed process left half-written, and checkpoints that are not whole."""
+        hidden = [*(self.root / "outputs").rglob(".*"), *(self.root / "adapters").glob(".*")]
+        torn = [path for path in (self.root / "outputs/t").glob("checkpoint-*") if files.manifest_problem(path)]
+        return [str(path.relative_to(self.root)) for path in (*hidden, *torn)]
+
+    def clean(self) -> tuple[dict[str, Any], list[str], float]:
+        """The result of a run that nothing disturbs, the calls it made, and its seconds, all imports done before."""
+        for _ in range(2):  # the first one shows what is to be imported
+            self.clear()
+            began, code = time.monotonic(), self.run(FaultyDisk(0, ""))
+            if code:
+                raise SystemExit(f"the clean run failed with {code}:\n{self.said()}")
+            calls, modules = json.loads((self.root / "calls.json").read_text())
+            for name in modules:
+                with contextlib.suppress(Exception):
+                    importlib.import_module(name)
+        return self.result(), calls, time.monotonic() - began
+
+    def broken_then_resumed(
+        self, break_it: Callable[[], int], expected: dict[str, Any], codes: tuple[int, ...] = (0, 2, -signal.SIGKILL)
+    ) -> dict[str, Any]:
+        """One case: {"exit", "wrong": what is not as it must be}. codes: the exits that the broken run may have."""
+        code = break_it()
+        said, wrong = self.said(), []
+        finished = (self.root / "outputs/t/finished.json").is_file()
+        if code not in codes or "Traceback" in said:
+            wrong.append(f"exit {code}: {said[-600:]}")
+        if code == 2 and "could not be" not in said and "cannot be" not in said:
+            wrong.append(f"the message does not say what the disk refused: {said[-300:]}")
+        if not finished and (again := self.run()):
+            wrong.append(f"not taken up, exit {again}: {self.said()[-600:]}")
+        else:
+            found = self.result()
+            wrong += [f"{key} differs" for key in expected if found[key] != expected[key]]
+            wrong += [f"left behind: {name}" for name in ([] if finished else self.left_behind())]
+        return {"exit": code, "wrong": wrong}

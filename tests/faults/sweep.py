@@ -1,0 +1,204 @@
+"""Breaks a 6-step training run in every way that a home machine knows, and takes it up again.
+
+    python tests/faults/sweep.py --mode lora                              # every case of one mode
+    python tests/faults/sweep.py --mode full --sample 20 --seed 1         # 20 of each sort, drawn at random
+    python tests/faults/sweep.py --all --out benchmarks/results/faults-2026-11-21.json        # make test-faults
+
+Sorts: `calls` (the Nth call of the file room fails or is the last, for every N), `kills` (SIGKILL at random moments),
+`damage` (every file of the newest checkpoint, four ways), `signals` (at every micro-step). The run that is taken up
+must end with the SHA-256 of the clean run's weights, its curve and links, and nothing left half-written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+HOME = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(HOME / "scripts"), str(HOME)]
+
+from sft import files  # noqa: E402
+from tests.faults.bench import MODES, Bench  # noqa: E402
+from tests.faults.faulty_disk import KINDS, FaultyDisk  # noqa: E402
+
+HARMS: dict[str, Callable[[Path], object]] = {
+    "missing": lambda path: path.unlink(),
+    "empty": lambda path: os.truncate(path, 0),
+    "cut short": lambda path: os.truncate(path, path.stat().st_size - 1),
+    "a bit flipped": lambda path: path.write_bytes(flipped(path.read_bytes())),
+}
+Case = tuple[str, Callable[[], dict[str, Any]]]  # what is done, and doing it
+
+
+def flipped(data: bytes) -> bytes:
+    """One bit in the middle changed."""
+    at = len(data) // 2
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+
+
+def at_calls(bench: Bench, expected: dict[str, Any], calls: list[str]) -> Iterator[Case]:
+    """Each call of the file room, failing or the last one."""
+    for nth, call in enumerate(calls, 1):
+        for kind in KINDS:
+
+            def case(nth: int = nth, kind: str = kind) -> dict[str, Any]:
+                bench.clear()
+                return bench.broken_then_resumed(lambda: bench.run(FaultyDisk(nth, kind)), expected)
+
+            yield f"{kind} at call {nth}, {call}", case
+
+
+def at_moments(bench: Bench, expected: dict[str, Any], seconds: float, draw: random.Random) -> Iterator[Case]:
+    """SIGKILL at random moments of the run."""
+    for _ in range(100):
+        after = draw.uniform(0, seconds)
+
+        def case(after: float = after) -> dict[str, Any]:
+            def killed() -> int:
+                pid = bench.start()
+                time.sleep(after)
+                os.kill(pid, signal.SIGKILL)
+                return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+            bench.clear()
+            return bench.broken_then_resumed(killed, expected)
+
+        yield f"killed after {after:.3f} s", case
+
+
+def damaged(bench: Bench, expected: dict[str, Any]) -> Iterator[Case]:
+    """Every file of the newest checkpoint, harmed; it must be named, and the one before it used."""
+    bench.clear()
+    bench.run(None, "--set", "train.save_total_limit=9")
+    kept = bench.root / "kept"
+    shutil.copytree(bench.root / "outputs", kept / "outputs", symlinks=True)
+    shutil.copytree(bench.root / "adapters", kept / "adapters", symlinks=True)
+    for name in sorted(path.name for path in (kept / "outputs/t/checkpoint-6").iterdir()):
+        for harm, do in HARMS.items():
+
+            def case(name: str = name, do: Callable[[Path], object] = do) -> dict[str, Any]:
+                bench.clear()
+                shutil.copytree(kept / "outputs", bench.root / "outputs", symlinks=True)
+                (bench.root / "outputs/t/finished.json").unlink()
+                do(bench.root / "outputs/t/checkpoint-6" / name)
+                found = bench.broken_then_resumed(bench.run, expected)
+                if f"passed over checkpoint-6: {name}" not in bench.said():
+                    found["wrong"].append(f"{name} is not named: {bench.said()[:300]}")
+                if "taking up outputs/t at checkpoint-4" not in bench.said():
+                    found["wrong"].append(f"checkpoint-4 was not taken: {bench.said()[:300]}")
+                return found
+
+            yield f"{name} {harm}", case
+
+
+def signalled(bench: Bench, expected: dict[str, Any]) -> Iterator[Case]:
+    """SIGINT, SIGTERM and SIGHUP at every micro-step: a checkpoint at the step's end, the right exit code."""
+    from sft.step import microbatch
+
+    def counting(nth: int, number: int) -> Callable[[], None]:
+        """Has the nth micro-step send itself a signal; 0 counts them in steps.txt."""
+
+        def install() -> None:
+            real, seen = microbatch.loss_sum, []
+
+            def loss_sum(*args: Any, **kwargs: Any) -> Any:
+                seen.append(1)
+                if len(seen) == nth:
+                    os.kill(os.getpid(), number)
+                if nth == 0:
+                    (bench.root / "steps.txt").write_text(str(len(seen)))
+                return real(*args, **kwargs)
+
+            microbatch.loss_sum = loss_sum
+
+        return install
+
+    bench.clear()
+    bench.run(first=counting(0, 0))
+    for nth in range(1, int((bench.root / "steps.txt").read_text()) + 1):
+        for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 143)):
+
+            def case(nth: int = nth, number: int = number, code: int = code) -> dict[str, Any]:
+                def stopped() -> int:
+                    return bench.run(first=counting(nth, number))
+
+                bench.clear()
+                found = bench.broken_then_resumed(stopped, expected, codes=(code, 0))
+                if found["exit"] == 0 and "finished" not in bench.said():
+                    found["wrong"].append("neither stopped nor finished")
+                return found
+
+            yield f"{signal.Signals(number).name} at micro-step {nth}", case
+
+
+def sweep(mode: str, *, sample: int, sorts: list[str], seed: int, tensorboard: bool) -> dict[str, Any]:
+    """All cases of one mode, or a seeded sample of each sort, with what came of them."""
+    draw = random.Random(seed)
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder), mode, tensorboard=tensorboard)
+        expected, calls, seconds = bench.clean()
+        made: dict[str, Callable[[], Iterator[Case]]] = {
+            "calls": lambda: at_calls(bench, expected, calls),
+            "kills": lambda: at_moments(bench, expected, seconds, draw),
+            "damage": lambda: damaged(bench, expected),
+            "signals": lambda: signalled(bench, expected),
+        }
+        failed, exits, count = [], {}, {}
+        for sort in sorts:
+            cases = list(made[sort]())
+            cases = draw.sample(cases, min(sample, len(cases))) if sample else cases
+            count[sort] = len(cases)
+            for number, (what, case) in enumerate(cases, 1):
+                found = case()
+                exits[str(found["exit"])] = exits.get(str(found["exit"]), 0) + 1
+                failed += [{"case": what, **found}] if found["wrong"] else []
+                told = "; ".join(found["wrong"]) or "same weights"
+                print(f"{mode} {sort} {number}/{len(cases)} {what}: {told}", file=sys.stderr, flush=True)
+    return {
+        "mode": mode,
+        "sha256": expected["sha256"],
+        "calls": len(calls),
+        "cases": count,
+        "failed": failed,
+        "exits": exits,
+        "seconds": round(time.monotonic() - began, 1),
+    }
+
+
+SORTS = ("calls", "kills", "damage", "signals")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mode", choices=MODES, action="append", help="repeatable (default: lora)")
+    parser.add_argument("--all", action="store_true", help="every mode")
+    parser.add_argument("--sort", choices=SORTS, action="append", help="repeatable (default: every sort)")
+    parser.add_argument("--sample", type=int, default=0, metavar="N", help="N cases of each sort (0: all)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tensorboard", action="store_true", help="write event files too")
+    parser.add_argument("--out", type=Path, help="where the result goes, as JSON")
+    args = parser.parse_args()
+    modes, sorts = MODES if args.all else args.mode or ["lora"], args.sort or list(SORTS)
+    settings = {"sample": args.sample, "sorts": sorts, "seed": args.seed, "tensorboard": args.tensorboard}
+    found = [sweep(mode, **settings) for mode in modes]
+    failed = sum(len(one["failed"]) for one in found)
+    result = {"cases": sum(sum(one["cases"].values()) for one in found), "failed": failed, **settings, "modes": found}
+    if args.out:
+        files.write_json(args.out, {"date": time.strftime("%Y-%m-%d"), "python": sys.version.split()[0], **result})
+    print(json.dumps(result, indent=1))
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
