@@ -43,6 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> dict[str, Any] | None:
     from sft import runs
     from sft.config.load import load
+    from sft.preflight import space
     from sft.training import preparation
 
     if os.environ.get("RANK", "0") != "0":
@@ -57,6 +58,7 @@ def main(args: argparse.Namespace) -> dict[str, Any] | None:
     ranks.start()
     opened = ranks.first(lambda: runs.open_run(loaded.config.train.output_dir, root, args.resume))
     say(overview.before(job, opened))
+    ranks.first(lambda: space.require(job.config, job.files, opened.run))
     if args.dry_run:
         return overview.as_json(job, opened)
     with building.hold(job, opened, args.allow_change) as accepted:

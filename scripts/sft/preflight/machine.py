@@ -8,9 +8,10 @@ import shutil
 import sys
 from collections.abc import Iterator
 from importlib import metadata
-from pathlib import Path
 
+from sft import runs
 from sft.config import paths
+from sft.preflight import space
 from sft.preflight.case import Case, Finding, Level
 
 GIB = 2**30
@@ -99,34 +100,20 @@ def disk(case: Case) -> Iterator[Finding]:
     """Checkpoints (kept, best and the one being written), the adapter, and the model if it is still to be fetched."""
     if case.config is None:
         return
-    outputs = paths.resolve(case.root, case.config.train.output_dir)
-    place = _existing(outputs)
-    free, need = shutil.disk_usage(place).free, _needed(case)
+    run = runs.at(paths.resolve(case.root, case.config.train.output_dir), case.root)
+    place = space.existing(run.folder)
+    free = shutil.disk_usage(place).free
+    need = case.to_fetch + 2 * GIB if case.files is None else sum(space.parts(case.config, case.files).values())
     said = f"{free / 1e9:.1f} GB free in {place}, a run needs about {need / 1e9:.1f}"
     short = free < need
     mend = "make room (old runs: outputs/), or --set train.save_total_limit=1" if short else None
     yield Finding("error" if short else "ok", "disk", said, mend)
-    for folder in (outputs, case.root / "adapters"):
-        standing = _existing(folder)
+    for folder in (run.folder, run.adapter_dir.parent):
+        standing = space.existing(folder)
         if not standing.is_dir() or not os.access(standing, os.W_OK | os.X_OK):
             yield Finding("error", "outputs", f"{standing} cannot be written to", "mend its permissions, or output_dir")
             return
-    yield Finding("ok", "outputs", f"{paths.shown(outputs, case.root)} can be written to")
-
-
-def _needed(case: Case) -> int:
-    """Bytes on the disk: a checkpoint is the trained weights and AdamW's two moments, in float32."""
-    assert case.config is not None
-    kept = case.config.train.save_total_limit + 2
-    if case.files is None:
-        return case.to_fetch + 2 * GIB
-    if case.config.tuning.mode == "full":
-        return case.files.parameters * 4 * (3 * kept + 1)
-    from sft.model.files import tensors
-
-    shapes = [entry["shape"] for path in case.files.weights for entry in tensors(path).values()]
-    sides = sum(sum(shape) for shape in shapes if len(shape) == 2)
-    return case.config.tuning.lora.r * sides * 4 * (3 * kept + 1) + 64 * 2**20
+    yield Finding("ok", "outputs", f"{paths.shown(run.folder, case.root)} can be written to")
 
 
 def memory(case: Case) -> Iterator[Finding]:
@@ -159,9 +146,3 @@ def port(case: Case) -> Iterator[Finding]:
         yield Finding("warning", "tensorboard", f"port {case.port} is in use by another program", mend)
     else:
         yield Finding("ok", "tensorboard", f"port {case.port} is free")
-
-
-def _existing(path: Path) -> Path:
-    while not path.exists():
-        path = path.parent
-    return path
