@@ -56,17 +56,15 @@ def _merge(args: argparse.Namespace, out: Path, root: Path) -> dict[str, Any]:
             lambda done, total, name: advance(done, total),
             base=base,
         )
-    compared = "not compared (too little memory)"
-    if report.max_logit_difference is not None:
-        compared = (
-            f"largest difference {report.max_logit_difference:.2g}, KL {report.mean_kl:.2g} nats a token,"
-            f" same first choice in {report.top1_agreement:.1%}"
-        )
     rows = [
         ("base", report.base),
         ("adapter", report.adapter),
         ("tensors changed", f"{report.tensors}, {report.changed_share:.1%} of their numbers"),
-        ("logits, adapter against merged", compared),
+        ("adapter against merged, on", f"{report.held_out_tokens} tokens of {report.held_out}"),
+        ("  loss", f"{report.loss_adapter:.4f} -> {report.loss_merged:.4f}"),
+        ("  same first choice", f"{report.top1_agreement:.2%}"),
+        ("  KL divergence", f"{report.mean_kl:.2g} nats a token"),
+        ("  largest difference of logits", f"{report.max_logit_difference:.2g}"),
         ("size", f"{report.bytes / 1e6:,.1f} MB, {report.dtype}"),
         ("time", f"{report.seconds:.0f} s"),
     ]

@@ -1,89 +1,103 @@
-"""Is the merged model the trained one: logits of adapter and merged model on a few texts, one after the other."""
+"""Is the merged model the trained one: loss, first choices and KL of adapter and merged model on held-out rows.
+
+The two run one after the other, each with the memory of one layer (see disk_model); of the first the logits of a small
+sample are kept. Sums are float32 in both, so that what differs is what the merge wrote.
+"""
 
 from __future__ import annotations
 
 import gc
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sft.config.schema import Config, ModelSection, TuningSection
+from sft.config.schema import Config
 from sft.errors import ModelError
-from sft.model import hardware
 from sft.model.files import ModelFiles
-from sft.ship import tensors as streams
+from sft.ship import disk_model
+from sft.ship.sample import Sample
 
 if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger("sft.ship")
-TOLERANCE = 1e-3  # of float32 logits
-KL_LIMIT = 0.05  # nats a token, of 16-bit logits, whose rounding alone costs about 1e-4
-_TEXTS = (
-    "The quick brown fox jumps over the lazy dog.",
-    "Name: Mara Olsen; order 48213; the kettle arrived broken and she wants her money back!",
-    "What is the capital of France? It is Paris.",
-    "2 + 2 = 4, 17 - 9 = 8, and 3 * 7 =",
-)
+TOLERANCE = 1e-3  # of float32 logits, of their largest
+KL_LIMIT = 0.05  # nats a token, of 16-bit weights, whose rounding alone costs about 1e-4
+LOSS_LIMIT = 0.02  # nats a token that the held-out loss may rise
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Adapter against merged, on `tokens` tokens of `rows` held-out rows from `source`.
+
+    loss_*: nats a labelled token. top1: share of equal first choices. kl: mean, nats a token. largest: difference of
+    logits.
+    """
+
+    source: str
+    rows: int
+    tokens: int
+    loss_adapter: float
+    loss_merged: float
+    top1: float
+    kl: float
+    largest: float
 
 
 def compare(
-    files: ModelFiles, config: Config, adapter: Path, folder: Path, dtype: str
-) -> tuple[float, float, float] | None:
-    """Adapter against merged: (largest difference of logits, mean KL, share of equal first choices); None where the
-    memory is too small. Raises ModelError where they differ by more than rounding.
-    """
-    need, free = files.parameters * streams.BYTES[dtype] * 1.15, hardware.memory()[1]
-    if need > free:
-        log.warning(
-            f"the merged model was not compared with the adapter: that needs {need / 2**30:.1f} GiB of memory,"
-            f" {free / 2**30:.1f} are free"
-        )
-        return None
-    unmerged = logits(files, config.model, streams.dtype_of(dtype), adapter)
-    merged_files = ModelFiles(folder, str(folder), None, files.config, files.kind)
-    result = difference(unmerged, logits(merged_files, config.model, streams.dtype_of(dtype), None))
-    log.info(f"logits, adapter against merged: largest difference {result[0]:.2g}, KL {result[1]:.2g}")
-    if (result[0] > TOLERANCE) if dtype == "fp32" else (result[1] > KL_LIMIT):
+    files: ModelFiles, merged: ModelFiles, config: Config, adapter: Path, dtype: str, sample: Sample
+) -> Agreement:
+    """Runs both over the sample. Raises ModelError where they differ by more than rounding does."""
+    rows = {key: merged.config[key] for key in ("vocab_size",) if key in merged.config}
+    before = logits(files, rows, config, adapter, sample)
+    after = logits(merged, {}, config, None, sample)
+    largest, kl, top1 = difference(before, after)
+    found = Agreement(
+        sample.source, len(sample.rows), sample.tokens, sample.loss(before), sample.loss(after), top1, kl, largest
+    )
+    log.info(
+        f"adapter against merged, {found.tokens} held-out tokens: loss {found.loss_adapter:.4f} and"
+        f" {found.loss_merged:.4f}, same first choice in {top1:.2%}, KL {kl:.2g}"
+    )
+    scale = max(1.0, float(max(part.abs().max() for part in before)))
+    if (largest > TOLERANCE * scale) if dtype == "fp32" else (kl > KL_LIMIT):
         raise ModelError(
-            f"the merged model is not the trained one: logits differ by up to {result[0]:.3g}, KL {result[1]:.3g}",
+            f"the merged model is not the trained one: logits differ by up to {largest:.3g}, KL {kl:.3g}",
             where=str(adapter),
             mend="nothing was written; if fp16 or bf16 was asked for, try --dtype fp32, else report this",
         )
-    return result
+    if found.loss_merged > found.loss_adapter + LOSS_LIMIT:
+        raise ModelError(
+            f"the merge harms: the held-out loss rises from {found.loss_adapter:.4f} to {found.loss_merged:.4f}",
+            where=sample.source,
+            mend="nothing was written; try --dtype fp32",
+        )
+    return found
 
 
-def logits(files: ModelFiles, section: ModelSection, dtype: torch.dtype, adapter: Path | None) -> list[torch.Tensor]:
-    """Logits [tokens, vocabulary] on a few texts, float32, from the model on the CPU with or without the adapter."""
+def logits(
+    files: ModelFiles, settings: dict[str, Any], config: Config, adapter: Path | None, sample: Sample
+) -> list[torch.Tensor]:
+    """Logits [tokens, vocabulary] of each row, float32."""
     import torch
 
-    from sft.model import adapters, loading
-    from sft.model.tokenizer import load_tokenizer
-
-    tokenizer = load_tokenizer(files, trust_remote_code=section.trust_remote_code)
-    plain = section.model_copy(update={"device_map": "cpu", "attn_implementation": "auto"})
-    model: Any = loading.load_base(
-        files, plain, TuningSection(mode="lora"), dtype, device="cpu", train=False, quantise=False
-    )
-    if adapter is not None:
-        model = adapters.load(model, adapter)
-    found = []
-    for text in _TEXTS:
-        ids = torch.tensor([tokenizer.encode(text)])
-        extra = {"decoder_input_ids": ids} if files.kind == "seq2seq" else {}
-        with torch.no_grad():
-            found.append(model(input_ids=ids, **extra).logits[0].float())
+    model = disk_model.open_model(files, settings, trust_remote_code=config.model.trust_remote_code, adapter=adapter)
+    with torch.no_grad():
+        found: torch.Tensor = model(**sample.batch(files.config)).logits
     del model
     gc.collect()
-    return found
+    return [found[index, :length] for index, length in enumerate(sample.lengths)]
 
 
 def difference(one: list[torch.Tensor], other: list[torch.Tensor]) -> tuple[float, float, float]:
     """Largest absolute difference, mean KL(one || other) a token in nats, share of equal first choices."""
-    import torch
-
-    first, second = torch.cat(one), torch.cat(other)
-    log_p, log_q = first.log_softmax(-1), second.log_softmax(-1)
-    kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
-    same = (first.argmax(-1) == second.argmax(-1)).float().mean()
-    return float((first - second).abs().max()), max(0.0, float(kl)), float(same)
+    largest = total = same = 0.0
+    count = 0
+    for first, second in zip(one, other, strict=True):
+        log_p, log_q = first.log_softmax(-1), second.log_softmax(-1)
+        total += float((log_p.exp() * (log_p - log_q)).sum())
+        same += float((first.argmax(-1) == second.argmax(-1)).sum())
+        largest = max(largest, float((first - second).abs().max()))
+        count += first.shape[0]
+    return largest, max(0.0, total / count), same / count

@@ -14,14 +14,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from sft import files as disk
 from sft import runs
 from sft.config.schema import Config, ModelSection
 from sft.errors import EnvironmentProblem, ModelError, RunError
 from sft.model import bases, hub
-from sft.model.files import INDEX, ModelFiles, tensors
-from sft.ship import agreement, outfit
+from sft.model.files import INDEX, ModelFiles, read_config, tensors
+from sft.ship import agreement, changes, outfit, sample
 from sft.ship import tensors as streams
+from sft.ship.changes import HEAD
 
 log = logging.getLogger("sft.ship")
 REPORT = "merge.json"
@@ -29,9 +32,8 @@ REPORT = "merge.json"
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What was merged and how well: the largest difference of logits, the mean KL divergence (nats a token) and the
-    share of equal first choices, adapter against merged (None where memory was too small to compare), and the share of
-    the adapted weights that changed.
+    """What was merged and how well: adapter against merged (see Agreement), and the share of the adapted weights that
+    changed.
     """
 
     out: str
@@ -40,9 +42,13 @@ class MergeReport:
     dtype: str
     tensors: int
     changed_share: float
-    max_logit_difference: float | None
-    mean_kl: float | None
-    top1_agreement: float | None
+    held_out: str
+    held_out_tokens: int
+    loss_adapter: float
+    loss_merged: float
+    max_logit_difference: float
+    mean_kl: float
+    top1_agreement: float
     bytes: int
     seconds: float
 
@@ -63,7 +69,7 @@ def merge(
     """Merges the adapter in folder `adapter` into its base and writes the model to `out`, or leaves `out` as it was.
 
     dtype: fp16, bf16 or fp32. base: where the base is now, if not where the adapter's config says. Raises ModelError
-    (no adapter, another base, a quantised base, nothing changed, logits differ), EnvironmentProblem (disk), RunError
+    (no adapter, another base, a quantised base, nothing changed, the merge harms), EnvironmentProblem (disk), RunError
     (`out` is in the way).
     """
     started = time.monotonic()
@@ -75,34 +81,80 @@ def merge(
     files = hub.find(section, root)
     _refuse_wrong(files, adapter, record)
     _refuse_target(out, adapter, files)
+    shapes = {name: entry["shape"] for path in files.weights for name, entry in tensors(path).items()}
+    tied = bool(files.config.get("tie_word_embeddings", True)) and HEAD not in shapes
+    read = changes.read_changes(adapter, record["config"])
+    follows = tied and record["config"].get("ensure_weight_tying") is True
+    placed = changes.place(read, set(shapes), tied=tied, follows=follows)
     _room(out, files, dtype)
-    changes = streams.place(
-        streams.read_changes(adapter, record["config"]),
-        {name for path in files.weights for name in tensors(path)},
-        tied=bool(files.config.get("tie_word_embeddings", True)),
-    )
+    sweep(out)
     log.info(f"merging {adapter.name} into {files.name} ({files.size} parameters) as {dtype}")
     with disk.atomic_folder(out) as staged:
-        tally = streams.write(files.weights, staged, changes, record["config"], dtype, on_progress)
+        tally = streams.write(files.weights, staged, placed, dtype, on_progress)
         _refuse_nothing(tally, dtype)
-        _index(files, staged)
-        outfit.dress(staged, files, config, root, streams.dtype_of(dtype), beside=adapter)
-        found = agreement.compare(files, config, adapter, staged, dtype)
-        report = MergeReport(
-            out=str(out),
-            base=files.name,
-            adapter=str(adapter),
-            dtype=dtype,
-            tensors=tally.tensors,
-            changed_share=tally.changed / tally.numbers,
-            max_logit_difference=found and found[0],
-            mean_kl=found and found[1],
-            top1_agreement=found and found[2],
-            bytes=sum(path.stat().st_size for path in staged.glob("*.safetensors")),
-            seconds=round(time.monotonic() - started, 1),
-        )
+        index(files, staged)
+        grown = _vocabulary(placed, shapes)
+        settings: dict[str, Any] = {"vocab_size": grown} if grown else {}
+        if HEAD in placed and HEAD not in shapes:
+            settings["tie_word_embeddings"] = False
+        outfit.dress(staged, files, config, root, dtype, beside=adapter, settings=settings, grown=bool(grown))
+        found = verify(files, staged, config, adapter, dtype, root)
+        report = _report(started, out, files, adapter, dtype, tally, found, staged)
         (staged / REPORT).write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
     return report
+
+
+def verify(
+    files: ModelFiles, folder: Path, config: Config, adapter: Path, dtype: str, root: Path
+) -> agreement.Agreement:
+    """Adapter on its base against the merged weights in `folder`, on held-out rows. Raises ModelError."""
+    from sft.chat.encode import encoder_for
+    from sft.model.tokenizer import load_tokenizer
+
+    merged = ModelFiles(folder, str(folder), None, read_config(folder, str(folder)), files.kind)
+    tokenizer = load_tokenizer(folder, trust_remote_code=config.model.trust_remote_code)
+    encoder = encoder_for(config, tokenizer, files.kind, root)
+    held_out = sample.take(encoder, config, root, int(merged.config.get("vocab_size", 1 << 17)))
+    return agreement.compare(files, merged, config, adapter, dtype, held_out)
+
+
+def _report(
+    started: float,
+    out: Path,
+    files: ModelFiles,
+    adapter: Path,
+    dtype: str,
+    tally: streams.Tally,
+    found: agreement.Agreement,
+    staged: Path,
+) -> MergeReport:
+    return MergeReport(
+        out=str(out),
+        base=files.name,
+        adapter=str(adapter),
+        dtype=dtype,
+        tensors=tally.tensors,
+        changed_share=tally.changed / max(1, tally.numbers),
+        held_out=found.source,
+        held_out_tokens=found.tokens,
+        loss_adapter=found.loss_adapter,
+        loss_merged=found.loss_merged,
+        max_logit_difference=found.largest,
+        mean_kl=found.kl,
+        top1_agreement=found.top1,
+        bytes=sum(path.stat().st_size for path in staged.glob("*.safetensors")),
+        seconds=round(time.monotonic() - started, 1),
+    )
+
+
+def _vocabulary(placed: dict[str, changes.Change], shapes: dict[str, list[int]]) -> int | None:
+    """The number of tokens where the adapter brings an embedding of another size, else None."""
+    grown = [
+        change.whole.shape[0]
+        for name, change in placed.items()
+        if change.whole is not None and name in shapes and list(change.whole.shape) != shapes[name]
+    ]
+    return int(grown[0]) if grown else None
 
 
 def config_of(adapter: Path, record: dict[str, Any]) -> Config:
@@ -131,7 +183,8 @@ def _refuse_whole_model(adapter: Path) -> None:
 def _refuse_wrong(files: ModelFiles, adapter: Path, record: dict[str, Any]) -> None:
     if files.quantised:
         raise ModelError(
-            f"{files.name} is stored quantised ({files.quantised}); merging into it would round the adapter away",
+            f"{files.name} is stored quantised ({files.quantised}): its steps are larger than most of what the adapter"
+            " adds, so merging into it would round the adapter away",
             where="model.name",
             mend="merge into the full-precision model it was made from",
         )
@@ -160,6 +213,15 @@ def _room(out: Path, files: ModelFiles, dtype: str) -> None:
         )
 
 
+def sweep(out: Path) -> None:
+    """Removes what a killed process left half beside `out`."""
+    for path in out.parent.glob(f".{out.name}.*.part"):
+        pid = path.name.split(".")[-2]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            log.warning(f"{path.name} was left by a command that was killed: it is removed")
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def _refuse_nothing(tally: streams.Tally, dtype: str) -> None:
     if not tally.changed:
         raise ModelError(
@@ -168,12 +230,15 @@ def _refuse_nothing(tally: streams.Tally, dtype: str) -> None:
         )
 
 
-def _index(files: ModelFiles, staged: Path) -> None:
-    """The index of a model in several files, with the new total size."""
+def index(files: ModelFiles, staged: Path) -> None:
+    """The index of a model in several files, as they were written."""
     if not (files.path / INDEX).is_file():
         return
-    index = json.loads((files.path / INDEX).read_text(encoding="utf-8"))
-    written = [entry for path in staged.glob("*.safetensors") for entry in tensors(path).values()]
-    size = sum(entry["data_offsets"][1] - entry["data_offsets"][0] for entry in written)
-    index["metadata"] = {**index.get("metadata", {}), "total_size": size}
-    (staged / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    written = {
+        name: (path.name, entry)
+        for path in sorted(staged.glob("*.safetensors"))
+        for name, entry in tensors(path).items()
+    }
+    size = sum(entry["data_offsets"][1] - entry["data_offsets"][0] for _, entry in written.values())
+    told = {"metadata": {"total_size": size}, "weight_map": {name: path for name, (path, _) in written.items()}}
+    (staged / INDEX).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")

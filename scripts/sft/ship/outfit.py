@@ -12,11 +12,10 @@ from sft import runs
 from sft.model.files import ModelFiles
 
 if TYPE_CHECKING:
-    import torch
-
     from sft.config.schema import Config
 
 log = logging.getLogger("sft.ship")
+_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 _TOKENIZER = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -30,31 +29,46 @@ _TOKENIZER = (
 )
 
 
-def dress(folder: Path, files: ModelFiles, config: Config, root: Path, dtype: torch.dtype, *, beside: Path) -> None:
-    """Puts everything but the weights into `folder`: the base's own tokenizer files byte for byte, config.json with
-    `dtype`, generation_config.json with every end token, the chat template, and the run's config from `beside`.
+def dress(
+    folder: Path,
+    files: ModelFiles,
+    config: Config,
+    root: Path,
+    dtype: str,
+    *,
+    beside: Path,
+    settings: dict[str, Any] | None = None,
+    grown: bool = False,
+) -> None:
+    """Puts everything but the weights into `folder`: the tokenizer files byte for byte, config.json with `dtype` (fp16,
+    bf16, fp32) and `settings`, generation_config.json with every end token, the chat template, the run's config.
+
+    beside: the adapter. grown: the vocabulary is the adapter's, so the tokenizer files are those that lie beside it.
     """
+    own = grown and any((beside / name).is_file() for name in _TOKENIZER)
+    if grown and not own:
+        log.warning(f"the adapter has a larger vocabulary than {files.name}, and no tokenizer beside it")
     for name in _TOKENIZER:
-        if (files.path / name).is_file():
-            shutil.copyfile(files.path / name, folder / name)
+        if ((beside if own else files.path) / name).is_file():
+            shutil.copyfile((beside if own else files.path) / name, folder / name)
     if config.model.trust_remote_code:
         for code in files.path.glob("*.py"):
             shutil.copyfile(code, folder / code.name)
-    _write(folder / "config.json", {**files.config, "dtype": str(dtype).removeprefix("torch.")})
-    stops = _template(folder, files, config, root)
-    _generation(folder, files, stops)
+    kept = {key: value for key, value in files.config.items() if key != "torch_dtype"}
+    _write(folder / "config.json", {**kept, "dtype": _DTYPES[dtype], **(settings or {})})
+    _generation(folder, files, _template(folder, files, beside if own else files, config, root))
     for place in (beside, beside.parent):
         if (place / runs.RESOLVED).is_file():
             shutil.copyfile(place / runs.RESOLVED, folder / runs.RESOLVED)
             break
 
 
-def _template(folder: Path, files: ModelFiles, config: Config, root: Path) -> list[int]:
+def _template(folder: Path, files: ModelFiles, source: ModelFiles | Path, config: Config, root: Path) -> list[int]:
     """Writes the chat template that the model was trained with; returns the ids of its end tokens."""
     from sft.chat.encode import encoder_for
     from sft.model.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(files, trust_remote_code=config.model.trust_remote_code)
+    tokenizer = load_tokenizer(source, trust_remote_code=config.model.trust_remote_code)
     encoder = encoder_for(config, tokenizer, files.kind, root)
     template = encoder.template
     if "messages" in template.source:

@@ -1,0 +1,92 @@
+"""Merging adapters of uncommon shape: ranks by layer, a head parted from its embedding, a vocabulary that has grown."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, TaskType, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sft.errors import ModelError
+from sft.ship.merge import merge
+
+IDS = torch.arange(60).reshape(2, 30)
+
+
+def tuned(folder: Path, out: Path, *, rows: int | None = None, **lora):
+    """peft's own adapter on a base, every trained number moved away from its start; saved to `out`."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    if rows:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    torch.manual_seed(0)
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "up_proj"], **lora}
+    model = get_peft_model(model, LoraConfig(task_type=TaskType.CAUSAL_LM, **settings))
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data.add_(torch.randn_like(weight), alpha=0.02)
+    model.save_pretrained(out, save_embedding_layers=bool(rows) or "auto")
+    return model.eval()
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"rank_pattern": {"q_proj": 2, "layers.1.mlp.up_proj": 8}, "alpha_pattern": {"layers.0.self_attn.q_proj": 3}},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"modules_to_save": ["lm_head"]},
+        {"modules_to_save": ["embed_tokens"]},
+        {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+        {"rows": 448},
+    ],
+    ids=["patterns", "embedding", "head", "saved-head", "saved-embedding", "kept-tied", "grown"],
+)
+def test_the_merged_model_gives_the_logits_of_the_adapter(tiny_qwen2, tmp_path, lora):
+    rows = lora.get("rows")
+    model = tuned(tiny_qwen2, tmp_path / "a", **lora)
+    if rows:
+        AutoTokenizer.from_pretrained(tiny_qwen2).save_pretrained(tmp_path / "a")
+    report = merge(tmp_path / "a", tmp_path / "m", "fp32", tmp_path, base=str(tiny_qwen2))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval()
+    assert (logits(merged) - logits(model)).abs().max() <= 1e-4
+    assert report.top1_agreement == 1.0
+    parted = "lm_head" in str(lora) or lora.get("modules_to_save") == ["embed_tokens"] or "embed" in str(lora)
+    assert merged.config.tie_word_embeddings is not (parted and "ensure_weight_tying" not in lora)
+    assert merged.config.vocab_size == (rows or model.config.vocab_size)
+
+
+def test_an_adapter_whose_start_moved_the_base_is_refused(tiny_qwen2, tmp_path):
+    tuned(tiny_qwen2, tmp_path / "a")
+    told = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps({**told, "init_lora_weights": "pissa"}))
+    with pytest.raises(ModelError, match="began with pissa, which changes the base too"):
+        merge(tmp_path / "a", tmp_path / "m", "fp32", tmp_path, base=str(tiny_qwen2))
+    assert not (tmp_path / "m").exists()
+
+
+def test_a_merge_that_harms_is_an_error(tiny_qwen2, tmp_path, monkeypatch):
+    from sft.ship import tensors
+
+    tuned(tiny_qwen2, tmp_path / "a")
+    (tmp_path / ".m.999999999.part").mkdir()  # what a killed merge left
+    written = tensors.write
+
+    def spoilt(sources, out, *rest):
+        tally = written(sources, out, *rest)
+        with open(out / "model.safetensors", "r+b") as file:  # the numbers in the middle of the file lose their sign
+            file.seek(-(out / "model.safetensors").stat().st_size // 2, 2)
+            file.write(bytes(4000))
+        return tally
+
+    monkeypatch.setattr(tensors, "write", spoilt)
+    with pytest.raises(ModelError, match=r"not the trained one|the merge harms"):
+        merge(tmp_path / "a", tmp_path / "m", "fp32", tmp_path, base=str(tiny_qwen2))
+    assert not [path for path in tmp_path.iterdir() if path.name != "a"]
