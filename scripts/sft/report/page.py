@@ -147,7 +147,7 @@ def table(
     rows: of str, Html, int, float or Cell. search: the label of a field that filters rows by words, "" for none.
     choices: columns that a list filters by. cards: on a phone each row becomes a card.
     """
-    cells = [[one if isinstance(one, Cell) else _cell(one) for one in row] for row in rows]
+    cells = [[cell(one) for one in row] for row in rows]
     numeric = [bool(cells) and all(row[at].kind == "n" for row in cells) for at in range(len(columns))]
     head = "".join(
         f'<th scope="col"{" class=n" if right else ""}><button type="button">{escape(name)}</button></th>'
@@ -176,7 +176,10 @@ def _controls(columns: Sequence[str], cells: list[list[Cell]], search: str, choi
     return f'<div class="controls">{made}<output aria-live="polite"></output></div>'
 
 
-def _cell(one: object) -> Cell:
+def cell(one: object) -> Cell:
+    """What a row gives, as a cell; numbers stand on the right."""
+    if isinstance(one, Cell):
+        return one
     if isinstance(one, bool) or not isinstance(one, int | float):
         return Cell(one if isinstance(one, str) else str(one))
     return Cell(number(one), one, "n")

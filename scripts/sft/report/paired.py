@@ -18,14 +18,15 @@ LEVEL = 0.95
 DRAWS, FEWER_DRAWS, MANY_ROWS = 10_000, 2_000, 5_000
 LEAST_ROWS = 10  # fewer give intervals that are too narrow to be believed
 EQUAL = 1e-9
-Finding = Literal["same", "better", "worse", "unclear", "too few rows"]
+Finding = Literal["same", "better", "worse", "unclear", "differs", "too few rows"]
 
 
 @dataclass(frozen=True)
 class Difference:
     """tuned - base on one metric: means, 95 % interval [low, high], rows won, tied and lost by the tuned side.
 
-    finding: the interval's word, with the direction in which the metric is good; `same`: equal in every row.
+    finding: the interval's word, with the direction in which the metric is good; `same`: equal in every row;
+    `differs`: for a metric without such a direction.
     """
 
     rows: int

@@ -1,0 +1,131 @@
+"""What a comparison found, as one dictionary: each metric's difference and interval, and verdicts in plain words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from sft.metrics import greater_is_better
+from sft.report import general, paired
+from sft.report.measure import OF_ANSWERS, Side
+from sft.report.paired import Difference
+
+NEUTRAL = {"length_tokens", "length_words"}
+LEAST_STOPS = 0.9  # share of answers that end by themselves below which it is said
+
+
+def of_sides(base: Side, tuned: Side, split: str, seed: int) -> dict[str, Any]:
+    """One tuned side against the base: metrics, verdict, general questions."""
+    metrics = differences(base, tuned, seed)
+    same_words = [a["prediction"] for a in base.samples] == [b["prediction"] for b in tuned.samples]
+    made: dict[str, Any] = {
+        "name": tuned.name,
+        "verdict": verdict(tuned.name, metrics, same_words, split),
+        "metrics": {name: one.to_json() for name, one in metrics.items()},
+        "stopping": stopping(tuned),
+    }
+    if tuned.general:
+        loss = _difference("loss", base.general_values, tuned.general_values, seed)
+        passed = paired.difference(base.general_values["passed"], tuned.general_values["passed"], seed=seed)
+        found = general.forgetting(loss, passed if passed.rows else None)
+        made["general"] = {
+            "level": found.level, "headline": found.headline, "words": found.words, "rows": len(tuned.general),
+            "loss": loss.to_json(), "passed": passed.to_json() if passed.rows else None,
+            "perplexity": {"base": _exp(loss.base), "tuned": _exp(loss.tuned)},
+        }  # fmt: skip
+    return made
+
+
+def differences(base: Side, tuned: Side, seed: int) -> dict[str, Difference]:
+    """Every metric that both sides have for their rows, those that compare with references first."""
+    names = [name for name in tuned.values if name in base.values]
+    order = [name for name in names if name not in OF_ANSWERS] + [name for name in names if name in OF_ANSWERS]
+    return {name: _difference(name, base.values, tuned.values, seed) for name in order}
+
+
+def _difference(
+    name: str, base: Mapping[str, Sequence[float]], tuned: Mapping[str, Sequence[float]], seed: int
+) -> Difference:
+    found = paired.difference(base[name], tuned[name], greater_is_better=greater_is_better(name), seed=seed)
+    return replace(found, finding="differs") if name in NEUTRAL and found.finding in {"better", "worse"} else found
+
+
+def _exp(nats: float) -> float:
+    return round(math.exp(min(nats, 50.0)), 4)
+
+
+def verdict(name: str, metrics: Mapping[str, Difference], same_words: bool, split: str) -> dict[str, str]:
+    """finding (same, better, worse, mixed, unclear, too few rows), headline, words."""
+    judged = {key: one for key, one in metrics.items() if key not in OF_ANSWERS}
+    rows = max((one.rows for one in judged.values()), default=0)
+    of = f"{split} split, {rows:,} rows; each metric with its 95 % interval"
+    found: dict[str, list[str]] = {}
+    for key, one in judged.items():
+        found.setdefault(one.finding, []).append(key)
+    if same_words and set(found) <= {"same"}:
+        return _said("same", f"No difference: {name} answers exactly as its base does", f"on all {rows:,} rows")
+    better, worse = found.get("better", []), found.get("worse", [])
+    told = [f"{word} on {', '.join(keys)}" for word, keys in (("better", better), ("worse", worse)) if keys]
+    if open_ones := [*found.get("unclear", []), *found.get("same", [])]:
+        told.append(f"no difference that shows on {', '.join(open_ones)}")
+    words = "; ".join(told) + f" ({of})"
+    if rows < paired.LEAST_ROWS:
+        return _said("too few rows", f"Too few rows to tell whether {name} is better than its base", of)
+    if better and worse:
+        return _said("mixed", f"{name} is better than its base in some things and worse in others", words)
+    if better:
+        return _said("better", f"{name} is better than its base", words)
+    if worse:
+        return _said("worse", f"{name} is worse than its base", words)
+    return _said("unclear", f"No clear difference between {name} and its base", words)
+
+
+def _said(finding: str, headline: str, words: str) -> dict[str, str]:
+    return {"finding": finding, "headline": headline, "words": words}
+
+
+def stopping(side: Side) -> dict[str, Any]:
+    """Whether answers end by themselves."""
+    stopped, rows = side.values["stop_rate"], len(side.samples)
+    share = sum(stopped) / rows if rows else 0.0
+    open_ones = rows - int(sum(stopped))
+    if share >= LEAST_STOPS:
+        headline = f"{side.name} stops by itself" + (f" in {share:.0%} of its answers" if open_ones else "")
+    else:
+        headline = f"{side.name} often does not stop: {open_ones:,} of {rows:,} answers ran to the limit"
+    return {"share": round(share, 6), "headline": headline, "good": share >= LEAST_STOPS}
+
+
+def parrot(side: Side, constant: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Whether one answer said to every question would do as well, by the first metric that it has."""
+    shared = [name for name in side.values if constant and isinstance(constant.get(name), float)]
+    if constant is None or not shared or not side.samples:
+        return None
+    name = shared[0]
+    mean = sum(side.values[name]) / len(side.samples)
+    above = mean > constant[name]
+    words = f"{name}: {mean:.3f} against {constant[name]:.3f} for “{constant['answer']}” said to every question"
+    headline = (
+        f"{side.name} does more than repeat one answer"
+        if above
+        else f"{side.name} is no better than one constant answer"
+    )
+    return {"headline": headline, "words": words, "good": above}
+
+
+def spreads(sides: Sequence[Side], seed: int) -> dict[str, dict[str, dict[str, float]]]:
+    """{metric: {side: {"value", "low", "high"}}}: each side's own mean with its interval."""
+    made: dict[str, dict[str, dict[str, float]]] = {}
+    for side in sides:
+        for name, values in side.values.items():
+            kept = [value for value in values if not math.isnan(value)]
+            low, high = paired.interval(kept, seed=seed)
+            mean = math.fsum(kept) / len(kept) if kept else 0.0
+            made.setdefault(name, {})[side.name] = {
+                "value": round(mean, 6),
+                "low": round(low, 6),
+                "high": round(high, 6),
+            }
+    return made

@@ -1,0 +1,75 @@
+"""What a run left on the disk that a report tells of: its curves, its summary, its settings, its rows."""
+
+from __future__ import annotations
+
+import json
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from sft.runs import FINISHED, Run
+
+Points = list[tuple[float, float]]
+LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "tokenizers")
+
+
+def curves(run: Run) -> dict[str, Points]:
+    """{name: [(step, value)]} from the run's log.jsonl, else from TensorBoard's event files; nothing without either."""
+    found: dict[str, Points] = {}
+    path = run.folder / "log.jsonl"
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            entry = json.loads(line)
+        except ValueError:  # a last line that a crash cut short
+            continue
+        for name, value in entry.items():
+            if name != "step" and isinstance(value, int | float):
+                found.setdefault(name, []).append((entry["step"], value))
+    return found or _events(run.tb_dir)
+
+
+def _events(folder: Path) -> dict[str, Points]:
+    if not folder.is_dir():
+        return {}
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board: Any = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    board.Reload()
+    return {name: [(one.step, one.value) for one in board.Scalars(name)] for name in board.Tags()["scalars"]}
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A JSON object, {} where there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def summary(run: Run | None) -> dict[str, Any]:
+    """The run's finished.json without machine paths."""
+    found = read(run.folder / FINISHED) if run is not None else {}
+    return {name: value for name, value in found.items() if name != "output"}
+
+
+def versions() -> dict[str, str]:
+    """Python and the libraries that answers depend on."""
+    made = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            made[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return made
+
+
+def model_name(name: str) -> str:
+    """A hub id as it is; of a folder its last part alone, since a path says nothing elsewhere."""
+    return Path(name).name if is_folder(name) else name
+
+
+def is_folder(name: str) -> bool:
+    """Whether a model is named by a folder and not by a hub id."""
+    return name.startswith((".", "/", "~", "models/")) or name.count("/") != 1 or Path(name).is_dir()
