@@ -7,7 +7,7 @@
 .DEFAULT_GOAL := help
 .PHONY: help install install-dev install-unsloth lock setup-dirs download-model demo-model process style render \
 	full-pipeline style-if-asked preview report-data plan check train train-bnb train-unsloth train-with-tb train-bnb-tb \
-	train-unsloth-tb pause tensorboard tb-stop tb-clean tb-open eval eval-val eval-test eval-quick eval-full infer \
+	train-unsloth-tb pause resume doctor tensorboard tb-stop tb-clean tb-open eval eval-val eval-test eval-quick eval-full infer \
 	infer-interactive infer-batch merge merge-bf16 merge-test config-docs test test-all test-faults lint clean quick-start
 
 PYTHON ?= .venv/bin/python
@@ -74,6 +74,8 @@ plan: $(ENV) ## will it fit? memory of a training step, itemised (SET="model.nam
 	$(RUN)/plan.py $(WITH) $(if $(GPU),--gpu "$$GPU")
 check: $(ENV) ## environment, config, data, template, model, disk, memory, ports: each with its mend
 	$(RUN)/check.py $(WITH) --port $(TB_PORT)
+doctor: $(ENV) ## versions, machine, checks, last run, last error: one redacted text for a bug report
+	@$(RUN)/doctor.py $(WITH)
 
 train: $(ENV) ## train, or take up an unfinished run
 	$(RUN)/train.py $(WITH)
@@ -84,6 +86,8 @@ train-unsloth: $(ENV) ## train with the unsloth backend (falls back to bnb and s
 train-with-tb: tensorboard train ## train, with TensorBoard in the background
 train-bnb-tb: tensorboard train-bnb ## train-bnb, with TensorBoard in the background
 train-unsloth-tb: tensorboard train-unsloth ## train-unsloth, with TensorBoard in the background
+resume: $(ENV) ## take up the newest unfinished run at its newest whole checkpoint, and say which
+	$(RUN)/train.py $(WITH) --resume auto
 pause: $(ENV) ## stop the run at the next step, with a checkpoint
 	$(RUN)/pause.py
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft.credentials import redact
-from sft.errors import SftError
+from sft.errors import SftError, Stopped
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -128,6 +128,8 @@ def _fail(error: SftError) -> int:
         print(redact(told_all), flush=True)
     said = redact(str(error))
     print(f"\033[31merror:\033[0m {said}" if colour else f"error: {said}", file=sys.stderr, flush=True)
+    if not isinstance(error, Stopped):
+        _keep_error(said)
     return error.exit_code
 
 
@@ -163,16 +165,32 @@ def run(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], An
 def _defect(error: Exception) -> int:
     import traceback
 
-    path = project_root() / "outputs" / "last_error.txt"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(redact(traceback.format_exc()), encoding="utf-8")
-        kept = f"the traceback is in {path}"
-    except OSError:
-        kept = "set SFT_DEBUG=1 for the traceback"
+    place = _keep_error(traceback.format_exc(), make_folder=True)
+    kept = f"the traceback is in {place}" if place else "set SFT_DEBUG=1 for the traceback"
     said = redact(" ".join(str(error).split())[:500])
-    print(f"error: unexpected {type(error).__name__}: {said}\n  this is ours to mend: {kept}", file=sys.stderr)
+    print(
+        f"error: unexpected {type(error).__name__}: {said}\n  this is ours to mend: {kept}\n"
+        "  `make doctor` gathers what a report of it needs",
+        file=sys.stderr,
+    )
     return 1
+
+
+def _keep_error(told: str, *, make_folder: bool = False) -> Path | None:
+    """Keeps the last error in outputs/last_error.txt for `make doctor`; nothing where that cannot be written."""
+    import shlex
+    import time
+
+    from sft import files
+
+    path = project_root() / "outputs" / "last_error.txt"
+    if not (make_folder or path.parent.is_dir()):
+        return None
+    try:
+        files.write_text(path, redact(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {shlex.join(sys.argv)}\n{told}\n"))
+    except (SftError, OSError):
+        return None
+    return path
 
 
 def quiet_libraries() -> None:

@@ -14,7 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import train as command
+import merge_lora
+import train
 from sft import console, files
 from sft.files import door
 from tests import tiny_models
@@ -42,10 +43,11 @@ class Bench:
         self.sets = [part for one in (*SETTINGS, f"logging.backend={board}") for part in ("--set", one)]
         os.environ.update(SFT_ROOT=str(root), OMP_NUM_THREADS="1")
 
-    def start(self, disk: door.Disk | None = None, *sets: str, first: Callable[[], object] = lambda: None) -> int:
-        """Forks a training run on `disk`; returns its pid. What it says goes to said.txt, its calls to calls.json.
-
-        first: done in the fork before the command begins.
+    def start(
+        self, disk: door.Disk | None = None, *sets: str, first: Callable[[], object] = lambda: None, merge: bool = False
+    ) -> int:
+        """Forks a training run (or a merge) on `disk`; returns its pid. What it says goes to said.txt, its calls to
+        calls.json. first: done in the fork before the command begins.
         """
         if pid := os.fork():
             return pid
@@ -57,8 +59,8 @@ class Bench:
             os.chdir(self.root)
             door.disk = disk or door.Disk()
             first()
-            sys.argv = ["train.py", "--config", "config.yaml", *self.sets, *sets]
-            console.run(command.build_parser(), command.main)
+            sys.argv = ["command", "--config", "config.yaml", *([] if merge else self.sets), *sets]
+            console.run(*((merge_lora.parser(), merge_lora.main) if merge else (train.build_parser(), train.main)))
             code = 0
         except SystemExit as end:
             code = int(end.code or 0)
@@ -70,9 +72,9 @@ class Bench:
             sys.stderr.flush()
             os._exit(code)
 
-    def run(self, disk: door.Disk | None = None, *sets: str, first: Callable[[], object] = lambda: None) -> int:
+    def run(self, disk: door.Disk | None = None, *sets: str, **how: Any) -> int:
         """The same, waited for; returns its exit code, or minus the signal that ended it."""
-        return os.waitstatus_to_exitcode(os.waitpid(self.start(disk, *sets, first=first), 0)[1])
+        return os.waitstatus_to_exitcode(os.waitpid(self.start(disk, *sets, **how), 0)[1])
 
     def said(self) -> str:
         return (self.root / "said.txt").read_text(encoding="utf-8")

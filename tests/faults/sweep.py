@@ -5,8 +5,9 @@
     python tests/faults/sweep.py --all --out benchmarks/results/faults-2026-11-21.json        # make test-faults
 
 Sorts: `calls` (the Nth call of the file room fails or is the last, for every N), `kills` (SIGKILL at random moments),
-`damage` (every file of the newest checkpoint, four ways), `signals` (at every micro-step). The run that is taken up
-must end with the SHA-256 of the clean run's weights, its curve and links, and nothing left half-written.
+`damage` (every file of the newest checkpoint, four ways), `signals` (at every micro-step), `merge` (the Nth call of
+merging the adapter). The run that is taken up must end with the SHA-256 of the clean run's weights, its curve and
+links, and nothing left half-written.
 """
 
 from __future__ import annotations
@@ -141,6 +142,39 @@ def signalled(bench: Bench, expected: dict[str, Any]) -> Iterator[Case]:
             yield f"{signal.Signals(number).name} at micro-step {nth}", case
 
 
+def merged(bench: Bench, expected: dict[str, Any]) -> Iterator[Case]:
+    """A merge over an older one, failing or killed at every call: the old model is there, or the new one, whole."""
+    bench.clear()
+    bench.run()
+    out = bench.root / "outputs/merged_fp16"
+
+    def state() -> dict[str, str]:
+        return {path.name: files.sha256(path) for path in out.glob("*") if path.name != "merge.json"}
+
+    def merge(disk: FaultyDisk | None = None) -> int:
+        return bench.run(disk, merge=True)
+
+    merge()
+    new = state()
+    merge(FaultyDisk(0, ""))
+    calls = json.loads((bench.root / "calls.json").read_text())[0]
+    for nth, call in enumerate(calls, 1):
+        for kind in KINDS:
+
+            def case(nth: int = nth, kind: str = kind) -> dict[str, Any]:
+                (out / "config.json").write_text("the old one")
+                old = state()
+                code, said, found = merge(FaultyDisk(nth, kind)), bench.said(), state()
+                wrong = [] if found in (old, new) else ["neither the old model nor the new one"]
+                wrong += [f"exit {code}: {said[-600:]}"] if code not in (0, 2, -9) or "Traceback" in said else []
+                wrong += [f"exit {again} after: {bench.said()[-600:]}"] if (again := merge()) else []
+                wrong += [] if state() == new else ["the next merge gives another model"]
+                wrong += [f"left behind: {path.name}" for path in out.parent.glob(".merged*")]
+                return {"exit": code, "wrong": wrong}
+
+            yield f"{kind} at call {nth}, {call}", case
+
+
 def sweep(mode: str, *, sample: int, sorts: list[str], seed: int, tensorboard: bool) -> dict[str, Any]:
     """All cases of one mode, or a seeded sample of each sort, with what came of them."""
     draw = random.Random(seed)
@@ -153,9 +187,10 @@ def sweep(mode: str, *, sample: int, sorts: list[str], seed: int, tensorboard: b
             "kills": lambda: at_moments(bench, expected, seconds, draw),
             "damage": lambda: damaged(bench, expected),
             "signals": lambda: signalled(bench, expected),
+            "merge": lambda: merged(bench, expected),
         }
         failed, exits, count = [], {}, {}
-        for sort in sorts:
+        for sort in [one for one in sorts if one != "merge" or mode == "lora"]:
             cases = list(made[sort]())
             cases = draw.sample(cases, min(sample, len(cases))) if sample else cases
             count[sort] = len(cases)
@@ -176,7 +211,7 @@ def sweep(mode: str, *, sample: int, sorts: list[str], seed: int, tensorboard: b
     }
 
 
-SORTS = ("calls", "kills", "damage", "signals")
+SORTS = ("calls", "kills", "damage", "signals", "merge")
 
 
 def main() -> None:

@@ -62,6 +62,7 @@ def trainer(settings: Config, *, rows: int = 10, validation: int = 4, callbacks:
         keeper=Keeper(run, settings.train.save_total_limit, lambda folder: runs.write_resolved(folder, settings)),
         flow=flow,
         callbacks=callbacks,
+        on_nan=settings.train.on_nan,
     )
 
 

@@ -124,7 +124,7 @@ def test_a_loss_that_is_not_finite_names_the_rows_of_the_step(tiny_qwen2: Path, 
         next(p for p in trainer.model.parameters() if p.requires_grad).fill_(float("nan"))
     with pytest.raises(RunError, match="the loss is nan at step 1") as caught:
         trainer.fit(None)
-    assert str(caught.value).count("row-") == 4
+    assert str(caught.value.where).partition(";")[0].count("row-") == 4
 
 
 def test_early_stopping_ends_the_run_and_its_last_checkpoint_knows_it(tiny_qwen2: Path, tmp_path: Path) -> None:

@@ -86,6 +86,12 @@ def gpus() -> list[Gpu]:
     return found
 
 
+def driver() -> str | None:
+    """The NVIDIA driver's version; None without one."""
+    nvml = _nvml()
+    return None if nvml is None else _text(nvml.nvmlSystemGetDriverVersion())
+
+
 def gpu_stats() -> dict[str, float] | None:
     """Memory (bytes), utilisation (0-1), temperature (degrees C) and power (W) of this process's GPU; None without."""
     nvml = _nvml()

@@ -66,6 +66,7 @@ def build(job: Job, opened: OpenRun, root: Path, report: Report | None) -> Windo
         keeper=Keeper(run, config.train.save_total_limit, beside(job)),
         flow=Flow(job.plan, Watch(run.folder, ranks.largest), config.train.early_stopping),
         answers=answers if job.rows.questions else None,
+        on_nan=config.train.on_nan,
     )
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise EnvironmentProblem(

@@ -31,6 +31,8 @@ def finish(job: Job, trainer: WindowTrainer, run: Run, root: Path) -> dict[str, 
         trainer.keeper.beside(staged)
         files.write_json(staged / SERVING, {"system": job.rows.system})
         files.write_manifest(staged)
+    if skipped := trainer.numbers.skipped:
+        files.write_json(run.folder / "ledger.json", {**job.rows.ledger(), "skipped_windows": skipped})
     found = summary(job, trainer, run, best, target)
     _settings_tab(job, trainer, found)
     runs.point_last(run, root)
@@ -68,6 +70,7 @@ def summary(job: Job, trainer: WindowTrainer, run: Run, best: int | None, target
         "train_loss_first": losses[0] if losses else None,
         "train_loss_last": losses[-1] if losses else None,
         "best_step": best,
+        "skipped_windows": len(trainer.numbers.skipped),
         "eval": {key[5:]: value for key, value in chosen.items() if key.startswith("eval_") and key != "eval_seconds"},
         "tokens": trainer.tokens,
         "labelled_tokens": trainer.labelled,

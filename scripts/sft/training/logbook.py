@@ -22,6 +22,7 @@ NAMES = {
     "grad_norm": "train/grad_norm",
     "tokens_per_second": "train/tokens_per_second",
     "epoch": "train/epoch",
+    "windows_skipped": "train/windows_skipped",
 }
 Entry = dict[str, Any]
 

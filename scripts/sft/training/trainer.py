@@ -19,7 +19,7 @@ from transformers import Trainer, TrainerState
 from transformers.trainer_callback import DefaultFlowCallback, PrinterCallback
 
 from sft import files
-from sft.errors import EnvironmentProblem, RunError
+from sft.errors import EnvironmentProblem
 from sft.runs import step_of
 from sft.step.microbatch import backward_window
 from sft.step.recovery import CarefulOptimizer, out_of_memory, release
@@ -27,6 +27,7 @@ from sft.step.window import Collator, labelled
 from sft.training import checkpoints, ranks, rng, weights, windows
 from sft.training.checkpoints import Keeper, Snapshot
 from sft.training.flow import Flow
+from sft.training.numbers import Numbers, gap
 from sft.training.recipe import Recipe, losses
 
 log = logging.getLogger("sft.training")
@@ -55,8 +56,10 @@ class WindowTrainer(Trainer):  # type: ignore[misc]
         flow: Flow,
         answers: Answers | None = None,
         callbacks: Sequence[Any] = (),
+        on_nan: str = "stop",
     ) -> None:
-        super().__init__(model=model, args=args, train_dataset=rows, callbacks=[flow, *callbacks])
+        self.numbers = Numbers(on_nan, keeper.run, self._not_finite_alone)
+        super().__init__(model=model, args=args, train_dataset=rows, callbacks=[flow, self.numbers, *callbacks])
         self.pop_callback(PrinterCallback)
         self.pop_callback(DefaultFlowCallback)
         self.rows, self.validation, self.recipe, self.keeper, self.flow = rows, validation, recipe, keeper, flow
@@ -71,7 +74,7 @@ class WindowTrainer(Trainer):  # type: ignore[misc]
             len(self.rows), self.effective_batch, self.args.seed, rank=ranks.rank(), world=ranks.world()
         )
         pin = self.args.device.type == "cuda"
-        return windows.loader(list(self.rows), order, Collator(self.recipe.kind), pin=pin)
+        return windows.loader(self.rows, order, Collator(self.recipe.kind), pin=pin)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> int:
         """Losses of the window over all ranks: what its gradient is divided by. Counts its tokens on the way."""
@@ -82,6 +85,8 @@ class WindowTrainer(Trainer):  # type: ignore[misc]
                 tokens = sum(int(batch[key].sum()) for key in ("lengths", "source_lengths") if key in batch)
                 counts += torch.tensor([labelled(batch), tokens], device=device)
         taken, tokens = (int(count) for count in ranks.total(counts))
+        if not taken:
+            log.warning("step %d has no labelled token: nothing is learnt from it", self.state.global_step + 1)
         self.labelled += taken
         self.tokens += tokens
         return max(1, taken)
@@ -109,7 +114,9 @@ class WindowTrainer(Trainer):  # type: ignore[misc]
                 )
         ranks.sum_gradients(self.model.parameters())
         loss = ranks.total(loss.detach().float())
-        self._must_be_finite(float(loss), "loss")
+        if not self._finite(float(loss), "loss"):
+            return loss.new_tensor(self.numbers.last)
+        self.numbers.last = float(loss)
         return loss
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
@@ -124,7 +131,8 @@ class WindowTrainer(Trainer):  # type: ignore[misc]
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
         if self.accelerator.scaler is None:  # a loss scaler finds and skips these itself
-            self._must_be_finite(float(norm), "gradient norm")
+            self.numbers.gradient(float(norm))
+            return norm if self._finite(float(norm), "gradient norm") else torch.zeros_like(torch.as_tensor(norm))
         return norm
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
@@ -133,17 +141,20 @@ class WindowTrainer(Trainer):  # type: ignore[misc]
             self._step_began = None
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
-    def _must_be_finite(self, value: float, what: str) -> None:
-        if math.isfinite(value):
-            return
-        ids = [name for share in ranks.everywhere(self._last_ids) for name in share]
-        kept = [path.name for path in self.keeper.run.checkpoints()]
-        raise RunError(
-            f"the {what} is {value} at step {self.state.global_step + 1}: nothing can be learnt from here on",
-            where=f"the rows of this step: {', '.join(ids)}",
-            mend="look at those rows (make preview), lower train.learning_rate, or use bf16 instead of fp16; "
-            + (f"{kept[-1]} is from before" if kept else "there is no checkpoint yet"),
-        )
+    def _finite(self, value: float, what: str) -> bool:
+        """Whether it is; a window whose numbers are not is refused, or dropped: without gradients no step is taken."""
+        finite = self.numbers.finite(value, what, self.state.global_step + 1, self._last_ids)
+        if not finite:
+            self.model.zero_grad(set_to_none=True)
+        return finite
+
+    def _not_finite_alone(self, ids: list[str]) -> list[str]:
+        wanted, was_training = set(ids), self.model.training
+        self.model.eval()
+        rows = [row for row in self.rows if row["id"] in wanted]
+        found = [row["id"] for row in rows if not math.isfinite(float(losses(self.model, [row], self.recipe)[0]))]
+        self.model.train(was_training)
+        return found
 
     def floating_point_ops(self, inputs: Any) -> int:
         return 0  # the library's count needs a padded batch, and nobody reads it
@@ -160,6 +171,7 @@ class WindowTrainer(Trainer):  # type: ignore[misc]
             loss, count = ranks.total(losses(self.model, mine, self.recipe)).tolist()
             mean = loss / max(1.0, count)
             metrics = {"eval_loss": mean, "eval_perplexity": math.exp(min(mean, 700.0))}
+            metrics |= gap(self.state.log_history, mean)
             if self.answers is not None:
                 with self.recipe.computing():
                     metrics |= {f"eval_{name}": value for name, value in self.answers(self.model).items()}
@@ -183,6 +195,8 @@ class WindowTrainer(Trainer):  # type: ignore[misc]
         if "train_runtime" in logs:
             return  # the library's closing line; ours is the summary
         if "loss" in logs:
+            if self.numbers.skipped:
+                logs = {**logs, "windows_skipped": len(self.numbers.skipped)}
             tokens, seconds = self.tokens - self._read_at[0], self.seconds - self._read_at[1]
             self._read_at = (self.tokens, self.seconds)
             logs = {**logs, "tokens_per_second": tokens / max(seconds, 1e-9)}
@@ -233,11 +247,14 @@ class WindowTrainer(Trainer):  # type: ignore[misc]
             "asked_budget": self.recipe.asked,
             "budget": self.recipe.budget,
             "evaluating": self.recipe.evaluating,
+            "skipped": self.numbers.skipped,
+            "last_loss": self.numbers.last,
         }
 
     def _take_up_session(self, session: dict[str, Any]) -> None:
         self.tokens, self.labelled, self.seconds = session["tokens"], session["labelled"], session["seconds"]
         self._read_at = (self.tokens, self.seconds)
+        self.numbers.skipped, self.numbers.last = session.get("skipped", []), session.get("last_loss", 0.0)
         if session["asked_budget"] == self.recipe.asked:
             self.recipe.lower(session["budget"][0])  # what fitted then, if memory ran out
             self.recipe.evaluating = session.get("evaluating")

@@ -84,6 +84,9 @@ class TrainSection(Section):
         "chunked", description="`chunked` computes the head on labelled positions in tiles; `full` all at once."
     )
     logits_tile: int = Field(512, ge=16, description="Positions in one tile of the chunked head.")
+    on_nan: Literal["stop", "skip"] = Field(
+        "stop", description="A loss or gradient that is not finite: `stop` with the row ids, or `skip` the step."
+    )
     eval_strategy: Literal["no", "steps", "epoch"] = Field(
         "epoch",
         validation_alias=AliasChoices("eval_strategy", "evaluation_strategy"),

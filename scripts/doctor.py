@@ -1,0 +1,42 @@
+"""Doctor: all that a bug report needs as one text without secrets: versions, machine, checks, last run, last error.
+
+    python scripts/doctor.py
+    python scripts/doctor.py > report.txt
+
+Reads everything, changes nothing. Tokens are redacted, the home folder is written as ~.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from sft import console, credentials
+
+EXAMPLES = """
+python scripts/doctor.py
+python scripts/doctor.py --config configs/demo_cpu.yaml > report.txt
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    return console.parser("Gather what a bug report needs into one redacted text.", EXAMPLES)
+
+
+def main(args: argparse.Namespace) -> dict[str, Any]:
+    from sft.preflight import Case, doctor
+
+    root = console.project_root()
+    credentials.find(root)  # so that the token is known, and redacted wherever it stands
+    told = {}
+    for title, lines in doctor.sections(Case(root, Path(args.config), args.set, 6006)):
+        told[title] = [credentials.redact(line) for line in lines]
+        console.say(f"## {title}")
+        for line in told[title]:
+            console.say(f"    {line}")
+    return told
+
+
+if __name__ == "__main__":
+    console.run(build_parser(), main)

@@ -1,0 +1,119 @@
+"""Everything that a bug report needs, as sections of lines: versions, machine, checks, the last run, the last error."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+from sft import files, preflight, runs
+from sft.config import paths
+from sft.model import hardware
+from sft.preflight.case import Case
+from sft.preflight.space import existing, in_words
+
+Section = tuple[str, list[str]]
+LAST_ERROR = "last_error.txt"  # written by the frame of every command, below outputs/
+_TELLING = (
+    "CUDA_",
+    "HF_",
+    "HUGGING",
+    "TRANSFORMERS_",
+    "PYTORCH_",
+    "TORCH_",
+    "OMP_",
+    "SFT_",
+    "LD_LIBRARY",
+    "WORLD_SIZE",
+)
+
+
+def sections(case: Case) -> Iterator[Section]:
+    """Title and lines of each; nothing in here loads a model or changes anything. The home folder is written as ~."""
+    for title, lines in (
+        ("kit", _kit(case.root)),
+        ("packages", _packages()),
+        ("machine", _machine(case)),
+        ("environment", sorted(f"{k}={_secret(k, v)}" for k, v in os.environ.items() if k.startswith(_TELLING))),
+        ("checks", [_finding(found) for found in preflight.run(case)]),
+        ("last run", _last_run(case.root)),
+        ("last error", _last_error(case.root)),
+    ):
+        home = str(Path.home())
+        yield title, [line.replace(home, "~") if len(home) > 1 else line for line in lines]
+
+
+def _kit(root: Path) -> list[str]:
+    git = ["git", "-C", str(paths.PROJECT), "log", "-1", "--format=%h %cs"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        commit = "no git"
+    now = time.strftime("%Y-%m-%d %H:%M %Z")
+    return [f"sft-play {commit} at {root}, {now}", f"Python {sys.version.split()[0]} ({sys.executable})"]
+
+
+def _packages() -> list[str]:
+    from packaging.requirements import Requirement
+
+    names = []
+    for line in (paths.PROJECT / "requirements.txt").read_text(encoding="utf-8").splitlines():
+        if text := line.partition("#")[0].strip():
+            names.append("" if text.startswith("-") else Requirement(text).name)
+    return [", ".join(f"{name} {_version(name)}" for name in [*filter(None, names), "unsloth"])]
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "missing"
+
+
+def _machine(case: Case) -> list[str]:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    total, free = hardware.memory()
+    lines = [f"{platform.platform()}, {os.cpu_count()} cores", f"memory {in_words(free)} free of {in_words(total)}"]
+    cards = hardware.gpus()
+    lines += [f"GPU {c.index}: {c.name}, {in_words(c.free_bytes)} free of {in_words(c.total_bytes)}" for c in cards]
+    lines += [f"driver {hardware.driver() or 'unknown'}"] if cards else ["no GPU"]
+    for name, place in (("project", case.root), ("outputs", case.root / "outputs"), ("hub cache", Path(HF_HUB_CACHE))):
+        usage = shutil.disk_usage(existing(place))
+        lines.append(f"disk of {name}: {in_words(usage.free)} free of {in_words(usage.total)}")
+    return lines
+
+
+def _secret(name: str, value: str) -> str:
+    return "(set, not shown)" if "TOKEN" in name or "KEY" in name else value
+
+
+def _finding(found: preflight.Finding) -> str:
+    return f"{found.level:8} {found.name:12} {found.said}"
+
+
+def _last_run(root: Path) -> list[str]:
+    """The run that was written to last: its state, its checkpoints, its last lines."""
+    folders = [path.parent for path in (root / "outputs").glob(f"*/{runs.RESOLVED}") if not path.parent.is_symlink()]
+    if not folders:
+        return ["none"]
+    run = runs.at(max(folders, key=lambda folder: folder.stat().st_mtime), root)
+    going_on = run.name in {one.name for one in runs.running(root)}
+    lines = [f"{run.name}: {'finished' if run.finished else 'running' if going_on else 'not finished'}"]
+    for checkpoint in run.checkpoints():
+        problem = files.manifest_problem(checkpoint) or "whole"
+        lines.append(f"{checkpoint.name}: {problem}, {in_words(files.size(checkpoint))}")
+    log = run.folder / "log.jsonl"
+    lines += log.read_text(encoding="utf-8", errors="replace").splitlines()[-3:] if log.is_file() else []
+    return lines
+
+
+def _last_error(root: Path) -> list[str]:
+    path = root / "outputs" / LAST_ERROR
+    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ["none"]
