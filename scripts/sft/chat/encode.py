@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sft.chat import labels as labelling
+from sft.chat import pieces, rendered
 from sft.chat import stops as stopping
 from sft.chat.facts import learn
 from sft.chat.layout import Layout, Region
-from sft.chat.length import IGNORED, NO_LABEL, OverLength, fit
+from sft.chat.length import IGNORED, NO_LABEL, OVER_LENGTH, OverLength, fit
 from sft.chat.sources import load_template
 from sft.chat.spans import Spans
 from sft.chat.stops import Stops
@@ -28,6 +29,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("sft.chat")
 Row = dict[str, Any]
+_ASKS = (
+    "asks otherwise than it shows: the prompt for row {row} is not the text before its last answer (a think block, as a"
+    " rule; data.template_options may set it)"
+)
+_LEAVES_OUT = "leaves out tool calls: row {row} is learnt without them; take a template that writes them"
 
 
 @dataclass
@@ -77,7 +83,7 @@ class Encoder:
         self.facts = learn(template, self.vocabulary)
         self.spans = Spans(template, self.vocabulary, self.facts.turn)
         self.stops = stopping.find(self.facts, self.tokens, self.vocabulary, tokenizer, eos_ids)
-        self.warned = False
+        self.warned: set[str] = set()
         self.adds_end = not self.facts.turn.end.strip()
         if self.adds_end and not self.facts.turn.middle_end.strip() and tokenizer.eos_token_id is None:
             raise TemplateError(
@@ -98,29 +104,38 @@ class Encoder:
         lines = iter(self.tokens.lines([plan.layout.text for plan in plans if isinstance(plan, Plan)]))
         return [self._finish(plan, next(lines)) if isinstance(plan, Plan) else plan for plan in plans]
 
+    def encode_pieces(self, row: Row) -> list[Encoded]:
+        """All that a row is trained on as: itself, or under `split_turns` pieces that fit, if it is too long.
+
+        Every answer is learnt in one piece alone, and every piece begins with the row's system text. A single exchange
+        that is too long is cut as under `truncate_left`.
+        """
+        made = self.encode(row)
+        splits = self.over_length == "split_turns" and self.which != "last_assistant" and not records.is_rendered(row)
+        if not splits or not (made.truncated_tokens or made.dropped == OVER_LENGTH):
+            return [made]
+        shared = {"id": made.id, "tools": records.tools(row)}
+        found = pieces.cut(records.messages(row), lambda part: self._fits({**shared, "messages": part}))
+        return [self.encode({**shared, "messages": part}) for part in found] if len(found) > 1 else [made]
+
+    def _fits(self, row: Row) -> bool:
+        made = self.encode(row)
+        return not made.truncated_tokens and made.dropped != OVER_LENGTH
+
     def _plan(self, row: Row) -> Plan | Encoded:
         name = records.row_id(row)
         if records.is_rendered(row):
-            return Plan(name, self._rendered(row), [])
+            return Plan(name, rendered.layout(row, self.facts), [])
         try:
             messages = records.messages(row)
             layout = self.spans.layout(messages, records.tools(row))
         except Refused as refused:
             return Encoded(name, [], [], dropped=f"template: {refused}")
         if layout.regions and layout.prompt_ends is None:
-            self._warn_once(name)
+            self._warn_once(name, _ASKS)
+        if layout.left_out:
+            self._warn_once(name, _LEAVES_OUT)
         return Plan(name, layout, messages)
-
-    def _rendered(self, row: Row) -> Layout:
-        """The text of a rendered row: as the template would end it, unless it ends so already."""
-        source, target = str(row["input"]), str(row["target"])
-        turn, shown = self.facts.turn, len(target)
-        tail, end, missing = turn.tail, turn.end, None if turn.end.strip() else turn.middle_end.strip()
-        if any(target.rstrip().endswith(ending.strip()) for ending in self.facts.ends):
-            tail, end, missing, shown = "", "", None, len(target.rstrip())
-        start = len(source) - (len(turn.space) if turn.space and source.endswith(turn.space) else 0)
-        region = Region(0, start, len(source) + shown + len(end), missing, asked=len(source))
-        return Layout(source + target + tail, [region], _spans(row), len(source))
 
     def split(self, row: Row) -> Row:
         """The rendered form of a row: `input` up to where the model begins to write its last answer, `target` without
@@ -128,19 +143,7 @@ class Encoder:
 
         Training on it gives the ids that training on the row itself gives. Raises Refused with the reason.
         """
-        layout = self.spans.layout(records.messages(row), records.tools(row))
-        if not layout.regions:
-            raise Refused("there is no answer in it")
-        region, turn, text = layout.regions[-1], self.facts.turn, layout.text
-        usual = region.end + len(turn.tail) - len(turn.end)
-        if text[region.end - len(turn.end) :] == turn.tail and usual == len(text):
-            target = text[region.cut : region.end - len(turn.end)]
-        elif any(text[: region.end].endswith(ending.strip()) for ending in self.facts.ends):
-            target = text[region.cut :]
-        else:
-            raise Refused("its last answer ends otherwise than answers do, so it cannot be told as input and target")
-        made: Row = {"input": text[: region.cut], "target": target}
-        return {**made, "plain_spans": [list(fake) for fake in layout.fakes]} if layout.fakes else made
+        return rendered.split(self.spans.layout(records.messages(row), records.tools(row)), self.facts)
 
     def _finish(self, plan: Plan, line: Line) -> Encoded:
         layout = plan.layout
@@ -158,7 +161,7 @@ class Encoder:
         cuts = [region.cut for region in layout.regions]
         cuts += [region.end for region in layout.regions if region.missing is not None]
         line = self.tokens.mended(line, layout.text, sorted(cuts), layout.fakes)
-        ends = {region.message: self._end_ids(region) for region in layout.regions if region.missing is not None}
+        ends = {region: self._end_ids(region) for region in layout.regions if region.missing is not None}
         return labelling.label(line, layout.regions, ends, self.which, messages)
 
     def _end_ids(self, region: Region) -> list[int]:
@@ -172,8 +175,7 @@ class Encoder:
         The ids are those that training showed before that answer. Raises TemplateError where the template refuses.
         """
         if isinstance(row, dict) and records.is_rendered(row):
-            text = str(row["input"])
-            layout = Layout(text, fakes=[fake for fake in _spans(row) if fake[1] <= len(text)])
+            layout = rendered.source(row)
             messages: list[Message] = []
         else:
             messages = list(row) if isinstance(row, list) else records.messages(row)
@@ -200,17 +202,10 @@ class Encoder:
         text = self.tokenizer.decode(shown, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return stopping.cut(str(text), self.stops.strings).strip()
 
-    def _warn_once(self, row: str) -> None:
-        if not self.warned:
-            self.warned = True
-            log.warning(
-                f"{self.template.name} asks otherwise than it shows: the prompt for row {row} is not the text before"
-                " its last answer (a think block, as a rule; data.template_options may set it). docs/TEMPLATES.md"
-            )
-
-
-def _spans(row: Row) -> list[tuple[int, int]]:
-    return [(int(start), int(end)) for start, end in row.get("plain_spans") or []]
+    def _warn_once(self, row: str, said: str) -> None:
+        if said not in self.warned:
+            self.warned.add(said)
+            log.warning(f"{self.template.name} {said.format(row=row)}. docs/TEMPLATES.md")
 
 
 def encoder_for(

@@ -10,10 +10,10 @@ from typing import Any
 
 from jinja2 import nodes
 
-from sft.chat.marks import EDGES, mark, read
+from sft.chat.marks import EDGES, Read, mark, read
 from sft.chat.spans import Spans
 from sft.chat.template import ChatTemplate, Message, Refused
-from sft.chat.turns import Turn, agreement
+from sft.chat.turns import Turn, agreement, shared_end
 from sft.chat.vocabulary import Vocabulary
 from sft.errors import TemplateError
 
@@ -42,9 +42,13 @@ def learn(template: ChatTemplate, vocabulary: Vocabulary) -> Facts:
     Raises TemplateError where no answer is shown or where its place cannot be proven.
     """
     before = _shown(template, vocabulary)
+    first = _seen(template, vocabulary, before).opened.get(0)
+    vocabulary.learn_opener(template.render(before)[: first[0]] if first else "")
     spans = Spans(template, vocabulary)
     prompt = _prompt(template, vocabulary, before)
-    turn = Turn(prompt=prompt, space=_space(template, prompt))
+    always = "" if prompt else _always(template, vocabulary, before)
+    prompt = prompt or always
+    turn = Turn(prompt=prompt, space=_space(template, prompt), always=bool(always))
     spans.turn = turn
     once = [*before, _ANSWER]
     try:
@@ -93,9 +97,12 @@ def _shown(template: ChatTemplate, vocabulary: Vocabulary) -> list[Message]:
 
 def _close(template: ChatTemplate, vocabulary: Vocabulary, messages: list[Message], index: int) -> int:
     """Where message `index` ends in the text, -1 where it is not shown exactly once."""
-    seen = read(template.tracked(mark(messages, [EDGES] * len(messages), vocabulary.controls), None, False))
-    at = seen.close(index)
+    at = _seen(template, vocabulary, messages).close(index)
     return -1 if at is None else at
+
+
+def _seen(template: ChatTemplate, vocabulary: Vocabulary, messages: list[Message]) -> Read:
+    return read(template.tracked(mark(messages, [EDGES] * len(messages), vocabulary.controls), None, False))
 
 
 def _prompt(template: ChatTemplate, vocabulary: Vocabulary, before: list[Message]) -> str:
@@ -109,6 +116,21 @@ def _prompt(template: ChatTemplate, vocabulary: Vocabulary, before: list[Message
     if agree < len(plain):
         agree = vocabulary.edge(asked, plain, agree)
     return asked[agree:]
+
+
+def _always(template: ChatTemplate, vocabulary: Vocabulary, before: list[Message]) -> str:
+    """The prompt of a template that writes it behind every conversation, even one that ends with an answer."""
+    once = [*before, _ANSWER]
+    try:
+        onward = _seen(template, vocabulary, [*once, _USER])
+        close, gone = _close(template, vocabulary, once, len(before)), onward.close(len(before))
+        tail, asked = template.render(once)[close:], template.render(before)
+    except Refused:
+        return ""
+    if gone is None or onward.text[gone:].startswith(tail):
+        return ""
+    prompt = tail[len(shared_end(vocabulary, tail, onward.text[gone:])) :]
+    return prompt if prompt.strip() and asked.endswith(prompt) else ""
 
 
 def _space(template: ChatTemplate, prompt: str) -> str:
@@ -135,7 +157,7 @@ def _onward(
     try:
         onward = [*once, _USER]
         region = spans.layout(onward).regions[0]
-        seen = read(template.tracked(mark(onward, [EDGES] * len(onward), vocabulary.controls), None, False))
+        seen = _seen(template, vocabulary, onward)
     except Refused:
         return "", None
     close, following = seen.close(len(once) - 1), seen.open(len(once))

@@ -29,10 +29,12 @@ class Region:
 class Layout:
     """A rendered conversation: its text, the regions of its assistant messages, control tokens to be read as text.
 
-    prompt_ends: where the last region starts if the serving prompt is this text up to there, else None.
+    prompt_ends: where the last region starts if the serving prompt is this text up to there, else None. left_out: the
+    template does not show a tool call.
     """
 
     text: str
     regions: list[Region] = field(default_factory=list)
     fakes: list[tuple[int, int]] = field(default_factory=list)
     prompt_ends: int | None = None
+    left_out: bool = False

@@ -7,7 +7,7 @@ from typing import Literal
 
 from sft.errors import DataError
 
-OverLength = Literal["truncate_left", "truncate_right", "drop", "error"]
+OverLength = Literal["truncate_left", "truncate_right", "drop", "split_turns", "error"]
 OVER_LENGTH = "over length"
 NO_LABEL = "no label left"
 IGNORED = -100
@@ -23,7 +23,10 @@ class Row:
 
 
 def fit(row: Row, limit: int, policy: OverLength, name: str, bos: int | None) -> tuple[Row, str | None]:
-    """The row in at most `limit` tokens, and why it is dropped, if it is. Raises DataError under `error`."""
+    """The row in at most `limit` tokens, and why it is dropped, if it is. Raises DataError under `error`.
+
+    A row that `split_turns` cannot split any more is cut as under `truncate_left`.
+    """
     over = len(row.ids) - limit
     if over <= 0:
         return row, None
@@ -31,11 +34,11 @@ def fit(row: Row, limit: int, policy: OverLength, name: str, bos: int | None) ->
         raise DataError(
             f"row {name} has {len(row.ids):,} tokens, more than model.max_seq_len {limit:,}",
             where=f"row {name}",
-            mend=f"--set model.max_seq_len={len(row.ids)}, or model.over_length: truncate_left, truncate_right or drop",
+            mend=f"--set model.max_seq_len={len(row.ids)}, or model.over_length: truncate_left, split_turns or drop",
         )
     if policy == "drop" or not row.answers:
         return row, OVER_LENGTH
-    return _left(row, limit, bos) if policy == "truncate_left" else _right(row, limit)
+    return _right(row, limit) if policy == "truncate_right" else _left(row, limit, bos)
 
 
 def _left(row: Row, limit: int, bos: int | None) -> tuple[Row, str | None]:

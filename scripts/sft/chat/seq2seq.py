@@ -41,12 +41,13 @@ class Seq2SeqEncoder(Encoder):
         eos_ids: Iterable[int] = (),
     ) -> None:
         self.template, self.tokenizer = template, tokenizer
-        self.max_seq_len, self.over_length, self.which = max_seq_len, over_length, labels
+        self.max_seq_len, self.which = max_seq_len, labels
+        self.over_length = "truncate_left" if over_length == "split_turns" else over_length  # a row is one turn
         self.vocabulary = Vocabulary(tokenizer, words=template.control_text)
         if tokenizer.eos_token_id is None:
             raise TemplateError("the tokenizer has no end token", where=str(tokenizer.name_or_path))
         self.stops = Stops(frozenset({int(tokenizer.eos_token_id), *map(int, eos_ids)}), ())
-        self.warned = True
+        self.warned = set()
 
     def encode_batch(self, rows: list[Row]) -> list[Encoded]:
         return [self._encode(row) for row in rows]

@@ -16,6 +16,7 @@ docs/decisions/0003-how-labels-are-found.md has the cases.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from sft.chat import marking, turns
@@ -29,8 +30,20 @@ Tools = list[dict[str, Any]] | None
 _FOLLOW_UP = {"role": "user", "content": "Kquv"}
 
 
-class Displaced(Refused):
-    """One answer stands in two places, so no single region is right."""
+class Apart(Refused):
+    """The words of message `index` stand apart from its tool call, so no single region is right."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__(f"the template writes the words of message {index + 1} apart from its tool call")
+        self.index = index
+
+
+class LeftOut(Refused):
+    """The template does not show the tool call of message `index`."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__(f"the template leaves out the tool call in message {index + 1}")
+        self.index = index
 
 
 class Spans:
@@ -46,20 +59,56 @@ class Spans:
         Raises Refused with the reason where the template refuses the row or the proof fails.
         """
         text = self.template.render(messages, tools=tools, add_generation_prompt=prompt)
+        try:
+            return self._layout(text, messages, tools, prompt)
+        except (Apart, LeftOut) as odd:
+            return self._otherwise(odd, text, messages, tools, prompt)
+
+    def _layout(self, text: str, messages: list[Message], tools: Tools, prompt: bool) -> Layout:
         marked, seen = marking.fit(self.template, messages, tools, text, self.vocabulary.controls, prompt=prompt)
         answers = [k for k, message in enumerate(messages) if message.get("role") == "assistant"]
         made = Layout(text, fakes=self.vocabulary.spans(text, seen.broken))
         for k in answers:
             try:
                 region, exact = self._region(k, messages, marked, tools, seen, on=prompt or k < len(messages) - 1)
-            except Displaced:
+            except (Apart, LeftOut):
                 raise
             except Refused as refused:
+                if not marking.says_something(messages[k]):
+                    continue  # nothing of it is shown, and there was nothing to show
                 region, exact = self._marked_by_author(k, seen, refused), False
             if made.regions and region.start < made.regions[-1].end:
                 raise Refused(f"the regions of messages {made.regions[-1].message + 1} and {k + 1} overlap")
             made.regions.append(region)
             made.prompt_ends = region.cut if exact else None
+        return made
+
+    def _otherwise(
+        self, odd: Apart | LeftOut, text: str, messages: list[Message], tools: Tools, prompt: bool
+    ) -> Layout:
+        """The layout of another conversation that the template writes as the very same text.
+
+        A call that is left out is taken away. Words that stand behind the results of their call are an answer of their
+        own. The refusal stands where the text differs.
+        """
+        k, message = odd.index, messages[odd.index]
+        if isinstance(odd, LeftOut):
+            same = [*messages[:k], {key: message[key] for key in message if key != "tool_calls"}, *messages[k + 1 :]]
+            origin = list(range(len(same)))
+        else:
+            after = next((j for j in range(k + 1, len(messages)) if messages[j].get("role") != "tool"), len(messages))
+            words = {"role": "assistant", "content": message["content"]}
+            same = [*messages[:k], {**message, "content": ""}, *messages[k + 1 : after], words, *messages[after:]]
+            origin = [*range(after), k, *range(after, len(messages))]
+        try:
+            proven = self.template.render(same, tools=tools, add_generation_prompt=prompt) == text
+        except Refused:
+            proven = False
+        if not proven or not marking.says_something({**message, "tool_calls": None}):
+            raise odd
+        made = self.layout(same, tools, prompt=prompt)
+        made.regions = [replace(region, message=origin[region.message]) for region in made.regions]
+        made.left_out = made.left_out or isinstance(odd, LeftOut)
         return made
 
     def _region(
@@ -76,6 +125,8 @@ class Spans:
         close = _ending(seen, k, messages[k])
         if close is None and (seen.closed.get(k) or marking.says_something(messages[k])):
             times = len(seen.closed.get(k, []))
+            if not times and messages[k].get("tool_calls"):
+                raise LeftOut(k)
             if not times:
                 raise Refused(f"the template does not show the answer in message {k + 1}")
             raise Refused(f"the template shows the answer in message {k + 1} {times} times: its place cannot be proven")
@@ -86,7 +137,7 @@ class Spans:
         end = close + len(self._end(k, close, marked, tools, seen, on))
         words = seen.open(k)
         if words is not None and words > end:
-            raise Displaced(f"the template writes the words of message {k + 1} apart from its tool call")
+            raise Apart(k)
         header = self.turn.prompt if self.turn else ""
         limit = close if words is None else words
         if header.strip() and seen.text.startswith(header, start) and start + len(header) <= limit:
@@ -121,6 +172,7 @@ class Spans:
         """The end token to put behind a turn, see Region; `end` is what follows the last word in it."""
         turn = self.turn or Turn()
         wanted = turn.tool_end if message.get("tool_calls") and turn.tool_end else turn.middle_end.strip()
+        wanted = wanted or turn.end.strip()
         if turn.end.strip() or (on and wanted):  # the template ends turns, this one too as a rule
             return None if end.strip() else wanted
         return None if wanted and end.endswith(wanted) else wanted
@@ -151,6 +203,9 @@ class Spans:
         offset = len(tail)
         if not within.startswith(tail):
             offset = turns.parting(self.vocabulary, tail, gap, whole=opened is not None)
+        header = self.turn.prompt if self.turn else ""
+        if not offset and tail and header.strip() and tail.endswith(header) and gap.startswith(header):
+            offset = len(header)  # the end of the turn before it is written in the prompt alone
         if not within.startswith(tail) and offset == 0:
             raise Refused(f"the generation prompt and the text before message {k + 1} have nothing in common")
         if known is not None and anchor == k - 1 and offset <= len(gap):
@@ -181,6 +236,7 @@ class Spans:
             usual = turn.middle_end if on else turn.end
             return space + usual if usual.strip() and here.startswith(space + usual) else usual
         if not on:
+            here = self._unasked(here)
             onward = self.after(k, [*marked, _FOLLOW_UP], tools, prompt=False)
             asked = self.after(k, marked, tools, prompt=True)
             return turns.last_end(self.vocabulary, here, [other for other in (onward, asked) if other is not None])
@@ -189,10 +245,15 @@ class Spans:
         )
         alone = self.after(k, marked[: k + 1], tools, prompt=False)
         asked = self.after(k, marked[: k + 1], tools, prompt=True)
+        alone = alone if alone is None else self._unasked(alone)
         end = turns.middle_end(self.vocabulary, turn or Turn(), text[close:upto], alone, asked)
         if end is None:
             raise Refused(f"where the turn of message {k + 1} ends cannot be proven")
         return end
+
+    def _unasked(self, after: str) -> str:
+        """What follows a last turn, without the prompt that some templates write there unasked."""
+        return after.removesuffix(self.turn.prompt) if self.turn and self.turn.always else after
 
     def after(self, k: int, marked: list[Message], tools: Tools, *, prompt: bool) -> str | None:
         try:

@@ -15,6 +15,7 @@ class Turn:
     turn there. middle_end: the end of the turn where the conversation goes on. borrows: a turn has no end of its own,
     the next turn's control token ends it (GLM). tool_end: the token that ends a tool call, where it is borrowed too.
     space: the white space that ends the prompt, where the template writes it together with the answer's words.
+    always: the template writes the prompt behind every conversation, asked or not (Llama 3 as first released).
     """
 
     prompt: str = ""
@@ -24,6 +25,7 @@ class Turn:
     borrows: bool = False
     tool_end: str = ""
     space: str = ""
+    always: bool = False
 
 
 def parting(vocabulary: Vocabulary, tail: str, gap: str, *, whole: bool) -> int:
@@ -69,15 +71,21 @@ def middle_end(vocabulary: Vocabulary, turn: Turn, gap: str, alone: str | None, 
         between = asked[: -len(prompt)]
         if gap.startswith(between) and between.strip():
             return between.rstrip()
+        if not between.strip():
+            return ""
     return "" if alone is not None and not alone.strip() else None
 
 
 def shared_end(vocabulary: Vocabulary, one: str, other: str) -> str:
-    """The common beginning of two texts, down to a control token or a line, trailing white space left out."""
+    """The common beginning of two texts, down to a control token or a line, trailing white space left out.
+
+    A token that opens turns is not part of it, nor what follows.
+    """
     agree = agreement(one, other)
     if agree < min(len(one), len(other)):
         agree = vocabulary.edge(one, other, agree)
-    return one[:agree].rstrip()
+    opening = one.find(vocabulary.opener, 1, agree) if vocabulary.opener else -1
+    return one[: agree if opening < 0 else opening].rstrip()
 
 
 def agreement(one: str, other: str) -> int:

@@ -31,6 +31,7 @@ class Vocabulary:
         named = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token)
         self.bos, self.unknown = str(tokenizer.bos_token or ""), str(tokenizer.unk_token or "")
         self._named = {str(text) for text in named if text}
+        self.opener = ""  # the control token that opens turns, once it is known
         self._any = _pattern(text for text in self.ids if text.strip())
         self._patterns: dict[bool, re.Pattern[str] | None] = {}
         self.set_turns(set(), "")
@@ -69,6 +70,11 @@ class Vocabulary:
         pattern = self._patterns[False]
         found = (pattern.match(text, at - 1) if pattern else None for at in broken)
         return [match.span() for match in found if match]
+
+    def learn_opener(self, text: str) -> None:
+        """Takes the token that opens turns from `text`: what stands before the first words of a conversation."""
+        known = (token for token in self.found(text) if token not in self._named)
+        self.opener = next(known, "")
 
     def edge(self, one: str, other: str, agree: int) -> int:
         """The last place in the first `agree` characters, common to both texts, where a token or a line may end.

@@ -22,10 +22,11 @@ class ModelSection(Section):
     max_seq_len: int = Field(
         512, ge=8, description="Longest row in tokens; a longer one is handled by `model.over_length`."
     )
-    over_length: Literal["truncate_left", "truncate_right", "drop", "error"] = Field(
+    over_length: Literal["truncate_left", "truncate_right", "drop", "split_turns", "error"] = Field(
         "truncate_left",
         description="A row over `max_seq_len`: cut the oldest prompt tokens (the answer and its end stay), cut the"
-        " answer's tail (its end token stays), drop the row and name it, or stop with an error.",
+        " answer's tail (its end token stays), drop the row and name it, cut a conversation between its turns into rows"
+        " that fit, or stop with an error.",
     )
     trust_remote_code: bool = Field(False, description="Run code that comes with the model. Said loudly when true.")
     device_map: str = Field("auto", description="`auto`: the GPU where there is one, else the CPU; or `cpu`, `cuda:0`.")
