@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from transformers import AutoTokenizer
 
-from sft.generation.stopping import RepetitionPenalty, StopStrings, cut, held_back
+from sft.generation.stopping import Watcher, cut, held_back
 
 
 @dataclass(frozen=True)
@@ -59,21 +58,15 @@ def test_what_may_be_the_beginning_of_a_stop_string_is_held_back(text: str, held
     assert held_back(text, ("<|user|>", "###")) == held
 
 
-def test_rows_of_a_batch_stop_each_for_itself(tokenizer: Any) -> None:
-    rows = [tokenizer.encode("x Rome y" + tail)[-8:] for tail in ("### ", "abc ", "##  ")]
-    length = min(map(len, rows))
-    ids = torch.tensor([row[-length:] for row in rows])
-    stopper = StopStrings(tokenizer, Ends(strings=("###",)), start=0)
-    assert stopper(ids, None).tolist() == [True, False, False]
-    assert stopper(torch.cat([ids, ids[:, :1] * 0 + 65], dim=1), None).tolist() == [True, False, False]
-    prompt_only = StopStrings(tokenizer, Ends(strings=("Rome",)), start=length)
-    assert prompt_only(torch.cat([ids, ids[:, :1]], dim=1), None).tolist() == [False, False, False]
-
-
-def test_the_repetition_penalty_passes_over_padding_and_end_tokens() -> None:
-    ids = torch.tensor([[0, 0, 3, 4], [1, 2, 3, 5]])
-    padding = torch.tensor([[True, True, False], [False, False, False]])
-    scores = torch.full((2, 6), 2.0)
-    scores[:, 4] = -2.0
-    got = RepetitionPenalty(2.0, padding, frozenset({5}))(ids, scores)
-    assert got.tolist() == [[2, 2, 2, 1, -4, 2], [2, 1, 1, 1, -2, 2]]
+def test_an_answer_under_way_is_watched_token_by_token(tokenizer: Any) -> None:
+    for text, strings in [
+        ("x Rome### and on", ("###",)), ("the quick fox", ("ick",)), ("one two", (" ",)), ("été ✓ oui", ("✓",)),
+        ("a\n\nb", ("\n\n",)), ("no end", ("###", "zzz")),
+    ]:  # fmt: skip
+        ids = tokenizer.encode(text)
+        watcher = Watcher(tokenizer, Ends(strings=strings))
+        ended = [watcher.ended(ids[: at + 1]) for at in range(len(ids))]
+        decoded = [tokenizer.decode(ids[: at + 1]) for at in range(len(ids))]
+        first = next((at for at, said in enumerate(decoded) if any(string in said for string in strings)), len(ids))
+        assert ended[: first + 1] == [False] * first + [True] * (first < len(ids)), text
+    assert Watcher(tokenizer, Ends(frozenset({7}))).ended([1, 7])

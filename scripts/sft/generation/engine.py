@@ -1,4 +1,4 @@
-"""The one engine that answers: batches of like length, a KV cache, every end token and stop string, greedy or seeded.
+"""The one engine that answers: side by side, with a KV cache, every end token and stop string, greedy or seeded.
 
 A model's own generation_config never speaks here; what the config's `generation` section says is all there is. The
 model comes back as it was: its mode, its settings and the process's random state, so that a run which evaluates in
@@ -12,20 +12,22 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from threading import Event
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sft.config.schema import GenerationSection
 from sft.errors import EnvironmentProblem
-from sft.generation.stopping import Ends, RepetitionPenalty, StopStrings, cut
+from sft.generation import decoding, library
+from sft.generation.choice import Ask, chances
+from sft.generation.room import Kind, answer_room, fit, prompt_room
+from sft.generation.stopping import Ends, Watcher, cut
 from sft.step import unwrap
 from sft.step.microbatch import out_of_memory
 
+__all__ = ["Answer", "Kind", "generate", "prompt_room"]
 log = logging.getLogger("sft.generation")
-Kind = Literal["causal", "seq2seq"]
 
 
 @dataclass(frozen=True)
@@ -64,28 +66,83 @@ def generate(
 ) -> list[Answer]:
     """An answer to each prompt (token ids), in their order.
 
-    Longest first in batches of `batch_size`, halved for good when memory runs out. max_len: most tokens of a prompt; a
+    Longest first, `batch_size` side by side, halved for good when memory runs out. max_len: most tokens of a prompt; a
     longer one, or one that leaves the answer too little of the model's context, loses its oldest tokens.
-    Greedy answers are those of one prompt at a time (but for rounding); drawn ones depend on the seed and the batches.
+    Answers are those of one prompt at a time (but for rounding), drawn ones too.
     Raises EnvironmentProblem when not even one answer fits into memory.
     """
     ends = all_ends(stops, settings)
-    order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
+    asks, truncated = asked(model, tokenizer, prompts, settings, ends, kind, max_len)
     answers: dict[int, Answer] = {}
-    size = max(1, batch_size)
+
+    def done(ask: Ask) -> None:
+        answers[ask.index] = finish(tokenizer, ask.made, ends, truncated[ask.index])
+        if on_progress is not None:
+            on_progress(len(answers), len(asks))
+
+    size, watcher = max(1, batch_size), Watcher(tokenizer, ends)
     with undisturbed(model):
-        while len(answers) < len(order):
-            indices = order[len(answers) : len(answers) + size]
-            fitted = [fit(model, prompts[index], settings, kind, max_len) for index in indices]
-            made = _try(model, tokenizer, [ids for ids, _ in fitted], settings, ends, kind)
-            if made is None:
-                size = _smaller(len(indices))
-                continue
-            for index, ids, (_, truncated) in zip(indices, made, fitted, strict=True):
-                answers[index] = finish(tokenizer, ids, ends, truncated)
-            if on_progress is not None:
-                on_progress(len(answers), len(order))
+        while left := [ask for ask in asks if ask.index not in answers]:
+            try:
+                _answer(model, tokenizer, left, settings, watcher, kind, size, done)
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                size = _smaller(min(size, len(left)))
+                for ask in left:
+                    ask.start_over()
+                _release()
     return [answers[index] for index in range(len(prompts))]
+
+
+def asked(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    settings: GenerationSection,
+    ends: Ends,
+    kind: Kind,
+    max_len: int | None = None,
+) -> tuple[list[Ask], list[int]]:
+    """The prompts as questions under way, and how many of its oldest tokens each one lost."""
+    fitted = [fit(model, prompt, settings, kind, max_len) for prompt in prompts]
+    pad = pad_id(tokenizer, ends)
+    asks = [
+        Ask(
+            index,
+            ids or [pad],
+            answer_room(model, settings, kind, len(ids)),
+            chance,
+            frozenset() if kind == "seq2seq" else frozenset(ids),
+        )
+        for index, ((ids, _), chance) in enumerate(zip(fitted, chances(prompts, settings.seed), strict=True))
+    ]
+    return asks, [lost for _, lost in fitted]
+
+
+def _answer(
+    model: nn.Module,
+    tokenizer: Any,
+    asks: list[Ask],
+    settings: GenerationSection,
+    watcher: Watcher,
+    kind: Kind,
+    size: int,
+    done: Callable[[Ask], None],
+) -> None:
+    device = device_of(model)
+    if kind == "causal" and decoding.serves(model):
+        decoding.Decoder(model, asks, settings, watcher, rows=size, device=device, done=done).run()
+        return
+    log.debug(
+        "%s is answered by transformers' generate: our own loop is not proven on it", type(unwrap(model)).__name__
+    )
+    order = sorted(asks, key=lambda ask: (-len(ask.prompt), ask.index))
+    for at in range(0, len(order), size):
+        batch = order[at : at + size]
+        library.generate(model, batch, settings, watcher, pad=pad_id(tokenizer, watcher), kind=kind, device=device)
+        for ask in batch:
+            done(ask)
 
 
 def all_ends(stops: Ends, settings: GenerationSection) -> AnyEnds:
@@ -98,29 +155,6 @@ def finish(tokenizer: Any, made: Sequence[int], ends: Ends, truncated: int) -> A
     """The answer in the tokens that the model made."""
     found = cut(tokenizer, made, ends)
     return Answer(found.ids, found.text, found.stopped, found.made, truncated)
-
-
-def context(model: nn.Module, kind: Kind) -> int | None:
-    """Most tokens of prompt and answer together; None where nothing limits them (T5's positions are relative)."""
-    config: Any = unwrap(model).config
-    return None if kind == "seq2seq" else getattr(config.get_text_config(), "max_position_embeddings", None)
-
-
-def prompt_room(model: nn.Module, settings: GenerationSection, kind: Kind, max_len: int | None = None) -> int | None:
-    """Most tokens that a prompt may have: the answer gets what it asks for, or half the context; None is no limit."""
-    limit = context(model, kind)
-    rooms = [] if limit is None else [max(limit - settings.max_new_tokens, limit // 2, 1)]
-    return min([*rooms, *([max_len] if max_len else [])], default=None)
-
-
-def fit(
-    model: nn.Module, prompt: Sequence[int], settings: GenerationSection, kind: Kind, max_len: int | None
-) -> tuple[list[int], int]:
-    """The prompt's newest tokens that there is room for, and how many were cut."""
-    room = prompt_room(model, settings, kind, max_len)
-    if room is None or len(prompt) <= room:
-        return list(prompt), 0
-    return list(prompt[-room:]), len(prompt) - room
 
 
 @contextmanager
@@ -147,26 +181,6 @@ def _clean(base: Any) -> Any:
     return GenerationConfig(decoder_start_token_id=start, bos_token_id=getattr(base.config, "bos_token_id", None))
 
 
-def _try(
-    model: nn.Module,
-    tokenizer: Any,
-    prompts: list[list[int]],
-    settings: GenerationSection,
-    ends: AnyEnds,
-    kind: Kind,
-) -> list[list[int]] | None:
-    """The tokens made for each prompt, or None when memory ran out."""
-    try:
-        return run(model, tokenizer, prompts, settings, ends, kind=kind)
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return None
-
-
 def _smaller(size: int) -> int:
     if size == 1:
         raise EnvironmentProblem(
@@ -177,90 +191,23 @@ def _smaller(size: int) -> int:
     return size // 2
 
 
-def run(
-    model: nn.Module,
-    tokenizer: Any,
-    prompts: list[list[int]],
-    settings: GenerationSection,
-    ends: AnyEnds,
-    *,
-    kind: Kind,
-    streamer: Any = None,
-    cancelled: Event | None = None,
-) -> list[list[int]]:
-    """One batch through the model: the raw tokens that follow each prompt, ends and padding included."""
-    from transformers import LogitsProcessorList, StoppingCriteriaList
-
-    base: Any = unwrap(model)
-    pad = _pad_id(tokenizer, ends)
-    ids, mask = _padded([prompt or [pad] for prompt in prompts], pad, kind, _device(base))
-    start = 1 if kind == "seq2seq" else ids.shape[1]
-    processors = []
-    if settings.repetition_penalty != 1.0:
-        padding = mask[:, :0].bool() if kind == "seq2seq" else mask == 0
-        processors.append(RepetitionPenalty(settings.repetition_penalty, padding, ends.ids))
-    limit = context(model, kind)
-    most = settings.max_new_tokens if limit is None else max(1, min(settings.max_new_tokens, limit - ids.shape[1]))
-    with _seeded(settings, ids.device), torch.no_grad():
-        made = base.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            generation_config=_settings(settings, most, pad, ends, base),
-            logits_processor=LogitsProcessorList(processors),
-            stopping_criteria=StoppingCriteriaList([StopStrings(tokenizer, ends, start, cancelled)]),
-            streamer=streamer,
-        )
-    found: list[list[int]] = made[:, start:].tolist()
-    return found
+def _release() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
-def _settings(settings: GenerationSection, most: int, pad: int, ends: AnyEnds, base: Any) -> Any:
-    from transformers import GenerationConfig
-
-    drawn = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
-    return GenerationConfig(
-        max_new_tokens=most,
-        do_sample=settings.do_sample,
-        num_beams=1,
-        use_cache=True,
-        pad_token_id=pad,
-        eos_token_id=sorted(ends.ids) or None,
-        decoder_start_token_id=base.generation_config.decoder_start_token_id,
-        **(drawn if settings.do_sample else {}),
-    )
-
-
-def _pad_id(tokenizer: Any, ends: AnyEnds) -> int:
+def pad_id(tokenizer: Any, ends: Ends) -> int:
+    """A token to fill up with; it is masked wherever it stands."""
     for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id, *sorted(ends.ids)):
         if candidate is not None:
             return int(candidate)
     return 0
 
 
-def _device(base: Any) -> torch.device:
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model takes its token ids."""
+    base: Any = unwrap(model)
     embedding = base.get_input_embeddings()
     device: torch.device = embedding.weight.device if embedding is not None else next(base.parameters()).device
     return device
-
-
-def _padded(prompts: list[list[int]], pad: int, kind: Kind, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ids and mask, [B, P]: padded on the left, so that every answer starts in the same column (encoders: right)."""
-    longest = max(len(prompt) for prompt in prompts)
-    ids = torch.full((len(prompts), longest), pad, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        where = slice(0, len(prompt)) if kind == "seq2seq" else slice(longest - len(prompt), longest)
-        ids[row, where] = torch.tensor(prompt)
-        mask[row, where] = 1
-    return ids.to(device), mask.to(device)
-
-
-@contextmanager
-def _seeded(settings: GenerationSection, device: torch.device) -> Iterator[None]:
-    """Draws from `settings.seed`; the process's own random state is put back afterwards."""
-    if not settings.do_sample:
-        yield
-        return
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(settings.seed)
-        yield

@@ -5,12 +5,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from threading import Event
 from typing import Any, Protocol
-
-import torch
-from transformers import StoppingCriteria
-from transformers.generation.logits_process import LogitsProcessor
 
 BROKEN_CHARACTER = "�"  # what bytes decode to that are not (yet) a whole character
 
@@ -81,49 +76,31 @@ def held_back(text: str, strings: Sequence[str]) -> int:
     return 0
 
 
-class StopStrings(StoppingCriteria):  # type: ignore[misc]
-    """Ends a row of a batch when a stop string stands at the end of its text; ends all rows when `cancelled` is set.
+class Watcher:
+    """Tells of an answer under way whether it has ended: at an end token, or with a stop string in its last tokens.
 
-    start: tokens in front of the answer. Looks at as many of the last tokens as the longest string has bytes.
+    A text is decoded only after a token that could finish a stop string.
     """
 
-    def __init__(self, tokenizer: Any, ends: Ends, start: int, cancelled: Event | None = None) -> None:
-        self.tokenizer, self.start, self.cancelled = tokenizer, start, cancelled
-        self.ids = ends.ids
+    def __init__(self, tokenizer: Any, ends: Ends) -> None:
+        self.tokenizer, self.ids = tokenizer, ends.ids
         self.strings = tuple(string for string in ends.strings if string)
         self.tail = max((len(string.encode()) for string in self.strings), default=0) + 1
-        self.done: list[bool] = []
+        self._last = {string[-1] for string in self.strings}
+        self._finishes: dict[int, bool] = {}
 
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        rows = len(input_ids)
-        if self.cancelled is not None and self.cancelled.is_set():
-            return torch.ones(rows, dtype=torch.bool, device=input_ids.device)
-        self.done = self.done or [False] * rows
-        if self.strings:
-            tails = input_ids[:, max(self.start, input_ids.shape[1] - self.tail) :].tolist()
-            for index, tail in enumerate(tails):
-                self.done[index] = self.done[index] or tail[-1] in self.ids or self._hit(tail)
-        return torch.tensor(self.done, dtype=torch.bool, device=input_ids.device)
-
-    def _hit(self, tail: list[int]) -> bool:
-        text = decode(self.tokenizer, tail, special=True)
+    def ended(self, made: Sequence[int]) -> bool:
+        """Whether the newest token ended it. made: the answer's tokens so far, at least one."""
+        if made[-1] in self.ids:
+            return True
+        if not self.strings or not self._may_finish(made[-1]):
+            return False
+        text = decode(self.tokenizer, made[-self.tail :], special=True)
         return any(string in text for string in self.strings)
 
-
-class RepetitionPenalty(LogitsProcessor):  # type: ignore[misc]
-    """The penalty of Keskar et al. 2019 (CTRL), as transformers applies it, but for two things: padding does not count
-    as text (so a batch answers as one by one), and end tokens are never made less likely (so answers still stop).
-
-    padding: [B, P], true where a prompt is padded.
-    """
-
-    def __init__(self, penalty: float, padding: torch.Tensor, spared: frozenset[int]) -> None:
-        self.penalty, self.padding, self.spared = penalty, padding, sorted(spared)
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        seen = torch.zeros_like(scores, dtype=torch.bool)
-        for row, ids in enumerate(input_ids):
-            text = torch.cat([ids[: self.padding.shape[1]][~self.padding[row]], ids[self.padding.shape[1] :]])
-            seen[row, text] = True
-        seen[:, self.spared] = False
-        return torch.where(seen, torch.where(scores < 0, scores * self.penalty, scores / self.penalty), scores)
+    def _may_finish(self, token: int) -> bool:
+        if token not in self._finishes:
+            text = decode(self.tokenizer, [token], special=True)
+            doubtful = not text.isascii() or any(letter.isspace() or not letter.isascii() for letter in self._last)
+            self._finishes[token] = doubtful or any(letter in text for letter in self._last)
+        return self._finishes[token]

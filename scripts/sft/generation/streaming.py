@@ -8,27 +8,13 @@ from threading import Event, Thread
 from typing import Any
 
 from torch import nn
-from transformers.generation.streamers import BaseStreamer
 
 from sft.config.schema import GenerationSection
-from sft.generation import engine
+from sft.generation import engine, library
 from sft.generation.engine import Answer, Kind
-from sft.generation.stopping import Ends, cut, held_back
+from sft.generation.stopping import Ends, Watcher, cut, held_back
 
-
-class _Tokens(BaseStreamer):  # type: ignore[misc]
-    """Hands each new token to a queue; the prompt, which comes first, is left out."""
-
-    def __init__(self, queue: SimpleQueue[int | BaseException | None]) -> None:
-        self.queue, self.prompt_seen = queue, False
-
-    def put(self, value: Any) -> None:
-        if self.prompt_seen:
-            self.queue.put(int(value.reshape(-1)[0]))
-        self.prompt_seen = True
-
-    def end(self) -> None:
-        """The worker says when it is done."""
+_Tokens = SimpleQueue[int | BaseException | None]
 
 
 def stream(
@@ -46,15 +32,19 @@ def stream(
     Closing the generator, or an exception thrown into it (Ctrl-C), ends the model's work at its next token.
     """
     ends = engine.all_ends(stops, settings)
-    queue: SimpleQueue[int | BaseException | None] = SimpleQueue()
+    queue: _Tokens = SimpleQueue()
     cancelled = Event()
-    ids, truncated = engine.fit(model, prompt, settings, kind, max_len)
+    asks, truncated = engine.asked(model, tokenizer, [prompt], settings, ends, kind, max_len)
+
+    def heard(tokens: list[int]) -> bool:
+        queue.put(tokens[0])
+        return not cancelled.is_set()
 
     def work() -> None:
         try:
-            engine.run(
-                model, tokenizer, [ids], settings, ends,
-                kind=kind, streamer=_Tokens(queue), cancelled=cancelled,
+            library.generate(
+                model, asks, settings, Watcher(tokenizer, ends), pad=engine.pad_id(tokenizer, ends), kind=kind,
+                device=engine.device_of(model), on_tokens=heard,
             )  # fmt: skip
             queue.put(None)
         except BaseException as error:
@@ -68,12 +58,10 @@ def stream(
         finally:
             cancelled.set()
             worker.join()
-    return engine.finish(tokenizer, made, ends, truncated)
+    return engine.finish(tokenizer, made, ends, truncated[0])
 
 
-def _pieces(
-    queue: SimpleQueue[int | BaseException | None], tokenizer: Any, ends: Ends
-) -> Generator[str, None, list[int]]:
+def _pieces(queue: _Tokens, tokenizer: Any, ends: Ends) -> Generator[str, None, list[int]]:
     made: list[int] = []
     shown = 0
     while True:
