@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
         default="auto",
         help="auto (the default) takes up the newest run if it is unfinished; never starts a new one; or a folder",
     )
-    made.add_argument("--dry-run", action="store_true", help="show settings and steps; load no weights, write nothing")
+    made.add_argument("--dry-run", action="store_true", help="show settings and steps; load no weights, make no run")
     made.add_argument(
         "--allow-change", metavar="KEY", action="append", default=[], help="resume though KEY of the stamp has changed"
     )

@@ -35,7 +35,7 @@ def settle(job: Job, model: Any, recipe: Recipe, checkpoint: Path | None) -> tup
         return int(kept), "as in the checkpoint"
     if recipe.kind == "seq2seq":
         return probe.MOST_TOKENS, "not measured for encoder-decoders: halved if memory runs out"
-    longest = max(len(row["input_ids"]) for row in job.rows.train)
+    longest = job.rows.longest
     device = torch.device("cuda", torch.cuda.current_device())
     with recipe.computing():
         measure = probe.measure_on(

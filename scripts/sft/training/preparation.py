@@ -71,13 +71,14 @@ class Job:
 
 
 def prepare(loaded: Loaded, root: Path, on_progress: Callable[[int, int], None] | None = None) -> Job:
-    """Reads, checks and resolves; loads no weights and writes nothing. Raises the SftError of whatever is wrong."""
+    """Reads, checks and resolves; loads no weights, writes only the cache. Raises the SftError of what is wrong."""
     config = loaded.config
     files = hub.find(config.model, root, weights=True)
     backend = backends.prepare(config.tuning, kind=files.kind)
     stage = store.paths(config.data, root)
 
     from sft import metrics
+    from sft.chat import tokenised
     from sft.chat.encode import encoder_for
     from sft.model.tokenizer import load_tokenizer
     from sft.training import rows
@@ -86,7 +87,7 @@ def prepare(loaded: Loaded, root: Path, on_progress: Callable[[int, int], None] 
     tokenizer = load_tokenizer(files, trust_remote_code=config.model.trust_remote_code)
     encoder = encoder_for(config, tokenizer, files.kind, root)
     questions = config.eval.train_sample if config.train.eval_strategy != "no" else 0
-    found = rows.read(stage, encoder, questions=questions, on_progress=on_progress)
+    found = rows.read(stage, encoder, questions=questions, cache=root / tokenised.FOLDER, on_progress=on_progress)
     device = _device(config)
     facts = auto.Facts(
         device=device.device,

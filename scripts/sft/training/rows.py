@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sft import files
-from sft.chat.batch import RunLedger, encode_all
-from sft.chat.encode import Encoded, Encoder
+from sft.chat.batch import RunLedger
+from sft.chat.encode import Encoder
+from sft.chat.tokenised import Split, Tokenised, Tokeniser
 from sft.data import records, store
-from sft.errors import DataError
 from sft.generation import system_text
 from sft.generation.evaluation import Question
 from sft.training.windows import Feature
 
 log = logging.getLogger("sft.training")
 Row = dict[str, Any]
+NO_SPLIT = Split(Tokenised(), RunLedger(), None, [], False)
 
 
 @dataclass(frozen=True)
@@ -25,51 +30,68 @@ class Rows:
     """Features `{"id", "input_ids", "labels"}` to train and evaluate on; where they came from; every row's fate."""
 
     stage: str
-    train: list[Feature]
-    validation: list[Feature]
+    train: Sequence[Feature]
+    validation: Sequence[Feature]
     questions: list[Question]
     hashes: dict[str, str]  # SHA-256 of each file that was read
     ledgers: dict[str, RunLedger]
     system: str | None = None  # the system text that every training row shares
+    longest: int = 0  # tokens of the longest training row
+    leaks: int = 0  # validation rows that ask what a training row asks
+    kept: list[str] = field(default_factory=list)  # splits whose tokens were kept from an earlier start
 
     def ledger(self) -> dict[str, Any]:
         """As it stands in outputs/<run>/ledger.json: rows read = rows trained on + rows named, in each split."""
-        return {"stage": self.stage, **{split: ledger.to_dict() for split, ledger in self.ledgers.items()}}
+        splits = {split: ledger.to_dict() for split, ledger in self.ledgers.items()}
+        return {"stage": self.stage, **splits, "validation_rows_given_away": self.leaks}
 
 
 def read(
-    stage: store.Stage, encoder: Encoder, *, questions: int, on_progress: Callable[[int, int], None] | None = None
+    stage: store.Stage,
+    encoder: Encoder,
+    *,
+    questions: int,
+    cache: Path | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> Rows:
-    """Reads and encodes the training and validation rows. Raises DataError if none is left to train on."""
-    rows = store.read_rows(stage.train)
-    encoded, ledger = encode_all(encoder, rows, on_progress)
-    held = store.read_rows(stage.val) if stage.val is not None else []
-    held_encoded, held_ledger = _validation(encoder, held)
-    kept = {row.id for row in held_encoded}
-    asked = [row for row in held if records.row_id(row) in kept and records.reference(row).strip()][:questions]
+    """The training and validation rows, encoded, or as they are kept in `cache`. Raises DataError if none is left."""
+    hashes = {path: files.sha256(path) for path in (stage.train, stage.val) if path is not None}
+    tokenise = Tokeniser(encoder, cache)
+    train = tokenise(stage.train, hashes[stage.train], about=system_text.shared_by, on_progress=on_progress)
+    if not train.rows:
+        raise train.ledger.nothing_left(encoder.template.name)
+    held = NO_SPLIT if stage.val is None else tokenise(stage.val, hashes[stage.val])
+    if held.ledger.rows_read and not held.rows:
+        why = held.ledger.nothing_left(encoder.template.name).what
+        log.warning("no validation row can be used, so nothing is evaluated while training: %s", why)
     return Rows(
         stage=stage.name,
-        train=_features(encoded),
-        validation=_features(held_encoded),
-        questions=[_question(row, encoder) for row in asked],
-        hashes={str(path.name): files.sha256(path) for path in (stage.train, stage.val) if path is not None},
-        ledgers={"train": ledger, "val": held_ledger},
-        system=system_text.shared_by(rows),
+        train=train.rows,
+        validation=held.rows,
+        questions=[_question(row, encoder) for row in islice(_asked(stage.val, held.ledger), questions)],
+        hashes={path.name: digest for path, digest in hashes.items()},
+        ledgers={"train": train.ledger, "val": held.ledger},
+        system=train.about,
+        longest=int(train.rows.lengths().max()),
+        leaks=_leaks(train.rows, held.rows),
+        kept=[name for name, split in (("train", train), ("val", held)) if split.kept],
     )
 
 
-def _validation(encoder: Encoder, held: list[Row]) -> tuple[list[Encoded], RunLedger]:
-    if not held:
-        return [], RunLedger()
-    try:
-        return encode_all(encoder, held)
-    except DataError as error:
-        log.warning("no validation row can be used, so nothing is evaluated while training: %s", error.what)
-        return [], RunLedger(rows_read=len(held), dropped={error.what: [records.row_id(row) for row in held]})
+def _leaks(train: Tokenised, held: Tokenised) -> int:
+    """Counts, and says, the validation rows that ask what a training row asks: they tell little of what is new."""
+    count = int(np.isin(held.asks(), train.asks()).sum())
+    if count:
+        log.warning("%d of %d validation rows ask what a training row asks: their loss flatters", count, len(held))
+    return count
 
 
-def _features(encoded: list[Encoded]) -> list[Feature]:
-    return [{"id": row.id, "input_ids": row.input_ids, "labels": row.labels} for row in encoded]
+def _asked(path: Path | None, ledger: RunLedger) -> Iterator[Row]:
+    """The validation rows that can be answered: encoded, and with an answer to compare with."""
+    dropped = {name for names in ledger.dropped.values() for name in names}
+    for row in store.iter_rows(path) if path is not None else ():
+        if records.row_id(row) not in dropped and any(answer.strip() for answer in records.references(row)):
+            yield row
 
 
 def _question(row: Row, encoder: Encoder) -> Question:

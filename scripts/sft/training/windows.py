@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -55,7 +55,7 @@ def collator(collate: Callable[[list[Feature]], dict[str, Any]]) -> Callable[[li
 
 
 def loader(
-    rows: list[Feature], windows: Windows, collate: Callable[[list[Feature]], dict[str, Any]], *, pin: bool
+    rows: Sequence[Feature], windows: Windows, collate: Callable[[list[Feature]], dict[str, Any]], *, pin: bool
 ) -> WindowLoader:
     """The training loader. Its own generator keeps it from drawing on the RNG that dropout uses."""
     return WindowLoader(

@@ -1,0 +1,188 @@
+"""Tokenised rows kept in Arrow: the same rows and ledger as before, and nothing that is broken or foreign."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sft import files
+from sft.chat import tokenised
+from sft.chat.batch import RunLedger, encode_all
+from sft.chat.encode import Encoded
+from sft.chat.tokenised import Split, Tokenised, Tokeniser, fingerprint
+from sft.data import records, store
+from sft.generation.system_text import shared_by
+from sft.training import rows as training_rows
+from tests.chat import words
+from tests.chat.making import named
+
+ASKED = ["Who are you?", "And you?", "Who?", "Be brief. Who are you now?"]
+
+
+def row(number: int, **more: Any) -> dict[str, Any]:
+    answer = "Ann. " * (number % 9 + 1)
+    return {
+        "id": f"r{number}",
+        "system": "Be brief.",
+        "user": f"{ASKED[number % 4]} {number}",
+        "assistant": answer,
+        **more,
+    }
+
+
+def put(path: Path, made: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(one) + "\n" for one in made), encoding="utf-8")
+    return path
+
+
+def encoder(**more: Any) -> Any:
+    return named("plain", words.tokenizer(), **{"max_seq_len": 44, "over_length": "drop", **more})
+
+
+def start(made: Any, path: Path, cache: Path | None) -> Split:
+    return Tokeniser(made, cache)(path, files.sha256(path), about=shared_by)
+
+
+def entry_of(cache: Path) -> Path:
+    (entry,) = cache.iterdir()
+    return entry
+
+
+@pytest.fixture
+def some(tmp_path: Path) -> Path:
+    return put(tmp_path / "train.jsonl", [row(number) for number in range(2_500)])
+
+
+def test_what_is_kept_is_what_encoding_gives(tmp_path: Path, some: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = encoder()
+    wanted, ledger = encode_all(made, store.read_rows(some))
+    features = [{"id": one.id, "input_ids": one.input_ids, "labels": one.labels} for one in wanted]
+    assert 1_100 < len(features) < 2_500 == ledger.rows_read and sum(map(len, ledger.dropped.values())) > 0
+    encoded: list[int] = []
+    encode = made.encode_batch
+    monkeypatch.setattr(made, "encode_batch", lambda batch: encoded.append(len(batch)) or encode(batch))
+    for cache, kept, rows_encoded in ((None, False, 2_500), (tmp_path / "c", False, 2_500), (tmp_path / "c", True, 8)):
+        encoded.clear()
+        found = start(made, some, cache)
+        assert list(found.rows) == features and found.ledger == ledger and found.about == "Be brief."
+        assert found.kept is kept and sum(encoded) == rows_encoded
+    assert found.rows[-1] == features[-1] and found.rows[1_020:1_030] == features[1_020:1_030]
+    assert found.rows.lengths().tolist() == [len(one["input_ids"]) for one in features]
+    assert [f"{number:016x}" for number in found.rows.asks()[:3]] == [records.prompt_id(row(n)) for n in range(3)]
+    with pytest.raises(IndexError):
+        found.rows[len(features)]
+
+
+def test_another_setting_template_tokenizer_or_file_is_another_entry(tmp_path: Path, some: Path) -> None:
+    bare = named("plain", words.tokenizer(bos=None), max_seq_len=44, over_length="drop")
+    other = named("vicuna", words.tokenizer(), max_seq_len=44, over_length="drop")
+    changed = [
+        encoder(max_seq_len=45),
+        encoder(over_length="truncate_left"),
+        encoder(labels="last_assistant"),
+        bare,
+        other,
+    ]
+    assert len({fingerprint(made) for made in [encoder(), *changed]}) == 6
+    assert fingerprint(encoder()) == fingerprint(encoder())
+    start(encoder(), some, tmp_path / "c")
+    assert not start(encoder(max_seq_len=45), some, tmp_path / "c").kept
+    more = put(tmp_path / "more.jsonl", [row(number) for number in range(2_501)])
+    assert start(encoder(), more, tmp_path / "c").ledger.rows_read == 2_501
+    assert start(encoder(), some, tmp_path / "c").kept and len(list((tmp_path / "c").iterdir())) == 3
+
+
+def _flip(entry: Path) -> None:
+    content = bytearray((entry / "rows.arrow").read_bytes())
+    content[len(content) // 2] ^= 1
+    (entry / "rows.arrow").write_bytes(content)
+
+
+def _cut(entry: Path) -> None:
+    os.truncate(entry / "rows.arrow", 1_000)
+
+
+def _unwritten(entry: Path) -> None:
+    (entry / "manifest.json").unlink()
+
+
+def _not_arrow(entry: Path) -> None:
+    (entry / "rows.arrow").write_bytes(b"not Arrow")
+    files.write_manifest(entry)
+
+
+def _other_rows(entry: Path) -> None:
+    path = put(entry.parents[1] / "other.jsonl", [row(number + 1) for number in range(20)])
+    start(encoder(), path, entry.parents[1] / "other")
+    shutil.rmtree(entry)
+    shutil.copytree(entry_of(entry.parents[1] / "other"), entry)
+
+
+@pytest.mark.parametrize("harm", [_flip, _cut, _unwritten, _not_arrow, _other_rows])
+def test_a_broken_or_foreign_entry_is_made_anew_and_said(
+    tmp_path: Path, some: Path, harm: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = tmp_path / "c"
+    wanted = list(start(encoder(), some, cache).rows)
+    harm(entry_of(cache))
+    with caplog.at_level(logging.WARNING, "sft.chat"):
+        again = start(encoder(), some, cache)
+    assert not again.kept and list(again.rows) == wanted and "cannot be used" in caplog.text
+    assert start(encoder(), some, cache).kept
+
+
+def test_a_folder_that_cannot_be_written_keeps_nothing_and_is_said(
+    tmp_path: Path, some: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "c").write_text("a file")
+    found = start(encoder(), some, tmp_path / "c")
+    assert len(found.rows) == found.ledger.rows_trained > 0 and "cannot be kept" in caplog.text
+
+
+def test_warnings_come_up_at_every_start_and_old_entries_go(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd = put(tmp_path / "odd.jsonl", [row(1), row(2, assistant="\u00e4\u00f6\u00fc")])
+    for _ in range(2):
+        caplog.clear()
+        found = start(encoder(), odd, tmp_path / "c")
+        assert [record.getMessage() for record in caplog.records] == found.said and "does not give text" in caplog.text
+    assert found.kept
+    monkeypatch.setattr(tokenised, "ENTRIES", 2)
+    first = entry_of(tmp_path / "c")
+    os.utime(first, (1, 1))
+    for limit in (50, 51):
+        start(encoder(max_seq_len=limit), odd, tmp_path / "c")
+    assert len(list((tmp_path / "c").iterdir())) == 2 and not first.exists()
+
+
+def test_a_row_of_several_pieces_is_one_row_of_the_ledger() -> None:
+    ledger = RunLedger()
+    ledger.add(Encoded("a", [1, 2], [-100, 2]), Encoded("a", [1, 2, 3], [-100, 2, 3]))
+    ledger.add(Encoded("b", [1, 2], [-100, 2]), Encoded("b", [], [], dropped="over length"))
+    ledger.add(Encoded("c", [], [], dropped="over length"), Encoded("c", [], [], dropped="over length"))
+    assert (ledger.rows_read, ledger.rows_trained, ledger.pieces, ledger.labelled_tokens) == (3, 2, 3, 4)
+    assert ledger.dropped == {"over length": ["c"]} and ledger.pieces_dropped == {"over length": 1}
+    assert any("2 rows split at their turns into 3 pieces" in said for said in ledger.sentences())
+
+
+def test_a_run_reads_its_rows_with_the_right_questions_and_says_what_is_given_away(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train = put(tmp_path / "train.jsonl", [row(number) for number in range(40)])
+    held = [row(2, id="v0"), row(50, id="v1", references=["Bob.", "Ann."]), row(51, id="v2", assistant="Ann " * 90)]
+    stage = store.Stage("given", train, put(tmp_path / "val.jsonl", held), None)
+    for kept in ([], ["train", "val"]):
+        found = training_rows.read(stage, encoder(), questions=5, cache=tmp_path / "c")
+        assert found.kept == kept and found.system == "Be brief." and found.leaks == 1
+        assert [records.row_id(question.row) for question in found.questions] == ["v0", "v1"]
+        assert records.references(found.questions[1].row) == ["Bob.", "Ann."]
+        assert found.ledger()["val"]["reasons"] == {"over length": 1} and "loss flatters" in caplog.text
+        assert found.longest == max(len(one["input_ids"]) for one in found.train) and len(found.train) > 20
+    assert len(Tokenised()) == 0 and list(Tokenised()) == []
