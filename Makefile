@@ -130,9 +130,10 @@ test-all: $(DEV) ## the slow tests too, at most 60 minutes
 	$(PYTHON) -m pytest -n 2 --timeout 3000 --cov --cov-report=term:skip-covered
 test-faults: $(DEV) ## break a run in every way and take it up again; hours; writes benchmarks/results/faults-DATE.json
 	$(PYTHON) tests/faults/sweep.py --all --out benchmarks/results/faults-$$(date +%F).json
-lint: $(DEV) ## ruff and mypy
+lint: $(DEV) ## ruff, mypy, and pip-audit where the network answers
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
+	@env/audit.sh $(PYTHON)
 clean: $(ENV) ## remove what was generated, never data/raw (asks, or FORCE=1)
 	$(RUN)/clean.py $(if $(FORCE),--force)

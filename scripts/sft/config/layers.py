@@ -100,7 +100,7 @@ def _includes(node: Node | None, problems: list[SftError]) -> list[tuple[str, st
 
 def _find(text: str, where: str, includer: Path, reading: _Reading) -> Path | None:
     beside = includer.parent / Path(text).expanduser()
-    at_root = paths.resolve(reading.root, text)
+    at_root = paths.resolve(reading.root, text, inside=False)
     hits = [path for path in (beside, at_root) if path.is_file()]
     if len(hits) == 2 and not hits[0].samefile(hits[1]):
         what = f"`include: {text}` means two files: {beside} and {at_root}"

@@ -5,13 +5,24 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from sft.errors import ConfigError
+
 PROJECT = Path(__file__).resolve().parents[3]
 
 
-def resolve(root: Path, text: str | Path) -> Path:
-    """The absolute path that `text` in a config means: an absolute one stays, `~` is the home folder."""
+def resolve(root: Path, text: str | Path, *, inside: bool = True) -> Path:
+    """The absolute path that `text` in a config means: an absolute one stays, `~` is the home folder.
+
+    Raises ConfigError for a relative one that leads out of the project, unless `inside` is false: a config that came
+    from elsewhere must not reach what its reader never named.
+    """
     path = Path(text).expanduser()
-    return Path(os.path.normpath(path if path.is_absolute() else root.absolute() / path))
+    found = Path(os.path.normpath(path if path.is_absolute() else root.absolute() / path))
+    if inside and not path.is_absolute() and not found.is_relative_to(os.path.normpath(root.absolute())):
+        raise ConfigError(
+            f"the path {text} leads out of the project ({root})", mend=f"if it is meant, write it out: {found}"
+        )
+    return found
 
 
 def shipped(root: Path, text: str | Path) -> Path:

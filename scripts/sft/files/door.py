@@ -111,6 +111,12 @@ def append(path: Path, text: str) -> None:
         disk.append(path, text)
 
 
+def sync(path: Path) -> None:
+    """Asks the system to put a file or a folder on the disk."""
+    with writing(path):
+        disk.sync(path)
+
+
 def rename(path: Path, target: Path) -> None:
     """Gives `path` another name and puts that on the disk."""
     with writing(target):

@@ -113,6 +113,9 @@ def _logbook(job: Job, run: Run, step: int, answers: Answers) -> logbook.Logbook
     section = job.config.logging
     books: list[object] = [logbook.JsonLines(run.folder / "log.jsonl", step)]
     if section.backend == "tensorboard":
-        books.append(logbook.Board(run.tb_dir, step))
+        try:
+            books.append(logbook.Board(run.tb_dir, step))
+        except OSError as error:
+            log.warning("no TensorBoard curves (%s); log.jsonl has the numbers", error)
     gauges = logbook.gpu_gauges if section.gpu_stats else dict
     return logbook.Logbook(books, gauges, lambda: answers.samples)

@@ -7,6 +7,7 @@ overlaps itself.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from sft import files
 
+log = logging.getLogger("sft.training")
 # names in the trainer's log -> names in ours
 NAMES = {
     "loss": "train/loss",
@@ -51,6 +53,11 @@ class JsonLines:
     def _append(self, entry: Entry) -> None:
         files.append(self.path, json.dumps(entry, ensure_ascii=False) + "\n")
 
+    def keep(self) -> None:
+        """Puts the lines on the disk: a checkpoint never knows more than the log beside it."""
+        if self.path.exists():
+            files.sync(self.path)
+
     def close(self) -> None:
         """Nothing is held open."""
 
@@ -86,6 +93,9 @@ class Board:
             self.writer.add_scalar(name, value)
         self.writer.flush()
 
+    def keep(self) -> None:
+        self.writer.flush()
+
     def close(self) -> None:
         self.writer.close()
 
@@ -112,18 +122,28 @@ class Logbook(TrainerCallback):  # type: ignore[misc]
         if not state.is_world_process_zero or not logs:
             return
         values = named(logs) | (self.gauges() if "loss" in logs else {})
-        for book in self.books:
-            book.numbers(state.global_step, values)
+        self._each(state.global_step, lambda book: book.numbers(state.global_step, values))
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         text = self.samples()
         if state.is_world_process_zero and text:
-            for book in self.books:
-                book.text(state.global_step, "eval/samples", text)
+            self._each(state.global_step, lambda book: book.text(state.global_step, "eval/samples", text))
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self._each(state.global_step, lambda book: book.keep())
+
+    def _each(self, step: int, do: Callable[[Any], object]) -> None:
+        """`do` with every book. The curves are given up where their disk refuses; log.jsonl's refusal ends the run."""
+        for book in list(self.books):
+            try:
+                do(book)
+            except OSError as error:
+                self.books.remove(book)
+                log.warning("TensorBoard's curves end at step %d (%s); log.jsonl has the numbers", step, error)
 
     def close(self) -> None:
-        for book in self.books:
-            book.close()
+        self._each(0, lambda book: book.close())
 
 
 def read(path: Path) -> list[Entry]:

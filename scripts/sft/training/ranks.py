@@ -12,6 +12,17 @@ import torch.distributed as dist
 from sft.errors import SftError
 
 T = TypeVar("T")
+_LOST = (
+    "closed by peer",
+    "reset by peer",
+    "Broken pipe",
+    "Timed out",
+    "timed out",
+    "NCCL",
+    "Gloo",
+    "gloo",
+    "recvValue",
+)
 
 
 def world() -> int:
@@ -78,6 +89,12 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     waiting = [dist.all_reduce(parameter.grad, async_op=True) for parameter in trained]
     for handle in waiting:
         handle.wait()
+
+
+def lost(error: BaseException) -> bool:
+    """Whether it means that another process of the run is gone."""
+    said = str(error)
+    return world() > 1 and isinstance(error, RuntimeError) and any(text in said for text in _LOST)
 
 
 def wait() -> None:

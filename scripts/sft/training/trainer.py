@@ -19,7 +19,7 @@ from transformers import Trainer, TrainerState
 from transformers.trainer_callback import DefaultFlowCallback, PrinterCallback
 
 from sft import files
-from sft.errors import EnvironmentProblem
+from sft.errors import EnvironmentProblem, RunError
 from sft.runs import step_of
 from sft.step.microbatch import backward_window
 from sft.step.recovery import CarefulOptimizer, out_of_memory, release
@@ -282,7 +282,16 @@ class WindowTrainer(Trainer):  # type: ignore[misc]
                 return
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.flow.watch)
-            self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            try:
+                self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            except RuntimeError as error:
+                if not ranks.lost(error):
+                    raise
+                raise RunError(
+                    f"another process of this run is gone ({' '.join(str(error).split())[:120]})",
+                    where=f"after step {self.state.global_step}",
+                    mend="run the same command: it takes up the newest checkpoint",
+                ) from error
 
     def _set_aside_later(self, step: int) -> None:
         """Moves checkpoints of later steps out of the way: they belong to a past that is being left."""
