@@ -10,6 +10,7 @@ from typing import Any
 
 from jinja2 import nodes
 
+from sft.chat.layout import Layout
 from sft.chat.marks import EDGES, Read, mark, read
 from sft.chat.spans import Spans
 from sft.chat.template import ChatTemplate, Message, Refused
@@ -20,6 +21,15 @@ from sft.errors import TemplateError
 _SYSTEM: Message = {"role": "system", "content": "Wfgh"}
 _USER: Message = {"role": "user", "content": "Kquv"}
 _ANSWER: Message = {"role": "assistant", "content": "Zbmt"}
+_NAMED: dict[str, Any] = {"type": "string", "description": "d"}
+_TOOL: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "f",
+        "description": "d",
+        "parameters": {"type": "object", "properties": {"a": _NAMED}, "required": ["a"]},
+    },
+}
 _MEND = "take another template: --set data.template_path=chatml"
 
 
@@ -36,100 +46,114 @@ class Facts:
     system: bool
 
 
+class Probe:
+    """Plain conversations put to a template: `before` asks, `once` is answered; with tools where it wants some."""
+
+    def __init__(self, template: ChatTemplate, vocabulary: Vocabulary) -> None:
+        self.template, self.vocabulary = template, vocabulary
+        self.tools: list[dict[str, Any]] | None = None
+        self.before = [_USER]
+
+    @property
+    def once(self) -> list[Message]:
+        return [*self.before, _ANSWER]
+
+    def render(self, messages: list[Message], *, prompt: bool = False) -> str:
+        return self.template.render(messages, tools=self.tools, add_generation_prompt=prompt)
+
+    def seen(self, messages: list[Message]) -> Read:
+        marked = mark(messages, [EDGES] * len(messages), self.vocabulary.controls)
+        return read(self.template.tracked(marked, self.tools, False))
+
+    def layout(self, messages: list[Message], turn: Turn | None) -> Layout:
+        return Spans(self.template, self.vocabulary, turn).layout(messages, self.tools)
+
+    def settle(self) -> None:
+        """Finds the shortest beginning of a conversation after which the template shows an answer.
+
+        Sets `template.parts` where contents must be lists of parts. Raises TemplateError where there is none.
+        """
+        reasons: list[str] = []
+        unseen = False
+        messages = self.template.style == "messages"
+        for tools in (None, [_TOOL]) if messages else (None,):
+            for parts in (False, True) if messages else (False,):
+                for before in ([_USER], [_SYSTEM, _USER]):
+                    self.template.parts, self.tools, self.before = parts, tools, before
+                    try:
+                        if self.seen(self.once).close(len(before)) is not None:
+                            return
+                        unseen = True
+                    except Refused as refused:
+                        reasons.append(str(refused))
+        self.template.parts = False
+        if reasons and not unseen:
+            said = f"the template renders no plain conversation: {reasons[0]}"
+            raise TemplateError(said, where=self.template.name, mend=_MEND)
+        raise TemplateError(
+            "the template never shows the answer: a training row would have nothing to learn",
+            where=self.template.name,
+            mend="write the content of assistant messages, or " + _MEND,
+        )
+
+
 def learn(template: ChatTemplate, vocabulary: Vocabulary) -> Facts:
     """Probes the template. Sets `template.parts` where contents must be lists of parts, and the vocabulary's turns.
 
     Raises TemplateError where no answer is shown or where its place cannot be proven.
     """
-    before = _shown(template, vocabulary)
-    first = _seen(template, vocabulary, before).opened.get(0)
-    vocabulary.learn_opener(template.render(before)[: first[0]] if first else "")
-    spans = Spans(template, vocabulary)
-    prompt = _prompt(template, vocabulary, before)
-    always = "" if prompt else _always(template, vocabulary, before)
-    prompt = prompt or always
-    turn = Turn(prompt=prompt, space=_space(template, prompt), always=bool(always))
-    spans.turn = turn
-    once = [*before, _ANSWER]
+    probe = Probe(template, vocabulary)
+    probe.settle()
+    first = probe.seen(probe.before).opened.get(0)
+    vocabulary.learn_opener(probe.render(probe.before)[: first[0]] if first else "")
+    prompt = _prompt(probe)
+    always = "" if prompt else _always(probe)
+    turn = Turn(prompt=prompt or always, space=_space(template, prompt), always=bool(always))
     try:
-        region = spans.layout(once).regions[0]
-        text = template.render(once)
-        close = _close(template, vocabulary, once, len(before))
+        region = probe.layout(probe.once, turn).regions[0]
+        text, close = probe.render(probe.once), probe.seen(probe.once).closed[len(probe.before)][0]
     except Refused as refused:
         raise TemplateError(f"labels cannot be proven: {refused}", where=template.name, mend=_MEND) from None
     turn = replace(turn, tail=text[close:], end=text[close : region.end])
-    header, middle = _onward(template, vocabulary, spans, once)
+    header, middle = _onward(probe, turn)
     turn = replace(turn, middle_end=turn.end if middle is None else middle)
     turn = replace(turn, borrows=not turn.end.strip() and bool(turn.middle_end.strip()))
-    tool_ends = _tool_ends(template, vocabulary, turn, before)
+    tool_ends = _tool_ends(probe, turn)
     if turn.borrows and len(tool_ends) > 1:
         turn = replace(turn, tool_end=tool_ends[1])
     ends = {turn.end, turn.middle_end, *(tool_ends[1:] if turn.borrows else tool_ends)}
     control = {*vocabulary.found(text[: region.start]), *vocabulary.found(header), *vocabulary.found(turn.prompt)}
     control |= {token for end in (turn.end, turn.middle_end) for token in vocabulary.found(end)}
     vocabulary.set_turns(control, template.source)
-    return Facts(turn, tuple(sorted(end for end in ends if end.strip())), header, _takes_system(template))
+    return Facts(turn, tuple(sorted(end for end in ends if end.strip())), header, _takes_system(probe))
 
 
-def _shown(template: ChatTemplate, vocabulary: Vocabulary) -> list[Message]:
-    """The shortest beginning of a conversation after which the template shows an answer."""
-    reasons: list[str] = []
-    unseen = False
-    for parts in (False, True) if template.style == "messages" else (False,):
-        template.parts = parts
-        for before in ([_USER], [_SYSTEM, _USER]):
-            try:
-                if _close(template, vocabulary, [*before, _ANSWER], len(before)) >= 0:
-                    return before
-                unseen = True
-            except Refused as refused:
-                reasons.append(str(refused))
-    template.parts = False
-    if reasons and not unseen:
-        said = f"the template renders no plain conversation: {reasons[0]}"
-        raise TemplateError(said, where=template.name, mend=_MEND)
-    raise TemplateError(
-        "the template never shows the answer: a training row would have nothing to learn",
-        where=template.name,
-        mend="write the content of assistant messages, or " + _MEND,
-    )
-
-
-def _close(template: ChatTemplate, vocabulary: Vocabulary, messages: list[Message], index: int) -> int:
-    """Where message `index` ends in the text, -1 where it is not shown exactly once."""
-    at = _seen(template, vocabulary, messages).close(index)
-    return -1 if at is None else at
-
-
-def _seen(template: ChatTemplate, vocabulary: Vocabulary, messages: list[Message]) -> Read:
-    return read(template.tracked(mark(messages, [EDGES] * len(messages), vocabulary.controls), None, False))
-
-
-def _prompt(template: ChatTemplate, vocabulary: Vocabulary, before: list[Message]) -> str:
+def _prompt(probe: Probe) -> str:
     """What `add_generation_prompt` adds to a conversation that ends with a user's message."""
     try:
-        asked = template.render(before, add_generation_prompt=True)
-        plain = template.render(before)
+        asked = probe.render(probe.before, prompt=True)
+        plain = probe.render(probe.before)
     except Refused:
         return ""
     agree = agreement(asked, plain)
     if agree < len(plain):
-        agree = vocabulary.edge(asked, plain, agree)
+        agree = probe.vocabulary.edge(asked, plain, agree)
     return asked[agree:]
 
 
-def _always(template: ChatTemplate, vocabulary: Vocabulary, before: list[Message]) -> str:
+def _always(probe: Probe) -> str:
     """The prompt of a template that writes it behind every conversation, even one that ends with an answer."""
-    once = [*before, _ANSWER]
+    index = len(probe.before)
     try:
-        onward = _seen(template, vocabulary, [*once, _USER])
-        close, gone = _close(template, vocabulary, once, len(before)), onward.close(len(before))
-        tail, asked = template.render(once)[close:], template.render(before)
+        here, onward = probe.seen(probe.once), probe.seen([*probe.once, _USER])
+        asked = probe.render(probe.before)
     except Refused:
         return ""
-    if gone is None or onward.text[gone:].startswith(tail):
+    close, gone = here.close(index), onward.close(index)
+    if close is None or gone is None or onward.text[gone:].startswith(here.text[close:]):
         return ""
-    prompt = tail[len(shared_end(vocabulary, tail, onward.text[gone:])) :]
+    tail = here.text[close:]
+    prompt = tail[len(shared_end(probe.vocabulary, tail, onward.text[gone:])) :]
     return prompt if prompt.strip() and asked.endswith(prompt) else ""
 
 
@@ -150,25 +174,23 @@ def _space(template: ChatTemplate, prompt: str) -> str:
     return ""
 
 
-def _onward(
-    template: ChatTemplate, vocabulary: Vocabulary, spans: Spans, once: list[Message]
-) -> tuple[str, str | None]:
+def _onward(probe: Probe, turn: Turn) -> tuple[str, str | None]:
     """What opens the next user's turn, and the end of a turn in the middle; ("", None) for one-turn templates."""
     try:
-        onward = [*once, _USER]
-        region = spans.layout(onward).regions[0]
-        seen = _seen(template, vocabulary, onward)
+        onward = [*probe.once, _USER]
+        region = probe.layout(onward, turn).regions[0]
+        seen = probe.seen(onward)
     except Refused:
         return "", None
-    close, following = seen.close(len(once) - 1), seen.open(len(once))
+    close, following = seen.close(len(onward) - 2), seen.open(len(onward) - 1)
     if close is None or following is None:
         return "", None
     return seen.text[region.end : following], seen.text[close : region.end]
 
 
-def _tool_ends(template: ChatTemplate, vocabulary: Vocabulary, turn: Turn, before: list[Message]) -> list[str]:
+def _tool_ends(probe: Probe, turn: Turn) -> list[str]:
     """The control tokens that end a turn which calls a tool: at the end of a conversation, and before the result."""
-    if template.style == "turn":
+    if probe.template.style == "turn":
         return []
     for arguments in ({"a": "b"}, '{"a": "b"}'):
         call: dict[str, Any] = {
@@ -179,14 +201,13 @@ def _tool_ends(template: ChatTemplate, vocabulary: Vocabulary, turn: Turn, befor
         asked: Message = {"role": "assistant", "content": "", "tool_calls": [call]}
         ends: list[str] = []
         told: Message = {"role": "tool", "name": "f", "tool_call_id": "call00001", "content": "Rdxy"}
-        for messages in ([*before, asked], [*before, asked, told, _ANSWER]):
+        for messages in ([*probe.before, asked], [*probe.before, asked, told, _ANSWER]):
             try:
-                spans = Spans(template, vocabulary, turn)
-                layout = spans.layout(messages)
+                layout = probe.layout(messages, turn)
             except Refused:
                 continue
             region = layout.regions[0]
-            ends.append(_last_control(vocabulary, layout.text[region.start : region.end]))
+            ends.append(_last_control(probe.vocabulary, layout.text[region.start : region.end]))
         if ends:
             return ends
     return []
@@ -198,8 +219,8 @@ def _last_control(vocabulary: Vocabulary, text: str) -> str:
     return found[-1] if found and text.endswith(found[-1]) else ""
 
 
-def _takes_system(template: ChatTemplate) -> bool:
+def _takes_system(probe: Probe) -> bool:
     try:
-        return "Wfgh" in template.render([_SYSTEM, _USER, _ANSWER])
+        return "Wfgh" in probe.render([_SYSTEM, _USER, _ANSWER])
     except Refused:
         return False

@@ -17,17 +17,14 @@ docs/decisions/0003-how-labels-are-found.md has the cases.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from sft.chat import marking, turns
+from sft.chat.endings import Endings, Tools, ending, missing
 from sft.chat.layout import Layout, Region
 from sft.chat.marks import Read, read
 from sft.chat.template import ChatTemplate, Message, Refused
 from sft.chat.turns import Turn
 from sft.chat.vocabulary import Vocabulary
-
-Tools = list[dict[str, Any]] | None
-_FOLLOW_UP = {"role": "user", "content": "Kquv"}
 
 
 class Apart(Refused):
@@ -50,7 +47,8 @@ class Spans:
     """Finds the regions of conversations for one template and one vocabulary of control tokens."""
 
     def __init__(self, template: ChatTemplate, vocabulary: Vocabulary, turn: Turn | None = None) -> None:
-        self.template, self.vocabulary, self.turn = template, vocabulary, turn
+        self.template, self.vocabulary, self.turn = template, vocabulary, turn or Turn()
+        self.endings = Endings(template, vocabulary, self.turn)
         self._starts: dict[tuple[str, str], int] = {}
 
     def layout(self, messages: list[Message], tools: Tools = None, *, prompt: bool = False) -> Layout:
@@ -122,7 +120,7 @@ class Spans:
         on: bool,
     ) -> tuple[Region, bool]:
         """Region k, and whether the text up to it is the serving prompt. `on`: something follows message k."""
-        close = _ending(seen, k, messages[k])
+        close = ending(seen, k, messages[k])
         if close is None and (seen.closed.get(k) or marking.says_something(messages[k])):
             times = len(seen.closed.get(k, []))
             if not times and messages[k].get("tool_calls"):
@@ -134,16 +132,16 @@ class Spans:
         close = start if close is None else close
         if start > close:
             raise Refused(f"the prompt of message {k + 1} reaches into its answer")
-        end = close + len(self._end(k, close, marked, tools, seen, on))
+        end = close + len(self.endings.find(k, close, marked, tools, seen, on=on))
         words = seen.open(k)
         if words is not None and words > end:
             raise Apart(k)
-        header = self.turn.prompt if self.turn else ""
+        header = self.turn.prompt
         limit = close if words is None else words
         if header.strip() and seen.text.startswith(header, start) and start + len(header) <= limit:
             start, exact = start + len(header), False  # a header is never the model's to write
-        missing = self._missing(seen.text[close:end], messages[k], on)
-        return Region(k, self._learnt_from(start, close, k, seen), end, missing, asked=start), exact
+        lacks = missing(self.turn, seen.text[close:end], messages[k], on=on)
+        return Region(k, self._learnt_from(start, close, k, seen), end, lacks, asked=start), exact
 
     def _learnt_from(self, start: int, close: int, k: int, seen: Read) -> int:
         """Where learning starts: where the author's {% generation %} block does, else where the model begins to write.
@@ -152,7 +150,7 @@ class Spans:
         it as the answer's; learning it does no harm.
         """
         block = self._block(k, close, seen)
-        space = self.turn.space if self.turn else ""
+        space = self.turn.space
         if block is not None:
             return block[0]
         return start - len(space) if space and seen.text.endswith(space, 0, start) else start
@@ -168,22 +166,13 @@ class Spans:
         others = (at for j, places in seen.closed.items() if j != k for at in places)
         return None if any(block[0] < at < block[1] for at in others) else block
 
-    def _missing(self, end: str, message: Message, on: bool) -> str | None:
-        """The end token to put behind a turn, see Region; `end` is what follows the last word in it."""
-        turn = self.turn or Turn()
-        wanted = turn.tool_end if message.get("tool_calls") and turn.tool_end else turn.middle_end.strip()
-        wanted = wanted or turn.end.strip()
-        if turn.end.strip() or (on and wanted):  # the template ends turns, this one too as a rule
-            return None if end.strip() else wanted
-        return None if wanted and end.endswith(wanted) else wanted
-
     # --- where it begins
 
     def _start(
         self, k: int, messages: list[Message], marked: list[Message], tools: Tools, seen: Read, on: bool
     ) -> tuple[int, bool]:
         """The start of region k, and whether the text up to there is exactly the serving prompt."""
-        text, close, opened = seen.text, _ending(seen, k, messages[k]), seen.open(k)
+        text, close, opened = seen.text, ending(seen, k, messages[k]), seen.open(k)
         limit = opened if opened is not None else len(text) if close is None else close
         before = seen.close(k - 1) if k else None
         known = (str(messages[k - 1].get("role")), text[before:limit]) if before is not None and opened else None
@@ -203,7 +192,7 @@ class Spans:
         offset = len(tail)
         if not within.startswith(tail):
             offset = turns.parting(self.vocabulary, tail, gap, whole=opened is not None)
-        header = self.turn.prompt if self.turn else ""
+        header = self.turn.prompt
         if not offset and tail and header.strip() and tail.endswith(header) and gap.startswith(header):
             offset = len(header)  # the end of the turn before it is written in the prompt alone
         if not within.startswith(tail) and offset == 0:
@@ -214,54 +203,12 @@ class Spans:
 
     def _start_by_prompt(self, k: int, seen: Read, limit: int) -> int:
         """Where the conversation before k cannot stand alone: right after the generation prompt known from a probe."""
-        prompt = self.turn.prompt if self.turn else ""
+        prompt = self.turn.prompt
         floor = max((at for j, places in seen.closed.items() for at in places if j < k and at <= limit), default=0)
         found = seen.text.rfind(prompt, floor, limit) if prompt else -1
         if found < 0:
             raise Refused(f"where the answer of message {k + 1} begins cannot be proven: the text before it")
         return found + len(prompt)
-
-    # --- where it ends
-
-    def _end(self, k: int, close: int, marked: list[Message], tools: Tools, seen: Read, on: bool) -> str:
-        """What follows the mark of message k up to the end of its turn, trailing white space left out."""
-        text, turn = seen.text, self.turn
-        here = text[close:]
-        if turn and not on and here == turn.tail:
-            return turn.end
-        if turn and on and turn.middle_end and here.startswith(turn.middle_end):
-            return turn.middle_end
-        if turn and _ending(seen, k, marked[k]) is None:  # no word to hold on to: an empty answer
-            space = here[: len(here) - len(here.lstrip())]
-            usual = turn.middle_end if on else turn.end
-            return space + usual if usual.strip() and here.startswith(space + usual) else usual
-        if not on:
-            here = self._unasked(here)
-            onward = self.after(k, [*marked, _FOLLOW_UP], tools, prompt=False)
-            asked = self.after(k, marked, tools, prompt=True)
-            return turns.last_end(self.vocabulary, here, [other for other in (onward, asked) if other is not None])
-        upto = min(
-            (at for j, places in seen.opened.items() if j > k for at in places if at >= close), default=len(text)
-        )
-        alone = self.after(k, marked[: k + 1], tools, prompt=False)
-        asked = self.after(k, marked[: k + 1], tools, prompt=True)
-        alone = alone if alone is None else self._unasked(alone)
-        end = turns.middle_end(self.vocabulary, turn or Turn(), text[close:upto], alone, asked)
-        if end is None:
-            raise Refused(f"where the turn of message {k + 1} ends cannot be proven")
-        return end
-
-    def _unasked(self, after: str) -> str:
-        """What follows a last turn, without the prompt that some templates write there unasked."""
-        return after.removesuffix(self.turn.prompt) if self.turn and self.turn.always else after
-
-    def after(self, k: int, marked: list[Message], tools: Tools, *, prompt: bool) -> str | None:
-        try:
-            seen = read(self.template.tracked(marked, tools, prompt))
-        except Refused:
-            return None
-        close = _ending(seen, k, marked[k])
-        return None if close is None else seen.text[close:]
 
     def _marked_by_author(self, k: int, seen: Read, refused: Refused) -> Region:
         """The {% generation %} block around message k, lengthened to the end of the turn; else the refusal stands."""
@@ -270,14 +217,10 @@ class Spans:
         if block is None:
             raise refused
         region = seen.text[slice(*block)].rstrip()
-        finish = self.turn.middle_end if self.turn else ""
+        finish = self.turn.middle_end
         if finish and not region.endswith(finish) and seen.text.startswith(finish, block[1]):
             return Region(k, block[0], block[1] + len(finish))
         return Region(k, block[0], block[0] + len(region), None if not finish or region.endswith(finish) else finish)
-
-
-def _ending(seen: Read, k: int, message: Message) -> int | None:
-    return seen.first_close(k) if message.get("tool_calls") else seen.close(k)
 
 
 def _both(seen: Read, asked: Read, j: int, limit: int) -> bool:

@@ -27,6 +27,11 @@ class Turn:
     space: str = ""
     always: bool = False
 
+    @property
+    def known(self) -> bool:
+        """Whether the template was probed."""
+        return bool(self.tail or self.end or self.middle_end or self.prompt)
+
 
 def parting(vocabulary: Vocabulary, tail: str, gap: str, *, whole: bool) -> int:
     """How many characters the prompt and the text before the answer share, down to a control token or a line.
