@@ -17,7 +17,9 @@ Content = str | bytes | Callable[[Path], object]  # a callable lets a library wr
 REFUSALS = {
     errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG,
 }  # fmt: skip
-_LIBRARY_REFUSAL = re.compile(r"PytorchStreamWriter|os error \d|IoError|No space left|Input/output error")
+_LIBRARY_REFUSAL = re.compile(
+    r"PytorchStreamWriter|inline_container|iostream error|os error \d|IoError|No space left|Input/output error"
+)
 
 
 class Disk:
@@ -100,9 +102,8 @@ def size(path: Path) -> int:
 
 
 def put(path: Path, content: Content) -> None:
-    """Writes `path` as it is, for folders that are staged; a callable `content` writes it itself."""
-    with writing(path):
-        disk.write(path, content)
+    """Writes `path` as it stands, into a staged folder, which says the disk's refusal; a callable writes it itself."""
+    disk.write(path, content)
 
 
 def append(path: Path, text: str) -> None:

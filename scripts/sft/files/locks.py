@@ -32,5 +32,6 @@ def lock(path: Path, what: str) -> Iterator[None]:
                 where=str(path),
                 mend="wait for it, or stop it: make pause",
             ) from None
-        door.put(path, f"pid {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        with door.writing(path):
+            door.put(path, f"pid {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
         yield
