@@ -27,7 +27,7 @@ def choose(device: str, description: Mapping[str, Any]) -> tuple[str, bool]:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(NAME, _attend)
-    AttentionMaskInterface.register(NAME, _no_mask)
+    AttentionMaskInterface.register(NAME, _mask)
     _device[:] = [device]
     return NAME, True
 
@@ -71,8 +71,9 @@ class _Kept:
         return
 
 
-def _no_mask(*_: Any, **__: Any) -> None:
-    return None
+def _mask(batch_size: int, q_length: int, kv_length: int, *_: Any, **__: Any) -> Tensor | None:
+    """None for packed rows, whose boundaries take nothing; else the mask of padded rows, as SDPA takes it."""
+    return torch.empty((batch_size, 1, q_length, kv_length), dtype=torch.bool) if batch_size > 1 else None
 
 
 def _attend(
@@ -88,6 +89,8 @@ def _attend(
     """`step.attention.rows_attention` on fake tensors: [B, heads, T, width] to [B, T, heads, width]."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    if query.shape[0] > 1 or query.shape[2] != key.shape[2]:
+        return _padded(module, query, key, value, attention_mask, dropout, scaling)
     if _device[0] == "cuda":
         q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
         out: Tensor = _Flash.apply(q, k, v)  # type: ignore[no-untyped-call]
@@ -97,6 +100,28 @@ def _attend(
         for q, k, v in zip(*(torch.split(t, _lengths, dim=2) for t in (query, key, value)), strict=True)
     ]
     return torch.cat(parts, dim=1), None
+
+
+def _padded(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+) -> tuple[Tensor, None]:
+    """Padded rows, or a cache: transformers' SDPA; on a GPU its fused kernel, for which shared keys are spread out."""
+    if _device[0] == "cpu":
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        out: Tensor = sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling)[0]
+        return out, None
+    shared = query.shape[1] // key.shape[1]
+    spread = [each.repeat_interleave(shared, 1) for each in (key, value)] if shared > 1 and mask is not None else []
+    made = torch.empty((query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), dtype=query.dtype)
+    del spread
+    return made, None
 
 
 class _Flash(torch.autograd.Function):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,6 +32,19 @@ PARTS = (
 STANDING = frozenset(("weights", "embedding and head", "adapters"))
 
 
+@dataclass(frozen=True)
+class Window:
+    """The highest moment, in bytes, between two marks; `label` is what the first of them was called.
+
+    standing: bytes that were there when it began.
+    """
+
+    label: str
+    total: int
+    standing: int
+    parts: dict[str, int]
+
+
 class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """rounding: bytes that an allocation is rounded up to. vocabulary: the last size by which logits are known.
 
@@ -44,6 +58,8 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.total = self.peak = 0
         self.at_peak: dict[str, int] = dict(self.now)
         self.default = "activations"
+        self.windows: list[Window] = []
+        self._label, self._standing = "", 0
         self._held: dict[int, tuple[weakref.ref[Any], str, int]] = {}
         self._reads = 0
 
@@ -93,8 +109,20 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.see(tensor, part, again=True)
 
     def start(self) -> None:
-        """Forgets the peak: the highest moment from here on."""
+        """Forgets the windows and the peak: the highest moments from here on."""
+        self.windows, self._label, self._standing = [], "", self.total
         self.peak, self.at_peak = self.total, dict(self.now)
+
+    def mark(self, label: str) -> None:
+        """Ends a window and begins the next one, called `label`."""
+        self.windows.append(Window(self._label, self.peak, self._standing, self.at_peak))
+        self._label, self._standing = label, self.total
+        self.peak, self.at_peak = self.total, dict(self.now)
+
+    def stop(self) -> list[Window]:
+        """The windows since `start`."""
+        self.mark("")
+        return self.windows
 
     def _gone(self, key: int, ref: Any) -> None:
         known = self._held.get(key)

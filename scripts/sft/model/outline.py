@@ -4,7 +4,7 @@ adapters included. Nothing is downloaded and nothing computed; `memory/` traces 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,15 +26,19 @@ def draw(
     *,
     attention: str,
     checkpointing: bool,
+    shorten: Callable[[Any], object] | None = None,
 ) -> Any:
     """The model on the meta device: `dtype` weights, 4-bit layers where transformers would make them, adapters.
 
     attention: the attention function's name; one that the family has not gives way to transformers' own choice.
+    shorten: given the bare model, may take layers out of it.
     Raises ModelError for a family that transformers has not.
     """
     _quiet()
     with torch.device("meta"):
         model = _skeleton(config, name, dtype, attention)
+        if shorten is not None:
+            shorten(model)
         if tuning.mode == "qlora":
             _quantise(model, tuning, dtype)
         model.train()
