@@ -8,7 +8,8 @@
 .PHONY: help install install-dev install-unsloth lock setup-dirs download-model demo-model process style render \
 	full-pipeline style-if-asked preview report-data plan check train train-bnb train-unsloth train-with-tb train-bnb-tb \
 	train-unsloth-tb pause resume doctor tensorboard tb-stop tb-clean tb-open eval eval-val eval-test eval-quick eval-full infer \
-	infer-interactive infer-batch merge merge-bf16 merge-test config-docs test test-all test-faults lint clean quick-start
+	infer-interactive infer-batch merge merge-bf16 merge-test export push \
+	config-docs test test-all test-faults lint clean quick-start
 
 PYTHON ?= .venv/bin/python
 CONFIG ?=
@@ -121,6 +122,10 @@ merge-bf16: $(ENV) ## the same in bf16 (outputs/merged_bf16)
 	$(RUN)/merge_lora.py $(WITH) $(FROM) --out outputs/merged_bf16 --dtype bf16
 merge-test: $(ENV) ## load the merged model and let it answer
 	$(RUN)/merge_lora.py $(WITH) --out outputs/merged_fp16 --test
+export: $(ENV) ## the newest run as GGUF, for Ollama or as safetensors, proven (FORMAT=gguf|ollama|hf TYPE=f16|q8_0)
+	$(RUN)/export.py $(WITH) $(FROM) --format $(or $(FORMAT),gguf) --type $(or $(TYPE),f16)
+push: $(ENV) ## send the newest export to the hub with its model card (REPO=me/model, DRY=1 shows what would go)
+	$(RUN)/push.py --repo "$(REPO)" $(if $(DRY),--dry-run)
 
 config-docs: $(ENV) ## write docs/CONFIG.md from the schema
 	$(RUN)/config_reference.py

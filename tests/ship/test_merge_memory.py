@@ -54,8 +54,8 @@ def random_adapter(base: Path, out: Path) -> Path:
         model = AutoModelForCausalLM.from_config(CONFIG)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     config = LoraConfig(r=8, lora_alpha=16, target_modules=targets, task_type=TaskType.CAUSAL_LM)
-    config.base_model_name_or_path = str(base)
     model = get_peft_model(model, config)
+    config.base_model_name_or_path = str(base)
     named = {
         name.replace(".default", ""): torch.randn(weight.shape) * 0.02
         for name, weight in model.named_parameters()

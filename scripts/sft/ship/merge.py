@@ -104,6 +104,17 @@ def merge(
     return report
 
 
+def copy(source: Path, out: Path, dtype: str, config: Config, root: Path, on_progress: streams.Progress) -> Path:
+    """Writes a full run's weights in `dtype` to `out`, with all that serving needs; returns `out`."""
+    files = hub.find(config.model.model_copy(update={"name": str(source), "revision": None}), root)
+    _room(out, files, dtype)
+    with disk.atomic_folder(out) as staged:
+        streams.write(files.weights, staged, {}, dtype, on_progress)
+        index(files, staged)
+        outfit.dress(staged, files, config, root, dtype, beside=source)
+    return out
+
+
 def verify(
     files: ModelFiles, folder: Path, config: Config, adapter: Path, dtype: str, root: Path
 ) -> agreement.Agreement:

@@ -12,9 +12,22 @@ from sft import runs
 from sft.model.files import ModelFiles
 
 if TYPE_CHECKING:
+    from sft.chat.template import ChatTemplate
     from sft.config.schema import Config
 
 log = logging.getLogger("sft.ship")
+# A template of turns inside one of messages: up to its answer for a prompt, spaces at the end left to the answer.
+_TURN = """{%- set turn = namespace(system='', user=none, assistant=none) -%}
+{%- for message in messages -%}
+{%- if message['role'] == 'system' and loop.first -%}{%- set turn.system = message['content'] -%}
+{%- elif message['role'] == 'user' and turn.user is none -%}{%- set turn.user = message['content'] -%}
+{%- elif message['role'] == 'assistant' and turn.assistant is none -%}{%- set turn.assistant = message['content'] -%}
+{%- else -%}{{- raise_exception('the template takes one system, user and assistant text') -}}{%- endif -%}
+{%- endfor -%}
+{%- set system, user = turn.system, turn.user -%}
+{%- set assistant = '\U000ffff2' if turn.assistant is none else turn.assistant -%}
+{%- set text -%}SOURCE{%- endset -%}
+{{- text.split('\U000ffff2')[0].rstrip(' ') if turn.assistant is none else text -}}"""
 _DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 _TOKENIZER = (
     "tokenizer.json",
@@ -71,18 +84,28 @@ def _template(folder: Path, files: ModelFiles, source: ModelFiles | Path, config
     tokenizer = load_tokenizer(source, trust_remote_code=config.model.trust_remote_code)
     encoder = encoder_for(config, tokenizer, files.kind, root)
     template = encoder.template
-    if "messages" in template.source:
-        (folder / "chat_template.jinja").write_text(template.source, encoding="utf-8")
-        if (folder / "tokenizer_config.json").is_file():
-            settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-            if settings.pop("chat_template", None) is not None:
-                _write(folder / "tokenizer_config.json", settings)
-    else:
-        log.warning(
-            f"the template {template.name} takes system, user and assistant instead of messages: other libraries cannot"
-            f" use it, so it stays in {runs.RESOLVED} alone"
-        )
+    (folder / "chat_template.jinja").write_text(for_all(template), encoding="utf-8")
+    if (folder / "tokenizer_config.json").is_file():
+        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        if settings.pop("chat_template", None) is not None:
+            _write(folder / "tokenizer_config.json", settings)
     return sorted(encoder.stops.ids)
+
+
+def for_all(template: ChatTemplate) -> str:
+    """The template as one text that any library can use: options set in it, both variants of one that has two, and one
+    of turns (system, user, assistant) told as one of messages.
+    """
+    source = template.source
+    if template.style == "turn":
+        source = _TURN.replace("SOURCE", source)
+    elif template.tool_source is not None:
+        source = "{% if tools %}" + template.tool_source + "{% else %}" + source + "{% endif %}"
+    options = "".join(
+        f"{{%- set {name} = {json.dumps(value, ensure_ascii=False) if isinstance(value, str) else value} -%}}"
+        for name, value in template.options.items()
+    )
+    return options + source
 
 
 def _generation(folder: Path, files: ModelFiles, stops: list[int]) -> None:

@@ -1,0 +1,195 @@
+"""Exports what a run made as a GGUF file, for Ollama or as safetensors, checked before it takes its place.
+
+Adapters are merged first. Each form is read back and compared with the weights, and the parity certificate proves that
+it is asked and stops as training did; a difference refuses the export.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from sft import files as disk
+from sft.chat.encode import Encoder, encoder_for
+from sft.config.schema import Config, ModelSection
+from sft.errors import EnvironmentProblem, ModelError, RunError
+from sft.generation.system_text import expected
+from sft.generation.targets import Target
+from sft.model import hub
+from sft.model.files import ModelFiles
+from sft.model.tokenizer import load_tokenizer
+from sft.ship import (
+    card,
+    gguf_file,
+    gguf_layout,
+    gguf_vocabulary,
+    go_template,
+    golden,
+    merge,
+    modelfile,
+    parity,
+    routes,
+    sample,
+    trial,
+)
+
+log = logging.getLogger("sft.ship")
+FORMATS = ("gguf", "ollama", "hf")
+EXPORT = "export.json"
+_MERGED_AS = {"f16": "fp16", "q8_0": "fp16", "bf16": "bf16", "f32": "fp32"}
+_OWN_ROWS = 200
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was exported: the folder, its files with their bytes, how far it is from the weights, and the certificate.
+
+    largest_error: of a number, against the merged weights. answer: of the model, loaded again (hf).
+    """
+
+    out: str
+    format: str
+    type: str
+    files: dict[str, int]
+    tensors: int
+    largest_error: float
+    parity: dict[str, Any]
+    answer: str | None
+    seconds: float
+
+
+def export(target: Target, form: str, kind: str, out: Path, root: Path, progress: Progress) -> ExportReport:
+    """Exports `target` to the folder `out`, or leaves `out` as it was.
+
+    form: gguf, ollama or hf. kind: f16, q8_0, bf16 or f32. Raises ModelError (not covered, does not fit the type),
+    TemplateError (parity), EnvironmentProblem (disk), RunError (`out` is in the way).
+    """
+    started = time.monotonic()
+    if not target.tuned:
+        raise ModelError("there is nothing tuned to export", where="--base", mend="make train, or name --adapters")
+    if form == "hf" and kind == "q8_0":
+        raise ModelError("safetensors are not written as q8_0", where="--type", mend="TYPE=f16, bf16 or f32")
+    out = out.absolute()
+    _refuse_target(out)
+    merge.sweep(out)
+    with disk.atomic_folder(out) as staged:
+        folder = _weights(target, form, _MERGED_AS[kind], staged, root, progress)
+        files = hub.find(ModelSection(name=str(folder), type=target.config.model.type), root)
+        trainer = _encoder(target, files, root)
+        forms = [routes.of_folder(folder, trust_remote_code=target.config.model.trust_remote_code)]
+        tensors, error = 0, 0.0
+        if form != "hf":
+            tensors, error = _gguf(files, staged, kind, form, trainer, target, root, forms, progress)
+        certificate = asdict(_certify(trainer, forms, target.config, root))
+        answer = trial.answer(folder, "Hello! What can you do?", root).text if form == "hf" else None
+        if folder.parent == staged and form == "hf":
+            _lift(folder, staged)
+        elif folder.parent == staged:
+            shutil.rmtree(folder)
+        disk.write_json(staged / parity.PARITY, certificate)
+        disk.write_text(staged / "README.md", card.of(target, form))
+        listed = {path.name: path.stat().st_size for path in sorted(staged.iterdir()) if path.is_file()}
+        seconds = round(time.monotonic() - started, 1)
+        report = ExportReport(str(out), form, kind, listed, tensors, error, certificate, answer, seconds)
+        disk.write_json(staged / EXPORT, asdict(report))
+    return report
+
+
+def _weights(target: Target, form: str, dtype: str, staged: Path, root: Path, progress: Progress) -> Path:
+    """The folder with the model's whole weights: merged into `staged`, or where a full run left them."""
+    if target.adapter is not None:
+        merge.merge(target.adapter, staged / "weights", dtype, root, progress)
+        return staged / "weights"
+    assert target.merged is not None
+    if form == "hf":
+        return merge.copy(target.merged, staged / "weights", dtype, target.config, root, progress)
+    return target.merged
+
+
+def _encoder(target: Target, files: ModelFiles, root: Path) -> Encoder:
+    """The encoder that the run was trained with: with the tokenizer kept beside the adapter, or the base's own."""
+    config, kept = target.config, target.folder
+    source: Any = kept if kept and (kept / "tokenizer_config.json").is_file() else hub.find(config.model, root)
+    tokenizer = load_tokenizer(source, trust_remote_code=config.model.trust_remote_code)
+    roomy = config.model.model_copy(update={"max_seq_len": 1 << 20})
+    return encoder_for(config.model_copy(update={"model": roomy}), tokenizer, files.kind, root)
+
+
+def _gguf(
+    files: ModelFiles,
+    staged: Path,
+    kind: str,
+    form: str,
+    trainer: Encoder,
+    target: Target,
+    root: Path,
+    forms: list[parity.Route],
+    progress: Progress,
+) -> tuple[int, float]:
+    """Writes and checks the GGUF file (and the Modelfile), adds their routes; returns tensors and the largest error."""
+    import gguf
+
+    gguf_layout.architecture(files.config, files.name)
+    need, free = int(files.parameters * gguf_file.BYTES[kind]) + (64 << 20), shutil.disk_usage(staged).free
+    if need > free:
+        raise EnvironmentProblem(
+            f"the GGUF file needs {need / 2**30:.1f} GiB, {free / 2**30:.1f} are free",
+            where=str(staged.parent),
+            mend="make room there, or --type q8_0, or --out on another disk",
+        )
+    vocabulary = _vocabulary(files, trainer)
+    name = f"{target.name}-{kind}.gguf"
+    source = (files.path / "chat_template.jinja").read_text(encoding="utf-8")
+    tensors = gguf_file.write(files, staged / name, kind, vocabulary, source, progress)
+    error = gguf_file.check(files, staged / name, progress)
+    reader = gguf.GGUFReader(staged / name)
+    held = gguf_vocabulary.of_file(reader)
+    template = reader.get_field("tokenizer.chat_template")
+    forms.append(routes.of_gguf(held, str(template.contents()) if template else "", trainer.tokenizer))
+    if form == "ollama":
+        begin = held.tokens[held.bos] if held.adds_bos and held.bos is not None else ""
+        told = go_template.translate(trainer.template, begin)
+        stops = [str(trainer.tokenizer.convert_ids_to_tokens(token)) for token in sorted(trainer.stops.ids)]
+        stops = list(dict.fromkeys([*stops, *trainer.stops.strings, *target.config.generation.stop]))
+        modelfile.write(staged, name, told, stops, target.config, expected(target.config, target.folder, root))
+        forms.append(routes.of_ollama(held, told, stops))
+    return tensors, error
+
+
+def _vocabulary(files: ModelFiles, trainer: Encoder) -> gguf_vocabulary.Vocabulary:
+    """The tokenizer for llama.cpp, its first end token the one that ends answers, begin tokens as training has them."""
+    tokenizer = load_tokenizer(files)
+    ended = [trainer.encode(row) for row in golden.ROWS]
+    last = [row.labels[-1] for row in ended if row.dropped is None and row.labels and row.labels[-1] >= 0]
+    last += [row.labels[-2] for row in ended if row.dropped is None and len(row.labels) > 1 and row.labels[-2] >= 0]
+    ends = [token for token in dict.fromkeys(last) if token in trainer.stops.ids]
+    ends = list(dict.fromkeys([*ends, *sorted(trainer.stops.ids)]))
+    begins = tokenizer.bos_token_id is not None and trainer.prompt(golden.ROWS[0])[:1] == [tokenizer.bos_token_id]
+    texts = [row["messages"][0]["content"] for row in golden.ROWS]
+    rows = int(files.config["vocab_size"])
+    return gguf_vocabulary.of_tokenizer(tokenizer, rows, ends, adds_bos=begins, texts=texts)
+
+
+def _certify(trainer: Encoder, forms: list[parity.Route], config: Config, root: Path) -> parity.Certificate:
+    own = sample.run_rows(config, root, _OWN_ROWS)
+    rows = [*golden.ROWS, *sample.shipped_rows(root), *(own[1] if own else [])]
+    return parity.certify(trainer, forms, rows, ["golden", "data/samples", *([own[0]] if own else [])])
+
+
+def _lift(folder: Path, staged: Path) -> None:
+    """Moves the files of a folder up into the folder that it stands in."""
+    for path in sorted(folder.iterdir()):
+        path.replace(staged / path.name)
+    folder.rmdir()
+
+
+def _refuse_target(out: Path) -> None:
+    """`out` may be new, empty, or an earlier export."""
+    if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / EXPORT).is_file())):
+        raise RunError(f"{out} is in the way: it is no export", where=str(out), mend="name another folder: --out")

@@ -1,0 +1,93 @@
+"""Sends an export to the hub, model card included; a dry run tells what would go. The token is never shown."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from sft import credentials, runs
+from sft.errors import ModelError, RunError
+from sft.model.network import offline
+from sft.ship.export import EXPORT
+from sft.ship.parity import PARITY
+
+log = logging.getLogger("sft.ship")
+_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_STAYS = (EXPORT, runs.RESOLVED)  # they hold paths of this machine
+_SECRET = re.compile(r"\bhf_[A-Za-z0-9]{8,}\b")
+
+
+@dataclass(frozen=True)
+class Push:
+    """What goes, or would go: the repository, each file with its bytes, and its address once it is there."""
+
+    repo: str
+    private: bool
+    files: dict[str, int]
+    dry_run: bool
+    address: str | None
+
+
+def push(folder: Path, repo: str, root: Path, *, private: bool, dry_run: bool) -> Push:
+    """Uploads the export in `folder` to the model repository `repo`, which is made if need be.
+
+    Raises RunError (no export, no certificate, a token in a file), ModelError (a bad name, no token, the hub refuses).
+    """
+    listed = _listed(folder, repo)
+    if dry_run:
+        return Push(repo, private, listed, True, None)
+    token, _ = credentials.find(root)
+    if offline() or not token:
+        raise ModelError(
+            "the hub is switched off (HF_HUB_OFFLINE)" if offline() else "pushing needs a token of the hub",
+            mend="HF_HUB_OFFLINE=0"
+            if offline()
+            else "export HF_TOKEN=..., or hf auth login; it needs the right to write",
+        )
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    hub = HfApi(token=token)
+    try:
+        hub.create_repo(repo, private=private, exist_ok=True)
+        hub.upload_folder(
+            repo_id=repo, folder_path=folder, allow_patterns=list(listed), commit_message="sft-play export"
+        )
+    except (HfHubHTTPError, OSError) as error:
+        said = credentials.redact(" ".join(str(error).split())[:300])
+        raise ModelError(
+            f"the hub refused: {said}", where=repo, mend="has the token the right to write there? then push again"
+        ) from None
+    return Push(repo, private, listed, False, f"{hub.endpoint}/{repo}")
+
+
+def _listed(folder: Path, repo: str) -> dict[str, int]:
+    """The files that go. Raises RunError, ModelError."""
+    if not _NAME.fullmatch(repo):
+        raise ModelError(f"{repo!r} is no repository's name", where="--repo", mend="--repo NAME/MODEL")
+    if not (folder / EXPORT).is_file() or not (folder / PARITY).is_file():
+        raise RunError(
+            f"there is no export in {folder}", where=str(folder), mend="make export FORMAT=hf (or gguf, ollama)"
+        )
+    if not json.loads((folder / PARITY).read_text(encoding="utf-8")).get("equal"):
+        raise RunError(
+            f"the parity certificate of {folder} says that it differs", where=PARITY, mend="make export again"
+        )
+    found = {path.name: path for path in sorted(folder.iterdir()) if path.is_file() and path.name not in _STAYS}
+    for name, path in found.items():
+        if path.stat().st_size < 1 << 22 and _SECRET.search(path.read_bytes().decode("utf-8", "ignore")):
+            raise RunError(
+                f"{name} seems to hold a token of the hub", where=str(path), mend="take it out, then push again"
+            )
+    return {name: path.stat().st_size for name, path in found.items()}
+
+
+def newest(root: Path) -> Path:
+    """The export that was made last. Raises RunError where there is none."""
+    made = sorted((root / "outputs" / "export").glob(f"*/{EXPORT}"), key=lambda path: path.stat().st_mtime)
+    if not made:
+        raise RunError("nothing was exported yet", where=str(root / "outputs" / "export"), mend="make export FORMAT=hf")
+    return made[-1].parent
