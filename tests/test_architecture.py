@@ -32,7 +32,7 @@ MAY_IMPORT = {  # room -> rooms it may import, besides itself and ANYONE; transi
         "config", "data", "chat", "model", "step", "memory", "generation", "metrics", "runs", "report", "ship",
     },
     "ship": {"chat", "data", "model", "generation", "runs", "config", "step"},
-    "report": {"metrics", "runs", "config", "data", "chat", "generation"},
+    "report": {"metrics", "runs", "config", "data", "chat", "model", "generation"},
     "demo": {"config"},
     "guide": {"config"},
     "preflight": {"config", "data", "chat", "model", "report", "runs"},

@@ -32,7 +32,7 @@ def page(result: Mapping[str, Any], answers: Sequence[dict[str, Any]], curves: M
         parts.append(Section("Training", drawn))
     parts.append(Section("Data", data(result["data"])))
     parts.append(Section("Settings", settings(result, yaml)))
-    title = f"{', '.join(one['name'] for one in compared)} against {result['base']}"
+    title = f"{', '.join(one['name'] for one in compared)} against its base ({result['base']})"
     return whole_page(title, [part for part in parts if part.parts])
 
 
@@ -145,8 +145,8 @@ def _answer_row(one: Mapping[str, Any], names: Sequence[str]) -> list[object]:
     shown_base = marked[0][0] if len(tuned) == 1 else Html(escape(base))
     changes = [one["changes"][name] for name in names]
     return [
-        str(one["id"]),
-        Cell(_folded(one["prompt"]), kind="answer"),
+        Cell(str(one["id"])[:8], str(one["id"])),
+        Cell(_folded(one["prompt"]), kind="answer asked"),
         Cell(_folded(one["reference"]), kind="answer"),
         Cell(shown_base, kind="answer"),
         *(Cell(Html(mine + ("" if stopped else " <small>[did not stop]</small>")), kind="answer")
@@ -172,9 +172,10 @@ def marks(base: str, tuned: str) -> tuple[Html, Html]:
     """Both answers as HTML, the words that the other one has not got marked."""
     if max(len(base), len(tuned)) > LONGEST_DIFF:
         return Html(escape(base)), Html(escape(tuned))
-    one, other = re.findall(r"\s+|[^\s]+", base), re.findall(r"\s+|[^\s]+", tuned)
+    one, other = (re.findall(r"\S+\s*|\s+", words) for words in (base, tuned))
+    keys = [[word.strip() for word in words] for words in (one, other)]
     left, right = [], []
-    for kind, a, b, c, d in difflib.SequenceMatcher(None, one, other, autojunk=False).get_opcodes():
+    for kind, a, b, c, d in difflib.SequenceMatcher(None, keys[0], keys[1], autojunk=False).get_opcodes():
         gone, new = escape("".join(one[a:b])), escape("".join(other[c:d]))
         left.append(gone if kind == "equal" or not gone.strip() else f"<del>{gone}</del>")
         right.append(new if kind == "equal" or not new.strip() else f"<ins>{new}</ins>")

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sft import files
+from sft import files, runs
 from sft.config.load import dump
 from sft.config.paths import resolve
 from sft.data import store
@@ -21,6 +21,7 @@ from sft.report import card, compare_page, comparison, paired, record
 from sft.report.judge import Judge
 from sft.report.judge import judge as ask
 from sft.report.measure import OF_ANSWERS, Progress, Side
+from sft.runs import Run
 
 Result = dict[str, Any]
 Row = dict[str, Any]
@@ -93,14 +94,19 @@ def result(
         "generation": {**config.generation.model_dump(), "do_sample": False},
         "hardware": {"device": device.name, "memory": f"{device.total_bytes / 2**30:.1f} GiB"},
         "versions": record.versions(),
-        "training": record.summary(first.run),
+        "training": record.summary(run_of(first, root)),
         "data": _ledgers(first, root),
         "at": time.strftime("%Y-%m-%d %H:%M"),
     }
 
 
+def run_of(target: Target, root: Path) -> Run:
+    """The run that a side belongs to; for a folder from elsewhere the place where its report goes."""
+    return target.run or runs.at(root / "outputs" / target.name, root)
+
+
 def _ledgers(target: Target, root: Path) -> dict[str, Any]:
-    found = {"run": record.read(target.run.folder / "ledger.json") if target.run is not None else {}}
+    found = {"run": record.read(run_of(target, root).folder / "ledger.json")}
     if target.config.data.train_path is None:
         made = record.read(resolve(root, target.config.data.processed_dir) / "ledger.json")
         kept = ("rows_read", "rows_written", "rows_named", "named", "splits", "verdict", "formats")
@@ -161,10 +167,10 @@ def add_judge(
 
 def write(made: Result, measured: Sequence[Side], target: Target, root: Path) -> Path:
     """The report's folder: outputs/<run>/report, each file atomically, the page last."""
-    home = target.run.folder if target.run is not None else root / "outputs" / target.name
-    folder = home / FOLDER
+    run = run_of(target, root)
+    folder = run.folder / FOLDER
     told = answers(measured, made["first_metric"])
-    curves = record.curves(target.run) if target.run is not None else {}
+    curves = record.curves(run)
     files.write_json(folder / RESULT, made)
     files.write_text(folder / ANSWERS, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in told))
     files.write_text(folder / CARD, card.card(made, made["comparisons"][0], target.config))

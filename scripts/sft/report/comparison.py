@@ -40,9 +40,13 @@ def of_sides(base: Side, tuned: Side, split: str, seed: int) -> dict[str, Any]:
 
 def differences(base: Side, tuned: Side, seed: int) -> dict[str, Difference]:
     """Every metric that both sides have for their rows, those that compare with references first."""
-    names = [name for name in tuned.values if name in base.values]
-    order = [name for name in names if name not in OF_ANSWERS] + [name for name in names if name in OF_ANSWERS]
-    return {name: _difference(name, base.values, tuned.values, seed) for name in order}
+    names = [name for name in ordered(tuned) if name in base.values]
+    return {name: _difference(name, base.values, tuned.values, seed) for name in names}
+
+
+def ordered(side: Side) -> list[str]:
+    """The side's metrics, those that compare with references first."""
+    return sorted(side.values, key=lambda name: name in OF_ANSWERS)
 
 
 def _difference(
@@ -92,7 +96,7 @@ def stopping(side: Side) -> dict[str, Any]:
     share = sum(stopped) / rows if rows else 0.0
     open_ones = rows - int(sum(stopped))
     if share >= LEAST_STOPS:
-        headline = f"{side.name} stops by itself" + (f" in {share:.0%} of its answers" if open_ones else "")
+        headline = f"{side.name} stops by itself in {share:.0%} of its answers"
     else:
         headline = f"{side.name} often does not stop: {open_ones:,} of {rows:,} answers ran to the limit"
     return {"share": round(share, 6), "headline": headline, "good": share >= LEAST_STOPS}
@@ -119,7 +123,8 @@ def spreads(sides: Sequence[Side], seed: int) -> dict[str, dict[str, dict[str, f
     """{metric: {side: {"value", "low", "high"}}}: each side's own mean with its interval."""
     made: dict[str, dict[str, dict[str, float]]] = {}
     for side in sides:
-        for name, values in side.values.items():
+        for name in ordered(side):
+            values = side.values[name]
             kept = [value for value in values if not math.isnan(value)]
             low, high = paired.interval(kept, seed=seed)
             mean = math.fsum(kept) / len(kept) if kept else 0.0

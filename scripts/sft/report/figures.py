@@ -116,7 +116,9 @@ def means(names: Sequence[str], values: Values, intervals: Sequence[tuple[float,
         axes.invert_yaxis()
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="y", visible=False)
-        axes.set_xlim(left=min(0.0, *(low for low, _ in intervals)))
+        axes.locator_params(axis="x", nbins=6)
+        most = max([*values, *(high for _, high in intervals)])
+        axes.set_xlim(min(0.0, *(low for low, _ in intervals)), None if most > 0 else 1)
 
     return _draw(fill, name, high=0.6 + 0.34 * len(names))
 

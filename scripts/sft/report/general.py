@@ -24,6 +24,7 @@ from sft.report.paired import Difference
 
 SHIPPED = "data/samples/general.jsonl"
 MATTERS = 0.1  # nats a token: a perplexity a tenth higher
+UNKNOWING = 6.0  # nats a token of good answers above which a base knows next to nothing of them
 CHECKS = ("number", "matches", "excludes", "json", "max_words", "lines")
 _FLAGS = re.IGNORECASE | re.DOTALL
 Row = dict[str, Any]
@@ -90,17 +91,16 @@ def forgetting(loss: Difference, passed: Difference | None) -> Forgetting:
     """The verdict on the general set: loss a token of good answers, and the share of checks that hold.
 
     Forgotten: the loss has risen by more than MATTERS beyond its interval, or fewer checks hold beyond theirs.
-    Slight: the loss has risen beyond its interval, by less than that.
+    Slight: the loss has risen beyond its interval, by less than that. Unknown: too few questions, or the base could
+    not answer them in the first place.
     """
     told = [f"perplexity of good answers x{_ratio(loss.difference)} (loss {loss.difference:+.3f}, "
             f"95 % interval {loss.low:+.3f} to {loss.high:+.3f})"]  # fmt: skip
     if passed is not None:
         told.append(
-            f"checks that hold {passed.base:.0%} -> {passed.tuned:.0%} (interval of the change "
+            f"checks that hold: {passed.base:.0%}, now {passed.tuned:.0%} (interval of the change "
             f"{passed.low:+.0%} to {passed.high:+.0%}, {passed.rows} questions)"
         )
-        if passed.base < 0.1:
-            told.append("the base itself passes hardly any check, so the loss tells more than they do")
     words = "; ".join(told)
     fewer = passed is not None and passed.finding == "worse"
     if (loss.finding == "worse" and loss.low > MATTERS) or fewer:
@@ -110,6 +110,8 @@ def forgetting(loss: Difference, passed: Difference | None) -> Forgetting:
         return Forgetting("slight", "Slight forgetting: general answers have become a little less likely", words)
     if loss.finding == "too few rows":
         return Forgetting("unknown", "Too few general questions to tell whether it forgot", words)
+    if loss.base > UNKNOWING and (passed is None or passed.base < 0.1):
+        return Forgetting("unknown", "The general questions say little: the base itself cannot answer them", words)
     return Forgetting("none", "No sign of forgetting on the general questions", words)
 
 

@@ -48,9 +48,9 @@ def read(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def summary(run: Run | None) -> dict[str, Any]:
+def summary(run: Run) -> dict[str, Any]:
     """The run's finished.json without machine paths."""
-    found = read(run.folder / FINISHED) if run is not None else {}
+    found = read(run.folder / FINISHED)
     return {name: value for name, value in found.items() if name != "output"}
 
 
