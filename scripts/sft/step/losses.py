@@ -48,7 +48,7 @@ def tile_gradient_(raw: Tensor, targets: Tensor, transform: Transform, smoothing
         bend = (1 - (logits / transform.softcap).square()) * transform.scale
     picked = logits.gather(1, targets[:, None])[:, 0]
     mean = logits.mean(dim=1) if smoothing else 0.0
-    top = logits.max(dim=1, keepdim=True).values
+    top = logits.amax(dim=1, keepdim=True)
     torch.sub(logits, top, out=raw).exp_()
     total = raw.sum(dim=1, keepdim=True)
     loss = (top + total.log())[:, 0] - (1 - smoothing) * picked - smoothing * mean

@@ -18,8 +18,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 IGNORED = -100
 # What one more micro-batch costs, in tokens of compute, when a finer cut would save padding: kernels launched and
-# 4-bit weights dequantised once again (about 130 tokens on a fast card, near nothing on a CPU).
-MICRO_BATCH_COST = 96
+# 4-bit weights dequantised once again: about 130 tokens on a fast card, a third of that on the older ones that cannot
+# pack, near nothing on a CPU. Alpaca's rows, 16 a step, are then 91 % of what is computed (benchmarks/packing.py).
+MICRO_BATCH_COST = 48
 
 Kind = Literal["causal", "seq2seq"]
 Batch = Mapping[str, Tensor]

@@ -1,0 +1,91 @@
+"""Answers a second on the CPU: the engine against a loop of one prompt at a time, on the demo model, in turn.
+
+    python benchmarks/generation_cpu.py [--adapters adapters/demo] [--rounds 5] [--sizes 8,32]
+
+The loop is transformers' own `generate`, greedy, with its KV cache and the template's end tokens; the engine's own
+batch of one stands beside it. Prompts: the first rows of data/samples/support_desk.jsonl through the demo's template.
+Medians over interleaved rounds; the texts of both must be equal, or the command fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import torch
+
+from sft.config.load import load
+from sft.generation import batch_input, engine, serving
+from sft.generation.stopping import cut
+
+Texts = Callable[[], list[str]]
+
+
+def one_by_one(served: Any, prompts: list[list[int]], most: int) -> list[str]:
+    base, stops = served.model, served.encoder.stops
+    texts = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        with torch.no_grad():
+            made = base.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=most, do_sample=False,
+                eos_token_id=sorted(stops.ids), pad_token_id=engine.pad_id(served.tokenizer, stops),
+            )  # fmt: skip
+        texts.append(cut(served.tokenizer, made[0, len(prompt) :].tolist(), stops).text)
+    return texts
+
+
+def measured(ways: dict[str, Texts], rounds: int) -> dict[str, float]:
+    """Seconds of each way: the median over rounds in which they take turns."""
+    texts = {name: way() for name, way in ways.items()}  # warm-up, and the proof
+    if len({tuple(said) for said in texts.values()}) != 1:
+        raise SystemExit("the texts differ: nothing to compare")
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            began = time.perf_counter()
+            way()
+            seconds[name].append(time.perf_counter() - began)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--adapters", type=Path, help="an adapter of the demo model (default: the demo model itself)")
+    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--sizes", default="8,32", help="answers side by side")
+    args = parser.parse_args()
+    config = load(ROOT / "configs" / "demo_cpu.yaml", root=ROOT).config
+    served = serving.open_model(config, adapter=args.adapters and args.adapters.resolve(), root=ROOT)
+    requests = batch_input.read(ROOT / "data" / "samples" / "support_desk.jsonl", None)[: args.rows]
+    prompts = [served.encoder.prompt(request.row) for request in requests if request.row is not None]
+
+    def ours(size: int) -> list[str]:
+        return [
+            answer.text
+            for answer in engine.generate(
+                served.model, served.tokenizer, prompts, config.generation, served.encoder.stops, batch_size=size
+            )
+        ]
+
+    ways: dict[str, Texts] = {"loop": lambda: one_by_one(served, prompts, config.generation.max_new_tokens)}
+    ways |= {f"engine, {size}": lambda size=size: ours(size) for size in (1, *map(int, args.sizes.split(",")))}
+    seconds = measured(ways, args.rounds)
+    for name, median in seconds.items():
+        answers = len(prompts) / median
+        print(f"{name:12} {answers:8.1f} answers/s   {seconds['loop'] / median:5.2f} x")
+    print(json.dumps({"rows": len(prompts), "threads": torch.get_num_threads(), "seconds": seconds}))
+
+
+if __name__ == "__main__":
+    main()

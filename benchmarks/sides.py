@@ -1,0 +1,276 @@
+"""Who is measured: our trainer, plain transformers, TRL. Each trains the same model on the same rows for one epoch.
+
+A side's clock runs from the trainer's `on_train_begin` to the end of its last step: data loading, collation and every
+callback are in it, building the trainer and saving are not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from benchmarks.material import ROOT, Row
+from sft import runs
+from sft.config import auto
+from sft.config.schema import Config
+from sft.step import attention
+from sft.training import arguments, plan
+from sft.training import model as training_model
+from sft.training.checkpoints import Keeper
+from sft.training.flow import Flow
+from sft.training.recipe import losses
+from sft.training.trainer import WindowTrainer
+from sft.training.watch import Watch
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is the same for all. rows: of a step. micro_rows: of a peer's micro-batch (ours goes by tokens)."""
+
+    rows: int = 16
+    micro_rows: int = 4
+    longest: int = 512
+    rate: float = 2e-4
+    device: str = "cpu"
+    bf16: bool = False
+    checkpointing: bool = False
+    folder: Path = Path("/tmp")
+    tokens: int | str = "auto"  # our micro-batch
+
+
+@dataclass
+class Clock(TrainerCallback):
+    """Seconds of training, and the gradient norm of each step."""
+
+    device: str = "cpu"
+    norms: list[float] = field(default_factory=list)
+    began: float = 0.0
+    ended: float = 0.0
+
+    def _now(self) -> float:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.began = self._now()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        self.norms.append(float(torch.nn.utils.get_total_norm(grads)) if grads else 0.0)
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.ended = self._now()
+
+
+@dataclass(frozen=True)
+class Took:
+    """One round of one side. loss: the mean over the rows' labelled tokens after it. memory_mib: risen to at most."""
+
+    seconds: float
+    memory_mib: float
+    norms: list[float]
+    loss: float
+
+
+class Side:
+    """One way of training, with a model of its own whose adapter starts each round as it was made."""
+
+    def __init__(
+        self, name: str, model: Any, settings: Settings, make: Callable[[Any, list[Row], Settings], Trainer]
+    ) -> None:
+        self.name, self.model, self.settings, self.make = name, model, settings, make
+        self.start = {key: p.detach().clone() for key, p in model.named_parameters() if p.requires_grad}
+
+    def round(self, rows: list[Row]) -> Took:
+        with torch.no_grad():
+            for key, weight in self.model.named_parameters():
+                if key in self.start:
+                    weight.copy_(self.start[key])
+        clock = Clock(self.settings.device)
+        with _quiet():
+            trainer = self.make(self.model, rows, self.settings)
+            trainer.remove_callback(PrinterCallback)
+            trainer.add_callback(clock)
+            memory = Memory(self.settings.device)
+            trainer.train()
+        return Took(clock.ended - clock.began, memory.risen(), clock.norms, self._loss(rows))
+
+    def _loss(self, rows: list[Row]) -> float:
+        recipe = training_model.recipe(config(self.settings), self.model, "causal", device=self.settings.device)
+        self.model.eval()
+        total, count = losses(self.model, rows, recipe).tolist()
+        self.model.train()
+        return total / count
+
+
+def config(settings: Settings) -> Config:
+    """Ours, as a user would have it."""
+    train = {
+        "output_dir": str(settings.folder / "outputs" / "ours"),
+        "epochs": 1,
+        "learning_rate": settings.rate,
+        "lr_scheduler_type": "constant",
+        "weight_decay": 0.0,
+        "effective_batch": settings.rows,
+        "bf16": settings.bf16,
+        "micro_batch_tokens": settings.tokens,
+        "gradient_checkpointing": settings.checkpointing,
+        "optim": "adamw_torch",
+        "eval_strategy": "no",
+        "save_strategy": "no",
+    }
+    raw = {"model": {"name": "-", "max_seq_len": settings.longest}, "train": train, "logging": {"log_interval": 1000}}
+    return auto.resolve(Config.model_validate(raw), auto.Facts(device=settings.device)).config
+
+
+def ours(model: Any, rows: list[Row], settings: Settings) -> Trainer:
+    resolved = config(settings)
+    run = runs.at(Path(resolved.train.output_dir), settings.folder)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    steps = plan.make(resolved, len(rows), validation=False)
+    return WindowTrainer(
+        model,
+        arguments.make(resolved.train, steps, run, device=settings.device),
+        rows,
+        [],
+        effective_batch=settings.rows,
+        recipe=training_model.recipe(resolved, model, "causal", device=settings.device),
+        keeper=Keeper(run, 1, lambda _: None),
+        flow=Flow(steps, Watch(run.folder), resolved.train.early_stopping),
+    )
+
+
+def _common(settings: Settings, **more: Any) -> dict[str, Any]:
+    return {
+        "output_dir": str(settings.folder / "peer"),
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": settings.micro_rows,
+        "gradient_accumulation_steps": settings.rows // settings.micro_rows,
+        "learning_rate": settings.rate,
+        "lr_scheduler_type": "constant",
+        "weight_decay": 0.0,
+        "optim": "adamw_torch",
+        "bf16": settings.bf16,
+        "gradient_checkpointing": settings.checkpointing,
+        "use_cpu": settings.device == "cpu",
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "disable_tqdm": True,
+        "report_to": [],
+        **more,
+    }
+
+
+def _padded(features: list[Row]) -> dict[str, torch.Tensor]:
+    ids = [torch.tensor(row["input_ids"]) for row in features]
+    return {
+        "input_ids": pad_sequence(ids, True, 0),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], True, 0),
+        "labels": pad_sequence([torch.tensor(row["labels"]) for row in features], True, -100),
+    }
+
+
+def plain(sampling: str) -> Callable[[Any, list[Row], Settings], Trainer]:
+    """transformers' Trainer, padded to the longest of a micro-batch; sampling: `random` or `group_by_length`.
+
+    `sorted` gives it windows of like length from the whole set: what grouping comes to on a large set.
+    """
+
+    def make(model: Any, rows: list[Row], settings: Settings) -> Trainer:
+        if sampling == "sorted":
+            rows = sorted(rows, key=lambda row: -len(row["input_ids"]))
+        strategy = "sequential" if sampling == "sorted" else sampling
+        args = TrainingArguments(
+            **_common(settings, train_sampling_strategy=strategy, remove_unused_columns=False, log_level="error")
+        )
+        return Trainer(model=model, args=args, train_dataset=rows, data_collator=_padded)
+
+    return make
+
+
+def trl(*, packing: bool) -> Callable[[Any, list[Row], Settings], Trainer]:
+    """TRL's SFTTrainer on the same tokens. Packed: rows of `longest` tokens, as many a step as 16 rows are."""
+
+    def make(model: Any, rows: list[Row], settings: Settings) -> Trainer:
+        from datasets import Dataset, disable_progress_bars
+        from transformers import AutoTokenizer
+        from trl import SFTConfig, SFTTrainer
+
+        disable_progress_bars()
+        more: dict[str, Any] = {"max_length": settings.longest, "packing": packing}
+        if packing:
+            mean = sum(len(row["input_ids"]) for row in rows) / len(rows)
+            steps = max(1, round(settings.rows * mean / settings.longest))
+            more |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": steps}
+        args = SFTConfig(**{**_common(settings), **more}, log_level="error")
+        data = Dataset.from_list([{"input_ids": row["input_ids"], "labels": row["labels"]} for row in rows])
+        tokenizer = AutoTokenizer.from_pretrained(ROOT / "models" / "demo")
+        return SFTTrainer(model=model, args=args, train_dataset=data, processing_class=tokenizer)
+
+    return make
+
+
+class Memory:
+    """How far memory rises from here: the resident size of this process, or the card's allocated bytes."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        if device == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            return
+        with contextlib.suppress(OSError):
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak counts from now on
+        self.before = _status("VmRSS")
+
+    def risen(self) -> float:
+        """MiB."""
+        if self.device == "cuda":
+            return torch.cuda.max_memory_allocated() / 2**20
+        return (_status("VmHWM") - self.before) / 1024
+
+
+def _status(name: str) -> int:
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1])
+    return 0
+
+
+@contextlib.contextmanager
+def _quiet() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
+
+
+def everyone(model: Callable[[str], Any], settings: Settings, names: list[str]) -> list[Side]:
+    """The sides of these names. model: makes one, given the attention to load it with."""
+    makers = {
+        "ours": ours,
+        "hf dynamic": plain("random"),
+        "hf grouped": plain("group_by_length"),
+        "hf sorted": plain("sorted"),
+        "trl default": trl(packing=False),
+        "trl packing": trl(packing=True),
+    }
+    return [Side(name, model(attention.NAME if name == "ours" else "sdpa"), settings, makers[name]) for name in names]
