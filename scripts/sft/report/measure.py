@@ -82,8 +82,9 @@ def names(targets: Sequence[Target]) -> list[str]:
 
 
 def greedy(config: Config) -> Config:
-    """The config with answers that are not drawn."""
-    return config.model_copy(update={"generation": config.generation.model_copy(update={"do_sample": False})})
+    """The config with answers that are not drawn, one a row: the last one."""
+    generation = config.generation.model_copy(update={"do_sample": False})
+    return config.model_copy(update={"generation": generation, "eval": _with(config, {"turns": "last"})})
 
 
 class _Count:
@@ -127,10 +128,12 @@ def _measure(
 
 def _plain(config: Config) -> Any:
     """The section `eval` for the general questions: no examples in front, no schema, hardly a metric."""
-    plain = {"metrics": ["token_f1"], "json_schema": None, "shots": 0, "turns": "last"}
-    return config.eval.model_copy(
-        update={name: value for name, value in plain.items() if name in type(config.eval).model_fields}
-    )
+    return _with(config, {"metrics": ["token_f1"], "json_schema": None, "shots": 0, "format": None})
+
+
+def _with(config: Config, update: dict[str, Any]) -> Any:
+    known = type(config.eval).model_fields
+    return config.eval.model_copy(update={name: value for name, value in update.items() if name in known})
 
 
 def _values(answered: Evaluation) -> Values:
