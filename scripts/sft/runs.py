@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from sft import files
 from sft.config import paths
+from sft.credentials import redact
 from sft.errors import ConfigError, EnvironmentProblem, RunError
 
 if TYPE_CHECKING:
@@ -174,7 +175,7 @@ def write_resolved(folder: Path, config: Config) -> None:
     """Puts the resolved config into `folder`, so that whoever uses it later need not restate anything."""
     from sft.config.load import dump
 
-    files.write_text(folder / RESOLVED, dump(config))
+    files.write_text(folder / RESOLVED, redact(dump(config)))
 
 
 def run_of_adapter(folder: Path) -> Config:

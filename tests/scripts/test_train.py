@@ -57,6 +57,52 @@ def test_ctrl_c_stops_with_a_checkpoint_and_the_same_command_goes_on(
     assert steps == sorted(set(steps)) and steps[-1] == step + 4
 
 
+def torchrun(root: Path, count: int, **how: str) -> subprocess.Popen[str]:
+    """A bare launch of `count` processes, which say what they say into one pipe."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={count}", f"--master_port={port}"]
+    settings = ["--config", "config.yaml", *how.get("sets", "").split()]
+    return subprocess.Popen(
+        [sys.executable, *launcher, str(ROOT / "scripts" / "train.py"), *settings],
+        cwd=root,
+        env={**os.environ, "SFT_ROOT": str(root), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_ends_the_launch_and_the_next_one_goes_on_bit_for_bit(
+    tmp_path: Path, tiny_qwen2: Path
+) -> None:
+    import psutil
+    from safetensors.torch import load_file
+
+    sets = "--set eval.train_sample=0 --set train.save_steps=1 --set train.max_steps=40 --set train.eval_strategy=no"
+    adapters = {}
+    for name in ("straight", "broken"):
+        root = project.make(tmp_path / name, tiny_qwen2)
+        launch = torchrun(root, 2, sets=sets)
+        if name == "broken":
+            until = time.monotonic() + 200
+            while not (root / "outputs/t/checkpoint-4").is_dir() and time.monotonic() < until:
+                time.sleep(0.05)
+            ranks = [one for one in psutil.Process(launch.pid).children(recursive=True) if "RANK" in one.environ()]
+            next(one for one in ranks if one.environ()["RANK"] == "1").kill()
+            said = launch.communicate(timeout=200)[0]
+            assert launch.returncode != 0 and not (root / "outputs/t/finished.json").exists(), said
+            assert "this is ours to mend" not in said, said
+            launch = torchrun(root, 2, sets=sets)
+        said = launch.communicate(timeout=280)[0]
+        assert launch.returncode == 0, said
+        assert ("taking up outputs/t at checkpoint-" in said) == (name == "broken")
+        adapters[name] = load_file(root / "adapters/t/adapter_model.safetensors")
+    assert all(bool((adapters["broken"][key] == one).all()) for key, one in adapters["straight"].items())
+
+
 @pytest.mark.slow
 def test_two_processes_give_what_one_gives(tmp_path: Path, tiny_qwen2: Path) -> None:
     for name, count in (("one", 1), ("two", 2)):

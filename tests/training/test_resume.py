@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,39 @@ def test_resuming_mid_epoch_and_at_its_end_gives_the_same_weights(tiny_qwen2: Pa
         assert again.state.log_history[-1]["eval_loss"] == straight.state.log_history[-1]["eval_loss"]
         assert (again.tokens, again.labelled) == (straight.tokens, straight.labelled)
         assert (out / f"set-aside-checkpoint-{step + 1}").is_dir() and (out / f"checkpoint-{step + 1}").is_dir()
+
+
+@pytest.mark.parametrize("mode", ["lora", "qlora", "full"])
+def test_rows_in_groups_of_like_length_resume_exactly_too(tiny_qwen2: Path, tmp_path: Path, mode: str) -> None:
+    def settings(out: Path) -> Any:
+        train = {**EVERY_STEP, "max_steps": 4, "micro_batch_tokens": 40}
+        made = bench.config(tiny_qwen2, out, tuning={"mode": mode}, train=train)
+        return made.model_copy(update={"model": made.model.model_copy(update={"attn_implementation": "eager"})})
+
+    straight = bench.trainer(settings(tmp_path / "outputs" / "a"))
+    assert not straight.recipe.apart
+    straight.fit(None)
+    out = Path(shutil.copytree(tmp_path / "outputs" / "a", tmp_path / "outputs" / "b"))
+    again = bench.trainer(settings(out))
+    again.fit(out / "checkpoint-2")
+    assert same(bench.trained(straight), bench.trained(again))
+
+
+def test_another_cut_of_the_step_is_simply_taken_and_said(
+    tiny_qwen2: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "outputs" / "a"
+    train = {**EVERY_STEP, "max_steps": 4}
+    straight = bench.trainer(bench.config(tiny_qwen2, out, train=train, tuning={"lora": {"dropout": 0.0}}))
+    straight.fit(None)
+    finer = bench.config(tiny_qwen2, out, train={**train, "micro_batch_tokens": 32}, tuning={"lora": {"dropout": 0.0}})
+    again = bench.trainer(finer)
+    logging.getLogger("sft").propagate = True
+    with caplog.at_level(logging.INFO, "sft.training"):
+        again.fit(out / "checkpoint-2")
+    assert any("cut otherwise than before: same steps, last bits may differ" in one.message for one in caplog.records)
+    other = bench.trained(again)
+    assert all(torch.allclose(one, other[name], atol=1e-5) for name, one in bench.trained(straight).items())
 
 
 def test_a_seq2seq_model_resumes_exactly(tiny_t5: Path, tmp_path: Path) -> None:
