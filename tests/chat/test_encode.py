@@ -14,7 +14,7 @@ from sft.chat.length import NO_LABEL
 from sft.chat.template import Refused
 from sft.errors import DataError, TemplateError
 from tests.chat import words
-from tests.chat.making import CHATML, answer, encoded, encoder, learnt, named, system, template, user
+from tests.chat.making import CHATML, answer, encoded, encoder, learnt, named, system, user
 
 ONE = [user("Who are you?"), answer("Ann.")]
 
@@ -135,17 +135,6 @@ def test_a_template_and_a_tokenizer_without_any_end_are_refused() -> None:
     tokenizer.eos_token = None
     with pytest.raises(TemplateError, match="neither the template nor the tokenizer has an end token"):
         encoder("{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}", tokenizer)
-
-
-def test_a_tokenizer_that_tells_no_places_is_refused() -> None:
-    class Slow:
-        is_fast, name_or_path = False, "slow-model"
-        bos_token = eos_token = pad_token = unk_token = None
-        all_special_tokens: list[str] = []  # noqa: RUF012
-        added_tokens_decoder: dict[int, Any] = {}  # noqa: RUF012
-
-    with pytest.raises(TemplateError, match="does not tell which characters"):
-        encoder(template(CHATML, words.tokenizer()), Slow())
 
 
 def test_every_row_is_trained_on_or_named(caplog: pytest.LogCaptureFixture) -> None:

@@ -101,8 +101,9 @@ class Encoder:
     def encode_batch(self, rows: list[Row]) -> list[Encoded]:
         """Many rows, tokenised together."""
         plans = [self._plan(row) for row in rows]
-        lines = iter(self.tokens.lines([plan.layout.text for plan in plans if isinstance(plan, Plan)]))
-        return [self._finish(plan, next(lines)) if isinstance(plan, Plan) else plan for plan in plans]
+        texts = [] if self.tokens.walks else [plan.layout.text for plan in plans if isinstance(plan, Plan)]
+        lines = iter(self.tokens.lines(texts))
+        return [self._finish(plan, next(lines, None)) if isinstance(plan, Plan) else plan for plan in plans]
 
     def encode_pieces(self, row: Row) -> list[Encoded]:
         """All that a row is trained on as: itself, or under `split_turns` pieces that fit, if it is too long.
@@ -145,11 +146,11 @@ class Encoder:
         """
         return rendered.split(self.spans.layout(records.messages(row), records.tools(row)), self.facts)
 
-    def _finish(self, plan: Plan, line: Line) -> Encoded:
+    def _finish(self, plan: Plan, line: Line | None) -> Encoded:
         layout = plan.layout
         text = layout.text
         try:
-            row = self._labelled(layout, line, plan.messages)
+            row = self._labelled(layout, line or self.tokens.lines([text])[0], plan.messages)
         except Refused as refused:
             return Encoded(plan.id, [], [], dropped=f"template: {refused}", text=text)
         fitted, dropped = fit(row, self.max_seq_len, self.over_length, plan.id, self.tokenizer.bos_token_id)
@@ -182,13 +183,18 @@ class Encoder:
             tools = None if isinstance(row, list) else records.tools(row)
             if messages and messages[-1].get("role") == "assistant":
                 messages = messages[:-1]
-            try:
-                layout = self.spans.layout(messages, tools, prompt=True)
-            except Refused as refused:
-                raise TemplateError(f"no prompt can be made: {refused}", where=self.template.name) from None
-        line = self.tokens.lines([layout.text])[0]
-        ids: list[int] = self._labelled(layout, line, messages).ids
+            layout = self._asked(messages, tools)
+        try:
+            ids: list[int] = self._labelled(layout, self.tokens.lines([layout.text])[0], messages).ids
+        except Refused as refused:
+            raise TemplateError(f"no prompt can be made: {refused}", where=self.template.name) from None
         return ids
+
+    def _asked(self, messages: list[Message], tools: list[Any] | None) -> Layout:
+        try:
+            return self.spans.layout(messages, tools, prompt=True)
+        except Refused as refused:
+            raise TemplateError(f"no prompt can be made: {refused}", where=self.template.name) from None
 
     def decode_answer(self, ids: Iterable[int]) -> str:
         """The clean text of generated ids: nothing from the first stop on, no control token in it."""

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from sft.chat.alignment import place
 from sft.chat.template import Refused
 from sft.chat.vocabulary import Vocabulary, first_at
-from sft.errors import TemplateError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,24 +40,21 @@ class Line:
 
 
 class Tokens:
-    """Tokenises rendered texts; needs a fast tokenizer (one with a tokenizer.json)."""
+    """Tokenises rendered texts. A tokenizer that tells no offsets (a slow one) has them found by `alignment`."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) -> None:
-        if not getattr(tokenizer, "is_fast", False):
-            raise TemplateError(
-                f"the tokenizer {type(tokenizer).__name__} does not tell which characters a token stands for, so labels"
-                " cannot be placed exactly",
-                where=str(tokenizer.name_or_path),
-                mend="save it once as a fast tokenizer (one with a tokenizer.json), or choose another model",
-            )
-        self._backend: Any = getattr(tokenizer, "_tokenizer")  # noqa: B009 (the tokenizers library's own object)
-        self.vocabulary = vocabulary
+        self.tokenizer, self.vocabulary = tokenizer, vocabulary
+        fast = bool(getattr(tokenizer, "is_fast", False))
+        self._backend: Any = getattr(tokenizer, "_tokenizer", None) if fast else None  # the tokenizers library's own
+        self.walks = self._backend is None
         self._glued: bool | None = None
         self._begins: bool | None = None
 
     def lines(self, texts: list[str]) -> list[Line]:
-        """Every text as a whole; control tokens become their ids, nothing is added."""
+        """Every text as a whole; control tokens become their ids, nothing is added. Raises Refused: see `_walked`."""
         backend = self._backend
+        if backend is None:
+            return [self._walked(text, plain=False) for text in texts]
         if backend.padding is not None:
             backend.no_padding()
         if backend.truncation is not None:
@@ -69,12 +66,27 @@ class Tokens:
 
     def plain(self, text: str) -> Line:
         """A text in which no special token is recognised."""
+        if self._backend is None:
+            return self._walked(text, plain=True)
         before = self._backend.encode_special_tokens
         self._backend.encode_special_tokens = True
         try:
             return self.lines([text])[0]
         finally:
             self._backend.encode_special_tokens = before
+
+    def _walked(self, text: str, *, plain: bool) -> Line:
+        """The tokens of a tokenizer without offsets. Raises Refused where its tokens do not spell the text."""
+        tokenizer: Any = self.tokenizer
+        ids = [int(token) for token in tokenizer.encode(text, add_special_tokens=False, split_special_tokens=plain)]
+        pieces = tokenizer.convert_ids_to_tokens(ids)
+        options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        spans = place(
+            text, pieces, self.vocabulary.unknown, lambda index: str(tokenizer.decode([ids[index]], **options))
+        )
+        if spans is None:
+            raise Refused("the tokenizer has no offsets, and its tokens do not spell this text, so none can be placed")
+        return Line(ids, [start for start, _ in spans], [end for _, end in spans])
 
     def mended(self, line: Line, text: str, cuts: list[int], fakes: list[tuple[int, int]]) -> Line:
         """The line with a token boundary at every cut, and with control tokens in `fakes` (characters) as plain text.
