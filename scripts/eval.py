@@ -76,6 +76,7 @@ def evaluate(args: argparse.Namespace, root: Path, target: Any, train: Path | No
         results.read(root / "outputs" / results.METRICS), run=target.name, split=args.split, rows=len(rows),
         sides={side: one.metrics for side, one in found.items()}, constant=sides.constant(target, train, rows),
         fields={side: one.fields for side, one in found.items()},
+        tags={side: one.by_tag for side, one in found.items()},
     )  # fmt: skip
     first = found.get("tuned") or found["base"]
     samples = results.both_sides(first.samples, found["base"].samples) if len(found) == 2 else first.samples
@@ -89,6 +90,8 @@ def show(result: dict[str, Any], samples: Sequence[dict[str, Any]]) -> None:
     from sft.report import results
 
     console.table(f"{result['run']}, {result['split']} split, {result['rows']} rows", *results.table(result))
+    for side, by_tag in result.get("by_tag", {}).items():
+        console.table(f"{side}, by tag", *results.tags_table(by_tag))
     if other := results.other_rows(result):
         console.warn(other)
     for sample in samples:
@@ -100,16 +103,20 @@ def score_file(args: argparse.Namespace, root: Path) -> dict[str, Any]:
     """Scores a file of answers; touches nothing."""
     from sft.config.load import load
     from sft.config.paths import resolve
-    from sft.metrics import predictions, schema
+    from sft.metrics import form, predictions, schema
+    from sft.report import results
 
     section = load(args.config, args.set, root=root).config.eval
     loaded = schema.load(resolve(root, section.json_schema)) if section.json_schema else None
-    rows, values = predictions.score_file(
-        args.predictions, section.metrics, stemmer=section.rouge_stemmer, json_schema=loaded, strict=bool(args.metrics)
-    )
-    table = [[name, f"{value:.6f}"] for name, value in values.items()]
-    console.table(f"{args.predictions}, {rows} rows", ["metric", "value"], table)
-    return {"rows": rows, "metrics": values}
+    found = predictions.score_file(
+        args.predictions, section.metrics, stemmer=section.rouge_stemmer, json_schema=loaded,
+        pattern=form.compiled(section.format), strict=bool(args.metrics),
+    )  # fmt: skip
+    table = [[name, f"{value:.6f}"] for name, value in found.metrics.items()]
+    console.table(f"{args.predictions}, {found.rows} rows", ["metric", "value"], table)
+    if found.by_tag:
+        console.table("by tag", *results.tags_table(found.by_tag))
+    return {"rows": found.rows, "metrics": found.metrics} | ({"by_tag": found.by_tag} if found.by_tag else {})
 
 
 if __name__ == "__main__":

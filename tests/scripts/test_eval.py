@@ -33,7 +33,7 @@ def test_a_run_and_its_base_are_measured_and_kept(command: Command, project: Pat
     for side in ("tuned", "base"):
         assert set(result[side]) == {
             "rougeL", "sari", "exact_match", "loss", "perplexity", "length_words", "repetition", "empty_rate",
-            "length_tokens", "stop_rate",
+            "length_tokens", "stop_rate", "format_adherence",
         }  # fmt: skip
         assert result[side]["length_tokens"] <= 12
     assert result["tuned"]["loss"] != result["base"]["loss"]
@@ -45,7 +45,8 @@ def test_a_run_and_its_base_are_measured_and_kept(command: Command, project: Pat
     samples = lines(outputs / "samples.jsonl")
     assert [sample["id"] for sample in samples] == [f"r{i}" for i in range(40, 47)]
     assert samples[0]["reference"] == "It is 80." and samples[0]["prompt"] == "What is 40 + 40?"
-    assert set(samples[0]["scores"]) == {"rougeL", "sari", "exact_match"} == set(samples[0]["base"]["scores"])
+    names = {"rougeL", "sari", "exact_match", "format_adherence"}
+    assert set(samples[0]["scores"]) == names == set(samples[0]["base"]["scores"])
 
     again = command(
         "eval", "--split", "test", "--base", "--limit", "3", "--json", "--metrics", "rougeL", SFT_ROOT=str(project)

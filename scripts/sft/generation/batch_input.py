@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from sft import files
 from sft.data import records
 from sft.errors import DataError
+from sft.metrics import lines
 
 if TYPE_CHECKING:
     from sft.generation.engine import Answer
@@ -37,28 +38,13 @@ def read(path: Path, system: str | None) -> list[Request]:
     kind = path.suffix.lower()
     if kind not in (".txt", ".jsonl"):
         raise DataError(f"{path.name} is neither .txt nor .jsonl", where="--input_file", mend="rename or convert it")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise DataError("there is no such input file", where=str(path), mend="check --input_file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"the input file cannot be read: {error}", where=str(path)) from None
-    lines = text.replace("\r\n", "\n").removesuffix("\n").split("\n")
+    text = lines.text_of(path, "input file").replace("\r\n", "\n").removesuffix("\n")
     if not text.strip():
         raise DataError("the input file is empty", where=str(path), mend="put a question on a line")
     if kind == ".txt":
-        return [_request({"user": line}, system, "") if line.strip() else Request(None, "", {}) for line in lines]
-    return [_parse(line, system, f"{path}:{at}") for at, line in enumerate(lines, start=1) if line.strip()]
-
-
-def _parse(line: str, system: str | None, where: str) -> Request:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        raise DataError("this line is not JSON", where=where, mend=_SHAPE) from None
-    if not isinstance(row, dict):
-        raise DataError("this line is not a JSON object", where=where, mend=_SHAPE)
-    return _request(row, system, where)
+        asked = text.split("\n")
+        return [_request({"user": line}, system, "") if line.strip() else Request(None, "", {}) for line in asked]
+    return [_request(row, system, where) for row, where in lines.rows(text, path, _SHAPE)]
 
 
 def _request(row: Row, system: str | None, where: str) -> Request:

@@ -43,16 +43,18 @@ class Served:
         with self.model.disable_adapter():
             yield
 
-    def prompt(self, messages: list[Message], settings: GenerationSection) -> tuple[list[int], int]:
+    def prompt(
+        self, messages: list[Message], settings: GenerationSection, tools: list[Message] | None = None
+    ) -> tuple[list[int], int]:
         """The prompt's ids for a conversation, and how many of its oldest turns were left out to fit the model.
 
         The system text and the newest turn always stay; if that alone is too long, the engine cuts its oldest tokens.
         """
         room = engine.prompt_room(self.model, settings, self.kind)
-        ids, turns = self.encoder.prompt(messages), 0
+        ids, turns = self.encoder.prompt(_asked(messages, tools)), 0
         while room is not None and len(ids) > room and (shorter := without_oldest_turn(messages)) is not None:
             messages, turns = shorter, turns + 1
-            ids = self.encoder.prompt(messages)
+            ids = self.encoder.prompt(_asked(messages, tools))
         return ids, turns
 
     def stream(self, messages: list[Message], settings: GenerationSection, attempt: int = 0) -> Iterator[str]:
@@ -86,6 +88,10 @@ def answer_all(
         log.warning("%d prompts are too long for the model: they lost their oldest tokens", cut_short)
     found = dict(zip(prompts, answers, strict=True))
     return [found.get(index) for index in range(len(rows))]
+
+
+def _asked(messages: list[Message], tools: list[Message] | None) -> Any:
+    return {"messages": messages, "tools": tools} if tools else messages
 
 
 def without_oldest_turn(messages: list[Message]) -> list[Message] | None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sft.errors import DataError
-from sft.metrics.scoring import score
+from sft.metrics import lines, tags
+from sft.metrics.scoring import score_rows
 from sft.metrics.text import text_stats
 
 log = logging.getLogger("sft.metrics")
@@ -24,12 +25,28 @@ class Answers:
     predictions: list[str] = field(default_factory=list)
     references: list[list[str]] = field(default_factory=list)
     sources: list[str] | None = field(default_factory=list)
+    tags: list[list[str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class FileScores:
+    """Of a file: its number of rows, the metrics and text statistics of the answers, and the metrics by tag."""
+
+    rows: int
+    metrics: dict[str, float]
+    by_tag: dict[str, dict[str, float]]
 
 
 def score_file(
-    path: Path, names: Sequence[str], *, stemmer: bool = False, json_schema: dict[str, Any] | None = None, strict: bool
-) -> tuple[int, dict[str, float]]:
-    """The number of rows, and the metrics and text statistics of their answers.
+    path: Path,
+    names: Sequence[str],
+    *,
+    stemmer: bool = False,
+    json_schema: dict[str, Any] | None = None,
+    pattern: re.Pattern[str] | None = None,
+    strict: bool,
+) -> FileScores:
+    """Reads and scores the file.
 
     strict: every metric was asked for by name; else SARI is left out, with a warning, where a row has no source.
     """
@@ -37,38 +54,30 @@ def score_file(
     if not strict and answers.sources is None and "sari" in names:
         log.warning("no SARI: not every row has a source")
         names = [name for name in names if name != "sari"]
-    if json_schema is not None:
-        names = list(dict.fromkeys([*names, "json_schema"]))
-    values = score(
-        names, answers.predictions, answers.references, answers.sources, stemmer=stemmer, json_schema=json_schema
+    extra = ["json_schema"] * (json_schema is not None) + ["format_adherence"] * (not strict or pattern is not None)
+    scores = score_rows(
+        list(dict.fromkeys([*names, *extra])), answers.predictions, answers.references, answers.sources,
+        stemmer=stemmer, json_schema=json_schema, pattern=pattern,
+    )  # fmt: skip
+    return FileScores(
+        len(answers.predictions),
+        scores.means | text_stats(answers.predictions),
+        tags.by_tag(answers.tags, scores.plain),
     )
-    return len(answers.predictions), values | text_stats(answers.predictions)
 
 
 def read(path: Path) -> Answers:
     """Raises DataError with file:line for what is missing, not JSON or not of the shape; blank lines do not count."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise DataError("there is no such predictions file", where=str(path), mend="check the path") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"the predictions file cannot be read: {error}", where=str(path)) from None
     answers = Answers()
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            _add(answers, line, f"{path}:{number}")
+    for row, where in lines.rows(lines.text_of(path, "predictions file"), path, _SHAPE):
+        _add(answers, row, where)
     if not answers.predictions:
         raise DataError("the predictions file has no rows", where=str(path), mend=_SHAPE)
     return answers
 
 
-def _add(answers: Answers, line: str, where: str) -> None:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        raise DataError("this line is not JSON", where=where, mend=_SHAPE) from None
-    if not isinstance(row, dict):
-        raise DataError("this line is not a JSON object", where=where, mend=_SHAPE)
+def _add(answers: Answers, row: dict[str, Any], where: str) -> None:
+    answers.tags.append(tags.of(row))
     answers.predictions.append(_text(row, "prediction", where))
     reference = row.get("reference")
     if isinstance(reference, list) and reference and all(isinstance(item, str) for item in reference):

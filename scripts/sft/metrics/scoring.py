@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sft.errors import ConfigError, DataError
-from sft.metrics import match, outside, rouge, sari, schema, text
+from sft.metrics import form, match, outside, rouge, sari, schema, text
 
 log = logging.getLogger("sft.metrics")
 
@@ -37,7 +37,7 @@ _BY_ANSWER: dict[str, Callable[[str], float]] = {
 _CORPUS = ("bleu", "chrf")
 _ROUGE = re.compile(r"rouge(L|[1-9])")
 _SPELLINGS = {"exact_match_normalized": "exact_match_normalised", "rouge_l": "rougeL", "rougel": "rougeL"}
-NAMES = ("rouge1", "rouge2", "rougeL", "sari", *_BY_REFERENCE, *_BY_ANSWER, "json_schema", *_CORPUS)
+NAMES = ("rouge1", "rouge2", "rougeL", "sari", *_BY_REFERENCE, *_BY_ANSWER, "format_adherence", "json_schema", *_CORPUS)
 _SMALLER_IS_BETTER = {"loss", "perplexity", "repetition", "empty_rate", "length_words", "length_tokens"}
 
 
@@ -51,6 +51,11 @@ class Scores:
     def of_row(self, index: int) -> dict[str, float]:
         """The values of one row."""
         return {name: round(values[index], 6) for name, values in self.rows.items()}
+
+    @property
+    def plain(self) -> dict[str, list[float]]:
+        """The rows' values of the metrics whose mean over any rows means something: all but those of a corpus."""
+        return {name: values for name, values in self.rows.items() if name not in _CORPUS}
 
 
 def check_names(names: Sequence[str]) -> list[str]:
@@ -95,9 +100,12 @@ def score(
     *,
     stemmer: bool = False,
     json_schema: dict[str, Any] | None = None,
+    pattern: re.Pattern[str] | None = None,
 ) -> dict[str, float]:
     """{name: value} for each metric in `names`; see `score_rows`."""
-    return score_rows(names, predictions, references, sources, stemmer=stemmer, json_schema=json_schema).means
+    return score_rows(
+        names, predictions, references, sources, stemmer=stemmer, json_schema=json_schema, pattern=pattern
+    ).means
 
 
 def score_rows(
@@ -108,10 +116,12 @@ def score_rows(
     *,
     stemmer: bool = False,
     json_schema: dict[str, Any] | None = None,
+    pattern: re.Pattern[str] | None = None,
 ) -> Scores:
     """Scores answers: one prediction, one reference or a list of them, and one source text (SARI only) for each row.
 
-    stemmer: stem English words before ROUGE. json_schema: a parsed schema, for the metric of that name.
+    stemmer: stem English words before ROUGE. json_schema: a parsed schema, for the metric of that name. pattern: what
+    `format_adherence` matches whole answers with; None compares their form with the references'.
     Raises ConfigError for an unknown name, DataError for rows that do not match in number or lack what is needed.
     """
     names, wanted = check_names(names), as_lists(references)
@@ -128,7 +138,7 @@ def score_rows(
             means[name], values = outside.evaluate_score(name, predictions, wanted, sources)
             rows.update({name: values} if values else {})
         else:
-            rows[name] = _rows(name, predictions, wanted, sources, stemmer, json_schema)
+            rows[name] = _rows(name, predictions, wanted, sources, stemmer, json_schema, pattern)
             means[name] = text.mean(rows[name])
     return Scores(means, rows)
 
@@ -140,6 +150,7 @@ def _rows(
     sources: Sequence[str] | None,
     stemmer: bool,
     json_schema: dict[str, Any] | None,
+    pattern: re.Pattern[str] | None,
 ) -> list[float]:
     pairs = list(zip(predictions, references, strict=True))
     if name in _BY_REFERENCE:
@@ -148,6 +159,8 @@ def _rows(
         return [_BY_REFERENCE[name](prediction, refs) for prediction, refs in pairs]
     if name in _BY_ANSWER:
         return [_BY_ANSWER[name](prediction) for prediction in predictions]
+    if name == "format_adherence":
+        return [form.adherence(prediction, refs, pattern) for prediction, refs in pairs]
     if name == "json_schema":
         if json_schema is None:
             raise ConfigError("the metric json_schema has no schema", mend="set eval.json_schema to its file")

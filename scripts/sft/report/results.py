@@ -24,10 +24,11 @@ def merged(
     sides: Mapping[str, Values],
     constant: Mapping[str, Any] | None,
     fields: Mapping[str, Values],
+    tags: Mapping[str, Mapping[str, Values]] | None = None,
 ) -> dict[str, Any]:
     """The new contents of metrics.json: these sides, and the other one where `older` has it for this run and split.
 
-    `about` says of each side when, and on how many rows, it was measured.
+    `about` says of each side when, and on how many rows, it was measured; `by_tag` has each side's metrics for each tag.
     """
     same = older is not None and older.get("run") == run and older.get("split") == split
     kept: Mapping[str, Any] = older if same and older is not None else {}
@@ -41,6 +42,9 @@ def merged(
                 about[side]["fields"] = {name: round(value, 6) for name, value in fields[side].items()}
         elif side in kept:
             made[side] = kept[side]
+    by_tag = {**kept.get("by_tag", {}), **{side: found for side, found in (tags or {}).items() if found}}
+    if by_tag:
+        made["by_tag"] = by_tag
     if constant is not None or "constant" in kept:
         made["constant"] = constant if constant is not None else kept["constant"]
     made["about"] = about
@@ -90,6 +94,15 @@ def table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         cells += [number(constant.get(name))] if constant else []
         rows.append(cells)
     return columns, rows
+
+
+def tags_table(by_tag: Mapping[str, Values]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of the scores by tag."""
+    names = list(dict.fromkeys(name for values in by_tag.values() for name in values if name != "rows"))
+    rows = [
+        [tag, f"{values['rows']:.0f}", *(number(values.get(name)) for name in names)] for tag, values in by_tag.items()
+    ]
+    return ["tag", "rows", *names], rows
 
 
 def number(value: float | None) -> str:

@@ -144,7 +144,14 @@ class EvalSection(Section):
         description="Metrics of generated answers, besides loss, perplexity, length, stop rate and repetition.",
     )
     limit: int | None = Field(None, ge=1, description="Most rows that `eval` scores; null is all.")
-    batch_size: int = Field(16, ge=1, description="Answers generated side by side; halved when memory runs out.")
+    batch_size: int = Field(32, ge=1, description="Answers generated side by side; halved when memory runs out.")
+    turns: Literal["last", "all"] = Field(
+        "last", description="Of a row with several answers: the last given its history, or every one."
+    )
+    shots: int = Field(0, ge=0, description="Training rows shown as earlier turns before each question of `eval`.")
+    format: str | None = Field(
+        None, description="Regular expression for `format_adherence`; null: the form of the reference."
+    )
     train_sample: int = Field(32, ge=0, description="Validation rows answered at each evaluation while training.")
     json_schema: str | None = Field(None, description="JSON schema file that answers must satisfy (`json_valid`).")
     rouge_stemmer: bool = Field(False, description="Stem English words before ROUGE.")

@@ -1,0 +1,94 @@
+"""Rows as questions: which answers are asked for, examples in front, several right answers, tags, and too long ones."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sft.errors import ConfigError
+from sft.generation import evaluation, serving, targets
+from sft.generation.questions import questions
+from tests.generation import tiny_runs
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory, tiny_qwen2: Path) -> Path:
+    return tiny_runs.project(tmp_path_factory.mktemp("questions"), tiny_qwen2)
+
+
+@pytest.fixture(scope="module")
+def served(project: Path) -> serving.Served:
+    return serving.open_model(config(project), root=project)
+
+
+def config(root: Path, *sets: str) -> Any:
+    return targets.choose(root / "configs" / "run_bnb.yaml", list(sets), base=True, is_default=True, root=root).config
+
+
+def conversation(*turns: str, **extra: Any) -> dict[str, Any]:
+    roles = ("user", "assistant")
+    return {
+        "id": "c",
+        "messages": [{"role": roles[at % 2], "content": text} for at, text in enumerate(turns)],
+        **extra,
+    }
+
+
+def text(served: serving.Served, ids: list[int]) -> str:
+    return str(served.tokenizer.decode(ids))
+
+
+def test_the_last_answer_is_asked_for_or_every_one(project: Path, served: serving.Served) -> None:
+    row = conversation("one", "1", "two", "2", "three")  # the last question has no answer to compare with
+    (last,) = questions(served, [row], config(project))
+    assert (last.id, last.source, last.reference) == ("c", "two", "2")
+    assert text(served, last.ids).endswith("two<|im_end|>\n<|im_start|>assistant\n") and "three" not in text(
+        served, last.ids
+    )
+    both = questions(served, [row], config(project, "eval.turns=all"))
+    assert [(one.id, one.source, one.reference) for one in both] == [("c#0", "one", "1"), ("c#1", "two", "2")]
+    assert both[1].ids == last.ids and "<|im_start|>user\none" in text(served, last.ids)
+
+
+def test_examples_stand_in_front_and_are_never_the_row_itself(project: Path, served: serving.Served) -> None:
+    train = tiny_runs.rows(12)
+    asked = questions(served, train, config(project, "eval.shots=4"), project)
+    for row, question in zip(train, asked, strict=True):
+        said = text(served, question.ids)
+        assert said.count("<|im_start|>user") == 5 and said.count("<|im_start|>system") == 1
+        assert said.count(f"user\n{row['user']}<|im_end|>") == 1  # as the question, and not as an example
+    again = questions(served, train, config(project, "eval.shots=4"), project)
+    assert [one.ids for one in again] == [one.ids for one in asked]
+    other = questions(served, train, config(project, "eval.shots=4", "generation.seed=5"), project)
+    assert [one.ids for one in other] != [one.ids for one in asked]
+    with pytest.raises(ConfigError, match="has 12 rows of one question"):
+        questions(served, train, config(project, "eval.shots=13"), project)
+
+
+def test_what_is_too_long_loses_examples_and_turns_first_and_it_is_said(
+    project: Path, served: serving.Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("WARNING", logger="sft")
+    row = conversation("first " * 200, "1", "second " * 200, "2", "last", "3")
+    (question,) = questions(served, [row], config(project, "generation.max_new_tokens=700", "eval.shots=2"), project)
+    assert question.turns_lost == 4 and text(served, question.ids).count("<|im_start|>user") == 1
+    assert text(served, question.ids).count("last") == 1
+    assert "1 prompts are too long for the model: they lost their oldest 4 turns" in caplog.text
+
+
+def test_several_right_answers_and_tags_reach_the_scores(project: Path, served: serving.Served) -> None:
+    rows = [conversation(f"q{i}", "ref", references=["ref", "else"], tags=["even"][: 1 - i % 2]) for i in range(3)]
+    rows.append(conversation("q3", "ref", category="other"))
+    asked = questions(served, rows, config(project))
+    assert [one.options for one in asked] == [["ref", "else"]] * 3 + [["ref"]]
+    answers = serving.answer_all(served, rows, config(project))
+    told = [replace(answer, text="else") for answer in answers if answer is not None]
+    found = evaluation.scored(asked, told, config(project), project)
+    assert found.metrics["exact_match"] == 0.75
+    assert {tag: (values["rows"], values["exact_match"]) for tag, values in found.by_tag.items()} == {
+        "even": (2, 1.0), "other": (1, 0.0),
+    }  # fmt: skip
+    assert found.samples[0]["references"] == ["ref", "else"] and found.samples[0]["tags"] == ["even"]
