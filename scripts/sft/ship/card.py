@@ -28,9 +28,10 @@ def of(target: Target, form: str) -> str:
     how = (
         "a full fine-tune" if tuning.mode == "full" else f"{tuning.mode} (r {tuning.lora.r}, alpha {tuning.lora.alpha})"
     )
+    about = f"{target.config.experiment.description}\n\n" if target.config.experiment.description else ""
     return (
         f"---\n{data.to_yaml()}\n---\n\n# {target.config.experiment.name or target.name}\n\n"
-        f"{target.config.experiment.description or ''}\n\nMade with sft-play from `{base}`: {how}, merged. How good it"
+        f"{about}Made with sft-play from `{base}`: {how}, merged. How good it"
         " is was not measured when this was exported (`make compare` writes a card with figures).\n\n"
         "`parity.json` proves that the exported form is asked, token by token, as in training.\n"
     )

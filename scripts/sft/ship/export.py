@@ -157,7 +157,9 @@ def _gguf(
         told = go_template.translate(trainer.template, begin)
         stops = [str(trainer.tokenizer.convert_ids_to_tokens(token)) for token in sorted(trainer.stops.ids)]
         stops = list(dict.fromkeys([*stops, *trainer.stops.strings, *target.config.generation.stop]))
-        modelfile.write(staged, name, told, stops, target.config, expected(target.config, target.folder, root))
+        system = expected(target.config, target.folder, root)
+        context = int(files.config["max_position_embeddings"])
+        modelfile.write(staged, name, told, stops, target.config, system, context)
         forms.append(routes.of_ollama(held, told, stops))
     return tensors, error
 

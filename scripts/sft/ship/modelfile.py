@@ -12,15 +12,16 @@ MODELFILE = "Modelfile"
 
 
 def write(
-    folder: Path, weights: str, template: GoTemplate, stops: list[str], config: Config, system: str | None
+    folder: Path, weights: str, template: GoTemplate, stops: list[str], config: Config, system: str | None, context: int
 ) -> str:
-    """Writes `folder`/Modelfile; returns its text. weights: the GGUF file's name. Raises ModelError (see `_block`)."""
+    """Writes `folder`/Modelfile; returns its text. weights: the GGUF file's name. context: tokens that
+    the model can see. Raises ModelError (see `_block`)."""
     lines = [
         f"FROM ./{weights}",
         f"TEMPLATE {_block(template.text())}",
         *(f"PARAMETER stop {_quoted(stop)}" for stop in stops),
         *(f"PARAMETER {name} {value}" for name, value in parameters(config.generation).items()),
-        f"PARAMETER num_ctx {config.model.max_seq_len + config.generation.max_new_tokens}",
+        f"PARAMETER num_ctx {min(context, max(4096, config.model.max_seq_len + config.generation.max_new_tokens))}",
         *([f"SYSTEM {_block(system)}"] if system else []),
     ]
     text = "\n".join(lines) + "\n"

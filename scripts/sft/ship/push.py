@@ -12,11 +12,12 @@ from sft import credentials, runs
 from sft.errors import ModelError, RunError
 from sft.model.network import offline
 from sft.ship.export import EXPORT
+from sft.ship.merge import REPORT
 from sft.ship.parity import PARITY
 
 log = logging.getLogger("sft.ship")
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
-_STAYS = (EXPORT, runs.RESOLVED)  # they hold paths of this machine
+_STAYS = (EXPORT, REPORT, runs.RESOLVED)  # they hold paths of this machine
 _SECRET = re.compile(r"\bhf_[A-Za-z0-9]{8,}\b")
 
 

@@ -1,0 +1,39 @@
+"""Run by an interpreter that has llama_cpp: {"model", "prompts", "texts", "tokens"} on stdin, what it makes on stdout.
+
+For each prompt its ids and the greedy answer (up to `tokens` tokens or an end token); for each text its ids.
+"""
+
+import json
+import sys
+
+import llama_cpp
+
+asked = json.load(sys.stdin)
+model = llama_cpp.Llama(asked["model"], n_ctx=1024, n_threads=2, verbose=False, seed=0)
+
+
+def ids(text):
+    return model.tokenize(text.encode(), add_bos=True, special=True)
+
+
+def answer(prompt):
+    model.reset()
+    made = []
+    for token in model.generate(prompt, temp=0.0, top_k=1, repeat_penalty=1.0):
+        if llama_cpp.llama_vocab_is_eog(model._model.vocab, token) or len(made) == asked["tokens"]:
+            break
+        made.append(token)
+    return made
+
+
+prompts = [ids(text) for text in asked["prompts"]]
+answers = [answer(prompt) for prompt in prompts]
+said = {
+    "version": llama_cpp.__version__,
+    "prompts": prompts,
+    "answers": answers,
+    "texts": [model.detokenize(made).decode("utf-8", "replace") for made in answers],
+    "ids": [ids(text) for text in asked["texts"]],
+    "template": model.metadata.get("tokenizer.chat_template"),
+}
+print(json.dumps(said))

@@ -1,0 +1,227 @@
+"""GGUF files: read back number by number, the ids that llama.cpp makes, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from sft.config.schema import ModelSection
+from sft.errors import ModelError
+from sft.model import hub
+from sft.model.tokenizer import load_tokenizer
+from sft.ship import gguf_file, gguf_layout, gguf_vocabulary
+from tests import tiny_models
+from tests.conftest import ROOT
+
+DEMO = ROOT / "models" / "demo"
+NO_LLAMA = (
+    "llama_cpp is not there: pip install llama-cpp-python (built from source, minutes), or SFT_LLAMA_PYTHON=python"
+)
+
+
+def found(folder: Path):
+    return hub.find(ModelSection(name=str(folder)), folder)
+
+
+def vocabulary(folder: Path) -> gguf_vocabulary.Vocabulary:
+    rows = found(folder).config["vocab_size"]
+    tokenizer = load_tokenizer(folder)
+    return gguf_vocabulary.of_tokenizer(tokenizer, rows, [tokenizer.eos_token_id], adds_bos=False)
+
+
+def written(folder: Path, path: Path, kind: str) -> float:
+    gguf_file.write(found(folder), path, kind, vocabulary(folder), "{{ messages }}", lambda *_: None)
+    return gguf_file.check(found(folder), path, lambda *_: None)
+
+
+def tiny(folder: Path, family: str) -> Path:
+    """A random model of one of the families that are covered."""
+    import transformers
+
+    tiny_models.byte_level_tokenizer(folder)
+    config_class, model_class = {
+        "qwen2": ("Qwen2Config", "Qwen2ForCausalLM"),
+        "qwen3": ("Qwen3Config", "Qwen3ForCausalLM"),
+        "llama": ("LlamaConfig", "LlamaForCausalLM"),
+        "llama3": ("LlamaConfig", "LlamaForCausalLM"),
+        "mistral": ("MistralConfig", "MistralForCausalLM"),
+    }[family]
+    settings = {
+        "vocab_size": 416,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 1024,
+        "tie_word_embeddings": False,
+        "initializer_range": 0.3,
+    }
+    if family == "llama3":
+        settings["rope_parameters"] = {
+            "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 128,
+        }  # fmt: skip
+    torch.manual_seed(0)
+    getattr(transformers, model_class)(getattr(transformers, config_class)(**settings)).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("kind", "most"), [("f16", 1e-3), ("q8_0", 0.05), ("bf16", 0.01), ("f32", 0.0)])
+def test_every_number_is_read_back_within_its_type(tmp_path, kind, most):
+    assert written(DEMO, tmp_path / "m.gguf", kind) <= most
+    held = gguf_vocabulary.of_file(gguf.GGUFReader(tmp_path / "m.gguf"))
+    assert held == vocabulary(DEMO)
+
+
+def test_a_number_that_is_off_is_found(tmp_path):
+    written(DEMO, tmp_path / "m.gguf", "q8_0")
+    reader = gguf.GGUFReader(tmp_path / "m.gguf", "r+")
+    tensor = next(tensor for tensor in reader.tensors if tensor.name == "blk.2.ffn_up.weight")
+    tensor.data[5, 40] ^= 0x40
+    reader.data.flush()
+    with pytest.raises(ModelError, match=r"blk\.2\.ffn_up\.weight in m\.gguf differs from the model's by up to"):
+        gguf_file.check(found(DEMO), tmp_path / "m.gguf", lambda *_: None)
+
+
+def test_an_architecture_that_is_not_covered_is_refused_by_name(tiny_gpt2, tmp_path):
+    with pytest.raises(ModelError, match=r"is a GPT2LMHeadModel, .* covers Qwen2ForCausalLM, .*LlamaForCausalLM"):
+        written(tiny_gpt2, tmp_path / "m.gguf", "f16")
+    assert not (tmp_path / "m.gguf").exists()
+
+
+def test_numbers_too_large_for_f16_are_refused(tmp_path):
+    tiny(tmp_path / "m", "qwen2")
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(tmp_path / "m" / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 3] = 1e6
+    save_file(weights, tmp_path / "m" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.up_proj\.weight does not fit f16"):
+        written(tmp_path / "m", tmp_path / "m.gguf", "f16")
+    assert written(tmp_path / "m", tmp_path / "m.gguf", "f32") == 0.0
+
+
+def test_llama_3_frequencies_are_transformers_own(tmp_path):
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    config = LlamaConfig.from_pretrained(tiny(tmp_path / "m", "llama3"))
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    plain = 1.0 / 10000.0 ** (np.arange(0, 32, 2) / 32)
+    assert np.allclose(plain / gguf_layout.rope_factors(found(tmp_path / "m").config), scaled.numpy(), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("pattern", "pre"), [(r"\p{N}", "qwen2"), (r"\p{N}{1,3}", "llama-bpe")])
+def test_the_pre_tokeniser_is_the_one_that_gives_the_models_ids(tmp_path, pattern, pre):
+    folder = tmp_path / "m"
+    shutil.copytree(DEMO, folder, ignore=shutil.ignore_patterns("build*"))
+    state = json.loads((folder / "tokenizer.json").read_text())
+    text = json.dumps(state["pre_tokenizer"])
+    assert r"\\p{N}" in text
+    state["pre_tokenizer"] = json.loads(text.replace(r"|\\p{N}|", json.dumps(f"|{pattern}|")[1:-1]))
+    for at, pair in enumerate((["4", "8"], ["48", "2"])):  # numbers of several digits are tokens
+        state["model"]["vocab"]["".join(pair)] = 2048 + at
+        state["model"]["merges"].append(pair)
+    (folder / "tokenizer.json").write_text(json.dumps(state))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 2050}))
+    assert vocabulary(folder).pre == pre
+
+
+def test_a_tokenizer_that_llama_cpp_cannot_do_is_refused_with_the_text(tmp_path):
+    folder = tmp_path / "m"
+    shutil.copytree(DEMO, folder, ignore=shutil.ignore_patterns("build*"))
+    state = json.loads((folder / "tokenizer.json").read_text())
+    state["normalizer"] = {"type": "Lowercase"}
+    (folder / "tokenizer.json").write_text(json.dumps(state))
+    with pytest.raises(
+        ModelError, match=r"written as qwen2, 'Order 48213.* becomes .* in the model and .* in llama.cpp"
+    ):
+        vocabulary(folder)
+
+
+# --- a real llama.cpp
+
+
+@pytest.fixture(scope="module")
+def llama() -> list[str]:
+    """The interpreter that has llama_cpp, with the script that it runs."""
+    python = os.environ.get("SFT_LLAMA_PYTHON", sys.executable)
+    there = subprocess.run([python, "-c", "import llama_cpp"], capture_output=True, check=False)
+    if there.returncode:
+        pytest.skip(NO_LLAMA)
+    return [python, str(Path(__file__).with_name("llama_answers.py"))]
+
+
+def ask(llama: list[str], model: Path, prompts: list[str], texts: list[str], tokens: int) -> dict:
+    asked = {"model": str(model), "prompts": prompts, "texts": texts, "tokens": tokens}
+    done = subprocess.run(llama, input=json.dumps(asked), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def greedy(folder: Path, prompt: list[int], tokens: int, stops: set[int]) -> list[int]:
+    """The model's own greedy answer, a token at a time, in float32."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    made = model.generate(
+        torch.tensor([prompt]), max_new_tokens=tokens, do_sample=False, eos_token_id=sorted(stops), pad_token_id=0
+    )[0, len(prompt) :].tolist()  # fmt: skip
+    return made[: next((at for at, token in enumerate(made) if token in stops), len(made))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "llama3", "mistral"])
+def test_llama_cpp_answers_as_transformers_does_in_every_family(llama, tmp_path, family):
+    folder = tiny(tmp_path / "m", family)
+    written(folder, tmp_path / "m.gguf", "f32")
+    prompt = "<|im_start|>user\n" + " ".join(tiny_models.TEXT[:2]) + "<|im_end|>\n<|im_start|>assistant\n"
+    said = ask(llama, tmp_path / "m.gguf", [prompt], [], 24)
+    stops = vocabulary(folder).stops()
+    assert said["prompts"] == [load_tokenizer(folder).encode(prompt)]
+    assert said["answers"] == [greedy(folder, said["prompts"][0], 24, stops)]
+
+
+@pytest.mark.slow
+def test_llama_cpp_gives_the_tuned_demo_s_text_for_20_prompts_in_f16(llama, tmp_path, command):
+    """The whole way: train, export, load in llama.cpp, and the same greedy text."""
+    from sft.chat.encode import encoder_for
+    from sft.runs import run_of_adapter
+    from sft.ship.golden import ROWS
+
+    root, config = {"SFT_ROOT": str(tmp_path)}, ["--config", ROOT / "configs" / "demo_cpu.yaml"]
+    raw = ROOT / "data" / "samples" / "support_desk.jsonl"
+    for step in (
+        ("process_data", *config, "--raw_path", raw),
+        ("train", *config, "--set", "train.max_steps=60"),
+        ("export", *config, "--format", "gguf"),
+        ("merge_lora", *config),
+    ):
+        done = command(*step, timeout=1200, **root)
+        assert done.returncode == 0, done.stderr
+    folder = tmp_path / "outputs" / "merged_fp16"
+    tokenizer = load_tokenizer(folder)
+    encoder = encoder_for(run_of_adapter(folder), tokenizer, "causal", tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "data" / "processed" / "test.jsonl").read_text().splitlines()[:20]]
+    assert len(rows) == 20
+    turns = [[{"role": role, "content": row[role]} for role in ("system", "user")] for row in rows]
+    prompts = [encoder.template.render(one, add_generation_prompt=True) for one in turns]
+    texts = [*gguf_vocabulary.PROBES, *(turn["content"] for row in ROWS for turn in row["messages"])]
+    said = ask(llama, tmp_path / "outputs" / "export" / "demo-gguf" / "demo-f16.gguf", prompts, texts, 64)
+    assert said["ids"] == [tokenizer.encode(text) for text in texts]
+    assert said["prompts"] == [encoder.prompt(one) for one in turns]
+    assert said["template"] == encoder.template.source
+    expected = [tokenizer.decode(greedy(folder, prompt, 64, set(encoder.stops.ids))) for prompt in said["prompts"]]
+    assert said["texts"] == expected
