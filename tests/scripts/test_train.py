@@ -81,7 +81,8 @@ def test_a_rank_that_is_killed_ends_the_launch_and_the_next_one_goes_on_bit_for_
     import psutil
     from safetensors.torch import load_file
 
-    sets = "--set eval.train_sample=0 --set train.save_steps=1 --set train.max_steps=40 --set train.eval_strategy=no"
+    sets = "--set eval.train_sample=0 --set train.save_steps=2 --set train.save_strategy=steps --set train.max_steps=30"
+    sets += " --set train.eval_strategy=no"
     adapters = {}
     for name in ("straight", "broken"):
         root = project.make(tmp_path / name, tiny_qwen2)

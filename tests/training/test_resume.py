@@ -72,6 +72,22 @@ def test_another_cut_of_the_step_is_simply_taken_and_said(
     assert all(torch.allclose(one, other[name], atol=1e-5) for name, one in bench.trained(straight).items())
 
 
+def test_another_rate_or_plan_that_was_allowed_is_taken_and_the_jump_is_said(
+    tiny_qwen2: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out, train = tmp_path / "outputs" / "a", {**EVERY_STEP, "max_steps": 4, "lr_scheduler_type": "linear"}
+    bench.trainer(bench.config(tiny_qwen2, out, train=train)).fit(None)
+    again = bench.trainer(
+        bench.config(tiny_qwen2, out, train={**train, "max_steps": 8, "learning_rate": 1e-3, "weight_decay": 0.5})
+    )
+    logging.getLogger("sft").propagate = True
+    again.fit(out / "checkpoint-2")
+    rates = [entry["learning_rate"] for entry in again.state.log_history if "loss" in entry]
+    assert rates[2:] == [pytest.approx(1e-3 * left / 7) for left in (6, 5, 4, 3, 2, 1)]
+    assert any("learning rate jumps from" in one.message for one in caplog.records)
+    assert {group["weight_decay"] for group in again.optimizer.param_groups} == {0.5, 0.0}
+
+
 def test_a_seq2seq_model_resumes_exactly(tiny_t5: Path, tmp_path: Path) -> None:
     made = {"tuning": {"mode": "full"}, "train": {**EVERY_STEP, "learning_rate": 1e-3}}
     straight = bench.trainer(bench.config(tiny_t5, tmp_path / "outputs" / "a", **made))

@@ -105,6 +105,27 @@ def read(checkpoint: Path, name: str) -> Any:
     return json.loads((checkpoint / name).read_text(encoding="utf-8"))
 
 
+def take_up(checkpoint: Path, optimizer: Any, scheduler: Any, learning_rate: float) -> None:
+    """Puts both back as they were saved; rate and weight decay are those of now, which differ only if that was allowed.
+
+    scheduler: a LambdaLR, as all that the config offers are.
+    """
+    decays = [group["weight_decay"] for group in optimizer.param_groups]
+    optimizer.load_state_dict(read(checkpoint, OPTIMIZER))
+    scheduler.load_state_dict(read(checkpoint, SCHEDULER))
+    scheduler.base_lrs = [learning_rate] * len(decays)
+    was = [group["lr"] for group in optimizer.param_groups]
+    now = [
+        base * factor(scheduler.last_epoch)
+        for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    ]
+    if now != was:
+        log.warning("the learning rate jumps from %.3g to %.3g: the plan of before had another", was[0], now[0])
+    for group, rate, decay in zip(optimizer.param_groups, now, decays, strict=True):
+        group.update(lr=rate, initial_lr=learning_rate, weight_decay=decay)
+    scheduler._last_lr = now
+
+
 def _rotate(keeper: Keeper, step: int, best_step: int | None) -> None:
     """Removes the oldest checkpoints up to this step; never the best one, nor one of a later step."""
     names = {f"checkpoint-{best_step}", f"checkpoint-{step}"}

@@ -11,6 +11,18 @@ from sft import files
 from sft.errors import RunError
 
 STAMP = "backend.json"
+FOLLOWS = {
+    "data": "rows that were learnt may come again, others not in this epoch",
+    "seed": "the order of rows is another from here on",
+    "effective_batch": "the epoch goes on at the row that this many steps of the new size reach",
+    "world_size": "dropout draws other numbers",
+    "template": "what was learnt so far was written otherwise",
+    "weights": "the adapter was made for other weights",
+    "total_steps": "the rate jumps to where the new plan has it",
+    "learning_rate": "the rate jumps to where the new plan has it",
+    "lr_scheduler_type": "the rate jumps to where the new plan has it",
+    "warmup_steps": "the rate jumps to where the new plan has it",
+}
 FIXED = {"backend", "mode", "kind", "base_model", "precision", "lora"}
 
 
@@ -38,7 +50,7 @@ def check(folder: Path, stamp: dict[str, Any], allowed: Iterable[str] = ()) -> l
     lines = {key: f"{key}: was {old.get(key)}, is {new.get(key)}" for key in changed}
     refused = [key for key in changed if key in FIXED or key not in set(allowed)]
     if not refused:
-        return list(lines.values())
+        return [line + (f" ({FOLLOWS[key]})" if key in FOLLOWS else "") for key, line in lines.items()]
     mend = "--resume never starts a new run; or set them back"
     if not FIXED & set(refused):
         mend += "; or accept what follows: " + " ".join(f"--allow-change {key}" for key in refused)
