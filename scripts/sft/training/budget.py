@@ -1,20 +1,43 @@
-"""The token budget of a micro-batch on a GPU: measured on the longest rows, before the first step."""
+"""The micro-batch of a run: given, kept from a checkpoint, kept from an earlier rehearsal, or rehearsed now."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from sft import files
 from sft.config.schema import TrainSection
-from sft.memory import probe
-from sft.training import checkpoints, ranks
+from sft.errors import SftError
+from sft.generation import engine
+from sft.memory import calibration
+from sft.memory.devices import Device
+from sft.runs import Run
+from sft.training import checkpoints, ranks, rehearsal, weights
 from sft.training.preparation import Job
 from sft.training.recipe import Recipe
+from sft.training.rehearsal import CudaGauge, Rehearsed, Scene
 
+CACHE = ".cache/rehearsal"  # under the project's root
+LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 log = logging.getLogger("sft.training")
+
+
+@dataclass(frozen=True)
+class Settled:
+    """tokens: of a micro-batch. checkpointing: whether activations are recomputed. why: where they come from."""
+
+    tokens: int
+    checkpointing: bool
+    why: str
 
 
 def is_open(asked: TrainSection) -> bool:
@@ -22,34 +45,163 @@ def is_open(asked: TrainSection) -> bool:
     return (asked.batch_size, asked.grad_accum, asked.micro_batch_tokens) == ("auto", "auto", "auto")
 
 
-def settle(job: Job, model: Any, recipe: Recipe, checkpoint: Path | None) -> tuple[int, str] | None:
-    """The budget in tokens and where it comes from, or None where the resolved config stays: on the CPU, or given.
+def settle(job: Job, model: Any, recipe: Recipe, run: Run, checkpoint: Path | None, root: Path) -> Settled | None:
+    """What the run computes at once, rehearsed on a GPU; None on the CPU, where the resolved config stays.
 
-    A run that is taken up keeps the budget of its checkpoint, so that it goes on bit for bit. An encoder-decoder
-    starts from the most that is worth having; running out of memory halves it.
+    A run that is taken up keeps what its checkpoint has, so that it goes on bit for bit. Otherwise a rehearsal is kept
+    by GPU, model, lengths, adapter and versions, and not done again. Raises EnvironmentProblem where no row fits.
     """
-    if job.device.device != "cuda" or not is_open(job.asked):
+    if job.device.device != "cuda":
         return None
     if checkpoint is not None:
-        kept = checkpoints.read(checkpoint, checkpoints.SESSION)["asked_budget"][0]
-        return int(kept), "as in the checkpoint"
-    if recipe.kind == "seq2seq":
-        return probe.MOST_TOKENS, "not measured for encoder-decoders: halved if memory runs out"
-    longest = job.rows.longest
-    device = torch.device("cuda", torch.cuda.current_device())
-    with recipe.computing():
-        measure = probe.measure_on(
-            model,
-            length=longest,
-            device=device,
-            apart=recipe.apart,
-            logits=recipe.logits,
-            tile=recipe.tile,
-            label_smoothing=recipe.label_smoothing,
-        )
-        most = -(-int(job.config.train.effective_batch) // ranks.world())
-        total = torch.cuda.get_device_properties(device).total_memory
-        found = probe.search(measure, length=longest, most_rows=most, total_bytes=total)
+        session = checkpoints.read(checkpoint, checkpoints.SESSION)
+        checkpointing = bool(session.get("checkpointing", rehearsal.is_checkpointing(model)))
+        rehearsal.set_checkpointing(model, checkpointing)
+        return Settled(int(session["asked_budget"][0]), checkpointing, "as in the checkpoint")
+    path = root / CACHE / f"{key(job)}.json"
+    found = _kept(path)
+    if found is None:
+        gauge = CudaGauge(torch.device("cuda", torch.cuda.current_device()))
+        found = rehearsal.rehearse(scene(job, model, recipe, run, gauge))
+        if ranks.rank() == 0:
+            _remember(root, path, job, found)
+        log.info("rehearsed: %s", found.said)
+    else:
+        log.info("rehearsed before on this GPU: %s", found.said)
+    rehearsal.set_checkpointing(model, found.checkpointing)
+    recipe.evaluating = found.evaluating
     tokens = -ranks.largest(-found.tokens)  # the least over ranks
-    peak = max(tried.peak_bytes for tried in found.tried) / 2**30
-    return tokens, f"measured: {found.rows} rows of {longest} tokens, {peak:.2f} GiB at most, of {total / 2**30:.1f}"
+    recomputed = "with" if found.checkpointing else "without"
+    return Settled(tokens, found.checkpointing, f"rehearsed, {recomputed} gradient checkpointing")
+
+
+def scene(job: Job, model: Any, recipe: Recipe, run: Run, gauge: rehearsal.Gauge) -> Scene:
+    """The run's own longest rows, questions and save."""
+    train, optim = job.config.train, job.config.train.optim
+    rows = job.rows.train
+    lengths = [int(length) for length in rows.lengths()] if hasattr(rows, "lengths") else _lengths(rows)
+    return Scene(
+        model=model,
+        recipe=recipe,
+        rows=rows,
+        lengths=lengths,
+        validation=job.rows.validation,
+        most_rows=-(-int(train.effective_batch) // ranks.world()),
+        gauge=gauge,
+        fixed=None if is_open(job.asked) else int(train.micro_batch_tokens),
+        free=job.asked.gradient_checkpointing == "auto",
+        state_bytes=0 if optim.startswith("paged") else 2 if "8bit" in optim else 8,
+        answer=_answering(job, model) if job.rows.questions else None,
+        save=_saving(model, run) if weights.is_adapter(model) else None,
+    )
+
+
+def key(job: Job) -> str:
+    """What a rehearsal depends on, as a short hash."""
+    train, tuning = job.config.train, job.config.tuning
+    depends = {
+        "gpu": [job.device.name, job.device.total_bytes],
+        "model": [job.files.name, job.files.fingerprint()],
+        "tuning": tuning.model_dump(),
+        "lengths": [job.config.model.max_seq_len, job.rows.longest],
+        "step": [train.effective_batch, ranks.world(), train.logits, train.logits_tile, train.optim, train.bf16],
+        "asked": [job.asked.gradient_checkpointing, *(train.micro_batch_tokens,) * (not is_open(job.asked))],
+        "answers": [job.config.eval.batch_size, job.config.generation.max_new_tokens, len(job.rows.questions)],
+        "versions": _versions(),
+    }
+    return hashlib.sha256(json.dumps(depends, sort_keys=True, default=str).encode()).hexdigest()[:24]
+
+
+def _kept(path: Path) -> Rehearsed | None:
+    try:
+        return Rehearsed.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _remember(root: Path, path: Path, job: Job, found: Rehearsed) -> None:
+    """Keeps it for the next start, shows it beside the plan, and tells the planner what was measured."""
+    planned = _planned(job, found)
+    training = found.stages[0]
+    measured = training.allocated_bytes / 2**30
+    beside = f", planned {planned:.2f}" if planned else ""
+    log.info("a step's tensors: %.2f GiB at most%s", measured, beside)
+    entry = calibration.Record(
+        gpu=job.device.name,
+        family=str(job.files.config.get("model_type", "")),
+        model=job.files.name,
+        mode=job.config.tuning.mode,
+        micro_batch_tokens=found.tokens,
+        allocated_gib=measured,
+        reserved_gib=training.reserved_bytes / 2**30,
+        planned_gib=planned,
+        tokens_per_second=found.tokens_per_second,
+        stage="rehearsal",
+        versions=_versions(),
+    )
+    calibration.record(root, entry)
+    try:
+        files.write_json(path, found.to_json())
+    except (OSError, SftError) as error:
+        log.warning("the rehearsal could not be kept for the next start: %s", error)
+
+
+def _planned(job: Job, found: Rehearsed) -> float | None:
+    """GiB of tensors that the planner expects of the same step; None where it cannot plan this model."""
+    from sft.memory import plan
+
+    length = job.config.model.max_seq_len
+    now = {
+        "micro_batch_tokens": found.tokens,
+        "batch_size": max(1, found.tokens // length),
+        "grad_accum": "auto",
+        "gradient_checkpointing": found.checkpointing,
+    }
+    config = job.config.model_copy(update={"train": job.config.train.model_copy(update=now)})
+    device = Device("cuda", job.device.name, job.device.total_bytes / 2**30)
+    try:
+        return plan.make(config, job.files.config, device).estimate.allocated
+    except SftError as error:
+        log.debug("no plan beside the rehearsal: %s", error)
+        return None
+
+
+def _answering(job: Job, model: Any) -> Callable[[], object]:
+    """Answers at their full length without making each token: prompts as long as prompt and answer will be."""
+    section = job.config.generation
+    batch = job.config.eval.batch_size
+    longest = sorted((question.ids for question in job.rows.questions), key=len)[-batch:]
+    prompts = [list(ids) + [ids[-1]] * section.max_new_tokens for ids in longest if ids]
+    short = section.model_copy(update={"max_new_tokens": 2})
+
+    def answer() -> object:
+        stops = job.encoder.stops
+        return engine.generate(model, job.tokenizer, prompts, short, stops, batch_size=batch, kind=job.files.kind)
+
+    return answer
+
+
+def _saving(model: Any, run: Run) -> Callable[[], object]:
+    def save() -> None:
+        folder = run.folder / ".rehearsal"
+        folder.mkdir(exist_ok=True)
+        try:
+            weights.save(model, folder)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    return save
+
+
+def _lengths(rows: Any) -> list[int]:
+    return [len(row["input_ids"]) for row in rows]
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

@@ -52,7 +52,7 @@ def build(job: Job, opened: OpenRun, root: Path, report: Report | None) -> Windo
     config, run = job.config, opened.run
     made = model.build(config, job.files, job.backend.name, device=job.device.device)
     recipe = model.recipe(config, made, job.files.kind, device=job.device.device)
-    job = _with_budget(job, made, recipe, opened)
+    job = _with_budget(job, made, recipe, opened, root)
     config = job.config
     answers = Answers(config, root, job.tokenizer, job.encoder, job.rows.questions, job.files.kind)
     step = runs.step_of(opened.checkpoint) if opened.checkpoint else 0
@@ -80,22 +80,23 @@ def build(job: Job, opened: OpenRun, root: Path, report: Report | None) -> Windo
     return trainer
 
 
-def _with_budget(job: Job, made: Any, recipe: Recipe, opened: OpenRun) -> Job:
+def _with_budget(job: Job, made: Any, recipe: Recipe, opened: OpenRun, root: Path) -> Job:
     """The job with the budget that was measured, where it was, in its config and in the run's folder."""
-    settled = budget.settle(job, made, recipe, opened.checkpoint)
+    settled = budget.settle(job, made, recipe, opened.run, opened.checkpoint, root)
     if settled is None:
         return job
-    tokens, why = settled
-    recipe.tokens = tokens
+    tokens = recipe.tokens = settled.tokens
     recipe.asked = recipe.budget
     effective, length = int(job.config.train.effective_batch), job.config.model.max_seq_len
     rows = min(effective, max(1, tokens // length))
-    now = {"micro_batch_tokens": tokens, "batch_size": rows, "grad_accum": -(-effective // rows)}
+    now: dict[str, Any] = {"micro_batch_tokens": tokens, "gradient_checkpointing": settled.checkpointing}
+    if budget.is_open(job.asked):
+        now |= {"batch_size": rows, "grad_accum": -(-effective // rows)}
     train = job.config.train.model_copy(update=now)
     job = replace(job, config=job.config.model_copy(update={"train": train}))
     if ranks.rank() == 0:
         beside(job)(opened.run.folder)
-        log.info("micro-batches of at most %d tokens (%s)", tokens, why)
+        log.info("micro-batches of at most %d tokens (%s)", tokens, settled.why)
     return job
 
 

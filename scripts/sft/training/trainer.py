@@ -29,6 +29,7 @@ from sft.training.checkpoints import Keeper, Snapshot
 from sft.training.flow import Flow
 from sft.training.numbers import Numbers, gap
 from sft.training.recipe import Recipe, losses
+from sft.training.rehearsal import is_checkpointing
 
 log = logging.getLogger("sft.training")
 Answers = Callable[[Any], dict[str, float]]
@@ -247,6 +248,7 @@ class WindowTrainer(Trainer):  # type: ignore[misc]
             "asked_budget": self.recipe.asked,
             "budget": self.recipe.budget,
             "evaluating": self.recipe.evaluating,
+            "checkpointing": is_checkpointing(self.model),
             "skipped": self.numbers.skipped,
             "last_loss": self.numbers.last,
         }

@@ -1,0 +1,249 @@
+"""The rehearsal: before the first step, the longest real rows go through all that a run will do, memory measured.
+
+Training (with the optimizer's state standing in its place), the evaluation loss, answers and a save: a run that would
+run out of memory in its third hour does so now, where it costs a minute. On the way the micro-batch is settled: raised
+until speed stops growing or memory says stop; gradient checkpointing is left off where memory allows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from sft.memory import probe
+from sft.memory.probe import DoesNotFitError, Found, Measured
+from sft.model import adapters
+from sft.step import unwrap
+from sft.step.microbatch import backward_window
+from sft.step.recovery import out_of_memory, release
+from sft.step.window import Collator
+from sft.training.recipe import Recipe, losses
+
+LIMIT = 60.0  # seconds for all of it; growing the micro-batch stops at half
+WORTH = 2048  # tokens: where that much fits without checkpointing, nothing is gained by trying with it
+log = logging.getLogger("sft.training")
+Feature = Mapping[str, Any]
+
+
+class Gauge(Protocol):
+    """How the device's memory is read. Bytes."""
+
+    total: int
+
+    def start(self) -> None: ...
+    def peaks(self) -> tuple[int, int]: ...  # since `start`: of tensors, and held by the allocator
+
+
+class CudaGauge:
+    """The process's own memory on its GPU, within `set_per_process_memory_fraction`'s cap where there is one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        free, total = torch.cuda.mem_get_info(device)
+        share = getattr(torch.cuda, "get_per_process_memory_fraction", lambda _: 1.0)(device)
+        self.total = int(min(share * total, free + torch.cuda.memory_reserved(device)))  # what others hold is not ours
+
+    def start(self) -> None:
+        torch.cuda.synchronize(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+
+    def peaks(self) -> tuple[int, int]:
+        torch.cuda.synchronize(self.device)
+        return torch.cuda.max_memory_allocated(self.device), torch.cuda.max_memory_reserved(self.device)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One thing that a run does, once. Bytes: highest of tensors, and held by the allocator."""
+
+    name: str
+    allocated_bytes: int
+    reserved_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """What came of it. tokens: of a micro-batch. evaluating: what evaluation was lowered to, None where it was not."""
+
+    tokens: int
+    checkpointing: bool
+    tokens_per_second: float
+    stages: list[Stage] = field(default_factory=list)
+    evaluating: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, kept: Mapping[str, Any]) -> Rehearsed:
+        return cls(**{**kept, "stages": [Stage(**stage) for stage in kept["stages"]]})
+
+    @property
+    def said(self) -> str:
+        stages = ", ".join(f"{stage.name} {stage.reserved_bytes / 2**30:.2f} GiB" for stage in self.stages)
+        return f"{stages}; {self.tokens_per_second:,.0f} tokens/s"
+
+
+@dataclass
+class Scene:
+    """What is rehearsed with. rows, validation: real ones, with their lengths in tokens.
+
+    most_rows: of a step, on this rank. fixed: the micro-batch in tokens where the config gives it. free: whether
+    checkpointing may be chosen. state_bytes: of the optimizer, for each trained number. answer, save: what the run
+    calls between its steps, None where it never does.
+    """
+
+    model: Any
+    recipe: Recipe
+    rows: Sequence[Feature]
+    lengths: Sequence[int]
+    validation: Sequence[Feature]
+    most_rows: int
+    gauge: Gauge
+    fixed: int | None = None
+    free: bool = True
+    state_bytes: int = 8
+    answer: Callable[[], object] | None = None
+    save: Callable[[], object] | None = None
+    backward: Callable[[torch.Tensor], object] | None = None
+    limit: float = LIMIT
+
+
+def rehearse(scene: Scene) -> Rehearsed:
+    """Settles the micro-batch, then goes through the rest. The model, its gradients and the random state are as before.
+
+    Raises EnvironmentProblem where not even one row fits, or no row of the evaluation does.
+    """
+    began = time.monotonic()
+    devices = [scene.recipe.device] if torch.device(scene.recipe.device).type == "cuda" else []
+    with torch.random.fork_rng(devices), scene.recipe.computing():
+        found, checkpointing = _choose(scene, began)
+        set_checkpointing(scene.model, checkpointing)
+        tokens = scene.fixed or found.tokens
+        stages = [Stage("training", found.best.allocated_bytes, found.best.peak_bytes, found.best.seconds)]
+        scene.recipe.tokens = tokens
+        longest = sorted(scene.validation, key=lambda row: -len(row["input_ids"]))[: scene.most_rows]
+        rest: dict[str, Callable[[], object] | None] = {
+            "evaluation": (lambda: losses(scene.model, longest, scene.recipe)) if longest else None,
+            "generation": scene.answer,
+            "save": scene.save,
+        }
+        for name, act in rest.items():
+            if act is not None and time.monotonic() - began < scene.limit:
+                stages.append(_stage(scene, name, act))
+    return Rehearsed(tokens, checkpointing, found.best.speed, stages, scene.recipe.evaluating)
+
+
+def set_checkpointing(model: Any, on: bool) -> None:
+    """Switches recomputation on or off on a model that may have adapters already."""
+    adapters.set_checkpointing(unwrap(model), on)
+
+
+def is_checkpointing(model: Any) -> bool:
+    return bool(getattr(unwrap(model), "is_gradient_checkpointing", False))
+
+
+def longest_batch(rows: Sequence[Feature], lengths: Sequence[int], tokens: int) -> list[Feature]:
+    """The longest rows, as many as `tokens` hold; at least one."""
+    taken, room = list[Feature](), tokens
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if taken and lengths[index] > room:
+            break
+        taken.append(rows[index])
+        room -= lengths[index]
+    return taken
+
+
+def _choose(scene: Scene, began: float) -> tuple[Found, bool]:
+    """The micro-batch, and whether activations are recomputed: not where enough fits without, or that is faster."""
+    asked = is_checkpointing(scene.model)
+    if not (asked and scene.free):
+        return _search(scene, began), asked
+    set_checkpointing(scene.model, False)
+    without: Found | None = None
+    with contextlib.suppress(DoesNotFitError):
+        without = _search(scene, began)
+    if without is not None and without.best.peak_bytes > scene.gauge.total * (1 - probe.MARGIN):
+        without = None  # it fits, but for the margin
+    if without is not None and (scene.fixed or without.tokens >= WORTH or not _grew(without, scene)):
+        return without, False
+    release()
+    set_checkpointing(scene.model, True)
+    found = _search(scene, began)
+    return (found, True) if without is None or found.best.speed >= without.best.speed else (without, False)
+
+
+def _grew(found: Found, scene: Scene) -> bool:
+    """Whether memory, not speed or the size of a step, ended its growth: with checkpointing it could go further."""
+    last = max(found.tried, key=lambda one: one.rows)
+    return found.rows < scene.most_rows and last is found.best
+
+
+def _search(scene: Scene, began: float) -> Found:
+    length = max(scene.lengths)
+    if scene.fixed is not None:
+        try:
+            measured = _measure(scene, scene.fixed)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            raise DoesNotFitError(f"a micro-batch of {scene.fixed} tokens does not fit") from None
+        return Found(max(1, scene.fixed // length), scene.fixed, (measured,), measured)
+    return probe.search(
+        lambda rows: _measure(scene, rows * length),
+        length=length,
+        most_rows=scene.most_rows,
+        total_bytes=scene.gauge.total,
+        time_left=lambda: time.monotonic() - began < scene.limit / 2,
+    )
+
+
+def _measure(scene: Scene, tokens: int) -> Measured:
+    """Forward and backward of the longest rows in one micro-batch, twice: the second time is measured."""
+    recipe, model = scene.recipe, scene.model
+    features = longest_batch(scene.rows, scene.lengths, tokens)
+    batch = {name: tensor.to(recipe.device) for name, tensor in Collator(recipe.kind)(features).items()}
+    real = sum(int(batch[key].sum()) for key in ("lengths", "source_lengths") if key in batch)
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    state = [weight.new_empty(weight.numel() * scene.state_bytes, dtype=torch.uint8) for weight in trained]
+    try:
+        for _ in range(2):
+            model.zero_grad(set_to_none=True)
+            scene.gauge.start()
+            began = time.perf_counter()
+            backward_window(
+                model,
+                batch,
+                tokens=max(tokens, real),
+                apart=recipe.apart,
+                backward=scene.backward,
+                logits=recipe.logits,
+                tile=recipe.tile,
+                label_smoothing=recipe.label_smoothing,
+                replay=False,
+            )
+            allocated, reserved = scene.gauge.peaks()
+        return Measured(len(features), reserved, time.perf_counter() - began, real, allocated)
+    finally:
+        state.clear()
+        model.zero_grad(set_to_none=True)
+
+
+def _stage(scene: Scene, name: str, act: Callable[[], object]) -> Stage:
+    release()
+    scene.gauge.start()
+    began, was_training = time.perf_counter(), scene.model.training
+    scene.model.eval()
+    try:
+        act()
+    finally:
+        scene.model.train(was_training)
+    allocated, reserved = scene.gauge.peaks()
+    return Stage(name, allocated, reserved, time.perf_counter() - began)
