@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 from sft.files import door
 
@@ -27,14 +28,18 @@ def write_manifest(folder: Path) -> None:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != MANIFEST
     }
-    text = json.dumps({"files": listed}, indent=2) + "\n"
-    door.put(folder / MANIFEST, text)
+    door.put(folder / MANIFEST, _text(listed))
+
+
+def _text(listed: Any) -> str:
+    return json.dumps({"files": listed}, indent=2) + "\n"
 
 
 def manifest_problem(folder: Path) -> str | None:
     """Why `folder` is not what its manifest says, or None: no manifest, a file missing, cut short or changed."""
     try:
-        listed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        text = (folder / MANIFEST).read_text(encoding="utf-8")
+        listed = json.loads(text)["files"]
         for name, said in listed.items():
             path = folder / name
             if not path.is_file():
@@ -47,4 +52,6 @@ def manifest_problem(folder: Path) -> str | None:
         return f"{MANIFEST} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} cannot be read ({type(error).__name__})"
+    if text != _text(listed):
+        return f"{MANIFEST} is not as it was written"
     return None if listed else f"{MANIFEST} lists no file"
