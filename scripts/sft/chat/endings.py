@@ -54,7 +54,11 @@ class Endings:
         onward = self._after(k, [*marked, _FOLLOW_UP], tools, prompt=False)
         asked = self._after(k, marked, tools, prompt=True)
         others = [other for other in (onward, asked) if other is not None]
-        return turns.last_end(self.vocabulary, self._unasked(here), others)
+        end = turns.last_end(self.vocabulary, self._unasked(here), others)
+        checked = self._checked(end, here, self.turn.end) if marked[k].get("tool_calls") else end
+        if checked is None:
+            raise _unproven(k)
+        return checked
 
     def _middle(self, k: int, close: int, marked: list[Message], tools: Tools, seen: Read) -> str:
         following = (at for j, places in seen.opened.items() if j > k for at in places if at >= close)
@@ -62,12 +66,19 @@ class Endings:
         alone = self._after(k, marked[: k + 1], tools, prompt=False)
         asked = self._after(k, marked[: k + 1], tools, prompt=True)
         end = turns.middle_end(self.vocabulary, self.turn, gap, None if alone is None else self._unasked(alone), asked)
-        usual = self.turn.middle_end
-        if end is None and marked[k].get("tool_calls") and usual.strip() and gap.count(usual) == 1:
-            end = gap[: gap.index(usual) + len(usual)]  # a call that is written otherwise where it is the last word
+        end = self._checked(end, gap, self.turn.middle_end) if marked[k].get("tool_calls") else end
         if end is None:
-            raise Refused(f"where the turn of message {k + 1} ends cannot be proven")
+            raise _unproven(k)
         return end
+
+    def _checked(self, end: str | None, after: str, usual: str) -> str | None:
+        """The end of a turn that calls a tool. The call may be written otherwise where it is the last word, so that
+        the comparison stops inside it: then the one usual end in what follows is taken.
+        """
+        controls = self.vocabulary.found(end or "")
+        if end is not None and not (self.vocabulary.holds_control(usual) and not end.endswith(tuple(controls) or "\0")):
+            return end
+        return after[: after.index(usual) + len(usual)] if usual.strip() and after.count(usual) == 1 else None
 
     def _unasked(self, after: str) -> str:
         """What follows a last turn, without the prompt that some templates write there unasked."""
@@ -81,3 +92,7 @@ class Endings:
             return None
         close = ending(seen, k, marked[k])
         return None if close is None else seen.text[close:]
+
+
+def _unproven(k: int) -> Refused:
+    return Refused(f"where the turn of message {k + 1} ends cannot be proven")

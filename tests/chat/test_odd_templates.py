@@ -1,0 +1,112 @@
+"""Templates that do otherwise than most, as models ship them: what is learnt is written out by hand."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trl
+
+from tests.chat.making import answer, encoded, encoder, learnt, user
+from tests.chat.test_trl_templates import RESULT, TOOL, called, tokenizer_for
+
+ALWAYS_ASKS = (
+    "{% for m in messages %}{{ bos_token if loop.first }}<|start|>{{ m.role }}<|sep|>{{ m.content | trim }}<|eot|>"
+    "{% endfor %}<|start|>assistant<|sep|>"
+)
+ENDS_ONCE = (
+    "{% for m in messages %}{{ '<|user|>' if m.role == 'user' else '<|model|>' }}{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<|model|>{% else %}{{ eos_token }}{% endif %}"
+)
+SPACE_MARKED = (
+    "{% for m in messages %}{{ m.role.upper() }}: {% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+    "{{ eos_token }}{% endgeneration %}{% else %}{{ m.content }} {% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+NO_CALLS = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content or '' }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+WANTS_TOOLS = (
+    "<|tools|>{% for tool in tools %}{{ tool.function.name }}{% endfor %}{% for m in messages %}<|{{ m.role }}|>"
+    "{{ m.content }}{% for c in m.tool_calls or [] %}<|call|>{{ c.function.name }}{{ c.function.arguments | tojson }}"
+    "{% endfor %}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+LATER_CALLS_DIFFER = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content or '' }}{% for c in m.tool_calls or [] %}<|call|>"
+    "{{ c.function.name }}{{ c.function.arguments | tojson }}{% if not loop.last or not m == messages[-1] %} id"
+    "{% endif %}{% endfor %}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def made_of(source: str) -> Any:
+    controls = "<|start|> <|eot|> <|sep|> <|user|> <|model|> <|end|> <|assistant|> <|tool|> <|tools|> <|call|>"
+    return encoder(source, tokenizer_for(source, controls))
+
+
+def test_a_prompt_that_is_written_unasked_is_no_end_of_a_turn() -> None:
+    made = made_of(ALWAYS_ASKS)
+    row = encoded(made, user("a"), answer("b"), user("c"), answer(" d "))
+    assert row.text.endswith("d<|eot|><|start|>assistant<|sep|>")
+    assert learnt(made, row) == ["b<|eot|>", "d<|eot|>"]
+    assert row.input_ids == made.tokens.ids(row.text)
+    assert made.stops.ids == {*made.tokens.ids("<|eot|>"), made.tokenizer.eos_token_id}
+    assert made.prompt([user("a")]) == made.tokens.ids("<s><|start|>user<|sep|>a<|eot|><|start|>assistant<|sep|>")
+
+
+def test_the_end_that_stands_only_at_the_very_end_ends_every_answer() -> None:
+    made = made_of(ENDS_ONCE)
+    assert learnt(made, encoded(made, user("a"), answer("b"), user("c"), answer("d"))) == ["b</s>", "d</s>"]
+
+
+def test_a_token_that_the_mark_lies_inside_of_is_learnt() -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<unk>": 0, "</s>": 1, "ASSISTANT:": 2, " Ann": 3, "USER:": 4, " who": 5, " ": 6}
+    backend = Tokenizer(models.WordLevel(words, "<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_next")
+    backend.add_special_tokens(["</s>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+    row = encoded(encoder(SPACE_MARKED, tokenizer), user("who"), answer("Ann"))
+    assert (row.input_ids, row.labels) == ([4, 5, 0, 3, 1], [-100, -100, -100, 3, 1])
+
+
+def test_a_call_that_is_left_out_is_said_and_words_are_still_learnt(caplog: pytest.LogCaptureFixture) -> None:
+    made = made_of(NO_CALLS)
+    talk = [user("w?"), answer("Let me see", tool_calls=[called(a="b")]), RESULT, answer("12")]
+    with caplog.at_level(logging.WARNING, "sft.chat"):
+        row = encoded(made, *talk)
+    assert learnt(made, row) == ["Let me see<|end|>", "12<|end|>"]
+    assert "leaves out tool calls" in caplog.text
+    silent = encoded(made, user("w?"), answer("", tool_calls=[called(a="b")]), RESULT, answer("12"))
+    assert silent.dropped == "template: the template leaves out the tool call in message 2"
+
+
+def test_a_template_that_wants_tools_is_learnt_with_some() -> None:
+    made = made_of(WANTS_TOOLS)
+    row = encoded(made, user("w?"), answer("", tool_calls=[called(a="b")]), RESULT, answer("12"), tools=[TOOL])
+    assert learnt(made, row) == ['<|call|>get{"a": "b"}<|end|>', "12<|end|>"]
+    assert "TypeError" in str(encoded(made, user("a"), answer("b")).dropped)
+
+
+def test_a_call_that_is_written_otherwise_at_the_end_ends_at_the_turns_end() -> None:
+    made = made_of(LATER_CALLS_DIFFER)
+    row = encoded(made, user("w?"), answer("", tool_calls=[called(a="b")]), RESULT, answer("12"))
+    assert learnt(made, row) == ['<|call|>get{"a": "b"} id<|end|>', "12<|end|>"]
+    row = encoded(made, user("w?"), answer("", tool_calls=[called(a="b")]))
+    assert learnt(made, row) == ['<|call|>get{"a": "b"}<|end|>']
+
+
+def test_words_that_stand_behind_the_result_of_their_call_are_learnt_there() -> None:
+    source = (Path(trl.__file__).parent / "chat_templates" / "gemma4.jinja").read_text(encoding="utf-8")
+    made = encoder(source, tokenizer_for(source))
+    talk = [user("w?"), answer("Let me see", tool_calls=[called(a="b")]), {**RESULT, "content": "12 C"}]
+    row = encoded(made, *talk, user("k"), answer("by"), tools=[TOOL])
+    call, words, last = learnt(made, row)
+    assert call.startswith("<|tool_call>call:get") and call.endswith("<tool_call|><|tool_response>")
+    assert (words, last) == ("Let me see<turn|>", "by<turn|>")
+    silenced = [*talk[:1], {**talk[1], "weight": 0}, talk[2], user("k"), answer("by")]
+    assert learnt(made, encoded(made, *silenced, tools=[TOOL])) == ["by<turn|>"]
