@@ -50,7 +50,7 @@ def main(args: argparse.Namespace) -> dict[str, Any] | None:
     from sft.generation import serving
 
     adapter, merged = (None, None) if args.base else (target.adapter, target.merged)
-    served = serving.open_model(target.config, adapter=adapter, merged=merged, root=root)
+    served = serving.open_model(target.config, adapter=adapter, merged=merged, root=root, squeeze=not batch)
     if not batch:
         return chat(served, target.config.generation, system, root)
     with console.progress("answering") as advance:
@@ -65,11 +65,17 @@ def main(args: argparse.Namespace) -> dict[str, Any] | None:
 def chat(served: Any, settings: Any, system: str | None, root: Path) -> None:
     """The conversation, until /exit."""
     from sft.generation.chat_session import ChatSession
-    from sft.generation.line_input import reader
+    from sft.generation.line_input import on_terminal, reader
+    from sft.generation.markdown_view import MarkdownView
+
+    def side_by_side(base: str, tuned: str) -> None:
+        console.table("", ["base", "tuned"], [[base, tuned]])
 
     session = ChatSession(
         served.stream, console.write, settings=settings, system=system, save_path=root / "outputs" / "chat.jsonl",
         count_tokens=lambda messages: len(served.encoder.prompt(messages)),
+        base=served.stream_base if served.adapted else None, side_by_side=side_by_side,
+        view=(lambda: MarkdownView(console.out())) if on_terminal() else None,
     )  # fmt: skip
     name = str(served.name).removeprefix(f"{console.project_root()}/")
     console.say(f"{name} on {served.device}; /help lists the commands")

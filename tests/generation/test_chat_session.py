@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,10 @@ import pytest
 
 from sft.config.schema import GenerationSection
 from sft.errors import DataError, ModelError
-from sft.generation.chat_session import ChatSession, harmless, last_conversation
+from sft.generation.chat_session import ChatSession, harmless
+from sft.generation.engine import Answer
+from sft.generation.markdown_view import MarkdownView, finished
+from sft.generation.saved_chat import last_conversation
 
 
 class Scripted:
@@ -149,3 +154,50 @@ def test_a_broken_conversation_file_is_one_error(tmp_path: Path) -> None:
 
 def test_an_answer_cannot_steer_the_terminal() -> None:
     assert harmless("a\x1b[2Jb\r\x07\n\tc\x9b") == "a[2Jb\n\tc"
+
+
+def test_base_and_tuned_are_compared_and_the_conversation_stays(tmp_path: Path) -> None:
+    asked: list[list[dict[str, Any]]] = []
+    shown: list[tuple[str, str]] = []
+
+    def base(messages: list[dict[str, Any]], settings: GenerationSection, attempt: int) -> Iterator[str]:
+        asked.append(messages)
+        yield "of the "
+        yield "base"
+
+    said, session, _ = chat(
+        tmp_path, "/compare", "one", "/compare", "/compare other?", base=base,
+        side_by_side=lambda *sides: shown.append(sides),
+    )  # fmt: skip
+    assert said.startswith("(nothing was asked yet)\n")
+    assert shown == [("of the base", "answer 1.0"), ("of the base", "answer 3.0")]
+    assert [messages[-1]["content"] for messages in asked] == ["one", "other?"] and len(session.turns) == 2
+    assert "no adapter to compare" in chat(tmp_path, "one", "/compare")[0]
+
+
+def test_the_speed_is_told(tmp_path: Path) -> None:
+    def answer(messages: list[dict[str, Any]], settings: GenerationSection, attempt: int) -> Any:
+        yield "words"
+        return Answer([], "words", True, 7)
+
+    said = chat(tmp_path, "one", model=answer)[0]  # type: ignore[arg-type]
+    assert re.fullmatch(r"words\n\(7 tokens, [0-9.]+ a second\)\n", said)
+
+
+def test_finished_blocks_end_at_blank_lines_but_not_in_code() -> None:
+    assert finished("one\n\ntwo") == ("one\n\n", "two")
+    assert finished("one\ntwo") == ("", "one\ntwo")
+    assert finished("```\na\n\nb\n") == ("", "```\na\n\nb\n")
+    assert finished("```\na\n\nb\n```\n\nc") == ("```\na\n\nb\n```\n\n", "c")
+
+
+def test_an_answer_streams_to_a_terminal_as_markdown() -> None:
+    from rich.console import Console
+
+    file = io.StringIO()
+    with MarkdownView(Console(file=file, force_terminal=True, width=40, color_system=None)) as view:
+        for piece in ("# Ti", "tle\n\n- on", "e\n- **two**\n\n```\ncode\n", "```\n"):
+            view.write(piece)
+    said = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", file.getvalue())
+    assert "Title" in said and "# Title" not in said and "**" not in said
+    assert " • one" in said and "code" in said and "```" not in said

@@ -1,22 +1,25 @@
 """The chat without its terminal: history, commands, and answers that can be broken off; testable with no model.
 
 The session is given three functions: `answer` (messages, settings, attempt -> pieces of text), `read` (a line, EOFError
-at the end) and `write` (a piece of text).
+at the end) and `write` (a piece of text); and, where there are two sides to compare, `base` and `side_by_side`.
 """
 
 from __future__ import annotations
 
 import json
+import time
 import unicodedata
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from pydantic import ValidationError
 
-from sft import files
 from sft.config.schema import GenerationSection
-from sft.errors import DataError, SftError
+from sft.errors import SftError
+from sft.generation import saved_chat
+from sft.generation.line_input import read_whole
 
 Message = dict[str, Any]
 Answerer = Callable[[list[Message], GenerationSection, int], Iterator[str]]
@@ -31,12 +34,19 @@ HELP = """\
 /save [FILE]          write the conversation as one row of messages (default: outputs/chat.jsonl, appended)
 /load FILE            go on with a saved conversation
 /tokens               tokens of the conversation so far
+/compare [QUESTION]   base and tuned side by side, on the last question or another; the conversation stays as it is
 /exit                 leave (Ctrl-D too)
-Ctrl-C stops an answer. A line that ends in \\ goes on in the next one."""
+Ctrl-C stops an answer. A line that ends in \\ goes on in the next one (so does Alt-Enter)."""
+
+
+class View(Protocol):
+    """Shows an answer as it streams."""
+
+    def write(self, piece: str) -> None: ...
 
 
 class ChatSession:
-    """A conversation and its commands. Prints through `write` alone."""
+    """A conversation and its commands. Prints through `write` alone, and answers through `view` where one is given."""
 
     def __init__(
         self,
@@ -47,9 +57,13 @@ class ChatSession:
         system: str | None = None,
         save_path: Path = Path("outputs/chat.jsonl"),
         count_tokens: Callable[[list[Message]], int] | None = None,
+        base: Answerer | None = None,
+        side_by_side: Callable[[str, str], None] | None = None,
+        view: Callable[[], AbstractContextManager[View]] | None = None,
     ) -> None:
         self.answer, self.write, self.settings, self.save_path = answer, write, settings, save_path
         self.system, self.count_tokens = system, count_tokens
+        self.base, self.side_by_side, self.view = base, side_by_side, view
         self.turns: list[Message] = []
         self.attempt = 0
 
@@ -104,23 +118,35 @@ class ChatSession:
         """Streams the answer to the last question; what was shown when it broke off is kept as the answer."""
         said: list[str] = []
         try:
-            pieces = self.answer(self.messages, self.settings, self.attempt)
-            try:
-                for piece in pieces:
-                    said.append(piece)
-                    self.write(harmless(piece))
-            except KeyboardInterrupt:
-                self.write(" [stopped]")
-            finally:
-                close = getattr(pieces, "close", None)
-                if close is not None:
-                    close()
+            if self.view is None:
+                found = self._stream(self.answer, self.messages, said, self.write)
+            else:
+                with self.view() as view:
+                    found = self._stream(self.answer, self.messages, said, view.write)
+            self.write(found)
             self.turns.append({"role": "assistant", "content": "".join(said)})
         except SftError:
             self._drop_question()
             raise
         finally:
             self.write("\n")
+
+    def _stream(self, answer: Answerer, messages: list[Message], said: list[str], write: Callable[[str], None]) -> str:
+        """Collects the pieces into `said`; gives what to say after them: that it was stopped, or how fast it was."""
+        began, pieces = time.monotonic(), answer(messages, self.settings, self.attempt)
+        try:
+            while True:
+                said.append(next(pieces))
+                write(harmless(said[-1]))
+        except StopIteration as end:
+            tokens = getattr(end.value, "tokens", 0)
+            return f"\n({tokens} tokens, {tokens / max(time.monotonic() - began, 1e-9):.1f} a second)" if tokens else ""
+        except KeyboardInterrupt:
+            return " [stopped]"
+        finally:
+            close = getattr(pieces, "close", None)
+            if close is not None:
+                close()
 
     def _do_help(self, rest: str) -> None:
         self.write(HELP + "\n")
@@ -189,21 +215,32 @@ class ChatSession:
             self.write("(there is nothing to save)\n")
             return
         path = Path(rest).expanduser() if rest else self.save_path
-        older = path.read_text(encoding="utf-8") if path.is_file() and not rest else ""
-        row = json.dumps({"messages": self.messages}, ensure_ascii=False)
-        try:
-            files.write_text(path, older + row + "\n")
-        except OSError as error:
-            raise DataError(f"the conversation cannot be written: {error}", where=str(path)) from None
+        saved_chat.save(path, self.messages, append=not rest)
         self.write(f"(saved: {path})\n")
 
     def _do_load(self, rest: str) -> None:
-        messages = last_conversation(Path(rest).expanduser())
+        messages = saved_chat.last_conversation(Path(rest).expanduser())
         self.system = next((str(m["content"]) for m in messages if m["role"] == "system"), None)
         self.turns = [message for message in messages if message["role"] != "system"]
         while self.turns and self.turns[-1]["role"] != "assistant":
             self.turns.pop()
         self.write(f"(loaded {len(self.turns)} turns)\n")
+
+    def _do_compare(self, rest: str) -> None:
+        messages = self.messages
+        if rest:
+            messages = [*messages, {"role": "user", "content": rest}]
+        while messages and messages[-1]["role"] != "user":
+            messages.pop()
+        if self.base is None or self.side_by_side is None or not messages:
+            self.write("(there is no adapter to compare with its base)\n" if messages else "(nothing was asked yet)\n")
+            return
+        found = []
+        for answer in (self.base, self.answer):
+            said: list[str] = []
+            note = self._stream(answer, messages, said, lambda piece: None)
+            found.append(harmless("".join(said)).strip() + note)
+        self.side_by_side(found[0], found[1])
 
     def _do_tokens(self, rest: str) -> None:
         if self.count_tokens is None or not self.turns:
@@ -215,23 +252,3 @@ class ChatSession:
 def harmless(text: str) -> str:
     """The text without control characters, which could steer a terminal; line breaks and tabs stay."""
     return "".join(letter for letter in text if letter in "\n\t" or unicodedata.category(letter) != "Cc")
-
-
-def read_whole(read: Callable[[], str]) -> str:
-    """One input: lines that end in a backslash go on in the next one."""
-    lines = [read()]
-    while lines[-1].endswith("\\"):
-        lines[-1] = lines[-1][:-1]
-        lines.append(read())
-    return "\n".join(lines)
-
-
-def last_conversation(path: Path) -> list[Message]:
-    """The messages in the last line of a file that /save wrote. Raises DataError."""
-    try:
-        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
-        messages = json.loads(lines[-1])["messages"]
-        assert isinstance(messages, list) and all(isinstance(m["content"], str) and m["role"] for m in messages)
-    except (OSError, ValueError, KeyError, IndexError, TypeError, AssertionError):
-        raise DataError("no saved conversation there", where=str(path), mend="/load a file that /save wrote") from None
-    return messages

@@ -9,15 +9,23 @@ from pathlib import Path
 PROMPT = "you> "
 
 
+def on_terminal() -> bool:
+    """Whether a person sits there."""
+    return sys.stdin.isatty() and sys.stdout.isatty()
+
+
 def reader(history: Path) -> Callable[[], str]:
     """Gives the next line, EOFError at the end. prompt_toolkit on a terminal (history kept in a file), else stdin."""
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+    if not on_terminal():
         return _from_pipe
     from prompt_toolkit import PromptSession
     from prompt_toolkit.history import FileHistory
+    from prompt_toolkit.key_binding import KeyBindings
 
+    keys = KeyBindings()
+    keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
     history.parent.mkdir(parents=True, exist_ok=True)
-    session: PromptSession[str] = PromptSession(history=FileHistory(str(history)))
+    session: PromptSession[str] = PromptSession(history=FileHistory(str(history)), key_bindings=keys)
     return lambda: session.prompt(PROMPT)
 
 
@@ -26,3 +34,12 @@ def _from_pipe() -> str:
     if not line:
         raise EOFError
     return line.rstrip("\n")
+
+
+def read_whole(read: Callable[[], str]) -> str:
+    """One input: lines that end in a backslash go on in the next one."""
+    lines = [read()]
+    while lines[-1].endswith("\\"):
+        lines[-1] = lines[-1][:-1]
+        lines.append(read())
+    return "\n".join(lines)

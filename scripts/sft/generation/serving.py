@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,10 +34,15 @@ class Served:
     device: str
     name: str
 
+    @property
+    def adapted(self) -> bool:
+        """Whether an adapter is on it that can be switched off."""
+        return hasattr(self.model, "disable_adapter")
+
     @contextmanager
     def base_only(self) -> Iterator[None]:
         """The base's own answers for the time of the block: the adapter is switched off."""
-        if not hasattr(self.model, "disable_adapter"):
+        if not self.adapted:
             yield
             return
         with self.model.disable_adapter():
@@ -57,13 +62,22 @@ class Served:
             ids = self.encoder.prompt(_asked(messages, tools))
         return ids, turns
 
-    def stream(self, messages: list[Message], settings: GenerationSection, attempt: int = 0) -> Iterator[str]:
+    def stream(
+        self, messages: list[Message], settings: GenerationSection, attempt: int = 0
+    ) -> Generator[str, None, engine.Answer]:
         """The answer to a conversation in pieces; another attempt draws with another seed."""
         ids, turns = self.prompt(messages, settings)
         if turns:
             log.warning("the conversation is too long for the model: its oldest %d turns were left out", turns)
         seeded = settings.model_copy(update={"seed": settings.seed + attempt})
         return streaming.stream(self.model, self.tokenizer, ids, seeded, self.encoder.stops, kind=self.kind)
+
+    def stream_base(
+        self, messages: list[Message], settings: GenerationSection, attempt: int = 0
+    ) -> Generator[str, None, engine.Answer]:
+        """The same from the base alone."""
+        with self.base_only():
+            return (yield from self.stream(messages, settings, attempt))
 
 
 def answer_all(
@@ -102,10 +116,13 @@ def without_oldest_turn(messages: list[Message]) -> list[Message] | None:
     return [*messages[: questions[0]], *messages[questions[1] :]]
 
 
-def open_model(config: Config, *, adapter: Path | None = None, merged: Path | None = None, root: Path) -> Served:
+def open_model(
+    config: Config, *, adapter: Path | None = None, merged: Path | None = None, root: Path, squeeze: bool = False
+) -> Served:
     """The tuned model (`adapter` on its base, or the whole weights in `merged`), or the base when neither is given.
 
     config: the run's resolved one. A 4-bit run is served in 4 bits, its base alone too; merged weights as they are.
+    squeeze: 4 bits too where 16-bit weights would not fit into the free memory, which is said.
     Raises ModelError (not found, the adapter is another base's), TemplateError, EnvironmentProblem.
     """
     card = hardware.probe()
@@ -114,6 +131,10 @@ def open_model(config: Config, *, adapter: Path | None = None, merged: Path | No
     files = hub.find(section, root, weights=True)
     tokenizer = load_tokenizer(_tokenizer_source(files, adapter), trust_remote_code=section.trust_remote_code)
     encoder = encoder_for(config, tokenizer, files.kind, root, eos_ids=_end_ids(files.path))
+    quantise = merged is None and config.tuning.mode == "qlora"
+    if squeeze and not quantise and 2.4 * files.parameters > card.free_bytes:
+        log.warning("%s does not fit into the free memory in 16 bits: it is loaded in 4 bits", files.name)
+        quantise = True
     dtype = weight_dtype(config, card, device, files.parameters)
     wanted = attention.implementation(device, files.config) or attention.fallback(files.config)
     model: Any = loading.load_base(
@@ -124,7 +145,7 @@ def open_model(config: Config, *, adapter: Path | None = None, merged: Path | No
         device=device,
         train=False,
         attention=wanted,
-        quantise=merged is None and config.tuning.mode == "qlora",
+        quantise=quantise,
     )
     if adapter is not None:
         model = adapters.load(model, adapter)
