@@ -7,9 +7,9 @@
 .DEFAULT_GOAL := help
 .PHONY: help install install-dev install-unsloth lock setup-dirs download-model demo-model process style render \
 	full-pipeline style-if-asked preview report-data plan check train train-bnb train-unsloth train-with-tb train-bnb-tb \
-	train-unsloth-tb pause resume doctor tensorboard tb-stop tb-clean tb-open eval eval-val eval-test eval-quick eval-full infer \
+	train-unsloth-tb pause resume doctor tensorboard tb-stop tb-clean tb-open eval eval-val eval-test eval-quick eval-full compare lm-eval infer \
 	infer-interactive infer-batch merge merge-bf16 merge-test export push \
-	config-docs test test-all test-faults lint clean quick-start
+	config-docs test test-all fuzz test-faults lint clean quick-start
 
 PYTHON ?= .venv/bin/python
 CONFIG ?=
@@ -23,7 +23,9 @@ OUTPUT ?= outputs/preds.txt
 ADAPTERS ?=
 FORCE ?=
 GPU ?=
-export RAW STYLE INPUT OUTPUT GPU
+TASKS ?=
+ARGS ?=
+export RAW STYLE INPUT OUTPUT GPU TASKS
 .NOTPARALLEL:
 
 ENV := $(if $(filter .venv/bin/python,$(PYTHON)),.venv/.ready)
@@ -111,6 +113,10 @@ eval-quick: $(ENV) ## evaluate on at most 200 validation rows
 eval-full: $(ENV) ## evaluate on every validation row, whatever eval.limit says
 	$(RUN)/eval.py $(WITH) $(FROM) --split val --limit 0
 
+compare: $(ENV) ## base against tuned: verdict, intervals, forgetting, answers side by side (outputs/<run>/report; ARGS=)
+	$(RUN)/compare.py $(WITH) $(FROM) $(ARGS)
+lm-eval: $(ENV) ## tasks of lm-evaluation-harness, where it is installed (TASKS=hellaswag,arc_easy)
+	$(RUN)/lm_eval.py $(WITH) $(FROM) --tasks "$$TASKS" $(ARGS)
 infer: infer-interactive ## talk to the newest run
 infer-interactive: $(ENV) ## the same
 	$(RUN)/infer.py $(WITH) $(FROM)
@@ -135,6 +141,8 @@ test-all: $(DEV) ## the slow tests too, at most 60 minutes
 	$(PYTHON) -m pytest -n 2 --timeout 3000 --cov --cov-report=term:skip-covered
 test-faults: $(DEV) ## break a run in every way and take it up again; hours; writes benchmarks/results/faults-DATE.json
 	$(PYTHON) tests/faults/sweep.py --all --out benchmarks/results/faults-$$(date +%F).json
+fuzz: $(DEV) ## five minutes of bytes and rows that nobody would write, for the readers
+	PYTHONPATH=scripts $(PYTHON) -m tests.data.fuzz 300
 lint: $(DEV) ## ruff, mypy, and pip-audit where the network answers
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .

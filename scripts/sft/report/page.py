@@ -21,7 +21,8 @@ Tone = Literal["good", "bad", "even"]
 _HERE = Path(__file__).parent
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none';style-src 'unsafe-inline';script-src '{digest}'">
+<meta http-equiv="Content-Security-Policy"
+content="default-src 'none';img-src data:;style-src 'unsafe-inline';script-src '{digest}'">
 <link rel="icon" href="data:,"><title>{title}</title><style>{style}</style></head>
 <body><header><h1>{title}</h1>{nav}</header><main>
 {body}

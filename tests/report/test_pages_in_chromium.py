@@ -1,0 +1,109 @@
+"""The reports in a real browser: they render, sort and filter, fit a phone, can be read in the dark, say no error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import compare
+from tests.generation import tiny_runs
+from tests.report.browser import chromium, tried
+
+pytestmark = pytest.mark.slow
+USE = """
+const box = [...document.querySelectorAll("[data-table]")].find(one => one.querySelector("input"));
+const heads = [...box.querySelectorAll("thead th")], rows = () => [...box.querySelectorAll("tbody tr")];
+const column = at => rows().map(row => row.cells[at].dataset.value ?? row.cells[at].textContent.trim());
+const visible = () => rows().filter(row => row.getBoundingClientRect().height > 0).length;
+const last = heads.length - 1, told = {rows: rows().length, before: column(last)};
+heads[last].querySelector("button").click(); told.up = column(last); told.mark = heads[last].getAttribute("aria-sort");
+heads[last].querySelector("button").click(); told.down = column(last);
+heads[0].querySelector("button").click(); told.ids = column(0); told.unmarked = heads[last].getAttribute("aria-sort");
+const search = box.querySelector("input"), put = (field, value, event) => {
+  field.value = value; field.dispatchEvent(new Event(event, {bubbles: true})); };
+put(search, "41 what", "input"); told.searched = visible(); told.said = box.querySelector("output").textContent;
+put(search, "no such words", "input"); told.none = visible();
+put(search, "", "input"); told.all = visible();
+const choice = box.querySelector("select"); told.options = [...choice.options].map(one => one.value).filter(Boolean);
+put(choice, told.options[0], "change"); told.chosen = visible();
+told.meant = rows().filter(row => row.cells[Number(choice.dataset.column)].dataset.value === told.options[0]).length;
+return told;
+"""
+LOOK = """
+const light = text => { const [r, g, b] = text.match(/[\\d.]+/g).slice(0, 3).map(one => one / 255)
+  .map(one => one <= 0.04045 ? one / 12.92 : ((one + 0.055) / 1.055) ** 2.4);
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+const under = node => { for (let one = node; one; one = one.parentElement) {
+  const colour = getComputedStyle(one).backgroundColor; if (!/, 0\\)|transparent/.test(colour)) return colour; }
+  return "rgb(255,255,255)"; };
+const poor = [];
+for (const node of document.querySelectorAll("p,td,th,figcaption,small,summary,a,b,ins,del,label,caption,output")) {
+  const [one, other] = [light(getComputedStyle(node).color), light(under(node))].sort((a, b) => b - a);
+  if ((one + 0.05) / (other + 0.05) < 4.5) poor.push(node.tagName + " " + node.className);
+}
+const ids = [...document.querySelectorAll("[id]")].map(one => one.id);
+return {
+  width: innerWidth, wide: document.documentElement.scrollWidth,
+  dark: light(getComputedStyle(document.body).backgroundColor) < 0.2,
+  poor: [...new Set(poor)], drawings: document.querySelectorAll("figure svg").length,
+  unseen: [...document.querySelectorAll("figure svg")].filter(one => one.getBoundingClientRect().height < 40).length,
+  unnamed: document.querySelectorAll("svg:not([aria-label]),input:not(label input),select:not(label select)").length,
+  heads: document.querySelectorAll("h1").length, lang: document.documentElement.lang,
+  twice: ids.length - new Set(ids).size,
+  bar: getComputedStyle(document.querySelector("svg [style*='fill: var(--two)']")).fill,
+};
+"""
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory, tiny_qwen2: Path) -> Path:
+    chromium()
+    root = tiny_runs.project(tmp_path_factory.mktemp("pages"), tiny_qwen2)
+    tiny_runs.write_rows(root / "data" / "processed" / "test.jsonl", tiny_runs.rows(14, 40))
+    tiny_runs.finished_run(root, scale=0.6)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SFT_ROOT", str(root))
+        flags = ["--config", str(root / "configs" / "run_bnb.yaml"), "--set", "eval.metrics=[sari, rougeL]"]
+        compare.main(compare.parser().parse_args(flags))
+    return root / "outputs" / "tiny" / "report" / "index.html"
+
+
+def numbers(values: list[str]) -> list[float]:
+    return [float(value) for value in values]
+
+
+def test_the_table_of_answers_sorts_and_filters(page: Path, tmp_path: Path) -> None:
+    # the first table with a search field is the general questions' in its closed detail: open all, look at the answers
+    script = 'document.querySelectorAll("details").forEach(one => one.remove());' + USE
+    told, console = tried(page, script, tmp_path)
+    assert console == [] and "error" not in told, (console, told)
+    assert told["rows"] == told["all"] == 14
+    assert len(set(told["before"])) > 2
+    assert numbers(told["up"]) == sorted(numbers(told["before"]))
+    assert numbers(told["down"]) == sorted(numbers(told["before"]), reverse=True)
+    assert told["mark"] == "ascending" and told["unmarked"] is None
+    assert told["ids"] == [f"r{n}" for n in range(40, 54)]
+    assert told["searched"] == 1 and told["said"] == "1 of 14 rows" and told["none"] == 0
+    assert told["chosen"] == told["meant"] >= 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "dark"),
+    [
+        (("--window-size=1200,900",), False),
+        (("--window-size=500,900",), False),
+        (("--window-size=500,900", "--force-dark-mode", "--blink-settings=preferredColorScheme=0"), True),
+    ],
+    ids=["desk", "phone", "phone in the dark"],
+)
+def test_it_can_be_read_everywhere(page: Path, tmp_path: Path, flags: tuple[str, ...], dark: bool) -> None:
+    told: dict[str, Any]
+    told, console = tried(page, LOOK, tmp_path, *flags)
+    assert console == [] and "error" not in told, (console, told)
+    assert told["dark"] is dark and told["poor"] == []
+    assert told["wide"] <= told["width"]  # nothing stands beyond the screen's edge
+    assert told["drawings"] >= 6 and told["unseen"] == 0 and told["unnamed"] == 0
+    assert (told["heads"], told["lang"], told["twice"]) == (1, "en", 0)
+    assert told["bar"] == ("rgb(98, 176, 255)" if dark else "rgb(11, 107, 203)")  # drawings follow the page
