@@ -45,6 +45,10 @@ def short(user: str, assistant: str, system: str = "") -> dict[str, str]:
         ({"question": "q", "answer": True}, "qa", short("q", "true")),
         ({"question": "q", "answers": ["only"]}, "qa", short("q", "only")),
         ({"question": "q", "answers": {"text": ["first"], "answer_start": [3]}}, "qa", short("q", "first")),
+        ({"question": "q", "context": "p", "answers": {"text": ["a"]}}, "qa", short("q\n\np", "a")),
+        ({"question": "q", "context": {"title": ["t"]}, "answer": "a"}, "qa", short("q", "a")),
+        ({"question": "q", "answers": ["", {"text": "a"}]}, "qa", short("q", "a")),
+        ({"prompt": "p", "completion": [{"role": "assistant", "content": "c"}]}, "prompt", short("p", "c")),
         ({"text": "Q: q\nA: a"}, "text (question and answer)", short("q", "a")),
         ({"prompt": "p", "completion": "c"}, "prompt", short("p", "c")),
         ({"prompt": "p", "response": "c"}, "prompt", short("p", "c")),
@@ -79,6 +83,17 @@ def short(user: str, assistant: str, system: str = "") -> dict[str, str]:
 def test_each_format_is_told_by_its_keys(row: dict[str, Any], format: str, record: dict[str, Any]) -> None:
     assert stored(row) == (format, record)
     assert stored(row, format.partition(" ")[0]) == (format, record)
+
+
+def test_keys_that_nobody_reads_are_counted() -> None:
+    formats = Formats("auto", None)
+    for number in range(3):
+        formats.parse({"Question": "q", "answer": "a", "id": number, "hint": "h", "System Prompt": "s"})
+    formats.parse({"messages": [{"role": "user", "content": "u"}], "hint": 1, "score": 2})
+    assert formats.unread == {"hint": 4, "score": 1}
+    table = Formats("auto", {"user": "Q", "assistant": "A"})
+    table.parse({"Q": "q", "A": "a", "B": "b"})
+    assert table.unread == {"B": 1}
 
 
 def test_more_turns_stay_messages() -> None:

@@ -123,6 +123,14 @@ def test_an_array_that_breaks_off_names_the_line(tmp_path: Path, text: str, line
     assert caught.value.where == f"{path}:{line}"
 
 
+def test_a_table_of_one_column_and_chinese_utf16_without_a_mark_are_known(tmp_path: Path) -> None:
+    path = put(tmp_path / "a.csv", 'text\n"Q: one\nA: two"\nthree\n')
+    assert values(path) == [{"text": "Q: one\nA: two"}, {"text": "three"}]
+    row = {"question": "\u4f60\u597d\u5417" * 30, "answer": "\u5f88\u597d\u3002" * 30}
+    path = put(tmp_path / "a.jsonl", json.dumps(row, ensure_ascii=False) + "\n", "utf-16-le")
+    assert values(path) == [row]
+
+
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "cp1252"])
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv"])
 def test_encodings_are_recognised(tmp_path: Path, encoding: str, kind: str) -> None:

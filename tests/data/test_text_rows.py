@@ -57,7 +57,9 @@ VICUNA = (
             [("user", "Hi\n\nthere"), ("assistant", "Hello!")],
         ),
         ("alpaca", "### Instruction:\nHi\n\n### Input:\n\n\n### Response:\nHello!", ONE),
-        ("alpaca", "### Human: Hi### not a turn\n### Assistant: Hello!", [
+        ("guanaco", "### Human: Hi ### Assistant: Hello!### Human: Bye### Assistant: Bye!", [
+            ("user", "Hi"), ("assistant", "Hello!"), ("user", "Bye"), ("assistant", "Bye!")]),
+        ("guanaco", "### Human: Hi### not a turn\n### Assistant: Hello!", [
             ("user", "Hi### not a turn"), ("assistant", "Hello!")]),
         ("vicuna", VICUNA + " USER: Hi ASSISTANT: Hello!</s>", ONE),
         ("vicuna", "Be brief. USER: Hi\nthere ASSISTANT: Hello!</s> USER: Bye ASSISTANT: Bye!</s>", TWO),

@@ -2,38 +2,43 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-from sft.data import text_rows
-from sft.data.conversation import Message, conversation, text_of, tools
 from sft.data.faults import EMPTY_ANSWER, NO_USER_TURN, UNKNOWN_FORMAT, RowFault
+from sft.data.row_readers import (
+    ANSWERS,
+    COMPLETIONS,
+    INPUTS,
+    OUTPUTS,
+    PASSAGES,
+    QUESTIONS,
+    READERS,
+    SYSTEM,
+    TURNS,
+    Parsed,
+    first,
+    in_turns,
+)  # fmt: skip
 from sft.errors import DataError
 
 Row = dict[str, Any]
 MOST_PLANS = 1_000  # different sets of keys remembered
-SYSTEM = ("system", "system_prompt", "system_message")
-QUESTIONS = ("question", "query", "problem", "instruction")
-ANSWERS = ("answer", "answers", "response", "solution", "output")
-COMPLETIONS = ("completion", "response", "answer", "output")
-INPUTS = ("input", "context")
-OUTPUTS = ("output", "response")
+MOST_KEYS = 20  # unread keys of a row that are told
 ASKING = ("user", "prompt", *QUESTIONS)
 GIVING = ("assistant", "completion", *ANSWERS)
-TURNS = ("messages", "conversations", "conversation")
-
-
-class Parsed(NamedTuple):
-    """One row's format, its turns and tools; for rendered rows `pair` is (input, target) and there are no turns.
-
-    references: all good answers, where the row has more than the one that is trained on.
-    """
-
-    format: str
-    messages: list[Message]
-    tools: list[Message]
-    pair: tuple[str, str] | None = None
-    references: tuple[str, ...] = ()
+ASIDE = ("id", "origin", "tags", "tag", "weight", "references", *SYSTEM)  # read whatever the format is
+READ = {  # what each format reads besides; any other key of a row is told in the ledger
+    "sharegpt": (*TURNS, "tools", "functions"),
+    "messages": (*TURNS, "tools", "functions"),
+    "chat": ("user", "assistant"),
+    "rendered": ("input", "target"),
+    "alpaca": ("instruction", "history", *INPUTS, *OUTPUTS),
+    "prompt": ("prompt", "tools", *COMPLETIONS, *PASSAGES),
+    "qa": ("input", "output", *QUESTIONS, *ANSWERS, *PASSAGES),
+    "text": ("text",),
+}
 
 
 class Formats:
@@ -44,7 +49,8 @@ class Formats:
             mend = "--set data.columns.user=NAME --set data.columns.assistant=NAME"
             raise DataError("data.columns must name the columns of user and assistant", where="data.columns", mend=mend)
         self._format, self._columns = format, columns
-        self._plans: dict[tuple[str, ...], tuple[dict[str, str], str]] = {}
+        self._plans: dict[tuple[str, ...], tuple[dict[str, str], str, list[str]]] = {}
+        self.unread: Counter[str] = Counter()  # key -> rows in which nobody read it
 
     def parse(self, row: Any) -> Parsed:
         """The row's turns. Raises RowFault where the format is not known or a field is not text."""
@@ -55,11 +61,19 @@ class Formats:
             if len(self._plans) > MOST_PLANS:
                 self._plans.clear()
             names = _names(keys)
-            self._plans[keys] = names, self._choose(row, names)
-        names, format = self._plans[keys]
-        if format == "prompt" and isinstance(row[names["prompt"]], list):
+            self._plans[keys] = names, *self._choice(row, names)
+        names, format, unread = self._plans[keys]
+        self.unread.update(unread)
+        if format == "prompt" and in_turns(row, names):
             format = "prompt as messages"
         return READERS[format](row, self._columns if format == "columns" and self._columns else names)
+
+    def _choice(self, row: Row, names: dict[str, str]) -> tuple[str, list[str]]:
+        """The format of rows with these keys, and the keys that it does not read."""
+        format = self._choose(row, names)
+        if format == "columns":
+            return format, [key for key in row if key not in (self._columns or {}).values()][:MOST_KEYS]
+        return format, [key for name, key in names.items() if name not in (*ASIDE, *READ[format])][:MOST_KEYS]
 
     def _choose(self, row: Row, names: dict[str, str]) -> str:
         if self._columns and self._format in ("auto", "columns"):
@@ -74,7 +88,7 @@ class Formats:
         for format, fits in FITS.items():
             if fits(names, row):
                 return format
-        asks, gives = _first(names, ASKING), _first(names, GIVING)
+        asks, gives = first(names, ASKING), first(names, GIVING)
         if asks and not gives:
             raise RowFault(EMPTY_ANSWER, f"no answer beside {asks!r}: the keys are {_listed(row)}")
         if gives and not asks:
@@ -93,17 +107,13 @@ def _listed(row: Row) -> str:
     return keys[:200] + ("..." if len(keys) > 200 or len(row) > 12 else "") if keys else "(none)"
 
 
-def _first(names: dict[str, str], wanted: tuple[str, ...]) -> str | None:
-    return next((names[name] for name in wanted if name in names), None)
-
-
 def _has(*groups: tuple[str, ...]) -> Callable[[dict[str, str], Row], bool]:
-    return lambda names, _row: all(_first(names, group) for group in groups)
+    return lambda names, _row: all(first(names, group) for group in groups)
 
 
 def _turns_of(names: dict[str, str], row: Row, key: str) -> bool:
     """Whether the row has a list of turns whose first is told by `role` or by `from`, as `key` says."""
-    name = _first(names, TURNS)
+    name = first(names, TURNS)
     if name is None:
         return False
     turns = row[name]
@@ -124,124 +134,7 @@ FITS: dict[str, Callable[[dict[str, str], Row], bool]] = {
     ),
     "prompt": _has(("prompt",), COMPLETIONS),
     "qa": lambda names, row: (
-        bool(_first(names, QUESTIONS) and _first(names, ANSWERS)) or {"input", "output"} <= names.keys()
+        bool(first(names, QUESTIONS) and first(names, ANSWERS)) or {"input", "output"} <= names.keys()
     ),
-    "text": lambda names, row: "text" in names and not _first(names, (*ASKING, *GIVING)),
-}
-
-
-def _with_system(row: Row, names: dict[str, str], messages: list[Message]) -> list[Message]:
-    key = _first(names, SYSTEM)
-    system = text_of(row[key], key) if key else ""
-    given = bool(messages) and messages[0]["role"] == "system"
-    if system and not given:
-        return [{"role": "system", "content": system}, *messages]
-    return messages[1:] if given and not messages[0]["content"] else messages
-
-
-def _turn(user: str, assistant: str) -> list[Message]:
-    return [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
-
-
-def _messages(format: str) -> Callable[[Row, dict[str, str]], Parsed]:
-    def read(row: Row, names: dict[str, str]) -> Parsed:
-        key = _first(names, TURNS) or ""
-        messages = _with_system(row, names, conversation(row[key], key))
-        defined = _first(names, ("tools", "functions"))
-        return Parsed(format, messages, tools(row[defined]) if defined else [])
-
-    return read
-
-
-def _chat(row: Row, names: dict[str, str]) -> Parsed:
-    turn = _turn(text_of(row[names["user"]], "user"), text_of(row[names["assistant"]], "assistant"))
-    return Parsed("chat", _with_system(row, names, turn), [])
-
-
-def _rendered(row: Row, names: dict[str, str]) -> Parsed:
-    return Parsed("rendered", [], [], (text_of(row[names["input"]], "input"), text_of(row[names["target"]], "target")))
-
-
-def alpaca_user(instruction: str, given: str) -> str:
-    """The user turn of an alpaca row: an empty input leaves no trace (docs/decisions/0002-alpaca-empty-input.md)."""
-    return f"{instruction}\n\n{given}" if given.strip() else instruction
-
-
-def _alpaca(row: Row, names: dict[str, str]) -> Parsed:
-    instruction = text_of(row[names["instruction"]], "instruction")
-    given, output = _first(names, INPUTS), _first(names, OUTPUTS)
-    user = alpaca_user(instruction, text_of(row[given], given) if given else "")
-    messages = [*_history(row, names), *_turn(user, text_of(row[output], output) if output else "")]
-    return Parsed("alpaca", _with_system(row, names, messages), [])
-
-
-def _history(row: Row, names: dict[str, str]) -> list[Message]:
-    """Earlier turns as LLaMA-Factory's alpaca files hold them: [[question, answer], ...]."""
-    pairs = row[names["history"]] if "history" in names else None
-    if not pairs:
-        return []
-    if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
-        raise RowFault(UNKNOWN_FORMAT, "history is not a list of [question, answer]")
-    return [turn for user, answer in pairs for turn in _turn(text_of(user, "history"), text_of(answer, "history"))]
-
-
-def _prompt(row: Row, names: dict[str, str]) -> Parsed:
-    key = _first(names, COMPLETIONS) or ""
-    return _pair("prompt", row, names, names["prompt"], key)
-
-
-def _prompt_messages(row: Row, names: dict[str, str]) -> Parsed:
-    key = _first(names, COMPLETIONS) or ""
-    answer = row[key] if isinstance(row[key], list) else [{"role": "assistant", "content": row[key]}]
-    messages = conversation(row[names["prompt"]], "prompt") + conversation(answer, key)
-    defined = tools(row[names["tools"]]) if "tools" in names else []
-    return Parsed("prompt", _with_system(row, names, messages), defined)
-
-
-def _qa(row: Row, names: dict[str, str]) -> Parsed:
-    question, answer = _first(names, QUESTIONS), _first(names, ANSWERS)
-    if not (question and answer):
-        question, answer = names["input"], names["output"]
-    return _pair("qa", row, names, question, answer)
-
-
-def _pair(format: str, row: Row, names: dict[str, str], question: str, answer: str) -> Parsed:
-    answers = _answers(row[answer], answer)
-    turn = _turn(text_of(row[question], question), answers[0])
-    return Parsed(format, _with_system(row, names, turn), [], None, answers if len(answers) > 1 else ())
-
-
-def _answers(value: Any, name: str) -> tuple[str, ...]:
-    """All good answers, the one to learn first: a text, a list, or as SQuAD and TriviaQA hold them."""
-    if isinstance(value, dict) and isinstance(value.get("text"), list):
-        value = value["text"]
-    elif isinstance(value, dict) and "value" in value:
-        aliases = value.get("aliases")
-        value = [value["value"], *(aliases if isinstance(aliases, list) else ())]
-    if not isinstance(value, list):
-        return (text_of(value, name),)
-    return tuple(dict.fromkeys(text_of(one, name) for one in value)) or ("",)
-
-
-def _text(row: Row, names: dict[str, str]) -> Parsed:
-    style, messages = text_rows.parse(text_of(row[names["text"]], "text"))
-    return Parsed(f"text ({style})", _with_system(row, names, messages), [])
-
-
-def _columns(row: Row, columns: dict[str, str]) -> Parsed:
-    messages = [{"role": role, "content": text_of(row[name], name)} for role, name in columns.items()]
-    return Parsed("columns", [m for m in messages if m["role"] != "system" or m["content"].strip()], [])
-
-
-READERS: dict[str, Callable[[Row, dict[str, str]], Parsed]] = {
-    "sharegpt": _messages("sharegpt"),
-    "messages": _messages("messages"),
-    "chat": _chat,
-    "rendered": _rendered,
-    "alpaca": _alpaca,
-    "prompt": _prompt,
-    "prompt as messages": _prompt_messages,
-    "qa": _qa,
-    "text": _text,
-    "columns": _columns,
+    "text": lambda names, row: "text" in names and not first(names, (*ASKING, *GIVING)),
 }

@@ -82,6 +82,9 @@ class Ledger:
         lines = []
         for part in self.sources if len(self.sources) > 1 else ():
             lines.append(f"{part['name']}: {part['taken']:,} of {part['rows']:,} rows, weight {part['weight']:g}")
+        if unread := self.reports.get("keys_not_read"):
+            counts = ", ".join(f"{key[:40]} ({count:,} rows)" for key, count in unread.items())
+            lines.append(f"keys that are not trained on, nor kept: {counts}")
         if quality := {name: count for name, count in self.reports.get("quality", {}).items() if count}:
             counts = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in quality.items())
             lines.append(f"rows to look at (dropped only if data.drop names them): {counts}")

@@ -15,6 +15,7 @@ from sft.config.paths import resolve
 from sft.config.schema import DataSection
 from sft.data import folder, grouping, quality, records, replay, rows, split
 from sft.data.faults import DUPLICATE, LEAK, RowFault
+from sft.data.formats import MOST_KEYS
 from sft.data.ledger import Ledger
 from sft.data.lines import Progress
 from sft.data.mix import Mix, find
@@ -123,6 +124,8 @@ def _write_rows(mix: Mix, checks: Checks, staged: Path, ledger: Ledger, on_progr
             held.place(writer, checks.profile)
         ledger.reports["leaks"] = checks.leaks.count()
     ledger.reports |= checks.profile.report()
+    if unread := {key: rows for key, rows in formats.unread.most_common(MOST_KEYS) if key != data.split.group_by}:
+        ledger.reports["keys_not_read"] = unread
     if checks.contamination is not None:
         ledger.reports["contamination"] = checks.contamination.report()
     ledger.said += [*grouping.summary(ledger.reports), *_leaks_said(ledger.reports["leaks"])]

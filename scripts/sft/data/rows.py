@@ -5,10 +5,11 @@ from __future__ import annotations
 from sft.config.schema import DataSection
 from sft.data import conversation, records, strict_json
 from sft.data.faults import EMPTY_ANSWER, NO_USER_TURN, NOT_TEXT, UNREADABLE, RowFault
-from sft.data.formats import Formats, Parsed
+from sft.data.formats import Formats
 from sft.data.raw import Raw
+from sft.data.row_readers import Parsed
 
-KEPT = ("tags", "tag", "weight")
+KEPT = ("tags", "tag", "weight", "references")
 
 
 def formats(data: DataSection) -> Formats:

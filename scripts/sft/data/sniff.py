@@ -116,7 +116,7 @@ def _encoding(path: Path, head: bytes, stream: BinaryIO) -> tuple[str, str, bool
         return "utf-16", "surrogatepass", True, [f"{path.name} is UTF-16, not UTF-8: read as that"]
     sample = head[:4096]
     zeros = (sample[0::2].count(0), sample[1::2].count(0))
-    if sum(zeros) > len(sample) // 4 and min(zeros) * 8 < max(zeros):
+    if max(zeros) > len(sample) // 50 and min(zeros) * 8 < max(zeros):  # few in Chinese, but all on one side
         name = "utf-16-be" if zeros[0] > zeros[1] else "utf-16-le"
         return name, "surrogatepass", True, [f"{path.name} is {name.upper()} without a mark: read as that"]
     characters, strange, high = _utf8(head, stream)
@@ -176,6 +176,9 @@ def _kind(path: Path, text: str) -> tuple[Kind, str]:
     delimiter = _delimiter(lines)
     if objects * 2 > min(len(lines), 50) or (path.suffix in (".jsonl", ".ndjson") and (objects or not delimiter)):
         return "jsonl", ","
+    named_csv = NAMES.get(plain_name(path).suffix.lower()) == ("csv",)
+    if delimiter is None and named_csv and len(lines) > 1 and re.fullmatch(r'"?\w+"?', first):
+        return "csv", ","  # a table of one column
     if delimiter is None:
         mend = "rows are read from JSON, JSONL, CSV, TSV and Parquet: see docs/DATA.md"
         raise DataError(f"neither JSON nor a table: the file begins {first[:60]!r}", where=str(path), mend=mend)

@@ -46,6 +46,7 @@ STYLES = (
     ),
     Style("gemma", re.compile(r"<start_of_turn>(\w+)\n"), re.compile(r"<end_of_turn>"), ""),
     Style("phi3", re.compile(r"<\|(system|user|assistant)\|>[ \t]*\n?"), re.compile(r"<\|end\|>|</s>"), ""),
+    Style("guanaco", re.compile(r"###\s*(System|Human|Assistant)\s*:[ \t]*"), re.compile(r"</s>"), "system"),
     Style("alpaca", re.compile(_ALPACA), re.compile(r"</s>|<\|endoftext\|>"), "system"),
     Style(
         "vicuna", re.compile(r"(?:^|(?<=\s)|(?<=</s>))(SYSTEM|USER|ASSISTANT):[ \t]*"), re.compile(r"</s>"), "system"
