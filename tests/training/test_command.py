@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -129,6 +130,17 @@ def test_the_best_metric_may_be_any_that_is_measured_and_the_end_may_merge(root:
         project.run(root, "train.metric_for_best_model=bleurt")
     with pytest.raises(ConfigError, match=r"eval\.train_sample is 0"):
         project.run(root, "train.metric_for_best_model=rougeL", "eval.train_sample=0")
+
+
+def test_a_checkpoint_whose_answers_do_not_stop_is_never_the_best(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(ConfigError, match=r"min_stop_rate is 0.9, but eval\.train_sample is 0"):
+        project.run(root, "train.min_stop_rate=0.9", "eval.train_sample=0")
+    logging.getLogger("sft").propagate = True
+    summary = project.run(root, "train.min_stop_rate=1.0", "train.max_steps=2", "generation.max_new_tokens=1")
+    assert summary["eval"]["stop_rate"] < 1.0 and summary["best_step"] is None
+    assert "this is not a best checkpoint" in caplog.text
 
 
 def test_a_dry_run_shows_the_settings_and_writes_nothing(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

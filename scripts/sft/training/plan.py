@@ -10,7 +10,7 @@ from sft.config.schema import Config
 from sft.errors import ConfigError
 from sft.metrics import check_names
 
-_OF_ANSWERS = ("stop_rate", "repetition", "empty_rate", "length_words", "length_tokens")
+_OF_ANSWERS = ("format_adherence", "stop_rate", "repetition", "empty_rate", "length_words", "length_tokens")
 Cadence = Literal["no", "steps", "epoch"]
 
 
@@ -30,6 +30,7 @@ class Plan:
     greater_is_better: bool
     load_best: bool
     notes: tuple[str, ...] = ()
+    min_stop_rate: float = 0.0
 
     def due(self, cadence: Cadence, every: int, step: int) -> bool:
         """Whether something of this cadence happens after `step`; the last step always counts."""
@@ -70,6 +71,7 @@ def make(config: Config, rows: int, *, validation: bool) -> Plan:
         save=train.save_strategy,
         save_steps=train.save_steps,
         watched=watched,
+        min_stop_rate=train.min_stop_rate if watched is not None else 0.0,
         greater_is_better=bool(train.greater_is_better),
         load_best=load_best,
         notes=tuple(notes),
@@ -86,9 +88,11 @@ def _watched(config: Config) -> str:
             where="train.metric_for_best_model",
             mend=f"one of {', '.join(known)}; or add {name} to eval.metrics",
         )
-    if name not in {"loss", "perplexity"} and config.eval.train_sample == 0:
+    gated = config.train.min_stop_rate > 0
+    if (gated or name not in {"loss", "perplexity"}) and config.eval.train_sample == 0:
+        told = f"min_stop_rate is {config.train.min_stop_rate}" if gated else f"metric_for_best_model is {name!r}"
         raise ConfigError(
-            f"train.metric_for_best_model is {name!r}, but eval.train_sample is 0, so no answers are made",
+            f"train.{told}, but eval.train_sample is 0, so no answers are made",
             where="eval.train_sample",
             mend="--set eval.train_sample=32",
         )

@@ -183,12 +183,16 @@ class WindowTrainer(Trainer):  # type: ignore[misc]
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """A new best is saved when it is found, whatever the cadence of saving."""
-        if self.flow.plan.watched is None:
+        plan = self.flow.plan
+        if plan.watched is None:
+            return False
+        if metrics.get("eval_stop_rate", 1.0) < plan.min_stop_rate:
+            log.warning("too few answers stop by themselves (train.min_stop_rate): this is not a best checkpoint")
             return False
         is_best = super()._determine_best_metric(metrics, trial)
         if is_best:
             self.state.best_global_step = self.state.global_step
-            self.control.should_save = self.control.should_save or self.flow.plan.load_best
+            self.control.should_save = self.control.should_save or plan.load_best
         return bool(is_best)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

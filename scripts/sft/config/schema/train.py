@@ -104,6 +104,9 @@ class TrainSection(Section):
     metric_for_best_model: str = Field(
         "loss", description="`loss`, or any metric of `eval.metrics`, measured on the validation sample."
     )
+    min_stop_rate: float = Field(
+        0.0, ge=0, le=1, description="A checkpoint whose sample answers stop less often than this is never the best one."
+    )
     greater_is_better: Auto | bool = Field("auto", description="`auto`: false for losses and perplexity, else true.")
     early_stopping: EarlyStoppingSection = Field(default_factory=EarlyStoppingSection, description="When to stop.")
     merge_at_end: bool = Field(False, description="Merge the adapter into 16-bit weights when training ends.")
