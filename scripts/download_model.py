@@ -5,7 +5,8 @@
     python scripts/download_model.py --model Qwen/Qwen2.5-1.5B-Instruct --revision main
 
 Reads the config (for the name), writes to the hub's cache (HF_HOME) alone: safetensors, JSON, templates and tokenizer
-files, never pickles. Needs no GPU and loads no model.
+files, never pickles. --allow-pickle makes safetensors of a local folder's pickled weights, tensors alone. Needs no GPU
+and loads no model.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ make download-model MODEL=Qwen/Qwen2.5-1.5B-Instruct""",
     )
     made.add_argument("--model", metavar="NAME", help="hub id (default: the config's model.name)")
     made.add_argument("--revision", metavar="REV", help="branch, tag or commit (default: the config's, else main)")
+    made.add_argument(
+        "--allow-pickle", action="store_true", help="make safetensors of a local folder's pytorch_model.bin"
+    )
     return made
 
 
@@ -35,7 +39,12 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     root = console.project_root()
     section = _section(args, root)
     there = hub.local_folder(section.name, root)
-    if there is not None:
+    if there is not None and args.allow_pickle:
+        from sft.model import pickles
+
+        made = pickles.convert(there, section.name)
+        console.say(f"written: {', '.join(path.name for path in made)}" if made else "safetensors are there already")
+    elif there is not None:
         console.say(f"{section.name} is a folder on this machine: nothing to fetch")
     elif not hub.offline():
         hub.download(section, root)

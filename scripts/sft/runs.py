@@ -160,7 +160,7 @@ def make_folders(run: Run) -> None:
     for folder in (run.folder, run.adapter_dir.parent):
         try:
             files.make_folder(folder)
-            probe = folder / f".write-test.{os.getpid()}.part"
+            probe = folder / f".{run.name}.{os.getpid()}.part"  # swept, should it be left behind
             files.put(probe, "")
             files.remove(probe)
         except (OSError, EnvironmentProblem) as error:

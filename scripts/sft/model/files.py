@@ -136,7 +136,9 @@ def weight_files(folder: Path, name: str) -> list[Path]:
         raise ModelError(
             f"{name} has no safetensors weights" + (f", only {pickles[0]}, which can run code" if pickles else ""),
             where=str(folder),
-            mend="use a repository or folder with model.safetensors (pickled weights are never loaded)",
+            mend=f"if you trust it: python scripts/download_model.py --model {folder} --allow-pickle"
+            if pickles
+            else "use a repository or folder with model.safetensors",
         )
     for path in paths:
         header = tensors(path)
