@@ -71,6 +71,11 @@ def test_a_chat_on_a_terminal(tmp_path: Path, tiny_qwen2: Path) -> None:
     chat.until(r"(?s)tokens in 2 turns.*you>")
     chat.type("\x03")
     chat.until(r"(?s)Ctrl-D leaves.*you>")
+    chat.type("/set max_new_tokens 12\r")
+    chat.until(r"(?s)max_new_tokens = 12.*you>")
+    chat.type("/compare again?\r")
+    chat.until(r"base")
+    chat.until(r"(?s)tuned.*you>")
     chat.type("/exit\r")
     assert chat.close() == 0
     assert "hello" in (root / "outputs" / ".chat_history").read_text()
