@@ -131,6 +131,19 @@ def test_a_table_of_one_column_and_chinese_utf16_without_a_mark_are_known(tmp_pa
     assert values(path) == [row]
 
 
+@pytest.mark.parametrize("cell", ["x" * 300_000, "line\n" * 60, "x" * 300_000 + "\n,y"])
+def test_the_first_cells_may_be_larger_than_what_a_file_is_told_by(tmp_path: Path, cell: str) -> None:
+    path = put(tmp_path / "a.csv", f'question,answer\n"{cell}",yes\nq,a\n')
+    assert values(path) == [{"question": cell, "answer": "yes"}, {"question": "q", "answer": "a"}]
+
+
+@pytest.mark.parametrize("first, second", [("train", "val"), ("test", "train")])
+def test_a_second_split_in_one_file_is_refused_and_not_lost(tmp_path: Path, first: str, second: str) -> None:
+    path = put(tmp_path / "a.json", json.dumps({first: [{"a": 1}], second: [{"a": 2}], "columns": [{"name": "a"}]}))
+    with pytest.raises(DataError, match="more than one list of rows"):
+        values(path)
+
+
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "cp1252"])
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv"])
 def test_encodings_are_recognised(tmp_path: Path, encoding: str, kind: str) -> None:
@@ -232,6 +245,8 @@ def test_gzip_is_unpacked_on_the_way(tmp_path: Path) -> None:
         ("a.json", bytes(range(256)) * 40, "binary"),
         ("a.csv", b"just a sentence\nand another\n", "neither JSON nor a table"),
         ("a.json", b"42", "neither JSON nor a table"),
+        ("a.csv", b"question,answer\rq,a\r", "carriage returns alone"),
+        ("a.csv", b'question,answer\nq,"a\0b"\nr,s\n', "binary"),
     ],
 )
 def test_what_is_no_data_is_named(tmp_path: Path, name: str, content: bytes, said: str) -> None:

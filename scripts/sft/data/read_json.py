@@ -20,6 +20,7 @@ STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 SCALAR = re.compile(r"[^,\]}\n]*")
 LIST_OF_ROWS = re.compile(r"\[[ \t\r\n]*([{\]]?)")
 MARKS = re.compile(STRING.pattern + r'|[\[\]{}]|"', re.DOTALL)
+SPLITS = ("train", "val", "valid", "validation", "dev", "eval", "test")
 KEY = re.compile(r"[ \t\r\n]*,?[ \t\r\n]*(" + STRING.pattern + r")[ \t\r\n]*:[ \t\r\n]*", re.DOTALL)
 
 
@@ -158,6 +159,7 @@ class _Scanner:
                 return None
             if opening and opening.group(1) and json.loads(key.group(1)) in WRAPPERS:
                 return key.end()
+            self._one_list(key, at)
             at = self._end(key.end())
             if at < 0:
                 return None
@@ -171,10 +173,20 @@ class _Scanner:
                 pass
             if key is None:
                 raise self._broken("the object around the list of rows is not closed")
+            self._one_list(key, self.at)
             self._to(key.end())
             self._skip()
             self._element(self.name)
         self._to(self.at + 1)
+
+    def _one_list(self, key: re.Match[str], at: int) -> None:
+        """Refuses a split beside the rows that are read: its rows would be lost unseen."""
+        if self.buffer[key.end() : key.end() + 1] == "[" and (name := json.loads(key.group(1))) in SPLITS:
+            line = self.line + self.buffer.count("\n", self.at, max(at, self.at))
+            mend = "put each list of rows into a file of its own"
+            raise DataError(
+                f"the file holds more than one list of rows: {name!r} too", where=f"{self.path}:{line}", mend=mend
+            )
 
     def _skip(self) -> str:
         """Over white space; returns the character after it, "" at the end."""

@@ -88,6 +88,9 @@ def _sniff(path: Path, head: bytes, stream: BinaryIO) -> Found:
     if re.match(r"\s*<(!doctype|html|\?xml|head|!--)", text, re.IGNORECASE):
         raise _refused(path, "a web page or XML (did a download or a login go wrong?)", "download it again")
     kind, delimiter = _kind(path, text)
+    if kind != "json" and "\n" not in text and "\r" in text.strip():
+        mend = f"convert it: tr '\\r' '\\n' < {path.name} > converted-{path.name}"
+        raise DataError("its lines end in carriage returns alone, as on old Macs", where=str(path), mend=mend)
     return Found(kind, encoding, errors, suspect, delimiter, said + _misnamed(path, kind))
 
 
@@ -116,7 +119,7 @@ def _encoding(path: Path, head: bytes, stream: BinaryIO) -> tuple[str, str, bool
         return "utf-16", "surrogatepass", True, [f"{path.name} is UTF-16, not UTF-8: read as that"]
     sample = head[:4096]
     zeros = (sample[0::2].count(0), sample[1::2].count(0))
-    if max(zeros) > len(sample) // 50 and min(zeros) * 8 < max(zeros):  # few in Chinese, but all on one side
+    if max(zeros) > max(7, len(sample) // 50) and min(zeros) * 8 < max(zeros):  # few in Chinese, but all on one side
         name = "utf-16-be" if zeros[0] > zeros[1] else "utf-16-le"
         return name, "surrogatepass", True, [f"{path.name} is {name.upper()} without a mark: read as that"]
     characters, strange, high = _utf8(head, stream)
@@ -173,7 +176,7 @@ def _kind(path: Path, text: str) -> tuple[Kind, str]:
     objects = sum(line.lstrip().startswith("{") for line in lines[:50])
     if first[0] in "[{":
         return _json_kind(path, first, lines), ","
-    delimiter = _delimiter(lines)
+    delimiter = _delimiter(lines, cut=len(text) >= HEAD // 4)
     if objects * 2 > min(len(lines), 50) or (path.suffix in (".jsonl", ".ndjson") and (objects or not delimiter)):
         return "jsonl", ","
     named_csv = NAMES.get(plain_name(path).suffix.lower()) == ("csv",)
@@ -206,11 +209,11 @@ def is_wrapper(key: str, value: object) -> bool:
     return key in WRAPPERS and isinstance(value, list) and (not value or isinstance(value[0], dict))
 
 
-def _delimiter(lines: list[str]) -> str | None:
-    """What parts the cells of the header, and of the line after it where there is one."""
+def _delimiter(lines: list[str], *, cut: bool) -> str | None:
+    """What parts the cells of the header, and of a line after it, unless one cell may fill all that was looked at."""
     best, most = None, 0
     for delimiter in (",", "\t", ";", "|"):
         count = re.sub(r'"[^"]*"', "", lines[0]).count(delimiter)
-        if count > most and (len(lines) == 1 or any(delimiter in line for line in lines[1:20])):
+        if count > most and (cut or len(lines) == 1 or any(delimiter in line for line in lines[1:])):
             best, most = delimiter, count
     return best
