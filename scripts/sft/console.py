@@ -210,7 +210,12 @@ class _ToConsole(logging.Handler):
     """Shows what the rooms log: warnings marked as such, the rest as plain lines."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        (warn if record.levelno >= logging.WARNING else say)(record.getMessage())
+        try:
+            (warn if record.levelno >= logging.WARNING else say)(record.getMessage())
+        except BrokenPipeError:
+            raise
+        except OSError:  # a terminal that was closed: nobody reads, and the work goes on
+            return
 
 
 def show_logs() -> None:

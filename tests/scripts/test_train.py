@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
 import signal
 import socket
 import subprocess
@@ -14,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from sft import files
 from sft.training.logbook import read
 from tests.conftest import ROOT
 from tests.training import project
@@ -55,6 +58,28 @@ def test_ctrl_c_stops_with_a_checkpoint_and_the_same_command_goes_on(
     assert json.loads(result.stdout)["steps"] == step + 4
     steps = [entry["step"] for entry in read(log)]
     assert steps == sorted(set(steps)) and steps[-1] == step + 4
+
+
+@pytest.mark.slow
+def test_closing_the_terminal_stops_with_a_checkpoint(tmp_path: Path, tiny_qwen2: Path) -> None:
+    root = project.make(tmp_path, tiny_qwen2)
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), "--config", "config.yaml"]
+    sets = ["--set", "train.max_steps=3000", "--set", "train.eval_strategy=no", "--set", "train.save_strategy=no"]
+    child, terminal = pty.fork()
+    if not child:
+        os.chdir(root)
+        os.environ.update(SFT_ROOT=str(root), OMP_NUM_THREADS="1")
+        os.execv(command[0], [*command, *sets])
+    log, until = root / "outputs/t/log.jsonl", time.monotonic() + 200
+    os.set_blocking(terminal, False)
+    while not read(log) and time.monotonic() < until:
+        time.sleep(0.1)
+        with contextlib.suppress(BlockingIOError):
+            os.read(terminal, 65536)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 143
+    (checkpoint,) = (root / "outputs/t").glob("checkpoint-*")
+    assert files.manifest_problem(checkpoint) is None
 
 
 def torchrun(root: Path, count: int, **how: str) -> subprocess.Popen[str]:

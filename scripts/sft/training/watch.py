@@ -7,7 +7,9 @@ the command started (nohup) stays ignored.
 from __future__ import annotations
 
 import logging
+import os
 import signal
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -46,6 +48,8 @@ class Watch:
         if self.code is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.code = CODES[signal.Signals(number)]
+        if number == signal.SIGHUP:
+            _let_go_of_the_terminal()
         log.warning("stopping after this step, with a checkpoint (Ctrl-C again stops at once)")
 
     def asked_to_stop(self) -> bool:
@@ -65,3 +69,12 @@ class Watch:
         except OSError:
             return False
         return True
+
+
+def _let_go_of_the_terminal() -> None:
+    """Sends output for a terminal that was closed to nowhere: printing must not fail before the checkpoint is saved."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        if stat.S_ISCHR(os.fstat(stream).st_mode) and not os.isatty(stream):
+            os.dup2(nowhere, stream)
+    os.close(nowhere)
