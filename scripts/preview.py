@@ -60,7 +60,7 @@ def main(args: argparse.Namespace) -> None:
         return
     whole = copy.copy(encoder)
     whole.max_seq_len = 10**9
-    shown = [(made, show.tokens(encoder, made, whole.encode(row))) for row in rows for made in [encoder.encode(row)]]
+    shown = [pair for row in rows for pair in _shown(encoder, whole, row)]
     if args.html:
         write_text(args.html, show.page(f"{path.name}, {encoder.template.name}", shown))
         console.say(f"{len(shown):,} rows written to {args.html}")
@@ -71,11 +71,23 @@ def main(args: argparse.Namespace) -> None:
         console.out().print(show.coloured(tokens))
 
 
+def _shown(encoder: Any, whole: Any, row: dict[str, Any]) -> list[tuple[Any, Any]]:
+    """What a row is trained on as, with its tokens; of a row cut for length those that are gone as well."""
+    from sft.chat import show
+
+    made = encoder.encode_pieces(row)
+    return [(one, show.tokens(encoder, one, whole.encode(row) if len(made) == 1 else one)) for one in made]
+
+
 def _lines(encoder: Any, rows: list[dict[str, Any]]) -> None:
+    """A JSON line a row; under `split_turns` one for each piece."""
+    from sft.chat.batch import BATCH, pieces
+
     keys = ("id", "text", "input_ids", "labels", "truncated_tokens", "dropped")
-    for at in range(0, len(rows), 256):
-        for made in encoder.encode_batch(rows[at : at + 256]):
-            console.emit({key: getattr(made, key) for key in keys})
+    for at in range(0, len(rows), BATCH):
+        for made in pieces(encoder, rows[at : at + BATCH]):
+            for one in made:
+                console.emit({key: getattr(one, key) for key in keys})
 
 
 def _length(row: dict[str, Any]) -> int:

@@ -69,7 +69,7 @@ def test_the_terminal_and_the_page(command: Callable[..., Result], place: Path, 
     assert done.returncode == 0, done.stderr
     html = page.read_text(encoding="utf-8")
     assert "row one" in html and "row four" in html and "row two" not in html  # the shortest and the longest
-    assert f'<span class="t labelled special" title="{words.ID["<|im_end|>"]} &#x27;&lt;|im_end|&gt;&#x27;">' in html
+    assert f'<span class="t labelled special" data-t="{words.ID["<|im_end|>"]} &#x27;&lt;|im_end|&gt;&#x27;">' in html
     assert "http" not in html.replace("http-equiv", "")
     assert 'class="dropped"' in html
 

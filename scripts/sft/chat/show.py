@@ -17,11 +17,15 @@ if TYPE_CHECKING:
 Fate = Literal["labelled", "masked", "cut"]
 STYLES: dict[str, str] = {"labelled": "bold green", "masked": "bright_black", "cut": "red strike", "special": "reverse"}
 _PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
+<title>{title}</title><style>
 body{{font:15px/1.7 system-ui,sans-serif;margin:2rem auto;max-width:60rem;padding:0 1rem;background:#fff;color:#222}}
 pre{{font:14px/1.8 ui-monospace,monospace;white-space:pre-wrap;overflow-wrap:anywhere;border:1px solid #ddd;
 border-radius:6px;padding:.8rem}}
-span.t{{border-radius:3px}} span.t:hover{{outline:2px solid #d33}}
+h1{{font-size:1.5rem;line-height:1.3;overflow-wrap:anywhere}} i{{opacity:.55;font-style:normal}}
+span.t{{border-radius:3px;position:relative}} span.t:hover{{outline:2px solid #d33}}
+span.t:hover::after{{content:attr(data-t);position:absolute;left:0;top:1.7em;z-index:1;padding:0 .5em;font:12px/1.8
+ui-monospace,monospace;white-space:pre;color:#fff;background:#333;border-radius:4px;text-decoration:none}}
 .labelled{{background:#c9efcf}} .masked{{color:#777}} .cut{{background:#f6d0d0;text-decoration:line-through}}
 .special{{border-bottom:2px solid #36c}} .dropped{{color:#b00;font-weight:600}}
 h2{{font-size:1rem;margin:1.6rem 0 .3rem}}
@@ -29,7 +33,7 @@ h2{{font-size:1rem;margin:1.6rem 0 .3rem}}
 .masked{{color:#999}} .cut{{background:#5e2323}} pre{{border-color:#444}}}}
 </style></head><body><h1>{title}</h1>
 <p><span class="labelled">learnt</span> <span class="masked">read only</span> <span class="cut">cut for length</span>
-<span class="special">control token</span>. Hover over a token for its number and text.</p>
+<span class="special">control token</span>. Hover over a token, or tap it, for its number and text.</p>
 {rows}
 </body></html>
 """
@@ -114,7 +118,10 @@ def page(title: str, rows: Sequence[tuple[Encoded, Sequence[Token]]]) -> str:
 
 def _span(token: Token) -> str:
     classes = f"t {token.fate}{' special' if token.special else ''}"
-    return f'<span class="{classes}" title="{token.id} {escape(repr(token.text))}">{escape(token.text)}</span>'
+    shown = escape(token.text)
+    if token.fate == "labelled":
+        shown = shown.replace("\n", "<i>↵</i>\n")
+    return f'<span class="{classes}" data-t="{token.id} {escape(repr(token.text))}">{shown}</span>'
 
 
 def choose(lengths: Sequence[int], limit: int, seed: int) -> list[int]:
