@@ -58,10 +58,11 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     with console.progress("answering") as advance:
         measured = measure.sides(targets, rows, asked, root, advance)
     result = comparing.result(targets, measured, asked, split, args.seed, sides.constant(targets[0], train, rows), root)
+    folder = comparing.write(result, measured, targets[0], root)
     if judged_by is not None:
         with console.progress("judging") as advance:
             comparing.add_judge(result, judged_by, measured, args.judge_limit, args.seed, advance)
-    folder = comparing.write(result, measured, targets[0], root)
+        comparing.write(result, measured, targets[0], root)
     show(result)
     console.say(f"\nreport: {folder / 'index.html'}")
     return result
@@ -69,14 +70,16 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 
 def show(result: dict[str, Any]) -> None:
     """The verdicts and a table for each tuned side."""
-    from sft.report.compare_page import differences
-    from sft.report.page import cell
+    from sft.report.results import number
 
+    columns = ["metric", "base", "tuned", "95 % of the change", "won/tied/lost", "finding"]
     for one in result["comparisons"]:
-        columns, rows = differences(one["metrics"])
-        console.table(
-            f"{one['name']} against {result['base']}", columns, [[cell(one).shown for one in row] for row in rows]
-        )
+        rows = [
+            [name, number(m["base"]), number(m["tuned"]), f"{m['low']:+.3f} {m['high']:+.3f}",
+             f"{m['wins']}/{m['ties']}/{m['losses']}", m["finding"]]
+            for name, m in one["metrics"].items()
+        ]  # fmt: skip
+        console.table(f"{one['name']} against its base ({result['base']})", columns, rows)
         console.say(f"{one['verdict']['headline']}: {one['verdict']['words']}")
         if found := one.get("general"):
             (console.warn if found["level"] == "forgotten" else console.say)(f"{found['headline']}: {found['words']}")

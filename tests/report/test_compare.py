@@ -14,6 +14,7 @@ import compare
 from sft.errors import ConfigError, DataError, ModelError
 from sft.report import compare_page, general
 from tests.generation import tiny_runs
+from tests.report.test_judge import Server, biased
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -101,9 +102,16 @@ def test_several_sides_stand_beside_each_other_and_the_hub_can_read_the_card(
 ) -> None:
     from huggingface_hub import ModelCard
 
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    server = Server(biased)
     (project / "mine.jsonl").write_text('{"user": "Say yes.", "assistant": "Yes."}\n' * 2)
     folders = ["adapters/other", "adapters/zero", str(tiny_qwen2)]
-    found = run(project, monkeypatch, "--adapters", *folders, "--general", "mine.jsonl", "--limit", "12")
+    found = run(project, monkeypatch, "--adapters", *folders, "--general", "mine.jsonl", "--limit", "12",
+                "--judge-url", server.url, "--judge-model", "a-judge", "--judge-limit", "2")  # fmt: skip
+    server.http.shutdown()
+    assert [one["judge"]["rows"] for one in found["comparisons"]] == [2, 2, 2]
+    assert found["comparisons"][1]["judge"]["aspects"]["helpfulness"]["difference"] == 0.0
+    assert "a-judge marked 2 rows" in (project / "outputs" / "other" / "report" / "index.html").read_text()
     assert [one["name"] for one in found["comparisons"]] == ["other", "zero", "tiny-qwen2"]
     other, zero, whole = found["comparisons"]
     assert zero["verdict"]["finding"] == "same" == whole["verdict"]["finding"]  # the base itself, named as a model

@@ -79,7 +79,7 @@ def differences(found: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list
         shift = Cell(f"{one['difference']:+.4f}", one["difference"], "n")
         won = Cell(f"{one['wins']} / {one['ties']} / {one['losses']}", one["wins"], "n")
         if one["finding"] == "differs":
-            word, won = "longer" if one["difference"] > 0 else "shorter", Cell("")
+            word, won = "longer" if one["difference"] > 0 else "shorter", Cell("", -1, "n")
         rows.append([name, float(one["base"]), float(one["tuned"]), shift, interval, won, Cell(word, word, kind)])
     return columns, rows
 
