@@ -81,6 +81,12 @@ def export(target: Target, form: str, kind: str, out: Path, root: Path, progress
     with disk.atomic_folder(out) as staged:
         folder = _weights(target, form, _MERGED_AS[kind], staged, root, progress)
         files = hub.find(ModelSection(name=str(folder), type=target.config.model.type), root)
+        if files.kind == "seq2seq":
+            raise ModelError(
+                "export covers models that continue a conversation; this one is seq2seq",
+                where=files.name,
+                mend="make merge: its folder is what any library loads",
+            )
         trainer = _encoder(target, files, root)
         forms = [routes.of_folder(folder, trust_remote_code=target.config.model.trust_remote_code)]
         tensors, error = 0, 0.0
