@@ -73,8 +73,10 @@ preview: $(ENV) ## show rows token by token: what is learnt, what is masked
 	$(RUN)/preview.py $(WITH)
 report-data: $(ENV) ## a page with plots about the training rows (outputs/reports/data.html)
 	$(RUN)/report_data.py $(WITH)
-plan: $(ENV) ## will it fit? memory of a training step, itemised (SET="model.name=...", GPU="8GiB")
-	$(RUN)/plan.py $(WITH) $(if $(GPU),--gpu "$$GPU")
+plan: $(ENV) ## will it fit? memory of every phase, itemised, and what would help (SET="model.name=...", GPU="8GiB", PNG=f)
+	$(RUN)/plan.py $(WITH) $(if $(GPU),--gpu "$$GPU") $(if $(PNG),--png "$(PNG)")
+plan-models: $(ENV) ## which models fit this card (GPU="8GiB", MODELS="names or a file")
+	$(RUN)/plan.py $(WITH) $(if $(GPU),--gpu "$$GPU") --models $(MODELS)
 check: $(ENV) ## environment, config, data, template, model, disk, memory, ports: each with its mend
 	$(RUN)/check.py $(WITH) --port $(TB_PORT)
 doctor: $(ENV) ## versions, machine, checks, last run, last error: one redacted text for a bug report

@@ -34,6 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="auto (the default) takes up the newest run if it is unfinished; never starts a new one; or a folder",
     )
     made.add_argument("--dry-run", action="store_true", help="show settings and steps; load no weights, make no run")
+    made.add_argument("--force", action="store_true", help="try it though the plan says that it does not fit")
     made.add_argument(
         "--allow-change", metavar="KEY", action="append", default=[], help="resume though KEY of the stamp has changed"
     )
@@ -53,12 +54,15 @@ def main(args: argparse.Namespace) -> dict[str, Any] | None:
     with console.progress("reading rows") as report:
         job = preparation.prepare(loaded, root, report)
 
+    from sft.memory import gate
     from sft.training import building, finish, overview, ranks
 
     ranks.start()
     opened = ranks.first(lambda: runs.open_run(loaded.config.train.output_dir, root, args.resume))
     say(overview.before(job, opened))
     ranks.first(lambda: space.require(job.config, job.files, opened.run))
+    asked = job.config.model_copy(update={"train": job.asked})
+    ranks.first(lambda: gate.check(asked, job.files, job.device, root, longest=job.rows.longest, force=args.force))
     if args.dry_run:
         return overview.as_json(job, opened)
     with building.hold(job, opened, args.allow_change) as accepted:

@@ -19,6 +19,8 @@ KEYS = {
     "grad_accum",
     "micro_batch_tokens",
     "remedies",
+    "phases",
+    "together",
     "method",
 }
 
@@ -41,7 +43,11 @@ def test_a_model_too_large_for_the_card_gets_remedies_that_are_enough(
     assert plan["micro_batch_tokens"] == 4096
     assert sum(plan["parts"].values()) == pytest.approx(plan["allocated_gib"], abs=1e-3)
     settings = {remedy["setting"]: remedy for remedy in plan["remedies"]}
-    assert settings["train.batch_size=1"]["saves_gib"] > 0.5
+    assert settings["train.micro_batch_tokens=2048"]["saves_gib"] > 0.5
+    assert plan["together"]["settings"][0] == "train.micro_batch_tokens=2048"
+    assert {"training", "evaluation", "generation", "saving", "merging"} == set(plan["phases"])
+    assert plan["phases"]["merging"]["disk_gib"] == pytest.approx(14.2, abs=0.1)
+    assert plan["peak_gib"] == max(phase["peak_gib"] for phase in plan["phases"].values())
     assert settings["model.name=Qwen/Qwen2.5-3B-Instruct"]["fits"]
     assert plan["method"] == "traced"
     assert "7B-Instruct, qlora (traced)" in done.stderr
@@ -49,16 +55,32 @@ def test_a_model_too_large_for_the_card_gets_remedies_that_are_enough(
 
 
 def test_models_of_a_card_and_a_model_in_a_folder(command: Callable[..., Any], config: Path, tiny_t5: Path) -> None:
-    done = command("plan", "--config", config, "--gpu", "12GiB", "--models", "--set", "model.max_seq_len=512")
+    done = command(
+        "plan", "--config", config, "--gpu", "8GiB", "--models", "Qwen/Qwen2.5-14B-Instruct", str(tiny_t5), "--json"
+    )
     assert done.returncode == 0, done.stderr
-    assert "Qwen/Qwen2.5-32B-Instruct" in done.stdout
-    assert "closed form, rough" in done.stdout
+    found = json.loads(done.stdout)
+    assert found["fit"] == [str(tiny_t5)]  # smallest first, whatever the order asked
+    assert list(found["models"]) == [str(tiny_t5), "Qwen/Qwen2.5-14B-Instruct"]
     lone = tiny_t5.parent / "config-alone"
     lone.mkdir()
     (lone / "config.json").write_bytes((tiny_t5 / "config.json").read_bytes())
     short = ("--set", "model.max_seq_len=256")
-    done = command("plan", "--config", config, "--gpu", "cpu", "--json", *short, "--set", f"model.name={lone}")
+    done = command(
+        "plan",
+        "--config",
+        config,
+        "--gpu",
+        "cpu",
+        "--json",
+        *short,
+        "--set",
+        f"model.name={lone}",
+        "--png",
+        lone / "plan.png",
+    )
     assert done.returncode == 0, done.stderr
+    assert (lone / "plan.png").read_bytes()[:4] == b"\x89PNG"
     plan = json.loads(done.stdout)
     assert plan["fits"]
     assert plan["device"]["kind"] == "cpu"

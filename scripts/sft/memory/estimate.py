@@ -13,7 +13,6 @@ from typing import Any
 from sft.config.schema import Config, TrainSection, TuningSection
 from sft.memory.shapes import Shapes, known_models, of_known
 
-METHOD = "closed form, rough"
 GIB = float(2**30)
 NF4, DOUBLE_QUANT = 0.5 + 4 / 64, 0.5 + 1 / 64 + 4 / 64 / 256  # bytes a weight: codes, and constants of blocks of 64
 FEED_FORWARD, STREAM = 10.6, 44.3  # bytes a token of one layer's activations, per widest and per hidden feature
@@ -102,18 +101,6 @@ def _logits(shapes: Shapes, train: TrainSection, positions: float) -> float:
     if train.logits == "full":
         return FULL_LOGIT * positions * shapes.vocabulary
     return TILE_LOGIT * min(positions, train.logits_tile) * shapes.vocabulary
-
-
-def most_rows(
-    shapes: Shapes, tuning: TuningSection, train: TrainSection, *, length: int, gib: float, device: str, most: int
-) -> int:
-    """The most rows of `length` tokens, up to `most`, whose micro-batch fits `gib`; 0 where not even one does."""
-    fitting = 0
-    for rows in range(1, most + 1):
-        if step(shapes, tuning, train, tokens=rows * length, device=device).peak > gib:
-            break
-        fitting = rows
-    return fitting
 
 
 def that_fit(gib: float, *, length: int = 512) -> list[str]:

@@ -95,12 +95,12 @@ class Passes:
         base: Any = unwrap(self.model)
         self.live.start()
         with torch.no_grad(), computing(self.config):
-            inputs = {"input_ids": micro.inputs["input_ids"], "use_cache": True}
-            rows = inputs["input_ids"].shape[0]
-            one = torch.ones((rows, 1), dtype=torch.long)
+            ids = micro.inputs["input_ids"]
+            inputs: dict[str, Any] = {"input_ids": ids, "use_cache": True}
+            one = torch.ones((len(ids), 1), dtype=torch.long)
             if micro.seq2seq:
                 inputs = {
-                    "encoder_outputs": base.get_encoder()(input_ids=inputs["input_ids"]),
+                    "encoder_outputs": base.get_encoder()(input_ids=ids),
                     "decoder_input_ids": one,
                 }
             elif "logits_to_keep" in inspect.signature(base.forward).parameters:

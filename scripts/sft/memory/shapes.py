@@ -32,6 +32,7 @@ class Shapes:
 
     linear: weights of the layers that 4-bit quantises. largest: the largest of these. other: all the rest, a tied head
     counted once. adapted: in + out widths, summed over the layers that take adapters; inputs: their in widths.
+    active: linear weights that one token goes through, of experts those that are chosen. attention: width of all heads.
     """
 
     linear: int
@@ -43,6 +44,8 @@ class Shapes:
     widest: int
     layers: int
     vocabulary: int
+    active: int
+    attention: int
 
     @property
     def total(self) -> int:
@@ -99,6 +102,9 @@ def count(config: Mapping[str, Any], tuning: TuningSection, *, name: str = "the 
         widest=max(max(widths(module)) for module in linear.values()),
         layers=_layers(text),
         vocabulary=int(text.vocab_size),
+        active=sum(sizes.values()) + int(_share_of_experts(text) * _stacked(model)),
+        attention=int(text.num_attention_heads)
+        * int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads),
     )
 
 
@@ -116,6 +122,19 @@ def _on_meta(config: Mapping[str, Any], name: str) -> Any:
             where="config.json",
             mend="plan reads models that transformers itself knows",
         ) from None
+
+
+def _stacked(model: Any) -> int:
+    """Weights of experts that are kept as one tensor of three dimensions."""
+    return sum(weight.numel() for weight in model.parameters() if weight.ndim == 3)
+
+
+def _share_of_experts(config: Any) -> float:
+    """The experts that a token goes through, of all."""
+    every = next(
+        (n for key in ("num_experts", "num_local_experts", "n_routed_experts") if (n := getattr(config, key, 0))), 0
+    )
+    return float(getattr(config, "num_experts_per_tok", every) or every) / every if every else 1.0
 
 
 def _layers(config: Any) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,15 +40,15 @@ class Traced:
 class Tracer:
     """Traces one model at one config, which must be resolved for `device` (but for its batch sizes).
 
-    description: the model's config.json. fold: False draws every layer. Raises ModelError for a family that
-    transformers has not, or that cannot be followed without values.
+    description: the model's config.json. fold: False draws every layer. parameters: of the base; largest: of its
+    largest tensor; experts: in tensors of three dimensions, which 4-bit leaves as they are. Raises ModelError for a
+    family that transformers has not, or that cannot be followed without values.
     """
 
     def __init__(self, config: Config, description: Mapping[str, Any], *, device: str, fold: bool = True) -> None:
         self.config, self.description, self.device = config, description, device
-        self.parameters = self.out = 0
+        self.parameters = self.out = self.largest = self.experts = 0
         self.kind: Any = "seq2seq" if description.get("is_encoder_decoder") else "causal"
-        self.experts: dict[str, int] = {}
         self.drawn = [_Drawn(self, False if fold else None)]
         if self.out:
             self.drawn.append(_Drawn(self, True))
@@ -97,7 +98,10 @@ class _Drawn:
         attention, self.apart = kernels.choose(device, owner.description)
 
         def shorten(model: Any) -> None:
-            owner.parameters = sum(weight.numel() for weight in model.parameters())
+            sizes = [(weight.numel(), weight.ndim) for weight in model.parameters()]
+            owner.parameters = sum(size for size, _ in sizes)
+            owner.largest = max(size for size, _ in sizes)
+            owner.experts = sum(size for size, dimensions in sizes if dimensions == 3)
             if deeper is not None:
                 out = folding.shorten(model, deeper=deeper)
                 owner.out = owner.out or out
@@ -134,7 +138,8 @@ class _Drawn:
         step_log = logging.getLogger("sft.step")
         before, step_log.level = step_log.level, logging.ERROR
         try:
-            with self.fakes, live:
+            with self.fakes, live, warnings.catch_warnings():
+                warnings.simplefilter("ignore")
                 yield
         except ModelError:
             raise

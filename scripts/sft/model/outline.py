@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sft.errors import ModelError
 from sft.model import adapters
-from sft.model.loading import _four_bit, _quiet
+from sft.model.loading import _four_bit, _keep_weights_canonical, _quiet
 
 if TYPE_CHECKING:
     from sft.config.schema import TuningSection
@@ -113,6 +113,7 @@ def _quantise(model: Any, tuning: TuningSection, dtype: torch.dtype) -> None:
 
     quantizer = AutoHfQuantizer.from_config(_four_bit(tuning, dtype), pre_quantized=False)
     quantizer.preprocess_model(model=model, dtype=dtype, device_map={"": "cpu"})
+    _keep_weights_canonical(model)
     model.is_loaded_in_4bit = True
 
 

@@ -1,0 +1,126 @@
+"""Traces that were made before: kept under `.cache/planner/traces`, by config, model description, code and versions."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sft import files
+from sft.config.schema import Config
+
+if TYPE_CHECKING:
+    from sft.memory.trace import Traced, Tracer
+
+FOLDER = ".cache/planner/traces"
+OF_TRAIN = {
+    "gradient_checkpointing", "logits", "logits_tile", "optim", "max_grad_norm", "label_smoothing", "bf16", "fp16",
+    "weight_decay",
+}  # fmt: skip
+log = logging.getLogger("sft.memory")
+
+
+class Traces:
+    """As a Tracer, but a trace that is kept is not made again, and the model is drawn when the first one is missing.
+
+    root: the project's, None to keep nothing. Raises ModelError as a Tracer does.
+    """
+
+    def __init__(self, config: Config, description: Mapping[str, Any], *, device: str, root: Path | None) -> None:
+        self.config, self.description, self.device = config, description, device
+        self.key = self._key()
+        self.path = None if root is None else root / FOLDER / f"{self.key}.json"
+        self.kept: dict[str, Any] = _read(self.path)
+        self._tracer: Tracer | None = None
+
+    @property
+    def kind(self) -> Any:
+        """`causal` or `seq2seq`."""
+        return self._fact("kind")
+
+    @property
+    def apart(self) -> bool:
+        """Whether rows are packed without padding."""
+        return bool(self._fact("apart"))
+
+    @property
+    def parameters(self) -> int:
+        """Of the base model."""
+        return int(self._fact("parameters"))
+
+    @property
+    def sixteen_bit_experts(self) -> int:
+        """Weights of experts that stay in 16 bit where linear layers are 4-bit, because they are no linear layers."""
+        return int(self._fact("experts"))
+
+    @property
+    def largest_weight(self) -> int:
+        """Numbers of the base's largest tensor."""
+        return int(self._fact("largest"))
+
+    def step(self, lengths: Sequence[int], *, waiting: bool) -> Traced:
+        """See `Tracer.step`."""
+        return self._trace(f"step {list(lengths)} {waiting}", lambda t: t.step(lengths, waiting=waiting))
+
+    def evaluation(self, lengths: Sequence[int]) -> Traced:
+        """See `Tracer.evaluation`."""
+        return self._trace(f"evaluation {list(lengths)}", lambda t: t.evaluation(lengths))
+
+    def generation(self, rows: int, prompt: int, answer: int) -> Traced:
+        """See `Tracer.generation`."""
+        return self._trace(f"generation {rows} {prompt} {answer}", lambda t: t.generation(rows, prompt, answer))
+
+    def _trace(self, name: str, make: Callable[[Tracer], Traced]) -> Traced:
+        from sft.memory.trace import Traced
+
+        if name not in self.kept:
+            self._keep(name, vars(make(self._drawn())))
+        return Traced(**self.kept[name])
+
+    def _fact(self, name: str) -> Any:
+        if name not in self.kept:
+            tracer = self._drawn()
+            for fact in ("kind", "apart", "parameters", "experts", "largest"):
+                self._keep(fact, getattr(tracer, fact))
+        return self.kept[name]
+
+    def _drawn(self) -> Tracer:
+        from sft.memory.trace import Tracer
+
+        if self._tracer is None:
+            self._tracer = Tracer(self.config, self.description, device=self.device)
+        return self._tracer
+
+    def _keep(self, name: str, value: Any) -> None:
+        self.kept[name] = value
+        if self.path is not None:
+            try:
+                files.write_json(self.path, self.kept)
+            except OSError as error:
+                log.debug("a trace could not be kept: %s", error)
+
+    def _key(self) -> str:
+        train = self.config.train.model_dump(include=OF_TRAIN)
+        known = [dict(self.description), self.config.tuning.model_dump(), train, self.device, _code()]
+        return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()[:24]
+
+
+def _read(path: Path | None) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path is not None else {}
+    except (OSError, ValueError):
+        return {}
+
+
+@functools.cache
+def _code() -> str:
+    """What a trace depends on besides its inputs: our code of a step, and the libraries'."""
+    rooms = Path(__file__).parents[1]
+    sources = sorted(path for room in ("memory", "step", "model") for path in (rooms / room).glob("*.py"))
+    said = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+    return said + "".join(version(name) for name in ("torch", "transformers", "peft"))
