@@ -82,3 +82,11 @@ def test_the_end_token_survives_every_cut() -> None:
             assert len(got.input_ids) <= limit and len(got.labels) == len(got.input_ids)
             assert got.truncated_tokens == 39 - len(got.input_ids)
             assert all(stretch.endswith("</s>") for stretch in learnt(made, got))
+
+
+def test_plain_text_has_no_prompt_to_keep_and_loses_its_oldest_tokens() -> None:
+    plain = {"id": "r", "input": "", "target": "Who are you? " * 9}
+    whole = named("plain", words.tokenizer(), max_seq_len=10_000).encode(plain)
+    got = named("plain", words.tokenizer(), over_length="truncate_left", max_seq_len=20).encode(plain)
+    assert got.input_ids == whole.input_ids[-20:] and got.labels == whole.labels[-20:] and got.dropped is None
+    assert got.truncated_tokens == len(whole.input_ids) - 20

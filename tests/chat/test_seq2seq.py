@@ -62,3 +62,16 @@ def test_both_sides_are_cut_by_the_policy(tokenizer: Any) -> None:
         assert encoded(made, user("a"), answer(long["content"])).dropped == OVER_LENGTH
     with pytest.raises(DataError, match="a side"):
         encoded(named("auto", tokenizer, kind="seq2seq", max_seq_len=20, over_length="error"), long, short)
+
+
+def test_plain_text_is_continued_from_its_first_half(tokenizer: Any) -> None:
+    text = "Once upon a time there was a king. " * 6
+    ids = tokenizer(text.strip())["input_ids"]
+    words, end = ids[:-1], ids[-1:]
+    row = {"id": "r", "input": "", "target": text, "replay": True}
+    whole = named("auto", tokenizer, kind="seq2seq").encode(row)
+    half = len(words) // 2
+    assert (whole.input_ids, whole.labels) == (words[:half] + end, words[half:] + end) and whole.dropped is None
+    cut = named("auto", tokenizer, kind="seq2seq", max_seq_len=9, over_length="truncate_left").encode(row)
+    assert (cut.input_ids, cut.labels) == (words[-16:-8] + end, words[-8:] + end)
+    assert cut.truncated_tokens == len(words) - 16

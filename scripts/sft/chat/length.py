@@ -49,6 +49,8 @@ def _left(row: Row, limit: int, bos: int | None) -> tuple[Row, str | None]:
     """
     kept = 1 if bos is not None and row.ids[0] == bos else 0
     answer, answer_end = row.answers[-1]
+    if answer <= kept:  # plain text: no prompt must stay in front of it
+        answer = len(row.ids)
     for end in (len(row.ids), answer_end):
         first = max(kept, kept + end - limit)
         if first < answer:

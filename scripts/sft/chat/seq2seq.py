@@ -62,12 +62,23 @@ class Seq2SeqEncoder(Encoder):
         ids, labels = self._ids(source), self._ids(target)
         if not target:
             return Encoded(name, ids, [], dropped=NO_LABEL, text=source)
-        cut, dropped = 0, None
+        cut, more, dropped = 0, 0, None
+        if records.is_rendered(row) and not source.strip():
+            ids, labels, cut = self._halves(labels)
         if max(len(ids), len(labels)) > self.max_seq_len:
-            ids, labels, cut, dropped = self._fitted(name, ids, labels)
+            ids, labels, more, dropped = self._fitted(name, ids, labels)
         if _weightless(row):
             labels, dropped = [IGNORED] * len(labels), dropped or NO_LABEL
-        return Encoded(name, ids, labels, cut, dropped, f"{source}\n{target}")
+        return Encoded(name, ids, labels, cut + more, dropped, f"{source}\n{target}")
+
+    def _halves(self, ids: list[int]) -> tuple[list[int], list[int], int]:
+        """Plain text, which asks nothing (replay): its first half is the source, the rest the target, and how many
+        tokens are cut in front. Prefix language modelling, Raffel et al. 2020 (T5), section 3.2.1.
+        """
+        words, end = ids[:-1], ids[-1:]
+        cut = max(0, len(words) - 2 * (self.max_seq_len - 1)) if self.over_length.startswith("truncate") else 0
+        middle = cut + (len(words) - cut) // 2
+        return words[cut:middle] + end, words[middle:] + end, cut
 
     def _fitted(self, name: str, ids: list[int], labels: list[int]) -> tuple[list[int], list[int], int, str | None]:
         """Cuts the source from its begin; a target that is too long keeps its end or drops the row."""
