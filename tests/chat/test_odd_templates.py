@@ -34,6 +34,12 @@ WANTS_TOOLS = (
     "{{ m.content }}{% for c in m.tool_calls or [] %}<|call|>{{ c.function.name }}{{ c.function.arguments | tojson }}"
     "{% endfor %}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+NINE_LETTERS = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ '' + (m.content or '') }}{% for c in m.tool_calls or [] %}"
+    "{% if c.id | length != 9 %}{{ raise_exception('ids of nine') }}{% endif %}<|call|>{{ c.function.name }}{{ c.id }}{% endfor %}"
+    "{% if m.role == 'tool' %}{{ m.tool_call_id }}{% endif %}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 LATER_CALLS_DIFFER = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content or '' }}{% for c in m.tool_calls or [] %}<|call|>"
     "{{ c.function.name }}{{ c.function.arguments | tojson }}{% if not loop.last or not m == messages[-1] %} id"
@@ -110,3 +116,26 @@ def test_words_that_stand_behind_the_result_of_their_call_are_learnt_there() -> 
     assert (words, last) == ("Let me see<turn|>", "by<turn|>")
     silenced = [*talk[:1], {**talk[1], "weight": 0}, talk[2], user("k"), answer("by")]
     assert learnt(made, encoded(made, *silenced, tools=[TOOL])) == ["by<turn|>"]
+
+
+def test_calls_get_ids_where_the_template_refuses_those_they_have() -> None:
+    made = made_of(NINE_LETTERS)
+    fine = encoded(made, user("w?"), answer("", tool_calls=[{**called(a="b"), "id": "call00001"}]))
+    assert learnt(made, fine) == ["<|call|>getcall00001<|end|>"]
+    calls = [{**called(a="b"), "id": "call_long_1"}, {**called(a="c"), "id": "call_long_2"}]
+    results = [{**RESULT, "tool_call_id": "call_long_2"}, {**RESULT, "tool_call_id": "call_long_1"}]
+    talk = [user("w?"), answer("", tool_calls=calls), *results, answer("12")]
+    row = encoded(made, *talk)
+    written, last = learnt(made, row)
+    first, second = written.removesuffix("<|end|>").split("<|call|>get")[1:]
+    assert last == "12<|end|>" and first != second and len(first) == len(second) == 9
+    assert f"<|tool|>12{second}<|end|><|tool|>12{first}<|end|>" in row.text
+    assert row.input_ids[: len(made.prompt(talk))] == made.prompt(talk)
+
+
+def test_parts_of_text_are_joined_where_the_template_takes_text_alone() -> None:
+    made = made_of(NINE_LETTERS)
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "value": "b"}]
+    assert learnt(made, encoded(made, user("w?"), {"role": "assistant", "content": parts})) == ["ab<|end|>"]
+    odd = encoded(made, user("w?"), {"role": "assistant", "content": [{"type": "image", "url": "x"}]})
+    assert "TypeError" in str(odd.dropped)

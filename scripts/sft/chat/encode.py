@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from sft.chat import labels as labelling
 from sft.chat import pieces, rendered
 from sft.chat import stops as stopping
+from sft.chat.endings import Tools
 from sft.chat.facts import learn
 from sft.chat.layout import Layout, Region
 from sft.chat.length import IGNORED, NO_LABEL, OVER_LENGTH, OverLength, fit
+from sft.chat.mending import mended
 from sft.chat.sources import load_template
 from sft.chat.spans import Spans
 from sft.chat.stops import Stops
@@ -33,6 +35,7 @@ _ASKS = (
     "asks otherwise than it shows: the prompt for row {row} is not the text before its last answer (a think block, as a"
     " rule; data.template_options may set it)"
 )
+_REFUSES = "refuses row {row} as it stands: parts of text are joined, and tool calls get ids as it wants them"
 _LEAVES_OUT = "leaves out tool calls: row {row} is learnt without them; take a template that writes them"
 
 
@@ -111,17 +114,13 @@ class Encoder:
         Every answer is learnt in one piece alone, and every piece begins with the row's system text. A single exchange
         that is too long is cut as under `truncate_left`.
         """
-        made = self.encode(row)
         splits = self.over_length == "split_turns" and self.which != "last_assistant" and not records.is_rendered(row)
-        if not splits or not (made.truncated_tokens or made.dropped == OVER_LENGTH):
-            return [made]
-        shared = {"id": made.id, "tools": records.tools(row)}
-        found = pieces.cut(records.messages(row), lambda part: self._fits({**shared, "messages": part}))
-        return [self.encode({**shared, "messages": part}) for part in found] if len(found) > 1 else [made]
-
-    def _fits(self, row: Row) -> bool:
         made = self.encode(row)
-        return not made.truncated_tokens and made.dropped != OVER_LENGTH
+        if not splits or fits(made):
+            return [made]
+        same = {"id": made.id, "tools": records.tools(row)}
+        found = pieces.cut(records.messages(row), lambda part: fits(self.encode({**same, "messages": part})))
+        return [self.encode({**same, "messages": part}) for part in found] if len(found) > 1 else [made]
 
     def _plan(self, row: Row) -> Plan | Encoded:
         name = records.row_id(row)
@@ -129,7 +128,7 @@ class Encoder:
             return Plan(name, rendered.layout(row, self.facts), [])
         try:
             messages = records.messages(row)
-            layout = self.spans.layout(messages, records.tools(row))
+            layout = self._layout(name, messages, records.tools(row))
         except Refused as refused:
             return Encoded(name, [], [], dropped=f"template: {refused}")
         if layout.regions and layout.prompt_ends is None:
@@ -144,7 +143,23 @@ class Encoder:
 
         Training on it gives the ids that training on the row itself gives. Raises Refused with the reason.
         """
-        return rendered.split(self.spans.layout(records.messages(row), records.tools(row)), self.facts)
+        found = self._layout(records.row_id(row), records.messages(row), records.tools(row))
+        return rendered.split(found, self.facts)
+
+    def _layout(self, name: str, messages: list[Message], tools: Tools, *, prompt: bool = False) -> Layout:
+        """The proven layout of a conversation; of the same in another form where the template refuses this one."""
+        try:
+            return self.spans.layout(messages, tools, prompt=prompt)
+        except Refused as refused:
+            other = mended(messages)
+            try:
+                if other == messages:
+                    raise refused
+                found = self.spans.layout(other, tools, prompt=prompt)
+            except Refused:
+                raise refused from None
+            self._warn_once(name, _REFUSES)
+            return found
 
     def _finish(self, plan: Plan, line: Line | None) -> Encoded:
         layout = plan.layout
@@ -176,25 +191,20 @@ class Encoder:
         The ids are those that training showed before that answer. Raises TemplateError where the template refuses.
         """
         if isinstance(row, dict) and records.is_rendered(row):
-            layout = rendered.source(row)
-            messages: list[Message] = []
+            layout: Layout | None = rendered.source(row)
+            messages, tools = list[Message](), None
         else:
             messages = list(row) if isinstance(row, list) else records.messages(row)
             tools = None if isinstance(row, list) else records.tools(row)
             if messages and messages[-1].get("role") == "assistant":
                 messages = messages[:-1]
-            layout = self._asked(messages, tools)
+            layout = None
         try:
+            layout = layout or self._layout("of the prompt", messages, tools, prompt=True)
             ids: list[int] = self._labelled(layout, self.tokens.lines([layout.text])[0], messages).ids
         except Refused as refused:
             raise TemplateError(f"no prompt can be made: {refused}", where=self.template.name) from None
         return ids
-
-    def _asked(self, messages: list[Message], tools: list[Any] | None) -> Layout:
-        try:
-            return self.spans.layout(messages, tools, prompt=True)
-        except Refused as refused:
-            raise TemplateError(f"no prompt can be made: {refused}", where=self.template.name) from None
 
     def decode_answer(self, ids: Iterable[int]) -> str:
         """The clean text of generated ids: nothing from the first stop on, no control token in it."""
@@ -212,6 +222,11 @@ class Encoder:
         if said not in self.warned:
             self.warned.add(said)
             log.warning(f"{self.template.name} {said.format(row=row)}. docs/TEMPLATES.md")
+
+
+def fits(made: Encoded) -> bool:
+    """Whether a row needed no cut for length."""
+    return not made.truncated_tokens and made.dropped != OVER_LENGTH
 
 
 def encoder_for(

@@ -104,7 +104,10 @@ class Spans:
             proven = False
         if not proven or not marking.says_something({**message, "tool_calls": None}):
             raise odd
-        made = self.layout(same, tools, prompt=prompt)
+        try:
+            made = self.layout(same, tools, prompt=prompt)
+        except Refused:
+            raise odd from None
         made.regions = [replace(region, message=origin[region.message]) for region in made.regions]
         made.left_out = made.left_out or isinstance(odd, LeftOut)
         return made
