@@ -146,3 +146,14 @@ def test_another_class_or_a_patched_forward_is_left_to_the_library() -> None:
 
     model.__class__ = Patched
     assert not decoding.serves(model)
+
+
+def test_no_more_rows_than_memory_has_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompts = tiny("llama"), questions()
+    row = 2 * 3 * 2 * 8 * 100 * 4  # keys and values, layers, heads, width, columns, bytes
+    monkeypatch.setattr(decoding.hardware, "memory", lambda: (0, 2 * 5 * row + 1))
+    assert decoding.affordable(model, 100, torch.device("cpu")) == 5
+    monkeypatch.setattr(decoding.hardware, "memory", lambda: (0, 0))
+    assert ours(model, prompts, GREEDY, 4) == [
+        alone(model, prompt, 30)[: room_for(index, 30)] for index, prompt in enumerate(prompts)
+    ]

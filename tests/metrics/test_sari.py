@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
 from sft.errors import DataError
 from sft.metrics import score, score_rows
@@ -52,3 +55,52 @@ def test_rows_are_averaged_plainly() -> None:
 def test_without_a_source_it_says_so() -> None:
     with pytest.raises(DataError, match="sari compares with the source"):
         score(["sari"], ["a"], ["a"])
+
+
+def published(source: str, prediction: str, references: list[str]) -> float:
+    """The metric worked out anew from its description (Xu et al. 2016; tensor2tensor's sari_hook): multisets of
+    n-grams, the source's and the answer's counted once for each reference, and 0/0 taken as 1."""
+
+    def grams(text: str, n: int) -> list[str]:
+        words = Tokenizer13a()(text.lower()).split(" ")
+        return [" ".join(words[i : i + n]) for i in range(len(words) - n + 1)]
+
+    def f1(a: float, b: float) -> float:
+        return 2 * a * b / (a + b) if a + b else 0.0
+
+    total = 0.0
+    for n in range(1, 5):
+        said, asked = grams(prediction, n), grams(source, n)
+        wanted = [gram for reference in references for gram in grams(reference, n)]
+        r = len(references)
+        kept_good, kept_recall, kept, should = 0.0, 0, 0, 0
+        gone_good, gone = 0.0, 0
+        for gram in set(asked):
+            of_source, of_said, of_wanted = asked.count(gram) * r, said.count(gram) * r, wanted.count(gram)
+            keeps, drops = min(of_source, of_said), max(0, of_source - of_said)
+            if keeps:
+                kept += 1
+                kept_good += min(keeps, of_wanted) / keeps
+                kept_recall += min(keeps, of_wanted)
+            should += min(of_source, of_wanted)
+            if drops:
+                gone += 1
+                gone_good += max(0, drops - of_wanted) / drops
+        keep = f1(kept_good / kept if kept else 1.0, kept_recall / should if should else 1.0)
+        delete = gone_good / gone if gone else 1.0
+        new, due = set(said) - set(asked), set(wanted) - set(asked)
+        add = f1(len(new & due) / len(new) if new else 1.0, len(new & due) / len(due) if due else 1.0)
+        total += (keep + delete + add) / 3
+    return 100 * total / 4
+
+
+SENTENCES = st.lists(st.sampled_from("the The cat cats sat. on, a 3.5 $4 Über 日本 ? -".split()), max_size=12).map(
+    " ".join
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(SENTENCES, SENTENCES | st.text(max_size=20), st.lists(SENTENCES | st.text(max_size=20), min_size=1, max_size=3))
+def test_every_sentence_scores_as_the_description_has_it(source: str, prediction: str, references: list[str]) -> None:
+    got = score(["sari"], [prediction], [references], [source])["sari"]
+    assert got == pytest.approx(published(source, prediction, references), abs=1e-9)

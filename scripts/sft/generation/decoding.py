@@ -8,6 +8,7 @@ others `library` asks transformers. docs/decisions/0013-a-decode-loop-of-our-own
 from __future__ import annotations
 
 import logging
+import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from sft.config.schema import GenerationSection
 from sft.generation.choice import Ask, choose
 from sft.generation.key_store import KeyStore
 from sft.generation.stopping import Watcher
+from sft.model import hardware
 from sft.step import unwrap
 
 log = logging.getLogger("sft.generation")
@@ -56,8 +58,8 @@ class Decoder:
         self.waiting = deque(sorted(asks, key=lambda ask: (-len(ask.prompt), ask.index)))
         self.active: list[Ask] = []
         self.shared = shared_prefix([ask.prompt for ask in asks])
-        self.rows = min(rows, len(asks))
         columns = len(self.waiting[0].prompt) + max(ask.most for ask in asks) + SLACK
+        self.rows = min(rows, len(asks), affordable(base, columns, device))
         self.store = KeyStore(base.config.get_text_config().num_hidden_layers, self.rows, columns)
         self.columns = torch.arange(columns, device=device)
         self.starts = torch.zeros(self.rows, 1, dtype=torch.long, device=device)
@@ -143,6 +145,19 @@ class Decoder:
                 self.active[row] = last
                 self.starts[row] = self.starts[len(self.active)]
                 self.store.move_row(len(self.active), row, slice(last.start, self.store.place.at))
+
+
+def affordable(base: Any, columns: int, device: torch.device) -> int:
+    """On the CPU, where no error tells that memory runs out: rows whose keys and values take half of what is free."""
+    if device.type != "cpu":
+        return sys.maxsize
+    config = base.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    row = 2 * config.num_hidden_layers * heads * width * columns * base.dtype.itemsize
+    fitting: int = max(1, hardware.memory()[1] // 2 // row)
+    log.debug("%d answers side by side would fit into half of the free memory", fitting)
+    return fitting
 
 
 def shared_prefix(prompts: Sequence[list[int]]) -> int:
