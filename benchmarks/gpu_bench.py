@@ -1,0 +1,83 @@
+"""The device that `gpu.py` measures on, and steps of our own engine there."""
+
+from __future__ import annotations
+
+import gc
+import random
+import time
+from typing import Any
+
+GIB = 2**30
+
+
+class Bench:
+    """The device, the time that is left, and steps of our own engine on it."""
+
+    def __init__(self, device: str, *, tiny: bool) -> None:
+        import torch
+
+        self.torch, self.device, self.tiny, self.cuda = torch, device, tiny, device == "cuda"
+        self.until = time.monotonic()
+        self.total = torch.cuda.get_device_properties(0).total_memory if self.cuda else 0
+
+    def start(self, minutes: float) -> None:
+        self.until = time.monotonic() + 60 * minutes
+
+    def left(self) -> bool:
+        return time.monotonic() < self.until
+
+    def cap(self, gib: float | None) -> None:
+        """Holds the process to so many GiB; None lifts it."""
+        self.clear()
+        if self.cuda:
+            share = 1.0 if gib is None else min(1.0, gib * GIB / self.total)
+            self.torch.cuda.set_per_process_memory_fraction(share)
+
+    def clear(self) -> None:
+        gc.collect()
+        if self.cuda:
+            self.torch.cuda.empty_cache()
+            self.torch.cuda.reset_peak_memory_stats()
+
+    def now(self) -> float:
+        if self.cuda:
+            self.torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def peaks(self) -> dict[str, float | None]:
+        if not self.cuda:
+            return {"allocated_gib": None, "reserved_gib": None}
+        cuda = self.torch.cuda
+        return {
+            "allocated_gib": round(cuda.max_memory_allocated() / GIB, 3),
+            "reserved_gib": round(cuda.max_memory_reserved() / GIB, 3),
+        }
+
+    def optimizer(self, model: Any) -> Any:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        return self.torch.optim.AdamW(trained, lr=1e-4, fused=self.cuda)
+
+    def step(self, model: Any, optimizer: Any, batch: Any, tokens: int, **more: Any) -> tuple[float, float]:
+        """(seconds, gradient norm) of one step."""
+        from sft.step.microbatch import backward_window
+
+        began = self.now()
+        with self.torch.autocast(self.device, dtype=self.torch.bfloat16):
+            backward_window(model, {key: value.to(self.device) for key, value in batch.items()}, tokens=tokens, **more)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        norm = float(self.torch.nn.utils.clip_grad_norm_(trained, 1.0))
+        optimizer.step()
+        model.zero_grad(set_to_none=True)
+        return self.now() - began, norm
+
+
+def window(lengths: list[int], *, vocabulary: int = 2000, labelled: float = 1.0) -> Any:
+    """Rows of these lengths; the last share of each is labelled."""
+    from sft.step.window import Collator
+
+    draw, rows = random.Random(0), []
+    for length in lengths:
+        ids = [draw.randrange(vocabulary) for _ in range(length)]
+        prompt = round(length * (1 - labelled))
+        rows.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
+    return Collator("causal")(rows)
