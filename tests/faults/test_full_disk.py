@@ -20,8 +20,13 @@ import pytest
 
 import process_data
 from sft import files, runs
+from sft.config.load import load
+from sft.config.schema import Config
 from sft.errors import EnvironmentProblem, RunError, SftError
 from sft.files import door
+from sft.model import hub
+from sft.model.files import ModelFiles
+from sft.preflight import space
 from tests.conftest import ROOT
 from tests.training import project
 
@@ -58,6 +63,12 @@ class FillsUp(door.Disk):
         super().write(path, content)
 
 
+def settings_of(root: Path, *sets: str) -> tuple[Config, ModelFiles]:
+    """The project's config with these settings, and its model's files."""
+    config = load(root / "config.yaml", sets, root=root).config
+    return config, hub.find(config.model, root)
+
+
 @pytest.mark.parametrize(
     ("name", "takes_up"),
     [
@@ -73,6 +84,9 @@ def test_a_disk_that_fills_while_training_loses_nothing(
     monkeypatch.setattr("sft.preflight.space.LOGS", 0)
     monkeypatch.setenv("SFT_ROOT", str(tmp_path))
     project.run(project.make(tmp_path, tiny_qwen2), *sets)
+    asked_for = sum(space.parts(*settings_of(tmp_path, *sets)).values())
+    written = files.size(tmp_path / "outputs") + files.size(tmp_path / "adapters")
+    assert written < asked_for < 4 * written + 3 * 2**20  # a MiB of state a checkpoint
     root = project.make(small_disk, tiny_qwen2)
     monkeypatch.setenv("SFT_ROOT", str(root))
     with monkeypatch.context() as patch:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 from pathlib import Path
@@ -40,16 +39,11 @@ def make(root: Path, model: Path, *, mode: str = "lora", rows: int = 20) -> Path
 
 def run(root: Path, *sets: str, resume: str = "auto", allow: tuple[str, ...] = (), dry: bool = False) -> Any:
     """What `python scripts/train.py` returns; SFT_ROOT must name `root`."""
-    return command.main(
-        argparse.Namespace(
-            config=str(root / "config.yaml"),
-            set=list(sets),
-            resume=resume,
-            dry_run=dry,
-            allow_change=list(allow),
-            json=False,
-        )
-    )
+    line = ["--config", str(root / "config.yaml"), "--resume", resume, *(["--dry-run"] if dry else [])]
+    line += [part for one in sets for part in ("--set", one)] + [
+        part for one in allow for part in ("--allow-change", one)
+    ]
+    return command.main(command.build_parser().parse_args(line))
 
 
 def losses(root: Path, name: str, key: str = "train/loss") -> list[tuple[int, float]]:
