@@ -2,7 +2,7 @@
 and where an answer ends the next question takes its place.
 
 It serves the families in `PROVEN`, whose texts are tested equal to transformers' own one-by-one greedy texts; for the
-others `library` asks transformers. docs/decisions/0013-a-decode-loop-of-our-own.md has the reasons and the figures.
+others `library` asks transformers. docs/decisions/0014-a-decode-loop-of-our-own.md has the reasons and the figures.
 """
 
 from __future__ import annotations
