@@ -172,6 +172,19 @@ def test_a_row_of_several_pieces_is_one_row_of_the_ledger() -> None:
     assert any("2 rows split at their turns into 3 pieces" in said for said in ledger.sentences())
 
 
+def test_split_rows_are_kept_piece_by_piece_and_each_answer_is_learnt_once(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "Ann. Bob."}]
+    talks = [{"id": f"r{count}", "messages": turns * count} for count in (1, 3, 9)]
+    path, made = put(tmp_path / "train.jsonl", talks), encoder(max_seq_len=60, over_length="split_turns")
+    for kept in (False, True):
+        found = start(made, path, tmp_path / "c")
+        names = [feature["id"] for feature in found.rows]
+        assert found.kept is kept and sorted(set(names)) == ["r1", "r3", "r9"] and len(names) == found.ledger.pieces > 3
+        assert (found.ledger.rows_read, found.ledger.rows_trained) == (3, 3)
+        assert found.ledger.labelled_tokens == 13 * made.encode(talks[0]).labels.count(words.ID["</s>"]) * 7
+        assert found.rows.lengths().max() <= 60
+
+
 def test_a_run_reads_its_rows_with_the_right_questions_and_says_what_is_given_away(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -218,7 +218,8 @@ def _code() -> list[str]:
 
 
 def _forget(cache: Path) -> None:
-    """Removes the entries that were not used for longest."""
+    """Removes the entries that were not used for longest, and what killed starts left behind."""
+    files.sweep(cache)
     entries = [path for path in cache.iterdir() if path.is_dir() and not path.name.startswith(".")]
     for path in sorted(entries, key=lambda path: path.stat().st_mtime, reverse=True)[ENTRIES:]:
         shutil.rmtree(path, ignore_errors=True)

@@ -17,7 +17,7 @@ from sft.chat.encode import Encoder
 from sft.chat.tokenised import Split, Tokenised, Tokeniser
 from sft.data import records, store
 from sft.generation import system_text
-from sft.generation.evaluation import Question
+from sft.generation.questions import Question
 from sft.training.windows import Feature
 
 log = logging.getLogger("sft.training")
