@@ -13,7 +13,7 @@ from sft.config.schema import Config
 from sft.memory import shapes
 from sft.memory.estimate import changed
 from sft.memory.live import Live, Window
-from sft.memory.passes import Passes, micro_batch
+from sft.memory.passes import Passes, compute_dtype, micro_batch
 from sft.memory.trace import Tracer
 from tests.memory.families import FAMILIES, description
 from tests.memory.settings import resolved
@@ -29,7 +29,7 @@ def really(folder: Path, config: Config) -> Window:
 
     found = _files(folder)
     wanted = attention.implementation("cpu", found.config) or attention.fallback(found.config)
-    dtype = torch.float32 if config.tuning.mode == "full" else torch.bfloat16
+    dtype = torch.float32 if config.tuning.mode == "full" else compute_dtype(config)
     model: Any = loading.load_base(
         found, config.model, config.tuning, dtype, device="cpu", train=True, attention=wanted
     )
