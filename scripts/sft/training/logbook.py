@@ -23,6 +23,7 @@ NAMES = {
     "learning_rate": "train/lr",
     "grad_norm": "train/grad_norm",
     "tokens_per_second": "train/tokens_per_second",
+    "input_wait": "train/input_wait",
     "epoch": "train/epoch",
     "windows_skipped": "train/windows_skipped",
 }

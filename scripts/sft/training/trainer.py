@@ -11,6 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,8 @@ class WindowTrainer(Trainer):  # type: ignore[misc]
         self.rows, self.validation, self.recipe, self.keeper, self.flow = rows, validation, recipe, keeper, flow
         self.effective_batch, self.answers = effective_batch, answers
         self.tokens, self.labelled, self.seconds = 0, 0, 0.0
-        self._read_at: tuple[int, float] = (0, 0.0)
+        self.waited = 0.0  # seconds between steps in which the input was waited for
+        self._read_at: tuple[int, float, float] = (0, 0.0, 0.0)
         self._step_began: float | None = None
         self._last_ids: list[str] = []
 
@@ -76,6 +78,14 @@ class WindowTrainer(Trainer):  # type: ignore[misc]
         )
         pin = self.args.device.type == "cuda"
         return windows.loader(self.rows, order, Collator(self.recipe.kind), pin=pin)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """The next window. What it costs stands in the log as `input_wait`, a share of the time of steps."""
+        asked = time.monotonic()
+        self._step_began = None
+        found = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.waited += (self._step_began or time.monotonic()) - asked
+        return found
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> int:
         """Losses of the window over all ranks: what its gradient is divided by. Counts its tokens on the way."""
@@ -95,7 +105,8 @@ class WindowTrainer(Trainer):  # type: ignore[misc]
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward of one window; returns its mean loss over all ranks' labelled tokens."""
         self.model.train()
-        batch = {key: value.to(self.args.device) for key, value in inputs.items() if key != "ids"}
+        device = self.args.device
+        batch = {key: value.to(device, non_blocking=True) for key, value in inputs.items() if key != "ids"}
         self._last_ids = inputs["ids"]
         loss = torch.zeros((), device=self.args.device)
         if batch:
@@ -202,9 +213,11 @@ class WindowTrainer(Trainer):  # type: ignore[misc]
         if "loss" in logs:
             if self.numbers.skipped:
                 logs = {**logs, "windows_skipped": len(self.numbers.skipped)}
-            tokens, seconds = self.tokens - self._read_at[0], self.seconds - self._read_at[1]
-            self._read_at = (self.tokens, self.seconds)
+            now = (self.tokens, self.seconds, self.waited)
+            tokens, seconds, waited = (new - old for new, old in zip(now, self._read_at, strict=True))
+            self._read_at = now
             logs = {**logs, "tokens_per_second": tokens / max(seconds, 1e-9)}
+            logs["input_wait"] = waited / max(seconds + waited, 1e-9)
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -241,8 +254,7 @@ class WindowTrainer(Trainer):  # type: ignore[misc]
         if checkpoint is None:
             return
         folder = Path(checkpoint)
-        self.optimizer.load_state_dict(checkpoints.read(folder, checkpoints.OPTIMIZER))
-        self.lr_scheduler.load_state_dict(checkpoints.read(folder, checkpoints.SCHEDULER))
+        checkpoints.take_up(folder, self.optimizer, self.lr_scheduler, self.args.learning_rate)
         self._take_up_session(checkpoints.read(folder, checkpoints.SESSION))
 
     def _session(self) -> dict[str, Any]:
@@ -259,7 +271,7 @@ class WindowTrainer(Trainer):  # type: ignore[misc]
 
     def _take_up_session(self, session: dict[str, Any]) -> None:
         self.tokens, self.labelled, self.seconds = session["tokens"], session["labelled"], session["seconds"]
-        self._read_at = (self.tokens, self.seconds)
+        self._read_at = (self.tokens, self.seconds, self.waited)
         self.numbers.skipped, self.numbers.last = session.get("skipped", []), session.get("last_loss", 0.0)
         if session["asked_budget"] == self.recipe.asked:
             self.recipe.lower(session["budget"][0])  # what fitted then, if memory ran out
@@ -301,14 +313,7 @@ class WindowTrainer(Trainer):  # type: ignore[misc]
 
     def _set_aside_later(self, step: int) -> None:
         """Moves checkpoints of later steps out of the way: they belong to a past that is being left."""
-        if self.args.should_save:
-            for path in self.keeper.run.checkpoints():
-                if step_of(path) > step:
-                    aside = path.with_name(f"set-aside-{path.name}")
-                    files.remove(aside)
-                    files.rename(path, aside)
-                    log.info("%s belongs to a past that is left behind: kept as %s", path.name, aside.name)
-        ranks.wait()
+        ranks.first(partial(checkpoints.set_aside, self.keeper.run, step))
 
     def take_best(self) -> int | None:
         """Puts the best checkpoint's weights into the model; returns its step, None where the last ones stay."""
