@@ -10,13 +10,15 @@ from sft.config.schema.base import Section
 
 
 class SplitSection(Section):
-    """Shares of the rows, by a seeded hash of each row's content: appending rows moves none of the old ones."""
+    """Shares of the rows, by a seeded hash of what each row asks: appending rows moves none of the old ones."""
 
     train: float = Field(0.8, ge=0, le=1, description="Share for training.")
     val: float = Field(0.1, ge=0, le=1, description="Share for evaluation while training.")
     test: float = Field(0.1, ge=0, le=1, description="Share that is never trained on or selected by.")
     seed: int = Field(42, description="Another seed, another split.")
-    group_by: str | None = Field(None, description="Key of raw rows; rows with the same value stay in one split.")
+    group_by: str | None = Field(
+        None, description="Key of raw rows; rows with the same value stay in one split. Null: rows that ask the same."
+    )
 
     @model_validator(mode="after")
     def _sums_to_one(self) -> SplitSection:
