@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sft.chat.batch import BATCH, RunLedger
+from sft.chat.batch import BATCH, RunLedger, pieces
 from sft.chat.encode import Encoded, Encoder
 from sft.chat.length import IGNORED
 from sft.config.schema import Config
@@ -21,7 +21,7 @@ from sft.data import records, store
 from sft.data.ledger import SIZES
 from sft.data.near import Index
 from sft.data.quality import quantiles
-from sft.data.words import text_of
+from sft.data.words import WORD, text_of
 
 Row = dict[str, Any]
 Figures = dict[str, Any]
@@ -147,14 +147,14 @@ def _spread(counts: Counter[int]) -> Figures:
     return {"count": counts.total(), "total": sum(size * n for size, n in counts.items()), **named}
 
 
-def _again(encoder: Encoder, limit: int, rows: Sequence[Row], made: Sequence[Encoded]) -> dict[int, Encoded]:
-    """The rows that are over the limit, encoded under it, by their number."""
+def _again(encoder: Encoder, limit: int, rows: Sequence[Row], made: Sequence[Encoded]) -> dict[int, list[Encoded]]:
+    """The rows that are over the limit, encoded under it, by their number: one piece each, or several (split_turns)."""
     probe = _with_limit(encoder, limit)
     over = [at for at, one in enumerate(made) if max(len(one.input_ids), len(one.labels)) > limit]
-    found: dict[int, Encoded] = {}
+    found: dict[int, list[Encoded]] = {}
     for start in range(0, len(over), BATCH):
         part = over[start : start + BATCH]
-        found.update(zip(part, probe.encode_batch([rows[at] for at in part]), strict=True))
+        found.update(zip(part, pieces(probe, [rows[at] for at in part]), strict=True))
     return found
 
 
@@ -162,8 +162,11 @@ def _cut_at(
     encoder: Encoder, limit: int, rows: Sequence[Row], made: Sequence[Encoded], sizes: Sequence[int]
 ) -> Figures:
     again = _again(encoder, limit, rows, made)
-    dropped = [at for at, one in again.items() if one.dropped]
-    lost = sum(sizes[at] if one.dropped else one.truncated_tokens for at, one in again.items())
+    dropped = [at for at, parts in again.items() if all(part.dropped for part in parts)]
+    lost = sum(sizes[at] for at in dropped)
+    for at, parts in again.items():
+        if at not in dropped:
+            lost += sum(len(part.input_ids) if part.dropped else part.truncated_tokens for part in parts)
     return {
         "max_seq_len": limit,
         "rows_over": len(again),
@@ -179,7 +182,7 @@ def _fate(encoder: Encoder, rows: Sequence[Row], made: Sequence[Encoded]) -> Fig
     again = _again(encoder, encoder.max_seq_len, rows, made)
     ledger = RunLedger()
     for at, one in enumerate(made):
-        ledger.add(again.get(at, one))
+        ledger.add(*again.get(at, [one]))
     told = ledger.to_dict()
     dropped = {reason: ids[:EXAMPLES] for reason, ids in ledger.dropped.items()}
     kept = {name: value for name, value in told.items() if name != "dropped"}
@@ -191,13 +194,19 @@ def phrases(rows: Sequence[Row]) -> Figures:
     openings: Counter[str] = Counter()
     grams: Counter[tuple[str, ...]] = Counter()
     for row in rows:
-        words = records.reference(row).lower().split()
-        openings[" ".join(words[:OPENING])] += bool(words)
+        words = WORD.findall(records.reference(row).lower())
+        openings[_joined(words[:OPENING])] += bool(words)
         grams.update({tuple(words[at : at + GRAM]) for at in range(len(words) - GRAM + 1)})
     return {
         "openings": [[text, count] for text, count in openings.most_common(TOP) if count > 1],
-        "runs": [[" ".join(words), count] for words, count in grams.most_common(TOP) if count > 1],
+        "runs": [[_joined(words), count] for words, count in grams.most_common(TOP) if count > 1],
     }
+
+
+def _joined(words: Sequence[str]) -> str:
+    """Words as they are read: characters of scripts that put no space between them stand together."""
+    alone = all(len(word) == 1 and not word.isascii() for word in words)
+    return ("" if alone else " ").join(words)
 
 
 def duplicates(rows: Sequence[Row], threshold: float, ledger: Figures) -> Figures:

@@ -37,11 +37,8 @@ def findings(found: Figures) -> list[Html]:
         told += _token_findings(found["tokens"])
     if balance := ledger.get("balance"):
         told.append(finding("Balance", balance, "bad" if "uneven" in balance else "even"))
-    leaks = {name: sum(kinds.values()) for name, kinds in ledger.get("leaks", {}).items()}
-    if leaks:
-        said = ", ".join(f"{count:,} of {name}" for name, count in sorted(leaks.items()))
-        words = f"rows that training gives away: {said}"
-        told.append(finding("Leaks", words, "bad" if any(leaks.values()) else "good"))
+    if ledger.get("leaks"):
+        told.append(_leaks(ledger["leaks"]))
     if "fault_share" in ledger:
         named, read = ledger["rows_named"], ledger["rows_read"]
         words = (
@@ -49,6 +46,17 @@ def findings(found: Figures) -> list[Html]:
         )
         told.append(finding("Account", words, "even" if ledger.get("accepted", True) else "bad"))
     return [*told, *(text(one) for one in ledger.get("said", []))]
+
+
+def _leaks(leaks: Figures) -> Html:
+    """Rows of val and test that training gives away, by kind; a kind that was not looked for is said to be so."""
+    found = {f"{split} ({kind})": count for split, kinds in sorted(leaks.items()) for kind, count in kinds.items()}
+    hit = [f"{count:,} of {name}" for name, count in found.items() if count]
+    unseen = sorted({kind for kinds in leaks.values() for kind, count in kinds.items() if count is None})
+    words = "rows that training gives away: " + (", ".join(hit) or "none")
+    if unseen:
+        words += f"; not looked for: {', '.join(unseen)} (data.near_duplicates: report)"
+    return finding("Leaks", words, "bad" if hit else "even" if unseen else "good")
 
 
 def _token_findings(tokens: Figures) -> list[Html]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from typing import Any
@@ -28,12 +29,14 @@ def _draw(fill: Callable[[Any], None], name: str, *, high: float = HIGH) -> Html
     from matplotlib.figure import Figure
 
     look: Any = {
-        "svg.fonttype": "none", "svg.hashsalt": "sft", "font.size": 9, "text.color": _INK, "axes.labelcolor": _SOFT,
+        "svg.fonttype": "none", "svg.hashsalt": "sft", "text.parse_math": False, "font.size": 9, "text.color": _INK,
+        "axes.labelcolor": _SOFT,
         "xtick.color": _SOFT, "ytick.color": _SOFT, "axes.edgecolor": _LINE, "grid.color": _LINE,
         "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
         "legend.frameon": False, "axes.formatter.useoffset": False, "axes.formatter.limits": (-3, 6),
     }  # fmt: skip
-    with mpl.rc_context(look):
+    with mpl.rc_context(look), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # the browser has letters that the drawing's own font lacks
         figure = Figure(figsize=(WIDE, high), layout="constrained")
         fill(figure.subplots())
         out = io.StringIO()
