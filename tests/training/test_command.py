@@ -97,8 +97,18 @@ def test_other_settings_are_refused_showing_both_and_some_can_be_accepted(root: 
         project.run(root, "train.bf16=true", allow=("precision",))
     with pytest.raises(RunError, match="mode: was lora, is full"):
         project.run(root, "tuning.mode=full")
-    summary = project.run(root, "train.learning_rate=1e-3", allow=("learning_rate",))
-    assert (summary["run"], summary["steps"]) == ("t", 6)
+    with pytest.raises(RunError, match="effective_batch: was 8, is 4") as caught:
+        project.run(root, "train.effective_batch=4", "train.seed=7", "data.template_path=chatml")
+    assert "seed: was 42, is 7" in str(caught.value) and "template: was " in str(caught.value)
+    rows = root / "data/processed/train.jsonl"
+    before = rows.read_text()
+    rows.write_text(before + '{"user": "one more?", "assistant": "yes"}\n')
+    with pytest.raises(RunError, match=r"data: was .*train\.jsonl"):
+        project.run(root)
+    rows.write_text(before)
+    (root / "outputs/t").rename(root / "outputs/u")
+    summary = project.run(root, "train.learning_rate=1e-3", "train.output_dir=outputs/u", allow=("learning_rate",))
+    assert (summary["run"], summary["steps"]) == ("u", 6) and (root / "adapters/u").is_dir()
 
 
 def test_full_mode_leaves_a_whole_model_that_loads(root: Path, tiny_qwen2: Path) -> None:
@@ -132,9 +142,7 @@ def test_the_best_metric_may_be_any_that_is_measured_and_the_end_may_merge(root:
         project.run(root, "train.metric_for_best_model=rougeL", "eval.train_sample=0")
 
 
-def test_a_checkpoint_whose_answers_do_not_stop_is_never_the_best(
-    root: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_checkpoint_whose_answers_do_not_stop_is_never_the_best(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(ConfigError, match=r"min_stop_rate is 0.9, but eval\.train_sample is 0"):
         project.run(root, "train.min_stop_rate=0.9", "eval.train_sample=0")
     logging.getLogger("sft").propagate = True

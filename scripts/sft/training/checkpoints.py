@@ -18,7 +18,7 @@ import torch
 
 from sft import files
 from sft.errors import EnvironmentProblem, RunError
-from sft.runs import Run
+from sft.runs import Run, step_of
 from sft.training import weights
 
 log = logging.getLogger("sft.training")
@@ -124,6 +124,16 @@ def take_up(checkpoint: Path, optimizer: Any, scheduler: Any, learning_rate: flo
     for group, rate, decay in zip(optimizer.param_groups, now, decays, strict=True):
         group.update(lr=rate, initial_lr=learning_rate, weight_decay=decay)
     scheduler._last_lr = now
+
+
+def set_aside(run: Run, step: int) -> None:
+    """Gives checkpoints of later steps another name: they belong to a past that is being left."""
+    for path in run.checkpoints():
+        if step_of(path) > step:
+            aside = path.with_name(f"set-aside-{path.name}")
+            files.remove(aside)
+            files.rename(path, aside)
+            log.info("%s belongs to a past that is left behind: kept as %s", path.name, aside.name)
 
 
 def _rotate(keeper: Keeper, step: int, best_step: int | None) -> None:
