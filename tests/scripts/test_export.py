@@ -57,6 +57,11 @@ def test_an_ollama_folder_is_made_and_would_go_to_the_hub(project, command):
     would = json.loads(sent.stdout)
     assert would["files"] == {name: (out / name).stat().st_size for name in report["files"]}
     assert (would["address"], would["private"]) == (None, True)
+    nobody = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN}
+    refused = command("push", "--repo", "lab/first", SFT_ROOT=str(project), **nobody)
+    assert refused.returncode == 2
+    assert "the hub refused, or does not answer" in refused.stderr
+    assert TOKEN not in refused.stderr + refused.stdout
     (out / "README.md").write_text(f"my token is {TOKEN}\n")
     leaky = command("push", "--repo", "lab/first", "--dry-run", SFT_ROOT=str(project), HF_TOKEN=TOKEN)
     assert leaky.returncode == 2

@@ -6,7 +6,6 @@ sample are kept. Sums are float32 in both, so that what differs is what the merg
 
 from __future__ import annotations
 
-import gc
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,8 +84,7 @@ def logits(
     model = disk_model.open_model(files, settings, trust_remote_code=config.model.trust_remote_code, adapter=adapter)
     with torch.no_grad():
         found: torch.Tensor = model(**sample.batch(files.config)).logits
-    del model
-    gc.collect()
+
     return [found[index, :length] for index, length in enumerate(sample.lengths)]
 
 

@@ -48,6 +48,7 @@ def push(folder: Path, repo: str, root: Path, *, private: bool, dry_run: bool) -
             if offline()
             else "export HF_TOKEN=..., or hf auth login; it needs the right to write",
         )
+    import httpx
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -57,10 +58,12 @@ def push(folder: Path, repo: str, root: Path, *, private: bool, dry_run: bool) -
         hub.upload_folder(
             repo_id=repo, folder_path=folder, allow_patterns=list(listed), commit_message="sft-play export"
         )
-    except (HfHubHTTPError, OSError) as error:
+    except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError) as error:
         said = credentials.redact(" ".join(str(error).split())[:300])
         raise ModelError(
-            f"the hub refused: {said}", where=repo, mend="has the token the right to write there? then push again"
+            f"the hub refused, or does not answer: {said}",
+            where=repo,
+            mend="has the token the right to write there, does the network reach the hub? then push again",
         ) from None
     return Push(repo, private, listed, False, f"{hub.endpoint}/{repo}")
 
