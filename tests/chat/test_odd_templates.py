@@ -36,7 +36,8 @@ WANTS_TOOLS = (
 )
 NINE_LETTERS = (
     "{% for m in messages %}<|{{ m.role }}|>{{ '' + (m.content or '') }}{% for c in m.tool_calls or [] %}"
-    "{% if c.id | length != 9 %}{{ raise_exception('ids of nine') }}{% endif %}<|call|>{{ c.function.name }}{{ c.id }}{% endfor %}"
+    "{% if c.id | length != 9 %}{{ raise_exception('ids of nine') }}{% endif %}<|call|>{{ c.function.name }}"
+    "{{ c.id }}{% endfor %}"
     "{% if m.role == 'tool' %}{{ m.tool_call_id }}{% endif %}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )

@@ -73,12 +73,16 @@ class Endings:
 
     def _checked(self, end: str | None, after: str, usual: str) -> str | None:
         """The end of a turn that calls a tool. The call may be written otherwise where it is the last word, so that
-        the comparison stops inside it: then the one usual end in what follows is taken.
+        the comparison stops inside it: then the one usual end in what follows is taken, if no other turn lies between.
         """
         controls = self.vocabulary.found(end or "")
         if end is not None and not (self.vocabulary.holds_control(usual) and not end.endswith(tuple(controls) or "\0")):
             return end
-        return after[: after.index(usual) + len(usual)] if usual.strip() and after.count(usual) == 1 else None
+        usual = usual.strip()
+        if not usual or after.count(usual) != 1:
+            return None
+        until = after[: after.index(usual)]
+        return None if self.vocabulary.turns_in(until) else until + usual
 
     def _unasked(self, after: str) -> str:
         """What follows a last turn, without the prompt that some templates write there unasked."""

@@ -141,8 +141,9 @@ class Spans:
             raise Apart(k)
         header = self.turn.prompt
         limit = close if words is None else words
-        if header.strip() and seen.text.startswith(header, start) and start + len(header) <= limit:
-            start, exact = start + len(header), False  # a header is never the model's to write
+        at = seen.text.rfind(header, max(0, start - len(header)), start + len(header)) if header.strip() else -1
+        if at >= 0 and start < at + len(header) <= limit:
+            start, exact = at + len(header), False  # a header is never the model's to write, nor a part of it
         lacks = missing(self.turn, seen.text[close:end], messages[k], on=on)
         return Region(k, self._learnt_from(start, close, k, seen), end, lacks, asked=start), exact
 

@@ -31,6 +31,7 @@ class Vocabulary:
         named = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token)
         self.bos, self.unknown = str(tokenizer.bos_token or ""), str(tokenizer.unk_token or "")
         self._named = {str(text) for text in named if text}
+        self.turning: set[int] = set()
         self.opener = ""  # the control token that opens turns, once it is known
         self._any = _pattern(text for text in self.ids if text.strip())
         self._patterns: dict[bool, re.Pattern[str] | None] = {}
@@ -54,6 +55,10 @@ class Vocabulary:
     def found(self, text: str) -> list[str]:
         """The added tokens in a text, in order."""
         return self._any.findall(text) if self._any else []
+
+    def turns_in(self, text: str) -> bool:
+        """Whether a token that opens or closes turns stands in a text."""
+        return any(token == self.opener or self.ids[token] in self.turning for token in self.found(text))
 
     def holds_control(self, text: str) -> bool:
         return bool(self._any and self._any.search(text))
