@@ -66,7 +66,11 @@ def short(user: str, assistant: str, system: str = "") -> dict[str, str]:
         ({"instruction": "i", "output": "o"}, "alpaca", short("i", "o")),
         ({"instruction": "i", "input": " \n", "output": "o"}, "alpaca", short("i", "o")),
         ({"instruction": "i", "input": "x", "output": "o"}, "alpaca", short("i\n\nx", "o")),
-        ({"instruction": "i", "context": "x", "response": "o", "category": "c"}, "alpaca", short("i\n\nx", "o")),
+        (
+            {"instruction": "i", "context": "x", "response": "o", "category": "c"},
+            "alpaca",
+            {**short("i\n\nx", "o"), "category": "c"},
+        ),
         (
             {"conversations": [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]},
             "sharegpt",

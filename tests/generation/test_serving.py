@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -134,6 +136,19 @@ def test_a_four_bit_run_is_served_in_four_bits_on_its_base(tmp_path: Path, tiny_
     served = serving.open_model(target.config, adapter=target.adapter, root=root)
     assert served.model.get_base_model().is_loaded_in_4bit
     assert all(answer is not None and answer.ids for answer in serving.answer_all(served, rows_of(root), target.config))
+
+
+def test_a_chat_loads_in_four_bits_where_memory_is_short(
+    project: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    target, card = chosen(project), serving.hardware.probe()
+    monkeypatch.setattr(serving.hardware, "probe", lambda: dataclasses.replace(card, free_bytes=100_000))
+    caplog.set_level("WARNING", logger="sft")
+    logging.getLogger("sft").propagate = True
+    served = serving.open_model(target.config, adapter=target.adapter, root=project, squeeze=True)
+    assert served.model.get_base_model().is_loaded_in_4bit and "it is loaded in 4 bits" in caplog.text
+    assert list(served.stream([{"role": "user", "content": "What is 2 + 2?"}], target.config.generation))
+    assert list(served.stream_base([{"role": "user", "content": "What is 2 + 2?"}], target.config.generation))
 
 
 def test_settings_come_from_the_run_the_config_and_set_in_that_order(project: Path, tmp_path: Path) -> None:

@@ -119,3 +119,15 @@ def test_a_predictions_file_is_read_with_the_line_of_every_fault(tmp_path: Path)
         with pytest.raises(DataError, match=said) as error:
             predictions.read(path)
         assert error.value.where == f"{path}:2"
+
+
+def test_a_file_is_scored_by_tag_too(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    path.write_text(
+        '{"prediction": "a", "reference": ["b", "a"], "category": "x"}\n'
+        '{"prediction": "b", "reference": "c", "tag": "x"}\n'
+        '{"prediction": "c", "reference": "c", "tags": ["y"]}\n'
+    )
+    found = predictions.score_file(path, ["exact_match", "bleu"], strict=True)
+    assert (found.rows, found.metrics["exact_match"]) == (3, pytest.approx(2 / 3))
+    assert found.by_tag == {"x": {"rows": 2, "exact_match": 0.5}, "y": {"rows": 1, "exact_match": 1.0}}

@@ -9,7 +9,7 @@ from sft.data.formats import Formats
 from sft.data.raw import Raw
 from sft.data.row_readers import Parsed
 
-KEPT = ("tags", "tag", "weight", "references")
+KEPT = ("tags", "tag", "category", "weight", "references")
 
 
 def formats(data: DataSection) -> Formats:

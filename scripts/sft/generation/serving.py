@@ -134,7 +134,8 @@ def open_model(
     quantise = merged is None and config.tuning.mode == "qlora"
     if squeeze and not quantise and 2.4 * files.parameters > card.free_bytes:
         log.warning("%s does not fit into the free memory in 16 bits: it is loaded in 4 bits", files.name)
-        quantise = True
+        four_bits = config.tuning.model_copy(update={"mode": "qlora"})
+        quantise, config = True, config.model_copy(update={"tuning": four_bits})
     dtype = weight_dtype(config, card, device, files.parameters)
     wanted = attention.implementation(device, files.config) or attention.fallback(files.config)
     model: Any = loading.load_base(
