@@ -25,7 +25,7 @@ Row = dict[str, Any]
 
 
 def alpaca(path: Path, tokenizer: Path, *, longest: int, vocabulary: int | None = None, most: int = 4000) -> list[Row]:
-    """Rows of an Alpaca file, `most` of them drawn with one seed: prompt masked, answer labelled, cut at `longest`.
+    """Rows of an Alpaca file in ChatML, `most` of them drawn with one seed: the answer is labelled; cut at `longest`.
 
     vocabulary: token numbers are folded into it (a small model's). Rows without an answer are left out.
     """
@@ -35,8 +35,9 @@ def alpaca(path: Path, tokenizer: Path, *, longest: int, vocabulary: int | None 
     read = json.loads(path.read_text(encoding="utf-8"))
     drawn = random.Random(0).sample(read, min(most, len(read)))
     for index, row in enumerate(drawn):
-        prompt = tok.encode(f"{row['instruction']}\n{row.get('input', '')}\n").ids
-        answer = tok.encode(row["output"]).ids
+        asked = f"{row['instruction']}\n{row['input']}" if row.get("input") else row["instruction"]
+        prompt = tok.encode(f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n").ids
+        answer = tok.encode(f"{row['output']}<|im_end|>").ids
         ids = [token % vocabulary if vocabulary else token for token in prompt + answer][:longest]
         if len(ids) > len(prompt):
             labels = [-100] * len(prompt) + ids[len(prompt) :]
@@ -61,17 +62,18 @@ def share(rows: list[Row]) -> float:
 
 
 def with_share(rows: list[Row], wanted: float, count: int, *, seed: int = 0) -> list[Row]:
-    """`count` of the rows whose labelled share, taken together, is near `wanted`: those whose own share is near it."""
-    near = sorted(rows, key=lambda row: abs(share([row]) - wanted))[: max(count, len(rows) // 5)]
-    random.Random(seed).shuffle(near)
-    chosen, rest = near[:count], near[count:]
-    for _ in range(200):  # exchange the row that is furthest off for one that pulls the other way
-        off = share(chosen) - wanted
-        if abs(off) < 0.01 or not rest:
+    """`count` rows drawn at random, then exchanged one by one for others until `wanted` of their tokens is labelled."""
+    draw, rows = random.Random(seed), list(rows)
+    draw.shuffle(rows)
+    chosen, rest = rows[:count], rows[count:]
+    for _ in range(20_000 if rest else 0):
+        off = abs(share(chosen) - wanted)
+        if off < 0.005:
             break
-        worst = max(chosen, key=lambda row: (share([row]) - wanted) * (1 if off > 0 else -1) * len(row["input_ids"]))
-        chosen.remove(worst)
-        chosen.append(rest.pop())
+        ours, theirs = draw.randrange(len(chosen)), draw.randrange(len(rest))
+        chosen[ours], rest[theirs] = rest[theirs], chosen[ours]
+        if abs(share(chosen) - wanted) >= off:
+            chosen[ours], rest[theirs] = rest[theirs], chosen[ours]
     return chosen
 
 

@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="an Alpaca JSON file; default: ../shared, else made rows")
     parser.add_argument("--tokenizer", type=Path, help="its tokenizer.json")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--rows", type=int, default=48, help="of a set, 16 a step")
+    parser.add_argument("--rows", type=int, default=80, help="of a set, 16 a step")
     parser.add_argument(
         "--shares", type=float, nargs="+", default=list(TARGETS), help="labelled shares of the row sets"
     )
