@@ -28,6 +28,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "falcon": {**_OWN, "hidden_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4},
     "gpt2": {**_OWN, "n_embd": 256, "n_layer": 3, "n_head": 4, "n_positions": 1024},
     "gpt_neox": _BASE,
+    "bloom": {**_OWN, "hidden_size": 256, "n_layer": 3, "n_head": 4},
+    "granite": _GROUPED,
     "olmo": _GROUPED,
     "olmo2": _GROUPED,
     "opt": {**_BASE, "ffn_dim": 512, "word_embed_proj_dim": 256},

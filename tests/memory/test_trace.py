@@ -89,6 +89,8 @@ CASES = [
         ("qwen3", "full", False),
         ("opt", "lora", False),
         ("cohere", "lora", False),
+        ("bloom", "qlora", False),
+        ("granite", "qlora", False),
     )
 ]
 

@@ -118,6 +118,8 @@ class _Drawn:
         )
         base: Any = unwrap(self.model)
         self.kind: Any = "seq2seq" if getattr(base.config, "is_encoder_decoder", False) else "causal"
+        # rows of one length need no mask: transformers sees that of real tensors on the CPU, not of fake ones
+        self.maskless = device == "cpu" and getattr(base.config, "_attn_implementation", "eager") != "eager"
         self.fakes = FakeTensorMode()
         vocabulary = int(base.config.get_text_config().vocab_size)
         live = Live(rounding=ROUNDING[device], vocabulary=vocabulary, fake=True)
@@ -129,6 +131,8 @@ class _Drawn:
         """The windows of `act` on a micro-batch of the shapes of `real`."""
         with self._faking(self.passes.live):
             inputs = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in real.inputs.items()}
+            if self.maskless:
+                inputs.pop("attention_mask", None)
             targets = torch.empty(real.targets.shape, dtype=torch.long)
             micro = MicroBatch(inputs, targets, real.rows, real.computed, real.labelled, real.seq2seq)
             return act(self.passes, micro)

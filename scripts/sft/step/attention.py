@@ -57,9 +57,9 @@ def serves(config: Any) -> bool:
 
 
 def fallback(config: Any) -> str:
-    """What to load a model with where `implementation` says None: `eager` for caps and sinks, else `sdpa`."""
+    """What to load a model with where `implementation` says None: `sdpa`; `eager` for caps, sinks, and BLOOM's like."""
     config = _as_config(config)
-    return "eager" if config is not None and _special(config) else "sdpa"
+    return "sdpa" if config is None or (not _special(config) and _has_sdpa(config)) else "eager"
 
 
 def keeps_rows_apart(model: nn.Module) -> bool:
@@ -199,6 +199,14 @@ def _special(config: Any) -> bool:
     text = config.get_text_config()
     capped = getattr(text, "attn_logit_softcapping", None) or getattr(text, "attn_soft_cap", None)
     return bool(capped) or text.model_type.startswith("gpt_oss")
+
+
+def _has_sdpa(config: Any) -> bool:
+    from transformers.models.auto import modeling_auto as auto
+
+    kinds = (auto.MODEL_FOR_CAUSAL_LM_MAPPING, auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING)
+    family = next((kind[type(config)] for kind in kinds if type(config) in kind), None)
+    return family is None or bool(getattr(family, "_supports_sdpa", False))
 
 
 def _takes_interface(config: Any) -> bool:
