@@ -159,7 +159,7 @@ def repetition(found: Figures) -> list[Html]:
     words = (
         f"{found['duplicates']['exact_dropped']:,} exact duplicates were left out. Nearly the same (Jaccard similarity "
         f"of five-word runs from {near['threshold']:g}): {near['pairs']:,} pairs, {near['rows_in_clusters']:,} rows, "
-        f"among {near['of']:,} rows" + (" drawn." if near["from"] == "sample" else ", as processing found.")
+        f"among {near['of']:,} rows" + (", as processing found." if near["from"] == "ledger" else ".")
     )
     made = [text(words)]
     if near.get("shown"):

@@ -69,6 +69,7 @@ def _colours(amount: int) -> list[str]:
 def histogram(values: Values, label: str, name: str, *, marks: Values = (), log: bool = False, bins: int = 40) -> Html:
     """How often each size comes. marks: upright lines, such as limits."""
     import numpy as np
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     def fill(axes: Any) -> None:
         low, high = max(min(values), 1 if log else min(values)), max(values)
@@ -77,7 +78,9 @@ def histogram(values: Values, label: str, name: str, *, marks: Values = (), log:
         axes.hist(np.clip(values, low, None), bins=edges, color=SERIES["two"])
         if log:
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+            axes.xaxis.set_minor_formatter(NullFormatter())
         for mark in (mark for mark in marks if low <= mark <= high):
             axes.axvline(mark, color=_BAD, linewidth=1, linestyle="--")
             axes.text(mark, 1, f"{mark:,.0f}", color=_BAD, rotation=90, va="top", ha="right", fontsize=7,
