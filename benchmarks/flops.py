@@ -22,8 +22,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 MODES = [(frozen, again, apart) for frozen in (True, False) for again in (False, True) for apart in (True, False)]
 
 
-def measure(rows: list[dict[str, Any]], shapes: dict[str, Any], *, tokens: int) -> list[dict[str, Any]]:
-    """One step of 16 rows in each mode: operations counted and by the formula, for each computed token."""
+def measure(
+    rows: list[dict[str, Any]], shapes: dict[str, Any], *, tokens: int, modes: list[tuple[bool, bool, bool]] = MODES
+) -> list[dict[str, Any]]:
+    """One step of these rows in each mode (frozen base, checkpointing, packed): operations a computed token."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -34,7 +36,7 @@ def measure(rows: list[dict[str, Any]], shapes: dict[str, Any], *, tokens: int) 
 
     attention.register()
     batch, found = Collator("causal")([dict(row) for row in rows]), []
-    for frozen, again, apart in MODES:
+    for frozen, again, apart in modes:
         torch.manual_seed(0)
         model: Any = Qwen2ForCausalLM(Qwen2Config(**shapes, attn_implementation=attention.NAME if apart else "sdpa"))
         if again:
