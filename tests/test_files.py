@@ -1,0 +1,61 @@
+"""Folders change at once, also where the file system cannot exchange two names."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from sft import files
+from sft.errors import EnvironmentProblem
+from sft.files import door
+
+
+class NoSwap(door.Disk):
+    """A file system without RENAME_EXCHANGE, which may refuse the nth rename too."""
+
+    def __init__(self, refused: int = 0) -> None:
+        self.refused, self.renames = refused, 0
+
+    def swap(self, one: Path, other: Path) -> None:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), str(one))
+
+    def rename(self, path: Path, target: Path) -> None:
+        self.renames += 1
+        if self.renames == self.refused:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        super().rename(path, target)
+
+
+def change(target: Path, text: str) -> None:
+    with files.atomic_folder(target) as staged:
+        files.put(staged / "file", text)
+
+
+@pytest.mark.parametrize("disk", [door.Disk(), NoSwap()], ids=["swapped", "renamed twice"])
+def test_a_folder_takes_the_place_of_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disk: door.Disk) -> None:
+    monkeypatch.setattr(door, "disk", disk)
+    for text in ("old", "new"):
+        change(tmp_path / "folder", text)
+        assert (tmp_path / "folder/file").read_text() == text
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+@pytest.mark.parametrize("refused", [1, 2])
+def test_the_old_folder_is_there_when_the_new_one_is_refused_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: int
+) -> None:
+    change(tmp_path / "folder", "old")
+    monkeypatch.setattr(door, "disk", NoSwap(refused))
+    with pytest.raises(EnvironmentProblem, match="folder could not be written"):
+        change(tmp_path / "folder", "new")
+    assert (tmp_path / "folder/file").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_an_error_of_the_caller_is_left_as_it_is(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="mine"), files.atomic_folder(tmp_path / "folder"):
+        raise ValueError("mine")
+    assert list(tmp_path.iterdir()) == []
