@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from types import GeneratorType
 from typing import Any
 
 import jinja2
@@ -52,7 +53,8 @@ class Purse:
     def spend(self, size: int) -> None:
         self.text -= size
         if size > MOST_OUTPUT or self.text < 0:
-            raise OutOfBounds(f"the template makes more than {min(size, MOST_OUTPUT):,} characters of text")
+            most = MOST_OUTPUT if size > MOST_OUTPUT else MOST_TEXT
+            raise OutOfBounds(f"the template makes more than {most:,} characters of text")
 
 
 class _Generator(CodeGenerator):
@@ -167,6 +169,13 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         elif isinstance(made, list):
             self.purse.spend(8 * len(made))
 
+    def _paid_items(self, made: Iterator[Any]) -> Iterator[Any]:
+        """What `batch`, `map` and their like yield, each item paid for with the bytes that it takes at least."""
+        for item in made:
+            self.purse.tick()
+            self.purse.spend(64)
+            yield item
+
     def _paid(self, name: str, owner: str | bytes, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Pays for a text method before it runs; a generator given to `join` is taken as a list."""
         if name in _GROWING_METHODS:
@@ -203,7 +212,7 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
                 args = (*args[:skipped], parts, *given[1:])
             result = made(*args, **kwargs)
             self._pay_result(result)
-            return result
+            return self._paid_items(result) if isinstance(result, GeneratorType) else result
 
         return watched
 
