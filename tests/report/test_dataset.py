@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import report_data
-from sft.report import dataset
+from sft.report import dataset, dataset_page
 
 
 def row(question: str, answer: str) -> str:
@@ -73,6 +73,10 @@ def test_a_cut_row_loses_its_prompt_and_a_draw_is_said(
     assert (tmp_path / "here.html").is_file()
     said = capsys.readouterr()
     assert "drawn from 31" in said.out + said.err
+    found["ledger"]["leaks"] = {"val": {"exact": 2, "near": None}, "test": {"exact": 0, "near": None}}
+    found["tokens"] = None
+    page = dataset_page.page(found, "Leaks")
+    assert "2 of val (exact); not looked for: near" in page and "of test" not in page
     none = report(project, "model.name=nobody/nothing-here")
     assert none["tokens"] is None and "no tokenizer" in capsys.readouterr().err
 
