@@ -1,0 +1,37 @@
+"""What a report reads of a run: its curves from either book, its summary without paths, names fit to be shown."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from sft import runs
+from sft.report import record
+
+
+def test_curves_come_from_the_log_and_else_from_tensorboards_events(tmp_path: Path) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    run = runs.at(tmp_path / "outputs" / "r", tmp_path)
+    assert record.curves(run) == {}
+    with SummaryWriter(str(run.tb_dir)) as board:
+        for step in (1, 2):
+            board.add_scalar("train/loss", 1 / step, step)
+        board.add_text("eval/samples", "an answer", 2)
+    assert record.curves(run) == {"train/loss": [(1, 1.0), (2, 0.5)]}
+    run.folder.mkdir(parents=True)
+    lines = [{"step": 1, "train/loss": 3.0}, {"step": 2, "eval/loss": 2.5, "eval/samples": "text"}]
+    torn = '{"step": 3, "train/lo'
+    (run.folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + torn)
+    assert record.curves(run) == {"train/loss": [(1, 3.0)], "eval/loss": [(2, 2.5)]}
+
+
+def test_a_summary_and_a_models_name_show_no_path_of_this_machine(tmp_path: Path) -> None:
+    run = runs.at(tmp_path / "outputs" / "r", tmp_path)
+    assert record.summary(run) == {}
+    run.folder.mkdir(parents=True)
+    runs.finish(run, {"steps": 3, "output": str(tmp_path)})
+    assert record.summary(run) == {"steps": 3}
+    assert record.model_name("Qwen/Qwen2.5-3B-Instruct") == "Qwen/Qwen2.5-3B-Instruct"
+    assert record.model_name("/home/someone/models/mine") == "mine" == record.model_name("models/mine")
+    assert not record.is_folder("Qwen/Qwen2.5-3B-Instruct") and record.is_folder("models/demo")
