@@ -1,6 +1,7 @@
 """Run by an interpreter that has llama_cpp: {"model", "prompts", "texts", "tokens"} on stdin, what it makes on stdout.
 
-For each prompt its ids and the greedy answer (up to `tokens` tokens or an end token); for each text its ids.
+For each prompt its ids and the greedy answer (up to `tokens` tokens or an end token); for each text its ids. The cache
+is float32 (type 0), so that only the weights are of the file's type.
 """
 
 import json
@@ -9,7 +10,7 @@ import sys
 import llama_cpp
 
 asked = json.load(sys.stdin)
-model = llama_cpp.Llama(asked["model"], n_ctx=1024, n_threads=2, verbose=False, seed=0)
+model = llama_cpp.Llama(asked["model"], n_ctx=1024, n_threads=2, verbose=False, type_k=0, type_v=0)
 
 
 def ids(text):

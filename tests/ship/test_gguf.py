@@ -205,11 +205,11 @@ def test_llama_cpp_gives_the_tuned_demo_s_text_for_20_prompts_in_f16(llama, tmp_
     raw = ROOT / "data" / "samples" / "support_desk.jsonl"
     for step in (
         ("process_data", *config, "--raw_path", raw),
-        ("train", *config, "--set", "train.max_steps=60"),
+        ("train", *config, "--set", "train.max_steps=240"),
         ("export", *config, "--format", "gguf"),
         ("merge_lora", *config),
     ):
-        done = command(*step, timeout=1200, **root)
+        done = command(*step, timeout=1500, **root)
         assert done.returncode == 0, done.stderr
     folder = tmp_path / "outputs" / "merged_fp16"
     tokenizer = load_tokenizer(folder)

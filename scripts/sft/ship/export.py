@@ -17,7 +17,7 @@ from typing import Any
 from sft import files as disk
 from sft.chat.encode import Encoder, encoder_for
 from sft.config.schema import Config, ModelSection
-from sft.errors import EnvironmentProblem, ModelError, RunError
+from sft.errors import ModelError, RunError
 from sft.generation.system_text import expected
 from sft.generation.targets import Target
 from sft.model import hub
@@ -33,6 +33,7 @@ from sft.ship import (
     merge,
     modelfile,
     parity,
+    place,
     routes,
     sample,
     trial,
@@ -77,7 +78,7 @@ def export(target: Target, form: str, kind: str, out: Path, root: Path, progress
         raise ModelError("safetensors are not written as q8_0", where="--type", mend="TYPE=f16, bf16 or f32")
     out = out.absolute()
     _refuse_target(out)
-    merge.sweep(out)
+    disk.sweep(out.parent, out.name)
     with disk.atomic_folder(out) as staged:
         folder = _weights(target, form, _MERGED_AS[kind], staged, root, progress)
         files = hub.find(ModelSection(name=str(folder), type=target.config.model.type), root)
@@ -142,13 +143,7 @@ def _gguf(
     import gguf
 
     gguf_layout.architecture(files.config, files.name)
-    need, free = int(files.parameters * gguf_file.BYTES[kind]) + (64 << 20), shutil.disk_usage(staged).free
-    if need > free:
-        raise EnvironmentProblem(
-            f"the GGUF file needs {need / 2**30:.1f} GiB, {free / 2**30:.1f} are free",
-            where=str(staged.parent),
-            mend="make room there, or --type q8_0, or --out on another disk",
-        )
+    place.need(staged, int(files.parameters * gguf_file.BYTES[kind]), "the GGUF file")
     vocabulary = _vocabulary(files, trainer)
     name = f"{target.name}-{kind}.gguf"
     source = (files.path / "chat_template.jinja").read_text(encoding="utf-8")

@@ -8,21 +8,18 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from sft import files as disk
 from sft import runs
 from sft.config.schema import Config, ModelSection
-from sft.errors import EnvironmentProblem, ModelError, RunError
+from sft.errors import ModelError, RunError
 from sft.model import bases, hub
 from sft.model.files import INDEX, ModelFiles, read_config, tensors
-from sft.ship import agreement, changes, outfit, sample
+from sft.ship import agreement, changes, outfit, place, sample
 from sft.ship import tensors as streams
 from sft.ship.changes import HEAD
 
@@ -81,13 +78,13 @@ def merge(
     files = hub.find(section, root)
     _refuse_wrong(files, adapter, record)
     _refuse_target(out, adapter, files)
+    disk.sweep(out.parent, out.name)
     shapes = {name: entry["shape"] for path in files.weights for name, entry in tensors(path).items()}
     tied = bool(files.config.get("tie_word_embeddings", True)) and HEAD not in shapes
     read = changes.read_changes(adapter, record["config"])
     follows = tied and record["config"].get("ensure_weight_tying") is True
     placed = changes.place(read, set(shapes), tied=tied, follows=follows)
-    _room(out, files, dtype)
-    sweep(out)
+    place.need(out, files.parameters * streams.BYTES[dtype], "the merged model")
     log.info(f"merging {adapter.name} into {files.name} ({files.size} parameters) as {dtype}")
     with disk.atomic_folder(out) as staged:
         tally = streams.write(files.weights, staged, placed, dtype, on_progress)
@@ -107,7 +104,7 @@ def merge(
 def copy(source: Path, out: Path, dtype: str, config: Config, root: Path, on_progress: streams.Progress) -> Path:
     """Writes a full run's weights in `dtype` to `out`, with all that serving needs; returns `out`."""
     files = hub.find(config.model.model_copy(update={"name": str(source), "revision": None}), root)
-    _room(out, files, dtype)
+    place.need(out, files.parameters * streams.BYTES[dtype], "the merged model")
     with disk.atomic_folder(out) as staged:
         streams.write(files.weights, staged, {}, dtype, on_progress)
         index(files, staged)
@@ -182,12 +179,12 @@ def config_of(adapter: Path, record: dict[str, Any]) -> Config:
 def _refuse_whole_model(adapter: Path) -> None:
     if (adapter / bases.CONFIG).is_file():
         return
-    for place in (adapter / "model", adapter):
-        if (place / "config.json").is_file():
+    for whole in (adapter / "model", adapter):
+        if (whole / "config.json").is_file():
             raise ModelError(
-                f"{adapter.name} was trained in full mode: there is nothing to merge, its model is {place}",
-                where=str(place),
-                mend=f"use it as it is: --merged {place}",
+                f"{adapter.name} was trained in full mode: there is nothing to merge, its model is {whole}",
+                where=str(whole),
+                mend=f"use it as it is: --merged {whole}",
             )
 
 
@@ -209,28 +206,6 @@ def _refuse_target(out: Path, adapter: Path, files: ModelFiles) -> None:
     resolved = out.resolve()
     if taken or resolved in (adapter.resolve(), files.path.resolve()) or resolved in adapter.resolve().parents:
         raise RunError(f"{out} is in the way: it is no merged model", where=str(out), mend="name another folder: --out")
-
-
-def _room(out: Path, files: ModelFiles, dtype: str) -> None:
-    place = out.parent
-    while not place.exists():
-        place = place.parent
-    need, free = files.parameters * streams.BYTES[dtype] + 64 * 2**20, shutil.disk_usage(place).free
-    if need > free:
-        raise EnvironmentProblem(
-            f"the merged model needs {need / 2**30:.1f} GiB, {free / 2**30:.1f} are free",
-            where=str(place),
-            mend="make room there, or --dtype bf16 instead of fp32, or --out on another disk",
-        )
-
-
-def sweep(out: Path) -> None:
-    """Removes what a killed process left half beside `out`."""
-    for path in out.parent.glob(f".{out.name}.*.part"):
-        pid = path.name.split(".")[-2]
-        if pid.isdigit() and not psutil.pid_exists(int(pid)):
-            log.warning(f"{path.name} was left by a command that was killed: it is removed")
-            shutil.rmtree(path, ignore_errors=True)
 
 
 def _refuse_nothing(tally: streams.Tally, dtype: str) -> None:

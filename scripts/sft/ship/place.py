@@ -1,0 +1,22 @@
+"""Where a model is written to: is there room?"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from sft.errors import EnvironmentProblem
+
+
+def need(out: Path, size: int, what: str) -> None:
+    """Raises EnvironmentProblem unless the disk of `out` has `size` bytes free, and some to spare."""
+    place = out.parent
+    while not place.exists():
+        place = place.parent
+    wanted, free = size + (64 << 20), shutil.disk_usage(place).free
+    if wanted > free:
+        raise EnvironmentProblem(
+            f"{what} needs {wanted / 2**30:.1f} GiB, {free / 2**30:.1f} are free",
+            where=str(place),
+            mend="make room there, take a smaller type (fp16, bf16, q8_0), or --out on another disk",
+        )
