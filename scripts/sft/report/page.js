@@ -1,5 +1,6 @@
 "use strict";
-/* Tables of class "data": a button in each heading sorts, the fields above filter; every detail opens for printing. */
+/* Tables of class "data": a button in each heading sorts, the fields above filter; what is folded opens for printing,
+   but for the figures under a drawing. */
 for (const box of document.querySelectorAll("[data-table]")) {
   const body = box.querySelector("tbody"), rows = [...body.rows], heads = [...box.querySelectorAll("thead th")];
   const search = box.querySelector("input"), choices = [...box.querySelectorAll("select")], told = box.querySelector("output");
@@ -28,4 +29,7 @@ for (const box of document.querySelectorAll("[data-table]")) {
   choices.forEach(one => one.addEventListener("change", filter));
   filter();
 }
-addEventListener("beforeprint", () => document.querySelectorAll("details").forEach(one => { one.open = true; }));
+const closed = () => [...document.querySelectorAll("details:not([open])")].filter(one => !one.closest("figcaption"));
+let opened = [];
+addEventListener("beforeprint", () => { opened = closed(); opened.forEach(one => { one.open = true; }); });
+addEventListener("afterprint", () => opened.forEach(one => { one.open = false; }));
