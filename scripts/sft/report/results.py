@@ -28,7 +28,7 @@ def merged(
 ) -> dict[str, Any]:
     """The new contents of metrics.json: these sides, and the other one where `older` has it for this run and split.
 
-    `about` says of each side when, and on how many rows, it was measured; `by_tag` has each side's metrics for each tag.
+    `about` says of each side when, and on how many rows, it was measured; `by_tag` has its metrics for each tag.
     """
     same = older is not None and older.get("run") == run and older.get("split") == split
     kept: Mapping[str, Any] = older if same and older is not None else {}
