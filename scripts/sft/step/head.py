@@ -118,10 +118,9 @@ class _TiledCrossEntropy(torch.autograd.Function):
             for start in range(0, len(targets), tile):
                 part = slice(start, start + tile)
                 scores = functional.linear(hidden[part], matrix, offset).to(keep)
-                if not any(wanted):
-                    total += cross_entropy_sum(transform(scores), targets[part], smoothing)
-                    continue
                 total += tile_gradient_(scores, targets[part], transform, smoothing)
+                if not any(wanted):
+                    continue
                 slope = scores.to(dtype)
                 if grad_bias is not None:
                     grad_bias += scores.sum(0)
