@@ -34,6 +34,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "olmo2": _GROUPED,
     "opt": {**_BASE, "ffn_dim": 512, "word_embed_proj_dim": 256},
     "cohere": _GROUPED,
+    "stablelm": _GROUPED,
     "qwen2_moe": {
         **_GROUPED,
         "moe_intermediate_size": 128,

@@ -81,6 +81,7 @@ CASES = [
         ("gpt2", "lora", True),
         ("t5", "lora", True),
         ("gemma3_text", "full", True),
+        ("stablelm", "lora", True),
         ("olmo", "qlora", False),
         ("phi3", "full", False),
         ("gpt_neox", "lora", False),

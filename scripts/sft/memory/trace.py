@@ -118,9 +118,8 @@ class _Drawn:
         )
         base: Any = unwrap(self.model)
         self.kind: Any = "seq2seq" if getattr(base.config, "is_encoder_decoder", False) else "causal"
-        # rows of one length need no mask: transformers sees that of real tensors on the CPU, not of fake ones
-        self.maskless = device == "cpu" and getattr(base.config, "_attn_implementation", "eager") != "eager"
-        self.fakes = FakeTensorMode()
+        self.real_masks = device == "cpu"
+        self.fakes = FakeTensorMode(allow_non_fake_inputs=True)
         vocabulary = int(base.config.get_text_config().vocab_size)
         live = Live(rounding=ROUNDING[device], vocabulary=vocabulary, fake=True)
         with self._faking(live):
@@ -129,10 +128,12 @@ class _Drawn:
 
     def follow(self, real: MicroBatch, act: Callable[[Passes, MicroBatch], list[Window]]) -> list[Window]:
         """The windows of `act` on a micro-batch of the shapes of `real`."""
+        mask = real.inputs.get("attention_mask")
+        seen = None if mask is None or not self.real_masks else mask.bool()
         with self._faking(self.passes.live):
             inputs = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in real.inputs.items()}
-            if self.maskless:
-                inputs.pop("attention_mask", None)
+            if seen is not None:  # rows of one length need no mask: transformers sees that of a real tensor alone
+                inputs["attention_mask"] = seen
             targets = torch.empty(real.targets.shape, dtype=torch.long)
             micro = MicroBatch(inputs, targets, real.rows, real.computed, real.labelled, real.seq2seq)
             return act(self.passes, micro)
