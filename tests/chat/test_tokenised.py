@@ -194,8 +194,8 @@ def test_a_run_reads_its_rows_with_the_right_questions_and_says_what_is_given_aw
     for kept in ([], ["train", "val"]):
         found = training_rows.read(stage, encoder(), questions=5, cache=tmp_path / "c")
         assert found.kept == kept and found.system == "Be brief." and found.leaks == 1
-        assert [records.row_id(question.row) for question in found.questions] == ["v0", "v1"]
-        assert records.references(found.questions[1].row) == ["Bob.", "Ann."]
+        assert [records.row_id(row) for row in found.asked] == ["v0", "v1"]
+        assert records.references(found.asked[1]) == ["Bob.", "Ann."]
         assert found.ledger()["val"]["reasons"] == {"over length": 1} and "loss flatters" in caplog.text
         assert found.longest == max(len(one["input_ids"]) for one in found.train) and len(found.train) > 20
     assert len(Tokenised()) == 0 and list(Tokenised()) == []

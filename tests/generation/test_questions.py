@@ -10,7 +10,8 @@ import pytest
 
 from sft.errors import ConfigError
 from sft.generation import evaluation, serving, targets
-from sft.generation.questions import questions
+from sft.generation.questions import Question, answerable
+from sft.generation.questions import questions as build
 from tests.generation import tiny_runs
 
 
@@ -26,6 +27,10 @@ def served(project: Path) -> serving.Served:
 
 def config(root: Path, *sets: str) -> Any:
     return targets.choose(root / "configs" / "run_bnb.yaml", list(sets), base=True, is_default=True, root=root).config
+
+
+def questions(served: serving.Served, rows: list[dict[str, Any]], config: Any, root: Path = Path()) -> list[Question]:
+    return build(lambda row: served.prompt(row, config.generation), rows, config, root)
 
 
 def conversation(*turns: str, **extra: Any) -> dict[str, Any]:
@@ -50,6 +55,11 @@ def test_the_last_answer_is_asked_for_or_every_one(project: Path, served: servin
     )
     both = questions(served, [row], config(project, "eval.turns=all"))
     assert [(one.id, one.source, one.reference) for one in both] == [("c#0", "one", "1"), ("c#1", "two", "2")]
+    called = conversation("one", "1", "two")
+    called["messages"].append({"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]})
+    (words,) = questions(served, [called], config(project))  # a call is no answer in words
+    assert (words.source, words.options) == ("one", ["1"])
+    assert not answerable(conversation("one")) and not answerable({"messages": called["messages"][1:2]})
     assert both[1].ids == last.ids and "<|im_start|>user\none" in text(served, last.ids)
 
 

@@ -13,9 +13,12 @@ import torch
 
 from sft import runs
 from sft.config.load import load
-from sft.data import store
+from sft.data import records, store
 from sft.errors import DataError, ModelError, RunError
-from sft.generation import engine, evaluation, serving, sides, system_text, targets
+from sft.generation import decoding, engine, evaluation, serving, sides, system_text, targets
+from sft.generation.questions import questions
+from sft.generation.room import fitted
+from sft.training.answers import Answers
 from tests import tiny_models
 from tests.generation import tiny_runs
 
@@ -89,14 +92,24 @@ def test_a_conversation_too_long_loses_its_oldest_turns(project: Path) -> None:
     assert served.prompt(messages[-1:], target.config.generation)[1] == 0
 
 
-def test_the_stream_of_a_chat_is_the_batch_answer(project: Path) -> None:
-    target = chosen(project)
-    served = serving.open_model(target.config, adapter=target.adapter, root=project)
-    row = rows_of(project)[0]
-    messages = [{"role": "system", "content": row["system"]}, {"role": "user", "content": row["user"]}]
-    pieces = list(served.stream(messages, target.config.generation))
-    answer = serving.answer_all(served, [row], target.config)[0]
-    assert answer is not None and "".join(pieces) == answer.text
+@pytest.mark.parametrize("proven", [True, False])  # by our own loop, and by transformers' generate
+def test_chat_batch_evaluation_and_training_give_the_same_text(
+    proven: bool, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoding, "PROVEN", decoding.PROVEN if proven else frozenset())
+    root, target = project, chosen(project, "generation.max_new_tokens=40", "generation.repetition_penalty=1.2")
+    config, served = target.config, serving.open_model(target.config, adapter=target.adapter, root=project)
+    long = {"messages": [{"role": role, "content": "word " * 60} for role in ("user", "assistant") * 8]}
+    rows = [*rows_of(root), long]  # the last loses its oldest turns, everywhere the same ones
+    batch = [answer.text for answer in serving.answer_all(served, rows, config) if answer is not None]
+    chat = ["".join(served.stream(records.messages(row)[:-1], config.generation)) for row in rows]
+    measured = [sample["prediction"] for sample in evaluation.evaluate(served, rows, config, root).samples]
+    assert len(set(batch)) > 1 and batch == chat == measured
+    room = engine.prompt_room(served.model, config.generation, "causal")
+    asked = questions(lambda row: fitted(served.encoder, row, room), rows, config, root)
+    training = Answers(config, root, served.tokenizer, served.encoder, asked, "causal")
+    training(served.model.train())
+    assert training.samples is not None and batch[0] in training.samples
 
 
 def test_an_adapter_of_another_base_is_refused(project: Path, tmp_path: Path) -> None:
@@ -203,5 +216,5 @@ def test_a_row_without_an_answer_cannot_be_scored(project: Path) -> None:
     served = serving.open_model(target.config, root=project)
     row = {"messages": [{"role": "user", "content": "hello"}], "origin": "rows.jsonl:3"}
     with pytest.raises(DataError, match="no answer to compare with") as error:
-        evaluation.questions(served, [row], target.config)
+        evaluation.evaluate(served, [row], target.config, project)
     assert error.value.where == "rows.jsonl:3"

@@ -195,6 +195,7 @@ def test_llama_cpp_answers_as_transformers_does_in_every_family(llama, tmp_path,
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3000)
 def test_llama_cpp_gives_the_tuned_demo_s_text_for_20_prompts_in_f16(llama, tmp_path, command):
     """The whole way: train, export, load in llama.cpp, and the same greedy text."""
     from sft.chat.encode import encoder_for

@@ -51,10 +51,12 @@ class Decoder:
         rows: int,
         device: torch.device,
         done: Callable[[Ask], None],
+        on_tokens: Callable[[list[int]], bool] = lambda tokens: True,
     ) -> None:
         base: Any = unwrap(model)
         self.base = base
         self.settings, self.watcher, self.device, self.done = settings, watcher, device, done
+        self.on_tokens = on_tokens
         self.waiting = deque(sorted(asks, key=lambda ask: (-len(ask.prompt), ask.index)))
         self.active: list[Ask] = []
         self.shared = shared_prefix([ask.prompt for ask in asks])
@@ -133,9 +135,11 @@ class Decoder:
 
     def _take(self, asks: list[Ask], logits: Tensor) -> None:
         """Gives each ask its next token; those that it ends leave, and the last rows move into their places."""
-        for ask, token in zip(asks, choose(logits, asks, self.settings, self.watcher.ids), strict=True):
+        tokens = choose(logits, asks, self.settings, self.watcher.ids)
+        for ask, token in zip(asks, tokens, strict=True):
             ask.add(token)
-        ended = {id(ask) for ask in asks if len(ask.made) >= ask.most or self.watcher.ended(ask.made)}
+        wanted = self.on_tokens(tokens)
+        ended = {id(ask) for ask in asks if len(ask.made) >= ask.most or self.watcher.ended(ask.made) or not wanted}
         for row in range(len(self.active) - 1, -1, -1):
             if id(self.active[row]) not in ended:
                 continue

@@ -61,18 +61,17 @@ def generate(
     *,
     batch_size: int,
     kind: Kind = "causal",
-    max_len: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Answer]:
     """An answer to each prompt (token ids), in their order.
 
-    Longest first, `batch_size` side by side, halved for good when memory runs out. max_len: most tokens of a prompt; a
-    longer one, or one that leaves the answer too little of the model's context, loses its oldest tokens.
+    Longest first, `batch_size` side by side, halved for good when memory runs out. A prompt that leaves the answer too
+    little of the model's context loses its oldest tokens.
     Answers are those of one prompt at a time (but for rounding), drawn ones too.
     Raises EnvironmentProblem when not even one answer fits into memory.
     """
     ends = all_ends(stops, settings)
-    asks, truncated = asked(model, tokenizer, prompts, settings, ends, kind, max_len)
+    asks, truncated = asked(model, tokenizer, prompts, settings, ends, kind)
     answers: dict[int, Answer] = {}
 
     def done(ask: Ask) -> None:
@@ -84,7 +83,7 @@ def generate(
     with undisturbed(model):
         while left := [ask for ask in asks if ask.index not in answers]:
             try:
-                _answer(model, tokenizer, left, settings, watcher, kind, size, done)
+                answer(model, tokenizer, left, settings, watcher, kind, size, done)
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
@@ -102,10 +101,9 @@ def asked(
     settings: GenerationSection,
     ends: Ends,
     kind: Kind,
-    max_len: int | None = None,
 ) -> tuple[list[Ask], list[int]]:
     """The prompts as questions under way, and how many of its oldest tokens each one lost."""
-    fitted = [fit(model, prompt, settings, kind, max_len) for prompt in prompts]
+    fitted = [fit(model, prompt, settings, kind) for prompt in prompts]
     pad = pad_id(tokenizer, ends)
     asks = [
         Ask(
@@ -120,7 +118,8 @@ def asked(
     return asks, [lost for _, lost in fitted]
 
 
-def _answer(
+@torch.no_grad()
+def answer(
     model: nn.Module,
     tokenizer: Any,
     asks: list[Ask],
@@ -129,10 +128,15 @@ def _answer(
     kind: Kind,
     size: int,
     done: Callable[[Ask], None],
+    on_tokens: Callable[[list[int]], bool] = lambda tokens: True,
 ) -> None:
+    """Answers `asks`, at most `size` side by side: by our loop where it is proven, else by transformers' generate.
+
+    done: told of each ask as it ends. on_tokens: told the tokens of each step; false ends what is under way.
+    """
     device = device_of(model)
     if kind == "causal" and decoding.serves(model):
-        decoding.Decoder(model, asks, settings, watcher, rows=size, device=device, done=done).run()
+        decoding.Decoder(model, asks, settings, watcher, rows=size, device=device, done=done, on_tokens=on_tokens).run()
         return
     log.debug(
         "%s is answered by transformers' generate: our own loop is not proven on it", type(unwrap(model)).__name__
@@ -140,7 +144,10 @@ def _answer(
     order = sorted(asks, key=lambda ask: (-len(ask.prompt), ask.index))
     for at in range(0, len(order), size):
         batch = order[at : at + size]
-        library.generate(model, batch, settings, watcher, pad=pad_id(tokenizer, watcher), kind=kind, device=device)
+        library.generate(
+            model, batch, settings, watcher, pad=pad_id(tokenizer, watcher), kind=kind, device=device,
+            on_tokens=on_tokens,
+        )  # fmt: skip
         for ask in batch:
             done(ask)
 

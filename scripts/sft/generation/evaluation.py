@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,11 +13,11 @@ from sft.config.schema import Config
 from sft.generation import engine
 from sft.generation.losses import losses
 from sft.generation.questions import Question, Row, questions
+from sft.generation.room import say_lost
 from sft.generation.serving import Served
 from sft.metrics import form, schema, tags, text
 
 __all__ = ["Evaluation", "Question", "Row", "evaluate", "losses", "questions", "scored", "wanted"]
-log = logging.getLogger("sft.generation")
 Progress = Callable[[int, int], None]
 
 
@@ -39,7 +38,7 @@ def evaluate(
     served: Served, rows: Sequence[Row], config: Config, root: Path, on_progress: Progress | None = None
 ) -> Evaluation:
     """Answers every row and scores the answers with `eval.metrics`; adds loss, perplexity, length, stop rate, ..."""
-    asked = questions(served, rows, config, root)
+    asked = questions(lambda row: served.prompt(row, config.generation), rows, config, root)
     answers = engine.generate(
         served.model,
         served.tokenizer,
@@ -50,9 +49,7 @@ def evaluate(
         kind=served.kind,
         on_progress=on_progress,
     )
-    if cut_short := [answer for answer in answers if answer.truncated]:
-        tokens = sum(answer.truncated for answer in cut_short)
-        log.warning("%d prompts are too long for the model: they lost their oldest %d tokens", len(cut_short), tokens)
+    say_lost([answer.truncated for answer in answers], "tokens")
     return scored(asked, answers, config, root, losses(served, rows, config))
 
 

@@ -1,4 +1,4 @@
-"""Answers by transformers' own `generate`: for families that our loop is not proven on, and token by token for a chat.
+"""Answers by transformers' own `generate`, for families that our loop is not proven on.
 
 The library runs the model and keeps its cache; which token comes next and where an answer ends is decided as in our
 loop, so that both give the same answers, drawn ones too.
@@ -54,21 +54,20 @@ def generate(
     def is_over(*_: Any, **__: Any) -> Tensor:
         return torch.tensor(over, device=device)
 
-    with torch.no_grad():
-        base.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            generation_config=GenerationConfig(
-                max_new_tokens=max(ask.most for ask in asks),
-                do_sample=False,
-                num_beams=1,
-                use_cache=True,
-                pad_token_id=pad,
-                decoder_start_token_id=base.generation_config.decoder_start_token_id,
-            ),
-            logits_processor=LogitsProcessorList([choose_next]),
-            stopping_criteria=StoppingCriteriaList([is_over]),
-        )
+    base.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        generation_config=GenerationConfig(
+            max_new_tokens=max(ask.most for ask in asks),
+            do_sample=False,
+            num_beams=1,
+            use_cache=True,
+            pad_token_id=pad,
+            decoder_start_token_id=base.generation_config.decoder_start_token_id,
+        ),
+        logits_processor=LogitsProcessorList([choose_next]),
+        stopping_criteria=StoppingCriteriaList([is_over]),
+    )
 
 
 def _padded(prompts: list[list[int]], pad: int, kind: Kind, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,12 @@ from typing import Any
 from sft.config.schema import Config
 from sft.data import records, store
 from sft.errors import ConfigError, DataError
-from sft.generation.serving import Served
+from sft.generation.room import say_lost
 from sft.metrics import tags
 
-log = logging.getLogger("sft.generation")
 Row = dict[str, Any]
 Message = dict[str, Any]
+Prompt = Callable[[Row], tuple[list[int], int]]  # a row's prompt ids, and the oldest turns that it lost
 SPARE = 8  # more examples than are shown: one of them may be the row itself
 
 
@@ -53,17 +52,29 @@ class Question:
         return tags.of(self.row)
 
 
-def questions(served: Served, rows: Sequence[Row], config: Config, root: Path | None = None) -> list[Question]:
+def questions(prompt: Prompt, rows: Sequence[Row], config: Config, root: Path) -> list[Question]:
     """The rows' last answers, or all of them (`eval.turns`), each asked after `eval.shots` training rows.
+
+    Evaluation, comparison and the answers while training ask alike: all of them ask through this.
 
     Raises DataError for a row that has no answer to compare with, ConfigError where there are too few training rows.
     """
-    shots = examples(config, root) if config.eval.shots and root is not None else []
-    made = [question for row in rows for question in _of_row(served, row, config, shots)]
-    if lost := [question for question in made if question.turns_lost]:
-        turns = sum(question.turns_lost for question in lost)
-        log.warning("%d prompts are too long for the model: they lost their oldest %d turns", len(lost), turns)
+    shots = examples(config, root) if config.eval.shots else []
+    made = [question for row in rows for question in _of_row(prompt, row, config, shots)]
+    say_lost([question.turns_lost for question in made], "turns")
     return made
+
+
+def answerable(row: Row) -> bool:
+    """Whether a row asks something and has an answer to compare with."""
+    return bool(records.reference(row).strip() if records.is_rendered(row) else _answers(row))
+
+
+def _answers(row: Row) -> list[int]:
+    """The places of the turns that answer something in words."""
+    turns = records.messages(row)
+    first = next((at for at, turn in enumerate(turns) if turn["role"] == "user"), len(turns))
+    return [at for at, turn in enumerate(turns) if turn["role"] == "assistant" and at > first and _text(turn).strip()]
 
 
 def examples(config: Config, root: Path) -> list[Row]:
@@ -85,17 +96,15 @@ def _shows(row: Row) -> bool:
     return [turn["role"] for turn in records.messages(row) if turn["role"] != "system"] == ["user", "assistant"]
 
 
-def _of_row(served: Served, row: Row, config: Config, shots: Sequence[Row]) -> Iterator[Question]:
+def _of_row(prompt: Prompt, row: Row, config: Config, shots: Sequence[Row]) -> Iterator[Question]:
+    if not answerable(row):
+        raise DataError("a row has no answer to compare with", where=str(row.get("origin", records.row_id(row))))
     if records.is_rendered(row):
         if config.eval.shots:
             raise ConfigError("rendered rows cannot have examples in front", where="eval.shots", mend="set it to 0")
-        _must_have_answer(row, records.reference(row))
-        yield Question(row, served.encoder.prompt(row), str(row["input"]), records.reference(row))
+        yield Question(row, prompt(row)[0], str(row["input"]), records.reference(row))
         return
-    messages = records.messages(row)
-    answers = [at for at, turn in enumerate(messages) if turn["role"] == "assistant" and _text(turn).strip()]
-    answers = [at for at in answers if any(turn["role"] == "user" for turn in messages[:at])]
-    _must_have_answer(row, "x" if answers else "")
+    messages, answers, tools = records.messages(row), _answers(row), records.tools(row)
     last, before = answers[-1], _turns(row, shots, config.eval.shots)
     for number, at in enumerate(answers):
         if config.eval.turns == "last" and at != last:
@@ -103,9 +112,9 @@ def _of_row(served: Served, row: Row, config: Config, shots: Sequence[Row]) -> I
         history = messages[:at]
         system = [turn for turn in history if turn["role"] in ("system", "developer")]
         shown = [*system, *before, *(turn for turn in history if turn not in system)] if before else history
-        ids, lost = served.prompt(shown, config.generation, records.tools(row))
+        ids, lost = prompt({"messages": shown, "tools": tools})
         source = next((_text(turn) for turn in reversed(history) if turn["role"] == "user"), "")
-        right = records.references(row) if at == last else [_text(messages[at])]
+        right = records.references(row) if at == last and row.get("references") else [_text(messages[at])]
         turn = number if config.eval.turns == "all" else None
         yield Question(row, ids, source, _text(messages[at]), lost, tuple(right), turn)
 
@@ -120,8 +129,3 @@ def _turns(row: Row, shots: Sequence[Row], count: int) -> list[Message]:
 def _text(turn: Message) -> str:
     content = turn.get("content")
     return content if isinstance(content, str) else ""
-
-
-def _must_have_answer(row: Row, answer: str) -> None:
-    if not answer.strip():
-        raise DataError("a row has no answer to compare with", where=str(row.get("origin", records.row_id(row))))

@@ -15,11 +15,13 @@ import torch
 from sft.chat.encode import Encoder, encoder_for
 from sft.config.schema import Config, GenerationSection
 from sft.generation import engine, streaming
+from sft.generation.room import fitted, say_lost
 from sft.model import adapters, hardware, hub, loading
 from sft.model.tokenizer import load_tokenizer
 from sft.step import attention
 
 log = logging.getLogger("sft.generation")
+Row = dict[str, Any]
 Message = dict[str, Any]
 
 
@@ -48,19 +50,9 @@ class Served:
         with self.model.disable_adapter():
             yield
 
-    def prompt(
-        self, messages: list[Message], settings: GenerationSection, tools: list[Message] | None = None
-    ) -> tuple[list[int], int]:
-        """The prompt's ids for a conversation, and how many of its oldest turns were left out to fit the model.
-
-        The system text and the newest turn always stay; if that alone is too long, the engine cuts its oldest tokens.
-        """
-        room = engine.prompt_room(self.model, settings, self.kind)
-        ids, turns = self.encoder.prompt(_asked(messages, tools)), 0
-        while room is not None and len(ids) > room and (shorter := without_oldest_turn(messages)) is not None:
-            messages, turns = shorter, turns + 1
-            ids = self.encoder.prompt(_asked(messages, tools))
-        return ids, turns
+    def prompt(self, row: Row | list[Message], settings: GenerationSection) -> tuple[list[int], int]:
+        """The prompt's ids for a row or a conversation, and how many of its oldest turns did not fit the model."""
+        return fitted(self.encoder, row, engine.prompt_room(self.model, settings, self.kind))
 
     def stream(
         self, messages: list[Message], settings: GenerationSection, attempt: int = 0
@@ -82,38 +74,26 @@ class Served:
 
 def answer_all(
     served: Served,
-    rows: Sequence[Message | None],
+    rows: Sequence[Row | None],
     config: Config,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[engine.Answer | None]:
     """An answer to each row (as the encoder takes them), None for None."""
-    prompts = {index: served.encoder.prompt(row) for index, row in enumerate(rows) if row is not None}
+    asked = {index: served.prompt(row, config.generation) for index, row in enumerate(rows) if row is not None}
+    say_lost([lost for _, lost in asked.values()], "turns")
     answers = engine.generate(
         served.model,
         served.tokenizer,
-        list(prompts.values()),
+        [ids for ids, _ in asked.values()],
         config.generation,
         served.encoder.stops,
         batch_size=config.eval.batch_size,
         kind=served.kind,
         on_progress=on_progress,
     )
-    if cut_short := sum(answer.truncated > 0 for answer in answers):
-        log.warning("%d prompts are too long for the model: they lost their oldest tokens", cut_short)
-    found = dict(zip(prompts, answers, strict=True))
+    say_lost([answer.truncated for answer in answers], "tokens")
+    found = dict(zip(asked, answers, strict=True))
     return [found.get(index) for index in range(len(rows))]
-
-
-def _asked(messages: list[Message], tools: list[Message] | None) -> Any:
-    return {"messages": messages, "tools": tools} if tools else messages
-
-
-def without_oldest_turn(messages: list[Message]) -> list[Message] | None:
-    """The conversation without its oldest question and what followed it; None when only one question is left."""
-    questions = [index for index, message in enumerate(messages) if message["role"] == "user"]
-    if len(questions) < 2:
-        return None
-    return [*messages[: questions[0]], *messages[questions[1] :]]
 
 
 def open_model(

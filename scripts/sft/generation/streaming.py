@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from sft.config.schema import GenerationSection
-from sft.generation import engine, library
+from sft.generation import engine
 from sft.generation.engine import Answer, Kind
 from sft.generation.stopping import Ends, Watcher, cut, held_back
 
@@ -25,16 +25,15 @@ def stream(
     stops: Ends,
     *,
     kind: Kind = "causal",
-    max_len: int | None = None,
 ) -> Generator[str, None, Answer]:
-    """Yields the answer's text as it is made, and returns the whole `Answer`; the text is that of `engine.generate`.
+    """Yields the answer's text as it is made, and returns the whole `Answer`, both by the loop of `engine.generate`.
 
     Closing the generator, or an exception thrown into it (Ctrl-C), ends the model's work at its next token.
     """
     ends = engine.all_ends(stops, settings)
     queue: _Tokens = SimpleQueue()
     cancelled = Event()
-    asks, truncated = engine.asked(model, tokenizer, [prompt], settings, ends, kind, max_len)
+    asks, truncated = engine.asked(model, tokenizer, [prompt], settings, ends, kind)
 
     def heard(tokens: list[int]) -> bool:
         queue.put(tokens[0])
@@ -42,10 +41,8 @@ def stream(
 
     def work() -> None:
         try:
-            library.generate(
-                model, asks, settings, Watcher(tokenizer, ends), pad=engine.pad_id(tokenizer, ends), kind=kind,
-                device=engine.device_of(model), on_tokens=heard,
-            )  # fmt: skip
+            watcher = Watcher(tokenizer, ends)
+            engine.answer(model, tokenizer, asks, settings, watcher, kind, 1, lambda ask: None, heard)
             queue.put(None)
         except BaseException as error:
             queue.put(error)

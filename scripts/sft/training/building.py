@@ -12,6 +12,8 @@ from typing import Any
 
 from sft import files, runs
 from sft.errors import EnvironmentProblem
+from sft.generation.questions import questions
+from sft.generation.room import fitted, prompt_room
 from sft.runs import OpenRun, Run
 from sft.training import arguments, budget, logbook, model, ranks, stamp
 from sft.training.answers import Answers
@@ -52,7 +54,7 @@ def build(job: Job, opened: OpenRun, root: Path, report: Report | None) -> Windo
     config, run = job.config, opened.run
     made = model.build(config, job.files, job.backend.name, device=job.device.device)
     recipe = model.recipe(config, made, job.files.kind, device=job.device.device)
-    job = _with_budget(job, made, recipe, opened, root)
+    job = _with_budget(_with_questions(job, made, root), made, recipe, opened, root)
     config = job.config
     answers = Answers(config, root, job.tokenizer, job.encoder, job.rows.questions, job.files.kind)
     step = runs.step_of(opened.checkpoint) if opened.checkpoint else 0
@@ -78,6 +80,15 @@ def build(job: Job, opened: OpenRun, root: Path, report: Report | None) -> Windo
         trainer.add_callback(_logbook(job, run, step, answers))
         trainer.add_callback(Narrator(report))
     return trainer
+
+
+def _with_questions(job: Job, made: Any, root: Path) -> Job:
+    """The job with its sample of validation rows asked as `eval` asks them (`eval.shots`, `eval.turns`)."""
+    if not job.rows.asked:
+        return job
+    room = prompt_room(made, job.config.generation, job.files.kind)
+    asked = questions(lambda row: fitted(job.encoder, row, room), job.rows.asked, job.config, root)
+    return replace(job, rows=replace(job.rows, questions=asked))
 
 
 def _with_budget(job: Job, made: Any, recipe: Recipe, opened: OpenRun, root: Path) -> Job:

@@ -17,7 +17,7 @@ from sft.chat.encode import Encoder
 from sft.chat.tokenised import Split, Tokenised, Tokeniser
 from sft.data import records, store
 from sft.generation import system_text
-from sft.generation.questions import Question
+from sft.generation.questions import Question, answerable
 from sft.training.windows import Feature
 
 log = logging.getLogger("sft.training")
@@ -32,12 +32,13 @@ class Rows:
     stage: str
     train: Sequence[Feature]
     validation: Sequence[Feature]
-    questions: list[Question]
+    asked: list[Row]  # the validation rows that are answered at each evaluation
     hashes: dict[str, str]  # SHA-256 of each file that was read
     ledgers: dict[str, RunLedger]
     system: str | None = None  # the system text that every training row shares
     longest: int = 0  # tokens of the longest training row
     leaks: int = 0  # validation rows that ask what a training row asks
+    questions: list[Question] = field(default_factory=list)  # `asked` as `eval` asks them, once there is a model
     kept: list[str] = field(default_factory=list)  # splits whose tokens were kept from an earlier start
 
     def ledger(self) -> dict[str, Any]:
@@ -68,7 +69,7 @@ def read(
         stage=stage.name,
         train=train.rows,
         validation=held.rows,
-        questions=[_question(row, encoder) for row in islice(_asked(stage.val, held.ledger), questions)],
+        asked=list(islice(_asked(stage.val, held.ledger), questions)),
         hashes={path.name: digest for path, digest in hashes.items()},
         ledgers={"train": train.ledger, "val": held.ledger},
         system=train.about,
@@ -90,13 +91,5 @@ def _asked(path: Path | None, ledger: RunLedger) -> Iterator[Row]:
     """The validation rows that can be answered: encoded, and with an answer to compare with."""
     dropped = {name for names in ledger.dropped.values() for name in names}
     for row in store.iter_rows(path) if path is not None else ():
-        if records.row_id(row) not in dropped and any(answer.strip() for answer in records.references(row)):
+        if records.row_id(row) not in dropped and answerable(row):
             yield row
-
-
-def _question(row: Row, encoder: Encoder) -> Question:
-    if records.is_rendered(row):
-        return Question(row, encoder.prompt(row), str(row["input"]), records.reference(row))
-    asked = [turn for turn in records.messages(row) if turn["role"] == "user"]
-    source = str(asked[-1].get("content") or "") if asked else ""
-    return Question(row, encoder.prompt(row), source, records.reference(row))
