@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,17 @@ def test_settings_come_from_the_run_the_config_and_set_in_that_order(project: Pa
     assert settings(default=True).generation.max_new_tokens == 12
     mine.write_text(mine.read_text().replace("outputs/else", "outputs/tiny"))
     assert settings(default=True).generation.max_new_tokens == 5
+
+
+def test_an_adapter_belongs_to_the_run_that_left_it(tmp_path: Path, tiny_qwen2: Path) -> None:
+    root = tiny_runs.project(tmp_path, tiny_qwen2)
+    second = tiny_runs.finished_run(root, name="tiny-2")  # the second run of train.output_dir outputs/tiny
+    target = chosen(root, adapters=second)
+    assert target.run is not None and target.run.folder == root / "outputs" / "tiny-2" == chosen(root).run.folder
+    shutil.copytree(second, root / "adapters" / "copy")
+    shutil.copytree(second, tmp_path / "else" / "tiny-2")
+    for copy in (root / "adapters" / "copy", tmp_path / "else" / "tiny-2"):
+        assert (chosen(root, adapters=copy).run, chosen(root, adapters=copy).name) == (None, copy.name)
 
 
 def test_without_a_run_only_the_base_can_be_had(tmp_path: Path, tiny_qwen2: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 from sft.errors import ConfigError
 from sft.metrics import score
 from sft.metrics.form import compiled, form
-from sft.metrics.tags import by_tag, of
+from sft.metrics.tags import of, places
 
 
 @pytest.mark.parametrize(
@@ -34,4 +34,4 @@ def test_adherence_is_to_the_pattern_or_to_the_form_of_a_reference() -> None:
 def test_a_row_counts_for_each_of_its_tags() -> None:
     tags = [of({"tags": ["a", "b"], "category": "b"}), of({"tag": "a"}), of({"tags": None, "tag": " "})]
     assert tags == [["a", "b"], ["a"], []]
-    assert by_tag(tags, {"m": [1.0, 0.0, 0.5]}) == {"a": {"rows": 2, "m": 0.5}, "b": {"rows": 1, "m": 1.0}}
+    assert places(tags) == {"a": [0, 1], "b": [0]}

@@ -18,7 +18,9 @@ def test_an_unknown_name_gets_the_nearest_one() -> None:
 
 def test_which_way_is_better() -> None:
     assert greater_is_better("rougeL") and greater_is_better("eval_stop_rate") and greater_is_better("evaluate:meteor")
-    assert not any(map(greater_is_better, ["loss", "eval_loss", "eval/perplexity", "repetition", "empty_rate"]))
+    assert not any(
+        map(greater_is_better, ["loss", "eval_loss", "row_loss", "eval/perplexity", "repetition", "empty_rate"])
+    )
 
 
 def test_rows_must_match_in_number_and_have_a_reference() -> None:
@@ -130,4 +132,7 @@ def test_a_file_is_scored_by_tag_too(tmp_path: Path) -> None:
     )
     found = predictions.score_file(path, ["exact_match", "bleu"], strict=True)
     assert (found.rows, found.metrics["exact_match"]) == (3, pytest.approx(2 / 3))
-    assert found.by_tag == {"x": {"rows": 2, "exact_match": 0.5}, "y": {"rows": 1, "exact_match": 1.0}}
+    alone = score(["bleu"], ["a", "b"], [["b", "a"], ["c"]])["bleu"]  # of the tag's rows as a corpus
+    assert found.by_tag == {
+        "x": {"rows": 2, "exact_match": 0.5, "bleu": alone}, "y": {"rows": 1, "exact_match": 1.0, "bleu": 0.0},
+    }  # fmt: skip

@@ -68,12 +68,12 @@ def test_an_adapter_that_changes_nothing_gives_no_difference(project: Path, monk
     found = run(project, monkeypatch, "--adapters", "adapters/zero")
     (one,) = found["comparisons"]
     assert (found["split"], found["rows"], one["name"]) == ("test", 14, "zero")
-    assert {"rougeL", "sari", "exact_match", "loss", "stop_rate", "repetition"} <= set(one["metrics"])
+    assert {"rougeL", "sari", "exact_match", "row_loss", "stop_rate", "repetition"} <= set(one["metrics"])
     for name, metric in one["metrics"].items():
         assert (metric["difference"], metric["low"], metric["high"]) == (0.0, 0.0, 0.0), name
         assert (metric["wins"], metric["losses"], metric["finding"]) == (0, 0, "same"), name
     assert one["verdict"]["headline"] == "No difference: zero answers exactly as its base does"
-    assert one["general"]["level"] != "forgotten" and one["general"]["loss"]["difference"] == 0.0
+    assert one["general"]["level"] != "forgotten" and one["general"]["row_loss"]["difference"] == 0.0
     folder = project / "outputs" / "zero" / "report"
     assert {path.name for path in folder.iterdir()} == {"index.html", "compare.json", "answers.jsonl", "README.md"}
     assert json.loads((folder / "compare.json").read_text()) == json.loads(json.dumps(found))
@@ -88,7 +88,7 @@ def test_an_overfitted_adapter_raises_the_forgetting_warning(
 ) -> None:
     found = run(overfitted, monkeypatch, "--split", "val", "--limit", "4")
     (one,) = found["comparisons"]
-    assert one["general"]["level"] == "forgotten" and one["general"]["loss"]["low"] > general.MATTERS
+    assert one["general"]["level"] == "forgotten" and one["general"]["row_loss"]["low"] > general.MATTERS
     assert "warning: It has forgotten general abilities" in capsys.readouterr().err
     assert one["verdict"]["finding"] == "too few rows"
     folder = overfitted / "outputs" / "over" / "report"
@@ -116,7 +116,7 @@ def test_several_sides_stand_beside_each_other_and_the_hub_can_read_the_card(
     other, zero, whole = found["comparisons"]
     assert zero["verdict"]["finding"] == "same" == whole["verdict"]["finding"]  # the base itself, named as a model
     assert other["general"]["rows"] == 2 and other["general"]["passed"] is None
-    loss, means = other["metrics"]["loss"], found["sides"]["loss"]
+    loss, means = other["metrics"]["row_loss"], found["sides"]["row_loss"]
     assert (means["other"]["value"], means["base"]["value"]) == (loss["tuned"], loss["base"])
     assert loss["difference"] == pytest.approx(loss["tuned"] - loss["base"], abs=2e-6) and loss["difference"] != 0
     assert loss["wins"] + loss["ties"] + loss["losses"] == loss["rows"] == 12
@@ -126,8 +126,25 @@ def test_several_sides_stand_beside_each_other_and_the_hub_can_read_the_card(
     text = (project / "outputs" / "other" / "report" / "README.md").read_text()
     card = ModelCard(text)
     assert card.data.library_name == "peft" and card.data.base_model is None  # a folder here is nothing to the hub
-    assert {result.metric_type for result in card.data.eval_results} >= {"rougeL", "loss"}
+    assert {result.metric_type for result in card.data.eval_results} >= {"rougeL", "row_loss"}
     assert str(tiny_qwen2.parent) not in text and "| rougeL |" in text
+
+
+def test_every_answer_of_a_row_is_compared_where_it_is_asked_for(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns = [{"role": role, "content": text} for role, text in (("user", "One?"), ("assistant", "1."))]
+    rows = [{"id": "two", "messages": turns * 2}, {"id": "one", "messages": turns}]
+    tiny_runs.write_rows(project / "data" / "processed" / "val.jsonl", rows)
+    found = run(project, monkeypatch, "--adapters", "adapters/other", "--split", "val", "--general", "none",
+                "--set", "eval.turns=all")  # fmt: skip
+    metrics = found["comparisons"][0]["metrics"]
+    assert (found["rows"], metrics["rougeL"]["rows"], metrics["row_loss"]["rows"]) == (3, 3, 2)
+    answers = project / "outputs" / "other" / "report" / "answers.jsonl"
+    told = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert [(one["id"], one["scores"]["base"]["row_loss"] is None) for one in told] == [
+        ("two#0", True), ("two#1", False), ("one#0", False),
+    ]  # fmt: skip
 
 
 def test_what_cannot_be_compared_is_told(

@@ -15,7 +15,7 @@ from sft.generation.losses import losses
 from sft.generation.questions import Question, Row, questions
 from sft.generation.room import say_lost
 from sft.generation.serving import Served
-from sft.metrics import form, schema, tags, text
+from sft.metrics import form, schema, scoring, text
 
 __all__ = ["Evaluation", "Question", "Row", "evaluate", "losses", "questions", "scored", "wanted"]
 Progress = Callable[[int, int], None]
@@ -91,12 +91,12 @@ def scored(
         for index, (question, answer) in enumerate(zip(asked, answers, strict=True))
     ]
     fields = schema.by_field(texts, references) if "json_fields" in names else {}
-    values = scores.plain | {
+    of_rows = {
         "stop_rate": [float(answer.stopped) for answer in answers],
         "empty_rate": [text.empty(one) for one in texts],
         "repetition": [text.repetition(one) for one in texts],
     }
-    by_tag = tags.by_tag([question.tags for question in asked], values)
+    by_tag = scoring.by_tag([question.tags for question in asked], scores, texts, references, of_rows)
     return Evaluation({**scores.means, **(loss or {}), **stats}, samples, fields, by_tag)
 
 

@@ -67,11 +67,11 @@ def questions(prompt: Prompt, rows: Sequence[Row], config: Config, root: Path) -
 
 def answerable(row: Row) -> bool:
     """Whether a row asks something and has an answer to compare with."""
-    return bool(records.reference(row).strip() if records.is_rendered(row) else _answers(row))
+    return bool(records.reference(row).strip() if records.is_rendered(row) else answers(row))
 
 
-def _answers(row: Row) -> list[int]:
-    """The places of the turns that answer something in words."""
+def answers(row: Row) -> list[int]:
+    """The places of a conversation's turns that answer something in words."""
     turns = records.messages(row)
     first = next((at for at, turn in enumerate(turns) if turn["role"] == "user"), len(turns))
     return [at for at, turn in enumerate(turns) if turn["role"] == "assistant" and at > first and _text(turn).strip()]
@@ -104,9 +104,9 @@ def _of_row(prompt: Prompt, row: Row, config: Config, shots: Sequence[Row]) -> I
             raise ConfigError("rendered rows cannot have examples in front", where="eval.shots", mend="set it to 0")
         yield Question(row, prompt(row)[0], str(row["input"]), records.reference(row))
         return
-    messages, answers, tools = records.messages(row), _answers(row), records.tools(row)
-    last, before = answers[-1], _turns(row, shots, config.eval.shots)
-    for number, at in enumerate(answers):
+    messages, places, tools = records.messages(row), answers(row), records.tools(row)
+    last, before = places[-1], _turns(row, shots, config.eval.shots)
+    for number, at in enumerate(places):
         if config.eval.turns == "last" and at != last:
             continue
         history = messages[:at]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from sft import runs
 from sft.config.load import load
+from sft.config.paths import resolve
 from sft.config.schema import Config
 from sft.errors import ModelError, RunError
 from sft.runs import RESOLVED, Run
@@ -91,9 +92,18 @@ def _named(config: Path, sets: Sequence[str], folder: Path, side: str, is_defaul
         log.warning("%s has no %s: its base and template are taken from %s", folder, RESOLVED, config)
         return Target(load(config, sets, root=root).config, None, **{side: folder})
     settings = _settings(config, sets, home, is_default, root)
-    run = runs.at(root / "outputs" / Path(settings.train.output_dir).name, root)
+    return Target(settings, _run_of(folder, settings, root), **{side: folder})
+
+
+def _run_of(folder: Path, settings: Config, root: Path) -> Run | None:
+    """The run that left its adapter or its whole model in `folder`; None for a copy, or a folder from elsewhere.
+
+    Runs of one `train.output_dir` are numbered, so the run has the folder's name (outputs/X-2 left adapters/X-2).
+    """
+    here = resolve(root, settings.train.output_dir)
+    run = runs.at(folder.parent if folder.name == "model" else here.with_name(folder.name), root)
     own = folder in (run.adapter_dir.resolve(), run.model_dir.resolve())
-    return Target(settings, run if own else None, **{side: folder})
+    return run if own and run.folder.is_dir() else None
 
 
 def _settings(config: Path, sets: Sequence[str], home: Path, is_default: bool, root: Path) -> Config:

@@ -17,23 +17,26 @@ def _streams(references: Sequence[Sequence[str]]) -> list[list[str | None]]:
     return [[options[i] if i < len(options) else None for options in references] for i in range(most)]
 
 
-def sacrebleu_score(
-    name: str, predictions: Sequence[str], references: Sequence[Sequence[str]]
-) -> tuple[float, list[float]]:
-    """`bleu` or `chrf` of the corpus with sacrebleu's defaults, 0 to 100, and each sentence's own score.
-
-    The corpus score is not the mean of the sentences' scores: its n-grams are counted over all rows together.
-    """
+def _sacrebleu(name: str, **options: bool) -> Any:
     from sacrebleu.metrics.bleu import BLEU
     from sacrebleu.metrics.chrf import CHRF
 
-    whole: Any = BLEU() if name == "bleu" else CHRF()
-    single: Any = BLEU(effective_order=True) if name == "bleu" else whole
-    rows = [
-        float(single.sentence_score(prediction, list(options)).score)
-        for prediction, options in zip(predictions, references, strict=True)
-    ]
-    return float(whole.corpus_score(list(predictions), _streams(references)).score), rows
+    return BLEU(**options) if name == "bleu" else CHRF()
+
+
+def corpus_score(name: str, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """`bleu` or `chrf` of the corpus with sacrebleu's defaults, 0 to 100.
+
+    It is not the mean of the sentences' scores: its n-grams are counted over all rows together.
+    """
+    return float(_sacrebleu(name).corpus_score(list(predictions), _streams(references)).score)
+
+
+def sentence_scores(name: str, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
+    """Each row's own `bleu` (of the orders that it is long enough for) or `chrf`, 0 to 100."""
+    single = _sacrebleu(name, effective_order=True)
+    pairs = zip(predictions, references, strict=True)
+    return [float(single.sentence_score(prediction, list(options)).score) for prediction, options in pairs]
 
 
 def evaluate_score(

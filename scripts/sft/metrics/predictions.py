@@ -11,7 +11,7 @@ from typing import Any
 
 from sft.errors import DataError
 from sft.metrics import lines, tags
-from sft.metrics.scoring import score_rows
+from sft.metrics.scoring import by_tag, score_rows
 from sft.metrics.text import text_stats
 
 log = logging.getLogger("sft.metrics")
@@ -62,7 +62,7 @@ def score_file(
     return FileScores(
         len(answers.predictions),
         scores.means | text_stats(answers.predictions),
-        tags.by_tag(answers.tags, scores.plain),
+        by_tag(answers.tags, scores, answers.predictions, answers.references),
     )
 
 

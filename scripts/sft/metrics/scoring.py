@@ -9,12 +9,12 @@ from __future__ import annotations
 import difflib
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from sft.errors import ConfigError, DataError
-from sft.metrics import form, match, outside, rouge, sari, schema, text
+from sft.metrics import form, match, outside, rouge, sari, schema, tags, text
 
 log = logging.getLogger("sft.metrics")
 
@@ -38,7 +38,7 @@ _CORPUS = ("bleu", "chrf")
 _ROUGE = re.compile(r"rouge(L|[1-9])")
 _SPELLINGS = {"exact_match_normalized": "exact_match_normalised", "rouge_l": "rougeL", "rougel": "rougeL"}
 NAMES = ("rouge1", "rouge2", "rougeL", "sari", *_BY_REFERENCE, *_BY_ANSWER, "format_adherence", "json_schema", *_CORPUS)
-_SMALLER_IS_BETTER = {"loss", "perplexity", "repetition", "empty_rate", "length_words", "length_tokens"}
+_SMALLER_IS_BETTER = {"loss", "row_loss", "perplexity", "repetition", "empty_rate", "length_words", "length_tokens"}
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,8 @@ def score_rows(
     rows: dict[str, list[float]] = {}
     for name in names:
         if name in _CORPUS:
-            means[name], rows[name] = outside.sacrebleu_score(name, predictions, wanted)
+            means[name] = outside.corpus_score(name, predictions, wanted)
+            rows[name] = outside.sentence_scores(name, predictions, wanted)
         elif name.startswith(outside.DOOR):
             means[name], values = outside.evaluate_score(name, predictions, wanted, sources)
             rows.update({name: values} if values else {})
@@ -141,6 +142,30 @@ def score_rows(
             rows[name] = _rows(name, predictions, wanted, sources, stemmer, json_schema, pattern)
             means[name] = text.mean(rows[name])
     return Scores(means, rows)
+
+
+def by_tag(
+    tagged: Sequence[Sequence[str]],
+    scores: Scores,
+    predictions: Sequence[str],
+    references: Sequence[Sequence[str]],
+    more: Mapping[str, Sequence[float]] | None = None,
+) -> dict[str, dict[str, float]]:
+    """{tag: {"rows": how many, metric: its value over them}}; a row of several tags counts for each of them.
+
+    tagged: each row's tags. more: values of rows besides the scores'. Metrics of a corpus count over the tag's rows.
+    """
+    rows = {**scores.plain, **(more or {})}
+    corpus = [name for name in scores.means if name in _CORPUS]
+    return {
+        tag: {"rows": len(where)}
+        | {name: text.mean([values[at] for at in where]) for name, values in rows.items()}
+        | {
+            name: outside.corpus_score(name, [predictions[at] for at in where], [references[at] for at in where])
+            for name in corpus
+        }
+        for tag, where in tags.places(tagged).items()
+    }
 
 
 def _rows(

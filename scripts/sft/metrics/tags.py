@@ -1,11 +1,9 @@
-"""Scores by tag: which kinds of rows a model is good at."""
+"""The tags of rows, by which scores are told apart: which kinds of rows a model is good at."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
-
-from sft.metrics.text import mean
 
 KEYS = ("tags", "tag", "category")
 
@@ -20,13 +18,10 @@ def of(row: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def by_tag(tags: Sequence[Sequence[str]], rows: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]]:
-    """{tag: {"rows": how many, metric: its mean over them}}; a row of several tags counts for each of them."""
+def places(tagged: Sequence[Sequence[str]]) -> dict[str, list[int]]:
+    """{tag: the rows that have it}, sorted by tag. tagged: each row's tags."""
     groups: dict[str, list[int]] = {}
-    for index, names in enumerate(tags):
+    for index, names in enumerate(tagged):
         for name in names:
             groups.setdefault(name, []).append(index)
-    return {
-        name: {"rows": len(where)} | {metric: mean([values[at] for at in where]) for metric, values in rows.items()}
-        for name, where in sorted(groups.items())
-    }
+    return dict(sorted(groups.items()))

@@ -89,7 +89,7 @@ def general(result: Mapping[str, Any]) -> list[Html]:
     made = []
     for one in result["comparisons"]:
         found = one["general"]
-        measured = {"loss": found["loss"], **({"checks that hold": found["passed"]} if found["passed"] else {})}
+        measured = {"row_loss": found["row_loss"], **({"checks that hold": found["passed"]} if found["passed"] else {})}
         made.append(table(*differences(measured), caption=f"{one['name']}, {found['rows']} questions", cards=True))
     names = [one["name"] for one in result["comparisons"]]
     rows = [

@@ -9,7 +9,7 @@ from typing import Any
 
 from sft.metrics import greater_is_better
 from sft.report import general, paired
-from sft.report.measure import OF_ANSWERS, Side
+from sft.report.measure import OF_ANSWERS, ROW_LOSS, Side
 from sft.report.paired import Difference
 
 NEUTRAL = {"length_tokens", "length_words"}
@@ -27,12 +27,12 @@ def of_sides(base: Side, tuned: Side, split: str, seed: int) -> dict[str, Any]:
         "stopping": stopping(tuned),
     }
     if tuned.general:
-        loss = _difference("loss", base.general_values, tuned.general_values, seed)
+        loss = _difference(ROW_LOSS, base.general_values, tuned.general_values, seed)
         passed = paired.difference(base.general_values["passed"], tuned.general_values["passed"], seed=seed)
         found = general.forgetting(loss, passed if passed.rows else None)
         made["general"] = {
             "level": found.level, "headline": found.headline, "words": found.words, "rows": len(tuned.general),
-            "loss": loss.to_json(), "passed": passed.to_json() if passed.rows else None,
+            ROW_LOSS: loss.to_json(), "passed": passed.to_json() if passed.rows else None,
             "perplexity": {"base": _exp(loss.base), "tuned": _exp(loss.tuned)},
         }  # fmt: skip
     return made

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from sft.config.schema import Config
+from sft.data import records
 from sft.errors import ModelError
 from sft.generation import evaluation, serving
 from sft.generation.engine import Kind
 from sft.generation.evaluation import Evaluation
+from sft.generation.questions import answers
 from sft.generation.serving import Served
 from sft.generation.targets import Target
 from sft.metrics import text
@@ -22,6 +24,7 @@ from sft.report.general import passes
 Row = dict[str, Any]
 Values = dict[str, list[float]]
 Progress = Callable[[int, int], None]
+ROW_LOSS = "row_loss"  # of a row: mean over its labelled tokens (`loss` in metrics.json weighs every token alike)
 OF_ANSWERS = ("stop_rate", "repetition", "empty_rate", "length_tokens")
 
 
@@ -82,9 +85,8 @@ def names(targets: Sequence[Target]) -> list[str]:
 
 
 def greedy(config: Config) -> Config:
-    """The config with answers that are not drawn, one a row: the last one."""
-    generation = config.generation.model_copy(update={"do_sample": False})
-    return config.model_copy(update={"generation": generation, "eval": _with(config, {"turns": "last"})})
+    """The config with answers that are not drawn."""
+    return config.model_copy(update={"generation": config.generation.model_copy(update={"do_sample": False})})
 
 
 class _Count:
@@ -93,47 +95,46 @@ class _Count:
     def __init__(self, on_progress: Progress | None, total: int) -> None:
         self.on_progress, self.total, self.before = on_progress, total, 0
 
-    def within(self, done: int, _: int = 0) -> None:
-        if self.on_progress is not None:
-            self.on_progress(self.before + done, self.total)
+    def part(self, amount: int) -> Progress:
+        """The progress of the next part, which counts for `amount` whatever its own total is."""
+        before, self.before = self.before, self.before + amount
 
-    def finished(self, amount: int) -> None:
-        self.before += amount
-        self.within(0)
+        def within(done: int, total: int) -> None:
+            if self.on_progress is not None:
+                self.on_progress(before + done * amount // total, self.total)
+
+        return within
 
 
 def _measure(
     served: Served, name: str, rows: Sequence[Row], general: Sequence[Row], config: Config, root: Path, count: _Count
 ) -> Side:
-    answered = evaluation.evaluate(served, rows, config, root, count.within)
-    count.finished(len(rows))
-    values = _values(answered) | {"loss": _losses(served, rows, config, count)}
+    answered = evaluation.evaluate(served, rows, config, root, count.part(len(rows)))
+    of_rows = _losses(served, rows, config, count.part(len(rows)))
+    values = _values(answered) | {ROW_LOSS: of_rows if config.eval.turns == "last" else _beside(rows, of_rows)}
     if not general:
         return Side(name, served.kind, answered.samples, values, [], {})
-    plain = config.model_copy(update={"eval": _plain(config)})
-    asked = evaluation.evaluate(served, general, plain, root, count.within)
-    count.finished(len(general))
+    asked = evaluation.evaluate(served, general, _plain(config), root, count.part(len(general)))
     checked = [
         passes(sample["prediction"], row.get("check", {})) for sample, row in zip(asked.samples, general, strict=True)
     ]
-    return Side(
-        name,
-        served.kind,
-        answered.samples,
-        values,
-        asked.samples,
-        {"loss": _losses(served, general, config, count), "passed": checked},
-    )
+    of_general = {ROW_LOSS: _losses(served, general, config, count.part(len(general))), "passed": checked}
+    return Side(name, served.kind, answered.samples, values, asked.samples, of_general)
 
 
-def _plain(config: Config) -> Any:
-    """The section `eval` for the general questions: no examples in front, no schema, hardly a metric."""
-    return _with(config, {"metrics": ["token_f1"], "json_schema": None, "shots": 0, "format": None})
+def _plain(config: Config) -> Config:
+    """The config for the general questions: no examples in front, no schema, hardly a metric."""
+    plain = {"metrics": ["token_f1"], "json_schema": None, "shots": 0, "format": None, "turns": "last"}
+    return config.model_copy(update={"eval": config.eval.model_copy(update=plain)})
 
 
-def _with(config: Config, update: dict[str, Any]) -> Any:
-    known = type(config.eval).model_fields
-    return config.eval.model_copy(update={name: value for name, value in update.items() if name in known})
+def _beside(rows: Sequence[Row], losses: Sequence[float]) -> list[float]:
+    """A value an answer, where every answer of a row is asked for: the row's loss beside the last, else nan."""
+    made: list[float] = []
+    for row, loss in zip(rows, losses, strict=True):
+        earlier = 0 if records.is_rendered(row) else len(answers(row)) - 1
+        made += [*[math.nan] * earlier, loss]
+    return made
 
 
 def _values(answered: Evaluation) -> Values:
@@ -149,12 +150,11 @@ def _values(answered: Evaluation) -> Values:
     }
 
 
-def _losses(served: Served, rows: Sequence[Row], config: Config, count: _Count) -> list[float]:
+def _losses(served: Served, rows: Sequence[Row], config: Config, on_progress: Progress) -> list[float]:
     """Each row's mean loss over its labelled tokens; nan where it has none (too long, no label left)."""
     found = []
     for done, row in enumerate(rows, start=1):
         kept = served.encoder.encode(row).dropped is None
         found.append(evaluation.losses(served, [row], config)["loss"] if kept else math.nan)
-        count.within(done)
-    count.finished(len(rows))
+        on_progress(done, len(rows))
     return found
