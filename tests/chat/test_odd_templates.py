@@ -88,8 +88,41 @@ def test_a_call_that_is_left_out_is_said_and_words_are_still_learnt(caplog: pyte
         row = encoded(made, *talk)
     assert learnt(made, row) == ["Let me see<|end|>", "12<|end|>"]
     assert "leaves out tool calls" in caplog.text
-    silent = encoded(made, user("w?"), answer("", tool_calls=[called(a="b")]), RESULT, answer("12"))
-    assert silent.dropped == "template: the template leaves out the tool call in message 2"
+
+
+@pytest.mark.parametrize("said", [{"content": ""}, {"content": "", "reasoning_content": "hm"}])
+def test_a_turn_that_is_nothing_but_a_left_out_call_is_an_empty_answer(said: dict[str, str]) -> None:
+    made = made_of(NO_CALLS)
+    silent = {"role": "assistant", "tool_calls": [called(a="b")], **said}
+    assert learnt(made, encoded(made, user("w?"), silent, RESULT, answer("12"))) == ["<|end|>", "12<|end|>"]
+    alone = made.encode({"messages": [user("w?"), silent]})
+    assert alone.dropped == "template: the template leaves out the tool call in message 2"
+
+
+def test_system_text_that_a_template_refuses_stands_before_the_question(caplog: pytest.LogCaptureFixture) -> None:
+    refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    made = made_of(refuses + NO_CALLS)
+    talk = [user("a"), {**answer("b"), "weight": 0}, user("c"), answer("d")]
+    with caplog.at_level(logging.WARNING, "sft.chat"):
+        row = encoded(made, {"role": "system", "content": "S"}, *talk)
+    assert row.text == encoded(made, user("S\n\na"), *talk[1:]).text
+    assert learnt(made, row) == ["d<|end|>"]
+    assert made.prompt([{"role": "system", "content": "S"}, user("a")]) == made.prompt([user("S\n\na")])
+    assert "takes no system text" in caplog.text
+
+
+def test_an_absent_text_is_empty_where_a_template_cannot_do_without() -> None:
+    source = NO_CALLS.replace("m.content", "(m.content + '')")
+    made = made_of(source)
+    silent = {"role": "assistant", "content": None, "tool_calls": [called(a="b")]}
+    assert learnt(made, encoded(made, user("w?"), silent, RESULT, answer("12"))) == ["<|end|>", "12<|end|>"]
+
+
+def test_a_conversation_may_begin_with_an_answer() -> None:
+    first = "{% for m in messages %}{{ ('<s>' if loop.first else '') + '<|start|>' + m.role + '<|sep|>' + m.content }}"
+    made = made_of(first + "<|end|>{% endfor %}{% if add_generation_prompt %}<|start|>assistant<|sep|>{% endif %}")
+    row = encoded(made, answer("hi"), user("a"), answer("b"))
+    assert learnt(made, row) == ["hi<|end|>", "b<|end|>"]
 
 
 def test_a_template_that_wants_tools_is_learnt_with_some() -> None:

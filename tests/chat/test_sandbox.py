@@ -9,7 +9,7 @@ import pytest
 import trl
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from sft.chat import sandbox
+from sft.chat import purse
 from sft.chat.template import ChatTemplate, Refused
 from sft.errors import TemplateError
 from tests.chat.making import answer, system, user
@@ -17,6 +17,11 @@ from tests.chat.making import answer, system, user
 FOLDER = Path(trl.__file__).parent / "chat_templates"
 TALK = [system("Be brief."), user("Hi\n there "), answer("<think>\na\n</think>\n\nb"), user("ü🙂"), answer(" c\n")]
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+
+DOUBLED = (
+    "{% set ns = namespace(a=(1,), b=(1,)) %}{% for i in range(40) %}{% set ns.a = (ns.a, ns.a) %}"
+    "{% set ns.b = (ns.b, ns.b) %}{% endfor %}{% set a, b = ns.a, ns.b %}"
+)
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.jinja")), ids=lambda path: path.stem)
@@ -64,11 +69,16 @@ def test_text_is_that_of_transformers(path: Path) -> None:
         "{% for i in range(99999) if i in range(99999) | list | reverse | list %}{% endfor %}",
         "{{ range(99999) | list | reject('in', range(99999) | list) | list | length }}",
         "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}",
+        "{{ ('ab' * 4000000) | sort | length }}",
+        "{{ ('a b ' * 2000000) | title | length }}",
+        "{{ ('a' * 10000000) | batch(10) | list | length }}",
+        "{{ ([[1]] * 90000) | sum(start=[]) | length }}",
+        *[DOUBLED + walked for walked in ("{{ a }}", "{{ a|tojson }}", "{{ a ~ '' }}", "{{ a == b }}", "{{ {a: 1} }}")],
         "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
     ],
 )
 def test_a_bomb_goes_off_harmlessly(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "SECONDS", 0.4)
+    monkeypatch.setattr(purse, "SECONDS", 0.4)
     made = ChatTemplate("evil", "\n" + source + "{{ messages }}", {})
     began = time.monotonic()
     with pytest.raises((TemplateError, Refused)) as caught:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,7 +15,7 @@ from sft.chat.endings import Tools
 from sft.chat.facts import learn
 from sft.chat.layout import Layout, Region
 from sft.chat.length import IGNORED, NO_LABEL, OVER_LENGTH, OverLength, fit
-from sft.chat.mending import mended
+from sft.chat.mending import mended, without_system
 from sft.chat.sources import load_template
 from sft.chat.spans import Spans
 from sft.chat.stops import Stops
@@ -35,8 +35,15 @@ _ASKS = (
     "asks otherwise than it shows: the prompt for row {row} is not the text before its last answer (a think block, as a"
     " rule; data.template_options may set it)"
 )
-_REFUSES = "refuses row {row} as it stands: parts of text are joined, and tool calls get ids as it wants them"
-_LEAVES_OUT = "leaves out tool calls: row {row} is learnt without them; take a template that writes them"
+_REFUSES = (
+    "refuses row {row} as it stands: parts of text are joined, absent texts are empty, and tool calls get ids as it"
+    " wants them"
+)
+_NO_SYSTEM = "takes no system text: that of row {row} stands before its first question"
+_LEAVES_OUT = (
+    "leaves out tool calls: row {row} is learnt without them, and a turn that is nothing else as an empty answer; take"
+    " a template that writes them"
+)
 
 
 @dataclass
@@ -131,7 +138,7 @@ class Encoder:
             layout = self._layout(name, messages, records.tools(row))
         except Refused as refused:
             return Encoded(name, [], [], dropped=f"template: {refused}")
-        if layout.regions and layout.prompt_ends is None:
+        if layout.regions and layout.prompt_ends is None and messages[-1].get("role") == "assistant":
             self._warn_once(name, _ASKS)
         if layout.left_out:
             self._warn_once(name, _LEAVES_OUT)
@@ -151,15 +158,17 @@ class Encoder:
         try:
             return self.spans.layout(messages, tools, prompt=prompt)
         except Refused as refused:
-            other = mended(messages)
-            try:
-                if other == messages:
-                    raise refused
-                found = self.spans.layout(other, tools, prompt=prompt)
-            except Refused:
-                raise refused from None
-            self._warn_once(name, _REFUSES)
-            return found
+            plain = mended(messages)
+            for told in (plain,) if self.facts.system else (plain, without_system(plain)):
+                try:
+                    found = self.spans.layout(told, tools, prompt=prompt)
+                except Refused:
+                    continue
+                moved = len(messages) - len(told)
+                found.regions = [replace(region, message=region.message + moved) for region in found.regions]
+                self._warn_once(name, _NO_SYSTEM if moved else _REFUSES)
+                return found
+            raise refused
 
     def _finish(self, plan: Plan, line: Line | None) -> Encoded:
         layout = plan.layout

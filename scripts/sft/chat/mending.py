@@ -1,7 +1,9 @@
 """A conversation told another way, for templates that refuse it as it stands: same words, another form.
 
-Contents given as lists of text parts become one text. Tool calls get ids of nine letters and digits where theirs are
-missing or of another shape (Mistral's templates take no others), and the results that answer them get the same.
+Contents given as lists of text parts become one text; none at all, as beside a tool call, becomes the empty text. Tool
+calls get ids of nine letters and digits where theirs are missing or of another shape (Mistral's templates take no
+others), and the results that answer them get the same. A template that takes no system text gets it before the first
+question's words.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ def mended(messages: list[Message]) -> list[Message]:
     made: list[Message] = []
     waiting: list[tuple[str, str]] = []  # calls without a result yet: the id they had, the id they have
     for index, message in enumerate(messages):
-        new = {**message, "content": _joined(message.get("content"))} if "content" in message else dict(message)
+        new = {**message, "content": _joined(message.get("content"))}
         if isinstance(calls := message.get("tool_calls"), list) and all(isinstance(call, dict) for call in calls):
             new["tool_calls"] = [{**call, "id": _id(call, index, at)} for at, call in enumerate(calls)]
             waiting = [
@@ -33,8 +35,20 @@ def mended(messages: list[Message]) -> list[Message]:
     return made
 
 
+def without_system(messages: list[Message]) -> list[Message]:
+    """The messages with the system text before the first question's words, as Gemma 3 and Mistral write it."""
+    if [message.get("role") for message in messages[:2]] != ["system", "user"]:
+        return messages
+    texts = [message.get("content") for message in messages[:2]]
+    if not all(isinstance(text, str) for text in texts):
+        return messages
+    return [{**messages[1], "content": "\n\n".join(map(str, texts))}, *messages[2:]]
+
+
 def _joined(content: Any) -> Any:
     """The texts of a list of parts, if they are all there is."""
+    if content is None:
+        return ""
     if not isinstance(content, list):
         return content
     texts: list[str] = []

@@ -2,16 +2,15 @@
 
 A template comes with a model from anywhere, so it is not trusted. Jinja's immutable sandbox keeps it from Python's
 insides; what it leaves open is `'a' * 10**9`, `x|center(10**9)` and nested loops. So every loop turn, call, filter and
-test looks at the clock, every text that is made is paid for from one purse, and no number given to them is large.
+test looks at the clock, every text that is made is paid for from one purse, and no number given to them is large, nor a
+value that they walk through (`purse.py`).
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import re
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -20,41 +19,20 @@ from typing import Any
 
 import jinja2
 from jinja2 import nodes
-from jinja2.compiler import CodeGenerator, Frame
+from jinja2.compiler import CodeGenerator, Frame, operators
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.runtime import Context, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment, safe_range
 
-SECONDS = 10.0
-MOST_TEXT = 100_000_000  # characters that one render may make on the way, all pieces counted
-MOST_OUTPUT = 20_000_000  # characters of one text
-MOST_NUMBER = 1_000_000  # largest number that a filter or a method takes
+from sft.chat.purse import ITEM, OutOfBounds, Purse, check_format, check_numbers, product, replaced
+
 GENERATION = ("\U000ffff0", "\U000ffff1")  # written around {% generation %} blocks when a render tracks them
-_WIDE = re.compile(r"\d{6,}|%[-+ #0]*\*|%[^%a-zA-Z]*\.\*")
 _GROWING_METHODS = frozenset({"translate", "maketrans", "expandtabs"})
-
-
-class OutOfBounds(jinja2.TemplateError):
-    """The template takes too long or makes too much text."""
-
-
-class Purse:
-    """What one render may still spend."""
-
-    def __init__(self) -> None:
-        self.until = time.monotonic() + SECONDS
-        self.text = MOST_TEXT
-
-    def tick(self) -> None:
-        if time.monotonic() > self.until:
-            raise OutOfBounds(f"the template runs for more than {SECONDS:g} seconds")
-
-    def spend(self, size: int) -> None:
-        self.text -= size
-        if size > MOST_OUTPUT or self.text < 0:
-            most = MOST_OUTPUT if size > MOST_OUTPUT else MOST_TEXT
-            raise OutOfBounds(f"the template makes more than {most:,} characters of text")
+_SLOW_ON_TEXT = frozenset({"title", "wordcount", "urlize", "striptags", "xmlattr"})
+_BY_CHARACTER = frozenset(
+    "list sort batch slice unique groupby map select reject selectattr rejectattr min max sum random pprint".split()
+)
 
 
 class _Generator(CodeGenerator):
@@ -64,6 +42,24 @@ class _Generator(CodeGenerator):
             self.visit(part, frame)
             self.write(", ")
         self.write("))")
+
+    def visit_Operand(self, node: nodes.Operand, frame: Frame) -> None:  # noqa: N802
+        self.write(f" {operators[node.op]} environment.weighed(")
+        self.visit(node.expr, frame)
+        self.write(")")
+
+    def visit_Pair(self, node: nodes.Pair, frame: Frame) -> None:  # noqa: N802
+        self.write("environment.weighed(")
+        self.visit(node.key, frame)
+        self.write("): ")
+        self.visit(node.value, frame)
+
+    def visit_Dict(self, node: nodes.Dict, frame: Frame) -> None:  # noqa: N802
+        self.write("{")
+        for item in node.items:
+            self.visit(item, frame)
+            self.write(", ")
+        self.write("}")
 
 
 class GenerationTag(Extension):
@@ -92,7 +88,9 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 
     def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, loopcontrols])
+        super().__init__(
+            trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, loopcontrols], finalize=self.weighed
+        )
         self.purse = Purse()
         self.tracks = False
         self._lock = threading.RLock()
@@ -117,8 +115,14 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         self.purse.tick()
         return True
 
+    def weighed(self, value: Any) -> Any:
+        return self.purse.weighed(value)
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        return super().getitem(obj, self.weighed(argument))
+
     def paid_concat(self, parts: tuple[object, ...]) -> str:
-        texts = [str(part) for part in parts]
+        texts = [str(self.weighed(part)) for part in parts]
         self.purse.spend(sum(map(len, texts)))
         return "".join(texts)
 
@@ -136,12 +140,14 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         purse = self.purse
         if operator == "+":
             if isinstance(left, (str, list, tuple)) and isinstance(right, (str, list, tuple)):
-                purse.spend(len(left) + len(right))
+                purse.spend((len(left) + len(right)) * (1 if isinstance(left, str) else 8))
             return left + right
         if operator == "%" and isinstance(left, str):
-            _check_format(left)
+            check_format(left)
+        if operator == "%":
+            self.weighed(right)
         elif operator in ("*", "**"):
-            purse.spend(_product(operator, left, right))
+            purse.spend(product(operator, left, right))
         made = super().call_binop(context, operator, left, right)
         if operator == "%" and isinstance(made, str):
             purse.spend(len(made))
@@ -153,21 +159,23 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         if isinstance(owner, (str, bytes)):
             args = __self._paid(getattr(__obj, "__name__", ""), owner, args)
         if __obj is not safe_range:
-            _check_numbers(args, kwargs)
+            check_numbers(args, kwargs)
+        for value in (*args, *kwargs.values()):
+            __self.weighed(value)
         made = super().call(__context, __obj, *args, **kwargs)
         __self._pay_result(made)
         return made
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
         if getattr(value, "__name__", "") in ("format", "format_map") and isinstance(value.__self__, str):
-            _check_format(value.__self__)
+            check_format(value.__self__)
         return super().wrap_str_format(value)
 
     def _pay_result(self, made: object) -> None:
         if isinstance(made, str):
             self.purse.spend(len(made))
         elif isinstance(made, list):
-            self.purse.spend(8 * len(made))
+            self.purse.spend(4 * ITEM * len(made))
 
     def _paid_items(self, made: Iterator[Any]) -> Iterator[Any]:
         """What `batch`, `map` and their like yield, each item paid for with the bytes that it takes at least."""
@@ -185,7 +193,7 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
             self.purse.spend(sum(len(part) + len(owner) for part in parts if isinstance(part, (str, bytes))))
             return (parts, *args[1:])
         if name == "replace" and len(args) > 1:
-            self.purse.spend(_replaced(owner, args[0], args[1]))
+            self.purse.spend(replaced(owner, args[0], args[1]))
         return args
 
     def _watched(self, name: str, made: Any) -> Callable[..., Any]:
@@ -197,14 +205,23 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
             self.purse.tick()
             given = args[skipped:]
             if name not in ("default", "d"):
-                _check_numbers(given[1:], kwargs)
+                check_numbers(given[1:], kwargs)
+            for value in (*given, *kwargs.values()):
+                self.purse.weighed(value)
+            if given and isinstance(given[0], str) and (name in _SLOW_ON_TEXT or name in _BY_CHARACTER):
+                self.purse.spend(ITEM * len(given[0]))
             if name in ("replace", "wordwrap", "indent", "urlize", "xmlattr"):
                 size = len(given[0]) if hasattr(given[0], "__len__") else 1
                 rest = [len(x) if isinstance(x, str) else x if isinstance(x, int) else 1 for x in given[1:]]
                 rest += [len(x) if isinstance(x, str) else x if isinstance(x, int) else 1 for x in kwargs.values()]
                 self.purse.spend(size * max([1, *rest]))
+            elif name == "sum":
+                parts = list(given[0])
+                numbers = all(isinstance(part, (int, float)) for part in parts)
+                self.purse.spend(ITEM * len(parts) if numbers else len(parts) ** 2)  # lists are copied again and again
+                args = (*args[:skipped], parts, *given[1:])
             elif name == "format":
-                _check_format(str(given[0]))
+                check_format(str(given[0]))
             elif name == "join":
                 parts = list(given[0])
                 glue = given[1] if len(given) > 1 else kwargs.get("d", "")
@@ -227,33 +244,3 @@ def _tojson(
     if isinstance(indent, int) and indent > 64:
         raise OutOfBounds("the template indents JSON by more than 64")
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _check_numbers(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    for value in (*args, *kwargs.values()):
-        if type(value) is int and not -MOST_NUMBER <= value <= MOST_NUMBER:
-            raise OutOfBounds(f"the template gives the number {value:.3e} to a filter or method")
-
-
-def _check_format(text: str | bytes) -> None:
-    if _WIDE.search(text if isinstance(text, str) else text.decode("latin-1")):
-        raise OutOfBounds("the template formats to a very large width")
-
-
-def _product(operator: str, left: Any, right: Any) -> int:
-    """Characters, items or bits that a product or power will have."""
-    for sized, number in ((left, right), (right, left)):
-        if isinstance(sized, (str, bytes, list, tuple)):
-            return len(sized) * number if isinstance(number, int) else 0
-    if isinstance(left, int) and isinstance(right, int):
-        bits = left.bit_length() * abs(right) if operator == "**" else left.bit_length() + right.bit_length()
-        if bits > MOST_NUMBER:
-            raise OutOfBounds("the template computes a very large number")
-    return 0
-
-
-def _replaced(text: Any, old: Any, new: Any) -> int:
-    if not isinstance(old, (str, bytes)) or not isinstance(new, (str, bytes)):
-        return 0
-    times = text.count(old) if old else len(text) + 1
-    return len(text) + int(times) * len(new)

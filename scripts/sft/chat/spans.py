@@ -21,7 +21,7 @@ from dataclasses import replace
 from sft.chat import marking, turns
 from sft.chat.endings import Endings, Tools, ending, missing
 from sft.chat.layout import Layout, Region
-from sft.chat.marks import Read, read
+from sft.chat.marks import REASONING, Read, read
 from sft.chat.template import ChatTemplate, Message, Refused
 from sft.chat.turns import Turn
 from sft.chat.vocabulary import Vocabulary
@@ -86,12 +86,15 @@ class Spans:
     ) -> Layout:
         """The layout of another conversation that the template writes as the very same text.
 
-        A call that is left out is taken away. Words that stand behind the results of their call are an answer of their
-        own. The refusal stands where the text differs.
+        A call that is left out is taken away; without words beside it, that is an empty answer, if another is not.
+        Words that stand behind the results of their call are an answer of their own. The refusal stands where the text
+        differs.
         """
         k, message = odd.index, messages[odd.index]
+        silent = isinstance(odd, LeftOut) and not _words(message)
         if isinstance(odd, LeftOut):
-            same = [*messages[:k], {key: message[key] for key in message if key != "tool_calls"}, *messages[k + 1 :]]
+            unsaid = ("tool_calls", *REASONING) if silent else ("tool_calls",)
+            same = [*messages[:k], {key: message[key] for key in message if key not in unsaid}, *messages[k + 1 :]]
             origin = list(range(len(same)))
         else:
             after = next((j for j in range(k + 1, len(messages)) if messages[j].get("role") != "tool"), len(messages))
@@ -102,7 +105,8 @@ class Spans:
             proven = self.template.render(same, tools=tools, add_generation_prompt=prompt) == text
         except Refused:
             proven = False
-        if not proven or not marking.says_something({**message, "tool_calls": None}):
+        answers = [one for one in same if one.get("role") == "assistant"]
+        if not proven or not any(map(marking.says_something, answers if silent else [{**message, "tool_calls": None}])):
             raise odd
         try:
             made = self.layout(same, tools, prompt=prompt)
@@ -200,6 +204,8 @@ class Spans:
         if not offset and tail and header.strip() and tail.endswith(header) and gap.startswith(header):
             offset = len(header)  # the end of the turn before it is written in the prompt alone
         if not within.startswith(tail) and offset == 0:
+            if not k:
+                return self._start_by_prompt(k, seen, limit), False  # nothing to ask about stands before it
             raise Refused(f"the generation prompt and the text before message {k + 1} have nothing in common")
         if known is not None and anchor == k - 1 and offset <= len(gap):
             self._starts[known] = offset
@@ -225,6 +231,11 @@ class Spans:
         if finish and not region.endswith(finish) and seen.text.startswith(finish, block[1]):
             return Region(k, block[0], block[1] + len(finish))
         return Region(k, block[0], block[0] + len(region), None if not finish or region.endswith(finish) else finish)
+
+
+def _words(message: Message) -> bool:
+    content = message.get("content")
+    return bool(content.strip() if isinstance(content, str) else content)
 
 
 def _both(seen: Read, asked: Read, j: int, limit: int) -> bool:

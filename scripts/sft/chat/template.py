@@ -17,7 +17,8 @@ import jinja2
 import jinja2.meta
 import jinja2.nodes
 
-from sft.chat.sandbox import ChatEnvironment, OutOfBounds
+from sft.chat.purse import OutOfBounds
+from sft.chat.sandbox import ChatEnvironment
 from sft.errors import TemplateError
 
 Message = dict[str, Any]
