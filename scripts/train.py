@@ -55,7 +55,7 @@ def main(args: argparse.Namespace) -> dict[str, Any] | None:
         job = preparation.prepare(loaded, root, report)
 
     from sft.memory import gate
-    from sft.training import building, finish, overview, ranks
+    from sft.training import building, finish, measured, overview, ranks
 
     ranks.start()
     opened = ranks.first(lambda: runs.open_run(loaded.config.train.output_dir, root, args.resume))
@@ -74,6 +74,7 @@ def main(args: argparse.Namespace) -> dict[str, Any] | None:
         summary = finish.finish(job, trainer, opened.run, root)
     if ranks.rank() != 0:
         return None
+    measured.record_run(job, trainer, summary, root)
     say(overview.after(job, summary, opened.run, root))
     if job.config.train.merge_at_end and job.config.tuning.mode != "full":
         say([f"merged into {finish.merge(job, opened.run, root)}"])

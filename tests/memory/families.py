@@ -22,7 +22,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": _WIDE,
     "llama": _GROUPED,
     "mistral": _GROUPED,
-    "gemma2": _WIDE,
+    "gemma2": {**_WIDE, "initializer_range": 2.0},  # so that the cap on its logits shows
     "gemma3_text": _WIDE,
     "phi3": _GROUPED,
     "falcon": {**_OWN, "hidden_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ def test_what_was_measured_comes_back_by_gpu_and_family(tmp_path: Path) -> None:
     found = calibration.lookup(tmp_path, "RTX 4060", "qwen2")
     assert found is not None and found.family and found.records == 3
     assert (found.drift, found.slack, found.context_gib) == pytest.approx((1.02, 0.05, 0.5))
-    assert found.flops is None
+    assert (found.flops, found.flops_of) == (1e13, "1 earlier run of other models")
     other = calibration.lookup(tmp_path, "RTX 4060", "gemma2")
     assert other is not None and not other.family and other.records == 4
     assert other.flops == 1e13
@@ -42,3 +43,21 @@ def test_a_disk_that_refuses_is_said_and_forgiven(tmp_path: Path, caplog: pytest
     (tmp_path / ".cache").write_text("in the way")
     calibration.record(tmp_path, entry("cpu", "qwen2"))
     assert "could not be kept" in caplog.text
+
+
+def test_speed_is_that_of_this_model_and_of_whole_runs_where_they_are(tmp_path: Path) -> None:
+    for model, family, stage, speed in (
+        ("a/model", "qwen2", "rehearsal", 900),
+        ("a/model", "qwen2", "run", 300),
+        ("b/model", "qwen2", "run", 500),
+    ):
+        ran = Record("NVIDIA GeForce RTX 4060", family, model, "qlora", 2048, tokens_per_second=speed, stage=stage)
+        calibration.record(tmp_path, replace(ran, flops_per_token=1e9))
+    for model, family, flops, of in (
+        ("a/model", "qwen2", 3e11, "1 earlier run of this model"),
+        ("c/model", "qwen2", 4e11, "2 earlier runs of qwen2 models"),
+        ("c/model", "llama", 4e11, "2 earlier runs of other models"),
+    ):
+        found = calibration.lookup(tmp_path, "RTX 4060", family, model)
+        assert found is not None
+        assert (found.flops, found.flops_of) == (flops, of)

@@ -37,7 +37,7 @@ class Duration:
 
 def duration(made: Plan, config: Config, description: Mapping[str, Any], root: Path) -> Duration | None:
     """How fast the run would go, None where nothing is known of the device. Rows are read from the prepared file."""
-    known = speed.rate(made.device, made.slack.flops if made.slack else None)
+    known = speed.rate(made.device, *((made.slack.flops, made.slack.flops_of) if made.slack else (None,)))
     if known is None:
         return None
     counted = shapes.count(description, config.tuning, name=config.model.name)

@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import median
 
 from sft import files
+from sft.memory.devices import plain
 
 FILE = ".cache/planner/calibration.jsonl"
 KEPT = 500  # records; older ones are dropped
@@ -26,10 +27,11 @@ log = logging.getLogger("sft.memory")
 class Record:
     """One measured run or rehearsal, of this process on one device. GiB = 2^30 bytes.
 
-    gpu: as the driver names it, or `cpu`. family: `model_type` of config.json. micro_batch_tokens: of the largest
-    micro-batch that ran. allocated_gib, reserved_gib: torch's highest, in a training step. context_gib: what the
-    process held beside them, None where nobody looked. planned_gib: `Plan.estimate.allocated` for the same step.
-    tokens_per_second: real ones. flops_per_token: of `memory.speed`, for the share of the card's speed.
+    gpu: as the driver names it (a plan's shorter name finds it too), or `cpu`. family: `model_type` of config.json.
+    micro_batch_tokens: of the largest micro-batch that ran. allocated_gib, reserved_gib: torch's highest, in a training
+    step (of a `run`: in all of it). context_gib: what the process held beside them, None where nobody looked.
+    planned_gib: what the planner says of the same. tokens_per_second: real ones, of one device. flops_per_token: of
+    `memory.speed`, for the share of the card's speed.
     """
 
     gpu: str
@@ -51,7 +53,8 @@ class Record:
 @dataclass(frozen=True)
 class Residual:
     """What records say of a GPU; None where they do not. drift: measured over traced bytes. slack: reserved over
-    allocated, less 1. flops: achieved operations a second. records: how many; family: whether all are of that family.
+    allocated, less 1. records: how many; family: whether all are of that family. flops: achieved operations a second,
+    and of what runs, in words.
     """
 
     records: int
@@ -60,6 +63,7 @@ class Residual:
     slack: float | None
     context_gib: float | None
     flops: float | None
+    flops_of: str = ""
 
 
 def record(root: Path, entry: Record) -> None:
@@ -91,21 +95,39 @@ def read(root: Path) -> list[Record]:
     return found
 
 
-def lookup(root: Path, gpu: str, family: str) -> Residual | None:
-    """What was measured on this GPU: of this family where there are records of it, else of all; None where none is."""
-    here = [each for each in read(root) if each.gpu == gpu]
+def lookup(root: Path, gpu: str, family: str, model: str = "") -> Residual | None:
+    """What was measured on this GPU (or `cpu`): of this family where there are records of it, else of all; the speed of
+    this very model where it ran here. None where nothing is.
+    """
+    here = [each for each in read(root) if plain(each.gpu) == plain(gpu)]
     same = [each for each in here if each.family == family]
     chosen = same or here
     if not chosen:
         return None
+    achieved, whose = _speed(here, family, model)
     return Residual(
         records=len(chosen),
         family=bool(same),
         drift=_middle([a / p for e in chosen if (a := e.allocated_gib) and (p := e.planned_gib)]),
         slack=_middle([r / a - 1 for e in chosen if (r := e.reserved_gib) and (a := e.allocated_gib)]),
         context_gib=_middle([e.context_gib for e in chosen if e.context_gib is not None]),
-        flops=_middle([s * f for e in chosen if (s := e.tokens_per_second) and (f := e.flops_per_token)]),
+        flops=achieved,
+        flops_of=whose,
     )
+
+
+def _speed(here: Sequence[Record], family: str, model: str) -> tuple[float | None, str]:
+    """Operations a second, and of what: of whole runs before rehearsals, of the nearest model that ran."""
+    timed = [(e, s * f) for e in here if (s := e.tokens_per_second) and (f := e.flops_per_token)]
+    timed = [one for one in timed if one[0].stage == "run"] or timed
+    for whose, of in (
+        ("this model", [done for e, done in timed if e.model == model]),
+        (f"{family} models", [done for e, done in timed if e.family == family]),
+        ("other models", [done for _, done in timed]),
+    ):
+        if of:
+            return median(of), f"{len(of)} earlier {'run' if len(of) == 1 else 'runs'} of {whose}"
+    return None, ""
 
 
 def _middle(values: Sequence[float]) -> float | None:

@@ -91,10 +91,10 @@ def parse(text: str) -> Device:
         return this_cpu()
     said = SIZE.search(text)
     gib = None if said is None else float(said[1]) / (1024 if said[2].lower().startswith("m") else 1)
-    name = _plain(SIZE.sub(" ", text))
+    name = plain(SIZE.sub(" ", text))
     if not name and gib:
         return Device("cuda", f"a card of {gib:g} GiB", gib)
-    known = {_plain(card): card for card in CARDS}
+    known = {plain(card): card for card in CARDS}
     if name in known:
         card = known[name]
         return Device("cuda", card, gib or CARDS[card][0])
@@ -130,7 +130,8 @@ def smallest_card(gib: float) -> str | None:
     return None
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
+    """A card's name without its maker and in one spelling, so that a person's and the driver's are the same."""
     words = re.sub(r"nvidia|geforce|tesla|gpu", " ", text.lower()).replace("mobile", "laptop")
     words = re.sub(r"(?<=\d)(ti|super|laptop)", r" \1", words.replace("-", " "))
     words = re.sub(r"\b(rtx|gtx)(?=\d)", r"\1 ", words)

@@ -71,7 +71,7 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return self._value(args[0])
             if packet is torch.ops.aten.nonzero:
                 return args[0].new_empty((args[0].numel(), args[0].ndim), dtype=torch.long)
-            args = _without_masks(packet, args)
+            args = _without_masks(packet, [_faked(each) for each in args])
         name = packet.__name__
         out = _grouped(func, args, kwargs) if self.fake and name == "_grouped_mm" else func(*args, **kwargs)
         if self.fake and name == "lt" and args[0].ndim == 0 and isinstance(args[1], float):
@@ -160,6 +160,11 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if tensor.dtype == torch.bool:
             return not getattr(tensor, "sft_false", False)
         return 1e-6 / self._reads if tensor.is_floating_point() else 1
+
+
+def _faked(value: Any) -> Any:
+    """A mask that came with its values, when it is computed with: the same without."""
+    return torch.empty(value.shape, dtype=value.dtype) if type(value) is Tensor and value.ndim == 2 else value
 
 
 def _without_masks(packet: Any, args: Any) -> Any:

@@ -88,7 +88,7 @@ def make(
     whose records of earlier runs and kept traces are used. mend: look for remedies where it does not fit. Raises
     ConfigError where batch settings contradict each other, ModelError for a family that cannot be traced.
     """
-    around = _Surroundings(description, device, root)
+    around = _Surroundings(description, device, root, config.model.name)
     settled, traces, trained = _settle(config, around)
     found = phases.every(settled, traces, around.slack, device, trained)
     peak = max(phase.peak for phase in found.values())
@@ -117,9 +117,9 @@ def make(
 class _Surroundings:
     """What stays the same for every variant of a run: model, device, slack, and traces made so far."""
 
-    def __init__(self, description: Mapping[str, Any], device: Device, root: Path | None) -> None:
+    def __init__(self, description: Mapping[str, Any], device: Device, root: Path | None, model: str) -> None:
         self.description, self.device, self.root = description, device, root
-        self.slack = slack.of(device, str(description.get("model_type", "")), root)
+        self.slack = slack.of(device, str(description.get("model_type", "")), root, model=model)
         self._open: dict[str, Traces] = {}
 
     def traces(self, settled: Config) -> Traces:

@@ -17,7 +17,7 @@ BY_CARD: dict[str, tuple[float, float]] = {}
 class Slack:
     """share: of the allocated bytes, held beyond them. context_gib: before the first tensor. drift: measured over
     traced bytes, of earlier runs. source: where these come from, in words. flops: operations a second achieved
-    here by earlier runs, None where none was measured.
+    here by earlier runs, None where none was measured; flops_of: of which, in words.
     """
 
     share: float
@@ -25,17 +25,19 @@ class Slack:
     drift: float
     source: str
     flops: float | None = None
+    flops_of: str = ""
 
     def peak(self, allocated_gib: float) -> float:
         """GiB of the device that `allocated_gib` of tensors take."""
         return allocated_gib * self.drift * (1 + self.share) + self.context_gib
 
 
-def of(device: Device, family: str, root: Path | None) -> Slack:
+def of(device: Device, family: str, root: Path | None, *, model: str = "") -> Slack:
     """What holds for this device and family: this machine's own records, then the table of cards, then presumption."""
     share, context = BY_CARD.get(device.name, (FRAGMENTATION, CONTEXT[device.kind]))
     source = "measured on this card" if device.name in BY_CARD else "presumed: not measured on such a card"
-    found = calibration.lookup(root, device.name, family) if root is not None else None
+    name = "cpu" if device.kind == "cpu" else device.name
+    found = calibration.lookup(root, name, family, model) if root is not None else None
     if found is None:
         return Slack(share, context, 1.0, source)
     learnt = [name for name in ("drift", "slack", "context_gib") if getattr(found, name) is not None]
@@ -48,4 +50,5 @@ def of(device: Device, family: str, root: Path | None) -> Slack:
         drift=1.0 if found.drift is None else found.drift,
         source=source,
         flops=found.flops,
+        flops_of=found.flops_of,
     )

@@ -40,10 +40,13 @@ def operations(
     return linear + adapters + attention + head
 
 
-def rate(device: Device, measured: float | None) -> tuple[float, str] | None:
-    """Operations a second to count on, and where that comes from; None where nothing is known of the device."""
+def rate(device: Device, measured: float | None, of: str = "") -> tuple[float, str] | None:
+    """Operations a second to count on, and where that comes from; None where nothing is known of the device.
+
+    measured: of earlier runs on it, `of` says which.
+    """
     if measured:
-        return measured, "as earlier runs here were measured"
+        return measured, f"measured here: {of}"
     name = device.name.removeprefix("NVIDIA ").removeprefix("GeForce ").removesuffix(" GPU")
     peak = PEAK.get(name)
     return (

@@ -119,7 +119,7 @@ class _Drawn:
         base: Any = unwrap(self.model)
         self.kind: Any = "seq2seq" if getattr(base.config, "is_encoder_decoder", False) else "causal"
         self.real_masks = device == "cpu"
-        self.fakes = FakeTensorMode(allow_non_fake_inputs=True)
+        self.fakes = FakeTensorMode()
         vocabulary = int(base.config.get_text_config().vocab_size)
         live = Live(rounding=ROUNDING[device], vocabulary=vocabulary, fake=True)
         with self._faking(live):

@@ -8,7 +8,6 @@ import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +17,13 @@ from sft import files
 from sft.config.schema import TrainSection
 from sft.errors import SftError
 from sft.generation import engine
-from sft.memory import calibration
-from sft.memory.devices import Device
 from sft.runs import Run
-from sft.training import checkpoints, ranks, rehearsal, weights
+from sft.training import checkpoints, measured, ranks, rehearsal, weights
 from sft.training.preparation import Job
 from sft.training.recipe import Recipe
 from sft.training.rehearsal import CudaGauge, Rehearsed, Scene
 
 CACHE = ".cache/rehearsal"  # under the project's root
-LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 log = logging.getLogger("sft.training")
 
 
@@ -107,7 +103,7 @@ def key(job: Job) -> str:
         "step": [train.effective_batch, ranks.world(), train.logits, train.logits_tile, train.optim, train.bf16],
         "asked": [job.asked.gradient_checkpointing, *(train.micro_batch_tokens,) * (not is_open(job.asked))],
         "answers": [job.config.eval.batch_size, job.config.generation.max_new_tokens, len(job.rows.questions)],
-        "versions": _versions(),
+        "versions": measured.versions(),
     }
     return hashlib.sha256(json.dumps(depends, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
@@ -121,49 +117,26 @@ def _kept(path: Path) -> Rehearsed | None:
 
 def _remember(root: Path, path: Path, job: Job, found: Rehearsed) -> None:
     """Keeps it for the next start, shows it beside the plan, and tells the planner what was measured."""
-    planned = _planned(job, found)
-    training = found.stages[0]
-    measured = training.allocated_bytes / 2**30
-    beside = f", planned {planned:.2f}" if planned else ""
-    log.info("a step's tensors: %.2f GiB at most%s", measured, beside)
-    entry = calibration.Record(
-        gpu=job.device.name,
-        family=str(job.files.config.get("model_type", "")),
-        model=job.files.name,
-        mode=job.config.tuning.mode,
-        micro_batch_tokens=found.tokens,
-        allocated_gib=measured,
+    training, now = found.stages[0], measured.settled(job, found.tokens, found.checkpointing)
+    made = measured.planned(job, now, None)
+    planned = None if made is None else made.estimate.allocated
+    allocated = training.allocated_bytes / 2**30
+    log.info("a step's tensors: %.2f GiB at most%s", allocated, f", planned {planned:.2f}" if planned else "")
+    measured.record(
+        job,
+        root,
+        "rehearsal",
+        found.tokens,
+        work=measured.operations(job, job.config.train.model_copy(update=now)),
+        allocated_gib=allocated,
         reserved_gib=training.reserved_bytes / 2**30,
         planned_gib=planned,
         tokens_per_second=found.tokens_per_second,
-        stage="rehearsal",
-        versions=_versions(),
     )
-    calibration.record(root, entry)
     try:
         files.write_json(path, found.to_json())
     except (OSError, SftError) as error:
         log.warning("the rehearsal could not be kept for the next start: %s", error)
-
-
-def _planned(job: Job, found: Rehearsed) -> float | None:
-    """GiB of tensors that the planner expects of the same step; None where it cannot plan this model."""
-    from sft.memory import plan
-
-    length = job.config.model.max_seq_len
-    now = {
-        "micro_batch_tokens": found.tokens,
-        "batch_size": max(1, found.tokens // length),
-        "grad_accum": "auto",
-        "gradient_checkpointing": found.checkpointing,
-    }
-    config = job.config.model_copy(update={"train": job.config.train.model_copy(update=now)})
-    device = Device("cuda", job.device.name, job.device.total_bytes / 2**30)
-    try:
-        return plan.make(config, job.files.config, device).estimate.allocated
-    except SftError as error:
-        log.debug("no plan beside the rehearsal: %s", error)
-        return None
 
 
 def _answering(job: Job, model: Any) -> Callable[[], object]:
@@ -195,13 +168,3 @@ def _saving(model: Any, run: Run) -> Callable[[], object]:
 
 def _lengths(rows: Any) -> list[int]:
     return [len(row["input_ids"]) for row in rows]
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in LIBRARIES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
