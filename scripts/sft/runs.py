@@ -6,6 +6,7 @@ A run is `outputs/<name>`, its adapter `adapters/<name>`, its curves `outputs/tb
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import re
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from sft.config.schema import Config
 
 RESOLVED, FINISHED, LOCK, PAUSE, SAVE = "config.resolved.yaml", "finished.json", "lock", "pause", "save"
+SESSION = "session.json"  # of a checkpoint: counts so far, and the step of the best one
 _RESERVED = {"tb", "last", ""}
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
@@ -127,14 +129,21 @@ def _take_up_path(path: Path, root: Path) -> OpenRun:
 def newest_checkpoint(run: Run) -> tuple[Path | None, list[tuple[Path, str]]]:
     """The newest checkpoint whose manifest holds, and those passed over for it with the reason.
 
-    Raises RunError if there are checkpoints and none of them is whole: never a silent fresh start.
+    One whose best checkpoint is damaged is passed over for an older one that makes the best again; it is taken all the
+    same where there is none. Raises RunError if there are checkpoints and none is whole: never a silent fresh start.
     """
     passed_over: list[tuple[Path, str]] = []
+    without_best: list[Path] = []
     for path in reversed(run.checkpoints()):
         problem = files.manifest_problem(path)
         if problem is None:
-            return path, passed_over
+            problem = _lost_best(path)
+            if problem is None:
+                return path, passed_over
+            without_best.append(path)
         passed_over.append((path, problem))
+    if without_best:
+        return without_best[0], passed_over[: [path for path, _ in passed_over].index(without_best[0])]
     if passed_over:
         raise RunError(
             f"none of {run.name}'s checkpoints is whole: " + "; ".join(f"{p.name}: {why}" for p, why in passed_over),
@@ -142,6 +151,16 @@ def newest_checkpoint(run: Run) -> tuple[Path | None, list[tuple[Path, str]]]:
             mend="--resume never starts a new run; the old folder stays as it is",
         )
     return None, passed_over
+
+
+def _lost_best(checkpoint: Path) -> str | None:
+    """Why the best checkpoint up to this whole one, which the run is to end with, cannot be used; None if it can."""
+    best = json.loads((checkpoint / SESSION).read_text(encoding="utf-8")).get("best")
+    if best in (None, step_of(checkpoint)):
+        return None
+    folder = checkpoint.with_name(f"checkpoint-{best}")
+    problem = files.manifest_problem(folder)
+    return f"the best one until then, {folder.name}, is to be made again ({problem})" if problem else None
 
 
 def _nth(base: Path, number: int) -> Path:

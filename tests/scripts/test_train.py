@@ -121,6 +121,9 @@ def test_a_rank_that_is_killed_ends_the_launch_and_the_next_one_goes_on_bit_for_
             said = launch.communicate(timeout=200)[0]
             assert launch.returncode != 0 and not (root / "outputs/t/finished.json").exists(), said
             assert "this is ours to mend" not in said, said
+            alone = torchrun(root, 1, sets=sets)
+            said = alone.communicate(timeout=200)[0]
+            assert alone.returncode != 0 and "world_size: was 2, is 1" in said, said
             launch = torchrun(root, 2, sets=sets)
         said = launch.communicate(timeout=280)[0]
         assert launch.returncode == 0, said

@@ -79,6 +79,8 @@ def test_a_killed_run_goes_on_to_the_same_adapter_and_the_same_curve(root: Path)
     metrics = project.losses(root, "t", "eval/rougeL")
     as_if_killed_after(root, 4)
     (root / "outputs/t/checkpoint-4/optimizer.pt").write_bytes(b"torn")
+    with open(root / "outputs/t/log.jsonl", "ab") as log:
+        log.write(b"\0\xff\xfe{")  # what a power cut may leave
     assert project.run(root)["run"] == "t"
     again = load_file(root / "adapters/t/adapter_model.safetensors")
     assert all(bool((again[name] == weight).all()) for name, weight in adapter.items())
@@ -97,6 +99,8 @@ def test_other_settings_are_refused_showing_both_and_some_can_be_accepted(root: 
         project.run(root, "train.bf16=true", allow=("precision",))
     with pytest.raises(RunError, match="mode: was lora, is full"):
         project.run(root, "tuning.mode=full")
+    with pytest.raises(RunError, match=r"label_smoothing: was 0\.0, is 0\.1\n  max_grad_norm: was 1\.0, is 9\.0"):
+        project.run(root, "train.label_smoothing=0.1", "train.max_grad_norm=9.0")
     with pytest.raises(RunError, match="effective_batch: was 8, is 4") as caught:
         project.run(root, "train.effective_batch=4", "train.seed=7", "data.template_path=chatml")
     assert "seed: was 42, is 7" in str(caught.value) and "template: was " in str(caught.value)
@@ -109,6 +113,63 @@ def test_other_settings_are_refused_showing_both_and_some_can_be_accepted(root: 
     (root / "outputs/t").rename(root / "outputs/u")
     summary = project.run(root, "train.learning_rate=1e-3", "train.output_dir=outputs/u", allow=("learning_rate",))
     assert (summary["run"], summary["steps"]) == ("u", 6) and (root / "adapters/u").is_dir()
+
+
+def test_another_revision_of_the_base_is_refused_showing_both(
+    root: Path, tiny_qwen2: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(root / "hub"))
+    cached = root / "hub/models--someone--tiny"
+    for commit in ("a" * 40, "b" * 40):
+        shutil.copytree(tiny_qwen2, cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    (cached / "refs/main").write_text("a" * 40)
+    project.run(root, "model.name=someone/tiny")
+    as_if_killed_after(root, 4)
+    (cached / "refs/main").write_text("b" * 40)
+    with pytest.raises(RunError, match=f"revision: was {'a' * 40}, is {'b' * 40}") as caught:
+        project.run(root, "model.name=someone/tiny")
+    assert "weights: was" not in str(caught.value) and "--allow-change revision" in str(caught.value.mend)
+    assert project.run(root, "model.name=someone/tiny", f"model.revision={'a' * 40}")["run"] == "t"
+
+
+BEST_AT_2 = (
+    "train.greater_is_better=true",  # of a loss that falls: the first evaluation is the best one
+    "eval.train_sample=0",
+    "logging.log_interval=4",  # lines of the log begin before a checkpoint and end after it
+)
+
+
+def test_a_damaged_best_checkpoint_is_made_again_or_its_loss_is_said(
+    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sft.training.watch.Watch.asked_to_save", lambda self: True)  # at every step
+    summary = project.run(root, *BEST_AT_2)
+    adapter, best = root / "adapters/t/adapter_model.safetensors", summary["eval"]["loss"]
+    assert summary["best_step"] == 2
+    expected, curve = files.sha256(adapter), project.losses(root, "t")
+    as_if_killed_after(root, 6)
+    shutil.copytree(root / "outputs/t", root / "kept")
+    (root / "outputs/t/checkpoint-2/rng.pt").unlink()
+    capsys.readouterr()
+    assert project.run(root, *BEST_AT_2)["best_lost"] is None
+    said = capsys.readouterr().out
+    assert "passed over checkpoint-6: the best one until then, checkpoint-2, is to be made again (rng.pt is" in said
+    assert "taking up outputs/t at checkpoint-1" in said
+    assert (files.sha256(adapter), project.losses(root, "t")) == (expected, curve)
+
+    shutil.rmtree(root / "outputs/t")
+    (root / "kept").rename(root / "outputs/t")
+    shutil.rmtree(root / "outputs/t/checkpoint-1")
+    (root / "outputs/t/checkpoint-2/rng.pt").unlink()
+    found = project.run(root, *BEST_AT_2)
+    assert found["best_lost"] == {"step": 2, "value": best}
+    assert found["best_step"] == 4 and found["eval"]["loss"] < best
+    said = capsys.readouterr().out
+    assert "taking up outputs/t at checkpoint-6" in said
+    assert f"the best checkpoint (step 2, {best:.4f}) was damaged; what is left (step 4): loss" in said
 
 
 def test_full_mode_leaves_a_whole_model_that_loads(root: Path, tiny_qwen2: Path) -> None:

@@ -89,9 +89,11 @@ def _list(section: ModelSection, token: str | None, *, weights: bool, timeout: f
         heavy = [files.SINGLE]
     if weights and not heavy:
         raise ModelError(
-            f"{section.name} has no safetensors weights on the hub; pickled ones are never loaded",
+            f"{section.name} has no safetensors weights on the hub; pickled ones are never fetched",
             where="model.name",
-            mend="choose a repository with model.safetensors",
+            mend="choose a repository with model.safetensors; or, if you trust it, fetch it by hand into a folder"
+            f" (hf download {section.name} --local-dir models/NAME) and make safetensors of it:"
+            " python scripts/download_model.py --model models/NAME --allow-pickle",
         )
     names = sorted(small + (heavy if weights else []))
     return Listing(info.sha or "main", names, sum(sizes[name] for name in names))

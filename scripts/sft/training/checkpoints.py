@@ -9,21 +9,23 @@ from __future__ import annotations
 
 import json
 import logging
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from sft import files
+from sft import files, runs
 from sft.errors import EnvironmentProblem, RunError
 from sft.runs import Run, step_of
 from sft.training import weights
 
 log = logging.getLogger("sft.training")
 OPTIMIZER, RNG, SCHEDULER, SCALER = "optimizer.pt", "rng.pt", "scheduler.json", "scaler.json"
-STATE, SESSION = "trainer_state.json", "session.json"
+STATE, SESSION = "trainer_state.json", runs.SESSION
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,29 @@ def take_up(checkpoint: Path, optimizer: Any, scheduler: Any, learning_rate: flo
     for group, rate, decay in zip(optimizer.param_groups, now, decays, strict=True):
         group.update(lr=rate, initial_lr=learning_rate, weight_decay=decay)
     scheduler._last_lr = now
+
+
+def random_state() -> dict[str, Any]:
+    """The states of Python's, NumPy's, torch's and every visible GPU's generator, as numbers and tensors: no pickle."""
+    version, numbers, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    return {
+        "python": [version, list(numbers), gauss],
+        "numpy": [str(name), [int(key) for key in keys], int(position), int(has_gauss), float(cached)],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def restore_random(saved: dict[str, Any]) -> None:
+    """Puts the generators back to a state that `random_state` gave."""
+    version, numbers, gauss = saved["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    name, keys, position, has_gauss, cached = saved["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(saved["torch"])
+    if saved["cuda"] and torch.cuda.device_count() == len(saved["cuda"]):
+        torch.cuda.set_rng_state_all(saved["cuda"])
 
 
 def set_aside(run: Run, step: int) -> None:

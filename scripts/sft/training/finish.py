@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import resource
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ def summary(job: Job, trainer: WindowTrainer, run: Run, best: int | None, target
     losses = [entry["loss"] for entry in history if "loss" in entry]
     scored = [entry for entry in history if "eval_loss" in entry]
     chosen = next((entry for entry in scored if entry["step"] == best), scored[-1] if scored else {})
+    names = {key[5:] for key in chosen if key.startswith("eval_") and key != "eval_seconds"}
     return {
         "run": run.name,
         "steps": trainer.state.global_step,
@@ -70,12 +72,13 @@ def summary(job: Job, trainer: WindowTrainer, run: Run, best: int | None, target
         "train_loss_first": losses[0] if losses else None,
         "train_loss_last": losses[-1] if losses else None,
         "best_step": best,
+        "best_lost": trainer.lost_best and asdict(trainer.lost_best),
         "skipped_windows": len(trainer.numbers.skipped),
-        "eval": {key[5:]: value for key, value in chosen.items() if key.startswith("eval_") and key != "eval_seconds"},
-        "tokens": trainer.tokens,
-        "labelled_tokens": trainer.labelled,
-        "seconds": round(trainer.seconds, 3),
-        "tokens_per_second": round(trainer.tokens / max(trainer.seconds, 1e-9), 1),
+        "eval": {name: chosen[f"eval_{name}"] for name in sorted(names, key=lambda name: (name != "loss", name))},
+        "tokens": trainer.meter.tokens,
+        "labelled_tokens": trainer.meter.labelled,
+        "seconds": round(trainer.meter.seconds, 3),
+        "tokens_per_second": round(trainer.meter.tokens / max(trainer.meter.seconds, 1e-9), 1),
         "peak_memory_gib": round(peak_bytes() / 2**30, 3),
         "device": job.device.name,
         "output": str(target),

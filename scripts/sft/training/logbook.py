@@ -148,9 +148,9 @@ class Logbook(TrainerCallback):  # type: ignore[misc]
 
 
 def read(path: Path) -> list[Entry]:
-    """The entries of a log.jsonl; a last line that a crash cut short is passed over."""
+    """The entries of a log.jsonl; what a crash cut short or left as rubbish is passed over."""
     entries = []
-    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []:
         try:
             entry = json.loads(line)
         except ValueError:

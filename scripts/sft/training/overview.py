@@ -69,6 +69,8 @@ def after(job: Job, summary: dict[str, Any], run: Run, root: Path) -> list[str]:
         lines.append(f"stopped early, of {summary['planned_steps']:,} planned steps: evaluation no longer improved")
     if evaluated:
         chosen = "the best checkpoint" if summary["best_step"] else "the last evaluation"
+        if lost := summary["best_lost"]:
+            chosen = f"the best checkpoint (step {lost['step']}, {lost['value']:.4f}) was damaged; what is left"
         lines.append(f"{chosen} (step {summary['best_step'] or summary['steps']}): {evaluated}")
     lines.append(f"written to {paths.shown(Path(summary['output']), root)}")
     return lines + [f"next:   {step}" for step in _next(job)]

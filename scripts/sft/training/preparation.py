@@ -67,6 +67,8 @@ class Job:
             "warmup_steps": self.plan.warmup_steps,
             "weight_decay": train.weight_decay,
             "optim": train.optim,
+            "max_grad_norm": train.max_grad_norm,
+            "label_smoothing": train.label_smoothing,
         }
 
 

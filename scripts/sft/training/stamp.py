@@ -18,12 +18,18 @@ FOLLOWS = {
     "world_size": "dropout draws other numbers",
     "template": "what was learnt so far was written otherwise",
     "weights": "the adapter was made for other weights",
+    "revision": "the adapter goes on over that revision's weights",
+    "max_seq_len": "other rows may be left out, or cut otherwise",
+    "labels": "other tokens are learnt from here on",
     "total_steps": "the rate jumps to where the new plan has it",
     "learning_rate": "the rate jumps to where the new plan has it",
     "lr_scheduler_type": "the rate jumps to where the new plan has it",
     "warmup_steps": "the rate jumps to where the new plan has it",
+    "weight_decay": "it holds from the next step",
+    "max_grad_norm": "it holds from the next step",
+    "label_smoothing": "it holds from the next step, and losses before and after do not compare",
 }
-FIXED = {"backend", "mode", "kind", "base_model", "precision", "lora"}
+FIXED = {"backend", "mode", "kind", "base_model", "precision", "lora", "optim"}
 
 
 def write(folder: Path, stamp: dict[str, Any]) -> None:
