@@ -24,7 +24,7 @@ def _grams(text: str) -> tuple[Counter[str], ...]:
 
 
 def _times(counts: Counter[str], factor: int) -> Counter[str]:
-    return Counter({gram: count * factor for gram, count in counts.items()})
+    return counts if factor == 1 else Counter({gram: count * factor for gram, count in counts.items()})
 
 
 def _f1(precision: float, recall: float) -> float:

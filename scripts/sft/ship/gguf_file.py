@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 log = logging.getLogger("sft.ship")
-TYPES = ("f16", "q8_0", "bf16", "f32")
 BYTES = {"f16": 2.0, "q8_0": 34 / 32, "bf16": 2.0, "f32": 4.0}  # a number
 _ERRORS = {"F32": 0.0, "F16": 2**-11, "BF16": 2**-8}  # of a number, half a step
 Progress = Callable[[int, int, str], None]
