@@ -28,6 +28,11 @@ ARGS ?=
 export RAW STYLE INPUT OUTPUT GPU TASKS
 .NOTPARALLEL:
 
+KNOWN := CONFIG SET RAW STYLE MODEL MODELS TB_PORT INPUT OUTPUT ADAPTERS FORCE GPU PNG TASKS ARGS FORMAT TYPE REPO DRY PYTHON
+GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command line,$(origin $(name))),$(name)))
+$(foreach name,$(filter-out $(KNOWN) SHELL MAKEFLAGS,$(GIVEN)),$(error $(name)= is not a variable of this kit. Known: $(KNOWN). \
+	A setting of the run goes through SET="key=value"))
+
 ENV := $(if $(filter .venv/bin/python,$(PYTHON)),.venv/.ready)
 DEV := $(if $(filter .venv/bin/python,$(PYTHON)),.venv/.ready-dev)
 WITH := $(if $(CONFIG),--config $(CONFIG)) $(foreach pair,$(SET),--set '$(pair)')

@@ -58,7 +58,7 @@ def main(args: argparse.Namespace) -> dict[str, Any] | None:
     batch_input.write(args.output_file, requests, answers)
     stopped = sum(answer.stopped for answer in answers if answer is not None)
     asked = sum(answer is not None for answer in answers)
-    console.say(f"{asked} answers in {args.output_file}; {stopped} of them stopped by themselves")
+    console.say(f"{asked} answers in {args.output_file}; {stopped} stopped by themselves")
     return {"rows": asked, "stopped": stopped, "output_file": str(args.output_file)}
 
 

@@ -46,8 +46,9 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         names = catalogue.listed(args.models)
         with console.progress("planning models") as report:
             found = catalogue.each(names, config, device, root, report)
-        return show_models(found, device)
-    made = plan.make(config, catalogue.description(config.model, root), device, root=root)
+        return show_models(found, device, f"{config.tuning.mode}, rows of {config.model.max_seq_len} tokens")
+    with console.progress("tracing the model"):
+        made = plan.make(config, catalogue.description(config.model, root), device, root=root)
     took = answer.duration(made, config, catalogue.description(config.model, root), root)
     show(answer.tables(made), answer.lines(made, took))
     if args.png:
@@ -68,16 +69,19 @@ def show(tables: list[Any], lines: list[str]) -> None:
         console.table(title, columns, rows)
 
 
-def show_models(found: dict[str, Any], device: Any) -> dict[str, Any]:
+def show_models(found: dict[str, Any], device: Any, settings: str) -> dict[str, Any]:
     """A table of models, smallest first, and the largest that fits."""
     rows = [
         (name, f"{one['billions']:.2f}", f"{one['peak_gib']:.1f}", one["batch_size"], "yes" if one["fits"] else "no")
         if "peak_gib" in one
-        else (name, "", "", "", one["error"])
+        else (name, "", "", "", "?")
         for name, one in found.items()
     ]
-    columns = ("model", "parameters, 10^9", "GiB at the peak", "rows at a time", "fits")
-    console.table(f"{device.name}, {device.gib:.1f} GiB (traced)", columns, rows)
+    console.table(f"{device.name}, {settings}", ("model", "10^9", "peak GiB", "rows", "fits"), rows)
+    console.say("10^9: parameters; rows: at a time, in a micro-batch")
+    for name, one in found.items():
+        if "error" in one:
+            console.warn(f"{name} is not planned: {one['error']}")
     fitting = [name for name, one in found.items() if one.get("fits")]
     return {"largest": fitting[-1] if fitting else None, "fit": fitting, "models": found}
 

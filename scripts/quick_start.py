@@ -21,8 +21,8 @@ NEXT = """
 What to do next:
   make infer                  talk to it
   make tensorboard            look at the curves
-  make eval-test              measure it again
-  make merge && make merge-test   one folder of weights, checked
+  make compare                what got better, what was forgotten, every answer on one page
+  make merge && make merge-test   one folder of weights, checked (make export: for llama.cpp or Ollama)
   put your own examples into data/raw/raw.jsonl in place of the sample, and run this again
   docs/CONFIG.md has every setting; configs/local.yaml keeps yours"""
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 DEFAULT_CONFIG = "configs/run_bnb.yaml"
 LOCAL_CONFIG = "configs/local.yaml"
+SECONDS_A_LINE = 30.0  # of progress where there is no terminal
 _json_mode = False
 
 
@@ -101,12 +102,12 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
 
 @contextmanager
 def progress(title: str) -> Iterator[Callable[..., None]]:
-    """Yields `advance(done, total, beside="")`, which draws a bar with the time left on a terminal, else nothing.
+    """Yields `advance(done, total, beside="")`: a bar with the time left on a terminal, else a line every half minute.
 
     beside: text to show next to the title, such as the loss.
     """
     if not sys.stderr.isatty():
-        yield lambda done, total, beside="": None
+        yield _progress_lines(title)
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -117,6 +118,21 @@ def progress(title: str) -> Iterator[Callable[..., None]]:
         yield lambda done, total, beside="": bars.update(
             task, completed=done, total=total, description=f"{title}  {beside}".rstrip()
         )
+
+
+def _progress_lines(title: str) -> Callable[..., None]:
+    import time
+
+    said = time.monotonic()
+
+    def advance(done: int, total: int | None, beside: str = "") -> None:
+        nonlocal said
+        if time.monotonic() - said >= SECONDS_A_LINE:
+            said = time.monotonic()
+            share = f" {done / total:.0%}" if total else ""
+            print(f"{title}{share}  {beside}".rstrip(), file=sys.stderr, flush=True)
+
+    return advance
 
 
 def _fail(error: SftError) -> int:

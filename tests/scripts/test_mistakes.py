@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
 
 import pytest
+
+from tests.conftest import ROOT
 
 Command = Callable[..., CompletedProcess[str]]
 ROW = '{"user": "What is 2 + 2?", "assistant": "4"}\n'
@@ -157,3 +160,12 @@ def test_an_adapter_for_another_base_is_refused(command: Command, project: Path,
     done = command("infer", "--config", config, "--adapters", project / "foreign", stdin="hi\n", SFT_ROOT=str(project))
     refused(done, "foreign")
     assert fingerprint(project) == before
+
+
+def test_make_refuses_a_variable_that_it_does_not_know() -> None:
+    done = subprocess.run(["make", "-n", "train", "SEED=3"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "SEED= is not a variable of this kit" in done.stderr and not done.stdout
+    known = subprocess.run(
+        ["make", "-n", "plan", "GPU=8GiB", "SET=train.seed=3"], cwd=ROOT, capture_output=True, check=False
+    )
+    assert known.returncode == 0

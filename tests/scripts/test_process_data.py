@@ -87,3 +87,10 @@ def test_help_answers_at_once(command: Run) -> None:
         started = time.monotonic()
         done = command(name, "--help")
         assert done.returncode == 0 and "examples:" in done.stdout and time.monotonic() - started < 1.5
+
+
+def test_a_name_that_leaves_out_data_raw_or_is_misspelt_is_put_right(process: Run, tmp_path: Path) -> None:
+    (tmp_path / "data/raw").mkdir(parents=True)
+    (tmp_path / "data/raw/mine.jsonl").write_text("{}")
+    assert "did you mean data/raw/mine.jsonl?" in process("--raw_path", "mine.jsonl").stderr
+    assert "did you mean data/raw/mine.jsonl?" in process("--raw_path", "data/raw/mein.jsonl").stderr

@@ -110,6 +110,8 @@ def test_overfitting_is_said_when_the_losses_part() -> None:
     (parted,) = numbers.overfitting(history((2.0, 2.0), (1.6, 1.55), (1.59, 1.60)))
     assert parted.startswith("overfitting: evaluation loss rose to 1.6000 while training loss fell to 1.5900")
     assert "best at step 2 (1.5500)" in parted
+    parts_again = history((2.0, 2.0), (1.6, 1.55), (1.59, 1.60), (1.58, 1.59), (1.57, 1.61))
+    assert numbers.overfitting(parts_again) == []  # said once
     (apart,) = numbers.overfitting(history((2.0, 2.0), (1.0, 1.15)))
     assert apart.startswith("evaluation loss is 0.150 above training loss (more than 0.1)")
     assert numbers.overfitting(history((2.0, 2.0), (1.0, 1.15), (0.9, 1.14))) == []  # said once

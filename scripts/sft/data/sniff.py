@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from dataclasses import dataclass, field
@@ -64,11 +65,20 @@ def sniff(path: Path) -> Found:
             head = stream.read(HEAD)
             return _sniff(path, head, stream)
     except FileNotFoundError:
-        raise DataError("no such file", where=str(path), mend="name a file that is there, see docs/DATA.md") from None
+        raise DataError("no such file", where=str(path), mend=_meant(path)) from None
     except BROKEN as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise DataError(f"cannot be read: {error.strerror}", where=str(path)) from None
         raise DataError(f"the compressed file is broken: {error}", where=str(path), mend="fetch it again") from None
+
+
+def _meant(path: Path) -> str:
+    """Where the file may be: in data/raw, which people leave out, or under a name like it."""
+    if (raw := Path("data/raw") / path.name).is_file():
+        return f"did you mean {raw}?"
+    beside = [one.name for one in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, beside, 1)
+    return f"did you mean {path.parent / near[0]}?" if near else "name a file that is there, see docs/DATA.md"
 
 
 def _sniff(path: Path, head: bytes, stream: BinaryIO) -> Found:

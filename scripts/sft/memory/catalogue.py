@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,6 +106,7 @@ def each(
     """The plan of every model under this config, smallest first; one that cannot be planned says why."""
     from sft.memory import plan
 
+    logging.getLogger("sft.config").setLevel(logging.ERROR)  # what is said of one model's settings is noise here
     found: dict[str, dict[str, Any]] = {}
     for done, name in enumerate(names, 1):
         section = config.model.model_copy(update={"name": name, "revision": None})

@@ -15,7 +15,7 @@ def text_of(path: Path, what: str) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise DataError(f"there is no such {what}", where=str(path), mend="check the path") from None
+        raise DataError(f"there is no such {what}", where=str(path), mend="name another: see --help") from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"the {what} cannot be read: {error}", where=str(path)) from None
 

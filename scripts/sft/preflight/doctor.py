@@ -110,8 +110,8 @@ def _last_run(root: Path) -> list[str]:
         problem = files.manifest_problem(checkpoint) or "whole"
         lines.append(f"{checkpoint.name}: {problem}, {in_words(files.size(checkpoint))}")
     log = run.folder / "log.jsonl"
-    lines += log.read_text(encoding="utf-8", errors="replace").splitlines()[-3:] if log.is_file() else []
-    return lines
+    logged = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
+    return lines + [line for line in logged if '"eval/samples"' not in line][-3:]  # answers quote the user's rows
 
 
 def _last_error(root: Path) -> list[str]:

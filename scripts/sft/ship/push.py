@@ -71,7 +71,7 @@ def push(folder: Path, repo: str, root: Path, *, private: bool, dry_run: bool) -
 def _listed(folder: Path, repo: str) -> dict[str, int]:
     """The files that go. Raises RunError, ModelError."""
     if not _NAME.fullmatch(repo):
-        raise ModelError(f"{repo!r} is no repository's name", where="--repo", mend="--repo NAME/MODEL")
+        raise ModelError(f"{repo!r} is no repository's name", where="--repo", mend="make push REPO=name/model (--repo)")
     if not (folder / EXPORT).is_file() or not (folder / PARITY).is_file():
         raise RunError(
             f"there is no export in {folder}", where=str(folder), mend="make export FORMAT=hf (or gguf, ollama)"

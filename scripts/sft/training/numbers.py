@@ -103,13 +103,13 @@ def overfitting(history: History) -> list[str]:
     seen = [entry for entry in history if "eval_loss" in entry and "eval_gap" in entry]
     if len(seen) < 2:
         return []
-    before, now = seen[-2], seen[-1]
+    now = seen[-1]
     best = min(seen[:-1], key=lambda entry: float(entry["eval_loss"]))
-    train = [entry["eval_loss"] - entry["eval_gap"] for entry in (before, now)]
     said = []
-    if now["eval_loss"] > max(before["eval_loss"], best["eval_loss"]) and train[1] < train[0]:
+    if _parted(seen) and not any(_parted(seen[:end]) for end in range(2, len(seen))):
         said.append(
-            f"overfitting: evaluation loss rose to {now['eval_loss']:.4f} while training loss fell to {train[1]:.4f};"
+            f"overfitting: evaluation loss rose to {now['eval_loss']:.4f} while training loss fell to"
+            f" {now['eval_loss'] - now['eval_gap']:.4f};"
             f" it was best at step {best['step']} ({best['eval_loss']:.4f}), where"
             " train.early_stopping.enabled=true would stop"
         )
@@ -119,3 +119,10 @@ def overfitting(history: History) -> list[str]:
             " learnt by heart. Fewer epochs, more rows or more dropout would help"
         )
     return said
+
+
+def _parted(seen: History) -> bool:
+    """Whether, at the last evaluation, evaluation loss rose while training loss fell."""
+    before, now = seen[-2], seen[-1]
+    train = [entry["eval_loss"] - entry["eval_gap"] for entry in (before, now)]
+    return bool(now["eval_loss"] > before["eval_loss"] and train[1] < train[0])
