@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from sft.config.schema import Config
+from sft.errors import ModelError
 from sft.memory import shapes
 from sft.memory.estimate import changed
 from sft.memory.live import Live, Window
@@ -131,3 +132,26 @@ def test_it_meets_the_table_of_traces(size: str) -> None:
         for length, expected in zip((512, 2048), wanted, strict=True):
             peak = tracer.step([length], waiting=False).peak / GIB
             assert peak == pytest.approx(expected, abs=max(0.25, 0.05 * expected))
+
+
+def test_offloaded_activations_leave_the_card_and_nothing_else_does() -> None:
+    model = {**description("llama"), "num_hidden_layers": 12}
+    here, away = (
+        Tracer(resolved("qlora", "cuda", activation_offload=on), model, device="cuda").step([2048], waiting=True)
+        for on in (False, True)
+    )
+    kept = 12 * 2048 * 256 * 2  # what checkpointing keeps: the input of every layer, in 16 bit
+    assert here.peak - away.peak == pytest.approx(kept, rel=0.2)
+    assert here.standing == away.standing
+
+
+def test_experts_whose_adapters_take_no_dropout_are_said() -> None:
+    sizes = {"q_lora_rank": None, "kv_lora_rank": 32, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32}
+    experts = {"moe_intermediate_size": 128, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1}
+    rest = {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "num_key_value_heads": 4}
+    model = {**description("llama"), **sizes, **experts, **rest, "model_type": "deepseek_v2"}
+    with pytest.raises(ModelError, match="does not work with lora_dropout") as caught:
+        Tracer(resolved("qlora", "cuda"), model, device="cuda")
+    assert caught.value.where == "tuning.lora.dropout"
+    assert "--set tuning.lora.dropout=0" in str(caught.value)
+    assert Tracer(resolved("qlora", "cuda", dropout=0.0), model, device="cuda").experts > 0

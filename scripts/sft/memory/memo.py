@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 FOLDER = ".cache/planner/traces"
 OF_TRAIN = {
     "gradient_checkpointing", "logits", "logits_tile", "optim", "max_grad_norm", "label_smoothing", "bf16", "fp16",
-    "weight_decay",
+    "weight_decay", "activation_offload",
 }  # fmt: skip
 log = logging.getLogger("sft.memory")
 

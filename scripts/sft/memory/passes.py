@@ -20,6 +20,7 @@ from sft.model import outline
 from sft.model.layers import head
 from sft.step import unwrap
 from sft.step.microbatch import loss_sum
+from sft.step.offload import stays
 from sft.step.window import Collator, MicroBatch, cut
 
 BACKWARD, STEP, ANSWER = "backward", "optimizer", "answer"  # windows that are no layer's
@@ -30,6 +31,7 @@ class Passes:
 
     def __init__(self, model: nn.Module, config: Config, live: Live, *, device: str) -> None:
         self.model, self.config, self.live = model, config, live
+        self.offload = config.train.activation_offload and device == "cuda"
         self.trained = [weight for weight in model.parameters() if weight.requires_grad]
         sort_weights(model, live)
         places = dict[int, str]()
@@ -61,7 +63,7 @@ class Passes:
                 weight.grad = torch.zeros_like(weight)
             live.default = "activations"
         live.start()
-        with computing(self.config):
+        with computing(self.config), _away() if self.offload else contextlib.nullcontext():
             loss = self._loss(micro)
             live.mark(BACKWARD)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -116,6 +118,18 @@ class Passes:
             out = self.model(**inputs, past_key_values=cache)
             _draw_choice(out)
         return self.live.stop()
+
+
+def _away() -> Any:
+    """`step.offload` as the GPU's memory sees it: what leaves is gone, what comes back is new."""
+
+    def away(tensor: Tensor) -> Any:
+        return tensor if stays(tensor) else (tensor.shape, tensor.dtype)
+
+    def back(kept: Any) -> Tensor:
+        return kept if isinstance(kept, Tensor) else torch.empty(kept[0], dtype=kept[1])
+
+    return torch.autograd.graph.saved_tensors_hooks(away, back)
 
 
 def _draw_choice(out: Any) -> None:

@@ -80,14 +80,13 @@ def _changes(asked: Config, resolved: Config, *, gpu: bool) -> Iterator[_Change]
         yield _Change({"train.gradient_checkpointing": True}, "about 1.45 times the time of a step", 0.45)
     if train.logits == "full":
         yield _Change({"train.logits": "chunked"}, "nothing: the same loss", 0.0)
+    if gpu and not train.activation_offload:
+        away = {"train.gradient_checkpointing": True, "train.activation_offload": True}
+        yield _Change(away, "time: kept activations go to the machine's memory and back")
     if train.logits_tile > 128:
         yield _Change({"train.logits_tile": 128}, "a little speed of the head")
-    if gpu and "8bit" not in train.optim:
-        yield _Change({"train.optim": "adamw_8bit"}, "optimizer state rounded to 8 bits", 0.02)
-    if gpu and not train.optim.startswith("paged"):
-        yield _Change(
-            {"train.optim": "paged_adamw_8bit"}, "optimizer state in the machine's memory when it is tight", 0.05
-        )
+    if gpu:
+        yield from _optimizers(train.optim)
     if tuning.mode == "lora":
         yield _Change({"tuning.mode": "qlora"}, "a base rounded to 4 bits, dequantised in every step", 0.3)
     if tuning.mode == "full":
@@ -101,6 +100,15 @@ def _changes(asked: Config, resolved: Config, *, gpu: bool) -> Iterator[_Change]
             if asked.train.micro_batch_tokens != "auto":
                 cut["train.micro_batch_tokens"] = shorter
             yield _Change(cut, f"rows longer than {shorter} tokens are cut or dropped", 0.0)
+
+
+def _optimizers(now: str) -> Iterator[_Change]:
+    if "8bit" not in now:
+        yield _Change({"train.optim": "adamw_8bit"}, "optimizer state rounded to 8 bits", 0.02)
+    if not now.startswith("paged"):
+        yield _Change(
+            {"train.optim": "paged_adamw_8bit"}, "optimizer state in the machine's memory when it is tight", 0.05
+        )
 
 
 def _with(config: Config, settings: dict[str, Any]) -> Config:

@@ -85,8 +85,13 @@ def attach(model: PreTrainedModel, tuning: TuningSection, *, gradient_checkpoint
     try:
         adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
     except (ValueError, TypeError, NotImplementedError) as error:
+        dropout = "dropout" in str(error) and lora.dropout > 0  # peft's adapters on a bare tensor, as of experts
         raise ModelError(
-            f"no adapter can be attached: {' '.join(str(error).split())[:300]}", where="tuning.lora"
+            f"no adapter can be attached: {' '.join(str(error).split())[:300]}",
+            where="tuning.lora.dropout" if dropout else "tuning.lora",
+            mend="this model's experts are tensors, whose adapters take no dropout: --set tuning.lora.dropout=0"
+            if dropout
+            else None,
         ) from None
     for weight in adapted.parameters():
         if weight.requires_grad and weight.is_floating_point():

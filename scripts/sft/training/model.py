@@ -54,4 +54,5 @@ def recipe(config: Config, model: Any, kind: Any, *, device: str) -> Recipe:
         tile=train.logits_tile,
         label_smoothing=train.label_smoothing,
         autocast=None if dtype == torch.float32 else dtype,
+        offload=train.activation_offload and device != "cpu",
     )

@@ -13,6 +13,7 @@ import torch
 
 from sft.config.schema import TrainSection
 from sft.step.microbatch import loss_sum
+from sft.step.offload import offloading
 from sft.step.recovery import finer, out_of_memory, release
 from sft.step.window import Batch, Collator, Kind, cut
 
@@ -26,6 +27,7 @@ class Recipe:
 
     evaluating: what evaluation was lowered to when memory ran out there, None where it never did. apart: rows kept
     apart without padding. autocast: the 16-bit type to compute in, None for the weights' own.
+    offload: see `step.offload`.
     """
 
     kind: Kind
@@ -38,6 +40,7 @@ class Recipe:
     label_smoothing: float
     autocast: torch.dtype | None
     evaluating: int | None = None
+    offload: bool = False
 
     def __post_init__(self) -> None:
         self.asked = self.budget
@@ -52,10 +55,13 @@ class Recipe:
         self.tokens = tokens
 
     def computing(self) -> AbstractContextManager[object]:
-        """The precision to compute in."""
-        if self.autocast is None:
-            return contextlib.nullcontext()
-        return torch.autocast(torch.device(self.device).type, dtype=self.autocast)
+        """The precision to compute in, and where what autograd keeps waits."""
+        found = contextlib.ExitStack()
+        if self.autocast is not None:
+            found.enter_context(torch.autocast(torch.device(self.device).type, dtype=self.autocast))
+        if self.offload:
+            found.enter_context(offloading())
+        return found
 
 
 def compute_dtype(train: TrainSection) -> torch.dtype:

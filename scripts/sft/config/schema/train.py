@@ -80,6 +80,11 @@ class TrainSection(Section):
     gradient_checkpointing: Auto | bool = Field(
         "auto", description="Recompute activations in the backward pass; `auto`: on a GPU, off on the CPU."
     )
+    activation_offload: bool = Field(
+        False,
+        description="What the backward pass needs waits in the machine's memory, with checkpointing best: less of the"
+        " GPU's, more time. Nothing on the CPU.",
+    )
     logits: Literal["chunked", "full"] = Field(
         "chunked", description="`chunked` computes the head on labelled positions in tiles; `full` all at once."
     )
@@ -105,7 +110,10 @@ class TrainSection(Section):
         "loss", description="`loss`, or any metric of `eval.metrics`, measured on the validation sample."
     )
     min_stop_rate: float = Field(
-        0.0, ge=0, le=1, description="A checkpoint whose sample answers stop less often than this is never the best one."
+        0.0,
+        ge=0,
+        le=1,
+        description="A checkpoint whose sample answers stop less often than this is never the best one.",
     )
     greater_is_better: Auto | bool = Field("auto", description="`auto`: false for losses and perplexity, else true.")
     early_stopping: EarlyStoppingSection = Field(default_factory=EarlyStoppingSection, description="When to stop.")
