@@ -206,6 +206,8 @@ def _tool_ends(probe: Probe, turn: Turn) -> list[str]:
                 layout = probe.layout(messages, turn)
             except Refused:
                 continue
+            if layout.left_out:
+                continue
             region = layout.regions[0]
             ends.append(_last_control(probe.vocabulary, layout.text[region.start : region.end]))
         if ends:

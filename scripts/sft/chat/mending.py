@@ -1,9 +1,9 @@
 """A conversation told another way, for templates that refuse it as it stands: same words, another form.
 
-Contents given as lists of text parts become one text; none at all, as beside a tool call, becomes the empty text. Tool
-calls get ids of nine letters and digits where theirs are missing or of another shape (Mistral's templates take no
-others), and the results that answer them get the same. A template that takes no system text gets it before the first
-question's words.
+Contents in parts become one text, reasoning and calls among them go to their own keys; none at all, as beside a tool
+call, becomes the empty text. Tool calls get ids of nine letters and digits where theirs are missing or of another shape
+(Mistral's templates take no others), and the results that answer them get the same. A template that takes no system
+text gets it before the first question's words.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ from __future__ import annotations
 import hashlib
 import re
 from typing import Any
+
+from sft.data.conversation import conversation
+from sft.data.faults import RowFault
 
 Message = dict[str, Any]
 _ID = re.compile(r"[A-Za-z0-9]{9}")
@@ -20,8 +23,8 @@ def mended(messages: list[Message]) -> list[Message]:
     """The messages in the plainest form, as many as before; equal to what was given where nothing can be done."""
     made: list[Message] = []
     waiting: list[tuple[str, str]] = []  # calls without a result yet: the id they had, the id they have
-    for index, message in enumerate(messages):
-        new = {**message, "content": _joined(message.get("content"))}
+    for index, message in enumerate(map(_read, messages)):
+        new = message
         if isinstance(calls := message.get("tool_calls"), list) and all(isinstance(call, dict) for call in calls):
             new["tool_calls"] = [{**call, "id": _id(call, index, at)} for at, call in enumerate(calls)]
             waiting = [
@@ -45,19 +48,17 @@ def without_system(messages: list[Message]) -> list[Message]:
     return [{**messages[1], "content": "\n\n".join(map(str, texts))}, *messages[2:]]
 
 
-def _joined(content: Any) -> Any:
-    """The texts of a list of parts, if they are all there is."""
-    if content is None:
-        return ""
-    if not isinstance(content, list):
-        return content
-    texts: list[str] = []
-    for part in content:
-        text = part.get("text", part.get("value")) if isinstance(part, dict) else None
-        if not isinstance(text, str) or part.get("type", "text") != "text":
-            return content
-        texts.append(text)
-    return "".join(texts)
+def _read(message: Message) -> Message:
+    """A message with its content as text: parts as the data room reads them, reasoning and calls in their own keys."""
+    if message.get("content") is None:
+        return {**message, "content": ""}
+    if not isinstance(message["content"], list):
+        return dict(message)
+    try:
+        (read,) = conversation([message], "messages")
+    except RowFault:
+        return dict(message)
+    return {**message, **read, "role": message["role"]}
 
 
 def _id(call: dict[str, Any], message: int, at: int) -> str:

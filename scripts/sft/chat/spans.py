@@ -86,9 +86,9 @@ class Spans:
     ) -> Layout:
         """The layout of another conversation that the template writes as the very same text.
 
-        A call that is left out is taken away; without words beside it, that is an empty answer, if another is not.
-        Words that stand behind the results of their call are an answer of their own. The refusal stands where the text
-        differs.
+        A call that is left out is taken away; without words beside it, that is an empty answer, and a row that has no
+        other has no regions. Words that stand behind the results of their call are an answer of their own. The refusal
+        stands where the text differs.
         """
         k, message = odd.index, messages[odd.index]
         silent = isinstance(odd, LeftOut) and not _words(message)
@@ -105,8 +105,7 @@ class Spans:
             proven = self.template.render(same, tools=tools, add_generation_prompt=prompt) == text
         except Refused:
             proven = False
-        answers = [one for one in same if one.get("role") == "assistant"]
-        if not proven or not any(map(marking.says_something, answers if silent else [{**message, "tool_calls": None}])):
+        if not proven or not (silent or marking.says_something({**message, "tool_calls": None})):
             raise odd
         try:
             made = self.layout(same, tools, prompt=prompt)
@@ -114,6 +113,12 @@ class Spans:
             raise odd from None
         made.regions = [replace(region, message=origin[region.message]) for region in made.regions]
         made.left_out = made.left_out or isinstance(odd, LeftOut)
+        if (
+            silent
+            and not prompt
+            and not any(one["role"] == "assistant" and marking.says_something(one) for one in same)
+        ):
+            made.regions = []
         return made
 
     def _region(
