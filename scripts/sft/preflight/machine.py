@@ -104,7 +104,7 @@ def disk(case: Case) -> Iterator[Finding]:
     place = space.existing(run.folder)
     free = shutil.disk_usage(place).free
     need = case.to_fetch + 2 * GIB if case.files is None else sum(space.parts(case.config, case.files).values())
-    said = f"{free / 1e9:.1f} GB free in {place}, a run needs about {need / 1e9:.1f}"
+    said = f"{space.in_words(free)} free in {place}, a run needs about {space.in_words(need)}"
     short = free < need
     mend = "make room (old runs: outputs/), or --set train.save_total_limit=1" if short else None
     yield Finding("error" if short else "ok", "disk", said, mend)
