@@ -11,7 +11,8 @@ import torch
 
 from sft.config.schema import Config
 from sft.errors import ModelError
-from sft.memory import shapes
+from sft.memory import plan, shapes
+from sft.memory.devices import Device
 from sft.memory.estimate import changed
 from sft.memory.live import Live, Window
 from sft.memory.passes import Passes, compute_dtype, micro_batch
@@ -155,3 +156,32 @@ def test_experts_whose_adapters_take_no_dropout_are_said() -> None:
     assert caught.value.where == "tuning.lora.dropout"
     assert "--set tuning.lora.dropout=0" in str(caught.value)
     assert Tracer(resolved("qlora", "cuda", dropout=0.0), model, device="cuda").experts > 0
+
+
+@pytest.mark.parametrize(
+    ("layers", "wide", "inner", "heads", "shared", "vocabulary", "tied", "length", "most"),
+    [
+        (36, 2048, 11008, 16, 2, 151936, True, 512, 6.5),
+        pytest.param(28, 3584, 18944, 28, 4, 152064, False, 2048, 22, marks=pytest.mark.slow),
+    ],
+    ids=["3B", "7B"],
+)
+def test_qwens_3b_at_512_and_7b_at_2048_fit_their_cards(
+    layers: int,
+    wide: int,
+    inner: int,
+    heads: int,
+    shared: int,
+    vocabulary: int,
+    tied: bool,
+    length: int,
+    most: float,
+) -> None:
+    model = {"model_type": "qwen2", "num_hidden_layers": layers, "hidden_size": wide, "intermediate_size": inner}
+    model |= {"num_attention_heads": heads, "num_key_value_heads": shared, "vocab_size": vocabulary}
+    base = Config()
+    config = changed(base, model=changed(base.model, max_seq_len=length))
+    made = plan.make(config, {**model, "tie_word_embeddings": tied}, Device("cuda", "a card", most))
+    assert made.fits
+    assert made.method == "traced"
+    assert most / 4 < made.estimate.allocated < made.estimate.peak <= most
