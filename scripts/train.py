@@ -51,6 +51,7 @@ def main(args: argparse.Namespace) -> dict[str, Any] | None:
         logging.getLogger("sft").setLevel(logging.ERROR)  # what is to be said, the first process says
     root = console.project_root()
     loaded = load(args.config, args.set, root=root)
+    runs.check_place(loaded.config.train.output_dir, root)
     with console.progress("reading rows") as report:
         job = preparation.prepare(loaded, root, report)
 

@@ -14,6 +14,7 @@ def checkpoint(folder: Path, step: int) -> Path:
     made = folder / f"checkpoint-{step}"
     made.mkdir(parents=True)
     (made / "weights").write_text(f"weights of step {step}")
+    (made / runs.SESSION).write_text("{}")
     files.write_manifest(made)
     return made
 
@@ -40,6 +41,13 @@ def test_auto_takes_up_the_newest_unfinished_run_at_its_newest_checkpoint(tmp_pa
     opened = runs.open_run("outputs/chat", tmp_path, "auto")
     assert opened.checkpoint == tmp_path / "outputs/chat-10/checkpoint-100"
     assert opened.said == "taking up outputs/chat-10 at checkpoint-100"
+
+
+def test_a_place_that_cannot_hold_a_run_is_refused_at_once(tmp_path: Path) -> None:
+    runs.check_place("outputs/chat", tmp_path)
+    (tmp_path / "outputs").write_text("a file where the folder should be")
+    with pytest.raises(RunError, match="cannot be written to .*is a file"):
+        runs.check_place("outputs/chat", tmp_path)
 
 
 def test_auto_gives_a_new_name_when_the_newest_run_is_finished(tmp_path: Path) -> None:

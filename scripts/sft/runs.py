@@ -174,6 +174,18 @@ def _series(base: Path) -> list[int]:
     return sorted({number for number in found if number > 1} | ({1} if base.is_dir() else set()))
 
 
+def check_place(output_dir: str, root: Path) -> None:
+    """Raises RunError where a run could not be written, before anything is read or made; ConfigError as `resolve`."""
+    for folder in (paths.resolve(root, output_dir), root / "adapters"):
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            raise RunError(
+                f"{folder} cannot be written to ({there} is {'read-only' if there.is_dir() else 'a file'})",
+                where="train.output_dir",
+                mend="choose another: --set train.output_dir=outputs/NAME, or mend its permissions",
+            )
+
+
 def make_folders(run: Run) -> None:
     """Makes the run's folder and adapters/, and proves that both can be written to; raises RunError."""
     for folder in (run.folder, run.adapter_dir.parent):
