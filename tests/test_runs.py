@@ -46,7 +46,7 @@ def test_auto_takes_up_the_newest_unfinished_run_at_its_newest_checkpoint(tmp_pa
 def test_a_place_that_cannot_hold_a_run_is_refused_at_once(tmp_path: Path) -> None:
     runs.check_place("outputs/chat", tmp_path)
     (tmp_path / "outputs").write_text("a file where the folder should be")
-    with pytest.raises(RunError, match="cannot be written to .*is a file"):
+    with pytest.raises(RunError, match=r"cannot be written to .*is a file"):
         runs.check_place("outputs/chat", tmp_path)
 
 
