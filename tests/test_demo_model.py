@@ -136,6 +136,7 @@ def test_untuned_it_writes_no_ticket() -> None:
     assert sum(scores) / len(scores) < 0.3
 
 
+@pytest.mark.slow
 def test_a_short_build_gives_the_same_bytes_twice(tmp_path: Path) -> None:
     short = [*COMMAND, "--steps", "3", "--threads", "1", "--out"]
     builds = [subprocess.Popen([*short, str(tmp_path / name)]) for name in ("first", "second")]
@@ -182,6 +183,7 @@ def test_the_samples_are_many_and_no_customer_or_order_comes_twice() -> None:
         assert all(field in row["user"] for field in ticket)
 
 
+@pytest.mark.slow
 def test_no_name_or_order_number_of_the_samples_stands_in_the_pretraining_text() -> None:
     """The whole text, chunk by chunk. A ticket holds a name and a number, so no ticket stands there either."""
     recipe = build.Recipe(**json.loads((MODEL / "build.json").read_text(encoding="utf-8"))["recipe"])

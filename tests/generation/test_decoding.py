@@ -84,7 +84,13 @@ def ours(
     return [ask.made for ask in asks]
 
 
-@pytest.mark.parametrize("family", sorted(decoding.PROVEN))
+QUICK = {"qwen2", "gemma2", "gpt2", "phi3"}
+
+
+@pytest.mark.parametrize(
+    "family",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in sorted(decoding.PROVEN)],
+)
 def test_every_proven_family_answers_as_transformers_does_one_by_one(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

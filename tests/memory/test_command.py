@@ -38,6 +38,7 @@ def test_a_run_leaves_its_speed_for_the_next_plan(
     assert "measured here: 1 earlier run of this model" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_train_refuses_what_cannot_fit_before_weights_are_loaded(
     root: Path, tiny_qwen2: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -9,8 +9,8 @@ from tests.memory.families import description
 from tests.memory.settings import resolved
 
 CASES = [
-    ("qwen2", "qlora", "cuda", 11),
-    ("t5", "full", "cpu", 10),
+    ("qwen2", "qlora", "cuda", 8),
+    pytest.param("t5", "full", "cpu", 10, marks=pytest.mark.slow),
     pytest.param("mixtral", "full", "cuda", 10, marks=pytest.mark.slow),
     pytest.param(
         "gemma3_text", "lora", "cpu", 38, marks=pytest.mark.slow

@@ -39,6 +39,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_an_ollama_folder_is_made_and_would_go_to_the_hub(project, command):
     done = command("export", "--format", "ollama", "--type", "q8_0", "--json", SFT_ROOT=str(project))
     assert done.returncode == 0, done.stderr
