@@ -148,8 +148,8 @@ coverage: $(DEV) ## the same tests, with the share of scripts/ that they reach (
 	$(PYTHON) -m pytest -n 2 -m "not slow" --cov --cov-report=term:skip-covered
 test-all: $(DEV) ## the slow tests too, at most 60 minutes
 	$(PYTHON) -m pytest -n 2 --timeout 3000 --cov --cov-report=term:skip-covered
-test-faults: $(DEV) ## break a run in every way and take it up again; hours; writes benchmarks/results/faults-DATE.json
-	$(PYTHON) tests/faults/sweep.py --all --out benchmarks/results/faults-$$(date +%F).json
+test-faults: $(DEV) ## break a run in every way and take it up again; about an hour; writes benchmarks/results/faults-DATE.json
+	$(PYTHON) tests/faults/sweep.py --all --tensorboard --jobs 2 --out benchmarks/results/faults-$$(date +%F).json
 fuzz: $(DEV) ## five minutes of bytes and rows that nobody would write, for the readers
 	PYTHONPATH=scripts $(PYTHON) -m tests.data.fuzz 300
 lint: $(DEV) ## ruff, mypy, and pip-audit where the network answers

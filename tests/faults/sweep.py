@@ -2,7 +2,7 @@
 
     python tests/faults/sweep.py --mode lora                              # every case of one mode
     python tests/faults/sweep.py --mode full --sample 20 --seed 1         # 20 of each sort, drawn at random
-    python tests/faults/sweep.py --all --out benchmarks/results/faults-2026-11-21.json        # make test-faults
+    python tests/faults/sweep.py --all --tensorboard --jobs 2 --out benchmarks/results/faults.json  # make test-faults
 
 Sorts: `calls` (the Nth call of the file room fails or is the last, for every N), `kills` (SIGKILL at random moments),
 `damage` (every file of the newest checkpoint, four ways), `signals` (at every micro-step), `merge` (the Nth call of
@@ -14,14 +14,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +215,12 @@ def sweep(mode: str, *, sample: int, sorts: list[str], seed: int, tensorboard: b
     }
 
 
+def commit() -> str:
+    """The tree that was broken, as git names it."""
+    command = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(command, check=False, cwd=HOME, capture_output=True, text=True).stdout.strip()
+
+
 SORTS = ("calls", "kills", "damage", "signals", "merge")
 
 
@@ -222,15 +232,18 @@ def main() -> None:
     parser.add_argument("--sample", type=int, default=0, metavar="N", help="N cases of each sort (0: all)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tensorboard", action="store_true", help="write event files too")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="modes broken side by side (default: 1)")
     parser.add_argument("--out", type=Path, help="where the result goes, as JSON")
     args = parser.parse_args()
     modes, sorts = MODES if args.all else args.mode or ["lora"], args.sort or list(SORTS)
     settings = {"sample": args.sample, "sorts": sorts, "seed": args.seed, "tensorboard": args.tensorboard}
-    found = [sweep(mode, **settings) for mode in modes]
+    with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        found = list(pool.map(partial(sweep, **settings), modes))
     failed = sum(len(one["failed"]) for one in found)
     result = {"cases": sum(sum(one["cases"].values()) for one in found), "failed": failed, **settings, "modes": found}
     if args.out:
-        files.write_json(args.out, {"date": time.strftime("%Y-%m-%d"), "python": sys.version.split()[0], **result})
+        about = {"date": time.strftime("%Y-%m-%d"), "commit": commit(), "python": sys.version.split()[0]}
+        files.write_json(args.out, {**about, **result})
     print(json.dumps(result, indent=1))
     sys.exit(1 if failed else 0)
 
