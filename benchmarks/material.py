@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from datetime import date
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +80,8 @@ def machine(device: str = "cpu") -> dict[str, Any]:
     """Where and with what a result was measured."""
     import torch
 
+    from sft import runs
+
     found = {
         "date": date.today().isoformat(),
         "command": " ".join(["python", *sys.argv]),
@@ -90,7 +91,7 @@ def machine(device: str = "cpu") -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load": [round(value, 2) for value in os.getloadavg()],
-        "versions": {name: version for name in LIBRARIES if (version := _version(name))},
+        "versions": runs.versions(LIBRARIES),
     }
     if device == "cuda":
         card = torch.cuda.get_device_properties(0)
@@ -127,13 +128,6 @@ def table(head: list[str], rows: list[list[Any]]) -> list[str]:
     """A Markdown table."""
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     return lines + ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _processor() -> str:

@@ -9,7 +9,10 @@ import fcntl
 import json
 import os
 import re
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -254,3 +257,12 @@ def _held(lock: Path) -> bool:
         except BlockingIOError:
             return True
         return False
+
+
+def versions(names: Iterable[str]) -> dict[str, str]:
+    """Of the packages among `names` that are installed."""
+    found = {}
+    for name in names:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found

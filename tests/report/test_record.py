@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from sft import runs
+from sft.config import paths
 from sft.report import record
 
 
@@ -32,6 +33,7 @@ def test_a_summary_and_a_models_name_show_no_path_of_this_machine(tmp_path: Path
     run.folder.mkdir(parents=True)
     runs.finish(run, {"steps": 3, "output": str(tmp_path)})
     assert record.summary(run) == {"steps": 3}
-    assert record.model_name("Qwen/Qwen2.5-3B-Instruct") == "Qwen/Qwen2.5-3B-Instruct"
-    assert record.model_name("/home/someone/models/mine") == "mine" == record.model_name("models/mine")
-    assert not record.is_folder("Qwen/Qwen2.5-3B-Instruct") and record.is_folder("models/demo")
+    for hub in ("Qwen/Qwen2.5-3B-Instruct", "gpt2"):
+        assert paths.model_name(hub) == hub and not paths.is_model_folder(hub)
+    assert paths.model_name("/home/someone/models/mine") == "mine" == paths.model_name("models/mine")
+    assert paths.is_model_folder("models/demo")

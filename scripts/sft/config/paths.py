@@ -36,3 +36,13 @@ def shown(path: Path, root: Path) -> str:
     """How messages name a file: from the project root when it lies inside, else as it was given."""
     absolute = Path(os.path.normpath(path.absolute()))
     return str(absolute.relative_to(root.absolute())) if absolute.is_relative_to(root.absolute()) else str(path)
+
+
+def is_model_folder(name: str) -> bool:
+    """Whether a model is named by a folder and not by a hub id."""
+    return name.startswith((".", "/", "~", "models/")) or name.count("/") > 1 or Path(name).is_dir()
+
+
+def model_name(name: str) -> str:
+    """A hub id as it is; of a folder its last part alone, since a path says nothing elsewhere."""
+    return Path(name).name if is_model_folder(name) else name

@@ -18,7 +18,6 @@ from sft.model.kinds import Kind
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8}
 
 
 @dataclass(frozen=True)
@@ -164,11 +163,6 @@ def tensors(path: Path) -> dict[str, dict[str, Any]]:
         ) from None
     header.pop("__metadata__", None)
     return header
-
-
-def bytes_a_weight(dtype: str) -> float:
-    """Bytes of one number of a safetensors dtype (`BF16` is 2)."""
-    return _BITS.get(dtype, 8) / 8
 
 
 def _start(path: Path) -> int:

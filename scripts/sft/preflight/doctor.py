@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 
 from sft import files, preflight, runs
@@ -66,14 +65,9 @@ def _packages() -> list[str]:
     for line in (paths.PROJECT / "requirements.txt").read_text(encoding="utf-8").splitlines():
         if text := line.partition("#")[0].strip():
             names.append("" if text.startswith("-") else Requirement(text).name)
-    return [", ".join(f"{name} {_version(name)}" for name in [*filter(None, names), "unsloth"])]
-
-
-def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "missing"
+    names = [*filter(None, names), "unsloth"]
+    found = runs.versions(names)
+    return [", ".join(f"{name} {found.get(name, 'missing')}" for name in names)]
 
 
 def _machine(case: Case) -> list[str]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from sft.config import paths
 from sft.config.schema import Config
-from sft.report import record
 from sft.report.results import number
 
 
@@ -35,7 +35,7 @@ def header(result: Mapping[str, Any], compared: Mapping[str, Any], config: Confi
 
     base, adapter = config.model.name, config.tuning.mode != "full"
     data = ModelCardData(
-        base_model=None if record.is_folder(base) else base,
+        base_model=None if paths.is_model_folder(base) else base,
         library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation" if result["kind"] == "causal" else "text2text-generation",
         tags=["sft-play", "fine-tuned", *(["lora"] if adapter else []), *config.experiment.tags],
@@ -52,7 +52,7 @@ def header(result: Mapping[str, Any], compared: Mapping[str, Any], config: Confi
 
 
 def _about(result: Mapping[str, Any], config: Config) -> str:
-    base, tuning = record.model_name(config.model.name), config.tuning
+    base, tuning = paths.model_name(config.model.name), config.tuning
     how = {"qlora": "a QLoRA adapter", "lora": "a LoRA adapter", "full": "a full fine-tune"}[tuning.mode]
     rank = f" (r {tuning.lora.r}, alpha {tuning.lora.alpha})" if tuning.mode != "full" else ""
     return f"This is {how}{rank} of `{base}`, made with sft-play. Measured {result['at']}.\n"
@@ -117,7 +117,7 @@ def _data(result: Mapping[str, Any]) -> str:
 def _use(config: Config) -> str:
     if config.tuning.mode == "full":
         return ""
-    base = record.model_name(config.model.name)
+    base = paths.model_name(config.model.name)
     return (
         "## Use\n\n```python\nfrom peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer\n\n"
         'model = AutoPeftModelForCausalLM.from_pretrained("THIS_FOLDER")  # the adapter, on '

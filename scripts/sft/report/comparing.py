@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from sft import files, runs
+from sft.config import paths
 from sft.config.load import dump
-from sft.config.paths import resolve
 from sft.data import store
 from sft.errors import ConfigError, DataError
 from sft.generation import targets as choosing
@@ -82,7 +82,7 @@ def result(
     draws = paired.DRAWS if len(base.samples) <= paired.MANY_ROWS else paired.FEWER_DRAWS
     return {
         "run": first.name,
-        "base": record.model_name(config.model.name),
+        "base": paths.model_name(config.model.name),
         "kind": base.kind,
         "split": split,
         "rows": len(base.samples),
@@ -108,7 +108,7 @@ def run_of(target: Target, root: Path) -> Run:
 def _ledgers(target: Target, root: Path) -> dict[str, Any]:
     found = {"run": record.read(run_of(target, root).folder / "ledger.json")}
     if target.config.data.train_path is None:
-        made = record.read(resolve(root, target.config.data.processed_dir) / "ledger.json")
+        made = record.read(paths.resolve(root, target.config.data.processed_dir) / "ledger.json")
         kept = ("rows_read", "rows_written", "rows_named", "named", "splits", "verdict", "formats")
         found["processed"] = {name: made[name] for name in kept if name in made}
     return found

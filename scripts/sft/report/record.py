@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import platform
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from sft import runs
 from sft.runs import FINISHED, Run
 
 Points = list[tuple[float, float]]
@@ -56,20 +56,4 @@ def summary(run: Run) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Python and the libraries that answers depend on."""
-    made = {"python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
-            made[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return made
-
-
-def model_name(name: str) -> str:
-    """A hub id as it is; of a folder its last part alone, since a path says nothing elsewhere."""
-    return Path(name).name if is_folder(name) else name
-
-
-def is_folder(name: str) -> bool:
-    """Whether a model is named by a folder and not by a hub id."""
-    return name.startswith((".", "/", "~", "models/")) or name.count("/") != 1 or Path(name).is_dir()
+    return {"python": platform.python_version(), **runs.versions(LIBRARIES)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sft.config import paths
 from sft.generation.targets import Target
 
 
@@ -16,9 +17,8 @@ def of(target: Target, form: str) -> str:
         card.data["library_name"] = library
         return str(card)
     base = target.config.model.name
-    local = base.startswith((".", "/", "~", "models/"))
     data = ModelCardData(
-        base_model=None if local else base,
+        base_model=None if paths.is_model_folder(base) else base,
         library_name=library,
         pipeline_tag="text-generation",
         tags=["sft-play", "fine-tuned", *target.config.experiment.tags],
@@ -31,7 +31,7 @@ def of(target: Target, form: str) -> str:
     about = f"{target.config.experiment.description}\n\n" if target.config.experiment.description else ""
     return (
         f"---\n{data.to_yaml()}\n---\n\n# {target.config.experiment.name or target.name}\n\n"
-        f"{about}Made with sft-play from `{base}`: {how}, merged. How good it"
+        f"{about}Made with sft-play from `{paths.model_name(base)}`: {how}, merged. How good it"
         " is was not measured when this was exported (`make compare` writes a card with figures).\n\n"
         "`parity.json` proves that the exported form is asked, token by token, as in training.\n"
     )

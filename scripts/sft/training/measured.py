@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from sft import runs
 from sft.errors import SftError
 from sft.memory import calibration, plan, shapes, speed
 from sft.memory.devices import Device
@@ -104,10 +104,4 @@ def operations(job: Job, train: Any, *, labelled: float = 1.0) -> float | None:
 
 def versions() -> dict[str, str]:
     """Of the libraries that memory and speed depend on."""
-    found = {}
-    for name in LIBRARIES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    return runs.versions(LIBRARIES)
