@@ -141,6 +141,42 @@ def test_checkpointing_recomputes_packed_rows_alike(tiny_qwen2: Path) -> None:
     assert models.relative(found[1], found[0]) < 1e-12
 
 
+def _one_by_one(q: Any, k: Any, v: Any, at: Any, _at: Any, longest: int, _longest: int, *, scale: Any) -> Any:
+    """What torch's kernel computes, [T, heads, width], as torch 2.11 declares it and as 2.13 does."""
+    assert longest == int(at.diff().max())
+    q, k, v = (tensor.transpose(0, 1) for tensor in (q, k, v))
+    k, v = (tensor.repeat_interleave(len(q) // len(k), 0) for tensor in (k, v))
+    lengths = at.diff().tolist()
+    rows = zip(*(tensor.split(lengths, 1) for tensor in (q, k, v)), strict=True)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    return torch.cat([attend(*row, is_causal=True, scale=scale) for row in rows], 1).transpose(0, 1)
+
+
+def _torch_2_11(*args: Any, return_aux: Any = None, scale: Any = None, window_size: Any = (-1, -1)) -> Any:
+    assert window_size == (-1, 0)
+    return _one_by_one(*args, scale=scale)
+
+
+def _torch_2_13(*args: Any, scale: Any = None, window_size: Any = (-1, -1), enable_gqa: bool = False) -> Any:
+    assert enable_gqa == (args[0].shape[1] != args[1].shape[1])
+    return _torch_2_11(*args, scale=scale, window_size=window_size)
+
+
+@pytest.mark.parametrize("kernel", [_torch_2_11, _torch_2_13])
+@pytest.mark.parametrize("shared", [2, 4])
+def test_the_cuda_kernel_of_each_torch_is_asked_for_what_sdpa_gives(
+    kernel: Any, shared: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch.nn.attention import varlen
+
+    monkeypatch.setattr(varlen, "varlen_attn", kernel)
+    query, key, value = (torch.randn(1, heads, 9, 8, dtype=torch.float64) for heads in (4, shared, shared))
+    bounds, layer = torch.tensor([0, 5, 9], dtype=torch.int32), torch.nn.Module()
+    layer.num_key_value_groups = 4 // shared
+    expected, _ = attention.rows_attention(layer, query, key, value, bounds, scaling=0.3)
+    assert torch.allclose(attention._varlen(query, key, value, bounds, 0.3), expected, atol=1e-12)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_cuda_packed_rows_have_the_logits_they_have_alone(tiny_qwen2: Path) -> None:

@@ -9,6 +9,7 @@ windows that bind, chunks) goes to transformers' own SDPA functions, which are r
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 from collections.abc import Callable, Mapping
@@ -122,8 +123,8 @@ def rows_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return done
-    if query.is_cuda and dropout == 0 and query.dtype in (torch.float16, torch.bfloat16) and _kernel_width(query):
-        return _varlen(query, key, value, attention_mask, scaling), None
+    if query.is_cuda and dropout == 0 and (half := _half(query)) is not None and _kernel_width(query):
+        return _varlen(query.to(half), key.to(half), value.to(half), attention_mask, scaling), None
     lengths = attention_mask.diff().tolist()
     split = [torch.split(tensor, lengths, dim=2) for tensor in (query, key, value)]
     parts = [
@@ -148,25 +149,20 @@ def _row_bounds(mask_function: Callable[..., Tensor], length: int, device: torch
 
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scaling: float | None) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
+    from torch.nn.attention.varlen import varlen_attn  # in torch 2.11 it shares keys among heads unasked
 
     longest = getattr(bounds, "longest", None) or int(bounds.diff().max())
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    grouped = q.shape[1] != k.shape[1]
-    out = varlen_attn(
-        q,
-        k,
-        v,
-        bounds,
-        bounds,
-        longest,
-        longest,
-        scale=scaling,
-        window_size=(-1, 0),
-        enable_gqa=grouped,
-    )
+    more: dict[str, Any] = {"enable_gqa": q.shape[1] != k.shape[1]} if "enable_gqa" in _takes(varlen_attn) else {}
+    out = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=(-1, 0), **more)
     assert isinstance(out, Tensor)
     return out[None]
+
+
+def _half(query: Tensor) -> torch.dtype | None:
+    """The 16-bit type to attend in: autocast's (a norm of fp32 weights hands over fp32), else the query's own."""
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
+    return dtype if dtype in (torch.float16, torch.bfloat16) else None
 
 
 def _kernel_width(query: Tensor) -> bool:
@@ -180,7 +176,12 @@ def _varlen_serves() -> bool:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return False
-    return {"window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters)
+    return {"window_size", "scale"} <= _takes(varlen_attn)  # torch 2.10 has neither
+
+
+@functools.cache
+def _takes(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
 
 
 def _as_config(config: Any) -> Any:
