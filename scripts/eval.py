@@ -65,6 +65,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 
 def evaluate(args: argparse.Namespace, root: Path, target: Any, train: Path | None, rows: list[Any]) -> dict[str, Any]:
     """The sides that are asked for, the best constant answer, the files and the table."""
+    from sft import files
     from sft.generation import sides
     from sft.report import results
 
@@ -73,7 +74,7 @@ def evaluate(args: argparse.Namespace, root: Path, target: Any, train: Path | No
     with console.progress("answering") as advance:
         found = sides.evaluate(target, wanted, rows, root, advance)
     result = results.merged(
-        results.read(root / "outputs" / results.METRICS), run=target.name, split=args.split, rows=len(rows),
+        files.read_json(root / "outputs" / results.METRICS), run=target.name, split=args.split, rows=len(rows),
         sides={side: one.metrics for side, one in found.items()}, constant=sides.constant(target, train, rows),
         fields={side: one.fields for side, one in found.items()},
         tags={side: one.by_tag for side, one in found.items()},

@@ -66,10 +66,10 @@ def test_the_verdict_follows_loss_and_checks() -> None:
 
     kept = paired.difference([1.0] * 25 + [0.0] * 25, [1.0] * 25 + [0.0] * 25)
     lost = paired.difference([1.0] * 25 + [0.0] * 25, [1.0] * 5 + [0.0] * 45)
-    assert general.forgetting(loss(0.0), kept).level == "none"
-    assert general.forgetting(loss(-0.4), kept).level == "none"
-    assert general.forgetting(loss(0.05), kept).level == "slight"
-    assert general.forgetting(loss(0.5), kept).level == "forgotten"
-    assert general.forgetting(loss(0.0), lost).level == "forgotten"
-    assert general.forgetting(loss(0.5), None).level == "forgotten"
-    assert "x1.65" in general.forgetting(loss(0.5), None).words  # e to the half
+    assert general.forgetting(loss(0.0), kept)[0] == "none"
+    assert general.forgetting(loss(-0.4), kept)[0] == "none"
+    assert general.forgetting(loss(0.05), kept)[0] == "slight"
+    assert general.forgetting(loss(0.5), kept)[0] == "forgotten"
+    assert general.forgetting(loss(0.0), lost)[0] == "forgotten"
+    assert general.forgetting(loss(0.5), None)[0] == "forgotten"
+    assert "x1.65" in general.figures(loss(0.5), None)  # e to the half

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from sft import files
 from sft.report import results
 
 
@@ -14,7 +15,7 @@ def made(older: object, **kwargs: object) -> dict[str, object]:
 
 
 def test_the_other_side_is_kept_for_the_same_run_and_split_alone() -> None:
-    tuned = made(None, sides={"tuned": {"rougeL": 0.5}}, constant={"answer": "x", "rougeL": 0.1, "exact_match": 0.0})
+    tuned = made({}, sides={"tuned": {"rougeL": 0.5}}, constant={"answer": "x", "rougeL": 0.1, "exact_match": 0.0})
     assert "base" not in tuned
     both = made(tuned, sides={"base": {"rougeL": 0.123456789}}, rows=3)
     assert (both["tuned"], both["base"], both["rows"]) == ({"rougeL": 0.5}, {"rougeL": 0.123457}, 3)
@@ -27,19 +28,19 @@ def test_the_other_side_is_kept_for_the_same_run_and_split_alone() -> None:
 def test_files_stand_in_outputs_and_with_the_run(tmp_path: Path) -> None:
     run = tmp_path / "outputs" / "r"
     run.mkdir(parents=True)
-    result = made(None, sides={"tuned": {"rougeL": 0.5}}, fields={"tuned": {"name": 1.0}})
+    result = made({}, sides={"tuned": {"rougeL": 0.5}}, fields={"tuned": {"name": 1.0}})
     results.write(tmp_path / "outputs", run, result, [{"id": "1", "prediction": "é\n"}])
     for folder in (tmp_path / "outputs", run):
-        assert results.read(folder / "metrics.json") == result
+        assert files.read_json(folder / "metrics.json") == result
         assert json.loads((folder / "samples.jsonl").read_text()) == {"id": "1", "prediction": "é\n"}
     assert result["about"]["tuned"]["fields"] == {"name": 1.0}  # type: ignore[index]
     (run / "metrics.json").write_text("{")
-    assert results.read(run / "metrics.json") is None
+    assert files.read_json(run / "metrics.json") == {}
 
 
 def test_the_table_marks_what_got_worse() -> None:
     result = made(
-        None,
+        {},
         sides={"tuned": {"rougeL": 0.5, "loss": 1.5, "length_words": 3.0}, "base": {"rougeL": 0.25, "loss": 1.0}},
         constant={"answer": "x", "rougeL": 0.1, "exact_match": 0.0},
     )
@@ -51,5 +52,5 @@ def test_the_table_marks_what_got_worse() -> None:
             ["length_words", "", "3.0000", "", ""],
         ],
     )
-    alone = made(None, sides={"base": {"sari": 40.123}})
+    alone = made({}, sides={"base": {"sari": 40.123}})
     assert results.table(alone) == (["metric", "base"], [["sari", "40.12"]])

@@ -51,6 +51,15 @@ def write_json(target: Path | str, value: Any) -> None:
     write_text(target, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; {} where there is none that can be read."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 @contextmanager
 def atomic_folder(target: Path | str) -> Iterator[Path]:
     """Yields an empty folder beside `target` to fill; on a clean exit it takes the place of `target` at once."""

@@ -21,17 +21,16 @@ WORDS = {"same": "equal in every row", "unclear": "no clear difference"}
 def page(result: Mapping[str, Any], answers: Sequence[dict[str, Any]], curves: Mapping[str, Any], yaml: str) -> str:
     """The whole file. result: compare.json. answers: a row each. yaml: the run's settings."""
     compared = result["comparisons"]
-    parts = [Section("", [part for one in compared for part in verdicts(one)])]
-    parts.append(Section("Metrics", metrics(result)))
-    if any("general" in one for one in compared):
-        parts.append(Section("General questions", general(result)))
-    if any(one.get("judge") for one in compared):
-        parts.append(Section("Judge", [part for one in compared if one.get("judge") for part in judge(one)]))
-    parts.append(Section("Answers", side_by_side(result, answers)))
-    if drawn := training(result, curves):
-        parts.append(Section("Training", drawn))
-    parts.append(Section("Data", data(result["data"])))
-    parts.append(Section("Settings", settings(result, yaml)))
+    parts = [
+        Section("", [part for one in compared for part in verdicts(one)]),
+        Section("Metrics", metrics(result)),
+        Section("General questions", general(result) if any("general" in one for one in compared) else []),
+        Section("Judge", [part for one in compared if one.get("judge") for part in judge(one)]),
+        Section("Answers", side_by_side(result, answers)),
+        Section("Training", training(result, curves)),
+        Section("Data", data(result["data"])),
+        Section("Settings", settings(result, yaml)),
+    ]
     title = f"{', '.join(one['name'] for one in compared)} against its base ({result['base']})"
     return whole_page(title, [part for part in parts if part.parts])
 
@@ -50,8 +49,7 @@ def verdicts(one: Mapping[str, Any]) -> list[Html]:
 
 def metrics(result: Mapping[str, Any]) -> list[Html]:
     """A small drawing for each metric, and a table for each tuned side."""
-    drawn = [_means(name, sides) for name, sides in result["sides"].items()]
-    made = [figures(drawn)]
+    made = [figures(_means(name, sides) for name, sides in result["sides"].items())]
     for one in result["comparisons"]:
         made.append(table(*differences(one["metrics"]), caption=f"{one['name']} against the base", cards=True))
     made.append(text(
@@ -62,10 +60,9 @@ def metrics(result: Mapping[str, Any]) -> list[Html]:
 
 
 def _means(name: str, sides: Mapping[str, Mapping[str, float]]) -> Html:
-    names, values = list(sides), [one["value"] for one in sides.values()]
-    spread = [(one["low"], one["high"]) for one in sides.values()]
-    rows = [[side, value, low, high] for side, value, (low, high) in zip(names, values, spread, strict=True)]
-    svg = drawing.means(names, values, spread, f"{name} of each side with its interval")
+    rows = [[side, one["value"], one["low"], one["high"]] for side, one in sides.items()]
+    values, spread = [one["value"] for one in sides.values()], [(one["low"], one["high"]) for one in sides.values()]
+    svg = drawing.means(list(sides), values, spread, f"{name} of each side with its interval")
     return figure(svg, name, "", ["side", "mean", "from", "to"], rows)
 
 
@@ -93,16 +90,12 @@ def general(result: Mapping[str, Any]) -> list[Html]:
         made.append(table(*differences(measured), caption=f"{one['name']}, {found['rows']} questions", cards=True))
     names = [one["name"] for one in result["comparisons"]]
     rows = [
-        [
-            one["kind"],
-            _folded(one["prompt"]),
-            *(_checked(one["answers"][side], one["passed"][side]) for side in ("base", *names)),
-        ]
+        [one["kind"], _folded(one["prompt"])]
+        + [_checked(one["answers"][side], one["passed"][side]) for side in ("base", *names)]
         for one in result["general"]
     ]
-    columns = ["kind", "question", "base", *names]
-    made.append(details("the questions and answers", table(columns, rows, search="Find", choices=[0], cards=True)))
-    return made
+    asked = table(["kind", "question", "base", *names], rows, search="Find", choices=[0], cards=True)
+    return [*made, details("the questions and answers", asked)]
 
 
 def _checked(answer: str, passed: float | None) -> Cell:
@@ -184,20 +177,15 @@ def marks(base: str, tuned: str) -> tuple[Html, Html]:
 
 def training(result: Mapping[str, Any], curves: Mapping[str, Any]) -> list[Html]:
     """The curves of the run and its summary."""
-    groups = {
-        "Loss": {name: curves[name] for name in ("train/loss", "eval/loss") if name in curves},
-        "Learning rate": {name: curves[name] for name in ("train/lr",) if name in curves},
-        "Gradient norm": {name: curves[name] for name in ("train/grad_norm",) if name in curves},
-    }
-    groups |= {name: {name: points} for name, points in curves.items() if name.startswith("eval/")
-               and name not in {"eval/loss", "eval/seconds", "eval/perplexity"}}  # fmt: skip
+    groups = {"Loss": ["train/loss", "eval/loss"], "Learning rate": ["train/lr"], "Gradient norm": ["train/grad_norm"]}
+    told = {"eval/loss", "eval/seconds", "eval/perplexity"}
+    groups |= {name: [name] for name in curves if name.startswith("eval/") and name not in told}
     drawn = []
-    for title, series in groups.items():
-        if series:
+    for title, names in groups.items():
+        if series := {name: curves[name] for name in names if name in curves}:
             rows = [[name, step, float(value)] for name, points in series.items() for step, value in points]
-            svg = drawing.curves(
-                series, title.lower() if "/" not in title else title, f"{title} over the steps of training"
-            )
+            label = title.lower() if "/" not in title else title
+            svg = drawing.curves(series, label, f"{title} over the steps of training")
             drawn.append(figure(svg, title, "", ["curve", "step", "value"], rows))
     made = [figures(drawn)] if drawn else []
     if done := {name: _plain(value) for name, value in result["training"].items() if value is not None}:
@@ -221,10 +209,8 @@ def data(ledgers: Mapping[str, Any]) -> list[Html]:
         made.append(table(["", "rows"], rows, caption=str(found.get("verdict", ""))))
     for split in ("train", "val"):
         if one := ledgers.get("run", {}).get(split):
-            made.append(heading(f"The run's {split} rows"))
-            made.append(
-                facts({name.replace("_", " "): _plain(value) for name, value in one.items() if name != "dropped"})
-            )
+            told = {name.replace("_", " "): _plain(value) for name, value in one.items() if name != "dropped"}
+            made += [heading(f"The run's {split} rows"), facts(told)]
     return made
 
 

@@ -106,9 +106,9 @@ def run_of(target: Target, root: Path) -> Run:
 
 
 def _ledgers(target: Target, root: Path) -> dict[str, Any]:
-    found = {"run": record.read(run_of(target, root).folder / "ledger.json")}
+    found = {"run": files.read_json(run_of(target, root).folder / "ledger.json")}
     if target.config.data.train_path is None:
-        made = record.read(paths.resolve(root, target.config.data.processed_dir) / "ledger.json")
+        made = files.read_json(paths.resolve(root, target.config.data.processed_dir) / "ledger.json")
         kept = ("rows_read", "rows_written", "rows_named", "named", "splits", "verdict", "formats")
         found["processed"] = {name: made[name] for name in kept if name in made}
     return found

@@ -28,12 +28,13 @@ def of_sides(base: Side, tuned: Side, split: str, seed: int) -> dict[str, Any]:
     }
     if tuned.general:
         loss = _difference(ROW_LOSS, base.general_values, tuned.general_values, seed)
-        passed = paired.difference(base.general_values["passed"], tuned.general_values["passed"], seed=seed)
-        found = general.forgetting(loss, passed if passed.rows else None)
+        checked = paired.difference(base.general_values["passed"], tuned.general_values["passed"], seed=seed)
+        passed = checked if checked.rows else None
+        level, headline = general.forgetting(loss, passed)
+        perplexity = {side: round(general.perplexity(getattr(loss, side)), 4) for side in ("base", "tuned")}
         made["general"] = {
-            "level": found.level, "headline": found.headline, "words": found.words, "rows": len(tuned.general),
-            ROW_LOSS: loss.to_json(), "passed": passed.to_json() if passed.rows else None,
-            "perplexity": {"base": _exp(loss.base), "tuned": _exp(loss.tuned)},
+            "level": level, "headline": headline, "words": general.figures(loss, passed), "rows": len(tuned.general),
+            ROW_LOSS: loss.to_json(), "passed": passed.to_json() if passed else None, "perplexity": perplexity,
         }  # fmt: skip
     return made
 
@@ -54,10 +55,6 @@ def _difference(
 ) -> Difference:
     found = paired.difference(base[name], tuned[name], greater_is_better=greater_is_better(name), seed=seed)
     return replace(found, finding="differs") if name in NEUTRAL and found.finding in {"better", "worse"} else found
-
-
-def _exp(nats: float) -> float:
-    return round(math.exp(min(nats, 50.0)), 4)
 
 
 def verdict(name: str, metrics: Mapping[str, Difference], same_words: bool, split: str) -> dict[str, str]:
@@ -111,12 +108,8 @@ def parrot(side: Side, constant: Mapping[str, Any] | None) -> dict[str, Any] | N
     mean = sum(side.values[name]) / len(side.samples)
     above = mean > constant[name]
     words = f"{name}: {mean:.3f} against {constant[name]:.3f} for “{constant['answer']}” said to every question"
-    headline = (
-        f"{side.name} does more than repeat one answer"
-        if above
-        else f"{side.name} is no better than one constant answer"
-    )
-    return {"headline": headline, "words": words, "good": above}
+    headline = "does more than repeat one answer" if above else "is no better than one constant answer"
+    return {"headline": f"{side.name} {headline}", "words": words, "good": above}
 
 
 def spreads(sides: Sequence[Side], seed: int) -> dict[str, dict[str, dict[str, float]]]:
@@ -124,13 +117,8 @@ def spreads(sides: Sequence[Side], seed: int) -> dict[str, dict[str, dict[str, f
     made: dict[str, dict[str, dict[str, float]]] = {}
     for side in sides:
         for name in ordered(side):
-            values = side.values[name]
-            kept = [value for value in values if not math.isnan(value)]
+            kept = [value for value in side.values[name] if not math.isnan(value)]
             low, high = paired.interval(kept, seed=seed)
-            mean = math.fsum(kept) / len(kept) if kept else 0.0
-            made.setdefault(name, {})[side.name] = {
-                "value": round(mean, 6),
-                "low": round(low, 6),
-                "high": round(high, 6),
-            }
+            spread = {"value": math.fsum(kept) / len(kept) if kept else 0.0, "low": low, "high": high}
+            made.setdefault(name, {})[side.name] = {key: round(value, 6) for key, value in spread.items()}
     return made

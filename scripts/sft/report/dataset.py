@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from sft import files
 from sft.chat.batch import BATCH, RunLedger, pieces
 from sft.chat.encode import Encoded, Encoder
 from sft.chat.length import IGNORED
@@ -36,13 +37,13 @@ def figures(config: Config, stage: store.Stage, folder: Path, limit: int) -> tup
 
     folder: where ledger.json and quarantine.jsonl lie. limit: most rows looked at one by one, 0 is all.
     """
-    ledger = _ledger(folder) if stage.name != "given" else {}
-    counts = {name: _count(path) for name, path in (("val", stage.val), ("test", stage.test)) if path is not None}
+    ledger = files.read_json(folder / "ledger.json") if stage.name != "given" else {}
+    held_out = {name: path for name, path in (("val", stage.val), ("test", stage.test)) if path is not None}
     rows, total = draw(store.iter_rows(stage.train), limit, config.data.split.seed)
     found = {
         "stage": stage.name,
-        "files": {name: path.name for name, path in _files(stage)},
-        "rows": {"train": total, **counts},
+        "files": {name: path.name for name, path in {"train": stage.train, **held_out}.items()},
+        "rows": {"train": total, **{name: _count(path) for name, path in held_out.items()}},
         "ledger": ledger,
         "verdict": ledger.get("verdict") or next(f"{total:,} rows to train on: {w}" for n, w in SIZES if total >= n),
         "sample": {"rows": len(rows), "of": total, "seed": config.data.split.seed},
@@ -51,20 +52,6 @@ def figures(config: Config, stage: store.Stage, folder: Path, limit: int) -> tup
         "examples": examples(folder / "quarantine.jsonl", ledger.get("named", {})),
     }
     return found, rows
-
-
-def _files(stage: store.Stage) -> Iterator[tuple[str, Path]]:
-    for name, path in (("train", stage.train), ("val", stage.val), ("test", stage.test)):
-        if path is not None:
-            yield name, path
-
-
-def _ledger(folder: Path) -> Figures:
-    try:
-        found = json.loads((folder / "ledger.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _count(path: Path) -> int:
@@ -106,10 +93,7 @@ def tokens(encoder: Encoder, rows: Sequence[Row], on_progress: Progress | None =
         "sizes": sizes,
         "shares": [part / size for part, size in zip(learnt, sizes, strict=True) if size],
         "labelled": {"tokens": sum(learnt), "share": sum(learnt) / total if total else 0.0},
-        "by_role": {
-            "whole row": _spread(Counter(sizes)),
-            **{role: _spread(counts) for role, counts in lengths.items()},
-        },
+        "by_role": {role: _spread(counts) for role, counts in {"whole row": Counter(sizes), **lengths}.items()},
         "limits": [_cut_at(encoder, limit, rows, made, sizes) for limit in LIMITS],
         "run": _fate(encoder, rows, made),
     }
@@ -151,11 +135,8 @@ def _again(encoder: Encoder, limit: int, rows: Sequence[Row], made: Sequence[Enc
     """The rows that are over the limit, encoded under it, by their number: one piece each, or several (split_turns)."""
     probe = _with_limit(encoder, limit)
     over = [at for at, one in enumerate(made) if max(len(one.input_ids), len(one.labels)) > limit]
-    found: dict[int, list[Encoded]] = {}
-    for start in range(0, len(over), BATCH):
-        part = over[start : start + BATCH]
-        found.update(zip(part, pieces(probe, [rows[at] for at in part]), strict=True))
-    return found
+    parts = (over[start : start + BATCH] for start in range(0, len(over), BATCH))
+    return {at: one for part in parts for at, one in zip(part, pieces(probe, [rows[at] for at in part]), strict=True)}
 
 
 def _cut_at(
@@ -164,9 +145,8 @@ def _cut_at(
     again = _again(encoder, limit, rows, made)
     dropped = [at for at, parts in again.items() if all(part.dropped for part in parts)]
     lost = sum(sizes[at] for at in dropped)
-    for at, parts in again.items():
-        if at not in dropped:
-            lost += sum(len(part.input_ids) if part.dropped else part.truncated_tokens for part in parts)
+    shorter = (part for at, parts in again.items() if at not in dropped for part in parts)
+    lost += sum(len(part.input_ids) if part.dropped else part.truncated_tokens for part in shorter)
     return {
         "max_seq_len": limit,
         "rows_over": len(again),
@@ -184,9 +164,8 @@ def _fate(encoder: Encoder, rows: Sequence[Row], made: Sequence[Encoded]) -> Fig
     for at, one in enumerate(made):
         ledger.add(*again.get(at, [one]))
     told = ledger.to_dict()
-    dropped = {reason: ids[:EXAMPLES] for reason, ids in ledger.dropped.items()}
-    kept = {name: value for name, value in told.items() if name != "dropped"}
-    return {"max_seq_len": encoder.max_seq_len, "over_length": encoder.over_length, **kept, "first_dropped": dropped}
+    first = {reason: ids[:EXAMPLES] for reason, ids in told.pop("dropped").items()}
+    return {"max_seq_len": encoder.max_seq_len, "over_length": encoder.over_length, **told, "first_dropped": first}
 
 
 def phrases(rows: Sequence[Row]) -> Figures:

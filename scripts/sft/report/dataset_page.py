@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from sft.report import figures as drawing
@@ -40,10 +39,8 @@ def findings(found: Figures) -> list[Html]:
     if ledger.get("leaks"):
         told.append(_leaks(ledger["leaks"]))
     if "fault_share" in ledger:
-        named, read = ledger["rows_named"], ledger["rows_read"]
-        words = (
-            f"{read:,} rows read = {ledger['rows_written']:,} written + {named:,} named; {ledger['faults']:,} faulty"
-        )
+        read, written, named, faults = (ledger[key] for key in ("rows_read", "rows_written", "rows_named", "faults"))
+        words = f"{read:,} rows read = {written:,} written + {named:,} named; {faults:,} faulty"
         told.append(finding("Account", words, "even" if ledger.get("accepted", True) else "bad"))
     return [*told, *(text(one) for one in ledger.get("said", []))]
 
@@ -71,10 +68,8 @@ def _token_findings(tokens: Figures) -> list[Html]:
         words += f" (model.over_length: {run['over_length']}; the longest row has {longest:,} tokens)"
     bad = (cut + lost) / read > 0.01
     about = f"{share:.0%} of the tokens are learnt; the rest is read only"
-    return [
-        finding("Length", words, "bad" if bad else "good"),
-        finding("Labels", about, "bad" if share < 0.02 else "even"),
-    ]
+    learnt = finding("Labels", about, "bad" if share < 0.02 else "even")
+    return [finding("Length", words, "bad" if bad else "good"), learnt]
 
 
 def rows(found: Figures) -> list[Html]:
@@ -120,14 +115,13 @@ def lengths(found: Figures) -> list[Html]:
     whole = tokens["by_role"]["whole row"]
     spread = [[key, whole[key]] for key in ("p5", "median", "p95", "longest")]
     learnt = [["tokens learnt", tokens["labelled"]["tokens"]], ["all tokens", tokens["total"]]]
+    drawn = [
+        figure(sizes, "Length of a row", "with its template; lines: limits", ["", "tokens"], spread),
+        figure(shares, "Learnt share", "what is not learnt is read only", ["", "tokens"], learnt),
+    ]
     return [
         text(f"Figures {of}. A role's tokens are those of its text alone, without what the template puts around it."),
-        figures(
-            [
-                figure(sizes, "Length of a row", "with its template; lines: limits", ["", "tokens"], spread),
-                figure(shares, "Learnt share", "what is not learnt is read only", ["", "tokens"], learnt),
-            ]
-        ),
+        figures(drawn),
         table(["part", "texts", "tokens", "5 %", "median", "95 %", "longest"], roles, caption="Tokens by role"),
         table(names, cut, caption=f"What each limit would cut, with model.over_length: {tokens['run']['over_length']}"),
     ]
@@ -139,18 +133,15 @@ def _percent(share: float) -> Cell:
 
 def run(fate: Figures) -> list[Html]:
     """The reasons that need tokens."""
-    made = [
-        text(
-            f"With model.max_seq_len {fate['max_seq_len']:,} and model.over_length {fate['over_length']}: "
-            f"{fate['rows_read']:,} rows looked at = {fate['rows_trained']:,} trained on + "
-            f"{sum(fate['reasons'].values()):,} named. {fate['rows_truncated']:,} rows are cut and lose "
-            f"{fate['tokens_truncated']:,} tokens."
-        )
-    ]
-    if fate["reasons"]:
-        rows = [[why, count, ", ".join(fate["first_dropped"][why])] for why, count in fate["reasons"].items()]
-        made.append(table(["reason", "rows", "first ids (make preview shows them)"], rows))
-    return made
+    words = (
+        f"With model.max_seq_len {fate['max_seq_len']:,} and model.over_length {fate['over_length']}: "
+        f"{fate['rows_read']:,} rows looked at = {fate['rows_trained']:,} trained on + "
+        f"{sum(fate['reasons'].values()):,} named. {fate['rows_truncated']:,} rows are cut and lose "
+        f"{fate['tokens_truncated']:,} tokens."
+    )
+    rows = [[why, count, ", ".join(fate["first_dropped"][why])] for why, count in fate["reasons"].items()]
+    dropped = [table(["reason", "rows", "first ids (make preview shows them)"], rows)] if rows else []
+    return [text(words), *dropped]
 
 
 def repetition(found: Figures) -> list[Html]:
@@ -163,8 +154,7 @@ def repetition(found: Figures) -> list[Html]:
     )
     made = [text(words)]
     if near.get("shown"):
-        pairs = [bullets([one, other]) for one, other in near["shown"]]
-        made.append(details("pairs that are nearly the same", *pairs))
+        made.append(details("pairs that are nearly the same", *map(bullets, near["shown"])))
     drawn = []
     for key, title in (("openings", "Answers begin with"), ("runs", "Answers hold")):
         if rows := phrases[key]:
@@ -201,5 +191,4 @@ def left_out(found: Figures) -> list[Html]:
 
 
 def _example(row: dict[str, Any]) -> Html:
-    inner: Sequence[Html] = [text(f"{row['origin']}: {row['detail']}", soft=True), shown_code(row["row"])]
-    return Html("".join(inner))
+    return Html(text(f"{row['origin']}: {row['detail']}", soft=True) + shown_code(row["row"]))

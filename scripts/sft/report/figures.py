@@ -9,6 +9,7 @@ import io
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from html import escape
 from itertools import count
 from typing import Any
 
@@ -46,13 +47,9 @@ def _draw(fill: Callable[[Any], None], name: str, *, high: float = HIGH) -> Html
 
 
 def _for_page(svg: str, name: str) -> Html:
-    from html import escape
-
     svg = re.sub(r"<style.*?</style>", "", svg[svg.index("<svg") :], flags=re.S)
-    svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2).replace(
-        ' xmlns:xlink="http://www.w3.org/1999/xlink"', ""
-    )
-    svg = svg.replace(' xmlns="http://www.w3.org/2000/svg"', "").replace("xlink:href", "href")
+    svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)
+    svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg).replace("xlink:href", "href")
     mark = f"f{next(_numbers)}-"
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{mark}", svg)
     svg = re.sub(r"font-family: [^;\"]*;?", "", svg)

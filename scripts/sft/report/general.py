@@ -9,9 +9,9 @@ measured. `check` says what an answer must be; all that stands in it must hold:
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -78,44 +78,40 @@ def _is_json(text: str, keys: Sequence[str]) -> bool:
     return set(keys) <= set(found) if isinstance(found, dict) else not keys
 
 
-@dataclass(frozen=True)
-class Forgetting:
-    """level: `none`, `slight` or `forgotten`; headline and words for people."""
+def forgetting(loss: Difference, passed: Difference | None) -> tuple[str, str]:
+    """The verdict on the general set, by loss a token of good answers and share of checks that hold: level, headline.
 
-    level: str
-    headline: str
-    words: str
-
-
-def forgetting(loss: Difference, passed: Difference | None) -> Forgetting:
-    """The verdict on the general set: loss a token of good answers, and the share of checks that hold.
-
-    Forgotten: the loss has risen by more than MATTERS beyond its interval, or fewer checks hold beyond theirs.
-    Slight: the loss has risen beyond its interval, by less than that. Unknown: too few questions, or the base could
-    not answer them in the first place.
+    forgotten: the loss has risen by more than MATTERS beyond its interval, or fewer checks hold beyond theirs.
+    slight: the loss has risen beyond its interval, by less than that. unknown: too few questions, or the base could
+    not answer them in the first place. Else none.
     """
-    told = [f"perplexity of good answers x{_ratio(loss.difference)} (loss {loss.difference:+.3f}, "
-            f"95 % interval {loss.low:+.3f} to {loss.high:+.3f})"]  # fmt: skip
-    if passed is not None:
-        told.append(
-            f"checks that hold: {passed.base:.0%}, now {passed.tuned:.0%} (interval of the change "
-            f"{passed.low:+.0%} to {passed.high:+.0%}, {passed.rows} questions)"
-        )
-    words = "; ".join(told)
     fewer = passed is not None and passed.finding == "worse"
     if (loss.finding == "worse" and loss.low > MATTERS) or fewer:
         lost = "fewer answers pass their checks" if fewer else "good general answers have become much less likely"
-        return Forgetting("forgotten", f"It has forgotten general abilities: {lost}", words)
+        return "forgotten", f"It has forgotten general abilities: {lost}"
     if loss.finding == "worse":
-        return Forgetting("slight", "Slight forgetting: general answers have become a little less likely", words)
+        return "slight", "Slight forgetting: general answers have become a little less likely"
     if loss.finding == "too few rows":
-        return Forgetting("unknown", "Too few general questions to tell whether it forgot", words)
+        return "unknown", "Too few general questions to tell whether it forgot"
     if loss.base > UNKNOWING and (passed is None or passed.base < 0.1):
-        return Forgetting("unknown", "The general questions say little: the base itself cannot answer them", words)
-    return Forgetting("none", "No sign of forgetting on the general questions", words)
+        return "unknown", "The general questions say little: the base itself cannot answer them"
+    return "none", "No sign of forgetting on the general questions"
 
 
-def _ratio(nats: float) -> str:
-    import math
+def figures(loss: Difference, passed: Difference | None) -> str:
+    """What the verdict rests on, in words."""
+    told = (
+        f"perplexity of good answers x{perplexity(loss.difference):.3g} (loss {loss.difference:+.3f}, "
+        f"95 % interval {loss.low:+.3f} to {loss.high:+.3f})"
+    )
+    if passed is None:
+        return told
+    return (
+        f"{told}; checks that hold: {passed.base:.0%}, now {passed.tuned:.0%} (interval of the change "
+        f"{passed.low:+.0%} to {passed.high:+.0%}, {passed.rows} questions)"
+    )
 
-    return f"{math.exp(min(nats, 50.0)):.3g}"
+
+def perplexity(nats: float) -> float:
+    """Of a loss; beyond 50 nats it counts as 50."""
+    return math.exp(min(nats, 50.0))

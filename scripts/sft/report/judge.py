@@ -155,19 +155,17 @@ def judge(
 
     A row that the judge cannot be brought to judge is counted as unjudged; `problem` has the last reason.
     """
-    made: list[tuple[Marks, Marks, bool] | None] = []
+    marks: list[tuple[Marks, Marks, bool]] = []
     problem = None
     with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
         waiting = [pool.submit(judged_by.pair, *one) for one in questions]
         for done, one in enumerate(waiting, start=1):
             try:
-                made.append(one.result())
+                marks.append(one.result())
             except SftError as error:
-                made.append(None)
                 problem = error.what
             if on_progress is not None:
                 on_progress(done, len(waiting))
-    marks = [one for one in made if one is not None]
     aspects = {
         name: paired.difference([base[name] for base, _, _ in marks], [tuned[name] for _, tuned, _ in marks], seed=seed)
         for name in ASPECTS
@@ -176,7 +174,7 @@ def judge(
         "model": judged_by.model,
         "url": judged_by.shown,
         "rows": len(marks),
-        "unjudged": len(made) - len(marks),
+        "unjudged": len(questions) - len(marks),
         "problem": problem,
         "orders_agree": round(sum(agree for _, _, agree in marks) / len(marks), 6) if marks else None,
         "aspects": {name: one.to_json() for name, one in aspects.items()},

@@ -115,9 +115,8 @@ def _measure(
     if not general:
         return Side(name, served.kind, answered.samples, values, [], {})
     asked = evaluation.evaluate(served, general, _plain(config), root, count.part(len(general)))
-    checked = [
-        passes(sample["prediction"], row.get("check", {})) for sample, row in zip(asked.samples, general, strict=True)
-    ]
+    pairs = zip(asked.samples, general, strict=True)
+    checked = [passes(sample["prediction"], row.get("check", {})) for sample, row in pairs]
     of_general = {ROW_LOSS: _losses(served, general, config, count.part(len(general))), "passed": checked}
     return Side(name, served.kind, answered.samples, values, asked.samples, of_general)
 
@@ -139,10 +138,8 @@ def _beside(rows: Sequence[Row], losses: Sequence[float]) -> list[float]:
 
 def _values(answered: Evaluation) -> Values:
     samples = answered.samples
-    scored = {
-        name: [float(one["scores"][name]) for one in samples] for name in (samples[0]["scores"] if samples else ())
-    }
-    return scored | {
+    names = samples[0]["scores"] if samples else ()
+    return {name: [float(one["scores"][name]) for one in samples] for name in names} | {
         "stop_rate": [float(one["stopped"]) for one in samples],
         "repetition": [text.repetition(one["prediction"]) for one in samples],
         "empty_rate": [text.empty(one["prediction"]) for one in samples],

@@ -166,14 +166,12 @@ def table(
 def _controls(columns: Sequence[str], cells: list[list[Cell]], search: str, choices: Sequence[int]) -> str:
     if not search and not choices:
         return ""
-    made = ""
-    if search:
-        made = f'<label>{escape(search)}<input type="search" autocomplete="off"></label>'
+    made = f'<label>{escape(search)}<input type="search" autocomplete="off"></label>' if search else ""
     for at in choices:
         values = sorted({str(row[at].value if row[at].value is not None else row[at].shown) for row in cells})
         options = "".join(f"<option>{escape(value)}</option>" for value in values)
-        made += f'<label>{escape(columns[at])}<select data-column="{at}"><option value="">all</option>{options}'
-        made += "</select></label>"
+        options = f'<option value="">all</option>{options}'
+        made += f'<label>{escape(columns[at])}<select data-column="{at}">{options}</select></label>'
     return f'<div class="controls">{made}<output aria-live="polite"></output></div>'
 
 

@@ -7,7 +7,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from sft import runs
+from sft import files, runs
 from sft.runs import FINISHED, Run
 
 Points = list[tuple[float, float]]
@@ -39,19 +39,9 @@ def _events(folder: Path) -> dict[str, Points]:
     return {name: [(one.step, one.value) for one in board.Scalars(name)] for name in board.Tags()["scalars"]}
 
 
-def read(path: Path) -> dict[str, Any]:
-    """A JSON object, {} where there is none."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def summary(run: Run) -> dict[str, Any]:
     """The run's finished.json without machine paths."""
-    found = read(run.folder / FINISHED)
-    return {name: value for name, value in found.items() if name != "output"}
+    return {name: value for name, value in files.read_json(run.folder / FINISHED).items() if name != "output"}
 
 
 def versions() -> dict[str, str]:

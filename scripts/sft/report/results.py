@@ -16,7 +16,7 @@ Values = Mapping[str, float]
 
 
 def merged(
-    older: Mapping[str, Any] | None,
+    older: Mapping[str, Any],
     *,
     run: str,
     split: str,
@@ -26,12 +26,12 @@ def merged(
     fields: Mapping[str, Values],
     tags: Mapping[str, Mapping[str, Values]] | None = None,
 ) -> dict[str, Any]:
-    """The new contents of metrics.json: these sides, and the other one where `older` has it for this run and split.
+    """The new contents of metrics.json: these sides, and the other one where `older` (the file as it was, {} where
+    there was none) has it for this run and split.
 
     `about` says of each side when, and on how many rows, it was measured; `by_tag` has its metrics for each tag.
     """
-    same = older is not None and older.get("run") == run and older.get("split") == split
-    kept: Mapping[str, Any] = older if same and older is not None else {}
+    kept = older if (older.get("run"), older.get("split")) == (run, split) else {}
     made: dict[str, Any] = {"run": run, "split": split, "rows": rows}
     about = dict(kept.get("about", {}))
     for side in ("tuned", "base"):
@@ -49,15 +49,6 @@ def merged(
         made["constant"] = constant if constant is not None else kept["constant"]
     made["about"] = about
     return made
-
-
-def read(path: Path) -> dict[str, Any] | None:
-    """An earlier metrics.json; None where there is none that can be read."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
 
 
 def write(
