@@ -150,3 +150,23 @@ def test_early_stopping_ends_the_run_and_its_last_checkpoint_knows_it(tiny_qwen2
     again = bench.trainer(settings)
     again.fit(trainer.keeper.run.checkpoints()[-1])
     assert again.state.global_step == 3
+
+
+def test_a_run_that_only_stands_still_goes_on_and_one_that_learns_by_heart_ends(
+    tiny_qwen2: Path, tmp_path: Path
+) -> None:
+    train = {"eval_strategy": "epoch", "save_strategy": "epoch", "epochs": 12, "learning_rate": 1e-7}
+    still = bench.trainer(bench.config(tiny_qwen2, tmp_path / "outputs" / "still", train=train))
+    still.fit(None)
+    assert still.state.global_step == still.flow.plan.total_steps == 36
+    full = {"train": {**train, "learning_rate": 1e-2}, "tuning": {"mode": "full"}}
+    settings = bench.config(tiny_qwen2, tmp_path / "outputs" / "heart", **full)
+    heart = bench.trainer(settings, rows=4)
+    heart.fit(None)
+    seen = [entry for entry in heart.state.log_history if "eval_loss" in entry]
+    best = min(seen, key=lambda entry: entry["eval_loss"])
+    assert 4 <= heart.state.global_step < 12
+    assert seen[-1]["eval_loss"] > best["eval_loss"] + 0.01
+    again = bench.trainer(settings, rows=4)
+    again.fit(heart.keeper.run.checkpoints()[-1])
+    assert again.state.global_step == heart.state.global_step

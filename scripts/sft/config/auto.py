@@ -136,6 +136,9 @@ def _hardware(work: _Work) -> None:
     if train.gradient_checkpointing == "auto":
         why = "saves most of a GPU's activation memory" if gpu else "on the CPU time is dearer than memory"
         work.settle("gradient_checkpointing", gpu, why)
+    if train.kernels == "auto":
+        why = "not measured on the GPU yet" if gpu else "only asked for, not by itself, on the CPU"
+        work.settle("kernels", "plain", why)
     if train.optim == "auto":
         work.settle("optim", "adamw_torch_fused" if gpu else "adamw_torch", f"AdamW on {facts.name}")
 
@@ -209,7 +212,8 @@ def _strategies(work: _Work) -> None:
         if train.early_stopping.enabled:
             off = train.early_stopping.model_copy(update={"enabled": False})
             work.settle("early_stopping", off, "eval_strategy is no, so nothing says when to stop")
-            work.warnings.append("train.early_stopping is off: it needs evaluations, and train.eval_strategy is no")
+            if train.early_stopping.enabled is True:
+                work.warnings.append("train.early_stopping is off: it needs evaluations, and train.eval_strategy is no")
         return
     if not train.load_best_model_at_end:
         return

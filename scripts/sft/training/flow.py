@@ -9,6 +9,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sft.config.schema import EarlyStoppingSection
+from sft.training.numbers import learnt_by_heart
 from sft.training.plan import Plan
 from sft.training.watch import Watch
 
@@ -41,6 +42,8 @@ class Flow(TrainerCallback):  # type: ignore[misc]
     def exhausted(self, state: TrainerState) -> bool:
         """Whether early stopping has had enough. Worked out from the logged evaluations, so that resuming is exact."""
         if not self.early.enabled or self.plan.watched is None:
+            return False
+        if self.early.enabled == "overfitting" and not learnt_by_heart(state.log_history, self.early.min_delta):
             return False
         key = f"eval_{self.plan.watched}"
         values = [float(entry[key]) for entry in state.log_history if key in entry]

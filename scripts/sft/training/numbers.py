@@ -110,8 +110,8 @@ def overfitting(history: History) -> list[str]:
         said.append(
             f"overfitting: evaluation loss rose to {now['eval_loss']:.4f} while training loss fell to"
             f" {now['eval_loss'] - now['eval_gap']:.4f};"
-            f" it was best at step {best['step']} ({best['eval_loss']:.4f}), where"
-            " train.early_stopping.enabled=true would stop"
+            f" it was best at step {best['step']} ({best['eval_loss']:.4f});"
+            " train.early_stopping ends a run that goes on so"
         )
     if now["eval_gap"] > GAP and all(entry["eval_gap"] <= GAP for entry in seen[:-1]):
         said.append(
@@ -119,6 +119,18 @@ def overfitting(history: History) -> list[str]:
             " learnt by heart. Fewer epochs, more rows or more dropout would help"
         )
     return said
+
+
+def learnt_by_heart(history: History, min_delta: float) -> bool:
+    """Whether evaluation loss is now over `min_delta` (nats) above its best, training loss below what it was then, and
+    the two `GAP` apart.
+    """
+    seen = [entry for entry in history if "eval_loss" in entry and "eval_gap" in entry]
+    if not seen:
+        return False
+    now, best = seen[-1], min(seen, key=lambda entry: float(entry["eval_loss"]))
+    fell = now["eval_loss"] - now["eval_gap"] < best["eval_loss"] - best["eval_gap"]
+    return bool(now["eval_loss"] > best["eval_loss"] + min_delta and now["eval_gap"] > GAP and fell)
 
 
 def _parted(seen: History) -> bool:

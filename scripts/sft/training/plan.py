@@ -55,7 +55,7 @@ def make(config: Config, rows: int, *, validation: bool) -> Plan:
     load_best = train.load_best_model_at_end and evaluate != "no"
     if train.load_best_model_at_end and not load_best:
         notes.append("the last checkpoint is the result: without evaluation there is no best one")
-    if train.early_stopping.enabled and evaluate == "no":
+    if train.early_stopping.enabled is True and evaluate == "no":
         raise ConfigError(
             "train.early_stopping needs an evaluation while training, and there is none",
             where="train.early_stopping.enabled",

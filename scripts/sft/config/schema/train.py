@@ -20,7 +20,11 @@ class ExperimentSection(Section):
 class EarlyStoppingSection(Section):
     """When to stop before the end."""
 
-    enabled: bool = Field(False, description="Stop when the watched metric no longer improves.")
+    enabled: Literal["overfitting"] | bool = Field(
+        "overfitting",
+        description="`true` stops when the watched metric no longer improves; `overfitting` only if evaluation loss has"
+        " also risen by `min_delta` above its best while training loss fell, 0.1 apart.",
+    )
     patience: int = Field(3, ge=1, description="Evaluations without improvement before stopping.")
     min_delta: float = Field(0.01, ge=0, description="An improvement smaller than this does not count.")
 
