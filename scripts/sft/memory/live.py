@@ -12,10 +12,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+
+from sft.memory.fakes import Fakes
 
 PARTS = (
     "weights in 4 bit",
@@ -48,12 +49,12 @@ class Window:
 class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """rounding: bytes that an allocation is rounded up to. vocabulary: the last size by which logits are known.
 
-    fake: whether tensors have no values, so that what reads them (a loop's end, a mask's size) is answered here.
+    fake: whether tensors have no values (`fakes`).
     """
 
     def __init__(self, *, rounding: int, vocabulary: int, fake: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.rounding, self.vocabulary, self.fake = rounding, vocabulary, fake
+        self.rounding, self.vocabulary = rounding, vocabulary
         self.now: dict[str, int] = dict.fromkeys(PARTS, 0)
         self.total = self.peak = 0
         self.at_peak: dict[str, int] = dict(self.now)
@@ -61,21 +62,15 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.windows: list[Window] = []
         self._label, self._standing = "", 0
         self._held: dict[int, tuple[weakref.ref[Any], str, int]] = {}
-        self._reads = 0
+        self._run = Fakes().run if fake else _really
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled around a trace, and every call would pay for the guard
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        packet = func.overloadpacket
-        if self.fake:
-            if packet is torch.ops.aten._local_scalar_dense:
-                return self._value(args[0])
-            if packet is torch.ops.aten.nonzero:
-                return args[0].new_empty((args[0].numel(), args[0].ndim), dtype=torch.long)
-            args = _without_masks(packet, [_faked(each) for each in args])
-        name = packet.__name__
-        out = _grouped(func, args, kwargs) if self.fake and name == "_grouped_mm" else func(*args, **kwargs)
-        if self.fake and name == "lt" and args[0].ndim == 0 and isinstance(args[1], float):
-            out.sft_false = True  # a random number below a share: layers dropped while training, and none is here
+        out = self._run(func, args, kwargs or {})
+        name = func.overloadpacket.__name__
         for tensor in tree_iter(out):
             if isinstance(tensor, Tensor):
                 self.see(tensor, self._part(name, tensor, args))
@@ -154,33 +149,6 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.peak, self.at_peak = self.total + inside, dict(self.now)
             self.at_peak["dequantised"] += inside
 
-    def _value(self, tensor: Tensor) -> Any:
-        """A value for a tensor that has none: true; or ever smaller, so that of candidates the last one is the best."""
-        self._reads += 1
-        if tensor.dtype == torch.bool:
-            return not getattr(tensor, "sft_false", False)
-        return 1e-6 / self._reads if tensor.is_floating_point() else 1
 
-
-def _faked(value: Any) -> Any:
-    """A mask that came with its values, when it is computed with: the same without."""
-    return torch.empty(value.shape, dtype=value.dtype) if type(value) is Tensor and value.ndim == 2 else value
-
-
-def _without_masks(packet: Any, args: Any) -> Any:
-    """Indexing by a mask as indexing by as many positions: every one counts as chosen."""
-    if packet not in (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_):
-        return args
-    indices: list[Any] = []
-    for each in args[1]:
-        if each is not None and each.dtype == torch.bool:
-            indices += [each.new_empty(each.numel(), dtype=torch.long) for _ in range(each.ndim)]
-        else:
-            indices.append(each)
-    return (args[0], indices, *args[2:])
-
-
-def _grouped(func: Any, args: Any, kwargs: Any) -> Any:
-    """The experts' product in any precision: its shape rules know bf16 alone."""
-    kind = args[0].dtype
-    return func(args[0].to(torch.bfloat16), args[1].to(torch.bfloat16), *args[2:], **kwargs).to(kind)
+def _really(func: Any, args: Any, kwargs: Any) -> Any:
+    return func(*args, **kwargs)
