@@ -202,9 +202,10 @@ class _NoGauge:
 
 def _rehearsed(bench: Bench, model: Any, lengths: list[int]) -> Any:
     """The rehearsal that a run has before its first step, on made rows of these lengths."""
+    from sft.memory.probe import CudaGauge
     from sft.step import attention
     from sft.training.recipe import Recipe
-    from sft.training.rehearsal import CudaGauge, Scene, rehearse
+    from sft.training.rehearsal import Scene, rehearse
 
     recipe = Recipe(
         kind="causal",

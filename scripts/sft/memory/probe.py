@@ -5,6 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
+
+import torch
 
 from sft.errors import EnvironmentProblem
 from sft.step.recovery import out_of_memory, release
@@ -17,6 +20,33 @@ log = logging.getLogger("sft.memory")
 
 class DoesNotFitError(EnvironmentProblem):
     """Not even one row fits into memory."""
+
+
+class Gauge(Protocol):
+    """How the device's memory is read. Bytes."""
+
+    total: int
+
+    def start(self) -> None: ...
+    def peaks(self) -> tuple[int, int]: ...  # since `start`: of tensors, and held by the allocator
+
+
+class CudaGauge:
+    """The process's own memory on its GPU, within `set_per_process_memory_fraction`'s cap where there is one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        free, total = torch.cuda.mem_get_info(device)
+        share = getattr(torch.cuda, "get_per_process_memory_fraction", lambda _: 1.0)(device)
+        self.total = int(min(share * total, free + torch.cuda.memory_reserved(device)))  # what others hold is not ours
+
+    def start(self) -> None:
+        torch.cuda.synchronize(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+
+    def peaks(self) -> tuple[int, int]:
+        torch.cuda.synchronize(self.device)
+        return torch.cuda.max_memory_allocated(self.device), torch.cuda.max_memory_reserved(self.device)
 
 
 @dataclass(frozen=True)

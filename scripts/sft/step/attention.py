@@ -30,7 +30,7 @@ def register() -> None:
     """Makes `attn_implementation="sft_rows"` known to transformers; again is harmless."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    AttentionInterface.register(NAME, rows_attention)
+    AttentionInterface.register(NAME, torch.compiler.disable(rows_attention))  # type: ignore[no-untyped-call]
     AttentionMaskInterface.register(NAME, rows_mask)
 
 

@@ -2,7 +2,7 @@
 
 The gradient of a window is that of its mean loss over labelled tokens, however it is cut: every micro-batch adds its
 sum of losses divided by the same normaliser. So when memory runs out, the gradients formed so far are dropped, the
-random state is put back, and the same rows are replayed in finer micro-batches.
+random state is put back, and the same rows are replayed in finer micro-batches; plainly, where the compiler failed.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from sft.model import kernels
 from sft.step import attention, unwrap
 from sft.step.head import chunked_loss, full_loss
 from sft.step.losses import wide
@@ -73,11 +74,17 @@ def backward_window(
         try:
             return _run(model, micros, count, backward or torch.Tensor.backward, logits, tile, label_smoothing)
         except (RuntimeError, MemoryError) as error:
-            if not (replay and out_of_memory(error)):
+            short = out_of_memory(error)
+            if not (replay and (short or kernels.compiler_failed(error))):
                 raise
+            said = " ".join(str(error).split())[:200]
         model.zero_grad(set_to_none=True)
         release()
         _put_back(state, batch["labels"].device)
+        if not short:
+            kernels.give_back(model)
+            log.warning("torch.compile failed: this step is replayed, and layers are computed plainly (%s)", said)
+            continue
         tokens = finer(micros, tokens)
         log.warning("out of memory: this step is replayed in micro-batches of at most %d tokens", tokens)
         if on_budget is not None:

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -17,11 +18,13 @@ from sft import files
 from sft.config.schema import TrainSection
 from sft.errors import SftError
 from sft.generation import engine
+from sft.memory.probe import CudaGauge, Gauge
+from sft.model import kernels
 from sft.runs import Run
-from sft.training import checkpoints, measured, ranks, rehearsal, weights
+from sft.training import checkpoints, measured, ranks, rehearsal, ways, weights
 from sft.training.preparation import Job
 from sft.training.recipe import Recipe
-from sft.training.rehearsal import CudaGauge, Rehearsed, Scene
+from sft.training.rehearsal import Rehearsed, Scene
 
 CACHE = ".cache/rehearsal"  # under the project's root
 log = logging.getLogger("sft.training")
@@ -53,6 +56,8 @@ def settle(job: Job, model: Any, recipe: Recipe, run: Run, checkpoint: Path | No
         session = checkpoints.read(checkpoint, checkpoints.SESSION)
         checkpointing = bool(session.get("checkpointing", rehearsal.is_checkpointing(model)))
         rehearsal.set_checkpointing(model, checkpointing)
+        if job.asked.kernels == "auto":
+            ways.ask(model, session.get("kernels", kernels.PLAIN), recipe, backend=job.backend.name)
         return Settled(int(session["asked_budget"][0]), checkpointing, "as in the checkpoint")
     path = root / CACHE / f"{key(job)}.json"
     found = _kept(path)
@@ -65,13 +70,15 @@ def settle(job: Job, model: Any, recipe: Recipe, run: Run, checkpoint: Path | No
     else:
         log.info("rehearsed before on this GPU: %s", found.said)
     rehearsal.set_checkpointing(model, found.checkpointing)
+    ways.ask(model, found.kernels, recipe, backend=job.backend.name)
     recipe.evaluating = found.evaluating
+    how = kernels.way_of(model)
     tokens = -ranks.largest(-found.tokens)  # the least over ranks
     recomputed = "with" if found.checkpointing else "without"
-    return Settled(tokens, found.checkpointing, f"rehearsed, {recomputed} gradient checkpointing")
+    return Settled(tokens, found.checkpointing, f"rehearsed, {recomputed} gradient checkpointing, layers {how}")
 
 
-def scene(job: Job, model: Any, recipe: Recipe, run: Run, gauge: rehearsal.Gauge) -> Scene:
+def scene(job: Job, model: Any, recipe: Recipe, run: Run, gauge: Gauge) -> Scene:
     """The run's own longest rows, questions and save."""
     train, optim = job.config.train, job.config.train.optim
     rows = job.rows.train
@@ -84,6 +91,8 @@ def scene(job: Job, model: Any, recipe: Recipe, run: Run, gauge: rehearsal.Gauge
         validation=job.rows.validation,
         most_rows=-(-int(train.effective_batch) // ranks.world()),
         gauge=gauge,
+        ways=(kernels.LIGER, kernels.COMPILED) if job.asked.kernels == "auto" and job.backend.name == "bnb" else (),
+        run_tokens=job.plan.total_steps * int(train.effective_batch) / ranks.world() * mean(lengths),
         fixed=None if is_open(job.asked) else int(train.micro_batch_tokens),
         free=job.asked.gradient_checkpointing == "auto",
         state_bytes=0 if optim.startswith("paged") else 2 if "8bit" in optim else 8,
@@ -108,6 +117,7 @@ def key(job: Job) -> str:
             train.optim,
             train.bf16,
             train.activation_offload,
+            job.asked.kernels,
         ],
         "asked": [job.asked.gradient_checkpointing, *(train.micro_batch_tokens,) * (not is_open(job.asked))],
         "answers": [job.config.eval.batch_size, job.config.generation.max_new_tokens, len(job.rows.questions)],
@@ -127,7 +137,7 @@ def _remember(root: Path, path: Path, job: Job, found: Rehearsed) -> None:
     """Keeps it for the next start, shows it beside the plan, and tells the planner what was measured."""
     training, now = found.stages[0], measured.settled(job, found.tokens, found.checkpointing)
     made = measured.planned(job, now, None)
-    planned = None if made is None else made.estimate.allocated
+    planned = None if made is None or found.kernels != kernels.PLAIN else made.estimate.allocated
     allocated = training.allocated_bytes / 2**30
     log.info("a step's tensors: %.2f GiB at most%s", allocated, f", planned {planned:.2f}" if planned else "")
     measured.record(

@@ -14,8 +14,9 @@ from sft import files, runs
 from sft.errors import EnvironmentProblem
 from sft.generation.questions import questions
 from sft.generation.room import fitted, prompt_room
+from sft.model import kernels
 from sft.runs import OpenRun, Run
-from sft.training import arguments, budget, logbook, model, ranks, stamp
+from sft.training import arguments, budget, logbook, model, ranks, stamp, ways
 from sft.training.answers import Answers
 from sft.training.checkpoints import Keeper
 from sft.training.flow import Flow
@@ -54,6 +55,8 @@ def build(job: Job, opened: OpenRun, root: Path, report: Report | None) -> Windo
     config, run = job.config, opened.run
     made = model.build(config, job.files, job.backend.name, device=job.device.device)
     recipe = model.recipe(config, made, job.files.kind, device=job.device.device)
+    if job.asked.kernels != "auto":
+        ways.ask(made, job.asked.kernels, recipe, backend=job.backend.name)
     job = _with_budget(_with_questions(job, made, root), made, recipe, opened, root)
     config = job.config
     answers = Answers(config, root, job.tokenizer, job.encoder, job.rows.questions, job.files.kind)
@@ -101,6 +104,7 @@ def _with_budget(job: Job, made: Any, recipe: Recipe, opened: OpenRun, root: Pat
     effective, length = int(job.config.train.effective_batch), job.config.model.max_seq_len
     rows = min(effective, max(1, tokens // length))
     now: dict[str, Any] = {"micro_batch_tokens": tokens, "gradient_checkpointing": settled.checkpointing}
+    now["kernels"] = kernels.way_of(made)
     if budget.is_open(job.asked):
         now |= {"batch_size": rows, "grad_accum": -(-effective // rows)}
     train = job.config.train.model_copy(update=now)

@@ -11,12 +11,13 @@ from sft import runs
 from sft.errors import SftError
 from sft.memory import calibration, plan, shapes, speed
 from sft.memory.devices import Device
+from sft.model.kernels import PLAIN, way_of
 from sft.training import ranks
 from sft.training.preparation import Job
 from sft.training.rehearsal import is_checkpointing
 from sft.training.trainer import WindowTrainer
 
-LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
+LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "liger_kernel")
 ENOUGH = 10.0  # seconds of steps: a shorter run's speed is that of its first steps
 GIB = 2.0**30
 log = logging.getLogger("sft.training")
@@ -37,7 +38,7 @@ def record_run(job: Job, trainer: WindowTrainer, summary: Mapping[str, Any], roo
 
         peaks["allocated_gib"] = torch.cuda.max_memory_allocated() / GIB
         peaks["reserved_gib"] = torch.cuda.max_memory_reserved() / GIB
-        if made := planned(job, settings, root):
+        if way_of(trainer.model) == PLAIN and (made := planned(job, settings, root)):
             peaks["planned_gib"] = max(phase.allocated for phase in made.phases.values())
     labelled = summary["labelled_tokens"] / summary["tokens"]
     record(

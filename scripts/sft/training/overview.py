@@ -13,7 +13,7 @@ from sft.training.preparation import Job
 
 _TRAIN = (
     "epochs learning_rate lr_scheduler_type effective_batch batch_size grad_accum micro_batch_tokens bf16 fp16 optim"
-    " gradient_checkpointing eval_strategy save_strategy"
+    " gradient_checkpointing kernels eval_strategy save_strategy"
 ).split()
 
 

@@ -2,7 +2,8 @@
 
 Training (with the optimizer's state standing in its place), the evaluation loss, answers and a save: a run that would
 run out of memory in its third hour does so now, where it costs a minute. On the way the micro-batch is settled: raised
-until speed stops growing or memory says stop; gradient checkpointing is left off where memory allows.
+until speed stops growing or memory says stop; gradient checkpointing is left off where memory allows. Last, faster ways
+to compute a layer are tried against the plain one.
 """
 
 from __future__ import annotations
@@ -12,50 +13,26 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from functools import partial
+from typing import Any
 
 import torch
 
 from sft.memory import probe
-from sft.memory.probe import DoesNotFitError, Found, Measured
-from sft.model import adapters
+from sft.memory.probe import DoesNotFitError, Found, Gauge, Measured
+from sft.model import adapters, kernels
+from sft.model.kernels import Way
 from sft.step import unwrap
 from sft.step.microbatch import backward_window
 from sft.step.recovery import out_of_memory, release
 from sft.step.window import Collator
+from sft.training import ways
 from sft.training.recipe import Recipe, losses
 
-LIMIT = 60.0  # seconds for all of it; growing the micro-batch stops at half
+LIMIT = 60.0  # seconds for all of it but the compiler; growing the micro-batch stops at half
 WORTH = 2048  # tokens: where that much fits without checkpointing, nothing is gained by trying with it
 log = logging.getLogger("sft.training")
 Feature = Mapping[str, Any]
-
-
-class Gauge(Protocol):
-    """How the device's memory is read. Bytes."""
-
-    total: int
-
-    def start(self) -> None: ...
-    def peaks(self) -> tuple[int, int]: ...  # since `start`: of tensors, and held by the allocator
-
-
-class CudaGauge:
-    """The process's own memory on its GPU, within `set_per_process_memory_fraction`'s cap where there is one."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        free, total = torch.cuda.mem_get_info(device)
-        share = getattr(torch.cuda, "get_per_process_memory_fraction", lambda _: 1.0)(device)
-        self.total = int(min(share * total, free + torch.cuda.memory_reserved(device)))  # what others hold is not ours
-
-    def start(self) -> None:
-        torch.cuda.synchronize(self.device)
-        torch.cuda.reset_peak_memory_stats(self.device)
-
-    def peaks(self) -> tuple[int, int]:
-        torch.cuda.synchronize(self.device)
-        return torch.cuda.max_memory_allocated(self.device), torch.cuda.max_memory_reserved(self.device)
 
 
 @dataclass(frozen=True)
@@ -77,6 +54,7 @@ class Rehearsed:
     tokens_per_second: float
     stages: list[Stage] = field(default_factory=list)
     evaluating: int | None = None
+    kernels: Way = "plain"
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -96,8 +74,9 @@ class Scene:
     """What is rehearsed with. rows, validation: real ones, with their lengths in tokens.
 
     most_rows: of a step, on this rank. fixed: the micro-batch in tokens where the config gives it. free: whether
-    checkpointing may be chosen. state_bytes: of the optimizer, for each trained number. answer, save: what the run
-    calls between its steps, None where it never does.
+    checkpointing may be chosen. state_bytes: of the optimizer, for each trained number. ways: to compute layers, to be
+    tried. run_tokens: of the whole run, on this rank. answer, save: what the run calls between its steps, None where it
+    never does.
     """
 
     model: Any
@@ -110,6 +89,8 @@ class Scene:
     fixed: int | None = None
     free: bool = True
     state_bytes: int = 8
+    ways: Sequence[Way] = ()
+    run_tokens: float = 0.0
     answer: Callable[[], object] | None = None
     save: Callable[[], object] | None = None
     backward: Callable[[torch.Tensor], object] | None = None
@@ -138,7 +119,11 @@ def rehearse(scene: Scene) -> Rehearsed:
         for name, act in rest.items():
             if act is not None and time.monotonic() - began < scene.limit:
                 stages.append(_stage(scene, name, act))
-    return Rehearsed(tokens, checkpointing, found.best.speed, stages, scene.recipe.evaluating)
+        best = ways.fastest(scene.model, scene.recipe, scene.ways, partial(_tried, scene, tokens), scene.run_tokens)
+        best = best or found.best
+        stages[0] = Stage("training", best.allocated_bytes, best.peak_bytes, best.seconds)
+    evaluating, way = scene.recipe.evaluating, kernels.way_of(scene.model)
+    return Rehearsed(tokens, checkpointing, best.speed, stages, evaluating, way)
 
 
 def set_checkpointing(model: Any, on: bool) -> None:
@@ -203,6 +188,19 @@ def _search(scene: Scene, began: float) -> Found:
         total_bytes=scene.gauge.total,
         time_left=lambda: time.monotonic() - began < scene.limit / 2,
     )
+
+
+def _tried(scene: Scene, tokens: int) -> Measured | None:
+    """Measured the way it computes now; None where it runs out of memory, or into the margin."""
+    try:
+        seen = _measure(scene, tokens)
+    except (RuntimeError, MemoryError) as error:
+        if not (out_of_memory(error) or kernels.compiler_failed(error)):
+            raise
+        seen = None
+    if seen is None:
+        release()
+    return seen if seen and seen.peak_bytes <= scene.gauge.total * (1 - probe.MARGIN) else None
 
 
 def _measure(scene: Scene, tokens: int) -> Measured:

@@ -12,6 +12,7 @@ import torch
 from transformers import Trainer, TrainerState
 
 from sft.errors import EnvironmentProblem, RunError
+from sft.model import kernels
 from sft.runs import step_of
 from sft.step.recovery import out_of_memory, release
 from sft.training import checkpoints, ranks, weights
@@ -109,6 +110,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
             "budget": self.recipe.budget,
             "evaluating": self.recipe.evaluating,
             "checkpointing": is_checkpointing(self.model),
+            "kernels": kernels.way_of(self.model),
             "skipped": self.numbers.skipped,
             "last_loss": self.numbers.last,
             "unlogged": [float(self._tr_loss), self._globalstep_last_logged],
@@ -123,6 +125,9 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
             self.recipe.evaluating = session.get("evaluating")
         else:
             log.info("the micro-batches are cut otherwise than before: same steps, last bits may differ from here on")
+        was, now = session.get("kernels", kernels.PLAIN), kernels.way_of(self.model)
+        if was != now:
+            log.info("layers were computed %s and are now %s: same steps, last bits may differ from here on", was, now)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         weights.load(self.model, Path(resume_from_checkpoint))

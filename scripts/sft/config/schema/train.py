@@ -89,6 +89,12 @@ class TrainSection(Section):
         description="What the backward pass needs waits in the machine's memory, with checkpointing best: less of the"
         " GPU's, more time. Nothing on the CPU.",
     )
+    kernels: Auto | Literal["plain", "liger", "compiled"] = Field(
+        "auto",
+        description="How layers are computed: plainly, by Liger's kernels (where installed, on CUDA), or by"
+        " torch.compile; proven equal before it is used. `auto`: the fastest that the rehearsal on a GPU measures,"
+        " compiled only in runs of half an hour and more; plain on the CPU.",
+    )
     logits: Literal["chunked", "full"] = Field(
         "chunked", description="`chunked` computes the head on labelled positions in tiles; `full` all at once."
     )
