@@ -17,6 +17,14 @@ from typing import Any
 
 from sft import console
 
+NEXT = {
+    "gguf": """next: llama-server -m {out}/{name}-{type}.gguf --jinja
+      (llama.cpp; llama-cli talks in the terminal; LM Studio: lms import FILE; Ollama: make export FORMAT=ollama)""",
+    "ollama": "next: cd {out} && ollama create {name} -f Modelfile && ollama run {name}",
+    "hf": """next: python scripts/infer.py --merged {out}
+      vllm serve {out}""",
+}
+
 
 def parser() -> argparse.ArgumentParser:
     """The command's flags."""
@@ -37,6 +45,8 @@ python scripts/export.py --format hf --out outputs/export/mine""",
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Chooses the model, exports it with a progress bar, and says what was checked."""
+    from rich.filesize import decimal
+
     from sft.generation.targets import choose
     from sft.ship.export import export
 
@@ -48,7 +58,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     with console.progress(f"exporting as {args.format}") as advance:
         report = export(target, args.format, args.type, out, root, lambda done, total, name: advance(done, total))
     certificate = report.parity
-    rows = [(name, f"{size / 1e6:,.1f} MB") for name, size in report.files.items() if size > 1e5]
+    rows = [(name, decimal(size)) for name, size in report.files.items() if size > 1e5]
     if report.tensors:
         rows.append(("read back", f"{report.tensors} tensors, largest error {report.largest_error:.2g}"))
     rows += [
@@ -58,10 +68,9 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         ("time", f"{report.seconds:.0f} s"),
     ]
     console.table(f"exported to {report.out}", ["", "value"], rows)
-    if report.answer is not None:
-        console.say(f"loaded again, it answers: {report.answer}")
-    if args.format == "ollama":
-        console.say(f"next: cd {report.out} && ollama create {target.name} -f Modelfile && ollama run {target.name}")
+    if report.trial is not None:
+        console.say(f"loaded again: {report.trial.told()}")
+    console.say(NEXT[args.format].format(out=report.out, name=target.name, type=args.type))
     return asdict(report)
 
 

@@ -30,7 +30,7 @@ python scripts/merge_lora.py --set model.name=/new/place/of/the/base""",
     made.add_argument("--out", metavar="DIR", type=Path, help="the new model (default: outputs/merged_DTYPE)")
     made.add_argument("--dtype", choices=["fp16", "bf16", "fp32"], default="fp16", help="its type (default: fp16)")
     made.add_argument("--test", action="store_true", help="merge nothing: load --out and let it answer")
-    made.add_argument("--prompt", default="Hello! What can you do?", help="the question for --test")
+    made.add_argument("--prompt", help="the question for --test (default: the first held-out row of its run)")
     return made
 
 
@@ -42,6 +42,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _merge(args: argparse.Namespace, out: Path, root: Path) -> dict[str, Any]:
+    from rich.filesize import decimal
+
     from sft.config.load import load
     from sft.ship.merge import merge
 
@@ -60,27 +62,35 @@ def _merge(args: argparse.Namespace, out: Path, root: Path) -> dict[str, Any]:
         ("base", report.base),
         ("adapter", report.adapter),
         ("tensors changed", f"{report.tensors}, {report.changed_share:.1%} of their numbers"),
-        ("adapter against merged, on", f"{report.held_out_tokens} tokens of {report.held_out}"),
+        ("adapter against merged, on", f"{report.held_out_tokens:,} tokens of {_sampled(report)}"),
         ("  loss", f"{report.loss_adapter:.4f} -> {report.loss_merged:.4f}"),
         ("  same first choice", f"{report.top1_agreement:.2%}"),
         ("  KL divergence", f"{report.mean_kl:.2g} nats a token"),
         ("  largest difference of logits", f"{report.max_logit_difference:.2g}"),
-        ("size", f"{report.bytes / 1e6:,.1f} MB, {report.dtype}"),
+        ("size", f"{decimal(report.bytes)}, {report.dtype}"),
         ("time", f"{report.seconds:.0f} s"),
     ]
     console.table(f"merged into {report.out}", ["", "value"], rows)
-    console.say(f"next: make merge-test, or python scripts/infer.py --merged {report.out}")
+    console.say(f"next: python scripts/merge_lora.py --test --out {report.out}")
+    console.say(f"      python scripts/infer.py --merged {report.out}")
     return asdict(report)
 
 
-def _test(out: Path, prompt: str, root: Path) -> dict[str, Any]:
+def _sampled(report: Any) -> str:
+    """The held-out rows in words: all of a file's, or so many of them."""
+    rows, of = report.held_out_rows, report.held_out_of
+    return (
+        f"all {rows} rows of {report.held_out}"
+        if rows == of
+        else f"{rows} rows, a sample of the {of} in {report.held_out}"
+    )
+
+
+def _test(out: Path, prompt: str | None, root: Path) -> dict[str, Any]:
     from sft.ship.trial import answer
 
     found = answer(out, prompt, root)
-    console.say(f"prompt: {prompt}\nanswer: {found.text}")
-    console.say(
-        f"{found.tokens} tokens, {'stopped by itself' if found.stopped else 'cut off at the limit'}; logits finite"
-    )
+    console.say(found.told())
     return asdict(found)
 
 

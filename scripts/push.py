@@ -34,17 +34,19 @@ python scripts/push.py --repo me/my-model --folder outputs/export/run-gguf --pub
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Lists what goes, and sends it unless this is a dry run."""
+    from rich.filesize import decimal
+
     from sft.ship.push import newest, push
 
     root = console.project_root()
     folder = args.folder or newest(root)
     report = push(folder, args.repo, root, private=not args.public, dry_run=args.dry_run)
-    sizes = [(name, f"{size / 1e6:,.2f} MB") for name, size in report.files.items()]
-    total = sum(report.files.values()) / 1e6
+    sizes = [(name, decimal(size)) for name, size in [*report.files.items(), ("all", sum(report.files.values()))]]
     verb = "would go" if args.dry_run else "gone"
     seen = "private" if report.private else "public"
-    console.table(f"{folder} {verb} to {args.repo} ({seen})", ["file", "size"], [*sizes, ("all", f"{total:,.2f} MB")])
-    console.say(f"it is at {report.address}" if report.address else "nothing was sent: leave out --dry-run to send it")
+    console.table(f"{folder} {verb} to {args.repo} ({seen})", ["file", "size"], sizes)
+    unsent = f"nothing was sent; to send it: make push REPO={args.repo}, without DRY=1 (or leave out --dry-run)"
+    console.say(f"it is at {report.address}" if report.address else unsent)
     return asdict(report)
 
 

@@ -25,6 +25,10 @@ def project(tmp_path: Path) -> Path:
     )
     adapter(tmp_path / "models" / "base", tmp_path / "adapters" / "first")
     runs.write_resolved(tmp_path / "adapters" / "first", config)
+    (tmp_path / "data" / "processed").mkdir(parents=True)
+    rows = [{"id": str(at), "user": f"How many are {at} and 1?", "assistant": str(at + 1)} for at in range(66)]
+    for split in ("train", "val"):
+        files.write_text(tmp_path / "data/processed" / f"{split}.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "run_bnb.yaml").write_text("model: {name: Qwen/Qwen2.5-3B-Instruct}\n")
     files.point(tmp_path / "adapters" / "last", tmp_path / "adapters" / "first")
@@ -38,6 +42,7 @@ def test_the_newest_adapter_is_merged_and_answers(project, command):
     assert report["out"] == str(project / "outputs" / "merged_fp32")
     assert report["max_logit_difference"] <= 1e-3
     assert report["base"] == "models/base"
+    assert (report["held_out_rows"], report["held_out_of"]) == (64, 66)
     names = {path.name for path in (project / "outputs" / "merged_fp32").iterdir()}
     assert {
         "model.safetensors",
@@ -48,7 +53,10 @@ def test_the_newest_adapter_is_merged_and_answers(project, command):
     } <= names
     said = command("merge_lora", "--dtype", "fp32", "--test", "--json", SFT_ROOT=str(project))
     assert said.returncode == 0, said.stderr
-    assert 0 < json.loads(said.stdout)["tokens"] <= 8
+    found = json.loads(said.stdout)
+    assert (found["question"], found["reference"]) == ("How many are 0 and 1?", "1")
+    assert found["source"] == "from data/processed/val.jsonl"
+    assert 0 < found["tokens"] <= 8
 
 
 def test_a_base_that_is_not_the_adapters_own_is_refused(project, command):

@@ -144,8 +144,9 @@ def test_the_folder_has_all_that_serving_needs(tiny_qwen2, tmp_path):
     assert tokenizer.encode("Order 48213: café") == original.encode("Order 48213: café")
     ends = GenerationConfig.from_pretrained(tmp_path / "m").eos_token_id
     assert original.convert_tokens_to_ids("<|im_end|>") in (ends if isinstance(ends, list) else [ends])
-    found = trial.answer(tmp_path / "m", "Hello", tmp_path)
+    found = trial.answer(tmp_path / "m", None, tmp_path)
     assert 0 < found.tokens <= 256
+    assert (found.question, found.reference) == (trial.GREETING, None)
 
 
 def refused(call, kind: type[Exception], said: str, out: Path) -> None:

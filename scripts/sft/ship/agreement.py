@@ -28,7 +28,7 @@ LOSS_LIMIT = 0.02  # nats a token that the held-out loss may rise
 
 @dataclass(frozen=True)
 class Agreement:
-    """Adapter against merged, on `tokens` tokens of `rows` held-out rows from `source`.
+    """Adapter against merged, on `tokens` tokens of `rows` of the `of` held-out rows in `source`.
 
     loss_*: nats a labelled token. top1: share of equal first choices. kl: mean, nats a token. largest: difference of
     logits.
@@ -36,6 +36,7 @@ class Agreement:
 
     source: str
     rows: int
+    of: int
     tokens: int
     loss_adapter: float
     loss_merged: float
@@ -53,7 +54,15 @@ def compare(
     after = logits(merged, {}, config, None, sample)
     largest, kl, top1 = difference(before, after)
     found = Agreement(
-        sample.source, len(sample.rows), sample.tokens, sample.loss(before), sample.loss(after), top1, kl, largest
+        sample.source,
+        len(sample.rows),
+        sample.of,
+        sample.tokens,
+        sample.loss(before),
+        sample.loss(after),
+        top1,
+        kl,
+        largest,
     )
     log.info(
         f"adapter against merged, {found.tokens} held-out tokens: loss {found.loss_adapter:.4f} and"

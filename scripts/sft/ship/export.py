@@ -51,7 +51,7 @@ Progress = Callable[[int, int, str], None]
 class ExportReport:
     """What was exported: the folder, its files with their bytes, how far it is from the weights, and the certificate.
 
-    largest_error: of a number, against the merged weights. answer: of the model, loaded again (hf).
+    largest_error: of a number, against the merged weights. trial: the model loaded again and asked (hf).
     """
 
     out: str
@@ -61,7 +61,7 @@ class ExportReport:
     tensors: int
     largest_error: float
     parity: dict[str, Any]
-    answer: str | None
+    trial: trial.Trial | None
     seconds: float
 
 
@@ -94,7 +94,7 @@ def export(target: Target, form: str, kind: str, out: Path, root: Path, progress
         if form != "hf":
             tensors, error = _gguf(files, staged, kind, form, trainer, target, root, forms, progress)
         certificate = asdict(_certify(trainer, forms, target.config, root))
-        answer = trial.answer(folder, "Hello! What can you do?", root).text if form == "hf" else None
+        asked = trial.answer(folder, None, root) if form == "hf" else None
         if folder.parent == staged and form == "hf":
             _lift(folder, staged)
         elif folder.parent == staged:
@@ -103,7 +103,7 @@ def export(target: Target, form: str, kind: str, out: Path, root: Path, progress
         disk.write_text(staged / "README.md", card.of(target, form))
         listed = {path.name: path.stat().st_size for path in sorted(staged.iterdir()) if path.is_file()}
         seconds = round(time.monotonic() - started, 1)
-        report = ExportReport(str(out), form, kind, listed, tensors, error, certificate, answer, seconds)
+        report = ExportReport(str(out), form, kind, listed, tensors, error, certificate, asked, seconds)
         disk.write_json(staged / EXPORT, asdict(report))
     return report
 
@@ -180,8 +180,8 @@ def _vocabulary(files: ModelFiles, trainer: Encoder) -> gguf_vocabulary.Vocabula
 
 
 def _certify(trainer: Encoder, forms: list[parity.Route], config: Config, root: Path) -> parity.Certificate:
-    own = sample.run_rows(config, root, _OWN_ROWS)
-    rows = [*golden.ROWS, *sample.shipped_rows(root), *(own[1] if own else [])]
+    own = sample.run_rows(config, root)
+    rows = [*golden.ROWS, *sample.shipped_rows(root), *(own[1][:_OWN_ROWS] if own else [])]
     return parity.certify(trainer, forms, rows, ["golden", "data/samples", *([own[0]] if own else [])])
 
 

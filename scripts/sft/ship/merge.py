@@ -40,6 +40,8 @@ class MergeReport:
     tensors: int
     changed_share: float
     held_out: str
+    held_out_rows: int
+    held_out_of: int
     held_out_tokens: int
     loss_adapter: float
     loss_merged: float
@@ -144,6 +146,8 @@ def _report(
         tensors=tally.tensors,
         changed_share=tally.changed / max(1, tally.numbers),
         held_out=found.source,
+        held_out_rows=found.rows,
+        held_out_of=found.of,
         held_out_tokens=found.tokens,
         loss_adapter=found.loss_adapter,
         loss_merged=found.loss_merged,

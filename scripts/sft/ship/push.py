@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import logging
 import re
@@ -18,6 +19,11 @@ from sft.ship.parity import PARITY
 log = logging.getLogger("sft.ship")
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _STAYS = (EXPORT, REPORT, runs.RESOLVED)  # they hold paths of this machine
+_MENDS = {
+    401: "the token is not valid, or has no right to write: make another (HF_TOKEN=..., or hf auth login),",
+    403: "the token may not write there: push to a name of your own, or give it the right,",
+    404: "is the name before the slash that of your account, or of an organisation that you are in?",
+}
 _SECRET = re.compile(r"\bhf_[A-Za-z0-9]{8,}\b")
 
 
@@ -48,24 +54,41 @@ def push(folder: Path, repo: str, root: Path, *, private: bool, dry_run: bool) -
             if offline()
             else "export HF_TOKEN=..., or hf auth login; it needs the right to write",
         )
-    import httpx
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     hub = HfApi(token=token)
     try:
         hub.create_repo(repo, private=private, exist_ok=True)
-        hub.upload_folder(
-            repo_id=repo, folder_path=folder, allow_patterns=list(listed), commit_message="sft-play export"
-        )
-    except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError) as error:
-        said = credentials.redact(" ".join(str(error).split())[:300])
-        raise ModelError(
-            f"the hub refused, or does not answer: {said}",
+        seen_by_all = private and not hub.model_info(repo).private
+        if not seen_by_all:
+            hub.upload_folder(
+                repo_id=repo,
+                folder_path=folder,
+                allow_patterns=[glob.escape(name) for name in listed],
+                commit_message="sft-play export",
+            )
+    except Exception as error:  # httpx's, the hub's, xet's, and whatever the threads of an upload wrap them in
+        raise _failed(error, repo) from None
+    if seen_by_all:
+        raise RunError(
+            f"{repo} is there already, and everybody can see it; nothing was sent",
             where=repo,
-            mend="has the token the right to write there, does the network reach the hub? then push again",
-        ) from None
+            mend="make it private in its settings on the hub, or push with --public",
+        )
     return Push(repo, private, listed, False, f"{hub.endpoint}/{repo}")
+
+
+def _failed(error: BaseException, repo: str) -> ModelError:
+    """What a failed upload means: the innermost reason, without the token, and what to do about its status."""
+    wrapped = str(error) if isinstance(error, RuntimeError) else ""  # "Error while uploading FILE to the Hub."
+    while error.__cause__ is not None and not hasattr(error, "server_message"):
+        error = error.__cause__
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    said = credentials.redact(" ".join(f"{wrapped} {error}".split())[:300]) or type(error).__name__
+    again = "then push again: files that have arrived are not sent twice"
+    if status is None:
+        return ModelError(f"the upload broke off: {said}", where=repo, mend=f"does the network reach the hub? {again}")
+    return ModelError(f"the hub refused: {said}", where=repo, mend=f"{_MENDS.get(status, 'see what it says,')} {again}")
 
 
 def _listed(folder: Path, repo: str) -> dict[str, int]:
@@ -76,10 +99,12 @@ def _listed(folder: Path, repo: str) -> dict[str, int]:
         raise RunError(
             f"there is no export in {folder}", where=str(folder), mend="make export FORMAT=hf (or gguf, ollama)"
         )
-    if not json.loads((folder / PARITY).read_text(encoding="utf-8")).get("equal"):
-        raise RunError(
-            f"the parity certificate of {folder} says that it differs", where=PARITY, mend="make export again"
-        )
+    try:
+        equal = json.loads((folder / PARITY).read_text(encoding="utf-8"))["equal"] is True
+    except (ValueError, KeyError, TypeError):
+        equal = False
+    if not equal:
+        raise RunError(f"{PARITY} in {folder} certifies nothing", where=str(folder / PARITY), mend="make export again")
     found = {path.name: path for path in sorted(folder.iterdir()) if path.is_file() and path.name not in _STAYS}
     for name, path in found.items():
         if path.stat().st_size < 1 << 22 and _SECRET.search(path.read_bytes().decode("utf-8", "ignore")):

@@ -26,10 +26,11 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Sample:
-    """Encoded rows. source: the file that they came from. kind: causal or seq2seq."""
+    """Encoded rows. source: the file that they came from. of: the rows in it. kind: causal or seq2seq."""
 
     source: str
     rows: list[Encoded]
+    of: int
     kind: str = "causal"
 
     @property
@@ -77,24 +78,24 @@ def take(encoder: Encoder, config: Config, root: Path, vocabulary: int) -> Sampl
         for count in range(len(encoded), 0, -1):
             longest = len(encoded[count - 1].labels)
             if longest * count <= room:
-                return Sample(source, encoded[:count], encoder.kind)
+                return Sample(source, encoded[:count], len(rows), encoder.kind)
     raise DataError("no held-out row fits the model's template", where=_SHIPPED, mend="make process, then try again")
 
 
-def run_rows(config: Config, root: Path, limit: int = ROWS) -> tuple[str, list[Row]] | None:
-    """The first rows of the run's validation file, else of its training file; None where its data is gone."""
+def run_rows(config: Config, root: Path) -> tuple[str, list[Row]] | None:
+    """The run's validation file and its rows, else those of its training file; None where its data is gone."""
     try:
         stage = store.paths(config.data, root)
         for path in (stage.val, stage.train):
-            if path is not None and (rows := store.read_rows(path)[:limit]):
+            if path is not None and (rows := store.read_rows(path)):
                 return paths.shown(path, root), rows
     except DataError as error:
-        log.warning(f"the run's own rows are not there ({error.what}); rows shipped with sft-play are used instead")
+        log.warning(f"the run's own rows are not there: {error.what}")
     return None
 
 
-def shipped_rows(root: Path, limit: int = ROWS) -> list[Row]:
-    """Rows of the sample that comes with the kit."""
+def shipped_rows(root: Path, limit: int | None = ROWS) -> list[Row]:
+    """Rows of the sample that comes with the kit; None: all."""
     path = paths.shipped(root, _SHIPPED)
     lines = path.read_text(encoding="utf-8").splitlines()[:limit] if path.is_file() else []
     return [json.loads(line) for line in lines]
@@ -102,7 +103,7 @@ def shipped_rows(root: Path, limit: int = ROWS) -> list[Row]:
 
 def _sources(config: Config, root: Path) -> list[tuple[str, list[Row]]]:
     own = run_rows(config, root)
-    return [*([own] if own else []), (_SHIPPED, shipped_rows(root))]
+    return [*([own] if own else []), (_SHIPPED, shipped_rows(root, None))]
 
 
 def _shortened(row: Encoded, room: int, kind: str) -> Encoded:
