@@ -11,12 +11,12 @@ import pytest
 
 from sft.config.schema import DataSection
 from sft.data import mix
-from sft.data.source import find
+from sft.data.source import named
 from sft.errors import DataError
 
 
 def read(path: Path, **data: Any) -> list[Any]:
-    return list(find(DataSection(**data), path.parent, str(path)).rows())
+    return list(named(str(path), path, path.parent, DataSection(**data)).rows())
 
 
 def values(path: Path) -> list[Any]:
@@ -156,7 +156,7 @@ def test_encodings_are_recognised(tmp_path: Path, encoding: str, kind: str) -> N
         "csv": "question,answer\r\n" + "".join(f"{row['question']},{row['answer']}\r\n" for row in rows),
     }[kind]
     path = put(tmp_path / f"a.{kind}", text, encoding)
-    source = find(DataSection(), tmp_path, str(path))
+    source = named(str(path), path, tmp_path, DataSection())
     assert [raw.value for raw in source.rows()] == rows
     assert source.found is not None and bool(source.found.said) == (encoding != "utf-8-sig")
 
@@ -257,7 +257,7 @@ def test_what_is_no_data_is_named(tmp_path: Path, name: str, content: bytes, sai
 @pytest.mark.parametrize("name", ["a.json", "a.csv", "a.parquet", "a.txt"])
 def test_the_content_decides_and_a_wrong_name_is_said(tmp_path: Path, name: str) -> None:
     path = put(tmp_path / name, '{"q": 1}\n{"q": 2}\n')
-    source = find(DataSection(), tmp_path, str(path))
+    source = named(str(path), path, tmp_path, DataSection())
     assert [raw.value for raw in source.rows()] == [{"q": 1}, {"q": 2}]
     assert source.found is not None
     assert source.found.said == (
@@ -288,13 +288,13 @@ def test_where_raw_rows_are_looked_for(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_a_name_that_is_no_file_is_a_hub_data_set_or_an_error(tmp_path: Path) -> None:
-    source = find(DataSection(hub_config="main", hub_split="test"), tmp_path, "owner/name")
+    source = named("owner/name", Path("owner/name"), tmp_path, DataSection(hub_config="main", hub_split="test"))
     assert (source.kind, source.path) == ("hub data set, split test", None)
     with pytest.raises(DataError, match="cannot be had") as caught:
         list(source.rows())
     assert "owner/name" in str(caught.value.where) and "--raw_path" in str(caught.value.mend)
     with pytest.raises(DataError, match="no such file"):
-        find(DataSection(), tmp_path, "folder/gone.jsonl")
+        named("folder/gone.jsonl", Path("folder/gone.jsonl"), tmp_path, DataSection())
 
 
 def test_hub_rows_come_through_the_datasets_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -326,6 +326,6 @@ def test_where_a_block_ends_changes_nothing(tmp_path: Path, monkeypatch: pytest.
     listed = "[" + " ,\n ".join(pieces) + "\n]\n"
     for text in (listed, f'{{"v": "1,2", "w": [{{}}], "data": {listed}, "z": {{"data": []}} }}', "\n".join(pieces)):
         path = put(tmp_path / "a.json", ("\n" + text) if text[0] == "[" else text)
-        found = list(find(DataSection(), tmp_path, str(path)).rows())
+        found = list(named(str(path), path, tmp_path, DataSection()).rows())
         assert [raw.value for raw in found] == [rows[0], None, rows[1], rows[2]]
         assert found[1].text == bad and "given twice" in str(found[1].fault)

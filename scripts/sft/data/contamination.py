@@ -8,14 +8,14 @@ in Brown et al. 2020, "Language Models are Few-Shot Learners", appendix C, which
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sft.config.paths import resolve, shown
-from sft.config.schema import ContaminationSection
+from sft.config.schema import ContaminationSection, SourceSection
 from sft.data import records, source
 from sft.data.faults import CONTAMINATION, RowFault
 from sft.data.formats import Formats
@@ -91,15 +91,14 @@ class Contamination:
 
     def report(self) -> dict[str, Any]:
         """For the ledger."""
-        files = [{"name": one.name, "rows": one.rows, "hits": one.hits} for one in self.benchmarks]
-        return {"ngram": self.ngram, "against": files}
+        return {"ngram": self.ngram, "against": [asdict(one) for one in self.benchmarks]}
 
 
 def load(section: ContaminationSection, root: Path) -> Contamination | None:
     """All benchmark files, read; None where there are none. Raises DataError for a file that is not there."""
     made = Contamination(section.ngram)
     for path in section.against:
-        for one in expand(path, resolve(root, path), root, None, "test"):
+        for one in expand(path, resolve(root, path), root, SourceSection(path=path, hub_split="test")):
             made.learn(one.name if one.path is None else shown(one.path, root), _texts(one))
     return made if made.benchmarks else None
 

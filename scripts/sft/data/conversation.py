@@ -21,6 +21,10 @@ ROLES = {
 }
 REASONING = ("reasoning_content", "reasoning", "thinking")
 KEPT = ("name", "tool_call_id", "weight")
+KINDS = {dict: "an object", list: "a list", str: "a text", type(None): "null", bool: "true or false", bytes: "bytes"}
+BEFORE = {  # role -> the roles that it may follow
+    "system": (), "user": ("system", "assistant"), "assistant": ("user", "tool"), "tool": ("assistant", "tool"),
+}  # fmt: skip
 
 
 def text_of(value: Any, where: str) -> str:
@@ -41,16 +45,11 @@ def conversation(turns: Any, where: str) -> list[Message]:
     made: list[Message] = []
     for number, turn in enumerate(turns, 1):
         message = _message(turn, f"{where}[{number - 1}]")
-        before: Message = made[-1] if made else {"role": ""}
-        if _joins(before, message):
-            before["tool_calls"] = [*before.get("tool_calls", ()), *message["tool_calls"]]
+        if message.pop("joins", False) and made and made[-1]["role"] == "assistant":
+            made[-1]["tool_calls"] = [*made[-1].get("tool_calls", ()), *message["tool_calls"]]
         else:
             made.append(message)
     return made
-
-
-def _joins(before: Message, message: Message) -> bool:
-    return bool(message.pop("joins", False)) and before["role"] == "assistant"
 
 
 def _message(turn: Any, where: str) -> Message:
@@ -63,46 +62,36 @@ def _message(turn: Any, where: str) -> Message:
     content = turn.get("content", turn.get("value", turn.get("text")))
     if role == "function_call":
         return {"role": "assistant", "content": "", "tool_calls": calls(content, where), "joins": True}
-    message: Message = {"role": role}
     if role == "tool" and isinstance(content, dict):
         content = json.dumps(content, ensure_ascii=False)
     parts: Message = _parts(content, where) if isinstance(content, list) else {"content": text_of(content, where)}
-    reasoning = next(
-        (turn[key] for key in REASONING if turn.get(key) is not None), parts.pop("reasoning_content", None)
-    )
-    message["content"] = parts.pop("content")
-    if reasoning is not None and text_of(reasoning, where):
-        message["reasoning_content"] = text_of(reasoning, where)
+    message: Message = {"role": role, "content": parts["content"]}
+    thoughts = (turn[key] for key in REASONING if turn.get(key) is not None)
+    if reasoning := text_of(next(thoughts, parts.get("reasoning_content")), where):
+        message["reasoning_content"] = reasoning
     called = calls(turn.get("tool_calls"), where) or calls(turn.get("function_call"), where) or parts.get("tool_calls")
     if called:
         message["tool_calls"] = called
-    message.update({key: turn[key] for key in KEPT if turn.get(key) is not None})
-    return message
+    return message | {key: turn[key] for key in KEPT if turn.get(key) is not None}
 
 
 def _parts(parts: list[Any], where: str) -> Message:
     """Content in parts: texts are joined as they stand, reasoning and tool calls go to their own keys."""
-    texts: list[str] = []
-    reasoning: list[str] = []
-    called: list[Message] = []
+    made: Message = {"content": ""}
     for part in parts:
         if isinstance(part, str):
-            texts.append(part)
+            made["content"] += part
             continue
         kind = part.get("type", "text") if isinstance(part, dict) else None
         if kind in ("text", "input_text", "output_text"):
-            texts.append(text_of(part.get("text", part.get("value", part.get("content"))), where))
+            made["content"] += text_of(part.get("text", part.get("value", part.get("content"))), where)
         elif kind in ("reasoning", "thinking"):
-            reasoning.append(text_of(part.get("value", part.get("text", part.get(kind))), where))
+            thought = text_of(part.get("value", part.get("text", part.get(kind))), where)
+            made["reasoning_content"] = made.get("reasoning_content", "") + thought
         elif kind in ("tool_call", "function_call", "tool_calls"):
-            called += calls(part.get("value", part.get(kind)), where)
+            made["tool_calls"] = [*made.get("tool_calls", ()), *calls(part.get("value", part.get(kind)), where)]
         else:
             raise RowFault(NOT_TEXT, f"{where} has a part of the type {kind!r}")
-    made: Message = {"content": "".join(texts)}
-    if reasoning:
-        made["reasoning_content"] = "".join(reasoning)
-    if called:
-        made["tool_calls"] = called
     return made
 
 
@@ -183,21 +172,5 @@ def check(messages: list[Message]) -> None:
         raise RowFault("empty answer", f"the last turn is of the role {roles[-1]}: nobody answers")
 
 
-BEFORE = {
-    "system": (),
-    "user": ("system", "assistant"),
-    "assistant": ("user", "tool"),
-    "tool": ("assistant", "tool"),
-}
-
-
 def _kind(value: Any) -> str:
-    names = {
-        dict: "an object",
-        list: "a list",
-        str: "a text",
-        type(None): "null",
-        bool: "true or false",
-        bytes: "bytes",
-    }
-    return names.get(type(value), f"a {type(value).__name__}")
+    return KINDS.get(type(value), f"a {type(value).__name__}")

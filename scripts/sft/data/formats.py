@@ -11,16 +11,15 @@ from sft.data.row_readers import (
     ANSWERS,
     COMPLETIONS,
     INPUTS,
-    OUTPUTS,
-    PASSAGES,
     QUESTIONS,
+    READ,
     READERS,
     SYSTEM,
     TURNS,
     Parsed,
     first,
     in_turns,
-)  # fmt: skip
+)
 from sft.errors import DataError
 
 Row = dict[str, Any]
@@ -29,16 +28,6 @@ MOST_KEYS = 20  # unread keys of a row that are told
 ASKING = ("user", "prompt", *QUESTIONS)
 GIVING = ("assistant", "completion", *ANSWERS)
 ASIDE = ("id", "origin", "tags", "tag", "weight", "references", *SYSTEM)  # read whatever the format is
-READ = {  # what each format reads besides; any other key of a row is told in the ledger
-    "sharegpt": (*TURNS, "tools", "functions"),
-    "messages": (*TURNS, "tools", "functions"),
-    "chat": ("user", "assistant"),
-    "rendered": ("input", "target"),
-    "alpaca": ("instruction", "history", *INPUTS, *OUTPUTS),
-    "prompt": ("prompt", "tools", *COMPLETIONS, *PASSAGES),
-    "qa": ("input", "output", *QUESTIONS, *ANSWERS, *PASSAGES),
-    "text": ("text",),
-}
 
 
 class Formats:
@@ -129,8 +118,7 @@ FITS: dict[str, Callable[[dict[str, str], Row], bool]] = {
     "chat": _has(("user",), ("assistant",)),
     "rendered": lambda names, row: "input" in names and "target" in names and "instruction" not in names,
     "alpaca": lambda names, row: (
-        "instruction" in names
-        and ("output" in names or ("response" in names and ("context" in names or "input" in names)))
+        "instruction" in names and ("output" in names or ("response" in names and bool(first(names, INPUTS))))
     ),
     "prompt": _has(("prompt",), COMPLETIONS),
     "qa": lambda names, row: (

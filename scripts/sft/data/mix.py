@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import heapq
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from sft.data.lines import Progress
 from sft.data.packed import SUFFIXES, plain_name
 from sft.data.raw import Raw
 from sft.data.sniff import NAMES
-from sft.data.source import Source, local, named
+from sft.data.source import Section, Source, local, named
 from sft.data.split import position
 from sft.errors import DataError
 
@@ -100,19 +101,15 @@ def find(data: DataSection, root: Path, raw_path: str | None = None) -> Mix:
     Raises DataError: nothing there, not a data file, empty.
     """
     if raw_path:
-        return _mix([_part(raw_path, Path(raw_path), root, data.hub_config, data.hub_split)])
+        return _mix([_part(raw_path, Path(raw_path), root, data)])
     if data.raw_path:
-        return _mix([_part(data.raw_path, resolve(root, data.raw_path), root, data.hub_config, data.hub_split)])
+        return _mix([_part(data.raw_path, resolve(root, data.raw_path), root, data)])
     if data.sources:
-        made = []
-        for source in data.sources:
-            part = _part(source.path, resolve(root, source.path), root, source.hub_config, source.hub_split)
-            part.weight, part.limit = source.weight, source.limit
-            made.append(part)
-        return _mix(made)
+        made = [(_part(one.path, resolve(root, one.path), root, one), one) for one in data.sources]
+        return _mix([replace(part, weight=one.weight, limit=one.limit) for part, one in made])
     for default in DEFAULTS:
         if (root / default).exists():
-            return _mix([_part(default, root / default, root, None, "train")])
+            return _mix([_part(default, root / default, root, data)])
     mend = f"put your rows there, or name the file: make process RAW=FILE; samples: {root / 'data/samples'}"
     raise DataError(f"no raw data: neither {DEFAULTS[0]} nor {DEFAULTS[1]} is there", where=str(root), mend=mend)
 
@@ -126,15 +123,15 @@ def _mix(parts: list[Part]) -> Mix:
     return mix
 
 
-def _part(text: str, path: Path, root: Path, hub_config: str | None, hub_split: str) -> Part:
-    inside = expand(text, path, root, hub_config, hub_split)
+def _part(text: str, path: Path, root: Path, section: Section) -> Part:
+    inside = expand(text, path, root, section)
     return Part(shown(path, root) if path.is_dir() else inside[0].name, inside)
 
 
-def expand(text: str, path: Path, root: Path, hub_config: str | None, hub_split: str) -> list[Source]:
+def expand(text: str, path: Path, root: Path, section: Section) -> list[Source]:
     """The file at `path`, all files of rows in the folder at `path`, or the hub data set `text`."""
     if not path.is_dir():
-        return [named(text, path, root, hub_config, hub_split)]
+        return [named(text, path, root, section)]
     inside = sorted(found for found in path.rglob("*") if found.is_file() and _is_data(found, path))
     if not inside:
         mend = f"files of rows end in {', '.join(NAMES)} (also {', '.join(SUFFIXES)}), see docs/DATA.md"
@@ -155,14 +152,9 @@ def _chosen(rows: Iterable[Raw], limit: int | None, seed: int) -> Iterable[Raw]:
     """The `limit` rows whose hashes come first, in their own order; never more than that many in memory."""
     if limit is None:
         return rows
-    heap: list[tuple[float, int, Raw]] = []
-    for number, raw in enumerate(rows):
-        entry = (-place(raw, f"limit {seed}"), -number, raw)
-        if len(heap) < limit:
-            heapq.heappush(heap, entry)
-        elif entry[:2] > heap[0][:2]:
-            heapq.heapreplace(heap, entry)
-    return [raw for _, _, raw in sorted(heap, key=lambda entry: -entry[1])]
+    placed = ((place(raw, f"limit {seed}"), number, raw) for number, raw in enumerate(rows))
+    first = heapq.nsmallest(limit, placed, key=itemgetter(0, 1))
+    return [raw for _, _, raw in sorted(first, key=itemgetter(1))]
 
 
 def _weighted(rows: Iterable[Raw], weight: float, seed: int) -> Iterator[Raw]:

@@ -71,8 +71,11 @@ class Checks:
 
     def check(self, record: records.Row) -> quality.Look:
         """Raises RowFault for a row that is not used."""
+        key = int(record["id"], 16)
+        if self.data.deduplicate and key in self._seen:
+            raise RowFault(DUPLICATE, f"the same as an earlier row, id {key:016x}")
         if self.data.deduplicate:
-            self.new(record)
+            self._seen.add(key)
         if self.contamination is not None:
             self.contamination.check(record)
         look = quality.look(record)
@@ -91,13 +94,6 @@ class Checks:
             raise RowFault(LEAK, "val or test asks the same")
         if self.contamination is not None:
             self.contamination.check(record)
-
-    def new(self, record: records.Row) -> None:
-        """Raises RowFault for a row that was there before."""
-        key = int(record["id"], 16)
-        if key in self._seen:
-            raise RowFault(DUPLICATE, f"the same as an earlier row, id {key:016x}")
-        self._seen.add(key)
 
 
 def _write_rows(mix: Mix, checks: Checks, staged: Path, ledger: Ledger, on_progress: Progress | None) -> set[str]:

@@ -15,14 +15,12 @@ ID_BYTES = 8
 LITTLE = 16  # characters of a question below which ("Go on.") rows of other system texts ask something else
 
 
-def to_record(messages: list[Message], tools: list[Message] | None = None, **extra: Any) -> Row:
+def to_record(messages: list[Message], tools: list[Message] | None = None, *, origin: str = "", **extra: Any) -> Row:
     """The stored row of these turns: short where it is one plain turn without tools, else `messages`.
 
-    extra: more keys, as `origin`, `tags`; an `id` given there is kept, else it is the hash of the content.
+    extra: more keys, as `tags`.
     """
-    row: Row = {"id": extra.pop("id", None) or content_id(messages, tools)}
-    if "origin" in extra:
-        row["origin"] = extra.pop("origin")
+    row = _headed(content_id(messages, tools), origin)
     texts = {message["role"]: message["content"] for message in messages}
     turns = [message["role"] for message in messages]
     plain = all(len(message) == 2 and isinstance(message["content"], str) for message in messages)
@@ -35,12 +33,14 @@ def to_record(messages: list[Message], tools: list[Message] | None = None, **ext
     return row | extra
 
 
-def rendered_record(source: str, target: str, **extra: Any) -> Row:
+def rendered_record(source: str, target: str, *, origin: str = "", **extra: Any) -> Row:
     """The stored row of a text that needs no template."""
-    row: Row = {"id": extra.pop("id", None) or _hash({"input": source, "target": target})}
-    if "origin" in extra:
-        row["origin"] = extra.pop("origin")
-    return {**row, "input": source, "target": target, **extra}
+    content = {"input": source, "target": target}
+    return {**_headed(_hash(content), origin), **content, **extra}
+
+
+def _headed(content_id: str, origin: str) -> Row:
+    return {"id": content_id, "origin": origin} if origin else {"id": content_id}
 
 
 def is_rendered(row: Row) -> bool:

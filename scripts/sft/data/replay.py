@@ -7,7 +7,7 @@ origin, carry `"replay": true`, stand at the end of the training file (training 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,28 +56,25 @@ def _choose(
     section: ReplaySection, data: DataSection, root: Path, wanted: int, check: Check
 ) -> tuple[list[tuple[records.Row, str]], int, int]:
     """The rows, how many were read, and how many of them could be used; never more than `wanted` in memory."""
-    formats = Formats("auto", None)
-    heap: list[tuple[float, str, records.Row, str]] = []
-    seen, read = set[str](), 0
-    for source in expand(section.path, resolve(root, section.path), root, section.hub_config, section.hub_split):
-        for raw in source.rows():
-            read += 1
-            try:
-                record, format = _record(raw, formats)
-                check(record)
-            except RowFault:
-                continue
-            if record["id"] in seen:
-                continue
-            seen.add(record["id"])
-            at = -split.position(record["id"], f"replay {data.split.seed}")
-            entry = (at, record["id"], {**record, "replay": True}, format)
-            if len(heap) < wanted:
-                heapq.heappush(heap, entry)
-            elif entry[:2] > heap[0][:2]:
-                heapq.heapreplace(heap, entry)
-    ordered = sorted(heap, reverse=True, key=lambda one: one[:2])
-    return [(record, format) for _, _, record, format in ordered], read, len(seen)
+    formats, seen, read = Formats("auto", None), set[str](), 0
+
+    def usable() -> Iterator[tuple[records.Row, str]]:
+        nonlocal read
+        for source in expand(section.path, resolve(root, section.path), root, section):
+            for raw in source.rows():
+                read += 1
+                try:
+                    record, format = _record(raw, formats)
+                    check(record)
+                except RowFault:
+                    continue
+                if record["id"] not in seen:
+                    seen.add(record["id"])
+                    yield {**record, "replay": True}, format
+
+    seed = f"replay {data.split.seed}"
+    first = heapq.nsmallest(wanted, usable(), key=lambda one: split.position(one[0]["id"], seed))
+    return first, read, len(seen)
 
 
 def _record(raw: Raw, formats: Formats) -> tuple[records.Row, str]:

@@ -18,6 +18,16 @@ INPUTS = ("input", "context")
 PASSAGES = ("context", "passage")
 OUTPUTS = ("output", "response")
 TURNS = ("messages", "conversations", "conversation")
+READ = {  # what each format reads besides; any other key of a row is told in the ledger
+    "sharegpt": (*TURNS, "tools", "functions"),
+    "messages": (*TURNS, "tools", "functions"),
+    "chat": ("user", "assistant"),
+    "rendered": ("input", "target"),
+    "alpaca": ("instruction", "history", *INPUTS, *OUTPUTS),
+    "prompt": ("prompt", "tools", *COMPLETIONS, *PASSAGES),
+    "qa": ("input", "output", *QUESTIONS, *ANSWERS, *PASSAGES),
+    "text": ("text",),
+}
 
 
 class Parsed(NamedTuple):
@@ -93,8 +103,7 @@ def _history(row: Row, names: dict[str, str]) -> list[Message]:
 
 
 def _prompt(row: Row, names: dict[str, str]) -> Parsed:
-    key = first(names, COMPLETIONS) or ""
-    return _pair("prompt", row, names, names["prompt"], key)
+    return _pair("prompt", row, names, names["prompt"], first(names, COMPLETIONS) or "")
 
 
 def in_turns(row: Row, names: dict[str, str]) -> bool:

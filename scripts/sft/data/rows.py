@@ -36,20 +36,17 @@ def record(raw: Raw, formats: Formats, system_prompt: str | None) -> tuple[recor
 
 def _stored(parsed: Parsed, origin: str, system_prompt: str | None, extra: records.Row) -> records.Row:
     if parsed.pair:
-        _check_pair(*parsed.pair)
+        source, target = parsed.pair
+        if not source.strip():
+            raise RowFault(NO_USER_TURN, "input is empty")
+        if not target.strip():
+            raise RowFault(EMPTY_ANSWER, "target is empty")
         return records.rendered_record(*parsed.pair, origin=origin, **extra)
     messages = parsed.messages
     if system_prompt and messages and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system_prompt}, *messages]
     conversation.check(messages)
     return records.to_record(messages, parsed.tools, origin=origin, **extra)
-
-
-def _check_pair(source: str, target: str) -> None:
-    if not source.strip():
-        raise RowFault(NO_USER_TURN, "input is empty")
-    if not target.strip():
-        raise RowFault(EMPTY_ANSWER, "target is empty")
 
 
 def line(record: records.Row) -> bytes:

@@ -18,14 +18,9 @@ CONTROL = re.compile("[\0-\x08\x0e-\x1f\ufffe\uffff]")  # what text does not hol
 BLOCK = 1 << 20
 ASCII_AND_TAILS = bytes(range(0xC0))  # what UTF-8 characters beyond ASCII do not begin with
 WRAPPERS = ("data", "rows", "train", "examples", "instances", "items", "records", "samples")
-NAMES: dict[str, tuple[Kind, ...]] = {
-    ".jsonl": ("jsonl",),
-    ".ndjson": ("jsonl",),
-    ".json": ("json",),
-    ".csv": ("csv",),
-    ".tsv": ("csv",),
-    ".parquet": ("parquet",),
-}
+NAMES: dict[str, Kind] = {
+    ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",
+}  # fmt: skip
 SAID = {"jsonl": "JSON lines", "json": "JSON", "csv": "a table in text (CSV)", "parquet": "Parquet"}
 # Openings of files that people take for data: what they are, and what to do.
 OTHERS: tuple[tuple[bytes, str, str], ...] = (
@@ -116,17 +111,16 @@ def _refused(path: Path, what: str, mend: str) -> DataError:
 
 def _misnamed(path: Path, kind: Kind) -> list[str]:
     suffix = plain_name(path).suffix.lower()
-    if suffix in NAMES and kind not in NAMES[suffix]:
+    if suffix in NAMES and kind != NAMES[suffix]:
         return [f"{path.name} is {SAID[kind]} in spite of its name, and is read as that"]
     return []
 
 
 def _encoding(path: Path, head: bytes, stream: BinaryIO) -> tuple[str, str, bool, list[str]]:
-    for mark, name in ((b"\xff\xfe\0\0", "utf-32"), (b"\0\0\xfe\xff", "utf-32"), (b"\xff\xfe", "utf-16")):
-        if head.startswith(mark):
+    marks = {"utf-32": (b"\xff\xfe\0\0", b"\0\0\xfe\xff"), "utf-16": (b"\xff\xfe", b"\xfe\xff")}
+    for name, openings in marks.items():
+        if head.startswith(openings):
             return name, "surrogatepass", True, [f"{path.name} is {name.upper()}, not UTF-8: read as that"]
-    if head.startswith(b"\xfe\xff"):
-        return "utf-16", "surrogatepass", True, [f"{path.name} is UTF-16, not UTF-8: read as that"]
     sample = head[:4096]
     zeros = (sample[0::2].count(0), sample[1::2].count(0))
     if max(zeros) > max(7, len(sample) // 50) and min(zeros) * 8 < max(zeros):  # few in Chinese, but all on one side
@@ -189,7 +183,7 @@ def _kind(path: Path, text: str) -> tuple[Kind, str]:
     delimiter = _delimiter(lines, cut=len(text) >= HEAD // 4)
     if objects * 2 > min(len(lines), 50) or (path.suffix in (".jsonl", ".ndjson") and (objects or not delimiter)):
         return "jsonl", ","
-    named_csv = NAMES.get(plain_name(path).suffix.lower()) == ("csv",)
+    named_csv = NAMES.get(plain_name(path).suffix.lower()) == "csv"
     if delimiter is None and named_csv and len(lines) > 1 and re.fullmatch(r'"?\w+"?', first):
         return "csv", ","  # a table of one column
     if delimiter is None:

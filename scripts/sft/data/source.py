@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sft.config.paths import shown
-from sft.config.schema import DataSection
+from sft.config.schema import DataSection, ReplaySection, SourceSection
 from sft.data.lines import Progress
 from sft.data.raw import Raw
 from sft.data.read_csv import read_csv
@@ -16,6 +16,7 @@ from sft.data.read_json import read_array, read_lines
 from sft.data.read_parquet import read_hub, read_parquet
 from sft.data.sniff import SAID, Found, sniff
 
+Section = DataSection | SourceSection | ReplaySection
 HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 FILE_ENDS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".gz", ".txt", ".zst")
 
@@ -44,18 +45,13 @@ class Source:
         return read(self.path, self.name, self.found, on_progress)
 
 
-def find(data: DataSection, root: Path, raw_path: str) -> Source:
-    """The one file (or hub data set) that raw_path names, which counts from the working folder.
+def named(text: str, path: Path, root: Path, section: Section) -> Source:
+    """The source at `path`, else the hub data set called `text`, if it can be a name of one.
 
-    Raises DataError: nothing there, not a data file, empty.
+    section: says which part of a data set. Raises DataError: nothing there, not a data file, empty.
     """
-    return named(raw_path, Path(raw_path), root, data.hub_config, data.hub_split)
-
-
-def named(text: str, path: Path, root: Path, hub_config: str | None, hub_split: str) -> Source:
-    """The source at `path`, else the hub data set called `text`, if it can be a name of one."""
     if not path.exists() and HUB_NAME.match(text) and not text.lower().endswith(FILE_ENDS):
-        return Source(text, None, None, hub_config, hub_split)
+        return Source(text, None, None, section.hub_config, section.hub_split)
     return local(path, root)
 
 

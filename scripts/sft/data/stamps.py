@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,6 @@ def note(target: Path, source: Path, digest: str, **how: str) -> None:
 
 def read(folder: Path) -> dict[str, dict[str, Any]]:
     """File name -> its entry; nothing where there is no source.json or it cannot be read."""
-    try:
-        value = json.loads((folder / NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    entries = value.get("files") if isinstance(value, dict) else None
-    return (
-        {name: entry for name, entry in entries.items() if isinstance(entry, dict)} if isinstance(entries, dict) else {}
-    )
+    entries = files.read_json(folder / NAME).get("files")
+    known = entries.items() if isinstance(entries, dict) else ()
+    return {name: entry for name, entry in known if isinstance(entry, dict)}

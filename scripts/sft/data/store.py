@@ -76,17 +76,12 @@ def paths(data: DataSection, root: Path) -> Stage:
     """
     if data.train_path:
         return _given(data, root)
-    folders = {
-        "styled": resolve(root, data.styled_dir),
-        "processed": resolve(root, data.processed_dir),
-        "rendered": resolve(root, data.rendered_dir),
-    }
     name: str = data.stage
     if name == "auto":
-        name = "styled" if (folders["styled"] / "train.jsonl").exists() else "processed"
-    folder = folders[name]
+        name = "styled" if (resolve(root, data.styled_dir) / "train.jsonl").exists() else "processed"
+    folder = resolve(root, getattr(data, f"{name}_dir"))
     if not (folder / "train.jsonl").exists():
-        mend = f"{COMMANDS[name]}" + ("" if name == "processed" else ", or --set data.stage=auto")
+        mend = COMMANDS[name] + ("" if name == "processed" else ", or --set data.stage=auto")
         raise DataError(f"there are no {name} rows", where=str(folder / "train.jsonl"), mend=mend)
     if name == "styled":
         check_styled(data, root)

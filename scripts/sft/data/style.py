@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from sft import files
 from sft.config.paths import resolve
@@ -13,8 +13,6 @@ from sft.data import folder, records, stamps, store, strict_json
 from sft.data.split import NAMES
 from sft.errors import DataError
 
-Mode = Literal["replace", "prepend", "append", "fill"]
-MODES: tuple[str, ...] = get_args(Mode)
 PRESETS = {
     "concise": "Answer in at most two short sentences. Leave out introductions, lists and headings.",
     "json": "Answer with one valid JSON value and nothing else: no explanation, no code fence.",

@@ -35,30 +35,23 @@ WORDS = {
     "instruction": "user", "input": "input", "response": "assistant", "question": "user", "answer": "assistant",
     "q": "user", "a": "assistant",
 }  # fmt: skip
-_ALPACA = r"(?:^|\n)###\s*(Instruction|Input|Response|Question|Answer|System|Human|User|Assistant)\s*:[ \t]*"
-STYLES = (
-    Style("chatml", re.compile(r"<\|im_start\|>\s*(\w+)[ \t]*\n"), re.compile(r"<\|im_end\|>"), ""),
-    Style(
-        "llama3",
-        re.compile(r"<\|start_header_id\|>\s*(\w+)\s*<\|end_header_id\|>(?:\n\n)?"),
-        re.compile(r"<\|e(?:ot_id|om_id|nd_of_text)\|>"),
-        "",
-    ),
-    Style("gemma", re.compile(r"<start_of_turn>(\w+)\n"), re.compile(r"<end_of_turn>"), ""),
-    Style("phi3", re.compile(r"<\|(system|user|assistant)\|>[ \t]*\n?"), re.compile(r"<\|end\|>|</s>"), ""),
-    Style("guanaco", re.compile(r"###\s*(System|Human|Assistant)\s*:[ \t]*"), re.compile(r"</s>"), "system"),
-    Style("alpaca", re.compile(_ALPACA), re.compile(r"</s>|<\|endoftext\|>"), "system"),
-    Style(
-        "vicuna", re.compile(r"(?:^|(?<=\s)|(?<=</s>))(SYSTEM|USER|ASSISTANT):[ \t]*"), re.compile(r"</s>"), "system"
-    ),
-    Style(
-        "plain",
-        re.compile(r"(?:^|\n|</s>)[ \t]*(System|User|Human|Assistant|Bot|AI)[ \t]*:[ \t]*"),
-        re.compile(r"</s>|<\|endoftext\|>"),
-        "system",
-    ),
-    Style("question and answer", re.compile(r"(?:^|\n)[ \t]*(Question|Answer|Q|A)[ \t]*:[ \t]*"), None, MATERIAL),
-)
+STYLES = tuple(
+    Style(name, re.compile(turn), re.compile(end) if end else None, head)
+    for name, turn, end, head in (
+        ("chatml", r"<\|im_start\|>\s*(\w+)[ \t]*\n", r"<\|im_end\|>", ""),
+        ("llama3", r"<\|start_header_id\|>\s*(\w+)\s*<\|end_header_id\|>(?:\n\n)?",
+         r"<\|e(?:ot_id|om_id|nd_of_text)\|>", ""),
+        ("gemma", r"<start_of_turn>(\w+)\n", r"<end_of_turn>", ""),
+        ("phi3", r"<\|(system|user|assistant)\|>[ \t]*\n?", r"<\|end\|>|</s>", ""),
+        ("guanaco", r"###\s*(System|Human|Assistant)\s*:[ \t]*", r"</s>", "system"),
+        ("alpaca", r"(?:^|\n)###\s*(Instruction|Input|Response|Question|Answer|System|Human|User|Assistant)\s*:[ \t]*",
+         r"</s>|<\|endoftext\|>", "system"),
+        ("vicuna", r"(?:^|(?<=\s)|(?<=</s>))(SYSTEM|USER|ASSISTANT):[ \t]*", r"</s>", "system"),
+        ("plain", r"(?:^|\n|</s>)[ \t]*(System|User|Human|Assistant|Bot|AI)[ \t]*:[ \t]*",
+         r"</s>|<\|endoftext\|>", "system"),
+        ("question and answer", r"(?:^|\n)[ \t]*(Question|Answer|Q|A)[ \t]*:[ \t]*", None, MATERIAL),
+    )
+)  # fmt: skip
 EXACT = {"chatml", "llama3", "gemma"}  # their turns are written as they are; the others' are set in white space
 NAMES = ("llama2", *(style.name for style in STYLES))
 
@@ -110,15 +103,12 @@ def _with_head(style: Style, head: str, turns: list[Message]) -> list[Message]:
 
 
 def _content(style: Style, text: str) -> str:
-    if style.end is None:
-        return ENDS.sub("", text).strip()
-    end = style.end.search(text)
-    if end is None:
-        return ENDS.sub("", text) if style.name in EXACT else ENDS.sub("", text).strip()
-    rest = ENDS.sub("", BEGINS.sub("", text[end.end() :]))
-    if rest.strip():
-        raise RowFault(UNKNOWN_FORMAT, f"text between the turns of the {style.name} template: {rest.strip()[:60]!r}")
-    return text[: end.start()] if style.name in EXACT else text[: end.start()].strip()
+    end = style.end.search(text) if style.end else None
+    rest = ENDS.sub("", BEGINS.sub("", text[end.end() :])).strip() if end else ""
+    if rest:
+        raise RowFault(UNKNOWN_FORMAT, f"text between the turns of the {style.name} template: {rest[:60]!r}")
+    said = text[: end.start()] if end else ENDS.sub("", text)
+    return said if style.name in EXACT else said.strip()
 
 
 def _llama2(text: str) -> list[Message]:

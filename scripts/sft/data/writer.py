@@ -6,12 +6,14 @@ from array import array
 from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
-from sft.data import quarantine, records, rows
+from sft.data import records, rows, strict_json
 from sft.data.faults import RowFault
 from sft.data.ledger import Ledger
 from sft.data.raw import Raw
 
+LONGEST_TEXT = 100_000  # characters of an unreadable row that are kept
 FEW = 10_000  # rows below which a split may come out empty, so that one must know which rows cannot be moved
 
 
@@ -84,5 +86,18 @@ class Writer:
                 self.bound |= {record["id"], again["id"]}
 
     def quarantine(self, raw: Raw, fault: RowFault) -> None:
-        """One row that is not used."""
-        quarantine.add(self._outs["quarantine"], self.ledger, raw, fault)
+        """One row that is not used: counted in the ledger, and whole in the quarantine with its reason and place."""
+        self.ledger.name(fault.reason, raw.origin, fault.detail)
+        entry: dict[str, Any] = {"reason": fault.reason, "detail": fault.detail, "origin": raw.origin}
+        try:
+            kept = {"text": raw.text[:LONGEST_TEXT]} if raw.text is not None else {"row": raw.value}
+            line = strict_json.dumps(entry | kept)
+        except (TypeError, ValueError):  # half surrogates, bytes: shown with escapes
+            shown = raw.text if raw.text is not None else repr(raw.value)
+            told = {"detail": _printable(fault.detail), "text": _printable(shown[:LONGEST_TEXT])}
+            line = strict_json.dumps(entry | told)
+        self._outs["quarantine"].write(line + b"\n")
+
+
+def _printable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
