@@ -50,6 +50,10 @@ def test_contains_looks_for_the_reference_anywhere() -> None:
         ("first 3, then 4.5.", Decimal("4.5")),
         ("none at all", None),
         ("#### ...", None),
+        ("#### **-$1,200.50** for 3 tickets", Decimal("-1200.5")),
+        ("between 10-12 %", Decimal(12)),
+        ("x=\u22125, that is", Decimal(-5)),
+        ("about 1.5e3 €", Decimal(1500)),
     ],
 )
 def test_the_number_of_an_answer(text: str, number: Decimal | None) -> None:

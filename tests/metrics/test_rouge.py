@@ -48,13 +48,15 @@ def test_empty_texts_score_nothing() -> None:
     assert score(["rouge1", "rouge2", "rougeL"], ["", "a"], ["a", ""]) == {"rouge1": 0.0, "rouge2": 0.0, "rougeL": 0.0}
 
 
-WORDS = st.lists(st.sampled_from("a b cat cats running Über 12 3.5 日本 - x_y".split()), max_size=90).map(" ".join)
+WORDS = st.lists(st.sampled_from("a b cat cats running Über 12 3.5 日本 - x_y \n".split(" ")), max_size=90).map(
+    " ".join
+)
 
 
 @settings(max_examples=80, deadline=None)
 @given(WORDS | st.text(max_size=40), st.lists(WORDS | st.text(max_size=40), min_size=1, max_size=3), st.booleans())
 def test_every_row_is_what_rouge_score_gives(prediction: str, references: list[str], stemmer: bool) -> None:
-    kinds = ["rouge1", "rouge2", "rouge3", "rougeL"]
+    kinds = ["rouge1", "rouge2", "rouge3", "rougeL", "rougeLsum"]
     theirs = rouge_scorer.RougeScorer(kinds, use_stemmer=stemmer).score_multi(references, prediction)
     ours = {kind: rouge.rouge(kind, prediction, references, stemmer=stemmer) for kind in kinds}
     assert ours == {kind: theirs[kind].fmeasure for kind in kinds}

@@ -10,12 +10,13 @@ import re
 import string
 from collections import Counter
 from collections.abc import Sequence
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
-_MARKED = re.compile(r"####\s*\$?\s*(-?[0-9.,]+)")
-_NUMBER = re.compile(r"-?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
+_NUMBER = re.compile(r"(?:(?<!\w)-)?[$€£]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{1,3}\b)?")  # 10-12 has no sign
+_MARKED = re.compile(rf"####\W*?({_NUMBER.pattern})")
+_NO_DIGITS = str.maketrans("", "", ",$€£")
 
 
 def exact_match(prediction: str, references: Sequence[str]) -> float:
@@ -60,15 +61,14 @@ def contains(prediction: str, references: Sequence[str]) -> float:
 
 
 def number(text: str) -> Decimal | None:
-    """The answer's number: the one after `####` as GSM8K writes it, else the last one in the text; None without one."""
+    """The answer's number: the one after `####` as GSM8K writes it, else the last one in the text; None without one.
+
+    Commas in it and $, € or £ before it do not count; units behind it are no part of it; 1e3 is 1000.
+    """
+    text = text.replace("\u2212", "-")
     marked = _MARKED.search(text)
     found = [marked.group(1)] if marked else _NUMBER.findall(text)
-    if not found:
-        return None
-    try:
-        return Decimal(found[-1].replace(",", "").replace("$", "").rstrip("."))
-    except InvalidOperation:
-        return None
+    return Decimal(found[-1].translate(_NO_DIGITS)) if found else None
 
 
 def numeric(prediction: str, references: Sequence[str]) -> float:

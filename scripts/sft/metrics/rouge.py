@@ -1,4 +1,4 @@
-"""ROUGE-1, ROUGE-2 and ROUGE-L exactly as rouge-score gives them (F-measure, 0 to 1), only faster.
+"""ROUGE-1, ROUGE-2, ROUGE-L and ROUGE-Lsum exactly as rouge-score gives them (F-measure, 0 to 1), only faster.
 
 The tokens come from rouge-score itself; the longest common subsequence is counted with the bit-parallel recurrence of
 Hyyrö (2004, "Bit-parallel LCS-length computation revisited"), one machine word operation for 64 cells of the table that
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import Any
 
 
 @lru_cache(maxsize=2)
@@ -63,8 +64,20 @@ def _rouge_n(target: tuple[str, ...], found: tuple[str, ...], n: int) -> float:
     return _fmeasure(common / max(had.total(), 1), common / max(wanted.total(), 1))
 
 
+@lru_cache(maxsize=2)
+def _by_line(stemmer: bool) -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rougeLsum"], use_stemmer=stemmer)
+
+
 def rouge(kind: str, prediction: str, references: Sequence[str], *, stemmer: bool = False) -> float:
-    """The F-measure of `kind` (rouge1 to rouge9, rougeL); of several references the best (`score_multi`)."""
+    """The F-measure of `kind` (rouge1 to rouge9, rougeL, and rougeLsum, for which each line is a sentence); of several
+    references the best (`score_multi`)."""
+    if kind == "rougeLsum":
+        if any("\n" in text for text in (prediction, *references)):
+            return float(_by_line(stemmer).score_multi(references, prediction)[kind].fmeasure)
+        kind = "rougeL"  # the same for texts of one line
     found = tokens(prediction, stemmer)
     targets = [tokens(reference, stemmer) for reference in references]
     if kind == "rougeL":

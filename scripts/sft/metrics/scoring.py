@@ -35,9 +35,25 @@ _BY_ANSWER: dict[str, Callable[[str], float]] = {
     "empty_rate": text.empty,
 }
 _CORPUS = ("bleu", "chrf")
-_ROUGE = re.compile(r"rouge(L|[1-9])")
-_SPELLINGS = {"exact_match_normalized": "exact_match_normalised", "rouge_l": "rougeL", "rougel": "rougeL"}
-NAMES = ("rouge1", "rouge2", "rougeL", "sari", *_BY_REFERENCE, *_BY_ANSWER, "format_adherence", "json_schema", *_CORPUS)
+_ROUGE = re.compile(r"rouge(L|Lsum|[1-9])")
+_SPELLINGS = {
+    "exact_match_normalized": "exact_match_normalised",
+    "rouge_l": "rougeL",
+    "rougel": "rougeL",
+    "rougelsum": "rougeLsum",
+}
+NAMES = (
+    "rouge1",
+    "rouge2",
+    "rougeL",
+    "rougeLsum",
+    "sari",
+    *_BY_REFERENCE,
+    *_BY_ANSWER,
+    "format_adherence",
+    "json_schema",
+    *_CORPUS,
+)
 _SMALLER_IS_BETTER = {"loss", "row_loss", "perplexity", "repetition", "empty_rate", "length_words", "length_tokens"}
 
 
