@@ -82,7 +82,7 @@ class Bench:
         return (self.root / "said.txt").read_text(encoding="utf-8")
 
     def clear(self) -> None:
-        for name in ("outputs", "adapters"):
+        for name in ("outputs", "adapters", ".cache"):
             shutil.rmtree(self.root / name, ignore_errors=True)
 
     def result(self) -> dict[str, Any]:

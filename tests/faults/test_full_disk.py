@@ -228,6 +228,17 @@ def test_what_killed_commands_left_is_swept_and_what_lives_stays(tmp_path: Path)
     assert files.manifest_problem(tmp_path / "model") is None
 
 
+def test_the_next_write_of_a_file_or_a_link_sweeps_what_a_killed_one_left(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (tmp_path / f".rows.jsonl.{dead.pid}.part").write_text("half a r")
+    (tmp_path / f".last.{dead.pid}.part").symlink_to("elsewhere")
+    (tmp_path / f".other.{dead.pid}.part").write_text("not theirs")
+    files.write_text(tmp_path / "rows.jsonl", "whole")
+    files.point(tmp_path / "last", tmp_path / "run")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f".other.{dead.pid}.part", "last", "rows.jsonl"]
+
+
 def test_a_clock_set_back_breaks_nothing(
     tiny_qwen2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -30,6 +30,7 @@ def atomic_file(target: Path | str) -> Iterator[Path]:
     try:
         with writing(target, staged):
             door.disk.make_folder(target.parent)
+            sweep(target.parent, target.name)
             yield staged
             door.disk.sync(staged)
             door.disk.rename(staged, target)
@@ -139,7 +140,11 @@ def point(link: Path, target: Path) -> None:
     staged = beside(link, "part")
     with writing(link):
         door.disk.make_folder(link.parent)
-        door.disk.remove(staged)
-        door.disk.link(staged, os.path.relpath(target, link.parent))
-        door.disk.rename(staged, link)
+        sweep(link.parent, link.name)
+        try:
+            door.disk.link(staged, os.path.relpath(target, link.parent))
+            door.disk.rename(staged, link)
+        except OSError:
+            _remove_or_say(staged)
+            raise
         door.disk.sync(link.parent)
