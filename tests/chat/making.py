@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sft.chat.encode import Encoder, make_encoder
+from sft.chat.batch import Progress, RunLedger
+from sft.chat.batch import encoded as each
+from sft.chat.encode import Encoded, Encoder
+from sft.chat.seq2seq import Seq2SeqEncoder
 from sft.chat.sources import load_template
 from sft.chat.template import ChatTemplate
 from sft.config.schema import DataSection
@@ -33,15 +36,19 @@ def template(source: str, tokenizer: Any, **named: Any) -> ChatTemplate:
 
 def encoder(source: str | ChatTemplate, tokenizer: Any, **named: Any) -> Encoder:
     made = source if isinstance(source, ChatTemplate) else template(source, tokenizer)
-    settings: dict[str, Any] = {
-        "kind": "causal", "max_seq_len": 100_000, "over_length": "drop", "labels": "all_assistant",
-    }  # fmt: skip
-    return make_encoder(made, tokenizer, **{**settings, **named})
+    settings: dict[str, Any] = {"max_seq_len": 100_000, "over_length": "drop", "labels": "all_assistant", **named}
+    return {"causal": Encoder, "seq2seq": Seq2SeqEncoder}[settings.pop("kind", "causal")](made, tokenizer, **settings)
 
 
 def named(name: str, tokenizer: Any, **more: Any) -> Encoder:
     """The encoder of a template as a config names it."""
     return encoder(load_template(DataSection(template_path=name), tokenizer, ROOT), tokenizer, **more)
+
+
+def all_of(made: Encoder, rows: list[Any], progress: Progress | None = None) -> tuple[list[Encoded], RunLedger]:
+    """The rows that can be trained on, in order, and the ledger."""
+    ledger = RunLedger()
+    return [one for _, one in each(made, rows, ledger, len(rows), progress)], ledger
 
 
 def learnt(made: Encoder, encoded: Any) -> list[str]:

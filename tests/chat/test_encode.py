@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from sft.chat.batch import encode_all
 from sft.chat.length import NO_LABEL
 from sft.chat.template import Refused
-from sft.errors import DataError, TemplateError
+from sft.errors import TemplateError
 from tests.chat import words
-from tests.chat.making import CHATML, answer, encoded, encoder, learnt, named, system, user
+from tests.chat.making import CHATML, all_of, answer, encoded, encoder, learnt, named, system, user
 
 ONE = [user("Who are you?"), answer("Ann.")]
 
@@ -143,16 +142,14 @@ def test_every_row_is_trained_on_or_named(caplog: pytest.LogCaptureFixture) -> N
     rows = [{"id": f"r{index}", "messages": talk} for index, talk in enumerate(talks)]
     steps: list[tuple[int, int]] = []
     with caplog.at_level(logging.WARNING, "sft.chat"):
-        kept, ledger = encode_all(made, rows, lambda done, total: steps.append((done, total)))
+        kept, ledger = all_of(made, rows, lambda done, total: steps.append((done, total)))
     assert [row.id for row in kept] == ["r0", "r1"] and steps == [(5, 5)]
     assert ledger.rows_read == 5 and ledger.rows_trained == 2
     assert ledger.dropped["over length"] == ["r4"] and ledger.dropped[NO_LABEL] == ["r3"]
     assert sum(map(len, ledger.dropped.values())) == 3 and ledger.to_dict()["reasons"]["over length"] == 1
     assert ledger.labelled_tokens == 3 * 4
-    with pytest.raises(DataError, match=r"no row is left to train on: 1 rows: over length"):
-        encode_all(made, rows[4:])
-    with pytest.raises(DataError, match="there are no rows"):
-        encode_all(made, [])
+    for some, said in ((rows[4:], "no row is left to train on: 1 rows: over length"), ([], "there are no rows")):
+        assert said in str(all_of(made, some)[1].nothing_left("here"))
 
 
 def test_a_prompt_that_training_does_not_show_is_said_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -13,14 +13,14 @@ import pytest
 
 from sft import files
 from sft.chat import tokenised
-from sft.chat.batch import RunLedger, encode_all
+from sft.chat.batch import RunLedger
 from sft.chat.encode import Encoded
 from sft.chat.tokenised import Split, Tokenised, Tokeniser, fingerprint
 from sft.data import records, store
 from sft.generation.system_text import shared_by
 from sft.training import rows as training_rows
 from tests.chat import words
-from tests.chat.making import named
+from tests.chat.making import all_of, named
 
 ASKED = ["Who are you?", "And you?", "Who?", "Be brief. Who are you now?"]
 
@@ -61,7 +61,7 @@ def some(tmp_path: Path) -> Path:
 
 def test_what_is_kept_is_what_encoding_gives(tmp_path: Path, some: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = encoder()
-    wanted, ledger = encode_all(made, store.read_rows(some))
+    wanted, ledger = all_of(made, store.read_rows(some))
     features = [{"id": one.id, "input_ids": one.input_ids, "labels": one.labels} for one in wanted]
     assert 1_100 < len(features) < 2_500 == ledger.rows_read and sum(map(len, ledger.dropped.values())) > 0
     encoded: list[int] = []

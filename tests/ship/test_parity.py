@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sft.chat.encode import encoder_for, make_encoder
+from sft.chat.encode import Encoder, encoder_for
 from sft.chat.template import ChatTemplate
 from sft.config.schema import Config, DataSection, ModelSection
 from sft.errors import TemplateError
@@ -77,9 +77,9 @@ def test_an_unchanged_export_is_certified_on_every_row(folder):
 
 def test_a_second_begin_token_is_refused_and_shown(folder):
     own = (DEMO / "chat_template.jinja").read_text()
-    encoder = make_encoder(
+    encoder = Encoder(
         ChatTemplate("with begin", "{{ '<|endoftext|>' }}" + own, {}), load_tokenizer(DEMO),
-        kind="causal", max_seq_len=1 << 20, over_length="error", labels="all_assistant",
+        max_seq_len=1 << 20, over_length="error", labels="all_assistant",
     )  # fmt: skip
     once = certify(encoder, edit(folder, template="{{ '<|endoftext|>' }}" + own))
     assert once.equal

@@ -26,7 +26,7 @@ def place(text: str, pieces: list[Piece], unknown: str, decoded: Callable[[int],
     known = [not unknown or piece != unknown for piece in pieces]
     for form in (_as_is, _compatible, _folded):
         data, origin = _bytes(text, form)
-        formed = [[form(s.decode()).encode() if _valid(s) else s for s in options] for options in spelt]
+        formed = [[_formed(option, form) for option in options] for options in spelt]
         if (found := _walk(data, formed, known)) is not None:
             return [(origin[start], origin[end - 1] + 1 if end > start else origin[start]) for start, end in found]
     return None
@@ -112,12 +112,11 @@ def _bytes(text: str, form: Callable[[str], str]) -> tuple[bytes, list[int]]:
     return bytes(made), [*origin, len(text)]
 
 
-def _valid(spelt: bytes) -> bool:
+def _formed(spelt: bytes, form: Callable[[str], str]) -> bytes:
     try:
-        spelt.decode()
+        return form(spelt.decode()).encode()
     except UnicodeDecodeError:
-        return False
-    return True
+        return spelt
 
 
 def _as_is(text: str) -> str:

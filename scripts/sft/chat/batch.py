@@ -76,20 +76,6 @@ class RunLedger:
         return DataError(f"no row is left to train on: {told}", where=where, mend=mend)
 
 
-def encode_all(
-    encoder: Encoder, rows: list[Row], on_progress: Progress | None = None
-) -> tuple[list[Encoded], RunLedger]:
-    """The rows that can be trained on, in order, and the ledger. on_progress(done, total) is called now and then.
-
-    Raises DataError where no row is left, with the reasons.
-    """
-    ledger = RunLedger()
-    kept = [one for _, one in encoded(encoder, rows, ledger, len(rows), on_progress)]
-    if not kept:
-        raise ledger.nothing_left(encoder.template.name)
-    return kept, ledger
-
-
 def encoded(
     encoder: Encoder, rows: Iterable[Row], ledger: RunLedger, total: int, on_progress: Progress | None = None
 ) -> Iterator[tuple[Row, Encoded]]:
@@ -126,10 +112,7 @@ def _check_round_trip(encoder: Encoder, rows: list[Encoded]) -> None:
         if row.truncated_tokens or not row.text:
             continue
         back = encoder.tokenizer.decode(row.input_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        if _squeezed(str(back)) != _squeezed(row.text) and not encoder.adds_end:
+        text, again = ("".join(told.split()) for told in (row.text, str(back)))
+        if text != again and not encoder.adds_end:
             log.warning(f"the tokenizer does not give text back as it was, e.g. in row {row.id}: see it with preview")
             return
-
-
-def _squeezed(text: str) -> str:
-    return "".join(text.split())

@@ -5,16 +5,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sft.chat import labels as labelling
 from sft.chat import pieces, rendered
 from sft.chat import stops as stopping
-from sft.chat.endings import Tools
 from sft.chat.facts import learn
-from sft.chat.layout import Layout, Region
+from sft.chat.layout import Layout, Plan, Region
 from sft.chat.length import IGNORED, NO_LABEL, OVER_LENGTH, OverLength, fit
+from sft.chat.length import Row as Labelled
+from sft.chat.marks import Tools
 from sft.chat.mending import mended, without_system
 from sft.chat.sources import load_template
 from sft.chat.spans import Spans
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("sft.chat")
 Row = dict[str, Any]
+Kind = Literal["causal", "seq2seq"]
 _ASKS = (
     "asks otherwise than it shows: the prompt for row {row} is not the text before its last answer (a think block, as a"
     " rule; data.template_options may set it)"
@@ -62,19 +65,10 @@ class Encoded:
     text: str = ""
 
 
-@dataclass
-class Plan:
-    """A row on its way: what to tokenise, and where the model's words are in it."""
-
-    id: str
-    layout: Layout
-    messages: list[Message]
-
-
 class Encoder:
     """Encodes rows for a decoder-only model."""
 
-    kind: Literal["causal", "seq2seq"] = "causal"
+    kind: Kind = "causal"
 
     def __init__(
         self,
@@ -89,18 +83,22 @@ class Encoder:
         self.template, self.tokenizer = template, tokenizer
         self.max_seq_len, self.over_length, self.which = max_seq_len, over_length, labels
         self.vocabulary = Vocabulary(tokenizer, words=template.control_text)
-        self.tokens = Tokens(tokenizer, self.vocabulary)
-        self.facts = learn(template, self.vocabulary)
-        self.spans = Spans(template, self.vocabulary, self.facts.turn)
-        self.stops = stopping.find(self.facts, self.tokens, self.vocabulary, tokenizer, eos_ids)
         self.warned: set[str] = set()
+        self.stops = self._learn(eos_ids)
+
+    def _learn(self, eos_ids: Iterable[int]) -> Stops:
+        """What the template does, from probes; returns what ends an answer."""
+        self.tokens = Tokens(self.tokenizer, self.vocabulary)
+        self.facts = learn(self.template, self.vocabulary)
+        self.spans = Spans(self.template, self.vocabulary, self.facts.turn)
         self.adds_end = not self.facts.turn.end.strip()
-        if self.adds_end and not self.facts.turn.middle_end.strip() and tokenizer.eos_token_id is None:
+        if self.adds_end and not self.facts.turn.middle_end.strip() and self.tokenizer.eos_token_id is None:
             raise TemplateError(
                 "neither the template nor the tokenizer has an end token, so answers would never stop",
-                where=template.name,
+                where=self.template.name,
                 mend="take another template: --set data.template_path=chatml",
             )
+        return stopping.find(self.facts, self.tokens, self.vocabulary, self.tokenizer, eos_ids)
 
     # --- training rows
 
@@ -182,7 +180,7 @@ class Encoder:
             dropped = NO_LABEL
         return Encoded(plan.id, fitted.ids, fitted.labels, len(row.ids) - len(fitted.ids), dropped, text)
 
-    def _labelled(self, layout: Layout, line: Line, messages: list[Message]) -> Any:
+    def _labelled(self, layout: Layout, line: Line, messages: list[Message]) -> Labelled:
         cuts = [region.cut for region in layout.regions]
         cuts += [region.end for region in layout.regions if region.missing is not None]
         line = self.tokens.mended(line, layout.text, sorted(cuts), layout.fakes)
@@ -199,32 +197,24 @@ class Encoder:
 
         The ids are those that training showed before that answer. Raises TemplateError where the template refuses.
         """
-        if isinstance(row, dict) and records.is_rendered(row):
-            layout: Layout | None = rendered.source(row)
-            messages, tools = list[Message](), None
-        else:
-            messages = list(row) if isinstance(row, list) else records.messages(row)
-            tools = None if isinstance(row, list) else records.tools(row)
-            if messages and messages[-1].get("role") == "assistant":
-                messages = messages[:-1]
-            layout = None
+        messages: list[Message] = []
         try:
-            layout = layout or self._layout("of the prompt", messages, tools, prompt=True)
-            ids: list[int] = self._labelled(layout, self.tokens.lines([layout.text])[0], messages).ids
+            if isinstance(row, dict) and records.is_rendered(row):
+                layout = rendered.source(row)
+            else:
+                messages, tools = records.asked(row)
+                layout = self._layout("of the prompt", messages, tools, prompt=True)
+            return self._labelled(layout, self.tokens.lines([layout.text])[0], messages).ids
         except Refused as refused:
             raise TemplateError(f"no prompt can be made: {refused}", where=self.template.name) from None
-        return ids
 
     def decode_answer(self, ids: Iterable[int]) -> str:
         """The clean text of generated ids: nothing from the first stop on, no control token in it."""
-        kept: list[int] = []
-        for token in ids:
-            if token in self.stops.ids:
-                break
-            kept.append(int(token))
         hidden = {self.tokenizer.bos_token_id, self.tokenizer.pad_token_id, self.tokenizer.eos_token_id}
-        shown = [token for token in kept if token not in hidden and token not in self.vocabulary.turning]
-        text = self.tokenizer.decode(shown, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        hidden |= self.vocabulary.turning
+        kept = [int(token) for token in takewhile(lambda token: token not in self.stops.ids, ids)]
+        shown, plain = [token for token in kept if token not in hidden], self.kind == "seq2seq"
+        text = self.tokenizer.decode(shown, skip_special_tokens=plain, clean_up_tokenization_spaces=False)
         return stopping.cut(str(text), self.stops.strings).strip()
 
     def _warn_once(self, row: str, said: str) -> None:
@@ -239,46 +229,20 @@ def fits(made: Encoded) -> bool:
 
 
 def encoder_for(
-    config: Config,
-    tokenizer: PreTrainedTokenizerBase,
-    kind: Literal["causal", "seq2seq"],
-    root: Path,
-    *,
-    eos_ids: Iterable[int] = (),
+    config: Config, tokenizer: PreTrainedTokenizerBase, kind: Kind, root: Path, *, eos_ids: Iterable[int] = ()
 ) -> Encoder:
     """The encoder that a config means: the one way for training, serving, preview, checks and export.
 
-    eos_ids: the end tokens of the model's generation_config. `Encoder.template` is the template. Raises TemplateError.
+    eos_ids: the end tokens of the model's generation_config. `Encoder.template` is the template. Raises TemplateError
+    where the template is not there, shows no answer, or its labels cannot be proven.
     """
-    return make_encoder(
+    from sft.chat.seq2seq import Seq2SeqEncoder
+
+    return (Encoder if kind == "causal" else Seq2SeqEncoder)(
         load_template(config.data, tokenizer, root),
         tokenizer,
-        kind=kind,
         max_seq_len=config.model.max_seq_len,
         over_length=config.model.over_length,
         labels=config.train.labels,
         eos_ids=eos_ids,
     )
-
-
-def make_encoder(
-    template: ChatTemplate,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    kind: Literal["causal", "seq2seq"],
-    max_seq_len: int,
-    over_length: OverLength,
-    labels: labelling.Which,
-    eos_ids: Iterable[int] = (),
-) -> Encoder:
-    """The encoder of a template, for a kind of model.
-
-    Raises TemplateError where the template shows no answer or its labels cannot be proven.
-    """
-    from sft.chat.seq2seq import Seq2SeqEncoder
-
-    made = Encoder if kind == "causal" else Seq2SeqEncoder
-    return made(template, tokenizer, max_seq_len=max_seq_len, over_length=over_length, labels=labels, eos_ids=eos_ids)
-
-
-__all__ = ["Encoded", "Encoder", "Stops", "encoder_for", "make_encoder"]

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from sft.chat import turns
-from sft.chat.marks import Read, read
+from sft.chat.marks import Read, Tools, read
 from sft.chat.template import ChatTemplate, Message, Refused
 from sft.chat.turns import Turn
 from sft.chat.vocabulary import Vocabulary
 
-Tools = list[dict[str, Any]] | None
 _FOLLOW_UP = {"role": "user", "content": "Kquv"}
 
 

@@ -22,14 +22,8 @@ _SYSTEM: Message = {"role": "system", "content": "Wfgh"}
 _USER: Message = {"role": "user", "content": "Kquv"}
 _ANSWER: Message = {"role": "assistant", "content": "Zbmt"}
 _NAMED: dict[str, Any] = {"type": "string", "description": "d"}
-_TOOL: dict[str, Any] = {
-    "type": "function",
-    "function": {
-        "name": "f",
-        "description": "d",
-        "parameters": {"type": "object", "properties": {"a": _NAMED}, "required": ["a"]},
-    },
-}
+_TAKES: dict[str, Any] = {"type": "object", "properties": {"a": _NAMED}, "required": ["a"]}
+_TOOL = {"type": "function", "function": {"name": "f", "description": "d", "parameters": _TAKES}}
 _MEND = "take another template: --set data.template_path=chatml"
 
 
@@ -131,8 +125,7 @@ def learn(template: ChatTemplate, vocabulary: Vocabulary) -> Facts:
 def _prompt(probe: Probe) -> str:
     """What `add_generation_prompt` adds to a conversation that ends with a user's message."""
     try:
-        asked = probe.render(probe.before, prompt=True)
-        plain = probe.render(probe.before)
+        asked, plain = probe.render(probe.before, prompt=True), probe.render(probe.before)
     except Refused:
         return ""
     agree = agreement(asked, plain)
@@ -193,11 +186,7 @@ def _tool_ends(probe: Probe, turn: Turn) -> list[str]:
     if probe.template.style == "turn":
         return []
     for arguments in ({"a": "b"}, '{"a": "b"}'):
-        call: dict[str, Any] = {
-            "type": "function",
-            "id": "call00001",
-            "function": {"name": "f", "arguments": arguments},
-        }
+        call = {"type": "function", "id": "call00001", "function": {"name": "f", "arguments": arguments}}
         asked: Message = {"role": "assistant", "content": "", "tool_calls": [call]}
         ends: list[str] = []
         told: Message = {"role": "tool", "name": "f", "tool_call_id": "call00001", "content": "Rdxy"}
@@ -206,10 +195,9 @@ def _tool_ends(probe: Probe, turn: Turn) -> list[str]:
                 layout = probe.layout(messages, turn)
             except Refused:
                 continue
-            if layout.left_out:
-                continue
-            region = layout.regions[0]
-            ends.append(_last_control(probe.vocabulary, layout.text[region.start : region.end]))
+            if not layout.left_out:
+                region = layout.regions[0]
+                ends.append(_last_control(probe.vocabulary, layout.text[region.start : region.end]))
         if ends:
             return ends
     return []

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from sft.data.conversation import Message
+
 
 @dataclass(frozen=True)
 class Region:
@@ -38,3 +40,12 @@ class Layout:
     fakes: list[tuple[int, int]] = field(default_factory=list)
     prompt_ends: int | None = None
     left_out: bool = False
+
+
+@dataclass
+class Plan:
+    """A row on its way: what to tokenise, and where the model's words are in it."""
+
+    id: str
+    layout: Layout
+    messages: list[Message]

@@ -13,8 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from sft.chat.sandbox import GENERATION
-from sft.chat.template import Message, Refused
+from sft.chat.template import ChatTemplate, Message, Refused
 
+Controls = Callable[[str], re.Pattern[str] | None]  # role -> what finds the control tokens to break in its words
+Tools = list[dict[str, Any]] | None
 Placement = float | Literal["edges", "none"]  # at both ends of the words, or one mark after this share of them
 EDGES: Placement = "edges"
 NONE: Placement = "none"
@@ -54,12 +56,8 @@ class Read:
         return at[0] if len(at) == 1 else None
 
 
-def mark(
-    messages: list[Message], placements: list[Placement], controls: Callable[[str], re.Pattern[str] | None]
-) -> list[Message]:
+def mark(messages: list[Message], placements: list[Placement], controls: Controls) -> list[Message]:
     """A copy of the messages with marks, one placement a message.
-
-    `controls(role)` finds the control tokens to break in that role's words; they are broken in every message.
 
     Raises Refused where a message holds characters that are used as marks.
     """
@@ -69,9 +67,7 @@ def mark(
     return [_marked(message, index, placement, controls) for index, (message, placement) in pairs]
 
 
-def _marked(
-    message: Message, index: int, placement: Placement, controls: Callable[[str], re.Pattern[str] | None]
-) -> Message:
+def _marked(message: Message, index: int, placement: Placement, controls: Controls) -> Message:
     pattern = controls(str(message.get("role")))
     made = {key: value if key == "role" else _broken(value, pattern) for key, value in message.items()}
     opening, closing = chr(_FIRST + 2 * index), chr(_FIRST + 2 * index + 1)
@@ -157,3 +153,52 @@ def read(rendered: str) -> Read:
             (made.closed if code % 2 else made.opened).setdefault(code // 2, []).append(length)
     made.text = "".join([*pieces, rendered[last:]])
     return made
+
+
+def fit(
+    template: ChatTemplate, messages: list[Message], tools: Tools, text: str, controls: Controls, *, prompt: bool
+) -> tuple[list[Message], Read]:
+    """Marked messages that render to the very text, and what the marks tell.
+
+    As a rule marks stand at both ends of every message's words. Where the template looks at those ends, each message is
+    tried by itself. Raises Refused where an answer can take no mark.
+    """
+
+    def tried(placements: list[Placement]) -> tuple[list[Message], Read | None]:
+        marked = mark(messages, placements, controls)
+        try:
+            seen = read(template.tracked(marked, tools, prompt))
+        except Refused:
+            return marked, None
+        return marked, seen if seen.text == text else None
+
+    def placement(k: int) -> Placement:
+        """How message k can be marked so that the text stays the same and shows the mark."""
+        for one in PLACEMENTS:
+            _, seen = tried([one if index == k else NONE for index in range(len(messages))])
+            if seen is not None and seen.closed:
+                return one
+        return NONE
+
+    marked, seen = tried([EDGES] * len(messages))
+    if seen is not None:
+        return marked, seen
+    chosen = [placement(k) for k in range(len(messages))]
+    for k, message in enumerate(messages):
+        if message.get("role") == "assistant" and chosen[k] == NONE and says_something(message):
+            raise Refused(f"the template changes with the words of message {k + 1}: its place cannot be proven")
+    marked, seen = tried(chosen)
+    if seen is None:
+        raise Refused("the template changes with the words of the messages, so their places cannot be proven")
+    return marked, seen
+
+
+def says_something(message: Message) -> bool:
+    """Whether a message has words, a tool call or reasoning."""
+    return bool(words(message) or message.get("tool_calls") or message.get("reasoning_content"))
+
+
+def words(message: Message) -> Any:
+    """A message's content, white space around it left out; false where there is none."""
+    content = message.get("content")
+    return content.strip() if isinstance(content, str) else content

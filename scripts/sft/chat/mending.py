@@ -12,10 +12,9 @@ import hashlib
 import re
 from typing import Any
 
-from sft.data.conversation import conversation
+from sft.data.conversation import Message, conversation
 from sft.data.faults import RowFault
 
-Message = dict[str, Any]
 _ID = re.compile(r"[A-Za-z0-9]{9}")
 
 
@@ -24,17 +23,15 @@ def mended(messages: list[Message]) -> list[Message]:
     made: list[Message] = []
     waiting: list[tuple[str, str]] = []  # calls without a result yet: the id they had, the id they have
     for index, message in enumerate(map(_read, messages)):
-        new = message
         if isinstance(calls := message.get("tool_calls"), list) and all(isinstance(call, dict) for call in calls):
-            new["tool_calls"] = [{**call, "id": _id(call, index, at)} for at, call in enumerate(calls)]
-            waiting = [
-                (str(old.get("id")), str(call["id"])) for old, call in zip(calls, new["tool_calls"], strict=True)
-            ]
+            ids = [_id(call, index, at) for at, call in enumerate(calls)]
+            message["tool_calls"] = [{**call, "id": new} for call, new in zip(calls, ids, strict=True)]
+            waiting = [(str(call.get("id")), new) for call, new in zip(calls, ids, strict=True)]
         elif message.get("role") == "tool" and waiting:
             asked = str(message.get("tool_call_id"))
             at = next((at for at, (old, _) in enumerate(waiting) if old == asked), 0)
-            new["tool_call_id"] = waiting.pop(at)[1]
-        made.append(new)
+            message["tool_call_id"] = waiting.pop(at)[1]
+        made.append(message)
     return made
 
 

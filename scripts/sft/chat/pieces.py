@@ -7,9 +7,8 @@ many as fit. Every assistant turn is in one piece alone.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
-Message = dict[str, Any]
+from sft.data.conversation import Message
 
 
 def cut(messages: list[Message], fits: Callable[[list[Message]], bool]) -> list[list[Message]]:

@@ -48,16 +48,13 @@ class _Generator(CodeGenerator):
         self.visit(node.expr, frame)
         self.write(")")
 
-    def visit_Pair(self, node: nodes.Pair, frame: Frame) -> None:  # noqa: N802
-        self.write("environment.weighed(")
-        self.visit(node.key, frame)
-        self.write("): ")
-        self.visit(node.value, frame)
-
     def visit_Dict(self, node: nodes.Dict, frame: Frame) -> None:  # noqa: N802
         self.write("{")
         for item in node.items:
-            self.visit(item, frame)
+            self.write("environment.weighed(")
+            self.visit(item.key, frame)
+            self.write("): ")
+            self.visit(item.value, frame)
             self.write(", ")
         self.write("}")
 
@@ -212,8 +209,8 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
                 self.purse.spend(ITEM * len(given[0]))
             if name in ("replace", "wordwrap", "indent", "urlize", "xmlattr"):
                 size = len(given[0]) if hasattr(given[0], "__len__") else 1
-                rest = [len(x) if isinstance(x, str) else x if isinstance(x, int) else 1 for x in given[1:]]
-                rest += [len(x) if isinstance(x, str) else x if isinstance(x, int) else 1 for x in kwargs.values()]
+                more = (*given[1:], *kwargs.values())
+                rest = [len(x) if isinstance(x, str) else x if isinstance(x, int) else 1 for x in more]
                 self.purse.spend(size * max([1, *rest]))
             elif name == "sum":
                 parts = list(given[0])

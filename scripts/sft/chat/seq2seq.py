@@ -8,19 +8,14 @@ that came with the model, is rendered up to the answer instead. The target is th
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sft.chat.encode import Encoded, Encoder, Row
-from sft.chat.labels import Which
-from sft.chat.length import IGNORED, NO_LABEL, OVER_LENGTH, OverLength
+from sft.chat.length import IGNORED, NO_LABEL, OVER_LENGTH
 from sft.chat.stops import Stops
-from sft.chat.template import ChatTemplate, Message, Refused
-from sft.chat.vocabulary import Vocabulary
+from sft.chat.template import Message, Refused
 from sft.data import records
 from sft.errors import DataError, TemplateError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 _NAMES = {"user": "User", "assistant": "Assistant", "system": "System", "tool": "Tool"}
 
@@ -30,24 +25,12 @@ class Seq2SeqEncoder(Encoder):
 
     kind = "seq2seq"
 
-    def __init__(
-        self,
-        template: ChatTemplate,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        max_seq_len: int,
-        over_length: OverLength,
-        labels: Which,
-        eos_ids: Iterable[int] = (),
-    ) -> None:
-        self.template, self.tokenizer = template, tokenizer
-        self.max_seq_len, self.which = max_seq_len, labels
-        self.over_length = "truncate_left" if over_length == "split_turns" else over_length  # a row is one turn
-        self.vocabulary = Vocabulary(tokenizer, words=template.control_text)
-        if tokenizer.eos_token_id is None:
-            raise TemplateError("the tokenizer has no end token", where=str(tokenizer.name_or_path))
-        self.stops = Stops(frozenset({int(tokenizer.eos_token_id), *map(int, eos_ids)}), ())
-        self.warned = set()
+    def _learn(self, eos_ids: Iterable[int]) -> Stops:
+        if self.over_length == "split_turns":
+            self.over_length = "truncate_left"  # a row is one turn
+        if self.tokenizer.eos_token_id is None:
+            raise TemplateError("the tokenizer has no end token", where=str(self.tokenizer.name_or_path))
+        return Stops(frozenset({int(self.tokenizer.eos_token_id), *map(int, eos_ids)}), ())
 
     def encode_batch(self, rows: list[Row]) -> list[Encoded]:
         return [self._encode(row) for row in rows]
@@ -101,10 +84,7 @@ class Seq2SeqEncoder(Encoder):
     def _source(self, row: Row | list[Message]) -> str:
         if isinstance(row, dict) and records.is_rendered(row):
             return str(row["input"])
-        messages = list(row) if isinstance(row, list) else records.messages(row)
-        tools = None if isinstance(row, list) else records.tools(row)
-        if messages and messages[-1].get("role") == "assistant":
-            messages = messages[:-1]
+        messages, tools = records.asked(row)
         if self.template.origin != "default":
             return self.template.render(messages, tools=tools, add_generation_prompt=True)
         if tools:
@@ -136,18 +116,6 @@ class Seq2SeqEncoder(Encoder):
             raise TemplateError(f"no prompt can be made: {refused}", where=self.template.name) from None
         return ids[-self.max_seq_len :] if self.over_length == "truncate_left" else ids
 
-    def decode_answer(self, ids: Iterable[int]) -> str:
-        hidden = {self.tokenizer.pad_token_id, self.tokenizer.bos_token_id}
-        kept: list[int] = []
-        for token in ids:
-            if token in self.stops.ids:
-                break
-            if token not in hidden:
-                kept.append(int(token))
-        return str(self.tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)).strip()
-
 
 def _weightless(row: Row) -> bool:
-    if "messages" not in row or not row["messages"]:
-        return False
-    return bool(row["messages"][-1].get("weight", 1) == 0)
+    return bool(row.get("messages") and row["messages"][-1].get("weight", 1) == 0)

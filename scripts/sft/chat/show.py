@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from sft.chat.encode import Encoded, Encoder
 from sft.chat.length import IGNORED
+from sft.chat.turns import agreement
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -51,13 +52,14 @@ class Token:
 
 def tokens(encoder: Encoder, row: Encoded, whole: Encoded) -> list[Token]:
     """The tokens of a row; those that were cut for length stand where they stood in `whole`, the row with no limit."""
-    made = [_token(encoder, token, label) for token, label in _pairs(encoder, row)]
+    made = [
+        _token(encoder, token, "masked" if label == IGNORED else "labelled") for token, label in _pairs(encoder, row)
+    ]
     if not row.truncated_tokens or encoder.kind == "seq2seq":
         return made
-    first, full = _shared(row.input_ids, whole.input_ids), whole.input_ids
-    gone = full[first : first + row.truncated_tokens]
-    cut = [Token(token, _text(encoder, token), token in encoder.vocabulary.texts, "cut") for token in gone]
-    return [*made[:first], *cut, *made[first:]]
+    first = agreement(row.input_ids, whole.input_ids)
+    gone = whole.input_ids[first : first + row.truncated_tokens]
+    return [*made[:first], *(_token(encoder, token, "cut") for token in gone), *made[first:]]
 
 
 def _pairs(encoder: Encoder, row: Encoded) -> list[tuple[int, int]]:
@@ -66,8 +68,7 @@ def _pairs(encoder: Encoder, row: Encoded) -> list[tuple[int, int]]:
     return list(zip(row.input_ids, row.labels, strict=True))
 
 
-def _token(encoder: Encoder, token: int, label: int) -> Token:
-    fate: Fate = "masked" if label == IGNORED else "labelled"
+def _token(encoder: Encoder, token: int, fate: Fate) -> Token:
     return Token(token, _text(encoder, token), token in encoder.vocabulary.texts, fate)
 
 
@@ -75,15 +76,6 @@ def _text(encoder: Encoder, token: int) -> str:
     text = str(encoder.tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False))
     piece = encoder.tokenizer.convert_ids_to_tokens(token)
     return " " + text if isinstance(piece, str) and piece.startswith("▁") and not text.startswith(" ") else text
-
-
-def _shared(one: Sequence[int], other: Sequence[int]) -> int:
-    count = 0
-    for a, b in zip(one, other, strict=False):
-        if a != b:
-            break
-        count += 1
-    return count
 
 
 def coloured(row: Sequence[Token]) -> Text:

@@ -18,29 +18,22 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from sft.chat import marking, turns
-from sft.chat.endings import Endings, Tools, ending, missing
+from sft.chat import marks, turns
+from sft.chat.endings import Endings, ending, missing
 from sft.chat.layout import Layout, Region
-from sft.chat.marks import REASONING, Read, read
+from sft.chat.marks import REASONING, Read, Tools, read
 from sft.chat.template import ChatTemplate, Message, Refused
 from sft.chat.turns import Turn
 from sft.chat.vocabulary import Vocabulary
 
 
-class Apart(Refused):
-    """The words of message `index` stand apart from its tool call, so no single region is right."""
+class OddCall(Refused):
+    """The template leaves out the tool call of message `index`, or writes its words apart from it: no region fits."""
 
-    def __init__(self, index: int) -> None:
-        super().__init__(f"the template writes the words of message {index + 1} apart from its tool call")
-        self.index = index
-
-
-class LeftOut(Refused):
-    """The template does not show the tool call of message `index`."""
-
-    def __init__(self, index: int) -> None:
-        super().__init__(f"the template leaves out the tool call in message {index + 1}")
-        self.index = index
+    def __init__(self, index: int, *, left_out: bool) -> None:
+        apart = f"writes the words of message {index + 1} apart from its tool call"
+        super().__init__("the template " + (f"leaves out the tool call in message {index + 1}" if left_out else apart))
+        self.index, self.left_out = index, left_out
 
 
 class Spans:
@@ -59,20 +52,20 @@ class Spans:
         text = self.template.render(messages, tools=tools, add_generation_prompt=prompt)
         try:
             return self._layout(text, messages, tools, prompt)
-        except (Apart, LeftOut) as odd:
+        except OddCall as odd:
             return self._otherwise(odd, text, messages, tools, prompt)
 
     def _layout(self, text: str, messages: list[Message], tools: Tools, prompt: bool) -> Layout:
-        marked, seen = marking.fit(self.template, messages, tools, text, self.vocabulary.controls, prompt=prompt)
+        marked, seen = marks.fit(self.template, messages, tools, text, self.vocabulary.controls, prompt=prompt)
         answers = [k for k, message in enumerate(messages) if message.get("role") == "assistant"]
         made = Layout(text, fakes=self.vocabulary.spans(text, seen.broken))
         for k in answers:
             try:
                 region, exact = self._region(k, messages, marked, tools, seen, on=prompt or k < len(messages) - 1)
-            except (Apart, LeftOut):
+            except OddCall:
                 raise
             except Refused as refused:
-                if not marking.says_something(messages[k]):
+                if not marks.says_something(messages[k]):
                     continue  # nothing of it is shown, and there was nothing to show
                 region, exact = self._marked_by_author(k, seen, refused), False
             if made.regions and region.start < made.regions[-1].end:
@@ -81,9 +74,7 @@ class Spans:
             made.prompt_ends = region.cut if exact else None
         return made
 
-    def _otherwise(
-        self, odd: Apart | LeftOut, text: str, messages: list[Message], tools: Tools, prompt: bool
-    ) -> Layout:
+    def _otherwise(self, odd: OddCall, text: str, messages: list[Message], tools: Tools, prompt: bool) -> Layout:
         """The layout of another conversation that the template writes as the very same text.
 
         A call that is left out is taken away; without words beside it, that is an empty answer, and a row that has no
@@ -91,8 +82,8 @@ class Spans:
         stands where the text differs.
         """
         k, message = odd.index, messages[odd.index]
-        silent = isinstance(odd, LeftOut) and not _words(message)
-        if isinstance(odd, LeftOut):
+        silent = odd.left_out and not marks.words(message)
+        if odd.left_out:
             unsaid = ("tool_calls", *REASONING) if silent else ("tool_calls",)
             same = [*messages[:k], {key: message[key] for key in message if key not in unsaid}, *messages[k + 1 :]]
             origin = list(range(len(same)))
@@ -101,42 +92,30 @@ class Spans:
             words = {"role": "assistant", "content": message["content"]}
             same = [*messages[:k], {**message, "content": ""}, *messages[k + 1 : after], words, *messages[after:]]
             origin = [*range(after), k, *range(after, len(messages))]
-        try:
-            proven = self.template.render(same, tools=tools, add_generation_prompt=prompt) == text
-        except Refused:
-            proven = False
-        if not proven or not (silent or marking.says_something({**message, "tool_calls": None})):
+        if not (silent or marks.says_something({**message, "tool_calls": None})):
             raise odd
         try:
+            if self.template.render(same, tools=tools, add_generation_prompt=prompt) != text:
+                raise odd
             made = self.layout(same, tools, prompt=prompt)
         except Refused:
             raise odd from None
         made.regions = [replace(region, message=origin[region.message]) for region in made.regions]
-        made.left_out = made.left_out or isinstance(odd, LeftOut)
-        if (
-            silent
-            and not prompt
-            and not any(one["role"] == "assistant" and marking.says_something(one) for one in same)
-        ):
+        made.left_out = made.left_out or odd.left_out
+        answered = any(one["role"] == "assistant" and marks.says_something(one) for one in same)
+        if silent and not prompt and not answered:
             made.regions = []
         return made
 
     def _region(
-        self,
-        k: int,
-        messages: list[Message],
-        marked: list[Message],
-        tools: Tools,
-        seen: Read,
-        *,
-        on: bool,
+        self, k: int, messages: list[Message], marked: list[Message], tools: Tools, seen: Read, *, on: bool
     ) -> tuple[Region, bool]:
         """Region k, and whether the text up to it is the serving prompt. `on`: something follows message k."""
         close = ending(seen, k, messages[k])
-        if close is None and (seen.closed.get(k) or marking.says_something(messages[k])):
+        if close is None and (seen.closed.get(k) or marks.says_something(messages[k])):
             times = len(seen.closed.get(k, []))
             if not times and messages[k].get("tool_calls"):
-                raise LeftOut(k)
+                raise OddCall(k, left_out=True)
             if not times:
                 raise Refused(f"the template does not show the answer in message {k + 1}")
             raise Refused(f"the template shows the answer in message {k + 1} {times} times: its place cannot be proven")
@@ -147,7 +126,7 @@ class Spans:
         end = close + len(self.endings.find(k, close, marked, tools, seen, on=on))
         words = seen.open(k)
         if words is not None and words > end:
-            raise Apart(k)
+            raise OddCall(k, left_out=False)
         header = self.turn.prompt
         limit = close if words is None else words
         at = seen.text.rfind(header, max(0, start - len(header)), start + len(header)) if header.strip() else -1
@@ -236,11 +215,6 @@ class Spans:
         if finish and not region.endswith(finish) and seen.text.startswith(finish, block[1]):
             return Region(k, block[0], block[1] + len(finish))
         return Region(k, block[0], block[0] + len(region), None if not finish or region.endswith(finish) else finish)
-
-
-def _words(message: Message) -> bool:
-    content = message.get("content")
-    return bool(content.strip() if isinstance(content, str) else content)
 
 
 def _both(seen: Read, asked: Read, j: int, limit: int) -> bool:

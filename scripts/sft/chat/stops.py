@@ -23,26 +23,20 @@ class Stops:
 
 
 def find(
-    facts: Facts | None,
-    tokens: Tokens | None,
-    vocabulary: Vocabulary,
-    tokenizer: PreTrainedTokenizerBase,
-    more: Iterable[int] = (),
+    facts: Facts, tokens: Tokens, vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase, more: Iterable[int]
 ) -> Stops:
     """Stops of a template. more: the end tokens that the model's generation_config names."""
     ids = {int(token) for token in more}
     if tokenizer.eos_token_id is not None:
         ids.add(int(tokenizer.eos_token_id))
     strings: list[str] = []
-    for end in facts.ends if facts and tokens else ():
-        token = tokens.ids(end.strip())[-1] if tokens else -1
+    for end in facts.ends:
+        token = tokens.ids(end.strip())[-1]
         if token in vocabulary.texts:
             ids.add(token)
         else:
             strings.append(end.strip())
-    if facts:
-        strings += _header(facts, vocabulary)
-    return Stops(frozenset(ids), tuple(dict.fromkeys(strings)))
+    return Stops(frozenset(ids), tuple(dict.fromkeys([*strings, *_header(facts, vocabulary)])))
 
 
 def _header(facts: Facts, vocabulary: Vocabulary) -> list[str]:

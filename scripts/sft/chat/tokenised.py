@@ -35,14 +35,8 @@ TOGETHER = 1_024  # rows of one record batch
 LOOKED_AT = 8  # rows encoded anew at each start, to see that the encoder still makes what is kept
 CODE = ("chat/*.py", "data/records.py", "model/tokenizer.py")  # what decides ids and labels
 LIBRARIES = ("transformers", "tokenizers", "jinja2", "pyarrow")
-SCHEMA = pyarrow.schema(
-    [
-        ("id", pyarrow.string()),
-        ("asks", pyarrow.uint64()),
-        ("input_ids", pyarrow.list_(pyarrow.int32())),
-        ("labels", pyarrow.list_(pyarrow.int32())),
-    ]
-)
+TOKENS = pyarrow.list_(pyarrow.int32())
+SCHEMA = pyarrow.schema({"id": pyarrow.string(), "asks": pyarrow.uint64(), "input_ids": TOKENS, "labels": TOKENS})
 
 
 class Tokenised(Sequence[Feature]):
@@ -51,11 +45,7 @@ class Tokenised(Sequence[Feature]):
     def __init__(self, batches: Sequence[Any] = ()) -> None:
         self._ids = [batch.column("id") for batch in batches]
         self._asks = [_values(batch.column("asks"), np.uint64) for batch in batches]
-        self._lists = [
-            {name: (_values(column, np.int32), _values(column.values, np.int32)) for name, column in lists}
-            for batch in batches
-            for lists in [[(name, batch.column(name)) for name in ("input_ids", "labels")]]
-        ]
+        self._lists = [{name: _list(batch.column(name)) for name in ("input_ids", "labels")} for batch in batches]
         self._ends = list(accumulate(batch.num_rows for batch in batches))
 
     def __len__(self) -> int:
@@ -89,6 +79,11 @@ class Tokenised(Sequence[Feature]):
 def _values(column: Any, kind: Any) -> NDArray[Any]:
     """The numbers of a column as they lie in memory (of a list column: its offsets); pyarrow's own way loads pandas."""
     return np.frombuffer(column.buffers()[1], kind)[: len(column) + isinstance(column, pyarrow.ListArray)]
+
+
+def _list(column: Any) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Where each row's numbers begin, and all numbers."""
+    return _values(column, np.int32), _values(column.values, np.int32)
 
 
 @dataclass(frozen=True)

@@ -122,8 +122,7 @@ class Tokens:
     def _again(self, text: str, start: int, end: int, cuts: list[int], fakes: list[tuple[int, int]]) -> Line:
         """The stretch [start, end) in pieces, each tokenised by itself."""
         made = Line([], [], [])
-        bounds = [start, *cuts, end]
-        for one, other in pairwise(bounds):
+        for one, other in pairwise([start, *cuts, end]):
             piece, inside = text[one:other], [fake for fake in fakes if one <= fake[0] and fake[1] <= other]
             middle = one != start or (start > 0 and not self._begins_again())
             line = self._piece(piece, plain=bool(inside), middle=middle)
@@ -165,8 +164,7 @@ class Tokens:
     def _glues(self) -> bool:
         """Whether a text's begin is tokenised otherwise than the same text in the middle (SentencePiece's `▁`)."""
         if self._glued is None:
-            whole, parts = self.ids("ab\ncd"), [*self.ids("ab\n"), *self.ids("cd")]
-            self._glued = whole != parts
+            self._glued = self.ids("ab\ncd") != [*self.ids("ab\n"), *self.ids("cd")]
         return self._glued
 
 

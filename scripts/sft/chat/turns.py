@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from sft.chat.vocabulary import Vocabulary
 
@@ -93,8 +95,8 @@ def shared_end(vocabulary: Vocabulary, one: str, other: str) -> str:
     return one[: agree if opening < 0 else opening].rstrip()
 
 
-def agreement(one: str, other: str) -> int:
-    """How many characters two texts have in common at their begin."""
+def agreement(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How many characters two texts (or tokens two rows) have in common at their begin."""
     low, high = 0, min(len(one), len(other))
     while low < high:  # halving: slices compare fast
         middle = (low + high + 1) // 2

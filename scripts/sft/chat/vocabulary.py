@@ -86,7 +86,7 @@ class Vocabulary:
 
         Such a place is behind a newline, or before or behind an added token, and inside of none.
         """
-        edges = {match + 1 for match in _newlines(one[:agree])}
+        edges = {at + 1 for at, character in enumerate(one[:agree]) if character == "\n"}
         inside: list[tuple[int, int]] = []
         for text in (one, other):
             for match in self._any.finditer(text) if self._any else ():
@@ -96,10 +96,6 @@ class Vocabulary:
                 inside.append(match.span())
         kept = [at for at in edges if at <= agree and not any(start < at < end for start, end in inside)]
         return max(kept, default=0)
-
-
-def _newlines(text: str) -> list[int]:
-    return [at for at, character in enumerate(text) if character == "\n"]
 
 
 def _pattern(texts: Iterable[str]) -> re.Pattern[str] | None:

@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sft.data.packed import BROKEN, open_bytes
-from sft.data.sniff import Found
+from sft.data.sniff import BROKEN, Found, open_bytes
 from sft.errors import DataError
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all

@@ -19,9 +19,8 @@ from sft.config.paths import resolve, shown
 from sft.config.schema import DataSection
 from sft.data import strict_json
 from sft.data.lines import Progress
-from sft.data.packed import SUFFIXES, plain_name
 from sft.data.raw import Raw
-from sft.data.sniff import NAMES
+from sft.data.sniff import NAMES, SUFFIXES, plain_name
 from sft.data.source import Section, Source, local, named
 from sft.data.split import position
 from sft.errors import DataError

@@ -61,6 +61,12 @@ def tools(row: Row) -> list[Message] | None:
     return row.get("tools") or None
 
 
+def asked(row: Row | list[Message]) -> tuple[list[Message], list[Message] | None]:
+    """The turns of a row, or these turns, without the answer that they end with; and the tools."""
+    turns, given = (row, None) if isinstance(row, list) else (messages(row), tools(row))
+    return turns[:-1] if turns and turns[-1].get("role") == "assistant" else turns, given
+
+
 def row_id(row: Row) -> str:
     """The row's own id, else the hash of its content: 16 hex digits."""
     if row.get("id"):

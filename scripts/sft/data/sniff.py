@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import difflib
+import gzip
+import io
 import json
 import re
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, cast
 
-from sft.data.packed import BROKEN, open_bytes, plain_name
 from sft.errors import DataError
 
+SUFFIXES = (".gz", ".zst")
+BROKEN = (OSError, EOFError, zlib.error)  # what reading a compressed file that is cut or damaged raises
 Kind = Literal["jsonl", "json", "csv", "parquet"]
 HEAD = 1 << 18
 CONTROL = re.compile("[\0-\x08\x0e-\x1f\ufffe\uffff]")  # what text does not hold
@@ -48,6 +52,25 @@ class Found:
     suspect: bool = False  # some bytes are not text in this encoding: rows must be looked at
     delimiter: str = ","
     said: list[str] = field(default_factory=list)
+
+
+def open_bytes(path: Path) -> tuple[BinaryIO, BinaryIO]:
+    """The content of `path`, unpacked where it is packed, and the file under it, whose `tell` shows the progress."""
+    raw = path.open("rb")
+    head = raw.read(4)
+    raw.seek(0)
+    if head[:2] == b"\x1f\x8b":
+        return io.BufferedReader(cast(Any, gzip.GzipFile(fileobj=raw))), raw
+    if head == b"\x28\xb5\x2f\xfd":
+        import pyarrow
+
+        return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), "zstd")), raw
+    return raw, raw
+
+
+def plain_name(path: Path) -> Path:
+    """`rows.jsonl.gz` -> `rows.jsonl`."""
+    return path.with_suffix("") if path.suffix.lower() in SUFFIXES else path
 
 
 def sniff(path: Path) -> Found:

@@ -10,13 +10,14 @@ from typing import Any
 from sft import files
 from sft.config.paths import resolve
 from sft.config.schema import DataSection
-from sft.data import records, stamps
+from sft.data import records
 from sft.data.read_json import read_lines
 from sft.data.records import Row
 from sft.data.sniff import sniff
 from sft.data.split import NAMES
 from sft.errors import DataError
 
+STYLED_FROM = "source.json"  # beside styled rows: which file each was made from, with which content, by which style
 COMMANDS = {"processed": "make process", "styled": "make style", "rendered": "make render"}
 
 
@@ -110,7 +111,7 @@ def _given(data: DataSection, root: Path) -> Stage:
 def check_styled(data: DataSection, root: Path) -> None:
     """Raises DataError unless the styled rows were made from the processed rows as they are now."""
     styled, processed = resolve(root, data.styled_dir), resolve(root, data.processed_dir)
-    kept = stamps.read(styled)
+    kept = styles(styled)
     for name in (f"{split}.jsonl" for split in NAMES):
         source, made = processed / name, styled / name
         if not source.exists() and not made.exists():
@@ -118,7 +119,7 @@ def check_styled(data: DataSection, root: Path) -> None:
         if name not in kept or not made.exists():
             what = f"{name} is processed, but not styled"
             if made.exists():
-                what = f"{stamps.NAME} does not tell what {name} was made from"
+                what = f"{STYLED_FROM} does not tell what {name} was made from"
         elif not source.exists():
             what = f"{name} is styled, but its source is gone"
         elif files.sha256(source) != kept[name].get("sha256"):
@@ -127,3 +128,16 @@ def check_styled(data: DataSection, root: Path) -> None:
             continue
         mend = "style again: make style STYLE=...; or train without style: --set data.stage=processed"
         raise DataError(f"the styled rows are stale: {what}", where=str(styled), mend=mend)
+
+
+def note_style(target: Path, source: Path, digest: str, **how: str) -> None:
+    """Writes beside `target` that it was made from `source`, whose bytes had the SHA-256 `digest`."""
+    entry = {"source": source.name, "sha256": digest, **how}
+    files.write_json(target.parent / STYLED_FROM, {"files": {**styles(target.parent), target.name: entry}})
+
+
+def styles(folder: Path) -> dict[str, dict[str, Any]]:
+    """File name -> its entry; nothing where there is no source.json or it cannot be read."""
+    entries = files.read_json(folder / STYLED_FROM).get("files")
+    known = entries.items() if isinstance(entries, dict) else ()
+    return {name: entry for name, entry in known if isinstance(entry, dict)}

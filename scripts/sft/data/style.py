@@ -9,7 +9,7 @@ from typing import Any
 from sft import files
 from sft.config.paths import resolve
 from sft.config.schema import DataSection
-from sft.data import folder, records, stamps, store, strict_json
+from sft.data import folder, records, store, strict_json
 from sft.data.split import NAMES
 from sft.errors import DataError
 
@@ -65,7 +65,7 @@ def style_file(source: Path, target: Path, style: str, mode: str) -> int:
                     raise DataError("rendered rows have no system text to style", where=str(source), mend=mend)
                 out.write(strict_json.dumps(styled(row, style, mode)) + b"\n")
                 rows += 1
-        stamps.note(target, source, digest, style=style, mode=mode)
+        store.note_style(target, source, digest, style=style, mode=mode)
     except OSError as error:
         where = str(error.filename or target)
         raise DataError(f"cannot write: {error.strerror or error}", where=where, mend="name another --out") from None
@@ -81,7 +81,7 @@ def style_folder(data: DataSection, root: Path, style: str, mode: str) -> dict[s
     if processed.resolve() == target.resolve():
         mend = "--set data.styled_dir=data/processed_with_style"
         raise DataError("data.styled_dir and data.processed_dir are one folder", where=str(target), mend=mend)
-    ours = {f"{name}.jsonl" for name in NAMES} | {stamps.NAME}
+    ours = {f"{name}.jsonl" for name in NAMES} | {store.STYLED_FROM}
     with folder.replaced(target, ours, "data.styled_dir") as staged:
         files_of = {name: (processed / f"{name}.jsonl", staged / f"{name}.jsonl") for name in present}
         return {name: style_file(source, made, style, mode) for name, (source, made) in files_of.items()}

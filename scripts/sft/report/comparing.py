@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import platform
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from sft.runs import Run
 
 Result = dict[str, Any]
 Row = dict[str, Any]
+LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "tokenizers")  # that answers depend on
 FOLDER, PAGE, RESULT, ANSWERS, CARD = "report", "index.html", "compare.json", "answers.jsonl", "README.md"
 
 
@@ -93,7 +95,7 @@ def result(
         "bootstrap": {"draws": draws, "seed": seed, "level": paired.LEVEL},
         "generation": {**config.generation.model_dump(), "do_sample": False},
         "hardware": {"device": device.name, "memory": f"{device.total_bytes / 2**30:.1f} GiB"},
-        "versions": record.versions(),
+        "versions": {"python": platform.python_version(), **runs.versions(LIBRARIES)},
         "training": record.summary(run_of(first, root)),
         "data": _ledgers(first, root),
         "at": time.strftime("%Y-%m-%d %H:%M"),

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import platform
 from pathlib import Path
 from typing import Any
 
-from sft import files, runs
+from sft import files
 from sft.runs import FINISHED, Run
 
 Points = list[tuple[float, float]]
-LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "tokenizers")
 
 
 def curves(run: Run) -> dict[str, Points]:
@@ -42,8 +40,3 @@ def _events(folder: Path) -> dict[str, Points]:
 def summary(run: Run) -> dict[str, Any]:
     """The run's finished.json without machine paths."""
     return {name: value for name, value in files.read_json(run.folder / FINISHED).items() if name != "output"}
-
-
-def versions() -> dict[str, str]:
-    """Python and the libraries that answers depend on."""
-    return {"python": platform.python_version(), **runs.versions(LIBRARIES)}
