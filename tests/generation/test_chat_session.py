@@ -15,6 +15,7 @@ from sft.config.schema import GenerationSection
 from sft.errors import DataError, ModelError
 from sft.generation.chat_session import ChatSession, harmless
 from sft.generation.engine import Answer
+from sft.generation.line_input import reader
 from sft.generation.markdown_view import MarkdownView, finished
 from sft.generation.saved_chat import last_conversation
 
@@ -132,6 +133,7 @@ def test_a_conversation_is_saved_as_a_row_and_loaded_again(tmp_path: Path) -> No
     rows = [json.loads(line) for line in (tmp_path / "outputs/chat.jsonl").read_text().splitlines()]
     assert [len(row["messages"]) for row in rows] == [3, 5]
     assert last_conversation(other) == rows[1]["messages"]
+    assert "(loaded 4 turns)" in chat(tmp_path, "/load")[0]  # where /save writes unless told
     said, session, model = chat(tmp_path, f"/load {other}", "three", "/load nowhere.jsonl", "/save /proc/no/file")
     assert session.system == "S" and len(model.asked[0][0]) == 6
     assert "no saved conversation there" in said and "cannot be written" in said
@@ -146,10 +148,24 @@ def test_tokens_are_counted_and_lines_can_go_on(tmp_path: Path) -> None:
 
 
 def test_a_broken_conversation_file_is_one_error(tmp_path: Path) -> None:
-    for content in ("", "{}", '{"messages": 4}', '{"messages": [{"role": "user"}]}'):
+    odd = '{"messages": [{"role": 5, "content": "x"}]}'
+    for content in ("", "{}", '{"messages": 4}', '{"messages": [{"role": "user"}]}', odd, "[" * 100_000):
         (tmp_path / "x.jsonl").write_text(content)
         with pytest.raises(DataError, match="no saved conversation"):
             last_conversation(tmp_path / "x.jsonl")
+
+
+def test_a_pipe_of_odd_bytes_is_read_and_a_closed_one_is_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd = io.TextIOWrapper(io.BytesIO(b"caf\xe9\n/exit\n"), encoding="utf-8", errors="surrogateescape")
+    monkeypatch.setattr("sys.stdin", odd)
+    session, model = chat(tmp_path)[1:]
+    session.run(reader(tmp_path / "history"))
+    assert model.asked[0][0][-1]["content"] == "caf\ufffd"
+    monkeypatch.setattr("sys.stdin", None)
+    session.run(reader(tmp_path / "history"))
+    assert len(model.asked) == 1
 
 
 def test_an_answer_cannot_steer_the_terminal() -> None:

@@ -32,7 +32,7 @@ HELP = """\
 /retry                answer the last question again
 /undo                 take the last question and its answer back
 /save [FILE]          write the conversation as one row of messages (default: outputs/chat.jsonl, appended)
-/load FILE            go on with a saved conversation
+/load [FILE]          go on with the last conversation saved there
 /tokens               tokens of the conversation so far
 /compare [QUESTION]   base and tuned side by side, on the last question or another; the conversation stays as it is
 /exit                 leave (Ctrl-D too)
@@ -219,7 +219,7 @@ class ChatSession:
         self.write(f"(saved: {path})\n")
 
     def _do_load(self, rest: str) -> None:
-        messages = saved_chat.last_conversation(Path(rest).expanduser())
+        messages = saved_chat.last_conversation(Path(rest).expanduser() if rest else self.save_path)
         self.system = next((str(m["content"]) for m in messages if m["role"] == "system"), None)
         self.turns = [message for message in messages if message["role"] != "system"]
         while self.turns and self.turns[-1]["role"] != "assistant":

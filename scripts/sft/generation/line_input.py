@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ PROMPT = "you> "
 
 def on_terminal() -> bool:
     """Whether a person sits there."""
-    return sys.stdin.isatty() and sys.stdout.isatty()
+    return sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
 
 
 def reader(history: Path) -> Callable[[], str]:
@@ -30,16 +31,16 @@ def reader(history: Path) -> Callable[[], str]:
 
 
 def _from_pipe() -> str:
-    line = sys.stdin.readline()
+    line = sys.stdin.readline() if sys.stdin is not None else ""  # None: it was closed
     if not line:
         raise EOFError
     return line.rstrip("\n")
 
 
 def read_whole(read: Callable[[], str]) -> str:
-    """One input: lines that end in a backslash go on in the next one."""
+    """One input: lines that end in a backslash go on in the next one; bytes that are no UTF-8 become U+FFFD."""
     lines = [read()]
     while lines[-1].endswith("\\"):
         lines[-1] = lines[-1][:-1]
         lines.append(read())
-    return "\n".join(lines)
+    return re.sub("[\ud800-\udfff]", "\ufffd", "\n".join(lines))

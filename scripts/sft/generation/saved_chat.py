@@ -10,6 +10,7 @@ from sft import files
 from sft.errors import DataError
 
 Message = dict[str, Any]
+_ROLES = ("system", "user", "assistant")
 
 
 def save(path: Path, messages: list[Message], *, append: bool) -> None:
@@ -26,7 +27,7 @@ def last_conversation(path: Path) -> list[Message]:
     try:
         lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
         messages = json.loads(lines[-1])["messages"]
-        assert isinstance(messages, list) and all(isinstance(m["content"], str) and m["role"] for m in messages)
-    except (OSError, ValueError, KeyError, IndexError, TypeError, AssertionError):
+        assert all(isinstance(m["content"], str) and m["role"] in _ROLES for m in messages)
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AssertionError, RecursionError):
         raise DataError("no saved conversation there", where=str(path), mend="/load a file that /save wrote") from None
     return messages
