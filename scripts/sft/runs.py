@@ -5,7 +5,6 @@ A run is `outputs/<name>`, its adapter `adapters/<name>`, its curves `outputs/tb
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
 
 RESOLVED, FINISHED, LOCK, PAUSE, SAVE = "config.resolved.yaml", "finished.json", "lock", "pause", "save"
 SESSION = "session.json"  # of a checkpoint: counts so far, and the step of the best one
+_MEND = "choose another: --set train.output_dir=outputs/NAME, or mend its permissions"
 _RESERVED = {"tb", "last", ""}
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
@@ -84,21 +84,19 @@ def open_run(output_dir: str, root: Path, resume: str) -> OpenRun:
     """
     base = paths.resolve(root, output_dir)
     if base.name in _RESERVED:
-        raise ConfigError(
-            f"train.output_dir ends in {base.name!r}, which sft-play needs itself",
-            mend="--set train.output_dir=outputs/NAME",
-        )
+        what = f"train.output_dir ends in {base.name!r}, which sft-play needs itself"
+        raise ConfigError(what, mend="--set train.output_dir=outputs/NAME")
     if resume not in {"auto", "never"}:
         return _take_up_path(Path(resume), root)
     numbers = _series(base)
     if not numbers:
         return OpenRun(at(base, root), None, f"a new run: {paths.shown(base, root)}")
     newest, following = at(_nth(base, numbers[-1]), root), at(_nth(base, numbers[-1] + 1), root)
+    shown = paths.shown(following.folder, root)
     if resume == "never":
-        return OpenRun(following, None, f"a new run, as --resume never asks: {paths.shown(following.folder, root)}")
+        return OpenRun(following, None, f"a new run, as --resume never asks: {shown}")
     if newest.finished:
-        said = f"{newest.name} is finished, so this is a new run: {paths.shown(following.folder, root)}"
-        return OpenRun(following, None, said)
+        return OpenRun(following, None, f"{newest.name} is finished, so this is a new run: {shown}")
     return _take_up(newest, root)
 
 
@@ -136,24 +134,20 @@ def newest_checkpoint(run: Run) -> tuple[Path | None, list[tuple[Path, str]]]:
     same where there is none. Raises RunError if there are checkpoints and none is whole: never a silent fresh start.
     """
     passed_over: list[tuple[Path, str]] = []
-    without_best: list[Path] = []
+    without_best: tuple[Path, list[tuple[Path, str]]] | None = None
     for path in reversed(run.checkpoints()):
         problem = files.manifest_problem(path)
-        if problem is None:
+        if not problem:
             problem = _lost_best(path)
-            if problem is None:
+            if not problem:
                 return path, passed_over
-            without_best.append(path)
+            without_best = without_best or (path, list(passed_over))
         passed_over.append((path, problem))
-    if without_best:
-        return without_best[0], passed_over[: [path for path, _ in passed_over].index(without_best[0])]
-    if passed_over:
-        raise RunError(
-            f"none of {run.name}'s checkpoints is whole: " + "; ".join(f"{p.name}: {why}" for p, why in passed_over),
-            where=str(run.folder),
-            mend="--resume never starts a new run; the old folder stays as it is",
-        )
-    return None, passed_over
+    if passed_over and not without_best:
+        told = "; ".join(f"{path.name}: {why}" for path, why in passed_over)
+        mend = "--resume never starts a new run; the old folder stays as it is"
+        raise RunError(f"none of {run.name}'s checkpoints is whole: {told}", where=str(run.folder), mend=mend)
+    return without_best or (None, passed_over)
 
 
 def _lost_best(checkpoint: Path) -> str | None:
@@ -182,11 +176,8 @@ def check_place(output_dir: str, root: Path) -> None:
     for folder in (paths.resolve(root, output_dir), root / "adapters"):
         there = next(path for path in (folder, *folder.parents) if path.exists())
         if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-            raise RunError(
-                f"{folder} cannot be written to ({there} is {'read-only' if there.is_dir() else 'a file'})",
-                where="train.output_dir",
-                mend="choose another: --set train.output_dir=outputs/NAME, or mend its permissions",
-            )
+            why = "read-only" if there.is_dir() else "a file"
+            raise RunError(f"{folder} cannot be written to ({there} is {why})", where="train.output_dir", mend=_MEND)
 
 
 def make_folders(run: Run) -> None:
@@ -198,11 +189,9 @@ def make_folders(run: Run) -> None:
             files.put(probe, "")
             files.remove(probe)
         except (OSError, EnvironmentProblem) as error:
-            raise RunError(
-                f"{folder} cannot be written to ({getattr(error, 'strerror', None) or error})",
-                where="train.output_dir",
-                mend="choose another: --set train.output_dir=outputs/NAME, or mend its permissions",
-            ) from None
+            why = getattr(error, "strerror", None) or error
+            what = f"{folder} cannot be written to ({why})"
+            raise RunError(what, where="train.output_dir", mend=_MEND) from None
 
 
 def write_resolved(folder: Path, config: Config) -> None:
@@ -219,10 +208,8 @@ def run_of_adapter(folder: Path) -> Config:
     for place in (folder, folder.parent):
         if (place / RESOLVED).is_file():
             return read_resolved(place / RESOLVED)
-    raise RunError(
-        f"{folder} holds no {RESOLVED}, so its base model and template are unknown",
-        mend="name a folder that `train` wrote, such as adapters/last",
-    )
+    what = f"{folder} holds no {RESOLVED}, so its base model and template are unknown"
+    raise RunError(what, mend="name a folder that `train` wrote, such as adapters/last")
 
 
 def finish(run: Run, summary: dict[str, Any]) -> None:
@@ -247,16 +234,7 @@ def last_run(root: Path) -> Run:
 
 def running(root: Path) -> list[Run]:
     """The runs under outputs/ whose lock a living process holds."""
-    return [at(path.parent, root) for path in sorted((root / "outputs").glob(f"*/{LOCK}")) if _held(path)]
-
-
-def _held(lock: Path) -> bool:
-    with open(lock, encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        return False
+    return [at(path.parent, root) for path in sorted((root / "outputs").glob(f"*/{LOCK}")) if files.locked(path)]
 
 
 def versions(names: Iterable[str]) -> dict[str, str]:

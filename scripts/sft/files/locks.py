@@ -35,3 +35,13 @@ def lock(path: Path, what: str) -> Iterator[None]:
         with door.writing(path):
             door.put(path, f"pid {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
         yield
+
+
+def locked(path: Path) -> bool:
+    """Whether a living process holds this lock file."""
+    with open(path, encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
