@@ -26,7 +26,7 @@ def last_conversation(path: Path) -> list[Message]:
     """The messages in the last line of a file that /save wrote. Raises DataError."""
     try:
         lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
-        messages = json.loads(lines[-1])["messages"]
+        messages: list[Message] = json.loads(lines[-1])["messages"]
         assert all(isinstance(m["content"], str) and m["role"] in _ROLES for m in messages)
     except (OSError, ValueError, KeyError, IndexError, TypeError, AssertionError, RecursionError):
         raise DataError("no saved conversation there", where=str(path), mend="/load a file that /save wrote") from None
