@@ -46,30 +46,42 @@ def cards(bench: Bench) -> dict[str, Any]:
 
 def speed(bench: Bench) -> dict[str, Any]:
     from benchmarks import material, shapes
-    from sft.step import flops
+    from sft.model import kernels
+    from sft.step import flops, unwrap
 
     peak = material.matmul_peak(bench.device, bench.torch.bfloat16, size=8192 if bench.cuda else 512)
     length, size = (64, "tiny") if bench.tiny else (2048, "7B")
     lengths, found = [length] * 8, []
-    for checkpointing in (True, False):
+    made = shapes.build(shapes.qwen(size), shapes.settings("qlora", length), bench.device, checkpointing=True)
+    optimizer, batch = bench.optimizer(made), window(lengths)
+    for checkpointing, way in ((True, "plain"), (False, "plain"), (False, "liger"), (False, "compiled")):
         if not bench.left():
             break
+        if not checkpointing:
+            unwrap(made).gradient_checkpointing_disable()
+        one = {"model": size, "length": length, "checkpointing": checkpointing, "kernels": way}
+        if reason := kernels.why_not(unwrap(made), way, device=bench.device):
+            found.append({**one, "skipped": reason})
+            continue
         bench.clear()
-        config = shapes.settings("qlora", length)
-        made = shapes.build(shapes.qwen(size), config, bench.device, checkpointing=checkpointing)
-        optimizer = bench.optimizer(made)
-        batch, took = window(lengths), []
-        for _ in range(4):
-            took.append(bench.step(made, optimizer, batch, 2 * length))
+        began = bench.now()
+        try:
+            kernels.take(made, way)
+            took = [bench.step(made, optimizer, batch, 2 * length, replay=False)]
+            first = bench.now() - began
+            took += [bench.step(made, optimizer, batch, 2 * length, replay=False) for _ in range(2)]
+        except Exception as error:  # out of memory, or a compiler that fails
+            made.zero_grad(set_to_none=True)
+            found.append({**one, "failed": f"{type(error).__name__}: {error}"[:200]})
+            continue
         a_token = flops.a_token(flops.shape_of(made), lengths, 1.0, frozen=True, checkpointing=checkpointing)
         rate = sum(lengths) / min(seconds for seconds, _ in took[1:])
         used = rate * a_token / peak
         wrong = "over 100 % of the peak" if used > 1 else "zero gradient" if not took[-1][1] else None
         found.append(
             {
-                "model": size,
-                "length": length,
-                "checkpointing": checkpointing,
+                **one,
+                "first_step_s": round(first, 1),
                 "tokens_per_second": round(rate, 1),
                 "share_of_matmul_peak": round(used, 4),
                 "gflop_a_token": round(a_token / 1e9, 3),
@@ -77,7 +89,6 @@ def speed(bench: Bench) -> dict[str, Any]:
                 **bench.peaks(),
             }
         )
-        del made, optimizer
     return {"matmul_peak_tflops": round(peak / 1e12, 2), "micro_batch_tokens": 2 * length, "runs": found}
 
 
