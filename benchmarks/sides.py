@@ -26,8 +26,8 @@ from sft import runs
 from sft.config import auto
 from sft.config.schema import Config
 from sft.step import attention
-from sft.training import arguments, plan
 from sft.training import model as training_model
+from sft.training import plan
 from sft.training.checkpoints import Keeper
 from sft.training.flow import Flow
 from sft.training.recipe import losses
@@ -143,7 +143,7 @@ def ours(model: Any, rows: list[Row], settings: Settings) -> Trainer:
     steps = plan.make(resolved, len(rows), validation=False)
     return WindowTrainer(
         model,
-        arguments.make(resolved.train, steps, run, device=settings.device),
+        steps.arguments(resolved.train, run, device=settings.device),
         rows,
         [],
         effective_batch=settings.rows,

@@ -10,7 +10,7 @@ from sft import runs
 from sft.config import auto
 from sft.config.schema import Config
 from sft.model import hub
-from sft.training import arguments, model, plan, weights
+from sft.training import model, plan, weights
 from sft.training.checkpoints import Keeper
 from sft.training.flow import Flow
 from sft.training.trainer import WindowTrainer
@@ -54,7 +54,7 @@ def trainer(settings: Config, *, rows: int = 10, validation: int = 4, callbacks:
     flow = Flow(steps, Watch(run.folder), settings.train.early_stopping)
     return WindowTrainer(
         made,
-        arguments.make(settings.train, steps, run, device="cpu"),
+        steps.arguments(settings.train, run, device="cpu"),
         features(rows, kind=files.kind),
         features(validation, seed=1, kind=files.kind),
         effective_batch=int(settings.train.effective_batch),

@@ -16,11 +16,11 @@ from sft.generation.questions import questions
 from sft.generation.room import fitted, prompt_room
 from sft.model import kernels
 from sft.runs import OpenRun, Run
-from sft.training import arguments, budget, logbook, model, ranks, stamp, ways
+from sft.training import budget, logbook, model, ranks, stamp, ways
 from sft.training.answers import Answers
 from sft.training.checkpoints import Keeper
 from sft.training.flow import Flow
-from sft.training.narrator import Narrator, Report
+from sft.training.overview import Narrator, Report
 from sft.training.preparation import Job
 from sft.training.recipe import Recipe
 from sft.training.trainer import WindowTrainer
@@ -63,7 +63,7 @@ def build(job: Job, opened: OpenRun, root: Path, report: Report | None) -> Windo
     step = runs.step_of(opened.checkpoint) if opened.checkpoint else 0
     trainer = WindowTrainer(
         made,
-        arguments.make(config.train, job.plan, run, device=job.device.device),
+        job.plan.arguments(config.train, run, device=job.device.device),
         job.rows.train,
         job.rows.validation,
         effective_batch=int(config.train.effective_batch),

@@ -1,16 +1,21 @@
-"""What a person is told before a run begins and when it has ended, as lines of text."""
+"""What a person is told before a run begins, while it goes on and when it has ended."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
 from sft.config import paths
 from sft.runs import OpenRun, Run
-from sft.training.narrator import clock
 from sft.training.preparation import Job
 
+log = logging.getLogger("sft.training")
+Report = Callable[[int, int, str], None]  # steps done, steps in all, what to show beside them
 _TRAIN = (
     "epochs learning_rate lr_scheduler_type effective_batch batch_size grad_accum micro_batch_tokens bf16 fp16 optim"
     " gradient_checkpointing kernels eval_strategy save_strategy"
@@ -55,6 +60,58 @@ def as_json(job: Job, opened: OpenRun) -> dict[str, Any]:
     }
 
 
+class Narrator(TrainerCallback):  # type: ignore[misc]
+    """Tells `report` of every step, for a bar; without one (no terminal), logs a line at each log interval."""
+
+    def __init__(self, report: Report | None) -> None:
+        self.report = report
+        self._shown = ""
+        self._began: tuple[float, int] | None = None
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._began is None:
+            self._began = (time.monotonic(), state.global_step)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.report is not None and state.is_world_process_zero:
+            self.report(state.global_step, state.max_steps, self._shown)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not logs or not state.is_world_process_zero:
+            return
+        if "eval_loss" in logs:
+            log.info("step %d: %s", state.global_step, evaluation_line(logs))
+        if "loss" not in logs:
+            return
+        self._shown = f"loss {logs['loss']:.4f}  {logs['tokens_per_second']:,.0f} tok/s"
+        if self.report is not None:
+            self.report(state.global_step, state.max_steps, self._shown)
+        else:
+            told = (state.global_step, state.max_steps, self._shown, logs["learning_rate"], self._left(state))
+            log.info("step %d/%d  %s  lr %.2e%s", *told)
+
+    def _left(self, state: TrainerState) -> str:
+        if self._began is None or state.global_step <= self._began[1]:
+            return ""
+        pace = (time.monotonic() - self._began[0]) / (state.global_step - self._began[1])
+        return f"  {clock(pace * (state.max_steps - state.global_step))} left"
+
+
+def evaluation_line(logs: Mapping[str, Any]) -> str:
+    """An evaluation's metrics on one line, the loss first."""
+    shown = {key[5:]: value for key, value in logs.items() if key.startswith("eval_") and key != "eval_seconds"}
+    return "eval " + "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
+
+
 def after(job: Job, summary: dict[str, Any], run: Run, root: Path) -> list[str]:
     """What came of it and what to do next."""
     evaluated = "  ".join(f"{name} {value:.4f}" for name, value in summary["eval"].items())
@@ -82,3 +139,10 @@ def _next(job: Job) -> Sequence[str]:
     if job.config.tuning.mode != "full" and not job.config.train.merge_at_end:
         steps.append("make merge   (one model, without the adapter)")
     return steps
+
+
+def clock(seconds: float) -> str:
+    """h:mm:ss, or m:ss below an hour."""
+    whole = int(seconds)
+    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

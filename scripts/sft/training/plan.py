@@ -1,14 +1,18 @@
-"""How many steps a run takes, and at which of them it logs, evaluates and saves."""
+"""How many steps a run takes, at which of them it logs, evaluates and saves, and what the trainer is told of it."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from sft.config.schema import Config
+from sft.config.schema import Config, TrainSection
 from sft.errors import ConfigError
 from sft.metrics import check_names
+from sft.runs import Run
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 _OF_ANSWERS = ("format_adherence", "stop_rate", "repetition", "empty_rate", "length_words", "length_tokens")
 Cadence = Literal["no", "steps", "epoch"]
@@ -16,7 +20,7 @@ Cadence = Literal["no", "steps", "epoch"]
 
 @dataclass(frozen=True)
 class Plan:
-    """The steps of one run. `best` is the metric that chooses the best checkpoint, or None for the last one."""
+    """The steps of one run. watched: the metric that chooses the best checkpoint, None for the last one."""
 
     steps_per_epoch: int
     total_steps: int
@@ -39,6 +43,48 @@ class Plan:
         if step >= self.total_steps:
             return True
         return step % (every if cadence == "steps" else self.steps_per_epoch) == 0
+
+    def arguments(self, train: TrainSection, run: Run, *, device: str) -> TrainingArguments:
+        """The trainer's own arguments, for one window a step; all that we do ourselves is switched off in it.
+
+        bf16 is not passed on: the recipe computes under autocast itself, whatever part of the model is called; fp16 is,
+        because the loss scaler comes with it.
+        """
+        from transformers import TrainingArguments
+
+        cuda = device.startswith("cuda")
+        args = TrainingArguments(
+            output_dir=str(run.folder),
+            max_steps=self.total_steps,
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=1,
+            learning_rate=float(train.learning_rate),
+            lr_scheduler_type=train.lr_scheduler_type,
+            warmup_steps=self.warmup_steps,
+            weight_decay=train.weight_decay,
+            max_grad_norm=train.max_grad_norm,
+            optim=train.optim,
+            seed=train.seed,
+            data_seed=train.seed,
+            fp16=train.fp16 is True,
+            tf32=bool(train.tf32) if cuda else None,
+            use_cpu=not cuda,
+            metric_for_best_model=self.watched,
+            greater_is_better=self.greater_is_better if self.watched else None,
+            eval_strategy="no",
+            save_strategy="steps",
+            logging_strategy="no",
+            load_best_model_at_end=False,
+            logging_nan_inf_filter=False,
+            disable_tqdm=True,
+            report_to=[],
+            remove_unused_columns=False,
+            log_level="error",
+            ddp_find_unused_parameters=False,
+        )
+        if args.parallel_mode.value == "not_distributed":
+            args._n_gpu = min(1, args.n_gpu)  # one process, one GPU: more are used through `accelerate launch`
+        return args
 
 
 def make(config: Config, rows: int, *, validation: bool) -> Plan:
