@@ -1,8 +1,8 @@
 """Faster ways to compute a layer: Liger's kernels, torch.compile. Taken by one model's own modules, and given back.
 
 No class is touched, no module is added, so weights keep their names. The faster way serves where gradients are formed;
-evaluation and generation compute plainly, as `eval`, `infer` and a merged model do. Whether a way is right and worth it
-is for `training.ways` to find out.
+evaluation and generation compute plainly, as `eval`, `infer` and a merged model do. `training.ways` finds out
+whether a way is right and worth it.
 """
 
 from __future__ import annotations
@@ -32,8 +32,10 @@ def why_not(model: Any, way: Way, *, device: str) -> str | None:
         return "liger-kernel is not installed (pip install liger-kernel)"
     if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return "Liger's kernels need a CUDA GPU"
-    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as FAMILIES
-
+    try:
+        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as FAMILIES
+    except Exception as error:  # it asks for some transformers and some Triton
+        return f"importing liger_kernel fails: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
     family = model.config.model_type
     return None if family in FAMILIES else f"Liger has no kernels for {family} models"
 
