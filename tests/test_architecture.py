@@ -29,12 +29,12 @@ MAY_IMPORT = {  # room -> rooms it may import, besides itself and ANYONE; transi
     "runs": {"config"},
     "generation": {"chat", "data", "model", "step", "config", "runs", "metrics"},
     "training": {
-        "config", "data", "chat", "model", "step", "memory", "generation", "metrics", "runs", "report", "ship",
+        "config", "data", "chat", "model", "step", "memory", "generation", "metrics", "runs", "ship",
     },
     "ship": {"chat", "data", "model", "generation", "runs", "config", "step"},
     "report": {"metrics", "runs", "config", "data", "chat", "model", "generation"},
-    "demo": {"config"},
-    "guide": {"config"},
+    "demo": set(),
+    "guide": set(),
     "preflight": {"config", "data", "chat", "model", "report", "runs"},
 }  # fmt: skip
 LIGHT = {"config", "data", "metrics", "errors", "files", "console", "runs", "guide", "credentials"}
