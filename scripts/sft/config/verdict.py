@@ -45,9 +45,6 @@ ELSEWHERE = {
 }
 
 
-YES_NO = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false", "n": "false"}
-
-
 def judge(tree: Mapping, problems: list[SftError], *, settled: bool = False) -> Config | None:
     """The Config, or None with every mistake added to `problems`.
 
