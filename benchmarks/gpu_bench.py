@@ -5,9 +5,11 @@ from __future__ import annotations
 import gc
 import random
 import time
+from collections.abc import Callable
 from typing import Any
 
 GIB = 2**30
+CONTEXT = 0.6  # GiB of a card that are no tensors'
 
 
 class Bench:
@@ -19,9 +21,25 @@ class Bench:
         self.torch, self.device, self.tiny, self.cuda = torch, device, tiny, device == "cuda"
         self.until = time.monotonic()
         self.total = torch.cuda.get_device_properties(0).total_memory if self.cuda else 0
+        self.keep: Callable[[dict[str, Any]], object] = lambda _: None  # told what a section has so far
+        self.plans: list[Any] = []
 
     def start(self, minutes: float) -> None:
         self.until = time.monotonic() + 60 * minutes
+
+    def seconds(self) -> float:
+        """That are left of the box."""
+        return max(0.0, self.until - time.monotonic())
+
+    def workspaces(self) -> float:
+        """GiB that cuBLAS takes beside every model: one workspace for the forward pass, one for autograd's thread."""
+        if not self.cuda:
+            return 0.0
+        one = self.torch.ones(64, 64, device="cuda", dtype=self.torch.bfloat16, requires_grad=True)
+        (one @ one).sum().backward()
+        del one
+        self.clear()
+        return float(self.torch.cuda.memory_allocated() / GIB)
 
     def left(self) -> bool:
         return time.monotonic() < self.until

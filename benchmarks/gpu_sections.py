@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import random
 import statistics
 import subprocess
 import sys
@@ -13,15 +12,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_bench import GIB, Bench, window
+from benchmarks.gpu_bench import CONTEXT, Bench, window
+from benchmarks.gpu_memory import planner, trials
 
 ROOT = Path(__file__).resolve().parents[1]
-CONTEXT = 0.6
 CARDS = (("7B", 1024, 8), ("14B", 512, 12), ("32B", 2048, 24))
 
 
 def cards(bench: Bench) -> dict[str, Any]:
     from benchmarks import shapes
+    from sft.step.recovery import out_of_memory
 
     found = []
     for size, length, card in [("tiny", 64, card) for *_, card in CARDS] if bench.tiny else CARDS:
@@ -36,9 +36,11 @@ def cards(bench: Bench) -> dict[str, Any]:
             optimizer = bench.optimizer(made)
             took = [bench.step(made, optimizer, window([length] * 4), length, replay=False) for _ in range(3)]
             result |= {"fits": True, "tokens_per_second": round(4 * length / took[-1][0], 1), "norm": took[-1][1]}
-        except bench.torch.OutOfMemoryError as error:
-            result |= {"fits": False, "said": str(error)[:200]}
+        except Exception as error:
+            result |= {"fits": False} if out_of_memory(error) else {"failed": type(error).__name__}
+            result["said"] = str(error)[:200]
         found.append({**result, **bench.peaks()})
+        bench.keep({"cards": found})
         del made, optimizer
     bench.cap(None)
     return {"cards": found}
@@ -89,6 +91,7 @@ def speed(bench: Bench) -> dict[str, Any]:
                 **bench.peaks(),
             }
         )
+        bench.keep({"runs": found})
     return {"matmul_peak_tflops": round(peak / 1e12, 2), "micro_batch_tokens": 2 * length, "runs": found}
 
 
@@ -170,121 +173,11 @@ def _unsloth(bench: Bench, rows: Any, size: str, folder: Path) -> dict[str, Any]
     (folder / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
     command = [sys.executable, str(ROOT / "benchmarks" / "unsloth_side.py"), str(folder)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=bench.seconds(), check=False)
     except subprocess.TimeoutExpired:
-        return {"failed": "took longer than 150 s"}
+        return {"failed": "took longer than was left"}
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     return json.loads(lines[-1]) if lines else {"failed": done.stderr[-400:]}
-
-
-def trials(bench: Bench) -> dict[str, Any]:
-    from benchmarks import shapes
-
-    size, longest, card = ("tiny", 64, 8) if bench.tiny else ("3B", 2048, 8)
-    bench.cap(card - CONTEXT)
-    made = shapes.build(shapes.qwen(size), shapes.settings("qlora", longest), bench.device)
-    draw, lowered, done = random.Random(1), list[int](), 0
-    steps = [[min(longest, max(8, round(longest * draw.random() ** 2))) for _ in range(8)] for _ in range(50)]
-    rehearsed = _rehearsed(bench, made, max(steps, key=max))
-    optimizer, budget = bench.optimizer(made), rehearsed.tokens
-    for lengths in steps:
-        if not bench.left():
-            break
-        bench.step(made, optimizer, window(lengths), budget, on_budget=lowered.append)
-        budget, done = min([budget, *lowered]), done + 1
-    found = {"model": size, "card_gib": card, "trials": done, "out_of_memory": len(lowered), "budget": budget}
-    found |= {"rehearsed": rehearsed.to_json(), **bench.peaks()}
-    del made, optimizer
-    bench.cap(None)
-    return found
-
-
-class _NoGauge:
-    """In the place of a card's memory on the CPU."""
-
-    total = 1 << 50
-
-    def start(self) -> None:
-        return
-
-    def peaks(self) -> tuple[int, int]:
-        return 0, 0
-
-
-def _rehearsed(bench: Bench, model: Any, lengths: list[int]) -> Any:
-    """The rehearsal that a run has before its first step, on made rows of these lengths."""
-    from sft.memory.probe import CudaGauge
-    from sft.step import attention
-    from sft.training.recipe import Recipe
-    from sft.training.rehearsal import Scene, rehearse
-
-    recipe = Recipe(
-        kind="causal",
-        device=bench.device,
-        tokens=4096,
-        rows=None,
-        apart=attention.keeps_rows_apart(model),
-        logits="chunked",
-        tile=512,
-        label_smoothing=0.0,
-        autocast=bench.torch.bfloat16,
-    )
-    rows = [{"id": str(n), "input_ids": [5] * length, "labels": [5] * length} for n, length in enumerate(lengths)]
-    gauge = CudaGauge(bench.torch.device("cuda", 0)) if bench.cuda else _NoGauge()
-    return rehearse(Scene(model, recipe, rows, lengths, rows, len(rows), gauge, limit=30.0))
-
-
-def planner(bench: Bench) -> dict[str, Any]:
-    from benchmarks import shapes
-    from sft.memory import plan
-    from sft.memory.devices import Device
-
-    sizes = [("tiny", 64)] if bench.tiny else [(s, n) for s in ("0.5B", "1.5B", "3B", "7B") for n in (512, 1024, 2048)]
-    cases = [(f"qwen2 {size}", shapes.qwen(size), mode, n) for size, n in sizes for mode in ("qlora", "lora")]
-    cases += [(name, desc, "qlora", n) for name, desc in _others(bench.tiny).items() for n in (512, 2048)]
-    random.Random(0).shuffle(cases)  # where time runs out, what is left out is no one family
-    device, found = Device("cuda" if bench.cuda else "cpu", bench.device, bench.total / GIB or 64.0), []
-    for name, description, mode, length in cases:
-        if not bench.left():
-            break
-        config = shapes.settings(mode, length, batch_size=1, effective_batch=1, micro_batch_tokens=length)
-        one: dict[str, Any] = {"model": name, "mode": mode, "length": length}
-        made = optimizer = None
-        try:
-            planned = plan.make(config, description, device).estimate.allocated
-            made = shapes.build(description, config, bench.device)
-            optimizer = bench.optimizer(made)
-            bench.step(made, optimizer, window([length]), length, replay=False)
-            bench.clear()
-            bench.step(made, optimizer, window([length]), length, replay=False)
-            peaks = bench.peaks()
-            one |= {"planned_gib": round(planned, 3), **peaks}
-            if measured := peaks["allocated_gib"]:
-                one["error"] = round(planned / measured - 1, 4)
-        except Exception as error:
-            one["failed"] = f"{type(error).__name__}: {error}"[:200]
-        found.append(one)
-        del made, optimizer
-        bench.clear()
-    errors = sorted(abs(one["error"]) for one in found if "error" in one)
-    median = statistics.median(errors) if errors else None
-    return {"configs": len(found), "median_error": median, "worst_error": errors[-1] if errors else None, "of": found}
-
-
-def _others(tiny: bool) -> dict[str, dict[str, Any]]:
-    """Other families at real widths; few layers, which are alike."""
-    if tiny:
-        return {}
-    grouped = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 8, "num_attention_heads": 16}
-    keys = {**grouped, "num_key_value_heads": 4}
-    return {
-        "llama": {"model_type": "llama", "vocab_size": 128256, **keys},
-        "mistral": {"model_type": "mistral", "vocab_size": 32768, "sliding_window": None, **keys},
-        "qwen3": {"model_type": "qwen3", "vocab_size": 151936, "head_dim": 128, **keys},
-        "phi3": {"model_type": "phi3", "vocab_size": 32064, "pad_token_id": 0, **keys},
-        "olmo2": {"model_type": "olmo2", "vocab_size": 100352, **keys},
-        "gemma2": {"model_type": "gemma2", "vocab_size": 256000, "head_dim": 128, **keys},
-    }
 
 
 SECTIONS: dict[str, Callable[[Bench], dict[str, Any]]] = {
