@@ -25,6 +25,7 @@ from benchmarks.material import ROOT, Row
 from sft import runs
 from sft.config import auto
 from sft.config.schema import Config
+from sft.model import hardware
 from sft.step import attention
 from sft.training import model as training_model
 from sft.training import plan
@@ -133,7 +134,9 @@ def config(settings: Settings) -> Config:
         "save_strategy": "no",
     }
     raw = {"model": {"name": "-", "max_seq_len": settings.longest}, "train": train, "logging": {"log_interval": 1000}}
-    return auto.resolve(Config.model_validate(raw), auto.Facts(device=settings.device)).config
+    there = hardware.probe() if settings.device == "cuda" else None
+    facts = auto.Facts(settings.device, there and there.capability, bf16_supported=there is None or there.bf16)
+    return auto.resolve(Config.model_validate(raw), facts).config
 
 
 def ours(model: Any, rows: list[Row], settings: Settings) -> Trainer:

@@ -88,3 +88,21 @@ def test_a_token_in_dot_env_reaches_every_library(monkeypatch, tmp_path):
 def test_offline_means_that_nobody_is_asked():
     assert hub.offline()
     assert not hub.reachable(0.1)
+
+
+def test_gpu_memory_grows_in_place_unless_the_user_or_wsl_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kernel = {"native": "6.8.0-generic", "wsl": "5.15.167.4-microsoft-standard-WSL2"}
+    for release, theirs, expected in [
+        ("native", None, "expandable_segments:True"),
+        ("wsl", None, None),
+        ("native", "max_split_size_mb:64", "max_split_size_mb:64"),
+    ]:
+        monkeypatch.setattr(hardware.platform, "release", lambda name=release: kernel[name])
+        monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+        monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+        if theirs is not None:
+            monkeypatch.setenv("PYTORCH_ALLOC_CONF", theirs)
+        hardware.probe()
+        assert os.environ.get("PYTORCH_ALLOC_CONF") == expected

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -34,6 +35,7 @@ class Gpu:
 
 def probe() -> Hardware:
     """The device to use: the process's first visible CUDA GPU, else the CPU. bf16: compute capability >= 8, or CPU."""
+    _steady_allocator()
     import torch
 
     if not torch.cuda.is_available():
@@ -50,6 +52,14 @@ def probe() -> Hardware:
         bf16=capability >= (8, 0),
         count=torch.cuda.device_count(),
     )
+
+
+def _steady_allocator() -> None:
+    """Lets torch's segments of GPU memory grow in place, before the first is made: rows of mixed lengths tear memory
+    less. What the user has set stands; not on WSL, whose driver refuses it (pytorch/pytorch#192330).
+    """
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ and "microsoft" not in platform.release().lower():
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 def local_rank() -> int:
@@ -115,8 +125,6 @@ def gpu_stats() -> dict[str, float] | None:
 
 
 def _cpu() -> Hardware:
-    import platform
-
     total, available = memory()
     return Hardware("cpu", platform.processor() or platform.machine(), None, total, available, bf16=True, count=1)
 
