@@ -56,8 +56,7 @@ def settle(job: Job, model: Any, recipe: Recipe, run: Run, checkpoint: Path | No
         session = checkpoints.read(checkpoint, checkpoints.SESSION)
         checkpointing = bool(session.get("checkpointing", rehearsal.is_checkpointing(model)))
         rehearsal.set_checkpointing(model, checkpointing)
-        if job.asked.kernels == "auto":
-            ways.ask(model, session.get("kernels", kernels.PLAIN), recipe, backend=job.backend.name)
+        _compute(job, model, session.get("kernels", kernels.PLAIN), recipe)
         return Settled(int(session["asked_budget"][0]), checkpointing, "as in the checkpoint")
     path = root / CACHE / f"{key(job)}.json"
     found = _kept(path)
@@ -70,12 +69,18 @@ def settle(job: Job, model: Any, recipe: Recipe, run: Run, checkpoint: Path | No
     else:
         log.info("rehearsed before on this GPU: %s", found.said)
     rehearsal.set_checkpointing(model, found.checkpointing)
-    ways.ask(model, found.kernels, recipe, backend=job.backend.name)
+    _compute(job, model, found.kernels, recipe)
     recipe.evaluating = found.evaluating
     how = kernels.way_of(model)
     tokens = -ranks.largest(-found.tokens)  # the least over ranks
     recomputed = "with" if found.checkpointing else "without"
     return Settled(tokens, found.checkpointing, f"rehearsed, {recomputed} gradient checkpointing, layers {how}")
+
+
+def _compute(job: Job, model: Any, way: kernels.Way, recipe: Recipe) -> None:
+    """Layers as they were found to be fastest, where the config leaves that open."""
+    if job.asked.kernels == "auto":
+        ways.ask(model, way, recipe, backend=job.backend.name, found=True)
 
 
 def scene(job: Job, model: Any, recipe: Recipe, run: Run, gauge: Gauge) -> Scene:

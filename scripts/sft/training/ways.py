@@ -30,19 +30,20 @@ ROWS = (list(range(3, 10)), list(range(14, 2, -1)))
 log = logging.getLogger("sft.training")
 
 
-def ask(model: Any, way: Way, recipe: Recipe, *, backend: str = "bnb") -> None:
-    """The way that the config asks for, or that an earlier run found. Where the compiler fails it is plain, and said.
+def ask(model: Any, way: Way, recipe: Recipe, *, backend: str = "bnb", found: bool = False) -> None:
+    """The way that the config asks for, or that was found before. Where it cannot serve, it is plain, and said.
 
-    Raises EnvironmentProblem where Liger is asked for and cannot serve.
+    Raises EnvironmentProblem where the config asks for Liger and it cannot serve.
     """
-    reason = "unsloth has kernels of its own" if backend == "unsloth" else take(model, way, recipe)
+    own = backend == "unsloth" and way != kernels.PLAIN
+    reason = "unsloth has kernels of its own" if own else take(model, way, recipe)
     if reason is None:
         return
-    if way == kernels.LIGER:
+    if way == kernels.LIGER and not found:
         raise EnvironmentProblem(
             f"Liger's kernels cannot be used: {reason}", where="train.kernels", mend="--set train.kernels=auto"
         )
-    log.warning("train.kernels is %s, but %s: layers are computed plainly", way, reason)
+    log.warning("layers were to be %s, but %s: they are computed plainly", way, reason)
 
 
 def take(model: Any, way: Way, recipe: Recipe) -> str | None:
