@@ -14,11 +14,14 @@ import numpy as np
 import pytest
 import torch
 
-from sft.config.schema import ModelSection
+from sft import runs
+from sft.config.schema import Config, ModelSection
 from sft.errors import ModelError
+from sft.generation.targets import Target
 from sft.model import hub
 from sft.model.tokenizer import load_tokenizer
 from sft.ship import gguf_file, gguf_layout, gguf_vocabulary
+from sft.ship.export import export
 from tests import tiny_models
 from tests.conftest import ROOT
 
@@ -98,6 +101,15 @@ def test_an_architecture_that_is_not_covered_is_refused_by_name(tiny_gpt2, tmp_p
     with pytest.raises(ModelError, match=r"is a GPT2LMHeadModel, .* covers Qwen2ForCausalLM, .*LlamaForCausalLM"):
         written(tiny_gpt2, tmp_path / "m.gguf", "f16")
     assert not (tmp_path / "m.gguf").exists()
+
+
+def test_what_gguf_does_not_cover_is_refused_before_anything_is_merged(tiny_gpt2, tmp_path):
+    config = Config(model=ModelSection(name=str(tiny_gpt2)))
+    runs.write_resolved(tmp_path / "a", config)  # no adapter in it: a merge would say so
+    target = Target(config, None, adapter=tmp_path / "a")
+    with pytest.raises(ModelError, match="export to GGUF does not cover"):
+        export(target, "gguf", "f16", tmp_path / "out", tmp_path, lambda *_: None)
+    assert not (tmp_path / "out").exists()
 
 
 def test_numbers_too_large_for_f16_are_refused(tmp_path):

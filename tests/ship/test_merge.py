@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sft.config.schema import LoraSection, ModelSection, TuningSection
-from sft.errors import ModelError, RunError
+from sft.errors import EnvironmentProblem, ModelError, RunError
 from sft.model import adapters, hub, loading
 from sft.ship import trial
 from sft.ship.merge import merge
@@ -169,6 +169,25 @@ def test_a_merge_that_changes_nothing_is_an_error(tiny_qwen2, tmp_path):
         "the merge changed nothing",
         tmp_path / "m",
     )
+
+
+def test_an_adapter_that_is_broken_or_of_another_kind_is_refused(tiny_qwen2, tmp_path):
+    folder, out = adapter(tiny_qwen2, tmp_path / "a"), tmp_path / "m"
+    weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+
+    def again():
+        return merge(folder, out, "fp32", tmp_path)
+
+    blocked = tmp_path / "file"
+    blocked.write_text("mine")
+    with pytest.raises(EnvironmentProblem, match="it is a file"):
+        merge(folder, blocked / "m", "fp32", tmp_path)
+    weights.write_bytes(weights.read_bytes()[:-100])
+    refused(again, ModelError, "cannot be read, or are cut short", out)
+    config.write_text(json.dumps({**json.loads(config.read_text()), "peft_type": "IA3"}))
+    refused(again, ModelError, "of the kind IA3", out)
+    config.write_text("[]")
+    refused(again, ModelError, "description is not JSON", out)
 
 
 def test_another_base_is_refused(tiny_qwen2, tmp_path):

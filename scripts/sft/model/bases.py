@@ -31,6 +31,8 @@ def base_of(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         base = json.loads((folder / BASE).read_text(encoding="utf-8")) if (folder / BASE).is_file() else {}
+        if not isinstance(config, dict) or not isinstance(base, dict):
+            raise ValueError("no object")
     except ValueError as error:
         raise ModelError(f"the adapter's description is not JSON: {error}", where=str(folder)) from None
     name = base.get("name") or config.get("base_model_name_or_path")

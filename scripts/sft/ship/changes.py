@@ -44,8 +44,12 @@ class Change:
 
 def read_changes(folder: Path, config: dict[str, Any]) -> dict[str, Change]:
     """The adapter's tensors by the name of the base tensor that they change. Raises ModelError for what is unknown."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    kind = str(config.get("peft_type", "LORA"))
+    if kind != "LORA":
+        raise ModelError(f"the adapter is of the kind {kind}; merging covers LoRA and its kin", where=str(folder))
     start = str(config.get("init_lora_weights", "")).lower()
     if start.startswith(_MOVED_BASES):
         raise ModelError(
@@ -54,7 +58,15 @@ def read_changes(folder: Path, config: dict[str, Any]) -> dict[str, Change]:
             mend="convert it to a plain LoRA with peft first (path_initial_model_for_weight_conversion)",
         )
     changes: dict[str, Change] = {}
-    for key, tensor in load_file(folder / "adapter_model.safetensors").items():
+    try:
+        held = load_file(folder / "adapter_model.safetensors")
+    except (SafetensorError, OSError) as error:
+        raise ModelError(
+            f"the adapter's weights cannot be read, or are cut short: {error}",
+            where=str(folder / "adapter_model.safetensors"),
+            mend="take another checkpoint: --adapters outputs/RUN/checkpoint-N",
+        ) from None
+    for key, tensor in held.items():
         name = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
         layer, _, part = name.rpartition(".lora_")
         if not layer:
@@ -75,10 +87,11 @@ def read_changes(folder: Path, config: dict[str, Any]) -> dict[str, Change]:
 
 
 def scale_of(layer: str, rank: int, config: dict[str, Any]) -> float:
-    """alpha / r, or alpha / sqrt(r) with rsLoRA; alpha by layer where `alpha_pattern` names it (first hit, as peft)."""
+    """alpha / r, or alpha / sqrt(r) with rsLoRA; alpha by layer where `alpha_pattern` names it (first hit, as peft; 8
+    where none is told)."""
     patterns: dict[str, float] = config.get("alpha_pattern") or {}
     hit = next((key for key in patterns if re.match(rf"(.*\.)?({key})$", layer)), None)
-    alpha = patterns[hit] if hit is not None else config["lora_alpha"]
+    alpha = patterns[hit] if hit is not None else config.get("lora_alpha", 8)
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sft import files as disk
+from sft import runs
 from sft.chat.encode import Encoder, encoder_for
 from sft.config.schema import Config, ModelSection
 from sft.errors import ModelError, RunError
@@ -79,15 +80,13 @@ def export(target: Target, form: str, kind: str, out: Path, root: Path, progress
     out = out.absolute()
     _refuse_target(out)
     disk.sweep(out.parent, out.name)
+    if target.adapter is None or _own_config(target.adapter):  # before a merge that may take long
+        whole = {"name": str(target.merged), "revision": None} if target.merged else {}
+        _refuse_uncovered(hub.find(target.config.model.model_copy(update=whole), root), form)
     with disk.atomic_folder(out) as staged:
         folder = _weights(target, form, _MERGED_AS[kind], staged, root, progress)
         files = hub.find(ModelSection(name=str(folder), type=target.config.model.type), root)
-        if files.kind == "seq2seq":
-            raise ModelError(
-                "export covers models that continue a conversation; this one is seq2seq",
-                where=files.name,
-                mend="make merge: its folder is what any library loads",
-            )
+        _refuse_uncovered(files, form)
         trainer = _encoder(target, files, root)
         forms = [routes.of_folder(folder, trust_remote_code=target.config.model.trust_remote_code)]
         tensors, error = 0, 0.0
@@ -111,12 +110,33 @@ def export(target: Target, form: str, kind: str, out: Path, root: Path, progress
 def _weights(target: Target, form: str, dtype: str, staged: Path, root: Path, progress: Progress) -> Path:
     """The folder with the model's whole weights: merged into `staged`, or where a full run left them."""
     if target.adapter is not None:
-        merge.merge(target.adapter, staged / "weights", dtype, root, progress)
+        own, name = _own_config(target.adapter), target.config.model.name
+        moved = name if own and name != own.model.name else None  # what --set says
+        merge.merge(target.adapter, staged / "weights", dtype, root, progress, base=moved)
         return staged / "weights"
     assert target.merged is not None
     if form == "hf":
         return merge.copy(target.merged, staged / "weights", dtype, target.config, root, progress)
     return target.merged
+
+
+def _own_config(adapter: Path) -> Config | None:
+    try:
+        return runs.run_of_adapter(adapter)
+    except RunError:
+        return None
+
+
+def _refuse_uncovered(files: ModelFiles, form: str) -> None:
+    if files.kind == "seq2seq":
+        raise ModelError(
+            "export covers models that continue a conversation; this one is seq2seq",
+            where=files.name,
+            mend="make merge: its folder is what any library loads",
+        )
+    if form != "hf":
+        gguf_layout.architecture(files.config, files.name)
+        gguf_vocabulary.refuse_other_kinds(load_tokenizer(files))
 
 
 def _encoder(target: Target, files: ModelFiles, root: Path) -> Encoder:
@@ -142,7 +162,6 @@ def _gguf(
     """Writes and checks the GGUF file (and the Modelfile), adds their routes; returns tensors and the largest error."""
     import gguf
 
-    gguf_layout.architecture(files.config, files.name)
     place.need(staged, int(files.parameters * gguf_file.BYTES[kind]), "the GGUF file")
     vocabulary = _vocabulary(files, trainer)
     name = f"{target.name}-{kind}.gguf"

@@ -111,14 +111,8 @@ def of_tokenizer(
 
     Raises ModelError for other kinds of tokenizer, and where no pre-tokeniser of llama.cpp gives the model's ids.
     """
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state = refuse_other_kinds(tokenizer)
     model = state["model"]
-    if model["type"] != "BPE" or model.get("byte_fallback") or "ByteLevel" not in json.dumps(state["pre_tokenizer"]):
-        raise ModelError(
-            "the tokenizer is no byte-level BPE, the only kind that export to GGUF covers",
-            where="tokenizer.json",
-            mend="FORMAT=hf, then llama.cpp's own convert_hf_to_gguf.py",
-        )
     tokens, types = [f"[PAD{at}]" for at in range(rows)], [UNUSED] * rows
     for token, at in model["vocab"].items():
         tokens[at], types[at] = token, NORMAL
@@ -141,6 +135,20 @@ def of_tokenizer(
         where="tokenizer.json",
         mend="FORMAT=hf, then llama.cpp's own convert_hf_to_gguf.py, which may know this tokenizer by name",
     )
+
+
+def refuse_other_kinds(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The tokenizer's tokenizer.json. Raises ModelError where it is no byte-level BPE."""
+    state: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = state["model"]
+    if model["type"] != "BPE" or model.get("byte_fallback") or "ByteLevel" not in json.dumps(state["pre_tokenizer"]):
+        raise ModelError(
+            "the tokenizer is no byte-level BPE, the only kind that export to GGUF covers (Llama 2 and Gemma"
+            " have others)",
+            where="tokenizer.json",
+            mend="FORMAT=hf, then llama.cpp's own convert_hf_to_gguf.py",
+        )
+    return state
 
 
 def first_difference(tokenizer: PreTrainedTokenizerBase, made: Vocabulary, texts: Iterable[str]) -> str | None:

@@ -77,7 +77,7 @@ def merge(
     record = bases.base_of(adapter)
     config = config_of(adapter, record)
     section = config.model.model_copy(update={"name": base, "revision": None}) if base else config.model
-    files = hub.find(section, root)
+    files = _base(section, adapter, root)
     _refuse_wrong(files, adapter, record)
     _refuse_target(out, adapter, files)
     disk.sweep(out.parent, out.name)
@@ -190,6 +190,16 @@ def _refuse_whole_model(adapter: Path) -> None:
                 where=str(whole),
                 mend=f"use it as it is: --merged {whole}",
             )
+
+
+def _base(section: ModelSection, adapter: Path, root: Path) -> ModelFiles:
+    """The adapter's base. Raises ModelError, with how to name its new place."""
+    try:
+        return hub.find(section, root)
+    except ModelError as error:
+        moved = f"{adapter.name} was trained on {section.name}; where that is now: --set model.name=PLACE"
+        error.mend = f"{error.mend}\n         {moved}" if error.mend else moved
+        raise
 
 
 def _refuse_wrong(files: ModelFiles, adapter: Path, record: dict[str, Any]) -> None:

@@ -1,7 +1,8 @@
-"""Where a model is written to: is there room?"""
+"""Where a model is written to: may it be written, is there room?"""
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -9,10 +10,13 @@ from sft.errors import EnvironmentProblem
 
 
 def need(out: Path, size: int, what: str) -> None:
-    """Raises EnvironmentProblem unless the disk of `out` has `size` bytes free, and some to spare."""
+    """Raises EnvironmentProblem unless `out` can be made, on a disk with `size` bytes free and some to spare."""
     place = out.parent
     while not place.exists():
         place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        why = "you may not write there" if place.is_dir() else "it is a file"
+        raise EnvironmentProblem(f"{out} cannot be made in {place}: {why}", where="--out", mend="name another: --out")
     wanted, free = size + (64 << 20), shutil.disk_usage(place).free
     if wanted > free:
         raise EnvironmentProblem(
