@@ -31,6 +31,12 @@ def test_what_was_measured_comes_back_by_gpu_and_family(tmp_path: Path) -> None:
     assert calibration.lookup(tmp_path, "RTX 3060", "qwen2") is None
 
 
+def test_a_demo_on_a_gpu_says_nothing_of_the_memory_of_real_models(tmp_path: Path) -> None:
+    calibration.record(tmp_path, entry("RTX", "qwen2", allocated_gib=0.11, planned_gib=0.05, reserved_gib=0.12))
+    found = calibration.lookup(tmp_path, "RTX", "qwen2")
+    assert found is not None and found.drift is None and found.slack is None
+
+
 def test_a_spoilt_line_is_passed_over_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     calibration.record(tmp_path, entry("cpu", "qwen2", allocated_gib=1.0))
     with (tmp_path / calibration.FILE).open("a") as file:

@@ -20,6 +20,7 @@ from sft.memory.devices import plain
 
 FILE = ".cache/planner/calibration.jsonl"
 KEPT = 500  # records; older ones are dropped
+LEAST = 0.5  # GiB: in smaller runs cuBLAS's workspaces, 17 MiB (64 on a Hopper), speak louder than the model's tensors
 log = logging.getLogger("sft.memory")
 
 
@@ -105,11 +106,12 @@ def lookup(root: Path, gpu: str, family: str, model: str = "") -> Residual | Non
     if not chosen:
         return None
     achieved, whose = _speed(here, family, model)
+    large = [each for each in chosen if (each.allocated_gib or 0.0) >= LEAST]
     return Residual(
         records=len(chosen),
         family=bool(same),
-        drift=_middle([a / p for e in chosen if (a := e.allocated_gib) and (p := e.planned_gib)]),
-        slack=_middle([r / a - 1 for e in chosen if (r := e.reserved_gib) and (a := e.allocated_gib)]),
+        drift=_middle([a / p for e in large if (a := e.allocated_gib) and (p := e.planned_gib)]),
+        slack=_middle([r / a - 1 for e in large if (r := e.reserved_gib) and (a := e.allocated_gib)]),
         context_gib=_middle([e.context_gib for e in chosen if e.context_gib is not None]),
         flops=achieved,
         flops_of=whose,
