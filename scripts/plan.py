@@ -1,8 +1,6 @@
 """Will it fit: the memory that a run needs, traced before anything but the model's config.json is here.
 
-    python scripts/plan.py --gpu 8GiB
     python scripts/plan.py --gpu "RTX 4060" --set model.max_seq_len=2048 --json
-    python scripts/plan.py --gpu 24GiB --models
 
 Reads the run's config and the model's config.json; writes nothing but the picture asked for, and keeps its traces in
 .cache/planner. Exit 0 whether it fits or not: the answer is `fits`.
@@ -11,6 +9,7 @@ Reads the run's config and the model's config.json; writes nothing but the pictu
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -87,4 +86,5 @@ def show_models(found: dict[str, Any], device: Any, settings: str) -> dict[str, 
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # nothing is compiled here: spares a second of imports
     console.run(build_parser(), main)

@@ -35,7 +35,7 @@ MAY_IMPORT = {  # room -> rooms it may import, besides itself and ANYONE; transi
     "report": {"metrics", "runs", "config", "data", "chat", "model", "generation"},
     "demo": set(),
     "guide": set(),
-    "preflight": {"config", "data", "chat", "model", "report", "runs"},
+    "preflight": {"config", "data", "chat", "model", "memory", "report", "runs"},
 }  # fmt: skip
 LIGHT = {"config", "data", "metrics", "errors", "files", "console", "runs", "guide", "credentials"}
 HEAVY = {"torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes", "datasets"}

@@ -24,6 +24,10 @@ from sft.memory import devices
         ("Tesla T4", "T4", 16),
         ("a10", "A10", 24),
         ("RTX 5090", "RTX 5090", 32),
+        ("A6000", "RTX A6000", 48),
+        ("NVIDIA A100-SXM4-80GB", "A100", 80),
+        ("RTX_3060 12 GB", "RTX 3060", 12),
+        ("MX450 2GB", "a card of 2 GiB", 2),
     ],
 )
 def test_a_card_is_found(text: str, name: str, gib: float) -> None:
@@ -35,10 +39,24 @@ def test_cpu_is_this_machines_memory() -> None:
     assert (found.kind, found.gib > 0.5) == ("cpu", True)
 
 
-def test_an_unknown_card_is_an_error_with_the_nearest_name() -> None:
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("RTX 4061", 'did you mean --gpu "RTX 40'),
+        ("RTX 4050", 'did you mean --gpu "RTX 4050 Laptop"'),
+        ("24", 'did you mean --gpu "24GiB"'),
+        ("banana", "no card of this name is known: banana"),
+        ("1e3GiB", "no card of this name is known"),
+        ("-4GiB", "-4GiB is no card's memory"),
+        ("0 GB", "0 GB is no card's memory"),
+        ("RX 7900 XTX 24GB", "a card of NVIDIA or for the CPU"),
+        ("Apple M3 Max", "a card of NVIDIA or for the CPU"),
+    ],
+)
+def test_what_is_no_card_is_an_error_with_a_mend(text: str, told: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        devices.parse("RTX 4061")
-    assert "RTX 40" in str(caught.value)
+        devices.parse(text)
+    assert told in str(caught.value)
     assert "--gpu 8GiB" in str(caught.value)
 
 

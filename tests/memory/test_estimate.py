@@ -11,19 +11,8 @@ import pytest
 from sft.config.schema import Config
 from sft.errors import ModelError
 from sft.memory import estimate, shapes
+from tests.memory.table import CASES, TRACED
 
-# Peak allocated GiB of a fake-tensor trace (NF4 with double quantisation, 16-bit embedding and head, r 16 on all
-# linears, fp32 adapters and AdamW, checkpointing, all labelled, dropout 0): 512 and 2048 tokens with the tiled head,
-# then with full logits. The form's activation terms were fitted to these, its weights and optimizer were not.
-TRACED = {
-    "0.5B": (0.98, 1.06, 1.56, 4.68),
-    "1.5B": (1.75, 1.90, 2.33, 5.51),
-    "3B": (2.76, 3.01, 3.34, 6.61),
-    "7B": (6.16, 6.82, 6.74, 10.1),
-    "14B": (10.7, 11.8, 11.3, 15.1),
-    "32B": (20.4, 21.9, 20.7, 24.8),
-}
-CASES = ((512, "chunked"), (2048, "chunked"), (512, "full"), (2048, "full"))
 DEFAULTS = Config()
 TUNING = estimate.changed(DEFAULTS.tuning, lora=estimate.changed(DEFAULTS.tuning.lora, dropout=0.0))
 

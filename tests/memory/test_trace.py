@@ -15,10 +15,12 @@ from sft.memory import plan, shapes
 from sft.memory.devices import Device
 from sft.memory.estimate import changed
 from sft.memory.live import Live, Window
+from sft.memory.memo import Traces
 from sft.memory.passes import Passes, compute_dtype, micro_batch
 from sft.memory.trace import Tracer
 from tests.memory.families import FAMILIES, description
 from tests.memory.settings import resolved
+from tests.memory.table import CASES, TRACED
 
 GIB = 2.0**30
 LENGTHS = [192, 192, 192]
@@ -70,13 +72,15 @@ def saved(family: str, folder: Path) -> Path:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_traced_on_a_gpu_from_its_config_alone(family: str) -> None:
-    found = Tracer(resolved("qlora", "cuda"), description(family), device="cuda").step(LENGTHS, waiting=False)
+    traces = Traces(resolved("qlora", "cuda"), description(family), device="cuda", root=None)
+    found = traces.step(LENGTHS, waiting=False)
+    assert 0.99 * found.standing < traces.standing <= found.standing
     assert sum(found.parts.values()) == found.peak > found.standing
     assert found.parts["adapters"] * 2 <= found.parts["optimizer"] <= found.parts["adapters"] * 2.1
     assert ("weights in 4 bit" in found.parts) == (family != "falcon")  # transformers quantises no linear layer of it
 
 
-CASES = [
+TRAINED = [
     pytest.param(family, mode, True, id=f"{family}-{mode}", marks=[] if quick else [pytest.mark.slow])
     for family, mode, quick in (
         ("llama", "qlora", True),
@@ -99,7 +103,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("family", "mode", "_"), CASES)
+@pytest.mark.parametrize(("family", "mode", "_"), TRAINED)
 def test_it_is_within_three_percent_of_what_training_really_holds(
     family: str, mode: str, _: bool, checkpointing: bool, tmp_path: Path
 ) -> None:
@@ -111,28 +115,15 @@ def test_it_is_within_three_percent_of_what_training_really_holds(
     assert traced.peak == pytest.approx(real.total, rel=0.03), (real.parts, traced.parts)
 
 
-# Peaks in GiB of a trace by others: at 512 and 2048 tokens, chunked logits, then full (NF4, r 16 everywhere, AdamW).
-TABLE = {
-    "0.5B": (0.98, 1.06, 1.56, 4.68),
-    "1.5B": (1.75, 1.90, 2.33, 5.51),
-    "3B": (2.76, 3.01, 3.34, 6.61),
-    "7B": (6.16, 6.82, 6.74, 10.1),
-    "14B": (10.7, 11.8, 11.3, 15.1),
-    "32B": (20.4, 21.9, 20.7, 24.8),
-}
-
-
 @pytest.mark.parametrize(
-    "size", [pytest.param(size, marks=[] if size == "0.5B" else pytest.mark.slow) for size in TABLE]
+    "size", [pytest.param(size, marks=[] if size == "0.5B" else pytest.mark.slow) for size in TRACED]
 )
 def test_it_meets_the_table_of_traces(size: str) -> None:
     model = shapes.known_models()[f"Qwen/Qwen2.5-{size}-Instruct"]
-    for logits, wanted in (("chunked", TABLE[size][:2]), ("full", TABLE[size][2:])):
+    for (length, logits), expected in zip(CASES, TRACED[size], strict=True):
         config = resolved("qlora", "cuda", dropout=0.0, logits=logits, effective_batch=1)
-        tracer = Tracer(config, model, device="cuda")
-        for length, expected in zip((512, 2048), wanted, strict=True):
-            peak = tracer.step([length], waiting=False).peak / GIB
-            assert peak == pytest.approx(expected, abs=max(0.25, 0.05 * expected))
+        peak = Traces(config, model, device="cuda", root=None).step([length], waiting=False).peak / GIB
+        assert peak == pytest.approx(expected, abs=max(0.25, 0.05 * expected))
 
 
 def test_offloaded_activations_leave_the_card_and_nothing_else_does() -> None:

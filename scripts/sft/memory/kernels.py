@@ -1,4 +1,4 @@
-"""Stand-ins for what a trace cannot run: attention kernels by what they allocate, and optimizers by their state."""
+"""Stand-ins for what a trace cannot run: attention kernels by what they allocate, and an optimizer that is followed."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sft.config.schema import TrainSection
 from sft.memory.live import Live
+from sft.memory.memo import moments
 from sft.step import attention as rows
 
 NAME = "sft_traced"
@@ -38,37 +39,22 @@ def rows_are(lengths: Sequence[int]) -> None:
 
 
 def optimizer(trained: list[nn.Parameter], train: TrainSection, live: Live, *, device: str) -> Any:
-    """Puts an optimizer's state in place; returns the optimizer where its step allocates something worth following.
+    """An optimizer with its state in place, where its step allocates something worth following; else None.
 
-    On a GPU AdamW is fused and works in place: its state alone counts. 8-bit optimizers keep a byte a moment, paged
-    ones keep their state in the machine's memory, SGD and Adafactor about none.
+    Where it is None (`memo.moments`) state is beside the trace: on a GPU AdamW is fused and works in place.
     """
+    if moments(train.optim, device) is not None:
+        return None
     live.default = "optimizer"
     try:
-        if device == "cpu" and train.optim in ("auto", "adamw_torch"):
-            made = torch.optim.AdamW(trained, lr=1e-4, weight_decay=train.weight_decay)
-            for weight in trained:
-                weight.grad = torch.zeros_like(weight)
-            made.step()
-            made.zero_grad()
-            return made
-        name = train.optim
-        moments = 0 if name.startswith("paged") or "sgd" in name or "adafactor" in name else 2
-        kind = torch.uint8 if "8bit" in name else torch.float32
-        kept = [torch.empty(weight.shape, dtype=kind) for weight in trained for _ in range(moments)]
-        return _Kept(kept)
+        made = torch.optim.AdamW(trained, lr=1e-4, weight_decay=train.weight_decay)
+        for weight in trained:
+            weight.grad = torch.zeros_like(weight)
+        made.step()
+        made.zero_grad()
+        return made
     finally:
         live.default = "activations"
-
-
-class _Kept:
-    """Optimizer state that stays alive; the step itself allocates nothing."""
-
-    def __init__(self, state: list[Tensor]) -> None:
-        self.state = state
-
-    def step(self) -> None:
-        return
 
 
 def _mask(batch_size: int, q_length: int, kv_length: int, *_: Any, **__: Any) -> Tensor | None:

@@ -89,14 +89,17 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.now[part] += known[2]
                 self._held[key] = (known[0], part, known[2])
             return
-        size = storage.nbytes()
-        size += -size % self.rounding
+        size = self.rounded(storage.nbytes())
         part = part or self.default
         self._held[key] = (weakref.ref(storage, lambda ref: self._gone(key, ref)), part, size)
         self.now[part] += size
         self.total += size
         if self.total > self.peak:
             self.peak, self.at_peak = self.total, dict(self.now)
+
+    def rounded(self, size: int) -> int:
+        """Bytes that an allocation of `size` bytes takes."""
+        return size + -size % self.rounding
 
     def see_all(self, tensors: Iterable[Tensor], part: str) -> None:
         """Counts each as `part`, whatever it was before."""

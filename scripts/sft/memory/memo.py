@@ -19,16 +19,31 @@ if TYPE_CHECKING:
 
 FOLDER = ".cache/planner/traces"
 OF_TRAIN = {
-    "gradient_checkpointing", "logits", "logits_tile", "optim", "max_grad_norm", "label_smoothing", "bf16", "fp16",
+    "gradient_checkpointing", "logits", "logits_tile", "max_grad_norm", "label_smoothing", "bf16", "fp16",
     "weight_decay", "activation_offload",
 }  # fmt: skip
+FACTS = ("kind", "apart", "parameters", "experts", "largest", "widest", "standing", "moments")
+NUMBERS = (1, 4)  # bytes of a number in an optimizer's state
 log = logging.getLogger("sft.memory")
+
+
+def moments(optim: str, device: str) -> tuple[int, int] | None:
+    """(how many, bytes of each) numbers an optimizer keeps of a trained weight on the device; None where it is traced.
+
+    8-bit optimizers keep a byte a moment, paged ones keep their state in the machine's memory, SGD and Adafactor about
+    none. On a CPU AdamW's step allocates, so it is followed itself.
+    """
+    if device == "cpu" and optim in ("auto", "adamw_torch"):
+        return None
+    none = optim.startswith("paged") or "sgd" in optim or "adafactor" in optim
+    return 0 if none else 2, 1 if "8bit" in optim else 4
 
 
 class Traces:
     """As a Tracer, but a trace that is kept is not made again, and the model is drawn when the first one is missing.
 
-    root: the project's, None to keep nothing. Raises ModelError as a Tracer does.
+    Traces with their optimizer's state, wherever it is. root: the project's, None to keep nothing. Raises ModelError as
+    a Tracer does.
     """
 
     def __init__(self, config: Config, description: Mapping[str, Any], *, device: str, root: Path | None) -> None:
@@ -36,7 +51,17 @@ class Traces:
         self.key = self._key()
         self.path = None if root is None else root / FOLDER / f"{self.key}.json"
         self.kept: dict[str, Any] = _read(self.path)
-        self._tracer: Tracer | None = None
+        self._made: list[Tracer] = []
+
+    def beside(self, other: Traces) -> Traces:
+        """This, on the drawn model and the traces of another with the same key."""
+        self.kept, self._made = other.kept, other._made
+        return self
+
+    @property
+    def standing(self) -> int:
+        """Bytes on the device before any pass: no phase takes less."""
+        return int(self._fact("standing")) + self._state()
 
     @property
     def kind(self) -> Any:
@@ -63,6 +88,11 @@ class Traces:
         """Numbers of the base's largest tensor."""
         return int(self._fact("largest"))
 
+    @property
+    def widest_layer(self) -> int:
+        """Numbers of its largest linear layer but the head."""
+        return int(self._fact("widest"))
+
     def step(self, lengths: Sequence[int], *, waiting: bool) -> Traced:
         """See `Tracer.step`."""
         return self._trace(f"step {list(lengths)} {waiting}", lambda t: t.step(lengths, waiting=waiting))
@@ -80,21 +110,28 @@ class Traces:
 
         if name not in self.kept:
             self._keep(name, vars(make(self._drawn())))
-        return Traced(**self.kept[name])
+        found, state = Traced(**self.kept[name]), self._state()
+        parts = {part: size + state if part == "optimizer" else size for part, size in found.parts.items()}
+        return Traced({part: size for part, size in parts.items() if size}, found.peak + state, found.standing + state)
+
+    def _state(self) -> int:
+        """Bytes of optimizer state that a trace is without."""
+        kept = moments(self.config.train.optim, self.device)
+        return 0 if kept is None else kept[0] * int(self._fact("moments")[str(kept[1])])
 
     def _fact(self, name: str) -> Any:
         if name not in self.kept:
             tracer = self._drawn()
-            for fact in ("kind", "apart", "parameters", "experts", "largest"):
+            for fact in FACTS:
                 self._keep(fact, getattr(tracer, fact))
         return self.kept[name]
 
     def _drawn(self) -> Tracer:
         from sft.memory.trace import Tracer
 
-        if self._tracer is None:
-            self._tracer = Tracer(self.config, self.description, device=self.device)
-        return self._tracer
+        if not self._made:
+            self._made.append(Tracer(self.config, self.description, device=self.device))
+        return self._made[0]
 
     def _keep(self, name: str, value: Any) -> None:
         self.kept[name] = value
@@ -106,7 +143,8 @@ class Traces:
 
     def _key(self) -> str:
         train = self.config.train.model_dump(include=OF_TRAIN)
-        known = [dict(self.description), self.config.tuning.model_dump(), train, self.device, _code()]
+        followed = moments(self.config.train.optim, self.device) is None
+        known = [dict(self.description), self.config.tuning.model_dump(), train, followed, self.device, _code()]
         return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
 

@@ -27,7 +27,7 @@ BACKWARD, STEP, ANSWER = "backward", "optimizer", "answer"  # windows that are n
 
 
 class Passes:
-    """A model's passes. Puts optimizer state in place at once: every phase of a run stands beside it."""
+    """A model's passes. An optimizer that is followed has its state at once: every phase of a run stands beside it."""
 
     def __init__(self, model: nn.Module, config: Config, live: Live, *, device: str) -> None:
         self.model, self.config, self.live = model, config, live
@@ -71,7 +71,8 @@ class Passes:
         live.mark(STEP)
         if train.max_grad_norm:
             torch.nn.utils.clip_grad_norm_(self.trained, train.max_grad_norm)
-        self.optimizer.step()
+        if self.optimizer is not None:
+            self.optimizer.step()
         for weight in self.trained:
             weight.grad = None
         return live.stop()

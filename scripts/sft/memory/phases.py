@@ -7,13 +7,17 @@ from typing import Any
 
 from sft.config.schema import Config
 from sft.memory.devices import Device
-from sft.memory.estimate import GIB
+from sft.memory.estimate import GIB, LIBRARIES
 from sft.memory.memo import Traces
 from sft.memory.slack import Slack
 from sft.memory.trace import Traced
 
 STANDING = ("weights in 4 bit", "embedding and head", "weights", "adapters", "optimizer")
-LIBRARIES = 1.0  # GiB of RAM that Python with torch takes
+BLOCK = 1 << 24  # numbers that a merge works on at a time (`ship.changes`)
+WORK, PLAIN_WORK = (
+    20,
+    8,
+)  # bytes a number that it needs for them, measured: of a layer that it changes, of another tensor
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ def every(config: Config, traces: Traces, slack: Slack, device: Device, trained:
         found["evaluation"] = _traced(traces.evaluation(rows), slack, f"{sum(rows)} tokens at a time")
         if config.eval.train_sample:
             found["generation"] = _generation(config, traces, slack, device)
-    found["saving"] = _saving(config, slack, trained)
+    found["saving"] = _saving(config, slack, trained, device)
     if config.tuning.mode != "full":
         found["merging"] = _merging(traces)
     return found
@@ -81,6 +85,8 @@ def _generation(config: Config, traces: Traces, slack: Slack, device: Device) ->
         return _traced(traces.generation(rows, prompt, answer), slack, note)
 
     rows = min(config.eval.batch_size, config.eval.train_sample)
+    if slack.peak(traces.standing / GIB) > device.gib:
+        return at(1)
     high = at(rows)
     if high.peak <= device.gib or rows == 1:
         return high
@@ -91,9 +97,9 @@ def _generation(config: Config, traces: Traces, slack: Slack, device: Device) ->
     return low if rows == 1 else at(rows)
 
 
-def _saving(config: Config, slack: Slack, trained: Phase) -> Phase:
-    """A checkpoint: what is trained, written from a copy in RAM, and the optimizer's state; kept ones, the best, a new
-    one in the making, and what the run leaves at its end.
+def _saving(config: Config, slack: Slack, trained: Phase, device: Device) -> Phase:
+    """A checkpoint: what is trained and the optimizer's state; kept ones, the best, a new one in the making, and what
+    the run leaves at its end. From a GPU the weights are written from a copy in RAM; on a CPU from where they are.
     """
     parts = {name: trained.parts[name] for name in STANDING if name in trained.parts}
     weights = parts.get("adapters", 0.0) if config.tuning.mode != "full" else parts.get("weights", 0.0)
@@ -101,12 +107,14 @@ def _saving(config: Config, slack: Slack, trained: Phase) -> Phase:
     kept = config.train.save_total_limit + (2 if config.train.load_best_model_at_end else 1)
     allocated = sum(parts.values())
     note = f"{kept} checkpoints of {one:.2f} GiB and the result"
-    return Phase(allocated, slack.peak(allocated), parts, LIBRARIES + one, kept * one + weights, note)
+    ram = LIBRARIES["cuda"] + weights if device.kind == "cuda" else None
+    return Phase(allocated, slack.peak(allocated), parts, ram, kept * one + weights, note)
 
 
 def _merging(traces: Traces) -> Phase:
-    """Tensor by tensor from the base's files on the disk: RAM of the largest few in fp32, disk of a 16-bit model."""
-    ram = LIBRARIES + 3 * 4 * traces.largest_weight / GIB
+    """Tensor by tensor from the base's 16-bit files: RAM of one's pages, and of a block that is worked on."""
+    worked = ((traces.largest_weight, PLAIN_WORK), (traces.widest_layer, WORK))
+    ram = LIBRARIES["cpu"] + max(2 * size + work * min(size, BLOCK) for size, work in worked) / GIB
     return Phase(0.0, 0.0, {}, ram, 2 * traces.parameters / GIB, "on the CPU, from file to file; 16-bit")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from sft.config.auto import Facts, resolve
 from sft.config.schema import Config
+from sft.errors import ModelError
 from sft.memory import devices, estimate, phases, remedies, slack
 from sft.memory.devices import Device
 from sft.memory.estimate import Estimate
@@ -88,6 +89,7 @@ def make(
     whose records of earlier runs and kept traces are used. mend: look for remedies where it does not fit. Raises
     ConfigError where batch settings contradict each other, ModelError for a family that cannot be traced.
     """
+    _refuse_unusable(config, description)
     around = _Surroundings(description, device, root, config.model.name)
     settled, traces, trained = _settle(config, around)
     found = phases.every(settled, traces, around.slack, device, trained)
@@ -114,18 +116,37 @@ def make(
     )
 
 
+def _refuse_unusable(config: Config, description: Mapping[str, Any]) -> None:
+    """Raises ModelError for a config.json without a family, and for weights stored in a way that training refuses."""
+    if not isinstance(description.get("model_type"), str):
+        raise ModelError(
+            f"the config.json of {config.model.name} has no model_type, so its family is not known",
+            where="config.json",
+            mend="name a model as transformers saves it",
+        )
+    stored = description.get("quantization_config")
+    method = stored.get("quant_method", "an unknown way") if isinstance(stored, Mapping) else None
+    if method and not (method == "bitsandbytes" and config.tuning.mode == "qlora"):
+        raise ModelError(
+            f"the weights of {config.model.name} are stored quantised ({method})",
+            where="model.name",
+            mend="name the full-precision model: qlora makes its own 4-bit weights from it, and merging needs it",
+        )
+
+
 class _Surroundings:
     """What stays the same for every variant of a run: model, device, slack, and traces made so far."""
 
     def __init__(self, description: Mapping[str, Any], device: Device, root: Path | None, model: str) -> None:
         self.description, self.device, self.root = description, device, root
         self.slack = slack.of(device, str(description.get("model_type", "")), root, model=model)
+        self.tight = False  # not even one row fits, as far as is known
         self._open: dict[str, Traces] = {}
 
     def traces(self, settled: Config) -> Traces:
         """Of this config; one drawn model serves all that share one."""
         new = Traces(settled, self.description, device=self.device.kind, root=self.root)
-        return self._open.setdefault(new.key, new)
+        return new.beside(self._open.setdefault(new.key, new))
 
     def resolve(self, config: Config, *, parameters: int | None = None, rows: int | None = None) -> Config:
         """`auto` as training will settle it; rows: at max_seq_len in a micro-batch, in the place of measuring."""
@@ -186,11 +207,15 @@ def _most_rows(config: Config, traces: Traces, around: _Surroundings) -> tuple[i
     effective, room = int(around.resolve(config).train.effective_batch), around.device.gib
     a_row = config.model.max_seq_len * (2 if traces.kind == "seq2seq" else 1)
     most = max(1, min(MOST_TOKENS // a_row, effective))
+    around.tight = around.tight or around.slack.peak(traces.standing / estimate.GIB) > room
+    if around.tight and (low := at(1)).peak > room:
+        return 1, low
     high = at(most)
     if most == 1 or high.peak <= room:
         return most, high
     low = at(1)
-    if low.peak > room:
+    around.tight = low.peak > room
+    if around.tight:
         return 1, low
     rows = 1 + int((most - 1) * (room - low.peak) / (high.peak - low.peak))
     return (1, low) if rows == 1 else (rows, at(rows))

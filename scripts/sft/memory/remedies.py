@@ -55,21 +55,22 @@ def find(
     for change in _changes(asked, resolved, gpu=gpu):
         new = measure(_with(asked, change.settings))
         if peak - new > WORTH:
-            setting = " ".join(f"{key}={_said(value)}" for key, value in change.settings.items())
-            singles.append(Remedy(setting, round(peak - new, 3), change.costs, change.slower, new <= limit))
+            singles.append(
+                Remedy(
+                    " ".join(_said(change.settings)), round(peak - new, 3), change.costs, change.slower, new <= limit
+                )
+            )
             kept.append(change.settings)
     merged: dict[str, Any] = {}
     reached, saved = peak, 0.0
-    used: list[str] = []
     for settings, single in zip(kept, singles, strict=True):
         merged |= settings
-        used.append(single.setting)
         saved += single.saves_gib
-        if peak - saved <= limit or len(used) == len(singles):  # before, it is not worth tracing
+        if peak - saved <= limit or single is singles[-1]:  # before, it is not worth tracing
             reached = whole(_with(asked, merged))
             if reached <= limit:
                 break
-    return singles, Together(used, round(reached, 3), reached <= limit)
+    return singles, Together(_said(merged), round(reached, 3), reached <= limit)
 
 
 def _changes(asked: Config, resolved: Config, *, gpu: bool) -> Iterator[_Change]:
@@ -123,5 +124,6 @@ def _set(section: Any, path: list[str], value: Any) -> Any:
     return changed(section, **{path[0]: inner})
 
 
-def _said(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+def _said(settings: dict[str, Any]) -> list[str]:
+    """As `--set` takes them."""
+    return [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in settings.items()]

@@ -129,11 +129,15 @@ def _stacked(model: Any) -> int:
     return sum(weight.numel() for weight in model.parameters() if weight.ndim == 3)
 
 
+def experts(config: Any) -> int:
+    """How many experts a layer has, by the config of the text model; 0 where it has none."""
+    keys = ("num_experts", "num_local_experts", "n_routed_experts")
+    return next((int(count) for key in keys if (count := getattr(config, key, 0))), 0)
+
+
 def _share_of_experts(config: Any) -> float:
     """The experts that a token goes through, of all."""
-    every = next(
-        (n for key in ("num_experts", "num_local_experts", "n_routed_experts") if (n := getattr(config, key, 0))), 0
-    )
+    every = experts(config)
     return float(getattr(config, "num_experts_per_tok", every) or every) / every if every else 1.0
 
 

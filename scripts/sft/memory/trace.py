@@ -17,10 +17,12 @@ import torch
 
 from sft.config.schema import Config
 from sft.errors import ModelError
-from sft.memory import folding, kernels
+from sft.memory import folding, kernels, shapes
 from sft.memory.live import Live, Window
+from sft.memory.memo import NUMBERS
 from sft.memory.passes import Passes, compute_dtype, micro_batch
 from sft.model import outline
+from sft.model.layers import head, is_linear
 from sft.step import unwrap
 from sft.step.window import MicroBatch
 
@@ -30,7 +32,10 @@ log = logging.getLogger("sft.memory")
 
 @dataclass(frozen=True)
 class Traced:
-    """Bytes. parts: what was alive at the highest moment, by kind; peak: their sum. standing: before it began."""
+    """Bytes. parts: what was alive at the highest moment, by kind; peak: their sum. standing: before it began.
+
+    A Tracer's is without the optimizer's state where that merely stands there; `memo.Traces` adds it.
+    """
 
     parts: dict[str, int]
     peak: int
@@ -40,19 +45,26 @@ class Traced:
 class Tracer:
     """Traces one model at one config, which must be resolved for `device` (but for its batch sizes).
 
-    description: the model's config.json. fold: False draws every layer. parameters: of the base; largest: of its
-    largest tensor; experts: in tensors of three dimensions, which 4-bit leaves as they are. Raises ModelError for a
-    family that transformers has not, or that cannot be followed without values.
+    description: the model's config.json. fold: False draws every layer. Of the base, in numbers: parameters; largest
+    tensor; widest linear layer but the head; experts: in tensors of three dimensions, which 4-bit leaves as they are.
+    standing: bytes before any pass; moments: those of a number for every trained weight, by the bytes of one. Raises
+    ModelError for a family that transformers has not, or that cannot be followed without values.
     """
 
     def __init__(self, config: Config, description: Mapping[str, Any], *, device: str, fold: bool = True) -> None:
         self.config, self.description, self.device = config, description, device
-        self.parameters = self.out = self.largest = self.experts = 0
+        self.parameters = self.out = self.largest = self.widest = self.experts = 0
         self.kind: Any = "seq2seq" if description.get("is_encoder_decoder") else "causal"
         self.drawn = [_Drawn(self, False if fold else None)]
         if self.out:
             self.drawn.append(_Drawn(self, True))
         self.kind, self.apart = self.drawn[0].kind, self.drawn[0].apart
+        self.standing = self._unfolded([drawn.passes.live.total for drawn in self.drawn])
+        self.moments = {str(size): self._unfolded([drawn.moment(size) for drawn in self.drawn]) for size in NUMBERS}
+
+    def _unfolded(self, bytes_: Sequence[int]) -> int:
+        """Of the full depth, by those of what is drawn."""
+        return bytes_[0] + self.out * (bytes_[-1] - bytes_[0])
 
     def step(self, lengths: Sequence[int], *, waiting: bool) -> Traced:
         """The peak of a step whose largest micro-batch has rows of these lengths, all labelled.
@@ -84,7 +96,7 @@ class Tracer:
             self.drawn, self.out = [_Drawn(self, None)], 0
             windows = self.drawn[0].follow(real, act)
         top = max(windows, key=lambda window: window.total)
-        return Traced({name: size for name, size in top.parts.items() if size}, top.total, windows[0].standing)
+        return Traced(top.parts, top.total, windows[0].standing)
 
 
 class _Drawn:
@@ -95,13 +107,17 @@ class _Drawn:
 
         config, device = owner.config, owner.device
         dtype = compute_dtype(config)
-        attention, self.apart = kernels.choose(device, owner.description)
+        with outline.reading(config.model.name):
+            attention, self.apart = kernels.choose(device, owner.description)
 
         def shorten(model: Any) -> None:
             sizes = [(weight.numel(), weight.ndim) for weight in model.parameters()]
             owner.parameters = sum(size for size, _ in sizes)
             owner.largest = max(size for size, _ in sizes)
-            owner.experts = sum(size for size, dimensions in sizes if dimensions == 3)
+            top = head(model)
+            owner.widest = max((m.weight.numel() for m in model.modules() if is_linear(m) and m is not top), default=0)
+            if shapes.experts(model.config.get_text_config()):
+                owner.experts = sum(size for size, dimensions in sizes if dimensions == 3)
             if deeper is not None:
                 out = folding.shorten(model, deeper=deeper)
                 owner.out = owner.out or out
@@ -125,6 +141,11 @@ class _Drawn:
         with self._faking(live):
             outline.fill(self.model, dtype)
             self.passes = Passes(self.model, config, live, device=device)
+
+    def moment(self, size: int) -> int:
+        """Bytes of a number of `size` bytes for every trained weight, allocated weight by weight."""
+        live = self.passes.live
+        return sum(live.rounded(weight.numel() * size) for weight in self.passes.trained)
 
     def follow(self, real: MicroBatch, act: Callable[[Passes, MicroBatch], list[Window]]) -> list[Window]:
         """The windows of `act` on a micro-batch of the shapes of `real`."""

@@ -4,7 +4,9 @@ adapters included. Nothing is downloaded and nothing computed; `memory/` traces 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+import re
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -81,7 +83,7 @@ def constants(weight: Any) -> list[Tensor]:
 def _skeleton(config: Mapping[str, Any], name: str, dtype: torch.dtype, attention: str) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    try:
+    with reading(name):
         made = _config(config)
         maker = AutoModelForSeq2SeqLM if getattr(made, "is_encoder_decoder", False) else AutoModelForCausalLM
         try:
@@ -90,11 +92,19 @@ def _skeleton(config: Mapping[str, Any], name: str, dtype: torch.dtype, attentio
             if "attention" not in str(error):
                 raise
             return maker.from_config(_config(config), dtype=dtype, attn_implementation="eager")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+
+
+@contextlib.contextmanager
+def reading(name: str) -> Iterator[None]:
+    """Whatever transformers says of a config.json that it cannot use, as a ModelError."""
+    try:
+        yield
+    except Exception as error:
+        said = re.split(r" (?:Should contain|Model type should be) one of", " ".join(str(error).split()))[0]
         raise ModelError(
-            f"cannot build {name} from its config.json: {' '.join(str(error).split())[:200]}",
+            f"cannot build {name} from its config.json: {said[:200]}",
             where="config.json",
-            mend="plan reads models that transformers itself knows",
+            mend="plan reads models that transformers itself knows, with no code of their own",
         ) from None
 
 
