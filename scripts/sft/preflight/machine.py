@@ -117,7 +117,8 @@ def disk(case: Case) -> Iterator[Finding]:
 
 
 def memory(case: Case) -> Iterator[Finding]:
-    """The system's memory against a rough need: weights on the CPU, and two GiB of libraries."""
+    """The system's memory against a rough need: libraries, and on a CPU weights."""
+    from sft.memory import estimate
     from sft.model import hardware
 
     total, free = hardware.memory()
@@ -125,11 +126,12 @@ def memory(case: Case) -> Iterator[Finding]:
     level: Level = "ok"
     mend = None
     if case.files is not None and case.config is not None:
-        full = case.config.tuning.mode == "full"
-        each = (16 if full else 4) if case.gpu_bytes is None else 0
-        need = case.files.parameters * each + 2 * GIB
-        said += f", a run needs about {need / GIB:.1f}"
-        if need > free:
+        device = "cpu" if case.gpu_bytes is None else "cuda"
+        need = estimate.ram(case.files.parameters, case.config.tuning.mode, device)
+        said += (
+            f", a run needs {need:.1f} for libraries{' and weights' if device == 'cpu' else ''} (all of it: make plan)"
+        )
+        if need * GIB > free:
             level, mend = "warning", "close what else runs, or choose a smaller model (make plan)"
     yield Finding(level, "memory", said, mend)
 
