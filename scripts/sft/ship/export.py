@@ -79,6 +79,7 @@ def export(target: Target, form: str, kind: str, out: Path, root: Path, progress
         raise ModelError("safetensors are not written as q8_0", where="--type", mend="TYPE=f16, bf16 or f32")
     out = out.absolute()
     _refuse_target(out)
+    place.need(out, 0, "an export")
     disk.sweep(out.parent, out.name)
     if target.adapter is None or _own_config(target.adapter):  # before a merge that may take long
         whole = {"name": str(target.merged), "revision": None} if target.merged else {}
