@@ -92,40 +92,34 @@ def search(
     measure: runs `rows` rows of `length` tokens and may run out of memory. time_left: asked before each further try.
     Raises DoesNotFitError if one row runs out of memory.
     """
-    room, tried = total_bytes * (1 - MARGIN), list[Measured]()
-
-    def attempt(rows: int) -> Measured | None:
-        try:
-            seen = measure(rows)
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
-                raise
-            seen = None
-        if seen is None:
-            release()
-            log.info("%d rows of %d tokens: out of memory", rows, length)
-            return None
-        tried.append(seen)
-        return seen if seen.peak_bytes <= room else None
-
-    best = attempt(1)
+    room, cap = total_bytes * (1 - MARGIN), max(1, min(most_rows, most_tokens // length))
+    best = _attempt(measure, 1, length)  # it is taken even where it fits without the margin
     if best is None:
-        if not tried:
-            raise DoesNotFitError(
-                f"one row of {length} tokens does not fit in {total_bytes / 2**30:.1f} GiB",
-                mend="lower model.max_seq_len or take a smaller model; `make plan` says what each saves",
-            )
-        best = tried[0]  # it fits, though without the margin
-    cap = max(1, min(most_rows, most_tokens // length))
-    stride = 1
+        raise DoesNotFitError(
+            f"one row of {length} tokens does not fit in {total_bytes / 2**30:.1f} GiB",
+            mend="lower model.max_seq_len or take a smaller model; `make plan` says what each saves",
+        )
+    tried, stride = [best], 1
     while best.rows + stride <= cap and time_left():
-        seen = attempt(best.rows + stride)
-        if seen is None:
+        seen = _attempt(measure, best.rows + stride, length)
+        tried += [seen] if seen is not None else []
+        if seen is None or seen.peak_bytes > room:
             cap = best.rows + stride - 1
             stride = max(1, stride // 2)
             continue
-        faster = seen.speed >= ENOUGH * best.speed
-        if not faster:
+        if seen.speed < ENOUGH * best.speed:
             break
         best, stride = seen, min(seen.rows, max(1, cap - seen.rows))
     return Found(best.rows, best.rows * length, tuple(tried), best)
+
+
+def _attempt(measure: Callable[[int], Measured], rows: int, length: int) -> Measured | None:
+    """What was measured; None where memory ran out."""
+    try:
+        return measure(rows)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+    release()  # the error, and what its frames held, are gone
+    log.info("%d rows of %d tokens: out of memory", rows, length)
+    return None
