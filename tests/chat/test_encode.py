@@ -77,17 +77,6 @@ def test_an_end_that_is_no_token_is_a_stop_text(tiny_gpt2: Path) -> None:
     assert "<|stop|>" in made.stops.strings
     row = encoded(made, *ONE)
     assert learnt(made, row) == ["Ann.<|stop|>"]
-    assert made.decode_answer([*tokenizer.encode("Ann. <|stop|> more"), 3]) == "Ann."
-
-
-def test_the_clean_answer_ends_at_the_first_stop() -> None:
-    made = named("chatml", words.tokenizer(eos="<|im_end|>"))
-    assert made.decode_answer(words.ids("Ann . <|im_end|> /n Bob")) == "Ann."
-    assert made.decode_answer(words.ids("_ Ann . /n")) == "Ann."
-    assert made.decode_answer(words.ids("<pad> Ann . <|im_start|>")) == "Ann."
-    plain = named("plain", words.tokenizer())
-    assert plain.decode_answer(words.ids("_ Ann . /n User : _ Who")) == "Ann."
-    assert plain.decode_answer(words.ids("User : Ann </s> Bob")) == "User:Ann"
 
 
 @pytest.mark.parametrize("name", ["plain", "chatml", "llama2", "llama3", "mistral", "alpaca", "vicuna"])

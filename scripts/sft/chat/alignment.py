@@ -24,7 +24,7 @@ def place(text: str, pieces: list[Piece], unknown: str, decoded: Callable[[int],
     """
     spelt = [list(dict.fromkeys(_spellings(piece, decoded, i))) for i, piece in enumerate(pieces)]
     known = [not unknown or piece != unknown for piece in pieces]
-    for form in (_as_is, _compatible, _folded):
+    for form in (str, _compatible, _folded):
         data, origin = _bytes(text, form)
         formed = [[_formed(option, form) for option in options] for options in spelt]
         if (found := _walk(data, formed, known)) is not None:
@@ -117,10 +117,6 @@ def _formed(spelt: bytes, form: Callable[[str], str]) -> bytes:
         return form(spelt.decode()).encode()
     except UnicodeDecodeError:
         return spelt
-
-
-def _as_is(text: str) -> str:
-    return text
 
 
 def _compatible(text: str) -> str:

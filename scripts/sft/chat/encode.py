@@ -1,11 +1,10 @@
-"""Rows to ids and labels, prompts to ids, answers back to text: one way for train, eval, infer and export."""
+"""Rows to ids and labels, prompts to ids: one way for train, eval, infer and export."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -207,15 +206,6 @@ class Encoder:
             return self._labelled(layout, self.tokens.lines([layout.text])[0], messages).ids
         except Refused as refused:
             raise TemplateError(f"no prompt can be made: {refused}", where=self.template.name) from None
-
-    def decode_answer(self, ids: Iterable[int]) -> str:
-        """The clean text of generated ids: nothing from the first stop on, no control token in it."""
-        hidden = {self.tokenizer.bos_token_id, self.tokenizer.pad_token_id, self.tokenizer.eos_token_id}
-        hidden |= self.vocabulary.turning
-        kept = [int(token) for token in takewhile(lambda token: token not in self.stops.ids, ids)]
-        shown, plain = [token for token in kept if token not in hidden], self.kind == "seq2seq"
-        text = self.tokenizer.decode(shown, skip_special_tokens=plain, clean_up_tokenization_spaces=False)
-        return stopping.cut(str(text), self.stops.strings).strip()
 
     def _warn_once(self, row: str, said: str) -> None:
         if said not in self.warned:

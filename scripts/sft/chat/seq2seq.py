@@ -50,7 +50,7 @@ class Seq2SeqEncoder(Encoder):
             ids, labels, cut = self._halves(labels)
         if max(len(ids), len(labels)) > self.max_seq_len:
             ids, labels, more, dropped = self._fitted(name, ids, labels)
-        if _weightless(row):
+        if row.get("messages") and row["messages"][-1].get("weight", 1) == 0:
             labels, dropped = [IGNORED] * len(labels), dropped or NO_LABEL
         return Encoded(name, ids, labels, cut + more, dropped, f"{source}\n{target}")
 
@@ -115,7 +115,3 @@ class Seq2SeqEncoder(Encoder):
         except Refused as refused:
             raise TemplateError(f"no prompt can be made: {refused}", where=self.template.name) from None
         return ids[-self.max_seq_len :] if self.over_length == "truncate_left" else ids
-
-
-def _weightless(row: Row) -> bool:
-    return bool(row.get("messages") and row["messages"][-1].get("weight", 1) == 0)

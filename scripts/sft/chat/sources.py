@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from sft.chat.template import ChatTemplate
 from sft.config.paths import resolve, shipped, shown
@@ -45,11 +45,9 @@ def load_template(data: DataSection, tokenizer: PreTrainedTokenizerBase, root: P
         return ChatTemplate("plain fallback", FALLBACK, origin="default", **common)
     if not path.is_file():
         raise _missing(asked, path, root)
-    source = _read(path, shown(path, root))
-    made = ChatTemplate(
-        shown(path, root), source, path=path, origin="default" if asked == "auto" else "named", **common
-    )
-    return _with_begin(made, tokenizer, common)
+    name = shown(path, root)
+    origin: Literal["default", "named"] = "default" if asked == "auto" else "named"
+    return _with_begin(ChatTemplate(name, _read(path, name), path=path, origin=origin, **common), tokenizer, common)
 
 
 def names(root: Path) -> list[str]:

@@ -52,9 +52,3 @@ def _header(facts: Facts, vocabulary: Vocabulary) -> list[str]:
     marked = words[0] in "<[#|" or header.startswith("\n")
     ended = any(vocabulary.holds_control(end) for end in facts.ends)
     return [header if header.startswith("\n") and words[0] not in "<[" else words] if marked or not ended else []
-
-
-def cut(text: str, strings: Iterable[str]) -> str:
-    """The text before the first of the strings."""
-    found = [at for at in (text.find(string) for string in strings if string) if at >= 0]
-    return text[: min(found)] if found else text

@@ -149,14 +149,13 @@ def _make(encoder: Encoder, path: Path, sink: Any, about: About, on_progress: Pr
     with _heard() as said, pyarrow.ipc.new_file(sink, SCHEMA) as out:
         made = encoded(encoder, store.iter_rows(path), ledger, total, on_progress)
         while part := list(islice(made, TOGETHER)):
-            columns = [
-                [one.id for _, one in part],
-                [int(records.prompt_id(row), 16) for row, _ in part],
-                [one.input_ids for _, one in part],
-                [one.labels for _, one in part],
-            ]
-            arrays = [pyarrow.array(column, field.type) for column, field in zip(columns, SCHEMA, strict=True)]
-            out.write_batch(pyarrow.record_batch(arrays, schema=SCHEMA))
+            columns = {
+                "id": [one.id for _, one in part],
+                "asks": [int(records.prompt_id(row), 16) for row, _ in part],
+                "input_ids": [one.input_ids for _, one in part],
+                "labels": [one.labels for _, one in part],
+            }
+            out.write_batch(pyarrow.RecordBatch.from_pydict(columns, schema=SCHEMA))
     return {"ledger": vars(ledger), "about": about(store.iter_rows(path)), "said": said}
 
 

@@ -96,10 +96,11 @@ class Tokens:
         wrong = [cut for cut in cuts if self._lies_across(line, text, cut)]
         if not wrong and not fakes:
             return line
+        places = zip(line.ids, line.starts, line.ends, strict=True)
         fixed = [
             index
-            for index, token in enumerate(line.ids)
-            if token in self.vocabulary.texts and not _touches(fakes, line.starts[index], line.ends[index])
+            for index, (token, start, end) in enumerate(places)
+            if token in self.vocabulary.texts and not any(a < end and start < b for a, b in fakes)
         ]
         made, first, at = Line([], [], []), 0, 0
         for index in [*fixed, len(line.ids)]:
@@ -171,7 +172,3 @@ class Tokens:
 def _line(made: Any) -> Line:
     starts, ends = zip(*made.offsets, strict=True) if made.offsets else ((), ())
     return Line(made.ids, list(starts), list(ends))
-
-
-def _touches(spans: list[tuple[int, int]], start: int, end: int) -> bool:
-    return any(a < end and start < b for a, b in spans)

@@ -110,7 +110,9 @@ def calls(value: Any, where: str) -> list[Message]:
         arguments = function.get("arguments", function.get("parameters", {}))
         if isinstance(arguments, str):
             arguments = _arguments(arguments)
-        made.append({"type": "function", "function": {"name": function["name"], "arguments": _drop_none(arguments)}})
+        if isinstance(arguments, dict):  # a typed table (Parquet) fills in None for keys that a row has not
+            arguments = {key: item for key, item in arguments.items() if item is not None}
+        made.append({"type": "function", "function": {"name": function["name"], "arguments": arguments}})
         if isinstance(call.get("id"), str):
             made[-1] = {"id": call["id"], **made[-1]}
     return made
@@ -146,11 +148,6 @@ def _from_json(value: Any, where: str, what: str) -> Any:
         return strict_json.parse(value)
     except RowFault as fault:
         raise RowFault(UNREADABLE, f"{where}: the {what} is not JSON ({fault.detail})") from None
-
-
-def _drop_none(value: Any) -> Any:
-    """Arguments without the keys that a typed table (Parquet) fills in with None."""
-    return {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else value
 
 
 def check(messages: list[Message]) -> None:

@@ -115,8 +115,9 @@ class Held:
                 writer.ledger.said.append(f"no row has the key data.split.group_by={self.data.split.group_by}")
         if self._index is None:
             return
-        crossing = [pair for pair in pairs if _crosses(self._homes[pair[0]], self._homes[pair[1]])]
-        writer.leaks.near = Counter(str(home) for pair in crossing for number in pair if (home := self._homes[number]))
+        homes = [(self._homes[later], self._homes[earlier]) for later, earlier in pairs]
+        crossing = [(one, other) for one, other in homes if one and other and (one == "train") != (other == "train")]
+        writer.leaks.near = Counter(home for pair in crossing for home in pair)
         near_clusters = self._clusters(pairs, groups=False)
         reports["near_duplicates"] = {
             "mode": self.data.near_duplicates,
@@ -148,10 +149,6 @@ class Held:
         for number in range(len(self._rows)):
             made.setdefault(root(number), []).append(number)
         return [members for members in made.values() if len(members) > 1]
-
-
-def _crosses(one: str | None, other: str | None) -> bool:
-    return one is not None and other is not None and (one == "train") != (other == "train")
 
 
 def summary(reports: dict[str, Any]) -> list[str]:

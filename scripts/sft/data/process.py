@@ -49,7 +49,11 @@ def process(data: DataSection, root: Path, raw_path: str | None = None, on_progr
         bound = _write_rows(mix, checks, staged, ledger, on_progress)
         ledger.sources = mix.account()
         _judge(ledger, staged, target)
-        _fill(ledger, data, staged, bound)
+        for name, row_id in split.fill_empty(staged, ledger.splits, data.split, bound).items():
+            ledger.said.append(
+                f"{name} had no row by its share of so few: the nearest one was moved to it (id {row_id})"
+            )
+        ledger.said += split.uneven(ledger.splits, data.split)
         replay.mix_in(data, root, staged, ledger, checks.replayable)
         _finish(ledger, staged)
     return ledger
@@ -159,13 +163,6 @@ def _judge(ledger: Ledger, staged: Path, target: Path) -> None:
     else:
         mend += "mend them, or raise --set data.max_dropped=SHARE; what was processed before is unchanged"
     raise Rejected(what, ledger, where=first["origin"], mend=mend)
-
-
-def _fill(ledger: Ledger, data: DataSection, staged: Path, bound: set[str]) -> None:
-    """Gives every split a row where that can be."""
-    for name, row_id in split.fill_empty(staged, ledger.splits, data.split, bound).items():
-        ledger.said.append(f"{name} had no row by its share of so few: the nearest one was moved to it (id {row_id})")
-    ledger.said += split.uneven(ledger.splits, data.split)
 
 
 def _finish(ledger: Ledger, staged: Path) -> None:

@@ -52,6 +52,12 @@ def iter_rows(path: Path | str) -> Iterator[Row]:
         yield row if row.get("id") else {"id": records.row_id(row), **row}
 
 
+def count(path: Path) -> int:
+    """Lines with text in them: rows, if they can be read."""
+    with path.open("rb") as file:
+        return sum(1 for line in file if line.strip())
+
+
 def _fault(row: Any) -> str | None:
     """What keeps a row from being one of the three stored shapes, with text where text belongs."""
     keys = set(row) if isinstance(row, dict) else set()

@@ -30,21 +30,16 @@ def parse(text: str) -> Any:
 
 def check(value: Any, text: str) -> None:
     """Faults that parsing lets through; `text` is what `value` was read from, looked at first because it is cheap."""
-    if ("\\ud" in text or "\\uD" in text or "\\UD" in text) and _has_surrogates(value):
-        raise RowFault(UNREADABLE, "half a surrogate pair (\\ud800-\\udfff): the text was cut inside a character")
+    if "\\ud" in text or "\\uD" in text or "\\UD" in text:
+        try:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError:
+            said = "half a surrogate pair (\\ud800-\\udfff): the text was cut inside a character"
+            raise RowFault(UNREADABLE, said) from None
+        except RecursionError:
+            raise _too_deep() from None
     if text.count("{") + text.count("[") > MOST_LEVELS and _levels(value) > MOST_LEVELS:
         raise _too_deep()
-
-
-def _has_surrogates(value: Any) -> bool:
-    """Whether any text in `value` holds a code point that UTF-8 cannot write."""
-    try:
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError:
-        return True
-    except RecursionError:
-        raise _too_deep() from None
-    return False
 
 
 def dumps(value: Any) -> bytes:

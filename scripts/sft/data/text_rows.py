@@ -90,16 +90,11 @@ def _turns(style: Style, text: str, marks: list[re.Match[str]]) -> list[Message]
             made.append({"role": "user" if role == "input" else role, "content": content})
     if made[-1]["role"] == "user" and not made[-1]["content"]:
         made.pop()
-    return _with_head(style, head, made)
-
-
-def _with_head(style: Style, head: str, turns: list[Message]) -> list[Message]:
     if not head or head.lower().startswith(OPENINGS):
-        return turns
+        return made
     if style.head == MATERIAL:
-        first = turns[0]
-        return [{**first, "content": f"{head}\n\n{first['content']}"}, *turns[1:]]
-    return [{"role": "system", "content": head}, *turns]
+        return [{**made[0], "content": f"{head}\n\n{made[0]['content']}"}, *made[1:]]
+    return [{"role": "system", "content": head}, *made]
 
 
 def _content(style: Style, text: str) -> str:

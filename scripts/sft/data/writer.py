@@ -49,23 +49,17 @@ class Leaks:
         return made
 
 
-class Writer:
+class Writer(ExitStack):
     """Open files of one run of process. bound: ids of rows that may not be moved to another split."""
 
     def __init__(self, folder: Path, ledger: Ledger, splits: list[str], leaks: Leaks) -> None:
-        self.folder, self.ledger, self.leaks = folder, ledger, leaks
+        super().__init__()
+        self.ledger, self.leaks = ledger, leaks
         self.bound = set[str]()
         self._first: dict[str, str] = {}  # prompt -> id of its first row
         ledger.splits = dict.fromkeys(splits, 0)
-        self._open = ExitStack()
         files = [*splits, "quarantine"]
-        self._outs = {name: self._open.enter_context((folder / f"{name}.jsonl").open("wb")) for name in files}
-
-    def __enter__(self) -> Writer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._open.close()
+        self._outs = {name: self.enter_context((folder / f"{name}.jsonl").open("wb")) for name in files}
 
     def write(self, split: str, record: records.Row, line: bytes, format: str, copies: int, prompt: str) -> None:
         """One row into its split, and into training as often as its source's weight says."""

@@ -74,10 +74,8 @@ def _metrics(compared: Mapping[str, Any]) -> str:
 
 def _limits(compared: Mapping[str, Any]) -> str:
     lines = ["## Limits\n", f"- {compared['stopping']['headline']}."]
-    if general := compared.get("general"):
-        lines.append(f"- {general['headline']}: {general['words']}.")
-    if parrot := compared.get("parrot"):
-        lines.append(f"- {parrot['headline']}: {parrot['words']}.")
+    found = [compared[name] for name in ("general", "parrot") if compared.get(name)]
+    lines += [f"- {one['headline']}: {one['words']}." for one in found]
     lines.append("- Measured on held-out rows of its own data; other questions were not tried.")
     return "\n".join(lines) + "\n"
 

@@ -43,7 +43,7 @@ def figures(config: Config, stage: store.Stage, folder: Path, limit: int) -> tup
     found = {
         "stage": stage.name,
         "files": {name: path.name for name, path in {"train": stage.train, **held_out}.items()},
-        "rows": {"train": total, **{name: _count(path) for name, path in held_out.items()}},
+        "rows": {"train": total, **{name: store.count(path) for name, path in held_out.items()}},
         "ledger": ledger,
         "verdict": ledger.get("verdict") or next(f"{total:,} rows to train on: {w}" for n, w in SIZES if total >= n),
         "sample": {"rows": len(rows), "of": total, "seed": config.data.split.seed},
@@ -52,11 +52,6 @@ def figures(config: Config, stage: store.Stage, folder: Path, limit: int) -> tup
         "examples": examples(folder / "quarantine.jsonl", ledger.get("named", {})),
     }
     return found, rows
-
-
-def _count(path: Path) -> int:
-    with path.open("rb") as file:
-        return sum(1 for line in file if line.strip())
 
 
 def draw(rows: Iterable[Row], limit: int, seed: int) -> tuple[list[Row], int]:
@@ -85,7 +80,8 @@ def tokens(encoder: Encoder, rows: Sequence[Row], on_progress: Progress | None =
             lengths.setdefault(role, Counter())[size] += 1
         if on_progress:
             on_progress(min(at + BATCH, len(rows)), len(rows))
-    sizes = [_size(encoder, one) for one in made]
+    sides = 2 if encoder.kind == "seq2seq" else 1
+    sizes = [sum(map(len, (one.input_ids, one.labels)[:sides])) for one in made]
     learnt = [sum(label != IGNORED for label in one.labels) for one in made]
     total = sum(sizes)
     return {
@@ -105,10 +101,6 @@ def _with_limit(encoder: Encoder, limit: int) -> Encoder:
     if probe.over_length == "error":  # which would stop at the first such row: here they are to be counted
         probe.over_length = "drop"
     return probe
-
-
-def _size(encoder: Encoder, row: Encoded) -> int:
-    return len(row.input_ids) + (len(row.labels) if encoder.kind == "seq2seq" else 0)
 
 
 def _by_role(encoder: Encoder, rows: Sequence[Row]) -> Iterator[tuple[str, int]]:

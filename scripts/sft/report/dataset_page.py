@@ -184,11 +184,7 @@ def left_out(found: Figures) -> list[Html]:
     for reason, rows in found["examples"].items():
         count = found["ledger"].get("named", {}).get(reason, len(rows))
         made.append(heading(f"{reason}: {number(count)} rows"))
-        made += [_example(row) for row in rows]
+        made += [Html(text(f"{one['origin']}: {one['detail']}", soft=True) + shown_code(one["row"])) for one in rows]
     if not made and found["ledger"]:
         made.append(text("None: every row that was read is used."))
     return made
-
-
-def _example(row: dict[str, Any]) -> Html:
-    return Html(text(f"{row['origin']}: {row['detail']}", soft=True) + shown_code(row["row"]))

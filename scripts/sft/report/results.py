@@ -73,18 +73,13 @@ def table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Columns and rows of the results: metric, base, tuned, change, best constant answer."""
     base, tuned = result.get("base", {}), result.get("tuned", {})
     constant = result.get("constant") or {}
-    columns = ["metric", *(["base"] if base else []), *(["tuned"] if tuned else [])]
-    columns += [*(["change"] if base and tuned else []), *(["best constant answer"] if constant else [])]
+    shown = {"base": base, "tuned": tuned, "change": base and tuned, "best constant answer": constant}
     rows = []
     for name in dict.fromkeys([*tuned, *base]):
-        cells = [name]
-        cells += [number(base.get(name))] if base else []
-        cells += [number(tuned.get(name))] if tuned else []
-        if base and tuned:
-            cells.append(change(name, base.get(name), tuned.get(name)))
-        cells += [number(constant.get(name))] if constant else []
-        rows.append(cells)
-    return columns, rows
+        before, after = base.get(name), tuned.get(name)
+        cells = (number(before), number(after), change(name, before, after), number(constant.get(name)))
+        rows.append([name, *(cell for cell, there in zip(cells, shown.values(), strict=True) if there)])
+    return ["metric", *(column for column, there in shown.items() if there)], rows
 
 
 def tags_table(by_tag: Mapping[str, Values]) -> tuple[list[str], list[list[str]]]:
