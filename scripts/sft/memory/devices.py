@@ -9,6 +9,8 @@ from typing import Literal
 
 from sft.errors import ConfigError
 
+CONTEXT = {"cuda": 0.6, "cpu": 0.5}  # GiB that the driver (or Python with torch) takes before the first tensor
+LIBRARIES = {"cuda": 2.0, "cpu": CONTEXT["cpu"]}  # GiB of RAM of Python with torch: presumed with CUDA's, else measured
 # Memory of each card in GiB, as sold; more than one where there are several versions, the smallest first.
 CARDS: dict[str, tuple[float, ...]] = {
     "RTX 2060": (6, 12),
@@ -171,3 +173,11 @@ def plain(text: str) -> str:
     words = re.sub(r"(?<=\d)(ti|super|laptop)", r" \1", re.sub(r"[-_]", " ", words))
     words = re.sub(r"\b(sxm\d?|pcie|nvl|hbm\d\w?|sff|blackwell)\b", " ", re.sub(r"\b(rtx|gtx)(?=\d)", r"\1 ", words))
     return re.sub(r"^(?=a?\d{4}\b)", "rtx ", " ".join(words.split()))
+
+
+def ram(parameters: int, mode: str, device: str) -> float:
+    """GiB of the machine's own memory that a run takes, roughly: the libraries and, on a CPU, what stands there in fp32
+    all the time: weights, and in full mode gradients and two moments of each.
+    """
+    numbers = 0 if device == "cuda" else 4 if mode == "full" else 1
+    return LIBRARIES[device] + 4 * numbers * parameters / 2**30

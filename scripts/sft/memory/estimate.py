@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sft.config.schema import Config, TrainSection, TuningSection
+from sft.memory.devices import CONTEXT
 from sft.memory.shapes import Shapes, known_models, of_known
 
 GIB = float(2**30)
@@ -18,8 +19,6 @@ NF4, DOUBLE_QUANT = 0.5 + 4 / 64, 0.5 + 1 / 64 + 4 / 64 / 256  # bytes a weight:
 FEED_FORWARD, STREAM = 10.6, 44.3  # bytes a token of one layer's activations, per widest and per hidden feature
 HEAD_STREAM = 13.0  # bytes a token around the head, per hidden feature
 TILE_LOGIT, FULL_LOGIT = 6.0, 14.0  # bytes a logit: one tile of ours, and all of them through autograd
-CONTEXT = {"cuda": 0.6, "cpu": 0.5}  # GiB that the driver (or Python with torch) takes before the first tensor
-LIBRARIES = {"cuda": 2.0, "cpu": CONTEXT["cpu"]}  # GiB of RAM of Python with torch: presumed with CUDA's, else measured
 FRAGMENTATION = 0.06  # share of the allocated bytes that the allocator cannot hand out again
 MARGIN = 0.1  # share of a card left free when a model is proposed for it: the desktop, a browser
 FIRST_CHOICE = "Qwen/Qwen2.5-3B-Instruct"
@@ -82,14 +81,6 @@ def step(
 def with_slack(allocated: float, device: str) -> float:
     """GiB of the card for `allocated` GiB of tensors: fragmentation and context, both assumed, not measured here."""
     return allocated * (1 + FRAGMENTATION) + CONTEXT[device]
-
-
-def ram(parameters: int, mode: str, device: str) -> float:
-    """GiB of the machine's own memory that a run takes, roughly: the libraries and, on a CPU, what stands there in fp32
-    all the time: weights, and in full mode gradients and two moments of each.
-    """
-    numbers = 0 if device == "cuda" else 4 if mode == "full" else 1
-    return LIBRARIES[device] + 4 * numbers * parameters / GIB
 
 
 def _standing(shapes: Shapes, tuning: TuningSection) -> dict[str, float]:

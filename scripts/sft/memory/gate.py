@@ -10,8 +10,8 @@ from typing import Any
 from sft.config.schema import Config
 from sft.errors import EnvironmentProblem, SftError
 from sft.memory import plan
-from sft.memory.devices import Device
-from sft.memory.estimate import CONTEXT, GIB, changed
+from sft.memory.devices import CONTEXT, Device
+from sft.memory.estimate import GIB, changed
 from sft.model.files import ModelFiles
 from sft.model.hardware import Hardware
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sft.config.schema import Config
-from sft.memory.devices import Device
-from sft.memory.estimate import GIB, LIBRARIES
+from sft.memory.devices import LIBRARIES, Device
+from sft.memory.estimate import GIB
 from sft.memory.memo import Traces
 from sft.memory.slack import Slack
 from sft.memory.trace import Traced

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sft.memory import calibration
-from sft.memory.devices import Device
-from sft.memory.estimate import CONTEXT, FRAGMENTATION
+from sft.memory.devices import CONTEXT, Device
+from sft.memory.estimate import FRAGMENTATION
 
 # What was measured by card: (share that the allocator holds beyond the tensors, GiB of the context). None is yet.
 BY_CARD: dict[str, tuple[float, float]] = {}

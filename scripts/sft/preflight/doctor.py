@@ -15,22 +15,12 @@ from sft import files, preflight, runs
 from sft.config import paths
 from sft.model import hardware
 from sft.preflight.case import Case
+from sft.preflight.machine import requirements
 from sft.preflight.space import existing, in_words
 
 Section = tuple[str, list[str]]
 LAST_ERROR = "last_error.txt"  # written by the frame of every command, below outputs/
-_TELLING = (
-    "CUDA_",
-    "HF_",
-    "HUGGING",
-    "TRANSFORMERS_",
-    "PYTORCH_",
-    "TORCH_",
-    "OMP_",
-    "SFT_",
-    "LD_LIBRARY",
-    "WORLD_SIZE",
-)
+_TELLING = tuple("CUDA_ HF_ HUGGING TRANSFORMERS_ PYTORCH_ TORCH_ OMP_ SFT_ LD_LIBRARY WORLD_SIZE".split())
 
 
 def sections(case: Case) -> Iterator[Section]:
@@ -59,13 +49,7 @@ def _kit(root: Path) -> list[str]:
 
 
 def _packages() -> list[str]:
-    from packaging.requirements import Requirement
-
-    names = []
-    for line in (paths.PROJECT / "requirements.txt").read_text(encoding="utf-8").splitlines():
-        if text := line.partition("#")[0].strip():
-            names.append("" if text.startswith("-") else Requirement(text).name)
-    names = [*filter(None, names), "unsloth"]
+    names = [*(wanted.name for wanted in requirements()), "unsloth"]
     found = runs.versions(names)
     return [", ".join(f"{name} {found.get(name, 'missing')}" for name in names)]
 

@@ -42,14 +42,15 @@ def data(case: Case) -> Iterator[Finding]:
         yield Finding("warning", "data", f"{raw.name} is there ({raw.kind}), but not processed yet", "make process")
         return
     stage = store.paths(data, case.root)
-    counts = {name: _rows(path) for name, path in (("train", stage.train), ("val", stage.val), ("test", stage.test))}
-    said = ", ".join(f"{name} {rows}" for name, rows in counts.items() if rows is not None)
+    splits = (("train", stage.train), ("val", stage.val), ("test", stage.test))
+    counts = {name: store.count(path) for name, path in splits if path is not None}
+    said = ", ".join(f"{name} {rows}" for name, rows in counts.items())
     if not counts["train"]:
         yield Finding("error", "data", f"{paths.shown(stage.train, case.root)} has no rows", "make process")
         return
     next(iter(store.iter_rows(stage.train)))
-    level: Level = "ok" if counts["val"] else "warning"
-    mend = None if counts["val"] else "without validation rows no best checkpoint is chosen: raise data.split.val"
+    level: Level = "ok" if counts.get("val") else "warning"
+    mend = None if counts.get("val") else "without validation rows no best checkpoint is chosen: raise data.split.val"
     yield Finding(level, "data", f"{stage.name} rows: {said}", mend)
 
 
@@ -118,11 +119,3 @@ def template(case: Case) -> Iterator[Finding]:
         yield Finding("warning", "template", said, "make preview shows both")
         return
     yield Finding("ok", "template", f"{template.name} shows question and answer")
-
-
-def _rows(path: Path | None) -> int | None:
-    """Lines with text in them; what they hold is read when training."""
-    if path is None:
-        return None
-    with open(path, "rb") as file:
-        return sum(1 for line in file if line.strip())

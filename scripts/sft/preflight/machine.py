@@ -8,11 +8,15 @@ import shutil
 import sys
 from collections.abc import Iterator
 from importlib import metadata
+from typing import TYPE_CHECKING
 
 from sft import runs
 from sft.config import paths
 from sft.preflight import space
 from sft.preflight.case import Case, Finding, Level
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
 
 GIB = 2**30
 PYTHONS = ((3, 10), (3, 13))
@@ -34,16 +38,20 @@ def system(case: Case) -> Iterator[Finding]:
     )
 
 
-def packages(case: Case) -> Iterator[Finding]:
-    """Installed versions against requirements.txt, whose floors are the security floors too."""
+def requirements() -> Iterator[Requirement]:
+    """The lines of requirements.txt."""
     from packaging.requirements import Requirement
 
-    wrong, seen = [], 0
     for line in (paths.PROJECT / "requirements.txt").read_text(encoding="utf-8").splitlines():
         text = line.partition("#")[0].strip()
-        if not text or text.startswith("-"):
-            continue
-        wanted = Requirement(text)
+        if text and not text.startswith("-"):
+            yield Requirement(text)
+
+
+def packages(case: Case) -> Iterator[Finding]:
+    """Installed versions against requirements.txt, whose floors are the security floors too."""
+    wrong, seen = [], 0
+    for wanted in requirements():
         if wanted.marker is not None and not wanted.marker.evaluate():
             continue
         seen += 1
@@ -118,7 +126,7 @@ def disk(case: Case) -> Iterator[Finding]:
 
 def memory(case: Case) -> Iterator[Finding]:
     """The system's memory against a rough need: libraries, and on a CPU weights."""
-    from sft.memory import estimate
+    from sft.memory import devices
     from sft.model import hardware
 
     total, free = hardware.memory()
@@ -127,7 +135,7 @@ def memory(case: Case) -> Iterator[Finding]:
     mend = None
     if case.files is not None and case.config is not None:
         device = "cpu" if case.gpu_bytes is None else "cuda"
-        need = estimate.ram(case.files.parameters, case.config.tuning.mode, device)
+        need = devices.ram(case.files.parameters, case.config.tuning.mode, device)
         said += (
             f", a run needs {need:.1f} for libraries{' and weights' if device == 'cpu' else ''} (all of it: make plan)"
         )

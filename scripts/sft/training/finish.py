@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import resource
 from dataclasses import asdict
 from pathlib import Path
@@ -15,8 +14,6 @@ from sft.runs import Run
 from sft.training import logbook, ranks, weights
 from sft.training.preparation import Job
 from sft.training.trainer import WindowTrainer
-
-log = logging.getLogger("sft.training")
 
 
 def finish(job: Job, trainer: WindowTrainer, run: Run, root: Path) -> dict[str, Any]:
