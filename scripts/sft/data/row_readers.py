@@ -102,10 +102,6 @@ def _history(row: Row, names: dict[str, str]) -> list[Message]:
     return [turn for user, answer in pairs for turn in _turn(text_of(user, "history"), text_of(answer, "history"))]
 
 
-def _prompt(row: Row, names: dict[str, str]) -> Parsed:
-    return _pair("prompt", row, names, names["prompt"], first(names, COMPLETIONS) or "")
-
-
 def in_turns(row: Row, names: dict[str, str]) -> bool:
     """Whether prompt or completion is a list of turns, and not a text or a list of good answers."""
     answer = row[first(names, COMPLETIONS) or ""]
@@ -169,7 +165,7 @@ READERS: dict[str, Callable[[Row, dict[str, str]], Parsed]] = {
     "chat": _chat,
     "rendered": _rendered,
     "alpaca": _alpaca,
-    "prompt": _prompt,
+    "prompt": lambda row, names: _pair("prompt", row, names, names["prompt"], first(names, COMPLETIONS) or ""),
     "prompt as messages": _prompt_messages,
     "qa": _qa,
     "text": _text,
