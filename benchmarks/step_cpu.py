@@ -12,9 +12,11 @@ around it.
 A result is thrown out if a gradient norm is zero, if it would need more than 100 % of the measured matmul peak, or if
 the loss after the same rows is more than 2 % off the median side's. `hf sorted` is not a setting that anybody has: it
 is what grouping by length comes to on a large set, shown beside the rest. A side over three times slower than the
-fastest runs in three rounds only. TRL 1.15 forms its loss in Triton, which has no driver for a CPU: TRL is tried and
-listed as one that could not run (interpreted, TRITON_INTERPRET=1, it made 6 tokens/s); `hf packed` is its packing with
-transformers' loss, as TRL's was before.
+fastest runs in three rounds only. TRL 1.15 forms its loss in Triton, which has no driver for a CPU: it is tried and
+listed as one that could not run; `hf packed` is its packing with transformers' loss, as TRL's was before. TRL 1.14.2,
+the last whose chunked loss is plain torch, runs here:
+
+    pip install --no-deps --target /tmp/trl trl==1.14.2 && PYTHONPATH=/tmp/trl python benchmarks/step_cpu.py
 """
 
 from __future__ import annotations

@@ -33,3 +33,19 @@ def test_gradients_are_the_same_bits(tiny_qwen2: Path, checkpointing: bool, monk
         found.append([weight.grad.clone() for weight in model.parameters()])
     assert len(sent) > 2
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_strides_come_back_and_what_is_expanded_is_kept_once() -> None:
+    padded = torch.randn(1, 1, 600, 608)[..., :597].expand(2, 4, 600, 597)
+    turned = torch.randn(512, 4, 300).transpose(0, 1)
+    hooks = offload.offloading()
+    for tensor in (padded, turned):
+        *_, kept = packed = hooks.pack_hook(tensor)
+        found = hooks.unpack_hook(packed)
+        assert torch.equal(found, tensor) and found.stride() == tensor.stride()
+        assert kept.data_ptr() != tensor.data_ptr() and kept.numel() <= 600 * 4 * 512
+
+
+def test_a_view_of_a_weight_stays_as_the_weight_does() -> None:
+    weight = torch.nn.Parameter(torch.randn(1024, 1024))
+    assert offload.stays(weight) and offload.stays(weight.t()) and not offload.stays(weight.detach().clone())

@@ -12,21 +12,28 @@ SMALL = 2**20  # bytes: what is smaller stays, for it is not worth the way
 def offloading() -> saved_tensors_hooks:
     """A context in which what autograd keeps leaves a GPU for pinned memory, and comes back when it is needed.
 
-    As `torch.autograd.graph.save_on_cpu`, but that weights stay, which are on the GPU anyway. The same bits come back.
+    As `torch.autograd.graph.save_on_cpu`, but that weights stay, which are on the GPU anyway, and strides come back:
+    attention's kernels want the padding of a mask's rows, and an expanded mask is kept once. The same bits come back.
     """
 
-    def away(tensor: Tensor) -> Tensor | tuple[torch.device, Tensor]:
-        if stays(tensor):
+    def away(tensor: Tensor) -> Tensor | tuple[torch.device, torch.Size, Tensor]:
+        once = tensor[tuple(slice(None) if step else slice(0, 1) for step in tensor.stride())]
+        if stays(tensor) or stays(once):
             return tensor
-        kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-        return tensor.device, kept.copy_(tensor, non_blocking=tensor.is_cuda)
+        kept = torch.empty_strided(once.shape, once.stride(), dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        return tensor.device, tensor.shape, kept.copy_(once, non_blocking=tensor.is_cuda)
 
-    def back(kept: Tensor | tuple[torch.device, Tensor]) -> Tensor:
-        return kept if isinstance(kept, Tensor) else kept[1].to(kept[0], non_blocking=True)
+    def back(found: Tensor | tuple[torch.device, torch.Size, Tensor]) -> Tensor:
+        if isinstance(found, Tensor):
+            return found
+        device, shape, kept = found
+        there = torch.empty_strided(kept.shape, kept.stride(), dtype=kept.dtype, device=device)
+        return there.copy_(kept, non_blocking=True).expand(shape)
 
     return saved_tensors_hooks(away, back)
 
 
 def stays(tensor: Tensor) -> bool:
     """Whether it is left on the GPU: weights, and what is small."""
-    return isinstance(tensor, nn.Parameter) or tensor.numel() * tensor.element_size() < SMALL
+    whole = tensor if tensor._base is None else tensor._base
+    return isinstance(whole, nn.Parameter) or tensor.numel() * tensor.element_size() < SMALL
