@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
 
     from sft.config.schema import TuningSection
 
-log = logging.getLogger("sft.model")
 __all__ = ["BASE", "CONFIG", "WEIGHTS", "attach", "base_of", "count", "linear_names", "load", "save", "targets"]
 
 

@@ -6,7 +6,6 @@ it is asked and stops as training did; a difference refuses the export.
 
 from __future__ import annotations
 
-import logging
 import shutil
 import time
 from collections.abc import Callable
@@ -40,8 +39,6 @@ from sft.ship import (
     trial,
 )
 
-log = logging.getLogger("sft.ship")
-FORMATS = ("gguf", "ollama", "hf")
 EXPORT = "export.json"
 _MERGED_AS = {"f16": "fp16", "q8_0": "fp16", "bf16": "bf16", "f32": "fp32"}
 _OWN_ROWS = 200

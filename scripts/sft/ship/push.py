@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import json
-import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,6 @@ from sft.ship.export import EXPORT
 from sft.ship.merge import REPORT
 from sft.ship.parity import PARITY
 
-log = logging.getLogger("sft.ship")
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _STAYS = (EXPORT, REPORT, runs.RESOLVED)  # they hold paths of this machine
 _MENDS = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
@@ -13,8 +12,6 @@ from sft.model import adapters, backends, loading
 from sft.model.files import ModelFiles
 from sft.step import attention
 from sft.training.recipe import Recipe, compute_dtype
-
-log = logging.getLogger("sft.training")
 
 
 def weight_dtype(config: Config) -> torch.dtype:

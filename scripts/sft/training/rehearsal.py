@@ -9,7 +9,6 @@ to compute a layer are tried against the plain one.
 from __future__ import annotations
 
 import contextlib
-import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -31,7 +30,6 @@ from sft.training.recipe import Recipe, losses
 
 LIMIT = 60.0  # seconds for all of it but the compiler; growing the micro-batch stops at half
 WORTH = 2048  # tokens: where that much fits without checkpointing, nothing is gained by trying with it
-log = logging.getLogger("sft.training")
 Feature = Mapping[str, Any]
 
 
