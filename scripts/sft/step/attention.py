@@ -170,13 +170,21 @@ def _kernel_width(query: Tensor) -> bool:
 
 
 def _varlen_serves() -> bool:
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] < 8:
+    if not torch.cuda.is_available():
         return False
+    if torch.cuda.get_device_capability()[0] < 8:
+        return _padded("a GPU of compute capability 8.0 (Ampere)")
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
-        return False
-    return {"window_size", "scale"} <= _takes(varlen_attn)  # torch 2.10 has neither
+        return _padded("torch 2.11")
+    return {"window_size", "scale"} <= _takes(varlen_attn) or _padded("torch 2.11")
+
+
+@functools.cache
+def _padded(needs: str) -> bool:
+    log.warning("micro-batches are padded, in groups of like length: packing rows on a GPU needs %s or newer", needs)
+    return False
 
 
 @functools.cache
