@@ -59,3 +59,16 @@ def test_an_error_of_the_caller_is_left_as_it_is(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="mine"), files.atomic_folder(tmp_path / "folder"):
         raise ValueError("mine")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_manifest_with_any_bit_flipped_is_named_itself(tmp_path: Path) -> None:
+    (tmp_path / "weights").write_bytes(b"1" * 1234)
+    files.write_manifest(tmp_path)
+    assert files.manifest_problem(tmp_path) is None
+    path = tmp_path / files.MANIFEST
+    whole = path.read_bytes()
+    for at in range(8 * len(whole)):
+        harmed = bytearray(whole)
+        harmed[at // 8] ^= 1 << at % 8
+        path.write_bytes(harmed)
+        assert (files.manifest_problem(tmp_path) or "").startswith(files.MANIFEST)

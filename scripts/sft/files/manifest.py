@@ -22,7 +22,10 @@ def sha256(path: Path | str) -> str:
 
 
 def write_manifest(folder: Path) -> None:
-    """Writes the SHA-256 and size of every file in `folder` into its manifest.json; the last file to be written."""
+    """Writes the SHA-256 and size of every file in `folder`, and the SHA-256 of that list, into its manifest.json.
+
+    It is the last file to be written.
+    """
     listed = {
         path.relative_to(folder).as_posix(): {"sha256": sha256(path), "bytes": path.stat().st_size}
         for path in sorted(folder.rglob("*"))
@@ -32,7 +35,8 @@ def write_manifest(folder: Path) -> None:
 
 
 def _text(listed: Any) -> str:
-    return json.dumps({"files": listed}, indent=2) + "\n"
+    own = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+    return json.dumps({"files": listed, "sha256": own}, indent=2) + "\n"
 
 
 def manifest_problem(folder: Path) -> str | None:
@@ -40,6 +44,8 @@ def manifest_problem(folder: Path) -> str | None:
     try:
         text = (folder / MANIFEST).read_text(encoding="utf-8")
         listed = json.loads(text)["files"]
+        if text != _text(listed):
+            return f"{MANIFEST} is not as it was written"
         for name, said in listed.items():
             path = folder / name
             if not path.is_file():
@@ -52,6 +58,4 @@ def manifest_problem(folder: Path) -> str | None:
         return f"{MANIFEST} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} cannot be read ({type(error).__name__})"
-    if text != _text(listed):
-        return f"{MANIFEST} is not as it was written"
     return None if listed else f"{MANIFEST} lists no file"
