@@ -107,6 +107,7 @@ def history(*pairs: tuple[float, float]) -> list[dict[str, float]]:
 
 def test_overfitting_is_said_when_the_losses_part() -> None:
     assert numbers.overfitting(history((2.0, 2.0), (1.5, 1.55))) == []
+    assert numbers.overfitting(history((2.0, 2.0), (0.02, 0.012), (0.01, 0.017))) == []  # less than 0.01 is noise
     (parted,) = numbers.overfitting(history((2.0, 2.0), (1.6, 1.55), (1.59, 1.60)))
     assert parted.startswith("overfitting: evaluation loss rose to 1.6000 while training loss fell to 1.5900")
     assert "best at step 2 (1.5500)" in parted

@@ -17,6 +17,7 @@ from sft.training import ranks
 log = logging.getLogger("sft.training")
 History = Sequence[Mapping[str, Any]]
 STILL, GAP = 20, 0.1  # steps without a gradient; evaluation loss above training loss, in nats (the guides' figure)
+RISE = 0.01  # nats above its best before evaluation loss has risen
 
 
 class Numbers(TrainerCallback):  # type: ignore[misc]
@@ -134,7 +135,8 @@ def learnt_by_heart(history: History, min_delta: float) -> bool:
 
 
 def _parted(seen: History) -> bool:
-    """Whether, at the last evaluation, evaluation loss rose while training loss fell."""
+    """Whether, at the last evaluation, evaluation loss rose, `RISE` above its best, while training loss fell."""
     before, now = seen[-2], seen[-1]
     train = [entry["eval_loss"] - entry["eval_gap"] for entry in (before, now)]
-    return bool(now["eval_loss"] > before["eval_loss"] and train[1] < train[0])
+    best = min(float(entry["eval_loss"]) for entry in seen)
+    return bool(now["eval_loss"] > max(float(before["eval_loss"]), best + RISE) and train[1] < train[0])
