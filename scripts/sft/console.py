@@ -183,7 +183,7 @@ def _defect(error: Exception) -> int:
 
     place = _keep_error(traceback.format_exc(), make_folder=True)
     kept = f"the traceback is in {place}" if place else "set SFT_DEBUG=1 for the traceback"
-    said = redact(" ".join(str(error).split())[:500])
+    said = redact(" ".join(str(error).split()))[:500]
     print(
         f"error: unexpected {type(error).__name__}: {said}\n  this is ours to mend: {kept}\n"
         "  `make doctor` gathers what a report of it needs",

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -109,6 +110,9 @@ def test_what_gguf_does_not_cover_is_refused_before_anything_is_merged(tiny_gpt2
     target = Target(config, None, adapter=tmp_path / "a")
     with pytest.raises(ModelError, match="export to GGUF does not cover"):
         export(target, "gguf", "f16", tmp_path / "out", tmp_path, lambda *_: None)
+    gone = config.model.model_copy(update={"name": str(tmp_path / "gone")})
+    with pytest.raises(ModelError, match=f"a was trained on {tiny_gpt2}; where that is now"):
+        export(replace(target, config=Config(model=gone)), "hf", "f16", tmp_path / "out", tmp_path, lambda *_: None)
     assert not (tmp_path / "out").exists()
 
 

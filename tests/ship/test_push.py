@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from sft.ship.push import _failed
+
 TOKEN = "hf_" + "testtoken0123456789"
+SIGNED = "letsanybodyin"
 
 
 class Hub:
@@ -76,13 +79,13 @@ class Hub:
         if path == "/api/validate-yaml":
             return 200, {"warnings": []}
         if path.startswith("/store/"):
-            self.objects[path[7:]] = body
+            self.objects[path[7:].partition("?")[0]] = body
             return 200, {}
         if path.endswith("/objects/batch"):
             listed = json.loads(body)["objects"]
             for one in listed:
                 if one["oid"] not in self.objects:
-                    one["actions"] = {"upload": {"href": f"{self.address}/store/{one['oid']}"}}
+                    one["actions"] = {"upload": {"href": f"{self.address}/store/{one['oid']}?sig={SIGNED}"}}
             return 200, {"objects": listed, "transfer": "basic"}
         name = "/".join(path.split("/")[3:5]).partition("?")[0]
         if "/preupload/" in path:
@@ -129,7 +132,7 @@ def test_an_upload_that_breaks_off_is_taken_up_again(hub, export, command):
         hub.asked.clear()
         done = command("push", "--repo", repo, "--folder", export, *more, **{**env, **other})
         assert "Traceback" not in done.stderr
-        assert TOKEN not in done.stdout + done.stderr
+        assert TOKEN not in done.stdout + done.stderr and SIGNED not in done.stdout + done.stderr
         return done.returncode, " ".join((done.stdout + done.stderr).split())
 
     hub.refuse = ("/store/", 403)
@@ -154,7 +157,19 @@ def test_an_upload_that_breaks_off_is_taken_up_again(hub, export, command):
     for name, found in sent.items():
         assert (hub.objects[found] if isinstance(found, str) else found) == (export / name).read_bytes()
 
+    assert "gone to lab/run (private)" in push("lab/run", "--public")[1]  # what it is, not what was asked
+    (export / "notes.md").write_text("the key is opensesame-42")
+    code, said = push("lab/run", HF_TOKEN="opensesame-42")
+    assert (code, "seems to hold a token" in said, hub.asked) == (2, True, [])
+    (export / "notes.md").unlink()
     code, said = push("lab/run", HF_TOKEN="hf_" + "revoked000000000")
     assert (code, "the token is not valid" in said) == (2, True)
     code, said = push("lab/seen")
     assert (code, "everybody can see it; nothing was sent" in said, "lab/seen" in hub.commits) == (2, True, False)
+
+
+def test_a_token_is_hidden_before_a_long_message_is_cut() -> None:
+    said = str(_failed(OSError("x " * 144 + f"Bearer {TOKEN}"), "lab/run"))
+    assert "Bearer hf_" in said
+    assert TOKEN[:4] not in said
+    assert str(_failed(RuntimeError("the store is full"), "lab/run")).count("the store is full") == 1

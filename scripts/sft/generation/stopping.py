@@ -11,7 +11,7 @@ BROKEN_CHARACTER = "�"  # what bytes decode to that are not (yet) a whole char
 
 
 class Ends(Protocol):
-    """What ends an answer (`sft.chat.encode.Stops` is one)."""
+    """What ends an answer (`sft.chat.stops.Stops` is one)."""
 
     @property
     def ids(self) -> frozenset[int]: ...

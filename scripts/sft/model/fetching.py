@@ -153,7 +153,7 @@ def _said(section: ModelSection, error: Exception) -> ModelError:
     for family, what, mend in cases:
         if isinstance(error, family):
             return ModelError(what, where="model.name", mend=mend)
-    said = credentials.redact(" ".join(str(error).split())[:300])
+    said = credentials.redact(" ".join(str(error).split()))[:300]
     return ModelError(
         f"fetching {name} failed: {type(error).__name__}: {said}",
         where="model.name",

@@ -78,15 +78,15 @@ def export(target: Target, form: str, kind: str, out: Path, root: Path, progress
     _refuse_target(out)
     place.need(out, 0, "an export")
     disk.sweep(out.parent, out.name)
-    if target.adapter is None or _own_config(target.adapter):  # before a merge that may take long
-        whole = {"name": str(target.merged), "revision": None} if target.merged else {}
-        _refuse_uncovered(hub.find(target.config.model.model_copy(update=whole), root), form)
+    trusted = target.config.model.trust_remote_code
+    if (before := _before(target, root)) is not None:  # a merge may take long
+        _refuse_uncovered(before, form, trusted)
     with disk.atomic_folder(out) as staged:
         folder = _weights(target, form, _MERGED_AS[kind], staged, root, progress)
         files = hub.find(ModelSection(name=str(folder), type=target.config.model.type), root)
-        _refuse_uncovered(files, form)
+        _refuse_uncovered(files, form, trusted)
         trainer = _encoder(target, files, root)
-        forms = [routes.of_folder(folder, trust_remote_code=target.config.model.trust_remote_code)]
+        forms = [routes.of_folder(folder, trust_remote_code=trusted)]
         tensors, error = 0, 0.0
         if form != "hf":
             tensors, error = _gguf(files, staged, kind, form, trainer, target, root, forms, progress)
@@ -108,14 +108,27 @@ def export(target: Target, form: str, kind: str, out: Path, root: Path, progress
 def _weights(target: Target, form: str, dtype: str, staged: Path, root: Path, progress: Progress) -> Path:
     """The folder with the model's whole weights: merged into `staged`, or where a full run left them."""
     if target.adapter is not None:
-        own, name = _own_config(target.adapter), target.config.model.name
-        moved = name if own and name != own.model.name else None  # what --set says
+        moved = _moved(target, _own_config(target.adapter))
         merge.merge(target.adapter, staged / "weights", dtype, root, progress, base=moved)
         return staged / "weights"
     assert target.merged is not None
     if form == "hf":
         return merge.copy(target.merged, staged / "weights", dtype, target.config, root, progress)
     return target.merged
+
+
+def _before(target: Target, root: Path) -> ModelFiles | None:
+    """The model that the weights are made from; None for an adapter with no config beside it: its record says."""
+    if target.adapter is None:
+        return hub.find(target.config.model.model_copy(update={"name": str(target.merged), "revision": None}), root)
+    own = _own_config(target.adapter)
+    return merge.find_base(own.model, _moved(target, own), target.adapter, root) if own else None
+
+
+def _moved(target: Target, own: Config | None) -> str | None:
+    """Where --set says that the base is now; None where the run's own config says it."""
+    name = target.config.model.name
+    return name if own and name != own.model.name else None
 
 
 def _own_config(adapter: Path) -> Config | None:
@@ -125,7 +138,7 @@ def _own_config(adapter: Path) -> Config | None:
         return None
 
 
-def _refuse_uncovered(files: ModelFiles, form: str) -> None:
+def _refuse_uncovered(files: ModelFiles, form: str, trusted: bool) -> None:
     if files.kind == "seq2seq":
         raise ModelError(
             "export covers models that continue a conversation; this one is seq2seq",
@@ -134,7 +147,7 @@ def _refuse_uncovered(files: ModelFiles, form: str) -> None:
         )
     if form != "hf":
         gguf_layout.architecture(files.config, files.name)
-        gguf_vocabulary.refuse_other_kinds(load_tokenizer(files))
+        gguf_vocabulary.refuse_other_kinds(load_tokenizer(files, trust_remote_code=trusted))
 
 
 def _encoder(target: Target, files: ModelFiles, root: Path) -> Encoder:

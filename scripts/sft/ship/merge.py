@@ -76,8 +76,7 @@ def merge(
     _refuse_whole_model(adapter)
     record = bases.base_of(adapter)
     config = config_of(adapter, record)
-    section = config.model.model_copy(update={"name": base, "revision": None}) if base else config.model
-    files = _base(section, adapter, root)
+    files = find_base(config.model, base, adapter, root)
     _refuse_wrong(files, adapter, record)
     _refuse_target(out, adapter, files)
     disk.sweep(out.parent, out.name)
@@ -192,13 +191,13 @@ def _refuse_whole_model(adapter: Path) -> None:
             )
 
 
-def _base(section: ModelSection, adapter: Path, root: Path) -> ModelFiles:
-    """The adapter's base. Raises ModelError, with how to name its new place."""
+def find_base(section: ModelSection, moved: str | None, adapter: Path, root: Path) -> ModelFiles:
+    """The adapter's base, as `section` names it or where it is now. Raises ModelError, with how to name its place."""
     try:
-        return hub.find(section, root)
+        return hub.find(section.model_copy(update={"name": moved, "revision": None}) if moved else section, root)
     except ModelError as error:
-        moved = f"{adapter.name} was trained on {section.name}; where that is now: --set model.name=PLACE"
-        error.mend = f"{error.mend}\n         {moved}" if error.mend else moved
+        told = f"{adapter.name} was trained on {section.name}; where that is now: --set model.name=PLACE"
+        error.mend = f"{error.mend}\n         {told}" if error.mend else told
         raise
 
 

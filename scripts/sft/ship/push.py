@@ -22,7 +22,7 @@ _MENDS = {
     403: "the token may not write there: push to a name of your own, or give it the right,",
     404: "is the name before the slash that of your account, or of an organisation that you are in?",
 }
-_SECRET = re.compile(r"\bhf_[A-Za-z0-9]{8,}\b")
+_SIGNED = re.compile(r"(\bhttps?://[^\s?]+)\?[^\s'\"]+")  # whoever has a store's address whole may write to it
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,10 @@ def push(folder: Path, repo: str, root: Path, *, private: bool, dry_run: bool) -
 
     Raises RunError (no export, no certificate, a token in a file), ModelError (a bad name, no token, the hub refuses).
     """
+    token, _ = credentials.find(root)
     listed = _listed(folder, repo)
     if dry_run:
         return Push(repo, private, listed, True, None)
-    token, _ = credentials.find(root)
     if offline() or not token:
         raise ModelError(
             "the hub is switched off (HF_HUB_OFFLINE)" if offline() else "pushing needs a token of the hub",
@@ -57,8 +57,8 @@ def push(folder: Path, repo: str, root: Path, *, private: bool, dry_run: bool) -
     hub = HfApi(token=token)
     try:
         hub.create_repo(repo, private=private, exist_ok=True)
-        seen_by_all = private and not hub.model_info(repo).private
-        if not seen_by_all:
+        hidden = bool(hub.model_info(repo).private)
+        if hidden or not private:
             hub.upload_folder(
                 repo_id=repo,
                 folder_path=folder,
@@ -67,13 +67,13 @@ def push(folder: Path, repo: str, root: Path, *, private: bool, dry_run: bool) -
             )
     except Exception as error:  # httpx's, the hub's, xet's, and whatever the threads of an upload wrap them in
         raise _failed(error, repo) from None
-    if seen_by_all:
+    if private and not hidden:
         raise RunError(
             f"{repo} is there already, and everybody can see it; nothing was sent",
             where=repo,
             mend="make it private in its settings on the hub, or push with --public",
         )
-    return Push(repo, private, listed, False, f"{hub.endpoint}/{repo}")
+    return Push(repo, hidden, listed, False, f"{hub.endpoint}/{repo}")
 
 
 def _failed(error: BaseException, repo: str) -> ModelError:
@@ -82,7 +82,8 @@ def _failed(error: BaseException, repo: str) -> ModelError:
     while error.__cause__ is not None and not hasattr(error, "server_message"):
         error = error.__cause__
     status = getattr(getattr(error, "response", None), "status_code", None)
-    said = credentials.redact(" ".join(f"{wrapped} {error}".split())[:300]) or type(error).__name__
+    said = credentials.redact(" ".join(" ".join(dict.fromkeys((wrapped, str(error)))).split()))
+    said = _SIGNED.sub(r"\1", said)[:300] or type(error).__name__
     again = "then push again: files that have arrived are not sent twice"
     if status is None:
         return ModelError(f"the upload broke off: {said}", where=repo, mend=f"does the network reach the hub? {again}")
@@ -105,7 +106,8 @@ def _listed(folder: Path, repo: str) -> dict[str, int]:
         raise RunError(f"{PARITY} in {folder} certifies nothing", where=str(folder / PARITY), mend="make export again")
     found = {path.name: path for path in sorted(folder.iterdir()) if path.is_file() and path.name not in _STAYS}
     for name, path in found.items():
-        if path.stat().st_size < 1 << 22 and _SECRET.search(path.read_bytes().decode("utf-8", "ignore")):
+        text = path.read_bytes().decode("utf-8", "ignore") if path.stat().st_size < 1 << 22 else ""
+        if credentials.redact(text) != text:
             raise RunError(
                 f"{name} seems to hold a token of the hub", where=str(path), mend="take it out, then push again"
             )

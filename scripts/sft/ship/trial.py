@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft import runs
 from sft.config.schema import Config, ModelSection, TuningSection
-from sft.errors import ModelError, RunError
+from sft.errors import ModelError, RunError, TemplateError
 from sft.ship import sample
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 GREETING = "Hello! What can you do?"
 _SHOWN = 600  # letters of a question or an answer
+_LOOKED_AT = 64  # newest tokens of the prompt whose logits must be finite
 
 
 @dataclass(frozen=True)
@@ -80,15 +82,18 @@ def answer(folder: Path, question: str | None, root: Path) -> Trial:
 
 
 def _held_out(prompt: Prompt, config: Config, root: Path) -> tuple[str, Question] | None:
-    """The run's first row that asks something, and the file it is from; None where the run's rows are gone."""
+    """The run's first row that asks something, and the file it is from; None where the run's rows are gone.
+
+    Rows that the template refuses are passed over, as in training.
+    """
     from sft.generation.questions import answerable, questions
 
-    rows = sample.run_rows(config, root)
-    first = next((row for row in rows[1] if answerable(row)), None) if rows else None
-    if rows is None or first is None:
-        return None
     plain = config.model_copy(update={"eval": config.eval.model_copy(update={"shots": 0, "turns": "last"})})
-    return f"from {rows[0]}", questions(prompt, [first], plain, root)[0]
+    source, rows = sample.run_rows(config, root) or ("", [])
+    for row in filter(answerable, rows[: sample.ROWS]):
+        with suppress(TemplateError):
+            return f"from {source}", questions(prompt, [row], plain, root)[0]
+    return None
 
 
 def _cut(text: str) -> str:
@@ -98,7 +103,7 @@ def _cut(text: str) -> str:
 def _refuse_infinite(model: Any, ids: list[int], kind: str, device: str) -> None:
     import torch
 
-    given = torch.tensor([ids], device=device)
+    given = torch.tensor([ids[-_LOOKED_AT:]], device=device)
     extra = {"decoder_input_ids": given[:, :1]} if kind == "seq2seq" else {}
     with torch.no_grad():
         logits = model(input_ids=given, **extra).logits
