@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from sft import files
 from sft.memory import calibration
 from sft.memory.calibration import Record
 
@@ -41,14 +43,27 @@ def test_a_spoilt_line_is_passed_over_and_said(tmp_path: Path, caplog: pytest.Lo
     calibration.record(tmp_path, entry("cpu", "qwen2", allocated_gib=1.0))
     with (tmp_path / calibration.FILE).open("a") as file:
         file.write('{"gpu": "cpu"\n')
+    with (tmp_path / calibration.FILE).open("ab") as file:
+        file.write(b"\xff\n")
     assert [each.gpu for each in calibration.read(tmp_path)] == ["cpu"]
-    assert "1 lines" in caplog.text
+    assert "2 lines" in caplog.text
 
 
-def test_a_disk_that_refuses_is_said_and_forgiven(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_disk_that_refuses_is_said_and_forgiven(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / ".cache").write_text("in the way")
     calibration.record(tmp_path, entry("cpu", "qwen2"))
     assert "could not be kept" in caplog.text
+    assert calibration.lookup(tmp_path, "cpu", "qwen2") is None
+    caplog.clear()
+
+    def full(path: Path, content: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(files.door.disk, "write", full)
+    calibration.record(tmp_path / "b", entry("cpu", "qwen2"))
+    assert "could not be kept" in caplog.text and "No space left" in caplog.text
 
 
 def test_speed_is_that_of_this_model_and_of_whole_runs_where_they_are(tmp_path: Path) -> None:

@@ -44,6 +44,9 @@ def test_strides_come_back_and_what_is_expanded_is_kept_once() -> None:
         found = hooks.unpack_hook(packed)
         assert torch.equal(found, tensor) and found.stride() == tensor.stride()
         assert kept.data_ptr() != tensor.data_ptr() and kept.numel() <= 600 * 4 * 512
+    half = torch.randn(1, 600, 2048)[..., 1024:]  # of a fused projection: with its strides it would take the whole
+    *_, kept = packed = hooks.pack_hook(half)
+    assert torch.equal(hooks.unpack_hook(packed), half) and kept.untyped_storage().nbytes() == half.numel() * 4
 
 
 def test_a_view_of_a_weight_stays_as_the_weight_does() -> None:

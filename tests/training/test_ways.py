@@ -28,7 +28,7 @@ from tests.training import bench
 from tests.training.test_out_of_memory import Once
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-FAMILIES = {"qwen2": 9, "llama": 9, "gemma": 9, "qwen3": 13, "phi3": 9, "glm4": 11}
+FAMILIES = {"qwen2": 9, "llama": 9, "gemma": 9, "qwen3": 13, "phi3": 9, "glm4": 11, "mixtral": 7}
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +119,8 @@ def test_a_way_that_is_not_equal_is_given_back_and_one_that_is_not_possible_name
     monkeypatch.setattr(kernels, "_compiled", lambda module: off(module) if is_norm(module) else None)
     reason = ways.take(model, "compiled", asked)
     assert reason is not None and "not equal" in reason and "1e-05 is allowed" in reason
+    monkeypatch.setattr(kernels, "_compiled", lambda module: no_gradient(module) if is_norm(module) else None)
+    assert "nan off" in (ways.take(model, "compiled", asked) or "")
     assert kernels.way_of(model) == "plain" and not any("forward" in module.__dict__ for module in model.modules())
     assert all(torch.equal(weight, before[name]) for name, weight in bench.trained(trainer).items())
     assert all(weight.grad is None for weight in model.parameters())
@@ -138,6 +140,40 @@ def is_norm(module: Any) -> bool:
 def off(module: Any) -> Any:
     """A norm that scales by a thousandth too much."""
     return lambda hidden: type(module).forward(module, hidden) * 1.001
+
+
+def no_gradient(module: Any) -> Any:
+    """The right norm, whose gradient is no number."""
+
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
+        made: torch.Tensor = type(module).forward(module, hidden)
+        made.register_hook(lambda gradient: gradient * torch.nan)
+        return made
+
+    return forward
+
+
+def test_where_the_compiler_fails_while_it_is_measured_layers_are_plain_from_there_on(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from torch._dynamo.exc import TorchDynamoException
+
+    model = torch.nn.Linear(2, 2)
+
+    def measure() -> str:
+        if kernels.way_of(model) == "compiled":
+            raise TorchDynamoException("no compiler for this length")
+        return "measured"
+
+    kernels._put(model, model.forward, "compiled")
+    assert ways.or_plainly(model, measure) == "measured" and kernels.way_of(model) == "plain"
+    assert "no compiler for this length" in caplog.text
+    with pytest.raises(TorchDynamoException):
+        ways.or_plainly(model, lambda: failing(TorchDynamoException("of no layer of ours")))
+
+
+def failing(error: Exception) -> None:
+    raise error
 
 
 def test_the_fastest_way_is_kept_if_it_gains_enough_and_the_compiler_only_in_long_runs(

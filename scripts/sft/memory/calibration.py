@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import median
 
 from sft import files
+from sft.errors import SftError
 from sft.memory.devices import plain
 
 FILE = ".cache/planner/calibration.jsonl"
@@ -74,7 +75,7 @@ def record(root: Path, entry: Record) -> None:
     try:
         lines = [json.dumps(asdict(each)) for each in [*read(root)[-KEPT + 1 :], entry]]
         files.write_text(path, "\n".join(lines) + "\n")
-    except OSError as error:
+    except (OSError, SftError) as error:
         log.warning("the run's measured memory and speed could not be kept for the planner: %s", error)
 
 
@@ -82,8 +83,8 @@ def read(root: Path) -> list[Record]:
     """Every record that can be read, oldest first; a spoilt line is passed over, and that is said."""
     known = {each.name for each in fields(Record)}
     try:
-        lines = (root / FILE).read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
+        lines = (root / FILE).read_text(encoding="utf-8", errors="replace").splitlines()
+    except (FileNotFoundError, NotADirectoryError):
         return []
     found, spoilt = list[Record](), 0
     for line in lines:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from sft import files
 from sft.config.schema import Config
+from sft.errors import SftError
 
 if TYPE_CHECKING:
     from sft.memory.trace import Traced, Tracer
@@ -50,7 +51,7 @@ class Traces:
         self.config, self.description, self.device = config, description, device
         self.key = self._key()
         self.path = None if root is None else root / FOLDER / f"{self.key}.json"
-        self.kept: dict[str, Any] = _read(self.path)
+        self.kept = {} if self.path is None else files.read_json(self.path)
         self._made: list[Tracer] = []
 
     def beside(self, other: Traces) -> Traces:
@@ -138,7 +139,7 @@ class Traces:
         if self.path is not None:
             try:
                 files.write_json(self.path, self.kept)
-            except OSError as error:
+            except (OSError, SftError) as error:
                 log.debug("a trace could not be kept: %s", error)
 
     def _key(self) -> str:
@@ -146,13 +147,6 @@ class Traces:
         followed = moments(self.config.train.optim, self.device) is None
         known = [dict(self.description), self.config.tuning.model_dump(), train, followed, self.device, _code()]
         return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()[:24]
-
-
-def _read(path: Path | None) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path is not None else {}
-    except (OSError, ValueError):
-        return {}
 
 
 @functools.cache

@@ -98,7 +98,8 @@ def _liger(module: nn.Module) -> Forward | None:
     """Liger's forward of a norm, a gated MLP or an attention that turns queries and keys; None of any other module."""
     if type(module).__name__.endswith("RMSNorm"):
         return _norm(module)
-    if hasattr(module, "down_proj") and (hasattr(module, "gate_proj") or hasattr(module, "gate_up_proj")):
+    parts = [callable(getattr(module, name, None)) for name in ("down_proj", "gate_proj", "gate_up_proj")]
+    if parts[0] and any(parts[1:]):  # layers: experts keep all of theirs in one tensor
         return _gated(module)
     return _turning(module)
 

@@ -69,7 +69,8 @@ def settle(job: Job, model: Any, recipe: Recipe, run: Run, checkpoint: Path | No
     else:
         log.info("rehearsed before on this GPU: %s", found.said)
     rehearsal.set_checkpointing(model, found.checkpointing)
-    _compute(job, model, found.kernels, recipe)
+    everywhere = set(ranks.everywhere(found.kernels))
+    _compute(job, model, found.kernels if len(everywhere) == 1 else kernels.PLAIN, recipe)
     recipe.evaluating = found.evaluating
     how = kernels.way_of(model)
     tokens = -ranks.largest(-found.tokens)  # the least over ranks
@@ -102,7 +103,7 @@ def scene(job: Job, model: Any, recipe: Recipe, run: Run, gauge: Gauge) -> Scene
         free=job.asked.gradient_checkpointing == "auto",
         state_bytes=0 if optim.startswith("paged") else 2 if "8bit" in optim else 8,
         answer=_answering(job, model) if job.rows.questions else None,
-        save=_saving(model, run) if weights.is_adapter(model) else None,
+        save=_saving(model, run) if weights.is_adapter(model) and ranks.rank() == 0 else None,
     )
 
 
@@ -125,6 +126,7 @@ def key(job: Job) -> str:
             job.asked.kernels,
         ],
         "asked": [job.asked.gradient_checkpointing, *(train.micro_batch_tokens,) * (not is_open(job.asked))],
+        "run": job.asked.kernels == "auto" and job.plan.total_steps.bit_length(),  # a long one may be compiled
         "answers": [job.config.eval.batch_size, job.config.generation.max_new_tokens, len(job.rows.questions)],
         "versions": measured.versions(),
     }

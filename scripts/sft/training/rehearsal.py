@@ -173,14 +173,14 @@ def _search(scene: Scene, began: float) -> Found:
     length = max(scene.lengths)
     if scene.fixed is not None:
         try:
-            measured = _measure(scene, scene.fixed)
+            measured = ways.or_plainly(scene.model, partial(_measure, scene, scene.fixed))
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
             raise DoesNotFitError(f"a micro-batch of {scene.fixed} tokens does not fit") from None
         return Found(max(1, scene.fixed // length), scene.fixed, (measured,), measured)
     return probe.search(
-        lambda rows: _measure(scene, rows * length),
+        lambda rows: ways.or_plainly(scene.model, partial(_measure, scene, rows * length)),
         length=length,
         most_rows=scene.most_rows,
         total_bytes=scene.gauge.total,
@@ -189,7 +189,7 @@ def _search(scene: Scene, began: float) -> Found:
 
 
 def _tried(scene: Scene, tokens: int) -> Measured | None:
-    """Measured the way it computes now; None where it runs out of memory, or into the margin."""
+    """Measured the way it computes now; None where it runs out of memory or into the margin, or does not compile."""
     try:
         seen = _measure(scene, tokens)
     except (RuntimeError, MemoryError) as error:
@@ -203,6 +203,7 @@ def _tried(scene: Scene, tokens: int) -> Measured | None:
 
 def _measure(scene: Scene, tokens: int) -> Measured:
     """Forward and backward of the longest rows in one micro-batch, twice: the second time is measured."""
+    release()  # what a larger one left with the allocator would count as this one's
     recipe, model = scene.recipe, scene.model
     features = longest_batch(scene.rows, scene.lengths, tokens)
     batch = {name: tensor.to(recipe.device) for name, tensor in Collator(recipe.kind)(features).items()}

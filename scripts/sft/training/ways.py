@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -18,7 +18,7 @@ from sft.model import kernels
 from sft.model.kernels import Way
 from sft.step import unwrap
 from sft.step.microbatch import backward_window
-from sft.step.recovery import release
+from sft.step.recovery import out_of_memory, release
 from sft.step.window import Collator
 from sft.training.recipe import Recipe
 
@@ -28,6 +28,7 @@ LONG = 1800.0  # seconds that a run must take for the compiler, whose start take
 SEEN = 1 << 16  # numbers of each weight's gradient that are compared
 ROWS = (list(range(3, 10)), list(range(14, 2, -1)))
 log = logging.getLogger("sft.training")
+T = TypeVar("T")
 
 
 def ask(model: Any, way: Way, recipe: Recipe, *, backend: str = "bnb", found: bool = False) -> None:
@@ -63,7 +64,7 @@ def fastest(
 ) -> Measured | None:
     """Tries the ways; leaves the model in the one that is fastest, by more than chance. None where nothing was tried.
 
-    measure: a step the way it is computed now, None where it does not fit. run_tokens: of the whole run, on this rank.
+    measure: a step the way it is computed now, None where it cannot be. run_tokens: of the whole run, on this rank.
     """
     best = measure() if wanted else None
     if best is None:
@@ -75,7 +76,8 @@ def fastest(
         reason = take(model, way, recipe)
         if reason is None:
             seen = measure()
-            reason = "it does not fit" if seen is None else f"{seen.speed / best.speed:.2f} times as fast as {before}"
+            failed = "it does not fit, or the compiler fails" if way == kernels.COMPILED else "it does not fit"
+            reason = failed if seen is None else f"{seen.speed / best.speed:.2f} times as fast as {before}"
             if seen is not None and seen.speed >= ENOUGH * best.speed:
                 log.info("layers are computed %s: %s", way, reason)
                 best = seen
@@ -83,6 +85,20 @@ def fastest(
         log.info("layers are not computed %s: %s", way, reason)
         kernels.take(model, before)
     return best
+
+
+def or_plainly(model: Any, act: Callable[[], T]) -> T:
+    """What comes of `act`; of a second try with plain layers, which then stay, where the compiler fails in it."""
+    try:
+        return act()
+    except RuntimeError as error:
+        if kernels.way_of(model) != kernels.COMPILED or out_of_memory(error) or not kernels.compiler_failed(error):
+            raise
+        said = " ".join(str(error).split())[:200]
+    kernels.give_back(model)
+    release()
+    log.warning("torch.compile failed: layers are computed plainly from here on (%s)", said)
+    return act()
 
 
 def _prove(model: Any, way: Way, recipe: Recipe) -> str | None:
@@ -93,7 +109,7 @@ def _prove(model: Any, way: Way, recipe: Recipe) -> str | None:
         if kernels.way_of(model) != way:
             return "this model has no layers that it could serve"
         pairs = zip(_loss_and_gradients(model, recipe), plain, strict=True)
-        off = max(float((found - expected).norm() / expected.norm()) for found, expected in pairs)
+        off = float(torch.stack([(found - expected).norm() / expected.norm() for found, expected in pairs]).max())
     except Exception as error:  # a compiler, a kernel or a driver raises anything
         kernels.give_back(model)
         model.zero_grad(set_to_none=True)
