@@ -112,7 +112,7 @@ def overfitting(history: History) -> list[str]:
             f"overfitting: evaluation loss rose to {now['eval_loss']:.4f} while training loss fell to"
             f" {now['eval_loss'] - now['eval_gap']:.4f};"
             f" it was best at step {best['step']} ({best['eval_loss']:.4f});"
-            " train.early_stopping ends a run that goes on so"
+            " train.early_stopping says when that ends a run"
         )
     if now["eval_gap"] > GAP and all(entry["eval_gap"] <= GAP for entry in seen[:-1]):
         said.append(
