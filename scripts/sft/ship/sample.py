@@ -83,12 +83,16 @@ def take(encoder: Encoder, config: Config, root: Path, vocabulary: int) -> Sampl
 
 
 def run_rows(config: Config, root: Path) -> tuple[str, list[Row]] | None:
-    """The run's validation file and its rows, else those of its training file; None where its data is gone."""
+    """The run's validation file and its rows, else those of its training file; None where its data is gone.
+
+    A file outside the project is named without its folder, since what is exported may be pushed.
+    """
     try:
         stage = store.paths(config.data, root)
         for path in (stage.val, stage.train):
             if path is not None and (rows := store.read_rows(path)):
-                return paths.shown(path, root), rows
+                shown = paths.shown(path, root)
+                return path.name if Path(shown).is_absolute() else shown, rows
     except DataError as error:
         log.warning(f"the run's own rows are not there: {error.what}")
     return None
