@@ -88,6 +88,11 @@ def test_a_card_is_offered_the_default_model_first_and_only_what_fits() -> None:
     assert estimate.largest_that_fits(24) == _name("14B")
 
 
+def test_a_family_without_attention_is_counted() -> None:
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 300, "state_size": 8}
+    assert shapes.count({"model_type": "mamba", **sizes}, TUNING).attention == 0
+
+
 def test_a_family_that_transformers_has_not_is_said() -> None:
     with pytest.raises(ModelError, match="cannot build my/model"):
         shapes.count({"model_type": "never-heard-of"}, TUNING, name="my/model")

@@ -92,6 +92,7 @@ def count(config: Mapping[str, Any], tuning: TuningSection, *, name: str = "the 
         wanted = adapters.targets(model, tuning)
         chosen = [module for path, module in linear.items() if any(hits(each, path) for each in wanted)]
     text = model.config.get_text_config()
+    heads = int(getattr(text, "num_attention_heads", 0))  # 0: a state-space model
     return Shapes(
         linear=sum(sizes.values()),
         largest=max(sizes.values()),
@@ -103,8 +104,7 @@ def count(config: Mapping[str, Any], tuning: TuningSection, *, name: str = "the 
         layers=_layers(text),
         vocabulary=int(text.vocab_size),
         active=sum(sizes.values()) + int(_share_of_experts(text) * _stacked(model)),
-        attention=int(text.num_attention_heads)
-        * int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads),
+        attention=heads * int(getattr(text, "head_dim", None) or text.hidden_size // max(1, heads)),
     )
 
 
