@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sft.errors import ConfigError
-from sft.memory import devices
+from sft.memory import devices, speed
 
 
 @pytest.mark.parametrize(
@@ -63,3 +63,13 @@ def test_what_is_no_card_is_an_error_with_a_mend(text: str, told: str) -> None:
 def test_the_smallest_card_that_would_do() -> None:
     assert devices.smallest_card(9.5) == "RTX 3080 (10 GiB)"
     assert devices.smallest_card(500) is None
+
+
+@pytest.mark.parametrize(
+    ("driver", "teraflops"),
+    [("Tesla T4", 65), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA GeForce RTX 4060 Laptop GPU", 29.1)],
+)
+def test_the_speed_of_a_card_is_known_by_the_drivers_name(driver: str, teraflops: float) -> None:
+    found = speed.rate(devices.Device("cuda", driver, 16), None)
+    assert found is not None and found[0] == pytest.approx(0.4 * teraflops * 1e12)
+    assert speed.rate(devices.Device("cuda", "Some Other Card", 16), None) is None

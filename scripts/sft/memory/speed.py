@@ -10,6 +10,7 @@ more and 2 rho V h for the head.
 from __future__ import annotations
 
 from sft.config.schema import TrainSection, TuningSection
+from sft.memory import devices
 from sft.memory.devices import Device
 from sft.memory.shapes import Shapes
 
@@ -47,8 +48,7 @@ def rate(device: Device, measured: float | None, of: str = "") -> tuple[float, s
     """
     if measured:
         return measured, f"measured here: {of}"
-    name = device.name.removeprefix("NVIDIA ").removeprefix("GeForce ").removesuffix(" GPU")
-    peak = PEAK.get(name)
-    return (
-        None if peak is None else (peak * 1e12 * PRESUMED_SHARE, f"{PRESUMED_SHARE:.0%} of {peak:g} TFLOP/s, presumed")
-    )
+    peak = {devices.plain(name): peak for name, peak in PEAK.items()}.get(devices.plain(device.name))
+    if peak is None:
+        return None
+    return peak * 1e12 * PRESUMED_SHARE, f"{PRESUMED_SHARE:.0%} of {peak:g} TFLOP/s, presumed"
