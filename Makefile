@@ -63,7 +63,7 @@ setup-dirs: ## make the folders that the pipeline writes to
 download-model: $(ENV) ## fetch a model into the hub's cache, resumable (MODEL=Qwen/Qwen2.5-3B-Instruct)
 	$(RUN)/download_model.py $(WITH) $(if $(MODEL),--model $(MODEL))
 demo-model: $(ENV) ## build models/demo again from generated text (up to 90 minutes on 2 cores)
-	$(RUN)/make_demo_model.py
+	$(PYTHON) dev/make_demo_model.py
 
 process: $(ENV) ## raw data -> data/processed/{train,val,test}.jsonl (RAW=file)
 	$(RUN)/process_data.py $(WITH) $(if $(RAW),--raw_path "$$RAW")

@@ -31,8 +31,8 @@ def measure(
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     from sft.step import attention, flops
-    from sft.step.microbatch import backward_window
-    from sft.step.window import Collator, cut
+    from sft.step.batch import Collator, split_micro_batches
+    from sft.step.step import backward_window
 
     attention.register()
     batch, found = Collator("causal")([dict(row) for row in rows]), []
@@ -44,7 +44,7 @@ def measure(
         if frozen:
             model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear"))
         model.train()
-        micros = [micro for micro in cut(batch, tokens=tokens, apart=apart) if micro.labelled]
+        micros = [micro for micro in split_micro_batches(batch, tokens=tokens, apart=apart) if micro.labelled]
         done, of_attention = flops.counted(partial(backward_window, model, batch, tokens=tokens, apart=apart))
         computed = sum(micro.computed for micro in micros)
         lengths = batch["lengths"].tolist() if apart else [m.targets.shape[1] for m in micros for _ in m.rows]

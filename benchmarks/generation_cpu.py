@@ -24,8 +24,9 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import torch
 
 from sft.config.load import load
-from sft.generation import batch_input, engine, serving
-from sft.generation.stopping import cut
+from sft.generation import batch_io, engine
+from sft.generation import load as serving
+from sft.generation.stop import cut
 
 Texts = Callable[[], list[str]]
 
@@ -67,7 +68,7 @@ def main() -> None:
     args = parser.parse_args()
     config = load(ROOT / "configs" / "demo_cpu.yaml", root=ROOT).config
     served = serving.open_model(config, adapter=args.adapters and args.adapters.resolve(), root=ROOT)
-    requests = batch_input.read(ROOT / "data" / "samples" / "support_desk.jsonl", None)[: args.rows]
+    requests = batch_io.read(ROOT / "data" / "samples" / "support_desk.jsonl", None)[: args.rows]
     prompts = [served.encoder.prompt(request.row) for request in requests if request.row is not None]
 
     def ours(size: int) -> list[str]:

@@ -77,7 +77,7 @@ class Bench:
 
     def step(self, model: Any, optimizer: Any, batch: Any, tokens: int, **more: Any) -> tuple[float, float]:
         """(seconds, gradient norm) of one step."""
-        from sft.step.microbatch import backward_window
+        from sft.step.step import backward_window
 
         began = self.now()
         with self.torch.autocast(self.device, dtype=self.torch.bfloat16):
@@ -91,7 +91,7 @@ class Bench:
 
 def window(lengths: list[int], *, vocabulary: int = 2000, labelled: float = 1.0) -> Any:
     """Rows of these lengths; the last share of each is labelled."""
-    from sft.step.window import Collator
+    from sft.step.batch import Collator
 
     draw, rows = random.Random(0), []
     for length in lengths:

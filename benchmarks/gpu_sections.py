@@ -21,7 +21,7 @@ CARDS = (("7B", 1024, 8), ("14B", 512, 12), ("32B", 2048, 24))
 
 def cards(bench: Bench) -> dict[str, Any]:
     from benchmarks import shapes
-    from sft.step.recovery import out_of_memory
+    from sft.step.step import out_of_memory
 
     found = []
     for size, length, card in [("tiny", 64, card) for *_, card in CARDS] if bench.tiny else CARDS:

@@ -22,13 +22,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 def measure(rows: list[dict[str, Any]], *, budget: int, effective: int, apart: bool) -> dict[str, Any]:
     """Real over computed tokens, and over the budgets that were opened, of an epoch's windows."""
-    from sft.step.window import Collator, cut
+    from sft.step.batch import Collator, split_micro_batches
     from sft.training.windows import Windows
 
     real = computed = micros = fullest = 0
     for indices in Windows(len(rows), effective, 42):
         batch = Collator("causal")([dict(rows[index]) for index in indices])
-        parts = cut(batch, tokens=budget, apart=apart)
+        parts = split_micro_batches(batch, tokens=budget, apart=apart)
         real += int(batch["lengths"].sum())
         computed += sum(micro.computed for micro in parts)
         micros += len(parts)

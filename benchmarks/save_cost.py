@@ -25,7 +25,7 @@ sys.path[:0] = [str(HOME / "scripts"), str(HOME)]
 from tests.training import bench
 
 from sft import files
-from sft.training import checkpoints
+from sft.training import checkpoint
 
 SAVES = 12
 
@@ -35,7 +35,7 @@ def measure(mode: str, folder: Path) -> dict[str, Any]:
     train = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2, "max_steps": SAVES + 1}
     settings = bench.config(HOME / "models" / "demo", folder / "outputs" / mode, tuning={"mode": mode}, train=train)
     trainer, seconds = bench.trainer(settings, validation=0), []
-    real = checkpoints.save
+    real = checkpoint.save_checkpoint
 
     def timed(*args: Any) -> Path:
         began = time.perf_counter()
@@ -43,11 +43,11 @@ def measure(mode: str, folder: Path) -> dict[str, Any]:
         seconds.append(time.perf_counter() - began)
         return made
 
-    checkpoints.save = timed
+    checkpoint.save_checkpoint = timed
     try:
         trainer.fit(None)
     finally:
-        checkpoints.save = real
+        checkpoint.save_checkpoint = real
     kept = seconds[1:]
     return {
         "mode": mode,

@@ -10,7 +10,7 @@ from transformers import BitsAndBytesConfig
 from transformers.quantizers import AutoHfQuantizer
 
 from sft.config.schema import Config
-from sft.model import outline
+from sft.memory import shapes
 from sft.step import attention, unwrap
 
 QWEN = {  # hidden, feed-forward, layers, heads, key-value heads, tied: config.json of Qwen2.5
@@ -58,7 +58,7 @@ def build(
     attention.register()
     full = config.tuning.mode == "full"
     dtype = torch.float32 if full else torch.bfloat16
-    model = outline.draw(description, "-", config.tuning, dtype, attention=chosen, checkpointing=checkpointing)
+    model = shapes.draw(description, "-", config.tuning, dtype, attention=chosen, checkpointing=checkpointing)
     torch.manual_seed(0)
     made: dict[int, Any] = {}
     for module in model.modules():

@@ -29,11 +29,11 @@ from sft.model import hardware
 from sft.step import attention
 from sft.training import model as training_model
 from sft.training import plan
-from sft.training.checkpoints import Keeper
+from sft.training.checkpoint import CheckpointManager
 from sft.training.flow import Flow
 from sft.training.recipe import losses
+from sft.training.signals import SignalHandler
 from sft.training.trainer import WindowTrainer
-from sft.training.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -151,8 +151,8 @@ def ours(model: Any, rows: list[Row], settings: Settings) -> Trainer:
         [],
         effective_batch=settings.rows,
         recipe=training_model.recipe(resolved, model, "causal", device=settings.device),
-        keeper=Keeper(run, 1, lambda _: None),
-        flow=Flow(steps, Watch(run.folder), resolved.train.early_stopping),
+        keeper=CheckpointManager(run, 1, lambda _: None),
+        flow=Flow(steps, SignalHandler(run.folder), resolved.train.early_stopping),
     )
 
 

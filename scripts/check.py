@@ -31,11 +31,11 @@ make check TB_PORT=6007""",
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Runs every check, prints its line, and fails if one of them did."""
-    from sft import preflight
     from sft.errors import EnvironmentProblem
+    from sft.preflight import checks
 
-    case = preflight.Case(console.project_root(), Path(args.config), args.set, args.port)
-    findings = preflight.run(case)
+    case = checks.Case(console.project_root(), Path(args.config), args.set, args.port)
+    findings = checks.run(case)
     for found in findings:
         console.say(f"{found.level:8} {found.name:12} {found.said}")
         if found.mend:

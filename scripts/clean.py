@@ -26,7 +26,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Lists what is there, asks, removes it."""
-    from sft.report import board
+    from sft.report import tensorboard
 
     root = console.project_root()
     found = [root / name for name in GENERATED if (root / name).exists()]
@@ -42,7 +42,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         if input("remove all of these? trained adapters go too [y/N] ").strip().lower() != "y":
             console.say("left as they are")
             return {"removed": []}
-    board.stop(root / "outputs" / "tb")
+    tensorboard.stop(root / "outputs" / "tb")
     for path in found:
         shutil.rmtree(path)
     console.say("removed; data/raw, configs and models were not touched")

@@ -41,28 +41,28 @@ def parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Choose the sides and the rows, let all answer, compare, ask the judge, write the report."""
-    from sft.generation import sides
-    from sft.report import comparing, general, measure
+    from sft.generation import evaluate
+    from sft.report import compare
 
     root = console.project_root()
-    targets = comparing.targets(
-        Path(args.config), args.set, args.adapters, args.config == console.default_config(), root
-    )
-    measure.check_one_base(targets)
-    split, rows, train = comparing.rows(targets[0], args.split, args.limit, root)
-    asked = [] if args.general == "none" else general.read(Path(args.general) if args.general else None, root)
-    judged_by = comparing.judge(args.judge_url, args.judge_model)
+    targets = compare.targets(Path(args.config), args.set, args.adapters, args.config == console.default_config(), root)
+    compare.check_one_base(targets)
+    split, rows, train = compare.rows(targets[0], args.split, args.limit, root)
+    asked = [] if args.general == "none" else compare.read(Path(args.general) if args.general else None, root)
+    judged_by = compare.judge(args.judge_url, args.judge_model)
     console.say(
-        f"{', '.join(measure.names(targets))}: {len(rows)} rows of the {split} split, {len(asked)} general questions"
+        f"{', '.join(compare.names(targets))}: {len(rows)} rows of the {split} split, {len(asked)} general questions"
     )
     with console.progress("answering") as advance:
-        measured = measure.sides(targets, rows, asked, root, advance)
-    result = comparing.result(targets, measured, asked, split, args.seed, sides.constant(targets[0], train, rows), root)
-    folder = comparing.write(result, measured, targets[0], root)
+        measured = compare.sides(targets, rows, asked, root, advance)
+    result = compare.result(
+        targets, measured, asked, split, args.seed, evaluate.constant(targets[0], train, rows), root
+    )
+    folder = compare.write(result, measured, targets[0], root)
     if judged_by is not None:
         with console.progress("judging") as advance:
-            comparing.add_judge(result, judged_by, measured, args.judge_limit, args.seed, advance)
-        comparing.write(result, measured, targets[0], root)
+            compare.add_judge(result, judged_by, measured, args.judge_limit, args.seed, advance)
+        compare.write(result, measured, targets[0], root)
     show(result)
     console.say(f"\nreport: {folder / 'index.html'}")
     return result

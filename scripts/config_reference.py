@@ -28,7 +28,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     from pathlib import Path
 
     from sft import files
-    from sft.config import fields, reference
+    from sft.config import reference
     from sft.errors import ConfigError
 
     path = Path(args.out) if args.out else console.project_root() / "docs" / "CONFIG.md"
@@ -38,7 +38,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError(f"{path} is not what the schema says", mend="python scripts/config_reference.py")
     if not current:
         files.write_text(path, text)
-    keys = sum(1 for field in fields.table().values() if not field.section)
+    keys = sum(1 for field in reference.table().values() if not field.section)
     console.say(f"{path}: {keys} keys, {'as it was' if current else 'written'}")
     return {"path": str(path), "keys": keys, "written": not current}
 

@@ -25,7 +25,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
-    from sft.preflight import Case, doctor
+    from sft.preflight import doctor
+    from sft.preflight.checks import Case
 
     root = console.project_root()
     credentials.find(root)  # so that the token is known, and redacted wherever it stands

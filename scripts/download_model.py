@@ -40,9 +40,9 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     section = _section(args, root)
     there = hub.local_folder(section.name, root)
     if there is not None and args.allow_pickle:
-        from sft.model import pickles
+        from sft.model import hub
 
-        made = pickles.convert(there, section.name)
+        made = hub.convert(there, section.name)
         console.say(f"written: {', '.join(path.name for path in made)}" if made else "safetensors are there already")
     elif there is not None:
         console.say(f"{section.name} is a folder on this machine: nothing to fetch")

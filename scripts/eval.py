@@ -46,11 +46,11 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         return score_file(args, root)
     from sft.data import store
     from sft.errors import ConfigError, DataError
-    from sft.generation import targets
+    from sft.generation import load as targets
 
     if args.base and args.both:
         raise ConfigError("--base is one side, --both is two", mend="give one of them")
-    target = targets.choose(
+    target = targets.resolve_model(
         Path(args.config), args.set, adapters=args.adapters, merged=args.merged, base=args.base,
         is_default=args.config == console.default_config(), root=root,
     )  # fmt: skip
@@ -66,13 +66,13 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 def evaluate(args: argparse.Namespace, root: Path, target: Any, train: Path | None, rows: list[Any]) -> dict[str, Any]:
     """The sides that are asked for, the best constant answer, the files and the table."""
     from sft import files
-    from sft.generation import sides
+    from sft.generation import evaluate as sides
     from sft.report import results
 
     wanted = ["base"] if args.base else ["tuned", "base"] if args.both else ["tuned"]
     console.say(f"{target.name}: {len(rows)} rows of the {args.split} split")
     with console.progress("answering") as advance:
-        found = sides.evaluate(target, wanted, rows, root, advance)
+        found = sides.evaluate_base_and_tuned(target, wanted, rows, root, advance)
     result = results.merged(
         files.read_json(root / "outputs" / results.METRICS), run=target.name, split=args.split, rows=len(rows),
         sides={side: one.metrics for side, one in found.items()}, constant=sides.constant(target, train, rows),
@@ -102,16 +102,15 @@ def show(result: dict[str, Any], samples: Sequence[dict[str, Any]]) -> None:
 
 def score_file(args: argparse.Namespace, root: Path) -> dict[str, Any]:
     """Scores a file of answers; touches nothing."""
-    from sft.config.load import load
-    from sft.config.paths import resolve
-    from sft.metrics import form, predictions, schema
+    from sft.config.load import load, resolve_path
+    from sft.metrics import predictions, scoring
     from sft.report import results
 
     section = load(args.config, args.set, root=root).config.eval
-    loaded = schema.load(resolve(root, section.json_schema)) if section.json_schema else None
+    loaded = scoring.load(resolve_path(root, section.json_schema)) if section.json_schema else None
     found = predictions.score_file(
         args.predictions, section.metrics, stemmer=section.rouge_stemmer, json_schema=loaded,
-        pattern=form.compiled(section.format), strict=bool(args.metrics),
+        pattern=scoring.compiled(section.format), strict=bool(args.metrics),
     )  # fmt: skip
     table = [[name, f"{value:.6f}"] for name, value in found.metrics.items()]
     console.table(f"{args.predictions}, {found.rows} rows", ["metric", "value"], table)

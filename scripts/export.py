@@ -47,13 +47,13 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     """Chooses the model, exports it with a progress bar, and says what was checked."""
     from rich.filesize import decimal
 
-    from sft.generation.targets import choose
+    from sft.generation.load import resolve_model
     from sft.ship.export import export
 
     root = console.project_root()
     default = args.config == console.default_config()
     config = Path(args.config)
-    target = choose(config, args.set, adapters=args.adapters, merged=args.merged, is_default=default, root=root)
+    target = resolve_model(config, args.set, adapters=args.adapters, merged=args.merged, is_default=default, root=root)
     out = args.out or root / "outputs" / "export" / f"{target.name}-{args.format}"
     with console.progress(f"exporting as {args.format}") as advance:
         report = export(target, args.format, args.type, out, root, lambda done, total, name: advance(done, total))

@@ -35,27 +35,27 @@ def parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> dict[str, Any] | None:
     """Choose the model, read the questions, open the model, answer."""
     from sft.errors import ConfigError
-    from sft.generation import batch_input, system_text, targets
+    from sft.generation import batch_io, load
 
     root = console.project_root()
     batch = args.mode == "batch" or (args.mode is None and args.input_file is not None)
     if batch and (args.input_file is None or args.output_file is None):
         raise ConfigError("batch mode needs --input_file and --output_file", mend="name both")
-    target = targets.choose(
+    target = load.resolve_model(
         Path(args.config), args.set, adapters=args.adapters, merged=args.merged, base=args.base,
         is_default=args.config == console.default_config(), root=root,
     )  # fmt: skip
-    system = args.system if args.system is not None else system_text.expected(target.config, target.folder, root)
-    requests = batch_input.read(args.input_file, system) if batch else []
-    from sft.generation import serving
+    system = args.system if args.system is not None else load.expected(target.config, target.folder, root)
+    requests = batch_io.read(args.input_file, system) if batch else []
+    from sft.generation import load
 
     adapter, merged = (None, None) if args.base else (target.adapter, target.merged)
-    served = serving.open_model(target.config, adapter=adapter, merged=merged, root=root, squeeze=not batch)
+    served = load.open_model(target.config, adapter=adapter, merged=merged, root=root, squeeze=not batch)
     if not batch:
         return chat(served, target.config.generation, system, root)
     with console.progress("answering") as advance:
-        answers = serving.answer_all(served, [one.row for one in requests], target.config, advance)
-    batch_input.write(args.output_file, requests, answers)
+        answers = load.answer_all(served, [one.row for one in requests], target.config, advance)
+    batch_io.write(args.output_file, requests, answers)
     stopped = sum(answer.stopped for answer in answers if answer is not None)
     asked = sum(answer is not None for answer in answers)
     console.say(f"{asked} answers in {args.output_file}; {stopped} stopped by themselves")
@@ -64,9 +64,7 @@ def main(args: argparse.Namespace) -> dict[str, Any] | None:
 
 def chat(served: Any, settings: Any, system: str | None, root: Path) -> None:
     """The conversation, until /exit."""
-    from sft.generation.chat_session import ChatSession
-    from sft.generation.line_input import on_terminal, reader
-    from sft.generation.markdown_view import MarkdownView
+    from sft.generation.chat import ChatSession, MarkdownView, on_terminal, reader
 
     def side_by_side(base: str, tuned: str) -> None:
         console.table("", ["base", "tuned"], [[base, tuned]])

@@ -38,14 +38,14 @@ def parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Find the model, run the harness once a side, put both sides' results beside each other."""
     from sft.errors import ConfigError
-    from sft.generation import targets
+    from sft.generation import load
     from sft.report import harness
 
     check_installed()
     if not args.tasks.strip():
         raise ConfigError("no tasks are named", mend="make lm-eval TASKS=hellaswag,arc_easy")
     root = console.project_root()
-    target = targets.choose(
+    target = load.resolve_model(
         Path(args.config),
         args.set,
         adapters=args.adapters,

@@ -87,7 +87,7 @@ def _sampled(report: Any) -> str:
 
 
 def _test(out: Path, prompt: str | None, root: Path) -> dict[str, Any]:
-    from sft.ship.trial import answer
+    from sft.ship.verify import answer
 
     found = answer(out, prompt, root)
     console.say(found.told())

@@ -36,7 +36,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
     from sft.config.load import load
-    from sft.memory import answer, catalogue, devices, plan
+    from sft.memory import devices, plan
+    from sft.memory import report as answer
+    from sft.memory import report as catalogue
 
     root = console.project_root()
     config = load(args.config, args.set, root=root).config
@@ -47,11 +49,11 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
             found = catalogue.each(names, config, device, root, report)
         return show_models(found, device, f"{config.tuning.mode}, rows of {config.model.max_seq_len} tokens")
     with console.progress("tracing the model"):
-        made = plan.make(config, catalogue.description(config.model, root), device, root=root)
+        made = plan.make_plan(config, catalogue.description(config.model, root), device, root=root)
     took = answer.duration(made, config, catalogue.description(config.model, root), root)
     show(answer.tables(made), answer.lines(made, took))
     if args.png:
-        from sft.memory import picture
+        from sft.memory import report as picture
 
         picture.draw(made, args.png)
         console.say(f"picture: {args.png}")

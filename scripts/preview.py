@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    from sft.chat import show
+    from sft.chat import preview
     from sft.config.load import load
     from sft.data import store
     from sft.errors import DataError
@@ -54,7 +54,7 @@ def main(args: argparse.Namespace) -> None:
         if not rows:
             raise DataError(f"no row's id begins with {args.id}", where=str(path))
     limit = args.limit if args.limit is not None else 0 if args.json else SHOWN
-    rows = [rows[index] for index in show.choose([_length(row) for row in rows], limit, args.seed)]
+    rows = [rows[index] for index in preview.choose([_length(row) for row in rows], limit, args.seed)]
     if args.json:
         _lines(encoder, rows)
         return
@@ -62,26 +62,26 @@ def main(args: argparse.Namespace) -> None:
     whole.max_seq_len = 10**9
     shown = [pair for row in rows for pair in _shown(encoder, whole, row)]
     if args.html:
-        write_text(args.html, show.page(f"{path.name}, {encoder.template.name}", shown))
+        write_text(args.html, preview.page(f"{path.name}, {encoder.template.name}", shown))
         console.say(f"{len(shown):,} rows written to {args.html}")
         return
     console.say(f"template: {encoder.template.name}; learnt: green, read only: grey, cut: struck through")
     for made, tokens in shown:
-        console.out().print(show.headline(made), style="bold red" if made.dropped else "bold")
-        console.out().print(show.coloured(tokens))
+        console.out().print(preview.headline(made), style="bold red" if made.dropped else "bold")
+        console.out().print(preview.coloured(tokens))
 
 
 def _shown(encoder: Any, whole: Any, row: dict[str, Any]) -> list[tuple[Any, Any]]:
     """What a row is trained on as, with its tokens; of a row cut for length those that are gone as well."""
-    from sft.chat import show
+    from sft.chat import preview
 
     made = encoder.encode_pieces(row)
-    return [(one, show.tokens(encoder, one, whole.encode(row) if len(made) == 1 else one)) for one in made]
+    return [(one, preview.tokens(encoder, one, whole.encode(row) if len(made) == 1 else one)) for one in made]
 
 
 def _lines(encoder: Any, rows: list[dict[str, Any]]) -> None:
     """A JSON line a row; under `split_turns` one for each piece."""
-    from sft.chat.batch import BATCH, pieces
+    from sft.chat.dataset import BATCH, pieces
 
     keys = ("id", "text", "input_ids", "labels", "truncated_tokens", "dropped")
     for at in range(0, len(rows), BATCH):
@@ -92,7 +92,7 @@ def _lines(encoder: Any, rows: list[dict[str, Any]]) -> None:
 
 def _length(row: dict[str, Any]) -> int:
     """Characters of a row's texts: near enough to order rows by, without tokenising them all."""
-    from sft.data import records
+    from sft.data import rows as records
 
     if records.is_rendered(row):
         return len(row["input"]) + len(row["target"])

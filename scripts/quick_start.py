@@ -68,7 +68,7 @@ def choose_model(demo: bool, ask: bool) -> Any:
     """Looks at the GPU and the hub, and picks or asks."""
     from sft import guide
     from sft.memory import estimate
-    from sft.model import network
+    from sft.model import hub
     from sft.model.hardware import probe
 
     if demo:
@@ -76,7 +76,7 @@ def choose_model(demo: bool, ask: bool) -> Any:
     card = probe()
     gpu = card.name if card.device == "cuda" else None
     gib = card.total_bytes / 2**30 if gpu else 0.0
-    reachable = gpu is not None and network.reachable(timeout=2.0)
+    reachable = gpu is not None and hub.reachable(timeout=2.0)
     offers = guide.choices(gpu, gib, reachable, estimate.that_fit(gib) if gpu else [])
     if not ask or len(offers) == 1:
         return offers[0]

@@ -31,8 +31,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
-    from sft.config.load import load
-    from sft.config.paths import resolve
+    from sft.config.load import load, resolve_path
     from sft.data import store
     from sft.errors import DataError
     from sft.preflight.encoder import encoder_of
@@ -47,7 +46,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     else:
         stage = "auto" if config.data.stage == "rendered" else config.data.stage
         found = store.paths(config.data.model_copy(update={"stage": stage}), root)
-        folder = resolve(root, config.data.rendered_dir)
+        folder = resolve_path(root, config.data.rendered_dir)
         splits = {"train": found.train, "val": found.val, "test": found.test}
         pairs = {name: (path, folder / f"{name}.jsonl") for name, path in splits.items() if path}
     made = {name: _render(encoder, source, target) for name, (source, target) in pairs.items()}
@@ -66,7 +65,8 @@ def _render(encoder: Any, source: Path, target: Path) -> dict[str, Any]:
     import json
 
     from sft.chat.template import Refused
-    from sft.data import records, store
+    from sft.data import rows as records
+    from sft.data import store
     from sft.errors import DataError
     from sft.files import atomic_file
 

@@ -38,23 +38,22 @@ def parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Read the rows and their ledger, look at them in tokens, write the page."""
-    from sft.config.load import load
-    from sft.config.paths import resolve, shown
+    from sft.config.load import display_path, load, resolve_path
     from sft.data import store
     from sft.files import write_text
-    from sft.report import dataset, dataset_page
+    from sft.report import data_report
 
     root = console.project_root()
     config = load(args.config, args.set, root=root).config
     stage = store.paths(config.data, root)
-    found, rows = dataset.figures(config, stage, resolve(root, config.data.processed_dir), max(0, args.limit))
+    found, rows = data_report.figures(config, stage, resolve_path(root, config.data.processed_dir), max(0, args.limit))
     found["tokens"] = in_tokens(config, root, rows)
     out = args.out or root / "outputs" / "reports" / "data.html"
-    write_text(out, dataset_page.page(found, f"Data report: {config.experiment.name or stage.train.parent.name}"))
+    write_text(out, data_report.page(found, f"Data report: {config.experiment.name or stage.train.parent.name}"))
     console.say(found["verdict"])
     if len(rows) < found["sample"]["of"]:
         console.say(f"token figures are of {len(rows):,} rows drawn from {found['sample']['of']:,} (--limit 0: all)")
-    console.say(f"written to {shown(out.resolve(), root)}")
+    console.say(f"written to {display_path(out.resolve(), root)}")
     for name in ("sizes", "shares"):
         (found["tokens"] or {}).pop(name, None)
     return {**found, "page": str(out)}
@@ -64,7 +63,7 @@ def in_tokens(config: Any, root: Path, rows: list[dict[str, Any]]) -> dict[str, 
     """The figures that need a tokenizer; None, said aloud, where the model is not here."""
     from sft.errors import ModelError
     from sft.preflight.encoder import encoder_of
-    from sft.report import dataset
+    from sft.report import data_report
 
     try:
         encoder = encoder_of(config, root)
@@ -72,7 +71,7 @@ def in_tokens(config: Any, root: Path, rows: list[dict[str, Any]]) -> dict[str, 
         console.warn(f"the page says nothing of tokens, since there is no tokenizer: {error}")
         return None
     with console.progress("tokenising") as advance:
-        return dataset.tokens(encoder, rows, advance)
+        return data_report.tokens(encoder, rows, advance)
 
 
 if __name__ == "__main__":

@@ -29,30 +29,30 @@ def parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Does the one action and says what came of it."""
-    from sft.report import board
+    from sft.report import tensorboard
 
     logdir = console.project_root() / "outputs" / "tb"
     if args.action == "start":
-        ours, new = board.start(logdir, args.port)
+        ours, new = tensorboard.start(logdir, args.port)
         console.say(f"TensorBoard {'started' if new else 'already runs'}: {ours.address} (make tb-stop ends it)")
         return {"pid": ours.pid, "port": ours.port, "started": new}
     if args.action == "stop":
-        stopped = board.stop(logdir)
+        stopped = tensorboard.stop(logdir)
         console.say(f"stopped TensorBoard (pid {stopped.pid})" if stopped else "no TensorBoard of ours is running")
         return {"stopped": stopped.pid if stopped else None}
     if args.action == "clean":
         return _clean(args.force)
-    running = board.running(logdir)
-    address = running.address if running else f"http://{board.HOST}:{args.port} (not running: make tensorboard)"
+    running = tensorboard.running(logdir)
+    address = running.address if running else f"http://{tensorboard.HOST}:{args.port} (not running: make tensorboard)"
     console.say(f"folder:  {logdir}\naddress: {address}\nby hand: tensorboard --logdir {logdir} --port {args.port}")
     return {"logdir": str(logdir), "address": address, "running": running is not None}
 
 
 def _clean(force: bool) -> dict[str, Any]:
-    from sft.report import board
+    from sft.report import tensorboard
 
     logdir = console.project_root() / "outputs" / "tb"
-    found = board.event_files(logdir)
+    found = tensorboard.event_files(logdir)
     if found and not force:
         if not sys.stdin.isatty():
             raise EnvironmentProblem(

@@ -44,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> dict[str, Any] | None:
     from sft import runs
     from sft.config.load import load
-    from sft.preflight import space
+    from sft.preflight import disk_space
     from sft.training import preparation
 
     if os.environ.get("RANK", "0") != "0":
@@ -55,15 +55,17 @@ def main(args: argparse.Namespace) -> dict[str, Any] | None:
     with console.progress("reading rows") as report:
         job = preparation.prepare(loaded, root, report)
 
-    from sft.memory import gate
-    from sft.training import building, finish, measured, overview, ranks
+    from sft.memory import plan
+    from sft.training import building, distributed, finish, measured, overview
 
-    ranks.start()
-    opened = ranks.first(lambda: runs.open_run(loaded.config.train.output_dir, root, args.resume))
+    distributed.start()
+    opened = distributed.on_rank0(lambda: runs.open_run(loaded.config.train.output_dir, root, args.resume))
     say(overview.before(job, opened))
-    ranks.first(lambda: space.require(job.config, job.files, opened.run))
+    distributed.on_rank0(lambda: disk_space.require_disk_space(job.config, job.files, opened.run))
     asked = job.config.model_copy(update={"train": job.asked})
-    ranks.first(lambda: gate.check(asked, job.files, job.device, root, longest=job.rows.longest, force=args.force))
+    distributed.on_rank0(
+        lambda: plan.memory_check(asked, job.files, job.device, root, longest=job.rows.longest, force=args.force)
+    )
     if args.dry_run:
         return overview.as_json(job, opened)
     with building.hold(job, opened, args.allow_change) as accepted:
@@ -73,7 +75,7 @@ def main(args: argparse.Namespace) -> dict[str, Any] | None:
             trainer.fit(opened.checkpoint)
         finish.stop_if_asked(trainer, opened.run)
         summary = finish.finish(job, trainer, opened.run, root)
-    if ranks.rank() != 0:
+    if distributed.rank() != 0:
         return None
     measured.record_run(job, trainer, summary, root)
     say(overview.after(job, summary, opened.run, root))

@@ -33,7 +33,6 @@ MAY_IMPORT = {  # room -> rooms it may import, besides itself and ANYONE; transi
     },
     "ship": {"chat", "data", "model", "generation", "runs", "config", "step"},
     "report": {"metrics", "runs", "config", "data", "chat", "model", "generation"},
-    "demo": set(),
     "guide": set(),
     "preflight": {"config", "data", "chat", "model", "memory", "report", "runs"},
 }  # fmt: skip

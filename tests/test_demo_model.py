@@ -15,14 +15,14 @@ import torch
 from rouge_score.rouge_scorer import RougeScorer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from sft.demo import build, pretrain
-from sft.demo.corpus import Message, chats
-from sft.demo.samples import FIRST_NAMES, LAST_NAMES
+from demo_model import build, pretrain
+from demo_model.corpus import Message, chats
+from demo_model.samples import FIRST_NAMES, LAST_NAMES
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "models/demo"
 SAMPLES = ROOT / "data/samples/support_desk.jsonl"
-COMMAND = [sys.executable, str(ROOT / "scripts/make_demo_model.py")]
+COMMAND = [sys.executable, str(ROOT / "dev/make_demo_model.py")]
 TEXTS = (
     "Order 48213, please: Mara's blue kettle isn't here!",
     "  two  spaces\n\n\nand lines\t\r\ntabs \n ",

@@ -10,10 +10,9 @@ import pytest
 
 from sft import files
 from sft.errors import EnvironmentProblem
-from sft.files import door
 
 
-class NoSwap(door.Disk):
+class NoSwap(files.Disk):
     """A file system without RENAME_EXCHANGE, which may refuse the nth rename too."""
 
     def __init__(self, refused: int = 0) -> None:
@@ -34,9 +33,9 @@ def change(target: Path, text: str) -> None:
         files.put(staged / "file", text)
 
 
-@pytest.mark.parametrize("disk", [door.Disk(), NoSwap()], ids=["swapped", "renamed twice"])
-def test_a_folder_takes_the_place_of_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disk: door.Disk) -> None:
-    monkeypatch.setattr(door, "disk", disk)
+@pytest.mark.parametrize("disk", [files.Disk(), NoSwap()], ids=["swapped", "renamed twice"])
+def test_a_folder_takes_the_place_of_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disk: files.Disk) -> None:
+    monkeypatch.setattr(files, "disk", disk)
     for text in ("old", "new"):
         change(tmp_path / "folder", text)
         assert (tmp_path / "folder/file").read_text() == text
@@ -48,7 +47,7 @@ def test_the_old_folder_is_there_when_the_new_one_is_refused_its_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: int
 ) -> None:
     change(tmp_path / "folder", "old")
-    monkeypatch.setattr(door, "disk", NoSwap(refused))
+    monkeypatch.setattr(files, "disk", NoSwap(refused))
     with pytest.raises(EnvironmentProblem, match="folder could not be written"):
         change(tmp_path / "folder", "new")
     assert (tmp_path / "folder/file").read_text() == "old"

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft import files
-from sft.config import paths
+from sft.config import load
 from sft.credentials import redact
 from sft.errors import ConfigError, EnvironmentProblem, RunError
 
@@ -82,7 +82,7 @@ def open_run(output_dir: str, root: Path, resume: str) -> OpenRun:
     resume: "auto" takes up the newest of <run>, <run>-2, ... if it is unfinished, else takes the next name; "never"
     takes the next free name; anything else is a run's or a checkpoint's folder. Raises RunError, ConfigError.
     """
-    base = paths.resolve(root, output_dir)
+    base = load.resolve_path(root, output_dir)
     if base.name in _RESERVED:
         what = f"train.output_dir ends in {base.name!r}, which sft-play needs itself"
         raise ConfigError(what, mend="--set train.output_dir=outputs/NAME")
@@ -90,9 +90,9 @@ def open_run(output_dir: str, root: Path, resume: str) -> OpenRun:
         return _take_up_path(Path(resume), root)
     numbers = _series(base)
     if not numbers:
-        return OpenRun(at(base, root), None, f"a new run: {paths.shown(base, root)}")
+        return OpenRun(at(base, root), None, f"a new run: {load.display_path(base, root)}")
     newest, following = at(_nth(base, numbers[-1]), root), at(_nth(base, numbers[-1] + 1), root)
-    shown = paths.shown(following.folder, root)
+    shown = load.display_path(following.folder, root)
     if resume == "never":
         return OpenRun(following, None, f"a new run, as --resume never asks: {shown}")
     if newest.finished:
@@ -102,7 +102,7 @@ def open_run(output_dir: str, root: Path, resume: str) -> OpenRun:
 
 def _take_up(run: Run, root: Path) -> OpenRun:
     checkpoint, passed_over = newest_checkpoint(run)
-    shown = paths.shown(run.folder, root)
+    shown = load.display_path(run.folder, root)
     if checkpoint is None:
         if not any(run.folder.iterdir()):
             return OpenRun(run, None, f"a new run: {shown}")
@@ -124,7 +124,7 @@ def _take_up_path(path: Path, root: Path) -> OpenRun:
         return _take_up(run, root)
     if problem := files.manifest_problem(path):
         raise RunError(f"{path.name} cannot be used: {problem}", where=str(path), mend="--resume auto takes a good one")
-    return OpenRun(run, path, f"taking up {paths.shown(run.folder, root)} at {path.name}, as --resume asks")
+    return OpenRun(run, path, f"taking up {load.display_path(run.folder, root)} at {path.name}, as --resume asks")
 
 
 def newest_checkpoint(run: Run) -> tuple[Path | None, list[tuple[Path, str]]]:
@@ -173,7 +173,7 @@ def _series(base: Path) -> list[int]:
 
 def check_place(output_dir: str, root: Path) -> None:
     """Raises RunError where a run could not be written, before anything is read or made; ConfigError as `resolve`."""
-    for folder in (paths.resolve(root, output_dir), root / "adapters"):
+    for folder in (load.resolve_path(root, output_dir), root / "adapters"):
         there = next(path for path in (folder, *folder.parents) if path.exists())
         if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
             why = "read-only" if there.is_dir() else "a file"
@@ -196,9 +196,9 @@ def make_folders(run: Run) -> None:
 
 def write_resolved(folder: Path, config: Config) -> None:
     """Puts the resolved config into `folder`, so that whoever uses it later need not restate anything."""
-    from sft.config.load import dump
+    from sft.config.load import dump_config
 
-    files.write_text(folder / RESOLVED, redact(dump(config)))
+    files.write_text(folder / RESOLVED, redact(dump_config(config)))
 
 
 def run_of_adapter(folder: Path) -> Config:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sft.chat.batch import Progress, RunLedger
-from sft.chat.batch import encoded as each
+from sft.chat.dataset import Progress, RunLedger
+from sft.chat.dataset import encoded as each
 from sft.chat.encode import Encoded, Encoder
 from sft.chat.seq2seq import Seq2SeqEncoder
-from sft.chat.sources import load_template
-from sft.chat.template import ChatTemplate
+from sft.chat.template import ChatTemplate, load_template
 from sft.config.schema import DataSection
 
 ROOT = Path(__file__).resolve().parents[2]

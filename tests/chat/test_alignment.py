@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizer
 
-from sft.chat.alignment import place
+from sft.chat.tokenize import place
 from tests.chat.making import CHATML, ROOT, answer, encoded, encoder, learnt, named, system, user
 
 TALKS: list[list[dict[str, Any]]] = [

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from sft.chat.sources import load_template
+from sft.chat.template import load_template
 from sft.config.schema import DataSection
 from tests.chat import words
 from tests.chat.making import CHATML, ROOT, answer, encoded, encoder, learnt, named, template, user

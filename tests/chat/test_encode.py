@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from sft.chat.length import NO_LABEL
+from sft.chat.loss_mask import NO_LABEL
 from sft.chat.template import Refused
 from sft.errors import TemplateError
 from tests.chat import words

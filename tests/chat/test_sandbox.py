@@ -9,7 +9,7 @@ import pytest
 import trl
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from sft.chat import purse
+from sft.chat import template
 from sft.chat.template import ChatTemplate, Refused
 from sft.errors import TemplateError
 from tests.chat.making import answer, system, user
@@ -78,7 +78,7 @@ def test_text_is_that_of_transformers(path: Path) -> None:
     ],
 )
 def test_a_bomb_goes_off_harmlessly(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(purse, "SECONDS", 0.4)
+    monkeypatch.setattr(template, "SECONDS", 0.4)
     made = ChatTemplate("evil", "\n" + source + "{{ messages }}", {})
     began = time.monotonic()
     with pytest.raises((TemplateError, Refused)) as caught:

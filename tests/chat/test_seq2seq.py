@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from sft.chat.length import NO_LABEL, OVER_LENGTH
+from sft.chat.loss_mask import NO_LABEL, OVER_LENGTH
 from sft.errors import DataError
 from tests.chat.making import answer, encoded, named, system, user
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sft.chat.sources import names
+from sft.chat.template import names
 from tests.chat import words
 from tests.chat.making import ROOT, answer, encoded, learnt, named, system, user
 

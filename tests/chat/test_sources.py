@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sft.chat import sources
-from sft.chat.sources import load_template
+from sft.chat import template
+from sft.chat.template import load_template
 from sft.config.schema import DataSection
 from sft.errors import TemplateError
 from tests.chat import words
@@ -52,7 +52,7 @@ def test_a_missing_template_names_the_nearest() -> None:
 def test_without_a_default_rows_are_written_plainly_with_a_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(sources, "shipped", lambda root, text: root / text)
+    monkeypatch.setattr(template, "shipped", lambda root, text: root / text)
     with caplog.at_level(logging.WARNING, "sft.chat"):
         made = load_template(DataSection(), words.tokenizer(), tmp_path)
     assert "System: / User: / Assistant:" in caplog.text

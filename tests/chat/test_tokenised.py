@@ -12,12 +12,11 @@ from typing import Any
 import pytest
 
 from sft import files
-from sft.chat import tokenised
-from sft.chat.batch import RunLedger
+from sft.chat import dataset
+from sft.chat.dataset import RunLedger, Split, Tokenised, Tokeniser, fingerprint
 from sft.chat.encode import Encoded
-from sft.chat.tokenised import Split, Tokenised, Tokeniser, fingerprint
-from sft.data import records, store
-from sft.generation.system_text import shared_by
+from sft.data import rows, store
+from sft.generation.load import shared_by
 from sft.training import rows as training_rows
 from tests.chat import words
 from tests.chat.making import all_of, named
@@ -74,7 +73,7 @@ def test_what_is_kept_is_what_encoding_gives(tmp_path: Path, some: Path, monkeyp
         assert found.kept is kept and sum(encoded) == rows_encoded
     assert found.rows[-1] == features[-1] and found.rows[1_020:1_030] == features[1_020:1_030]
     assert found.rows.lengths().tolist() == [len(one["input_ids"]) for one in features]
-    assert [f"{number:016x}" for number in found.rows.asks()[:3]] == [records.prompt_id(row(n)) for n in range(3)]
+    assert [f"{number:016x}" for number in found.rows.asks()[:3]] == [rows.prompt_id(row(n)) for n in range(3)]
     with pytest.raises(IndexError):
         found.rows[len(features)]
 
@@ -154,7 +153,7 @@ def test_warnings_come_up_at_every_start_and_old_entries_go(
         found = start(encoder(), odd, tmp_path / "c")
         assert [record.getMessage() for record in caplog.records] == found.said and "does not give text" in caplog.text
     assert found.kept
-    monkeypatch.setattr(tokenised, "ENTRIES", 2)
+    monkeypatch.setattr(dataset, "ENTRIES", 2)
     first = entry_of(tmp_path / "c")
     os.utime(first, (1, 1))
     for limit in (50, 51):
@@ -194,8 +193,8 @@ def test_a_run_reads_its_rows_with_the_right_questions_and_says_what_is_given_aw
     for kept in ([], ["train", "val"]):
         found = training_rows.read(stage, encoder(), questions=5, cache=tmp_path / "c")
         assert found.kept == kept and found.system == "Be brief." and found.leaks == 1
-        assert [records.row_id(row) for row in found.asked] == ["v0", "v1"]
-        assert records.references(found.asked[1]) == ["Bob.", "Ann."]
+        assert [rows.row_id(row) for row in found.asked] == ["v0", "v1"]
+        assert rows.references(found.asked[1]) == ["Bob.", "Ann."]
         assert found.ledger()["val"]["reasons"] == {"over length": 1} and "loss flatters" in caplog.text
         assert found.longest == max(len(one["input_ids"]) for one in found.train) and len(found.train) > 20
     assert len(Tokenised()) == 0 and list(Tokenised()) == []

@@ -10,10 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sft.config import layers, yaml_dialect
-from sft.config.layers import Mapping
-from sft.config.load import Loaded, dump, load, read_resolved
-from sft.config.yaml_dialect import Node, plain
+from sft.config import load as layers
+from sft.config import load as yaml_dialect
+from sft.config.load import Loaded, Mapping, Node, dump_config, load, plain, read_resolved
 from sft.errors import ConfigError
 
 Write = Callable[..., Path]
@@ -166,7 +165,7 @@ def test_a_resolved_configuration_reads_back_equal(write: Write) -> None:
     config = read(
         write("run.yaml", "experiment: {name: '2e-4', description: NO}\ntrain: {learning_rate: 5e-6}\n")
     ).config
-    assert read_resolved(write("out/config.resolved.yaml", dump(config))) == config
+    assert read_resolved(write("out/config.resolved.yaml", dump_config(config))) == config
     with pytest.raises(ConfigError, match="was not found"):
         read_resolved(Path("nowhere/config.resolved.yaml"))
     with pytest.raises(ConfigError, match=r"unknown key `train\.speed`"):
@@ -184,7 +183,7 @@ TREES = st.recursive(
 
 
 def nodes(tree: Any, where: str = "") -> Mapping:
-    node = yaml_dialect.parse(yaml_dialect.dump(tree), where, [])
+    node = yaml_dialect.parse(yaml_dialect.dump_yaml(tree), where, [])
     return {} if node is None else node.value  # type: ignore[no-any-return]
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sft.config import fields, paths, reference
+from sft.config import load as paths
+from sft.config import reference
 from sft.config.auto import Facts, resolve
 from sft.config.load import load
 from sft.config.schema import Config
@@ -46,13 +47,13 @@ def test_the_base_restates_defaults_and_nothing_else() -> None:
 
 
 def test_every_key_has_a_meaning_and_the_page_is_up_to_date() -> None:
-    assert [field.key for field in fields.table().values() if len(field.description) < 10] == []
+    assert [field.key for field in reference.table().values() if len(field.description) < 10] == []
     assert (ROOT / "docs" / "CONFIG.md").read_text(encoding="utf-8") == reference.markdown()
 
 
 def test_the_page_has_one_row_for_every_key() -> None:
     rows = [line.split("`")[1] for line in reference.markdown().splitlines() if line.startswith("| `")]
-    assert rows == [f.key for f in fields.table().values() if not f.section or f.nullable]
+    assert rows == [f.key for f in reference.table().values() if not f.section or f.nullable]
     row = "| `train.max_steps` | a whole number (at least 1) or null | `null` |"
     assert sum(line.startswith(row) for line in reference.markdown().splitlines()) == 1
 
@@ -87,12 +88,12 @@ def test_accelerate_files_leave_the_precision_to_the_run() -> None:
 
 
 def test_paths_count_from_the_root(tmp_path: Path) -> None:
-    assert paths.resolve(tmp_path, "data/raw/x.jsonl") == tmp_path / "data" / "raw" / "x.jsonl"
-    assert paths.resolve(tmp_path, "./a/../b") == tmp_path / "b"
-    assert paths.resolve(tmp_path, "/etc/hosts") == Path("/etc/hosts")
-    assert paths.resolve(tmp_path, "~/x") == Path.home() / "x"
-    assert paths.shown(tmp_path / "configs" / "a.yaml", tmp_path) == "configs/a.yaml"
-    assert paths.shown(Path("/elsewhere/a.yaml"), tmp_path) == "/elsewhere/a.yaml"
+    assert paths.resolve_path(tmp_path, "data/raw/x.jsonl") == tmp_path / "data" / "raw" / "x.jsonl"
+    assert paths.resolve_path(tmp_path, "./a/../b") == tmp_path / "b"
+    assert paths.resolve_path(tmp_path, "/etc/hosts") == Path("/etc/hosts")
+    assert paths.resolve_path(tmp_path, "~/x") == Path.home() / "x"
+    assert paths.display_path(tmp_path / "configs" / "a.yaml", tmp_path) == "configs/a.yaml"
+    assert paths.display_path(Path("/elsewhere/a.yaml"), tmp_path) == "/elsewhere/a.yaml"
 
 
 def test_what_is_shipped_is_found_from_another_root_unless_it_has_its_own(tmp_path: Path) -> None:

@@ -9,14 +9,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sft.config import yaml_dialect
-from sft.config.yaml_dialect import plain, scalar
+from sft.config import load
+from sft.config.load import plain, scalar
 from sft.errors import ConfigError, SftError
 
 
 def read(text: str) -> Any:
     problems: list[SftError] = []
-    node = yaml_dialect.parse(text, "x.yaml", problems)
+    node = load.parse(text, "x.yaml", problems)
     assert not problems, [str(problem) for problem in problems]
     return None if node is None else plain(node)
 
@@ -88,7 +88,7 @@ def test_anchors_and_merge_keys_work_and_own_keys_win() -> None:
 
 
 def test_every_value_knows_its_line() -> None:
-    node = yaml_dialect.parse("a:\n  b: 1\n\n  c:\n    - x\n    - y\n", "f.yaml", [])
+    node = load.parse("a:\n  b: 1\n\n  c:\n    - x\n    - y\n", "f.yaml", [])
     assert node is not None
     assert node.value["a"].where == "f.yaml:1"
     assert node.value["a"].value["b"].where == "f.yaml:2"
@@ -122,7 +122,7 @@ def test_what_is_not_yaml_is_an_error_with_its_line(text: str, where: str, what:
 
 def test_a_key_written_twice_names_both_lines() -> None:
     problems: list[SftError] = []
-    yaml_dialect.parse("train:\n  seed: 1\n  epochs: 2\n  seed: 3\ntrain: {}\n", "x.yaml", problems)
+    load.parse("train:\n  seed: 1\n  epochs: 2\n  seed: 3\ntrain: {}\n", "x.yaml", problems)
     assert [(problem.what, problem.where) for problem in problems] == [
         ("the key `train.seed` stands twice: x.yaml:2 and x.yaml:4", "x.yaml:4"),
         ("the key `train` stands twice: x.yaml:1 and x.yaml:5", "x.yaml:5"),
@@ -131,7 +131,7 @@ def test_a_key_written_twice_names_both_lines() -> None:
 
 def test_tags_of_python_objects_are_refused() -> None:
     problems: list[SftError] = []
-    yaml_dialect.parse("a: !!python/name:os.system x\nb: !mine 1\n? [1, 2]\n: 3\n", "x.yaml", problems)
+    load.parse("a: !!python/name:os.system x\nb: !mine 1\n? [1, 2]\n: 3\n", "x.yaml", problems)
     assert [problem.where for problem in problems] == ["x.yaml:1", "x.yaml:2", "x.yaml:3"]
 
 
@@ -170,7 +170,7 @@ VALUES = st.recursive(
 @CALM
 @given(st.dictionaries(st.text(max_size=6), VALUES, max_size=4))
 def test_what_is_dumped_reads_back_the_same(value: dict[str, Any]) -> None:
-    assert read(yaml_dialect.dump(value)) == value
+    assert read(load.dump_yaml(value)) == value
 
 
 @CALM
@@ -178,4 +178,4 @@ def test_what_is_dumped_reads_back_the_same(value: dict[str, Any]) -> None:
     st.sampled_from(["NO", "yes", "2e-4", "1e5", "1_000", "null", "~", "", "true", "007", "1:30", "=", "<<", "0x1f"])
 )
 def test_a_text_that_looks_like_something_else_survives_a_dump(text: str) -> None:
-    assert read(yaml_dialect.dump({"key": text, text: [text]})) == {"key": text, text: [text]}
+    assert read(load.dump_yaml({"key": text, text: [text]})) == {"key": text, text: [text]}

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from sft.config.schema import DataSection, SplitSection
 from sft.data.process import Rejected, process
-from sft.data.source import named
+from sft.data.readers import named
 from sft.errors import DataError
 
 NAMES = st.sampled_from(["a.json", "a.jsonl", "a.csv", "a.tsv", "a.parquet", "a.txt", "a.jsonl.gz", "a.json.zst", "a"])

@@ -7,17 +7,17 @@ from typing import Any
 import pytest
 
 from sft.config.schema import DataSection
-from sft.data import records
-from sft.data.faults import RowFault
+from sft.data import rows
 from sft.data.formats import Formats
-from sft.data.raw import Raw
+from sft.data.ledger import RowFault
+from sft.data.readers import Raw
 from sft.data.rows import record as make_record
 from sft.errors import DataError
 
 
 def stored(row: Any, format: str = "auto", **columns: str) -> tuple[str, dict[str, Any]]:
     record, found = make_record(Raw("f:1", row), Formats(format, columns or None), None)
-    assert record.pop("origin") == "f:1" and record.pop("id") == records.row_id(record)
+    assert record.pop("origin") == "f:1" and record.pop("id") == rows.row_id(record)
     return found, record
 
 
@@ -232,15 +232,15 @@ def test_what_the_user_gave_with_a_row_stays_with_it() -> None:
 
 
 def test_the_id_is_told_by_content_alone_in_either_shape() -> None:
-    one = records.to_record([{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}], origin="x:1")
-    same = records.to_record(
+    one = rows.to_record([{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}], origin="x:1")
+    same = rows.to_record(
         [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}], origin="y:9", tag=1
     )
-    assert one["id"] == same["id"] == records.row_id({"messages": records.messages(one)}) == "d6f57b3204f6026f"
-    other = records.to_record([{"role": "user", "content": "u"}, {"role": "assistant", "content": "b"}])
+    assert one["id"] == same["id"] == rows.row_id({"messages": rows.messages(one)}) == "d6f57b3204f6026f"
+    other = rows.to_record([{"role": "user", "content": "u"}, {"role": "assistant", "content": "b"}])
     assert other["id"] != one["id"]
-    assert records.reference(one) == "a" and not records.is_rendered(one)
-    assert records.reference(records.rendered_record("i", "t")) == "t"
+    assert rows.reference(one) == "a" and not rows.is_rendered(one)
+    assert rows.reference(rows.rendered_record("i", "t")) == "t"
 
 
 def test_the_schema_knows_the_formats() -> None:

@@ -12,8 +12,8 @@ import pytest
 from pydantic import ValidationError
 
 from sft.config.schema import DataSection, SourceSection, SplitSection
-from sft.data.mix import find
 from sft.data.process import process
+from sft.data.sources import find
 from sft.errors import DataError
 
 ALL_TRAIN = SplitSection(train=1, val=0, test=0)

@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 
 from sft.config.schema import DataSection, SplitSection
-from sft.data.near import Index, bands
+from sft.data.dedup import WORD, Index, bands
 from sft.data.process import process
-from sft.data.words import WORD
 
 SPLITS = ("train", "val", "test")
 rng = random.Random(3)

@@ -12,7 +12,7 @@ import pytest
 
 from sft.config.schema import ColumnsSection, DataSection, SplitSection
 from sft.data.process import Rejected, process
-from sft.data.records import prompt_id
+from sft.data.rows import prompt_id
 from sft.data.split import choose, position
 from sft.errors import DataError
 

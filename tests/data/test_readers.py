@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from sft.config.schema import DataSection
-from sft.data import mix
-from sft.data.source import named
+from sft.data import sources
+from sft.data.readers import named
 from sft.errors import DataError
 
 
@@ -273,18 +273,18 @@ def test_the_first_line_may_be_broken_and_the_file_is_still_json_lines(tmp_path:
 
 def test_where_raw_rows_are_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match="no raw data"):
-        mix.find(DataSection(), tmp_path)
+        sources.find(DataSection(), tmp_path)
     (tmp_path / "data/raw").mkdir(parents=True)
     put(tmp_path / "data/raw/raw.json", '[{"q": "json"}]')
-    assert mix.find(DataSection(), tmp_path).name == "data/raw/raw.json"
+    assert sources.find(DataSection(), tmp_path).name == "data/raw/raw.json"
     put(tmp_path / "data/raw/raw.jsonl", '{"q": "jsonl"}\n')
-    assert mix.find(DataSection(), tmp_path).name == "data/raw/raw.jsonl"
+    assert sources.find(DataSection(), tmp_path).name == "data/raw/raw.jsonl"
     put(tmp_path / "mine.csv", "q,a\n1,2\n")
-    assert mix.find(DataSection(raw_path="mine.csv"), tmp_path).parts[0].sources[0].path == tmp_path / "mine.csv"
+    assert sources.find(DataSection(raw_path="mine.csv"), tmp_path).parts[0].sources[0].path == tmp_path / "mine.csv"
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     put(tmp_path / "here/own.jsonl", '{"q": 1}\n')
-    assert mix.find(DataSection(raw_path="mine.csv"), tmp_path, "own.jsonl").name == "here/own.jsonl"
+    assert sources.find(DataSection(raw_path="mine.csv"), tmp_path, "own.jsonl").name == "here/own.jsonl"
 
 
 def test_a_name_that_is_no_file_is_a_hub_data_set_or_an_error(tmp_path: Path) -> None:
@@ -298,7 +298,7 @@ def test_a_name_that_is_no_file_is_a_hub_data_set_or_an_error(tmp_path: Path) ->
 
 
 def test_hub_rows_come_through_the_datasets_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sft.data.read_parquet import read_hub
+    from sft.data.readers import read_hub
 
     (tmp_path / "owner/name").mkdir(parents=True)
     put(tmp_path / "owner/name/train.jsonl", '{"q": "1"}\n{"q": "2"}\n')
@@ -314,7 +314,7 @@ def test_hub_rows_come_through_the_datasets_library(tmp_path: Path, monkeypatch:
 
 @pytest.mark.parametrize("block", [1, 2, 7, 64])
 def test_where_a_block_ends_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
-    monkeypatch.setattr("sft.data.lines.BLOCK", block)
+    monkeypatch.setattr("sft.data.readers.BLOCK", block)
     rows: list[Any] = [{"a": 'é\\"[{', "n": [1, -2.5e3, None, True], "o": {"x": {}}}, {"a": 12}, {"b": "\U0001f600"}]
     bad = '{"a": 1, "a": 2}'
     pieces = [

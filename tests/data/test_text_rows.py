@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from sft.config.schema import DataSection
-from sft.data import records
-from sft.data.faults import RowFault
+from sft.data import rows
+from sft.data.formats import parse
+from sft.data.ledger import RowFault
 from sft.data.process import process
-from sft.data.text_rows import parse
 
 ONE = [("user", "Hi"), ("assistant", "Hello!")]
 TWO = [("system", "Be brief."), ("user", "Hi\nthere"), ("assistant", "Hello!"), ("user", "Bye"), ("assistant", "Bye!")]
@@ -120,4 +120,4 @@ def test_of_many_answers_the_first_is_learnt_and_all_are_kept(tmp_path: Path, an
     raw.write_text(json.dumps({"question": "q", "answers": answers}) + "\n", encoding="utf-8")
     row = process(DataSection(), tmp_path, str(raw)).example
     assert row is not None and row["assistant"] == "a" and row.get("references") == kept
-    assert records.references(row) == (kept or ["a"])
+    assert rows.references(row) == (kept or ["a"])

@@ -18,7 +18,6 @@ from typing import Any
 import merge_lora
 import train
 from sft import console, files
-from sft.files import door
 from tests import tiny_models
 from tests.faults.faulty_disk import FaultyDisk
 from tests.training import project
@@ -46,7 +45,11 @@ class Bench:
         os.environ.update(SFT_ROOT=str(root), OMP_NUM_THREADS="1")
 
     def start(
-        self, disk: door.Disk | None = None, *sets: str, first: Callable[[], object] = lambda: None, merge: bool = False
+        self,
+        disk: files.Disk | None = None,
+        *sets: str,
+        first: Callable[[], object] = lambda: None,
+        merge: bool = False,
     ) -> int:
         """Forks a training run (or a merge) on `disk`; returns its pid. What it says goes to said.txt, its calls to
         calls.json. first: done in the fork before the command begins.
@@ -59,7 +62,7 @@ class Bench:
             os.dup2(said.fileno(), 2)
         try:
             os.chdir(self.root)
-            door.disk = disk or door.Disk()
+            files.disk = disk or files.Disk()
             first()
             sys.argv = ["command", "--config", "config.yaml", *([] if merge else self.sets), *sets]
             console.run(*((merge_lora.parser(), merge_lora.main) if merge else (train.build_parser(), train.main)))
@@ -74,7 +77,7 @@ class Bench:
             sys.stderr.flush()
             os._exit(code)
 
-    def run(self, disk: door.Disk | None = None, *sets: str, **how: Any) -> int:
+    def run(self, disk: files.Disk | None = None, *sets: str, **how: Any) -> int:
         """The same, waited for; returns its exit code, or minus the signal that ended it."""
         return os.waitstatus_to_exitcode(os.waitpid(self.start(disk, *sets, **how), 0)[1])
 

@@ -8,7 +8,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
-from sft.files.door import Content, Disk
+from sft.files import Content, Disk
 
 KINDS = ("kill", "ENOSPC", "EIO", "full")
 

@@ -108,13 +108,13 @@ def damaged(bench: Bench, expected: dict[str, Any]) -> Iterator[Case]:
 
 def signalled(bench: Bench, expected: dict[str, Any]) -> Iterator[Case]:
     """SIGINT, SIGTERM and SIGHUP at every micro-step: a checkpoint at the step's end, the right exit code."""
-    from sft.step import microbatch
+    from sft.step import step
 
     def counting(nth: int, number: int) -> Callable[[], None]:
         """Has the nth micro-step send itself a signal; 0 counts them in steps.txt."""
 
         def install() -> None:
-            real, seen = microbatch.loss_sum, []
+            real, seen = step.loss_sum, []
 
             def loss_sum(*args: Any, **kwargs: Any) -> Any:
                 seen.append(1)
@@ -124,7 +124,7 @@ def signalled(bench: Bench, expected: dict[str, Any]) -> Iterator[Case]:
                     (bench.root / "steps.txt").write_text(str(len(seen)))
                 return real(*args, **kwargs)
 
-            microbatch.loss_sum = loss_sum
+            step.loss_sum = loss_sum
 
         return install
 

@@ -23,10 +23,9 @@ from sft import files, runs
 from sft.config.load import load
 from sft.config.schema import Config
 from sft.errors import EnvironmentProblem, RunError, SftError
-from sft.files import door
 from sft.model import hub
 from sft.model.files import ModelFiles
-from sft.preflight import space
+from sft.preflight import disk_space
 from tests.conftest import ROOT
 from tests.training import project
 
@@ -51,13 +50,13 @@ def fill(place: Path, leave: int) -> Path:
     return ballast
 
 
-class FillsUp(door.Disk):
+class FillsUp(files.Disk):
     """A disk whose room is gone when the named file is about to be written; the system then refuses by itself."""
 
     def __init__(self, place: Path, name: str) -> None:
         self.place, self.name = place, name
 
-    def write(self, path: Path, content: door.Content) -> None:
+    def write(self, path: Path, content: files.Content) -> None:
         if self.name in str(path) and not (self.place / "ballast").exists():
             fill(self.place, 4096)
         super().write(path, content)
@@ -81,16 +80,16 @@ def test_a_disk_that_fills_while_training_loses_nothing(
     small_disk: Path, tiny_qwen2: Path, monkeypatch: pytest.MonkeyPatch, name: str, takes_up: str, tmp_path: Path
 ) -> None:
     sets = ("eval.train_sample=0", "train.save_total_limit=1")
-    monkeypatch.setattr("sft.preflight.space.LOGS", 0)
+    monkeypatch.setattr("sft.preflight.disk_space.LOGS", 0)
     monkeypatch.setenv("SFT_ROOT", str(tmp_path))
     project.run(project.make(tmp_path, tiny_qwen2), *sets)
-    asked_for = sum(space.parts(*settings_of(tmp_path, *sets)).values())
+    asked_for = sum(disk_space.parts(*settings_of(tmp_path, *sets)).values())
     written = files.size(tmp_path / "outputs") + files.size(tmp_path / "adapters")
     assert written < asked_for < 4 * written + 3 * 2**20  # a MiB of state a checkpoint
     root = project.make(small_disk, tiny_qwen2)
     monkeypatch.setenv("SFT_ROOT", str(root))
     with monkeypatch.context() as patch:
-        patch.setattr(door, "disk", FillsUp(root, name if name != "tokenizer" else "adapters/.t"))
+        patch.setattr(files, "disk", FillsUp(root, name if name != "tokenizer" else "adapters/.t"))
         with pytest.raises(EnvironmentProblem) as caught:
             project.run(root, *sets)
     said = str(caught.value)
@@ -106,7 +105,7 @@ def test_a_run_that_will_not_fit_is_refused_before_weights_are_loaded(
     small_disk: Path, tiny_qwen2: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SFT_ROOT", str(small_disk))
-    monkeypatch.setattr("sft.model.loading.load_base", lambda *_, **__: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("sft.model.load.load_base", lambda *_, **__: pytest.fail("weights were loaded"))
     with pytest.raises(EnvironmentProblem, match=r"needs about .* MiB on that disk, .* are free \(checkpoints "):
         project.run(project.make(small_disk, tiny_qwen2))
     assert not (small_disk / "outputs").exists()

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from sft.errors import DataError
-from sft.generation import batch_input
+from sft.generation import batch_io
 from sft.generation.engine import Answer
 
 
 def rows_of(path: Path, system: str | None = None) -> list[object]:
-    return [request.row for request in batch_input.read(path, system)]
+    return [request.row for request in batch_io.read(path, system)]
 
 
 def user(text: str) -> dict[str, str]:
@@ -71,28 +71,28 @@ def test_what_cannot_be_asked_is_told_with_its_line(tmp_path: Path, name: str, c
     path = tmp_path / name
     path.write_text(content)
     with pytest.raises(DataError, match=said) as error:
-        batch_input.read(path, None)
+        batch_io.read(path, None)
     if "\n{" in content or "\n[" in content:
         assert error.value.where == f"{path}:2"
 
 
 def test_a_missing_or_binary_file_is_told(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such input file"):
-        batch_input.read(tmp_path / "q.txt", None)
+        batch_io.read(tmp_path / "q.txt", None)
     (tmp_path / "q.txt").write_bytes(b"\xff\xfe\x00x")
     with pytest.raises(DataError, match="cannot be read"):
-        batch_input.read(tmp_path / "q.txt", None)
+        batch_io.read(tmp_path / "q.txt", None)
 
 
 def test_answers_are_written_a_line_each_or_as_rows_to_score(tmp_path: Path) -> None:
     path = tmp_path / "q.jsonl"
     path.write_text('{"id": "x", "question": "a", "answer": "b"}\n{"prompt": "c"}\n')
-    requests = batch_input.read(path, None)
+    requests = batch_io.read(path, None)
     answers = [Answer([1], "first\nline \\", True, 2), Answer([], "", False, 0)]
-    batch_input.write(tmp_path / "out" / "a.jsonl", requests, answers)
+    batch_io.write(tmp_path / "out" / "a.jsonl", requests, answers)
     assert [json.loads(line) for line in (tmp_path / "out" / "a.jsonl").read_text().splitlines()] == [
         {"id": "x", "source": "a", "prediction": "first\nline \\", "stopped": True, "tokens": 2, "reference": "b"},
         {"source": "c", "prediction": "", "stopped": False, "tokens": 0},
     ]
-    batch_input.write(tmp_path / "a.txt", requests, [answers[0], None])
+    batch_io.write(tmp_path / "a.txt", requests, [answers[0], None])
     assert (tmp_path / "a.txt").read_text() == "first\\nline \\\\\n\n"

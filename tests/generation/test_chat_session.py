@@ -13,11 +13,8 @@ import pytest
 
 from sft.config.schema import GenerationSection
 from sft.errors import DataError, ModelError
-from sft.generation.chat_session import ChatSession, harmless
+from sft.generation.chat import ChatSession, MarkdownView, finished, harmless, last_conversation, reader
 from sft.generation.engine import Answer
-from sft.generation.line_input import reader
-from sft.generation.markdown_view import MarkdownView, finished
-from sft.generation.saved_chat import last_conversation
 
 
 class Scripted:

@@ -7,7 +7,7 @@ from collections import Counter
 import torch
 
 from sft.config.schema import GenerationSection
-from sft.generation.choice import Ask, chances, choose
+from sft.generation.decode import Ask, chances, choose
 
 
 def ask(*prompt: int, chance: bytes = b"") -> Ask:

@@ -11,10 +11,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sft.config.schema import GenerationSection
-from sft.generation import decoding
-from sft.generation.choice import Ask, chances
-from sft.generation.decoding import Decoder, shared_prefix
-from sft.generation.stopping import Watcher
+from sft.generation import decode
+from sft.generation.decode import Ask, Decoder, chances, shared_prefix
+from sft.generation.stop import StopWatcher
+from sft.model import hardware
 from tests.generation.test_stopping import Ends
 
 SIZES: dict[str, Any] = {
@@ -77,7 +77,7 @@ def ours(
     done: list[int] = []
     with torch.no_grad():
         Decoder(
-            model, asks, settings, Watcher(None, Ends(ends)), rows=rows, device=torch.device("cpu"),
+            model, asks, settings, StopWatcher(None, Ends(ends)), rows=rows, device=torch.device("cpu"),
             done=lambda ask: done.append(ask.index),
         ).run()  # fmt: skip
     assert sorted(done) == list(range(len(prompts)))
@@ -89,15 +89,15 @@ QUICK = {"qwen2", "gemma2", "gpt2", "phi3"}
 
 @pytest.mark.parametrize(
     "family",
-    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in sorted(decoding.PROVEN)],
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in sorted(decode.PROVEN)],
 )
 def test_every_proven_family_answers_as_transformers_does_one_by_one(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decoding, "SLACK", 1)  # so that the store is shifted on the way
-    shifts = counted(monkeypatch, decoding.KeyStore, "shift")
+    monkeypatch.setattr(decode, "SLACK", 1)  # so that the store is shifted on the way
+    shifts = counted(monkeypatch, decode.KVCache, "shift")
     model, prompts = tiny(family, "eager" if family == "gemma2" else "sdpa"), questions()
-    assert decoding.serves(model)
+    assert decode.serves(model)
     free = [alone(model, prompt, 30) for prompt in prompts]
     ends = frozenset({free[0][12], free[1][20]} | {made[-1] for made in free[4:6]})
     expected = [ended(made[: room_for(index, 30)], ends) for index, made in enumerate(free)]
@@ -143,7 +143,7 @@ def test_what_prompts_begin_with_alike() -> None:
 def test_another_class_or_a_patched_forward_is_left_to_the_library() -> None:
     model = tiny("qwen2")
     model.config.model_type = "qwen2_special"
-    assert not decoding.serves(model)
+    assert not decode.serves(model)
     model.config.model_type = "qwen2"
 
     class Patched(type(model)):  # type: ignore[misc]
@@ -151,15 +151,15 @@ def test_another_class_or_a_patched_forward_is_left_to_the_library() -> None:
             return super().forward(*args, **kwargs)
 
     model.__class__ = Patched
-    assert not decoding.serves(model)
+    assert not decode.serves(model)
 
 
 def test_no_more_rows_than_memory_has_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
     model, prompts = tiny("llama"), questions()
     row = 2 * 3 * 2 * 8 * 100 * 4  # keys and values, layers, heads, width, columns, bytes
-    monkeypatch.setattr(decoding.hardware, "memory", lambda: (0, 2 * 5 * row + 1))
-    assert decoding.affordable(model, 100, torch.device("cpu")) == 5
-    monkeypatch.setattr(decoding.hardware, "memory", lambda: (0, 0))
+    monkeypatch.setattr(hardware, "memory", lambda: (0, 2 * 5 * row + 1))
+    assert decode.affordable(model, 100, torch.device("cpu")) == 5
+    monkeypatch.setattr(hardware, "memory", lambda: (0, 0))
     assert ours(model, prompts, GREEDY, 4) == [
         alone(model, prompt, 30)[: room_for(index, 30)] for index, prompt in enumerate(prompts)
     ]

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 from sft.config.schema import GenerationSection
 from sft.errors import EnvironmentProblem
 from sft.generation import engine
-from sft.generation.streaming import stream
+from sft.generation.engine import stream
 from sft.step import attention
 
 TEXTS = [

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from sft.errors import ConfigError
-from sft.generation import evaluation, serving, targets
-from sft.generation.questions import Question, answerable
-from sft.generation.questions import questions as build
+from sft.generation import evaluate, load
+from sft.generation.evaluate import Question, answerable
+from sft.generation.evaluate import questions as build
 from tests.generation import tiny_runs
 
 
@@ -21,15 +21,17 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_qwen2: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def served(project: Path) -> serving.Served:
-    return serving.open_model(config(project), root=project)
+def served(project: Path) -> load.LoadedModel:
+    return load.open_model(config(project), root=project)
 
 
 def config(root: Path, *sets: str) -> Any:
-    return targets.choose(root / "configs" / "run_bnb.yaml", list(sets), base=True, is_default=True, root=root).config
+    return load.resolve_model(
+        root / "configs" / "run_bnb.yaml", list(sets), base=True, is_default=True, root=root
+    ).config
 
 
-def questions(served: serving.Served, rows: list[dict[str, Any]], config: Any, root: Path = Path()) -> list[Question]:
+def questions(served: load.LoadedModel, rows: list[dict[str, Any]], config: Any, root: Path = Path()) -> list[Question]:
     return build(lambda row: served.prompt(row, config.generation), rows, config, root)
 
 
@@ -42,11 +44,11 @@ def conversation(*turns: str, **extra: Any) -> dict[str, Any]:
     }
 
 
-def text(served: serving.Served, ids: list[int]) -> str:
+def text(served: load.LoadedModel, ids: list[int]) -> str:
     return str(served.tokenizer.decode(ids))
 
 
-def test_the_last_answer_is_asked_for_or_every_one(project: Path, served: serving.Served) -> None:
+def test_the_last_answer_is_asked_for_or_every_one(project: Path, served: load.LoadedModel) -> None:
     row = conversation("one", "1", "two", "2", "three")  # the last question has no answer to compare with
     (last,) = questions(served, [row], config(project))
     assert (last.id, last.source, last.reference) == ("c", "two", "2")
@@ -63,7 +65,7 @@ def test_the_last_answer_is_asked_for_or_every_one(project: Path, served: servin
     assert both[1].ids == last.ids and "<|im_start|>user\none" in text(served, last.ids)
 
 
-def test_examples_stand_in_front_and_are_never_the_row_itself(project: Path, served: serving.Served) -> None:
+def test_examples_stand_in_front_and_are_never_the_row_itself(project: Path, served: load.LoadedModel) -> None:
     train = tiny_runs.rows(12)
     asked = questions(served, train, config(project, "eval.shots=4"), project)
     for row, question in zip(train, asked, strict=True):
@@ -79,7 +81,7 @@ def test_examples_stand_in_front_and_are_never_the_row_itself(project: Path, ser
 
 
 def test_what_is_too_long_loses_examples_and_turns_first_and_it_is_said(
-    project: Path, served: serving.Served, caplog: pytest.LogCaptureFixture
+    project: Path, served: load.LoadedModel, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("WARNING", logger="sft")
     row = conversation("first " * 200, "1", "second " * 200, "2", "last", "3")
@@ -89,14 +91,14 @@ def test_what_is_too_long_loses_examples_and_turns_first_and_it_is_said(
     assert "1 prompts are too long for the model: they lost their oldest 4 turns" in caplog.text
 
 
-def test_several_right_answers_and_tags_reach_the_scores(project: Path, served: serving.Served) -> None:
+def test_several_right_answers_and_tags_reach_the_scores(project: Path, served: load.LoadedModel) -> None:
     rows = [conversation(f"q{i}", "ref", references=["ref", "else"], tags=["even"][: 1 - i % 2]) for i in range(3)]
     rows.append(conversation("q3", "ref", category="other"))
     asked = questions(served, rows, config(project))
     assert [one.options for one in asked] == [["ref", "else"]] * 3 + [["ref"]]
-    answers = serving.answer_all(served, rows, config(project))
+    answers = load.answer_all(served, rows, config(project))
     told = [replace(answer, text="else") for answer in answers if answer is not None]
-    found = evaluation.scored(asked, told, config(project), project)
+    found = evaluate.scored(asked, told, config(project), project)
     assert found.metrics["exact_match"] == 0.75
     assert {tag: (values["rows"], values["exact_match"]) for tag, values in found.by_tag.items()} == {
         "even": (2, 1.0), "other": (1, 0.0),

@@ -14,11 +14,16 @@ import torch
 
 from sft import runs
 from sft.config.load import load
-from sft.data import records, store
+from sft.data import rows as records
+from sft.data import store
 from sft.errors import DataError, ModelError, RunError
-from sft.generation import decoding, engine, evaluation, serving, sides, system_text, targets
-from sft.generation.questions import questions
-from sft.generation.room import fitted
+from sft.generation import decode, engine, evaluate
+from sft.generation import load as serving
+from sft.generation import load as system_text
+from sft.generation import load as targets
+from sft.generation.engine import truncate_prompt
+from sft.generation.evaluate import questions
+from sft.model import hardware
 from sft.training.answers import Answers
 from tests import tiny_models
 from tests.generation import tiny_runs
@@ -32,7 +37,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_qwen2: Path) -> Path:
 
 
 def chosen(root: Path, *sets: str, **kwargs: Any) -> targets.Target:
-    return targets.choose(root / "configs" / "run_bnb.yaml", list(sets), is_default=True, root=root, **kwargs)
+    return targets.resolve_model(root / "configs" / "run_bnb.yaml", list(sets), is_default=True, root=root, **kwargs)
 
 
 def rows_of(root: Path, split: str = "test") -> list[dict[str, Any]]:
@@ -56,8 +61,8 @@ def test_an_adapter_changes_the_answers_and_switched_off_it_is_the_base(project:
 def test_both_sides_are_scored_in_one_load_as_they_are_alone(project: Path) -> None:
     target, rows = chosen(project), rows_of(project)
     done: list[tuple[int, int]] = []
-    both = sides.evaluate(target, ["tuned", "base"], rows, project, lambda *at: done.append(at))
-    base = sides.evaluate(target, ["base"], rows, project)
+    both = evaluate.evaluate_base_and_tuned(target, ["tuned", "base"], rows, project, lambda *at: done.append(at))
+    base = evaluate.evaluate_base_and_tuned(target, ["base"], rows, project)
     assert both["base"].metrics == pytest.approx(base["base"].metrics, rel=1e-5)
     assert both["tuned"].metrics["loss"] != pytest.approx(both["base"].metrics["loss"], rel=1e-5)
     assert done[-1] == (14, 14)
@@ -74,7 +79,7 @@ def test_the_loss_is_the_mean_over_labelled_tokens(project: Path) -> None:
         labels = torch.tensor(encoded.labels[1:])
         total += float(torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum"))
         count += int((labels != -100).sum())
-    assert evaluation.losses(served, rows, target.config)["loss"] == pytest.approx(total / count, rel=1e-5)
+    assert evaluate.losses(served, rows, target.config)["loss"] == pytest.approx(total / count, rel=1e-5)
 
 
 def test_a_conversation_too_long_loses_its_oldest_turns(project: Path) -> None:
@@ -97,17 +102,17 @@ def test_a_conversation_too_long_loses_its_oldest_turns(project: Path) -> None:
 def test_chat_batch_evaluation_and_training_give_the_same_text(
     proven: bool, project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decoding, "PROVEN", decoding.PROVEN if proven else frozenset())
+    monkeypatch.setattr(decode, "PROVEN", decode.PROVEN if proven else frozenset())
     root, target = project, chosen(project, "generation.max_new_tokens=40", "generation.repetition_penalty=1.2")
     config, served = target.config, serving.open_model(target.config, adapter=target.adapter, root=project)
     long = {"messages": [{"role": role, "content": "word " * 60} for role in ("user", "assistant") * 8]}
     rows = [*rows_of(root), long]  # the last loses its oldest turns, everywhere the same ones
     batch = [answer.text for answer in serving.answer_all(served, rows, config) if answer is not None]
     chat = ["".join(served.stream(records.messages(row)[:-1], config.generation)) for row in rows]
-    measured = [sample["prediction"] for sample in evaluation.evaluate(served, rows, config, root).samples]
+    measured = [sample["prediction"] for sample in evaluate.evaluate(served, rows, config, root).samples]
     assert len(set(batch)) > 1 and batch == chat == measured
     room = engine.prompt_room(served.model, config.generation, "causal")
-    asked = questions(lambda row: fitted(served.encoder, row, room), rows, config, root)
+    asked = questions(lambda row: truncate_prompt(served.encoder, row, room), rows, config, root)
     training = Answers(config, root, served.tokenizer, served.encoder, asked, "causal")
     training(served.model.train())
     assert training.samples is not None and batch[0] in training.samples
@@ -129,7 +134,7 @@ def test_a_full_fine_tune_is_served_from_its_own_weights(tmp_path: Path, tiny_qw
     runs.point_last(run, root)
     target = chosen(root)
     assert (target.adapter, target.merged, target.name) == (None, run.model_dir, "tiny")
-    found = sides.evaluate(target, ["tuned", "base"], rows_of(root), root)
+    found = evaluate.evaluate_base_and_tuned(target, ["tuned", "base"], rows_of(root), root)
     assert found["tuned"].metrics["loss"] != found["base"].metrics["loss"]
     assert chosen(root, merged=run.model_dir).run == run
 
@@ -138,7 +143,7 @@ def test_a_full_fine_tune_is_served_from_its_own_weights(tmp_path: Path, tiny_qw
 def test_other_families_are_evaluated(family: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     root = tiny_runs.project(tmp_path, request.getfixturevalue(family))
     target = chosen(root, base=True)
-    found = sides.evaluate(target, ["base"], rows_of(root), root)["base"]
+    found = evaluate.evaluate_base_and_tuned(target, ["base"], rows_of(root), root)["base"]
     assert 0 < found.metrics["loss"] < 20 and 0 <= found.metrics["stop_rate"] <= 1
     assert len(found.samples) == 7
 
@@ -155,8 +160,8 @@ def test_a_four_bit_run_is_served_in_four_bits_on_its_base(tmp_path: Path, tiny_
 def test_a_chat_loads_in_four_bits_where_memory_is_short(
     project: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    target, card = chosen(project), serving.hardware.probe()
-    monkeypatch.setattr(serving.hardware, "probe", lambda: dataclasses.replace(card, free_bytes=100_000))
+    target, card = chosen(project), hardware.probe()
+    monkeypatch.setattr(hardware, "probe", lambda: dataclasses.replace(card, free_bytes=100_000))
     caplog.set_level("WARNING", logger="sft")
     logging.getLogger("sft").propagate = True
     served = serving.open_model(target.config, adapter=target.adapter, root=project, squeeze=True)
@@ -172,7 +177,7 @@ def test_settings_come_from_the_run_the_config_and_set_in_that_order(project: Pa
     )
 
     def settings(*sets: str, default: bool = False) -> Any:
-        return targets.choose(mine, list(sets), is_default=default, root=project).config
+        return targets.resolve_model(mine, list(sets), is_default=default, root=project).config
 
     named = settings("generation.top_k=3")
     assert (named.generation.max_new_tokens, named.generation.top_k) == (5, 3)
@@ -228,5 +233,5 @@ def test_a_row_without_an_answer_cannot_be_scored(project: Path) -> None:
     served = serving.open_model(target.config, root=project)
     row = {"messages": [{"role": "user", "content": "hello"}], "origin": "rows.jsonl:3"}
     with pytest.raises(DataError, match="no answer to compare with") as error:
-        evaluation.evaluate(served, [row], target.config, project)
+        evaluate.evaluate(served, [row], target.config, project)
     assert error.value.where == "rows.jsonl:3"

@@ -10,7 +10,7 @@ import torch
 
 from sft.chat.encode import Encoded
 from sft.config.schema import GenerationSection
-from sft.generation import engine, serving, targets
+from sft.generation import engine, load
 from tests.generation import tiny_runs
 
 ROWS = [{"user": f"say {word}", "assistant": word} for word in ("fox", "dog", "her", "please")]
@@ -18,9 +18,9 @@ ROWS = [{"user": f"say {word}", "assistant": word} for word in ("fox", "dog", "h
 
 def trained(root: Path, *, masks_the_end: bool) -> float:
     """The stop rate after 60 steps on four rows, the end token's label taken away or not."""
-    config = targets.choose(root / "configs" / "run_bnb.yaml", [], base=True, is_default=True, root=root).config
+    config = load.resolve_model(root / "configs" / "run_bnb.yaml", [], base=True, is_default=True, root=root).config
     torch.manual_seed(0)
-    served = serving.open_model(config, root=root)
+    served = load.open_model(config, root=root)
     end = served.tokenizer.eos_token_id
     rows: list[Encoded] = [served.encoder.encode(row) for row in ROWS]
     assert all(end in row.labels for row in rows)

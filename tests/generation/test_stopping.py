@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from sft.generation.stopping import Watcher, cut, held_back
+from sft.generation.stop import StopWatcher, cut, held_back
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,9 @@ def test_an_answer_under_way_is_watched_token_by_token(tokenizer: Any) -> None:
         ("a\n\nb", ("\n\n",)), ("no end", ("###", "zzz")),
     ]:  # fmt: skip
         ids = tokenizer.encode(text)
-        watcher = Watcher(tokenizer, Ends(strings=strings))
+        watcher = StopWatcher(tokenizer, Ends(strings=strings))
         ended = [watcher.ended(ids[: at + 1]) for at in range(len(ids))]
         decoded = [tokenizer.decode(ids[: at + 1]) for at in range(len(ids))]
         first = next((at for at, said in enumerate(decoded) if any(string in said for string in strings)), len(ids))
         assert ended[: first + 1] == [False] * first + [True] * (first < len(ids)), text
-    assert Watcher(tokenizer, Ends(frozenset({7}))).ended([1, 7])
+    assert StopWatcher(tokenizer, Ends(frozenset({7}))).ended([1, 7])

@@ -57,7 +57,8 @@ def finished_run(root: Path, *, name: str = "tiny", seed: int = 1, scale: float 
 
     from sft import runs
     from sft.config.load import load
-    from sft.model import adapters, hub, loading
+    from sft.model import adapters, hub
+    from sft.model import load as loading
 
     config = load(root / "configs" / "run_bnb.yaml", root=root).config
     files = hub.find(config.model, root)

@@ -10,7 +10,7 @@ import pytest
 import plan as plan_command
 import train as command
 from sft.errors import EnvironmentProblem
-from sft.memory import calibration
+from sft.memory import plan
 from sft.training import measured
 from tests.training import project
 
@@ -25,10 +25,10 @@ def test_a_run_leaves_its_speed_for_the_next_plan(
     root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     project.run(root)
-    assert calibration.read(root) == []  # seconds of steps say nothing of a device
+    assert plan.read(root) == []  # seconds of steps say nothing of a device
     monkeypatch.setattr(measured, "ENOUGH", 0.0)
     summary = project.run(root, "train.eval_strategy=no", "train.load_best_model_at_end=false")
-    (ran,) = calibration.read(root)
+    (ran,) = plan.read(root)
     assert (ran.gpu, ran.stage, ran.allocated_gib) == ("cpu", "run", None)
     assert ran.tokens_per_second == summary["tokens_per_second"]
     line = ["--config", str(root / "config.yaml"), "--gpu", "cpu"]

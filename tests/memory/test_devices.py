@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sft.errors import ConfigError
-from sft.memory import devices, speed
+from sft.memory import devices, estimate
 
 
 @pytest.mark.parametrize(
@@ -70,6 +70,6 @@ def test_the_smallest_card_that_would_do() -> None:
     [("Tesla T4", 65), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA GeForce RTX 4060 Laptop GPU", 29.1)],
 )
 def test_the_speed_of_a_card_is_known_by_the_drivers_name(driver: str, teraflops: float) -> None:
-    found = speed.rate(devices.Device("cuda", driver, 16), None)
+    found = estimate.rate(devices.Device("cuda", driver, 16), None)
     assert found is not None and found[0] == pytest.approx(0.4 * teraflops * 1e12)
-    assert speed.rate(devices.Device("cuda", "Some Other Card", 16), None) is None
+    assert estimate.rate(devices.Device("cuda", "Some Other Card", 16), None) is None

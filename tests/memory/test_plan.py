@@ -18,14 +18,14 @@ def test_remedies_together_name_every_setting_once_and_their_peak_is_that_of_the
     model = {**description("qwen2"), "hidden_size": 512, "vocab_size": 50000}
     base = Config()
     base = changed(base, tuning=changed(base.tuning, lora=changed(base.tuning.lora, r=256)))
-    made = plan.make(base, model, Device("cuda", "a card", 0.7))
+    made = plan.make_plan(base, model, Device("cuda", "a card", 0.7))
     assert not made.fits
     assert {remedy.setting for remedy in made.remedies} >= {"train.optim=adamw_8bit", "model.max_seq_len=128"}
     assert made.together is not None
     keys = [setting.split("=")[0] for setting in made.together.settings]
     assert len(set(keys)) == len(keys)
     tried = changed(base, train=changed(base.train, optim="paged_adamw_8bit"))
-    again = plan.make(tried, model, made.device, mend=False)
+    again = plan.make_plan(tried, model, made.device, mend=False)
     (paged,) = (remedy for remedy in made.remedies if remedy.setting == "train.optim=paged_adamw_8bit")
     assert paged.saves_gib == pytest.approx(made.phases["training"].peak - again.phases["training"].peak, abs=1e-3)
     assert "optimizer" not in again.estimate.parts
@@ -43,5 +43,5 @@ def test_remedies_together_name_every_setting_once_and_their_peak_is_that_of_the
 )
 def test_what_no_plan_is_made_of_is_said(changes: dict[str, Any], told: str) -> None:
     with pytest.raises(ModelError) as caught:
-        plan.make(Config(), {**description("qwen2"), **changes}, Device("cuda", "a card", 8))
+        plan.make_plan(Config(), {**description("qwen2"), **changes}, Device("cuda", "a card", 8))
     assert told in str(caught.value)

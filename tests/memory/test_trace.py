@@ -14,10 +14,7 @@ from sft.errors import ModelError
 from sft.memory import plan, shapes
 from sft.memory.devices import Device
 from sft.memory.estimate import changed
-from sft.memory.live import Live, Window
-from sft.memory.memo import Traces
-from sft.memory.passes import Passes, compute_dtype, micro_batch
-from sft.memory.trace import Tracer
+from sft.memory.trace import Live, Passes, Tracer, Traces, Window, compute_dtype, micro_batch
 from tests.memory.families import FAMILIES, description
 from tests.memory.settings import resolved
 from tests.memory.table import CASES, TRACED
@@ -28,15 +25,13 @@ LENGTHS = [192, 192, 192]
 
 def really(folder: Path, config: Config) -> Window:
     """The highest moment of the second step of a model that really trains on the CPU."""
-    from sft.model import adapters, loading
+    from sft.model import adapters, load
     from sft.step import attention
 
     found = _files(folder)
     wanted = attention.implementation("cpu", found.config) or attention.fallback(found.config)
     dtype = torch.float32 if config.tuning.mode == "full" else compute_dtype(config)
-    model: Any = loading.load_base(
-        found, config.model, config.tuning, dtype, device="cpu", train=True, attention=wanted
-    )
+    model: Any = load.load_base(found, config.model, config.tuning, dtype, device="cpu", train=True, attention=wanted)
     checkpointing = config.train.gradient_checkpointing is True
     if config.tuning.mode == "full":
         adapters.set_checkpointing(model, checkpointing)
@@ -172,7 +167,7 @@ def test_qwens_3b_at_512_and_7b_at_2048_fit_their_cards(
     model |= {"num_attention_heads": heads, "num_key_value_heads": shared, "vocab_size": vocabulary}
     base = Config()
     config = changed(base, model=changed(base.model, max_seq_len=length))
-    made = plan.make(config, {**model, "tie_word_embeddings": tied}, Device("cuda", "a card", most))
+    made = plan.make_plan(config, {**model, "tie_word_embeddings": tied}, Device("cuda", "a card", most))
     assert made.fits
     assert made.method == "traced"
     assert most / 4 < made.estimate.allocated < made.estimate.peak <= most

@@ -6,8 +6,8 @@ import pytest
 
 from sft.errors import ConfigError
 from sft.metrics import score
-from sft.metrics.form import compiled, form
-from sft.metrics.tags import of, places
+from sft.metrics.scoring import compiled, form
+from sft.metrics.text import of, places
 
 
 @pytest.mark.parametrize(

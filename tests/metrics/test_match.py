@@ -6,7 +6,7 @@ from decimal import Decimal
 
 import pytest
 
-from sft.metrics import match, score
+from sft.metrics import score, scoring
 
 
 def one(name: str, prediction: str, *references: str) -> float:
@@ -20,7 +20,7 @@ def test_exact_match_is_letter_by_letter_but_for_outer_whitespace() -> None:
 
 
 def test_normalised_match_follows_squad() -> None:
-    assert match.normalise("  The   Eiffel-Tower, an icon! ") == "eiffeltower icon"
+    assert scoring.normalise("  The   Eiffel-Tower, an icon! ") == "eiffeltower icon"
     assert one("exact_match_normalised", "the paris.", "Paris") == 1
     assert one("exact_match_normalised", "theparis", "Paris") == 0
     assert score(["exact_match_normalized"], ["A b"], ["b"]) == {"exact_match_normalised": 1.0}
@@ -57,7 +57,7 @@ def test_contains_looks_for_the_reference_anywhere() -> None:
     ],
 )
 def test_the_number_of_an_answer(text: str, number: Decimal | None) -> None:
-    assert match.number(text) == number
+    assert scoring.number(text) == number
 
 
 def test_numbers_are_compared_as_numbers() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sft.errors import ConfigError
-from sft.metrics import schema, score_rows
+from sft.metrics import score_rows, scoring
 
 SCHEMA = {"type": "object", "required": ["name", "age"], "properties": {"age": {"type": "integer"}}}
 
@@ -32,7 +32,7 @@ def test_fields_are_scored_one_by_one() -> None:
     answers = [wanted, '{"tags": [1, 1], "age": 4.0, "name": "Mara"}', "not json", '{"age": 5}']
     got = score_rows(["json_fields"], answers, [wanted] * 4)
     assert got.rows["json_fields"] == pytest.approx([1, 2 / 3, 0, 0])
-    assert schema.by_field(answers, [[wanted]] * 4) == {"name": 0.5, "age": 0.5, "tags": 0.25}
+    assert scoring.by_field(answers, [[wanted]] * 4) == {"name": 0.5, "age": 0.5, "tags": 0.25}
 
 
 def test_a_schema_file_is_checked_when_it_is_read(tmp_path: Path) -> None:
@@ -40,7 +40,7 @@ def test_a_schema_file_is_checked_when_it_is_read(tmp_path: Path) -> None:
     good.write_text(json.dumps(SCHEMA))
     broken.write_text("{")
     wrong.write_text('{"type": "thing"}')
-    assert schema.load(good) == SCHEMA
+    assert scoring.load(good) == SCHEMA
     for path, said in [(broken, "one JSON object"), (wrong, "not a JSON schema"), (tmp_path / "no.json", "cannot be")]:
         with pytest.raises(ConfigError, match=said):
-            schema.load(path)
+            scoring.load(path)

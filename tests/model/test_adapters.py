@@ -11,7 +11,7 @@ import torch
 
 from sft.config.schema import LoraSection, ModelSection, TuningSection
 from sft.errors import ModelError
-from sft.model import adapters, hub, loading
+from sft.model import adapters, hub, load
 from tests import tiny_models
 
 QLORA = TuningSection(mode="qlora", lora=LoraSection(r=4, alpha=8, dropout=0.0))
@@ -21,7 +21,7 @@ LORA = TuningSection(mode="lora", lora=LoraSection(r=4, alpha=8, dropout=0.0))
 def base(folder: Path, tuning: TuningSection, dtype: torch.dtype = torch.float32):
     section = ModelSection(name=str(folder))
     files = hub.find(section, folder.parent)
-    return loading.load_base(files, section, tuning, dtype, device="cpu", train=True)
+    return load.load_base(files, section, tuning, dtype, device="cpu", train=True)
 
 
 def frozen_bytes(model) -> dict[str, str]:

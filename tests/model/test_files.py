@@ -12,7 +12,7 @@ import torch
 
 from sft.config.schema import ModelSection, TuningSection
 from sft.errors import ModelError
-from sft.model import files, hub, kinds, loading
+from sft.model import files, hub, load
 
 
 def find(name: object, root: Path, **settings):
@@ -51,7 +51,7 @@ def test_parameters_are_counted_without_loading(tiny_qwen2, tiny_t5, tmp_path):
     ],
 )
 def test_the_kind_is_read_from_the_config(config, expected):
-    assert kinds.kind_of(config) == expected
+    assert files.kind_of(config) == expected
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_the_kind_is_read_from_the_config(config, expected):
 )
 def test_what_cannot_write_text_is_refused(config):
     with pytest.raises(ModelError, match="no head that writes text"):
-        kinds.kind_of(config)
+        files.kind_of(config)
 
 
 def test_a_given_type_that_cannot_be_is_refused(tiny_qwen2, tmp_path):
@@ -154,7 +154,7 @@ def test_weights_that_would_be_random_are_an_error(tiny_qwen2, tmp_path):
     section = ModelSection(name="m")
     for mode in ("lora", "qlora"):
         with pytest.raises(ModelError, match=r"no weights for 1 tensors.*up_proj"):
-            loading.load_base(
+            load.load_base(
                 hub.find(section, tmp_path), section, TuningSection(mode=mode), torch.float32, device="cpu", train=True
             )
 
@@ -165,7 +165,7 @@ def test_a_base_that_is_stored_quantised_is_refused_for_lora(tiny_qwen2, tmp_pat
     (tmp_path / "m" / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
     section = ModelSection(name="m")
     with pytest.raises(ModelError, match=r"stored quantised \(gptq\)"):
-        loading.load_base(
+        load.load_base(
             hub.find(section, tmp_path), section, TuningSection(mode="lora"), torch.float32, device="cpu", train=True
         )
 
@@ -185,7 +185,7 @@ def test_the_header_reader_agrees_with_safetensors(tiny_gpt2):
 def test_an_attention_that_is_not_there_is_said(tiny_qwen2, tmp_path, name, said):
     section = ModelSection(name=str(tiny_qwen2), attn_implementation=name)
     with pytest.raises(ModelError, match=said) as caught:
-        loading.load_base(
+        load.load_base(
             hub.find(section, tmp_path), section, TuningSection(mode="lora"), torch.float32, device="cpu", train=True
         )
     assert "model.attn_implementation" in str(caught.value)
@@ -195,7 +195,7 @@ def test_code_that_comes_with_a_model_is_run_only_loudly(tiny_qwen2, tmp_path, c
     logging.getLogger("sft").propagate = True
     section = ModelSection(name=str(tiny_qwen2), trust_remote_code=True)
     with caplog.at_level("WARNING"):
-        model = loading.load_base(
+        model = load.load_base(
             hub.find(section, tmp_path), section, TuningSection(mode="lora"), torch.float32, device="cpu", train=False
         )
     assert "runs on this machine" in caplog.text

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from sft.config.schema import ModelSection
 from sft.errors import ModelError
-from sft.model import hub, pickles
+from sft.model import hub
 
 
 def pickled(tiny: Path, folder: Path, parts: int) -> dict[str, torch.Tensor]:
@@ -33,8 +33,8 @@ def test_pickled_weights_are_refused_until_they_are_converted(tiny_qwen2: Path, 
     with pytest.raises(ModelError, match="which can run code") as caught:
         hub.find(section, tmp_path)
     assert "--allow-pickle" in str(caught.value.mend)
-    made = pickles.convert(tmp_path / "m", "m")
-    assert len(made) == parts and pickles.convert(tmp_path / "m", "m") == []
+    made = hub.convert(tmp_path / "m", "m")
+    assert len(made) == parts and hub.convert(tmp_path / "m", "m") == []
     read = {key: tensor for path in hub.find(section, tmp_path).weights for key, tensor in load_file(path).items()}
     assert all(torch.equal(read[key], one) for key, one in weights.items()) and read.keys() == weights.keys()
 
@@ -53,7 +53,7 @@ def test_code_in_a_pickle_is_never_run(tiny_qwen2: Path, tmp_path: Path) -> None
     pickled(tiny_qwen2, tmp_path / "m", 1)
     torch.save({"a": Bomb(tmp_path / "ran")}, tmp_path / "m/pytorch_model.bin")
     with pytest.raises(ModelError, match="holds more than tensors"):
-        pickles.convert(tmp_path / "m", "m")
+        hub.convert(tmp_path / "m", "m")
     assert not (tmp_path / "ran").exists() and not list((tmp_path / "m").glob("*.safetensors"))
     torch.load(tmp_path / "m/pytorch_model.bin", weights_only=False)
     assert (tmp_path / "ran").exists()  # the bomb was live

@@ -12,7 +12,8 @@ import torch
 
 import compare
 from sft.errors import ConfigError, DataError, ModelError
-from sft.report import compare_page, general
+from sft.report import compare as general
+from sft.report import compare_page
 from tests.generation import tiny_runs
 from tests.report.test_judge import Server, biased
 

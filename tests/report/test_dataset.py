@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import report_data
-from sft.report import dataset, dataset_page
+from sft.report import data_report
 
 
 def row(question: str, answer: str) -> str:
@@ -75,7 +75,7 @@ def test_a_cut_row_loses_its_prompt_and_a_draw_is_said(
     assert "drawn from 31" in said.out + said.err
     found["ledger"]["leaks"] = {"val": {"exact": 2, "near": None}, "test": {"exact": 0, "near": None}}
     found["tokens"] = None
-    page = dataset_page.page(found, "Leaks")
+    page = data_report.page(found, "Leaks")
     assert "2 of val (exact); not looked for: near" in page and "of test" not in page
     none = report(project, "model.name=nobody/nothing-here")
     assert none["tokens"] is None and "no tokenizer" in capsys.readouterr().err
@@ -83,7 +83,7 @@ def test_a_cut_row_loses_its_prompt_and_a_draw_is_said(
 
 def test_a_draw_is_seeded_keeps_the_order_and_leaves_nothing_out_without_a_limit() -> None:
     rows = [{"id": i} for i in range(100)]
-    drawn, total = dataset.draw(iter(rows), 10, 1)
+    drawn, total = data_report.draw(iter(rows), 10, 1)
     numbers = [one["id"] for one in drawn]
     assert total == 100 and len(set(numbers)) == 10 and numbers == sorted(numbers) and numbers != list(range(10))
-    assert dataset.draw(iter(rows), 10, 1)[0] == drawn and dataset.draw(iter(rows), 0, 1) == (rows, 100)
+    assert data_report.draw(iter(rows), 10, 1)[0] == drawn and data_report.draw(iter(rows), 0, 1) == (rows, 100)

@@ -8,19 +8,19 @@ from pathlib import Path
 import pytest
 
 from sft.errors import DataError
-from sft.report import general, paired
+from sft.report import compare, results
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_every_shipped_reference_passes_its_own_check_and_no_other_kinds_answer_does() -> None:
-    rows = general.read(None, ROOT)
+    rows = compare.read(None, ROOT)
     assert 40 <= len(rows) <= 60
     assert {row["kind"] for row in rows} == {"instruction", "arithmetic", "format", "talk"}
-    failed = [row["id"] for row in rows if general.passes(row["assistant"], row["check"]) != 1.0]
+    failed = [row["id"] for row in rows if compare.passes(row["assistant"], row["check"]) != 1.0]
     assert not failed
     for nothing in ("", "   ", "48213 | kettle | Mara Olsen | 4 April"):  # what a model that does one task alone says
-        passed = [row["id"] for row in rows if general.passes(nothing, row["check"])]
+        passed = [row["id"] for row in rows if compare.passes(nothing, row["check"])]
         assert len(passed) <= 2, passed
 
 
@@ -40,36 +40,36 @@ def test_every_shipped_reference_passes_its_own_check_and_no_other_kinds_answer_
     ],
 )
 def test_checks_hold_or_do_not(answer: str, check: dict[str, object], holds: float) -> None:
-    assert general.passes(answer, check) == holds
+    assert compare.passes(answer, check) == holds
 
 
 def test_a_row_without_a_check_has_no_share_in_them() -> None:
-    assert math.isnan(general.passes("anything", {}))
+    assert math.isnan(compare.passes("anything", {}))
 
 
 def test_a_check_that_cannot_be_read_is_told_with_its_line(tmp_path: Path) -> None:
     path = tmp_path / "g.jsonl"
     path.write_text('{"user": "a", "assistant": "b"}\n{"user": "a", "assistant": "b", "check": {"mathces": "b"}}\n')
     with pytest.raises(DataError, match="mathces") as told:
-        general.read(path, tmp_path)
+        compare.read(path, tmp_path)
     assert "g.jsonl:2" in str(told.value)
     path.write_text('{"user": "a", "assistant": "b", "check": {"matches": "("}}\n')
     with pytest.raises(DataError, match="no pattern"):
-        general.read(path, tmp_path)
+        compare.read(path, tmp_path)
 
 
 def test_the_verdict_follows_loss_and_checks() -> None:
     base = [2.0 + row / 100 for row in range(50)]
 
-    def loss(rise: float) -> paired.Difference:
-        return paired.difference(base, [value + rise for value in base], greater_is_better=False)
+    def loss(rise: float) -> results.Difference:
+        return results.difference(base, [value + rise for value in base], greater_is_better=False)
 
-    kept = paired.difference([1.0] * 25 + [0.0] * 25, [1.0] * 25 + [0.0] * 25)
-    lost = paired.difference([1.0] * 25 + [0.0] * 25, [1.0] * 5 + [0.0] * 45)
-    assert general.forgetting(loss(0.0), kept)[0] == "none"
-    assert general.forgetting(loss(-0.4), kept)[0] == "none"
-    assert general.forgetting(loss(0.05), kept)[0] == "slight"
-    assert general.forgetting(loss(0.5), kept)[0] == "forgotten"
-    assert general.forgetting(loss(0.0), lost)[0] == "forgotten"
-    assert general.forgetting(loss(0.5), None)[0] == "forgotten"
-    assert "x1.65" in general.figures(loss(0.5), None)  # e to the half
+    kept = results.difference([1.0] * 25 + [0.0] * 25, [1.0] * 25 + [0.0] * 25)
+    lost = results.difference([1.0] * 25 + [0.0] * 25, [1.0] * 5 + [0.0] * 45)
+    assert compare.forgetting(loss(0.0), kept)[0] == "none"
+    assert compare.forgetting(loss(-0.4), kept)[0] == "none"
+    assert compare.forgetting(loss(0.05), kept)[0] == "slight"
+    assert compare.forgetting(loss(0.5), kept)[0] == "forgotten"
+    assert compare.forgetting(loss(0.0), lost)[0] == "forgotten"
+    assert compare.forgetting(loss(0.5), None)[0] == "forgotten"
+    assert "x1.65" in compare.figures(loss(0.5), None)  # e to the half

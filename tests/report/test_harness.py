@@ -10,7 +10,7 @@ import pytest
 
 import lm_eval as command
 from sft.errors import ConfigError, EnvironmentProblem, ModelError
-from sft.generation import targets
+from sft.generation import load
 from sft.report import harness
 from tests.generation import tiny_runs
 
@@ -35,7 +35,7 @@ def test_where_it_is_missing_the_command_that_installs_it_is_told(monkeypatch: p
 def test_each_side_is_asked_as_it_is_served(tmp_path: Path, tiny_qwen2: Path) -> None:
     root = tiny_runs.project(tmp_path, tiny_qwen2, mode="qlora")
     adapter = tiny_runs.finished_run(root)
-    target = targets.choose(root / "configs" / "run_bnb.yaml", [], adapters=adapter, root=root)
+    target = load.resolve_model(root / "configs" / "run_bnb.yaml", [], adapters=adapter, root=root)
     made = harness.command(target, "tuned", root, "a,b", tmp_path / "out", 5, chat=True)
     given = dict(pair.split("=") for pair in made[made.index("--model_args") + 1].split(","))
     assert (given["pretrained"], given["peft"], given["load_in_4bit"]) == (str(tiny_qwen2), str(adapter), "True")
@@ -45,7 +45,7 @@ def test_each_side_is_asked_as_it_is_served(tmp_path: Path, tiny_qwen2: Path) ->
     assert "peft=" not in " ".join(base) and "load_in_4bit=True" in " ".join(base) and "--limit" not in base
     awkward = tmp_path / "a,b"
     adapter.rename(awkward)
-    target = targets.choose(root / "configs" / "run_bnb.yaml", [], adapters=awkward, root=root)
+    target = load.resolve_model(root / "configs" / "run_bnb.yaml", [], adapters=awkward, root=root)
     with pytest.raises(ModelError, match="cannot read a path"):
         harness.command(target, "tuned", root, "a", tmp_path / "out", None, chat=False)
 

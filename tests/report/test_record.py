@@ -6,34 +6,34 @@ import json
 from pathlib import Path
 
 from sft import runs
-from sft.config import paths
-from sft.report import record
+from sft.config import load
+from sft.report import compare
 
 
 def test_curves_come_from_the_log_and_else_from_tensorboards_events(tmp_path: Path) -> None:
     from torch.utils.tensorboard import SummaryWriter
 
     run = runs.at(tmp_path / "outputs" / "r", tmp_path)
-    assert record.curves(run) == {}
+    assert compare.loss_curves(run) == {}
     with SummaryWriter(str(run.tb_dir)) as board:
         for step in (1, 2):
             board.add_scalar("train/loss", 1 / step, step)
         board.add_text("eval/samples", "an answer", 2)
-    assert record.curves(run) == {"train/loss": [(1, 1.0), (2, 0.5)]}
+    assert compare.loss_curves(run) == {"train/loss": [(1, 1.0), (2, 0.5)]}
     run.folder.mkdir(parents=True)
     lines = [{"step": 1, "train/loss": 3.0}, {"step": 2, "eval/loss": 2.5, "eval/samples": "text"}]
     torn = '{"step": 3, "train/lo'
     (run.folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + torn)
-    assert record.curves(run) == {"train/loss": [(1, 3.0)], "eval/loss": [(2, 2.5)]}
+    assert compare.loss_curves(run) == {"train/loss": [(1, 3.0)], "eval/loss": [(2, 2.5)]}
 
 
 def test_a_summary_and_a_models_name_show_no_path_of_this_machine(tmp_path: Path) -> None:
     run = runs.at(tmp_path / "outputs" / "r", tmp_path)
-    assert record.summary(run) == {}
+    assert compare.summary(run) == {}
     run.folder.mkdir(parents=True)
     runs.finish(run, {"steps": 3, "output": str(tmp_path)})
-    assert record.summary(run) == {"steps": 3}
+    assert compare.summary(run) == {"steps": 3}
     for hub in ("Qwen/Qwen2.5-3B-Instruct", "gpt2"):
-        assert paths.model_name(hub) == hub and not paths.is_model_folder(hub)
-    assert paths.model_name("/home/someone/models/mine") == "mine" == paths.model_name("models/mine")
-    assert paths.is_model_folder("models/demo")
+        assert load.model_name(hub) == hub and not load.is_model_folder(hub)
+    assert load.model_name("/home/someone/models/mine") == "mine" == load.model_name("models/mine")
+    assert load.is_model_folder("models/demo")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sft import preflight
+from sft.preflight import checks
 
 
 @pytest.fixture
@@ -26,9 +26,9 @@ def project(tiny_qwen2: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def findings(project: Path, *sets: str, config: str = "run_bnb.yaml") -> dict[str, preflight.Finding]:
-    case = preflight.Case(project, project / "configs" / config, list(sets), free_port())
-    return {found.name: found for found in preflight.run(case)}
+def findings(project: Path, *sets: str, config: str = "run_bnb.yaml") -> dict[str, checks.Finding]:
+    case = checks.Case(project, project / "configs" / config, list(sets), free_port())
+    return {found.name: found for found in checks.run(case)}
 
 
 def free_port() -> int:
@@ -112,8 +112,8 @@ def test_a_port_in_use_is_a_warning(project):
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        case = preflight.Case(project, project / "configs" / "run_bnb.yaml", [], port)
-        found = {finding.name: finding for finding in preflight.run(case)}["tensorboard"]
+        case = checks.Case(project, project / "configs" / "run_bnb.yaml", [], port)
+        found = {finding.name: finding for finding in checks.run(case)}["tensorboard"]
     assert (found.level, found.mend) == ("warning", f"another port: TB_PORT={port + 1}")
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from sft import files
-from sft.training.logbook import read
+from sft.training.loggers import read
 from tests.conftest import ROOT
 from tests.training import project
 

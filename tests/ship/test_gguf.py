@@ -18,10 +18,12 @@ import torch
 from sft import runs
 from sft.config.schema import Config, ModelSection
 from sft.errors import ModelError
-from sft.generation.targets import Target
+from sft.generation.load import Target
 from sft.model import hub
 from sft.model.tokenizer import load_tokenizer
-from sft.ship import gguf_file, gguf_layout, gguf_vocabulary
+from sft.ship import gguf as gguf_file
+from sft.ship import gguf as gguf_layout
+from sft.ship import gguf as gguf_vocabulary
 from sft.ship.export import export
 from tests import tiny_models
 from tests.conftest import ROOT
@@ -216,7 +218,7 @@ def test_llama_cpp_gives_the_tuned_demo_s_text_for_20_prompts_in_f16(llama, tmp_
     """The whole way: train, export, load in llama.cpp, and the same greedy text."""
     from sft.chat.encode import encoder_for
     from sft.runs import run_of_adapter
-    from sft.ship.golden import ROWS
+    from sft.ship.parity import ROWS
 
     root, config = {"SFT_ROOT": str(tmp_path)}, ["--config", ROOT / "configs" / "demo_cpu.yaml"]
     raw = ROOT / "data" / "samples" / "support_desk.jsonl"

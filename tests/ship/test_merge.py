@@ -11,8 +11,8 @@ import torch
 
 from sft.config.schema import LoraSection, ModelSection, TuningSection
 from sft.errors import EnvironmentProblem, ModelError, RunError
-from sft.model import adapters, hub, loading
-from sft.ship import trial
+from sft.model import adapters, hub, load
+from sft.ship import verify
 from sft.ship.merge import merge
 from tests.model.test_files import sharded
 
@@ -25,7 +25,7 @@ def attached(folder: Path, seed: int = 0, mode: str = "lora", **lora):
     section = ModelSection(name=str(folder))
     files = hub.find(section, folder.parent)
     torch.manual_seed(seed)
-    model = loading.load_base(files, section, tuning, torch.float32, device="cpu", train=True)
+    model = load.load_base(files, section, tuning, torch.float32, device="cpu", train=True)
     model = adapters.attach(model, tuning, gradient_checkpointing=False)
     for weight in model.parameters():
         if weight.requires_grad:
@@ -144,9 +144,9 @@ def test_the_folder_has_all_that_serving_needs(tiny_qwen2, tmp_path):
     assert tokenizer.encode("Order 48213: café") == original.encode("Order 48213: café")
     ends = GenerationConfig.from_pretrained(tmp_path / "m").eos_token_id
     assert original.convert_tokens_to_ids("<|im_end|>") in (ends if isinstance(ends, list) else [ends])
-    found = trial.answer(tmp_path / "m", None, tmp_path)
+    found = verify.answer(tmp_path / "m", None, tmp_path)
     assert 0 < found.tokens <= 256
-    assert (found.question, found.reference) == (trial.GREETING, None)
+    assert (found.question, found.reference) == (verify.GREETING, None)
 
 
 def refused(call, kind: type[Exception], said: str, out: Path) -> None:
@@ -161,7 +161,7 @@ def test_a_merge_that_changes_nothing_is_an_error(tiny_qwen2, tmp_path):
     tuning = TuningSection(mode="lora")
     section = ModelSection(name=str(tiny_qwen2))
     files = hub.find(section, tmp_path)
-    model = loading.load_base(files, section, tuning, torch.float32, device="cpu", train=True)
+    model = load.load_base(files, section, tuning, torch.float32, device="cpu", train=True)
     adapters.save(adapters.attach(model, tuning, gradient_checkpointing=False), tmp_path / "a")
     refused(
         lambda: merge(tmp_path / "a", tmp_path / "m", "fp32", tmp_path),

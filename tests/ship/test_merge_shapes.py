@@ -73,11 +73,11 @@ def test_an_adapter_whose_start_moved_the_base_is_refused(tiny_qwen2, tmp_path):
 
 
 def test_a_merge_that_harms_is_an_error(tiny_qwen2, tmp_path, monkeypatch):
-    from sft.ship import tensors
+    from sft.ship import delta
 
     tuned(tiny_qwen2, tmp_path / "a")
     (tmp_path / ".m.999999999.part").mkdir()  # what a killed merge left
-    written = tensors.write
+    written = delta.write
 
     def spoilt(sources, out, *rest):
         tally = written(sources, out, *rest)
@@ -86,7 +86,7 @@ def test_a_merge_that_harms_is_an_error(tiny_qwen2, tmp_path, monkeypatch):
             file.write(bytes(4000))
         return tally
 
-    monkeypatch.setattr(tensors, "write", spoilt)
+    monkeypatch.setattr(delta, "write", spoilt)
     with pytest.raises(ModelError, match=r"not the trained one|the merge harms"):
         merge(tmp_path / "a", tmp_path / "m", "fp32", tmp_path, base=str(tiny_qwen2))
     assert not [path for path in tmp_path.iterdir() if path.name != "a"]

@@ -14,12 +14,12 @@ from sft.config.schema import Config, DataSection, ModelSection
 from sft.errors import TemplateError
 from sft.model.files import read_config
 from sft.model.tokenizer import load_tokenizer
-from sft.ship import gguf_vocabulary, go_template, golden, parity, routes, sample
-from sft.ship.outfit import for_all
+from sft.ship import gguf, parity, verify
+from sft.ship.merge import for_all
 from tests.conftest import ROOT
 
 DEMO = ROOT / "models" / "demo"
-SHIPPED = sample.shipped_rows(ROOT, 40)
+SHIPPED = verify.shipped_rows(ROOT, 40)
 THINK = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}{% if m['role'] == 'assistant' and not loop.last %}"
     "{{ m['content'].split('</think>')[-1].lstrip('\\n') }}{% else %}{{ m['content'] }}{% endif %}{{ '<|im_end|>\\n' }}"
@@ -49,26 +49,26 @@ def edit(folder: Path, *, template: str | None = None, **generation) -> Path:
     return folder
 
 
-def certify(encoder, folder: Path, rows=(*golden.ROWS, *SHIPPED)) -> parity.Certificate:
-    return parity.certify(encoder, [routes.of_folder(folder, trust_remote_code=False)], list(rows), ["golden"])
+def certify(encoder, folder: Path, rows=(*parity.ROWS, *SHIPPED)) -> parity.Certificate:
+    return parity.certify(encoder, [parity.of_folder(folder, trust_remote_code=False)], list(rows), ["golden"])
 
 
-def in_llama(encoder, *, bos: str | None = None) -> tuple[gguf_vocabulary.Vocabulary, str]:
+def in_llama(encoder, *, bos: str | None = None) -> tuple[gguf.Vocabulary, str]:
     tokenizer = load_tokenizer(DEMO)
     rows = int(read_config(DEMO, "demo")["vocab_size"])
-    return gguf_vocabulary.of_tokenizer(tokenizer, rows, [2, 0], adds_bos=False), for_all(encoder.template)
+    return gguf.of_tokenizer(tokenizer, rows, [2, 0], adds_bos=False), for_all(encoder.template)
 
 
 def test_an_unchanged_export_is_certified_on_every_row(folder):
     encoder = trained()
     vocabulary, source = in_llama(encoder)
-    told = go_template.translate(encoder.template, "")
+    told = parity.translate(encoder.template, "")
     forms = [
-        routes.of_folder(folder, trust_remote_code=False),
-        routes.of_gguf(vocabulary, source, encoder.tokenizer),
-        routes.of_ollama(vocabulary, told, ["<|im_end|>"]),
+        parity.of_folder(folder, trust_remote_code=False),
+        parity.of_gguf(vocabulary, source, encoder.tokenizer),
+        parity.of_ollama(vocabulary, told, ["<|im_end|>"]),
     ]
-    found = parity.certify(encoder, forms, [*golden.ROWS, *SHIPPED], ["golden", "data/samples"])
+    found = parity.certify(encoder, forms, [*parity.ROWS, *SHIPPED], ["golden", "data/samples"])
     assert found.equal
     assert found.compared == {"safetensors": 47, "gguf": 47, "ollama": 46}
     assert found.set_aside == {"golden-tools (ollama)": "tools are not told in an Ollama template of ours"}
@@ -91,7 +91,7 @@ def test_a_lost_system_turn_is_refused_and_shown(folder):
     own = (DEMO / "chat_template.jinja").read_text()
     lost = own.replace("for message in messages", "for message in messages if message['role'] != 'system'")
     with pytest.raises(TemplateError) as raised:
-        certify(trained(), edit(folder, template=lost), [golden.ROWS[1]])
+        certify(trained(), edit(folder, template=lost), [parity.ROWS[1]])
     said = str(raised.value)
     assert "row golden-system" in said
     assert "training: 'system\\nYou answer in one word.<|im_end|>" in said
@@ -120,7 +120,7 @@ def test_a_tokenizer_that_cuts_words_otherwise_is_refused(folder):
 
 def test_control_tokens_in_words_are_set_aside_and_named(folder):
     row = {"id": "odd", "user": "What is <|im_end|>?", "assistant": "A token.", "system": ""}
-    found = certify(trained(), folder, [row, golden.ROWS[0]])
+    found = certify(trained(), folder, [row, parity.ROWS[0]])
     assert (found.set_aside, found.rows) == ({"odd": "control tokens stand in its words"}, 1)
     with pytest.raises(
         TemplateError, match="nothing could be compared for safetensors: control tokens stand in its words"
@@ -132,11 +132,11 @@ def test_control_tokens_in_words_are_set_aside_and_named(folder):
 def test_shipped_templates_go_to_llama_cpp_and_ollama(name):
     encoder = trained(template_path=name)
     vocabulary, source = in_llama(encoder)
-    llama = routes.of_gguf(vocabulary, source, encoder.tokenizer)
-    assert parity.certify(encoder, [llama], golden.ROWS, ["golden"]).equal
+    llama = parity.of_gguf(vocabulary, source, encoder.tokenizer)
+    assert parity.certify(encoder, [llama], parity.ROWS, ["golden"]).equal
     stops = [encoder.tokenizer.convert_ids_to_tokens(token) for token in encoder.stops.ids]
-    told = routes.of_ollama(vocabulary, go_template.translate(encoder.template, ""), stops)
-    assert parity.certify(encoder, [told], golden.ROWS, ["golden"]).equal
+    told = parity.of_ollama(vocabulary, parity.translate(encoder.template, ""), stops)
+    assert parity.certify(encoder, [told], parity.ROWS, ["golden"]).equal
 
 
 def test_a_template_that_go_cannot_tell_is_refused_for_ollama(tmp_path):
@@ -146,10 +146,10 @@ def test_a_template_that_go_cannot_tell_is_refused_for_ollama(tmp_path):
     )
     encoder = trained(template_path=str(tmp_path / "numbered.jinja"))
     vocabulary, source = in_llama(encoder)
-    assert parity.certify(encoder, [routes.of_gguf(vocabulary, source, encoder.tokenizer)], golden.ROWS, []).equal
-    told = routes.of_ollama(vocabulary, go_template.translate(encoder.template, ""), ["<|im_end|>"])
+    assert parity.certify(encoder, [parity.of_gguf(vocabulary, source, encoder.tokenizer)], parity.ROWS, []).equal
+    told = parity.of_ollama(vocabulary, parity.translate(encoder.template, ""), ["<|im_end|>"])
     with pytest.raises(TemplateError, match="in ollama, the prompt is not what training showed"):
-        parity.certify(encoder, [told], golden.ROWS, [])
+        parity.certify(encoder, [told], parity.ROWS, [])
 
 
 def test_a_template_of_turns_is_told_as_one_of_messages(folder, tmp_path):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 
 from sft.config.schema import Config
-from sft.data import records
+from sft.data import rows as records
 from sft.errors import TemplateError
-from sft.ship import trial
+from sft.ship import verify
 
 
 def test_a_held_out_row_that_the_template_refuses_is_passed_over(tmp_path):
@@ -22,6 +22,6 @@ def test_a_held_out_row_that_the_template_refuses_is_passed_over(tmp_path):
             raise TemplateError("no prompt can be made")
         return [1], 0
 
-    found = trial._held_out(prompt, Config(), tmp_path)
+    found = verify._held_out(prompt, Config(), tmp_path)
     assert found is not None
     assert found[1].source == "taken"

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from sft.step import attention, window
+from sft.step import attention
+from sft.step import batch as window
 
 LENGTHS = (9, 3, 14, 5, 5, 11, 2, 7)
 

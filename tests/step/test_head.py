@@ -11,19 +11,20 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from sft.step import head, microbatch
-from sft.step.losses import Transform, tile_gradient_
-from sft.step.window import Collator, cut
+from sft.step import loss as head
+from sft.step import step
+from sft.step.batch import Collator, split_micro_batches
+from sft.step.loss import Transform, tile_gradient_
 from tests.step import models
 
 
 def _both(model: Any, *, smoothing: float = 0.0, tile: int = 4, seq2seq: bool = False) -> tuple[float, float]:
     """Relative differences of loss and of gradients between tiles and full logits."""
     batch = Collator("seq2seq")(models.seq2seq_rows()) if seq2seq else models.batch()
-    micro = cut(batch, tokens=10_000, apart=False)[0]
+    micro = split_micro_batches(batch, tokens=10_000, apart=False)[0]
     found = []
     for logits in ("full", "chunked"):
-        loss, count = microbatch.loss_sum(model, micro, logits=logits, tile=tile, label_smoothing=smoothing)  # type: ignore[arg-type]
+        loss, count = step.loss_sum(model, micro, logits=logits, tile=tile, label_smoothing=smoothing)  # type: ignore[arg-type]
         (3 * loss / count).backward()
         found.append((loss.detach(), models.gradients(model)))
     (loss, gradient), (tiled_loss, tiled_gradient) = found
@@ -48,9 +49,9 @@ def test_in_fp32_loss_and_gradient_agree_to_a_millionth(tiny_qwen2: Path) -> Non
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_models_take_their_loss_in_fp32(tiny_qwen2: Path, dtype: torch.dtype) -> None:
     model = models.load(tiny_qwen2, dtype=dtype)
-    micro = cut(models.batch(), tokens=10_000, apart=False)[0]
-    tiled, _ = microbatch.loss_sum(model, micro, tile=5)
-    full, _ = microbatch.loss_sum(model, micro, logits="full")
+    micro = split_micro_batches(models.batch(), tokens=10_000, apart=False)[0]
+    tiled, _ = step.loss_sum(model, micro, tile=5)
+    full, _ = step.loss_sum(model, micro, logits="full")
     assert tiled.dtype == full.dtype == torch.float32
     assert abs(tiled.item() - full.item()) < 1e-6 * full.item()
     assert _both(model)[1] < 3e-2
@@ -146,9 +147,9 @@ def test_no_full_logits_are_ever_made(tiny_qwen2: Path) -> None:
     model = models.load(tiny_qwen2).requires_grad_(False)
     model.model.norm.weight.requires_grad_()
     vocabulary = model.config.vocab_size
-    micro = cut(models.batch(), tokens=10_000, apart=False)[0]
+    micro = split_micro_batches(models.batch(), tokens=10_000, apart=False)[0]
     with Watch():
-        microbatch.loss_sum(model, micro, tile=6)[0].backward()
+        step.loss_sum(model, micro, tile=6)[0].backward()
     assert largest == 6
 
 

@@ -10,8 +10,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from sft.errors import EnvironmentProblem
-from sft.step import microbatch
-from sft.step.window import Collator, cut, labelled
+from sft.step import step
+from sft.step.batch import Collator, count_labels, split_micro_batches
 from tests.step import models
 
 CUTS: dict[str, dict[str, Any]] = {
@@ -34,7 +34,7 @@ def _expected(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor,
         for position, label in enumerate(labels[1:].tolist()):
             if label != -100:
                 total = total - scores[position, label]
-    mean = total / labelled(batch)
+    mean = total / count_labels(batch)
     mean.backward()
     return mean.detach(), models.gradients(model)
 
@@ -48,7 +48,7 @@ def test_any_cut_gives_the_gradients_of_the_mean_loss(
     loss, gradient = _expected(model, batch)
     for name, settings in CUTS.items():
         for logits in ("chunked", "full"):
-            found = microbatch.backward_window(model, batch, logits=logits, tile=8, **settings)  # type: ignore[arg-type]
+            found = step.backward_window(model, batch, logits=logits, tile=8, **settings)  # type: ignore[arg-type]
             assert found.dtype == dtype
             assert float((found - loss).abs() / loss) < limit, name
             assert models.relative(models.gradients(model), gradient) < limit, name
@@ -59,7 +59,7 @@ def test_any_cut_of_a_seq2seq_window_too(tiny_t5: Path) -> None:
     batch = Collator("seq2seq")(models.seq2seq_rows())
     found = []
     for tokens, rows in ((10_000, 1), (10_000, None), (25, None)):
-        loss = microbatch.backward_window(model, batch, tokens=tokens, rows=rows)
+        loss = step.backward_window(model, batch, tokens=tokens, rows=rows)
         found.append((float(loss), models.gradients(model)))
     assert all(abs(loss - found[0][0]) < 1e-12 for loss, _ in found)
     assert all(models.relative(gradient, found[0][1]) < 1e-9 for _, gradient in found)
@@ -68,14 +68,14 @@ def test_any_cut_of_a_seq2seq_window_too(tiny_t5: Path) -> None:
         float(model(input_ids=source[None], labels=target[None]).loss) * len(target)
         for source, target in zip(ids, labels.split(batch["lengths"].tolist()), strict=True)
     )
-    assert abs(total / labelled(batch) - found[0][0]) < 1e-6  # transformers' own loss, in fp32
+    assert abs(total / count_labels(batch) - found[0][0]) < 1e-6  # transformers' own loss, in fp32
 
 
 def test_the_normaliser_may_count_more_than_this_window(tiny_qwen2: Path) -> None:
     model, batch = models.load(tiny_qwen2), models.batch()
-    mine = microbatch.backward_window(model, batch, tokens=64)
+    mine = step.backward_window(model, batch, tokens=64)
     gradient = models.gradients(model)
-    doubled = microbatch.backward_window(model, batch, tokens=64, normaliser=torch.tensor(2 * labelled(batch)))
+    doubled = step.backward_window(model, batch, tokens=64, normaliser=torch.tensor(2 * count_labels(batch)))
     assert float(mine) == pytest.approx(2 * float(doubled), rel=1e-12)
     assert models.relative(2 * models.gradients(model), gradient) < 1e-12
 
@@ -83,24 +83,24 @@ def test_the_normaliser_may_count_more_than_this_window(tiny_qwen2: Path) -> Non
 def test_a_window_without_a_label_is_a_step_of_nothing(tiny_qwen2: Path) -> None:
     model = models.load(tiny_qwen2)
     batch = Collator("causal")([{"input_ids": [4, 5, 6], "labels": [-100] * 3}])
-    (micro,) = cut(batch, tokens=64, apart=True)
+    (micro,) = split_micro_batches(batch, tokens=64, apart=True)
     for logits in ("chunked", "full"):
-        loss, count = microbatch.loss_sum(model, micro, logits=logits)  # type: ignore[arg-type]
+        loss, count = step.loss_sum(model, micro, logits=logits)  # type: ignore[arg-type]
         assert (float(loss), count) == (0.0, 0)
         loss.backward()
         assert float(models.gradients(model).norm()) == 0
-    assert float(microbatch.backward_window(model, batch, tokens=64)) == 0
+    assert float(step.backward_window(model, batch, tokens=64)) == 0
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_evaluation_takes_the_same_sum_without_gradients(tiny_qwen2: Path) -> None:
     model = models.load(tiny_qwen2).eval()
-    (micro,) = cut(models.batch(), tokens=10_000, apart=True)
+    (micro,) = split_micro_batches(models.batch(), tokens=10_000, apart=True)
     with torch.no_grad():
-        evaluated, count = microbatch.loss_sum(model, micro, tile=5)
-    learnt, _ = microbatch.loss_sum(model, micro, tile=5)
+        evaluated, count = step.loss_sum(model, micro, tile=5)
+    learnt, _ = step.loss_sum(model, micro, tile=5)
     assert not evaluated.requires_grad
-    assert count == labelled(models.batch())
+    assert count == count_labels(models.batch())
     assert float(evaluated) == pytest.approx(float(learnt), rel=1e-12)
 
 
@@ -133,7 +133,7 @@ def test_out_of_memory_is_rolled_back_and_the_same_rows_replayed(
     model, batch = models.load(tiny_qwen2), models.batch()
     loss, gradient = _expected(model, batch)
     ceiling, budgets = Ceiling(model, 18, layer=1, backward=backward), []
-    found = microbatch.backward_window(model, batch, tokens=4096, apart=apart, on_budget=budgets.append)
+    found = step.backward_window(model, batch, tokens=4096, apart=apart, on_budget=budgets.append)
     assert ceiling.failed == len(budgets) > 0
     assert budgets == sorted(budgets, reverse=True)
     assert budgets[-1] <= 36
@@ -147,11 +147,11 @@ def test_the_random_state_is_put_back_before_the_replay(tiny_qwen2: Path) -> Non
     model.get_base_model().model.layers[0].self_attn.q_proj.lora_B["default"].weight.data.normal_()
     batch = models.batch()
     torch.manual_seed(1)
-    microbatch.backward_window(model, batch, tokens=12, rows=2, apart=True)
+    step.backward_window(model, batch, tokens=12, rows=2, apart=True)
     clean = models.gradients(model)
     ceiling, budgets = Ceiling(model.get_base_model(), 20, layer=1), []
     torch.manual_seed(1)
-    microbatch.backward_window(model, batch, tokens=33, rows=2, apart=True, on_budget=budgets.append)
+    step.backward_window(model, batch, tokens=33, rows=2, apart=True, on_budget=budgets.append)
     assert (ceiling.failed, budgets) == (1, [12])
     assert torch.equal(models.gradients(model), clean)
 
@@ -160,7 +160,7 @@ def test_a_row_that_does_not_fit_alone_is_said_with_a_mend(tiny_qwen2: Path) -> 
     model = models.load(tiny_qwen2)
     Ceiling(model, 12)
     with pytest.raises(EnvironmentProblem, match="single row of 14 tokens") as caught:
-        microbatch.backward_window(model, models.batch(), tokens=4096)
+        step.backward_window(model, models.batch(), tokens=4096)
     assert "max_seq_len" in str(caught.value)
 
 
@@ -171,8 +171,8 @@ def test_other_errors_are_not_taken_for_memory(tiny_qwen2: Path) -> None:
     model = models.load(tiny_qwen2)
     model.model.layers[0].register_forward_hook(broken)
     with pytest.raises(RuntimeError, match="device-side assert"):
-        microbatch.backward_window(model, models.batch(), tokens=64)
-    assert microbatch.out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"))
+        step.backward_window(model, models.batch(), tokens=64)
+    assert step.out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"))
 
 
 def test_a_real_4_bit_base_trains_its_adapters_and_stays_as_it_was(tiny_qwen2: Path) -> None:
@@ -190,14 +190,14 @@ def test_a_real_4_bit_base_trains_its_adapters_and_stays_as_it_was(tiny_qwen2: P
     before = {name: value.clone() for name, value in model.named_parameters() if not value.requires_grad}
     batch, found = models.batch(), []
     for settings_of_cut in (CUTS["1x8"], CUTS["8x1 packed"], CUTS["groups within 20"]):
-        microbatch.backward_window(model, batch, tile=8, **settings_of_cut)
+        step.backward_window(model, batch, tile=8, **settings_of_cut)
         found.append(models.gradients(model))
     assert float(found[0].norm()) > 0
     assert all(models.relative(gradient, found[0]) < 1e-5 for gradient in found)
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
     losses = []
     for _ in range(5):
-        losses.append(float(microbatch.backward_window(model, batch, tokens=64)))
+        losses.append(float(step.backward_window(model, batch, tokens=64)))
         optimizer.step()
         model.zero_grad(set_to_none=True)
     assert losses[-1] < losses[0] - 0.1

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from sft.model import adapters
-from sft.step import offload
-from sft.step.microbatch import backward_window
-from sft.step.window import collate
+from sft.step import step
+from sft.step.batch import collate
+from sft.step.step import backward_window
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -22,11 +22,11 @@ def test_gradients_are_the_same_bits(tiny_qwen2: Path, checkpointing: bool, monk
     model.train()
     adapters.set_checkpointing(model, checkpointing)
     rows = [{"input_ids": list(range(5, 5 + n)), "labels": list(range(5, 5 + n))} for n in (30, 17)]
-    monkeypatch.setattr(offload, "SMALL", 64)
-    sent, stays = list[int](), offload.stays
-    monkeypatch.setattr(offload, "stays", lambda tensor: stays(tensor) or bool(sent.append(tensor.numel())))
+    monkeypatch.setattr(step, "SMALL", 64)
+    sent, stays = list[int](), step.stays
+    monkeypatch.setattr(step, "stays", lambda tensor: stays(tensor) or bool(sent.append(tensor.numel())))
     found = []
-    for context in (contextlib.nullcontext(), offload.offloading()):
+    for context in (contextlib.nullcontext(), step.offloading()):
         model.zero_grad()
         with context:
             backward_window(model, collate(rows), tokens=64, apart=False)
@@ -38,7 +38,7 @@ def test_gradients_are_the_same_bits(tiny_qwen2: Path, checkpointing: bool, monk
 def test_strides_come_back_and_what_is_expanded_is_kept_once() -> None:
     padded = torch.randn(1, 1, 600, 608)[..., :597].expand(2, 4, 600, 597)
     turned = torch.randn(512, 4, 300).transpose(0, 1)
-    hooks = offload.offloading()
+    hooks = step.offloading()
     for tensor in (padded, turned):
         *_, kept = packed = hooks.pack_hook(tensor)
         found = hooks.unpack_hook(packed)
@@ -51,4 +51,4 @@ def test_strides_come_back_and_what_is_expanded_is_kept_once() -> None:
 
 def test_a_view_of_a_weight_stays_as_the_weight_does() -> None:
     weight = torch.nn.Parameter(torch.randn(1024, 1024))
-    assert offload.stays(weight) and offload.stays(weight.t()) and not offload.stays(weight.detach().clone())
+    assert step.stays(weight) and step.stays(weight.t()) and not step.stays(weight.detach().clone())

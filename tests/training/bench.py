@@ -10,11 +10,11 @@ from sft import runs
 from sft.config import auto
 from sft.config.schema import Config
 from sft.model import hub
-from sft.training import model, plan, weights
-from sft.training.checkpoints import Keeper
+from sft.training import model, plan
+from sft.training.checkpoint import CheckpointManager
 from sft.training.flow import Flow
+from sft.training.signals import SignalHandler
 from sft.training.trainer import WindowTrainer
-from sft.training.watch import Watch
 
 
 def features(count: int, *, seed: int = 0, kind: str = "causal") -> list[dict[str, Any]]:
@@ -51,7 +51,7 @@ def trainer(settings: Config, *, rows: int = 10, validation: int = 4, callbacks:
     run = runs.at(out, out.parent.parent)
     run.folder.mkdir(parents=True, exist_ok=True)
     steps = plan.make(settings, rows, validation=validation > 0)
-    flow = Flow(steps, Watch(run.folder), settings.train.early_stopping)
+    flow = Flow(steps, SignalHandler(run.folder), settings.train.early_stopping)
     return WindowTrainer(
         made,
         steps.arguments(settings.train, run, device="cpu"),
@@ -59,7 +59,9 @@ def trainer(settings: Config, *, rows: int = 10, validation: int = 4, callbacks:
         features(validation, seed=1, kind=files.kind),
         effective_batch=int(settings.train.effective_batch),
         recipe=model.recipe(settings, made, files.kind, device="cpu"),
-        keeper=Keeper(run, settings.train.save_total_limit, lambda folder: runs.write_resolved(folder, settings)),
+        keeper=CheckpointManager(
+            run, settings.train.save_total_limit, lambda folder: runs.write_resolved(folder, settings)
+        ),
         flow=flow,
         callbacks=callbacks,
         on_nan=settings.train.on_nan,
@@ -71,4 +73,4 @@ def trained(trainer: WindowTrainer) -> dict[str, Any]:
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
 
 
-__all__ = ["config", "features", "trained", "trainer", "weights"]
+__all__ = ["config", "features", "trained", "trainer"]

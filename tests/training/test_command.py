@@ -145,7 +145,7 @@ BEST_AT_2 = (
 def test_a_damaged_best_checkpoint_is_made_again_or_its_loss_is_said(
     root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sft.training.watch.Watch.asked_to_save", lambda self: True)  # at every step
+    monkeypatch.setattr("sft.training.signals.SignalHandler.asked_to_save", lambda self: True)  # at every step
     summary = project.run(root, *BEST_AT_2)
     adapter, best = root / "adapters/t/adapter_model.safetensors", summary["eval"]["loss"]
     assert summary["best_step"] == 2

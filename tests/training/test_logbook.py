@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from sft.training import logbook
+from sft.training import loggers
 
 
 def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
@@ -16,7 +16,7 @@ def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
 
 
 def write(tmp_path: Path, after: int, steps: range, offset: float) -> None:
-    books = [logbook.JsonLines(tmp_path / "log.jsonl", after), logbook.Board(tmp_path / "tb", after)]
+    books = [loggers.JsonLines(tmp_path / "log.jsonl", after), loggers.Board(tmp_path / "tb", after)]
     for step in steps:
         for book in books:
             book.numbers(step, {"train/loss": step + offset})
@@ -29,20 +29,20 @@ def test_a_resumed_run_leaves_one_curve_without_overlap(tmp_path: Path) -> None:
     write(tmp_path, 3, range(4, 7), 0.5)  # taken up at checkpoint-3
     expected = [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.5), (5, 5.5), (6, 6.5)]
     assert scalars(tmp_path / "tb", "train/loss") == expected
-    assert [(entry["step"], entry["train/loss"]) for entry in logbook.read(tmp_path / "log.jsonl")] == expected
+    assert [(entry["step"], entry["train/loss"]) for entry in loggers.read(tmp_path / "log.jsonl")] == expected
 
 
 def test_a_line_that_a_crash_cut_short_is_passed_over(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     path.write_text('{"step": 1, "train/loss": 2.0}\n{"step": 2, "train/lo', encoding="utf-8")
-    assert logbook.read(path) == [{"step": 1, "train/loss": 2.0}]
-    logbook.JsonLines(path, 5).numbers(3, {"train/loss": 1.0})
-    assert [entry["step"] for entry in logbook.read(path)] == [1, 3]
+    assert loggers.read(path) == [{"step": 1, "train/loss": 2.0}]
+    loggers.JsonLines(path, 5).numbers(3, {"train/loss": 1.0})
+    assert [entry["step"] for entry in loggers.read(path)] == [1, 3]
 
 
 def test_the_trainers_names_become_ours() -> None:
     logs = {"loss": 1.0, "learning_rate": 0.1, "grad_norm": 2.0, "eval_rougeL": 0.5, "epoch": 1, "other": 3}
-    assert logbook.named(logs) == {
+    assert loggers.named(logs) == {
         "train/loss": 1.0,
         "train/lr": 0.1,
         "train/grad_norm": 2.0,

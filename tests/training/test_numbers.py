@@ -11,7 +11,7 @@ import torch
 
 from sft import runs
 from sft.errors import RunError
-from sft.step import microbatch
+from sft.step import step as microbatch
 from sft.training import numbers
 from sft.training.numbers import Numbers
 from tests.training import bench

@@ -13,8 +13,8 @@ from transformers import AutoTokenizer, TrainerCallback
 from sft.config.schema import GenerationSection
 from sft.errors import EnvironmentProblem
 from sft.generation import engine
-from sft.step.recovery import CarefulOptimizer
-from sft.training import checkpoints, weights
+from sft.step.step import CarefulOptimizer
+from sft.training import checkpoint
 from tests.training import bench
 
 STEPS = 6
@@ -82,13 +82,13 @@ def _generation(trainer: bench.WindowTrainer, fault: Once, _: Any) -> None:
 
 
 def _saving(trainer: bench.WindowTrainer, fault: Once, patch: pytest.MonkeyPatch) -> None:
-    real = weights.save
+    real = checkpoint.save_weights
 
     def save(model: Any, folder: Path) -> None:
         real(model, folder)
         fault()
 
-    patch.setattr(weights, "save", save)
+    patch.setattr(checkpoint, "save", save)
 
 
 Inject = Callable[[bench.WindowTrainer, Once, pytest.MonkeyPatch], None]
@@ -157,14 +157,16 @@ def test_a_run_goes_on_as_if_memory_had_not_run_out(
     assert found == pytest.approx(_losses(expected), abs=1e-6)
     for name, weight in bench.trained(trainer).items():
         assert torch.allclose(weight, bench.trained(expected)[name], rtol=0, atol=1e-8), name
-    session = checkpoints.read(trainer.keeper.run.checkpoints()[-1], checkpoints.SESSION)
+    session = checkpoint.read_state(trainer.keeper.run.checkpoints()[-1], checkpoint.SESSION)
     assert session["budget"] == trainer.recipe.budget
     lowered = trainer.recipe.tokens < expected.recipe.tokens
     assert lowered == (stage in ("forward", "backward", "optimizer"))
     assert (session["evaluating"] is not None) == (stage == "evaluation")
     if lowered:
         assert str(trainer.recipe.tokens) in caplog.text
-    assert session["tokens"] == checkpoints.read(expected.keeper.run.checkpoints()[-1], checkpoints.SESSION)["tokens"]
+    assert (
+        session["tokens"] == checkpoint.read_state(expected.keeper.run.checkpoints()[-1], checkpoint.SESSION)["tokens"]
+    )
 
 
 def test_a_run_that_is_taken_up_keeps_the_budget_that_fitted(tiny_qwen2: Path, tmp_path: Path) -> None:

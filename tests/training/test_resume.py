@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from sft import files
-from sft.training import watch
+from sft import files, runs
 from tests.training import bench
 
 EVERY_STEP = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 99, "load_best_model_at_end": False}
@@ -119,7 +118,7 @@ def test_a_stop_is_obeyed_at_the_step_boundary_and_resumes_exactly(tiny_qwen2: P
     class PauseAt(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.global_step == 4:
-                (Path(args.output_dir) / watch.PAUSE).touch()
+                (Path(args.output_dir) / runs.PAUSE).touch()
 
     straight = bench.trainer(bench.config(tiny_qwen2, tmp_path / "outputs" / "a"))
     straight.fit(None)
@@ -127,7 +126,7 @@ def test_a_stop_is_obeyed_at_the_step_boundary_and_resumes_exactly(tiny_qwen2: P
     stopped = bench.trainer(settings, callbacks=[PauseAt()])
     stopped.fit(None)
     assert (stopped.flow.watch.code, stopped.state.global_step) == (130, 5)
-    assert not (tmp_path / "outputs" / "b" / watch.PAUSE).exists()
+    assert not (tmp_path / "outputs" / "b" / runs.PAUSE).exists()
     again = bench.trainer(settings)
     again.fit(tmp_path / "outputs" / "b" / "checkpoint-5")
     assert same(bench.trained(straight), bench.trained(again))

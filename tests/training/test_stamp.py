@@ -7,33 +7,33 @@ from pathlib import Path
 import pytest
 
 from sft.errors import RunError
-from sft.training import stamp
+from sft.training import checkpoint
 
 WAS = {"backend": "bnb", "base_model": "a/b", "precision": "bf16", "seed": 42, "data": {"train.jsonl": "00"}}
 
 
 def test_the_same_settings_are_accepted(tmp_path: Path) -> None:
-    stamp.write(tmp_path, WAS)
-    assert stamp.check(tmp_path, dict(WAS)) == []
+    checkpoint.write_fingerprint(tmp_path, WAS)
+    assert checkpoint.check_fingerprint(tmp_path, dict(WAS)) == []
 
 
 @pytest.mark.parametrize("change", [{"backend": "unsloth"}, {"base_model": "c/d"}, {"precision": "fp16"}])
 def test_another_backend_base_or_precision_is_refused_showing_both(tmp_path: Path, change: dict[str, str]) -> None:
-    stamp.write(tmp_path, WAS)
+    checkpoint.write_fingerprint(tmp_path, WAS)
     (key, value), *_ = change.items()
     with pytest.raises(RunError) as caught:
-        stamp.check(tmp_path, WAS | change, allowed=[key])
+        checkpoint.check_fingerprint(tmp_path, WAS | change, allowed=[key])
     assert f"{key}: was {WAS[key]}, is {value}" in str(caught.value)
     assert "--allow-change" not in str(caught.value)
 
 
 def test_every_difference_is_shown_and_other_changes_can_be_accepted(tmp_path: Path) -> None:
-    stamp.write(tmp_path, WAS)
+    checkpoint.write_fingerprint(tmp_path, WAS)
     now = WAS | {"seed": 1, "data": {"train.jsonl": "11"}}
     with pytest.raises(RunError) as caught:
-        stamp.check(tmp_path, now, allowed=["seed"])
+        checkpoint.check_fingerprint(tmp_path, now, allowed=["seed"])
     assert "--allow-change data" in str(caught.value) and "seed" not in str(caught.value)
-    assert stamp.check(tmp_path, now, allowed=["seed", "data"]) == [
+    assert checkpoint.check_fingerprint(tmp_path, now, allowed=["seed", "data"]) == [
         "data: was {'train.jsonl': '00'}, is {'train.jsonl': '11'}"
         " (rows that were learnt may come again, others not in this epoch)",
         "seed: was 42, is 1 (the order of rows is another from here on)",
@@ -42,4 +42,4 @@ def test_every_difference_is_shown_and_other_changes_can_be_accepted(tmp_path: P
 
 def test_a_missing_stamp_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"backend\.json cannot be read"):
-        stamp.check(tmp_path, WAS)
+        checkpoint.check_fingerprint(tmp_path, WAS)

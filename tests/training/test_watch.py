@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from sft.training.watch import Watch
+from sft.training.signals import SignalHandler
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 143)])
 def test_a_signal_is_remembered_with_its_exit_code(tmp_path: Path, number: int, code: int) -> None:
-    with Watch(tmp_path) as watch:
+    with SignalHandler(tmp_path) as watch:
         assert not watch.asked_to_stop()
         os.kill(os.getpid(), number)
         assert watch.asked_to_stop() and watch.code == code
@@ -21,7 +21,7 @@ def test_a_signal_is_remembered_with_its_exit_code(tmp_path: Path, number: int, 
 
 
 def test_a_second_interrupt_stops_at_once(tmp_path: Path) -> None:
-    with Watch(tmp_path):
+    with SignalHandler(tmp_path):
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
@@ -30,7 +30,7 @@ def test_a_second_interrupt_stops_at_once(tmp_path: Path) -> None:
 def test_a_signal_ignored_at_the_start_stays_ignored(tmp_path: Path) -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with Watch(tmp_path) as watch:
+        with SignalHandler(tmp_path) as watch:
             os.kill(os.getpid(), signal.SIGHUP)
             assert not watch.asked_to_stop()
     finally:
@@ -39,7 +39,7 @@ def test_a_signal_ignored_at_the_start_stays_ignored(tmp_path: Path) -> None:
 
 def test_the_files_pause_and_save_are_obeyed_once(tmp_path: Path) -> None:
     (tmp_path / "pause").touch()  # from before the run: not for it
-    with Watch(tmp_path) as watch:
+    with SignalHandler(tmp_path) as watch:
         assert not watch.asked_to_stop()
         (tmp_path / "save").touch()
         assert watch.asked_to_save() and not watch.asked_to_save()

@@ -19,8 +19,8 @@ import torch
 from sft.errors import EnvironmentProblem
 from sft.memory.probe import Measured
 from sft.model import kernels
-from sft.step.microbatch import backward_window
-from sft.step.window import Collator
+from sft.step.batch import Collator
+from sft.step.step import backward_window
 from sft.training import ways
 from sft.training.recipe import Recipe
 from tests.step import models

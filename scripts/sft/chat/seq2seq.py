@@ -11,10 +11,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from sft.chat.encode import Encoded, Encoder, Row
-from sft.chat.length import IGNORED, NO_LABEL, OVER_LENGTH
-from sft.chat.stops import Stops
+from sft.chat.loss_mask import IGNORED, NO_LABEL, OVER_LENGTH
 from sft.chat.template import Message, Refused
-from sft.data import records
+from sft.chat.template_probe import Stops
+from sft.data import rows as records
 from sft.errors import DataError, TemplateError
 
 _NAMES = {"user": "User", "assistant": "Assistant", "system": "System", "tool": "Tool"}

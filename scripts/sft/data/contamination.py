@@ -14,14 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from sft.config.paths import resolve, shown
+from sft.config.load import display_path, resolve_path
 from sft.config.schema import ContaminationSection, SourceSection
-from sft.data import records, source
-from sft.data.faults import CONTAMINATION, RowFault
+from sft.data import readers
+from sft.data import rows as records
+from sft.data.dedup import Words, runs, text_of
 from sft.data.formats import Formats
-from sft.data.mix import expand
+from sft.data.ledger import CONTAMINATION, RowFault
 from sft.data.rows import record as make_record
-from sft.data.words import Words, runs, text_of
+from sft.data.sources import expand
 
 COMMON = 10  # benchmark rows that may share a run before it counts as boilerplate
 FEWEST_WORDS = 3  # of a question that is compared as a whole: "why" is nobody's benchmark
@@ -98,12 +99,12 @@ def load(section: ContaminationSection, root: Path) -> Contamination | None:
     """All benchmark files, read; None where there are none. Raises DataError for a file that is not there."""
     made = Contamination(section.ngram)
     for path in section.against:
-        for one in expand(path, resolve(root, path), root, SourceSection(path=path, hub_split="test")):
-            made.learn(one.name if one.path is None else shown(one.path, root), _texts(one))
+        for one in expand(path, resolve_path(root, path), root, SourceSection(path=path, hub_split="test")):
+            made.learn(one.name if one.path is None else display_path(one.path, root), _texts(one))
     return made if made.benchmarks else None
 
 
-def _texts(one: source.Source) -> Iterator[tuple[str, str, str]]:
+def _texts(one: readers.Source) -> Iterator[tuple[str, str, str]]:
     """Rows in any format of ours by their question and turns; of other rows all texts, the first as the question."""
     formats = Formats("auto", None)
     for raw in one.rows():

@@ -1,28 +1,299 @@
-"""The formats that rows come in, told row by row from their keys, each turned into messages (and tools)."""
+"""`{"text": ...}` rows: a conversation that a template was put around before, read back into its turns.
+
+A template is told by its marks, those of control tokens first, since they are the least likely to be plain words. What
+stands before the first turn is the system text, or (over questions and answers) the material that is asked about.
+"""
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
-from sft.data.faults import EMPTY_ANSWER, NO_USER_TURN, UNKNOWN_FORMAT, RowFault
-from sft.data.row_readers import (
-    ANSWERS,
-    COMPLETIONS,
-    INPUTS,
-    QUESTIONS,
-    READ,
-    READERS,
-    SYSTEM,
-    TURNS,
-    Parsed,
-    first,
-    in_turns,
-)
+from sft.data.ledger import EMPTY_ANSWER, NO_USER_TURN, UNKNOWN_FORMAT, RowFault
+from sft.data.messages import ROLES, Message, conversation, text_of, tools
 from sft.errors import DataError
 
+BEGINS = re.compile(r"^(?:\s|<\|begin_of_text\|>|<\|endoftext\|>|<s>|<bos>|\[gMASK\]|<sop>)+")
+ENDS = re.compile(r"(?:\s|<\|end_of_text\|>|<\|endoftext\|>|<\|eot_id\|>|<\|im_end\|>|</s>|<eos>)+$")
+LLAMA2_SYSTEM = re.compile(r"<<SYS>>\s*(.*?)\s*<</SYS>>\s*(.*)", re.DOTALL)
+OPENINGS = ("below is an instruction that describes a task", "a chat between a curious ")  # no system text of its own
+MATERIAL = "material"  # what stands before the first turn belongs to the question
+
+
+class Style(NamedTuple):
+    """turn: a pattern whose group is the role's name, at the start of each turn. end: what ends a turn (cut off).
+
+    head: what stands before the first turn: `system`, MATERIAL, or "" where nothing may stand there.
+    """
+
+    name: str
+    turn: re.Pattern[str]
+    end: re.Pattern[str] | None
+    head: str
+
+
+WORDS = {
+    "instruction": "user", "input": "input", "response": "assistant", "question": "user", "answer": "assistant",
+    "q": "user", "a": "assistant",
+}  # fmt: skip
+STYLES = tuple(
+    Style(name, re.compile(turn), re.compile(end) if end else None, head)
+    for name, turn, end, head in (
+        ("chatml", r"<\|im_start\|>\s*(\w+)[ \t]*\n", r"<\|im_end\|>", ""),
+        ("llama3", r"<\|start_header_id\|>\s*(\w+)\s*<\|end_header_id\|>(?:\n\n)?",
+         r"<\|e(?:ot_id|om_id|nd_of_text)\|>", ""),
+        ("gemma", r"<start_of_turn>(\w+)\n", r"<end_of_turn>", ""),
+        ("phi3", r"<\|(system|user|assistant)\|>[ \t]*\n?", r"<\|end\|>|</s>", ""),
+        ("guanaco", r"###\s*(System|Human|Assistant)\s*:[ \t]*", r"</s>", "system"),
+        ("alpaca", r"(?:^|\n)###\s*(Instruction|Input|Response|Question|Answer|System|Human|User|Assistant)\s*:[ \t]*",
+         r"</s>|<\|endoftext\|>", "system"),
+        ("vicuna", r"(?:^|(?<=\s)|(?<=</s>))(SYSTEM|USER|ASSISTANT):[ \t]*", r"</s>", "system"),
+        ("plain", r"(?:^|\n|</s>)[ \t]*(System|User|Human|Assistant|Bot|AI)[ \t]*:[ \t]*",
+         r"</s>|<\|endoftext\|>", "system"),
+        ("question and answer", r"(?:^|\n)[ \t]*(Question|Answer|Q|A)[ \t]*:[ \t]*", None, MATERIAL),
+    )
+)  # fmt: skip
+EXACT = {"chatml", "llama3", "gemma"}  # their turns are written as they are; the others' are set in white space
+NAMES = ("llama2", *(style.name for style in STYLES))
+
+
+def parse(text: str) -> tuple[str, list[Message]]:
+    """The template's name and the turns. Raises RowFault (unknown format) for a text that no known template holds."""
+    text = BEGINS.sub("", text)
+    if "[INST]" in text and (turns := _llama2(text)):
+        return "llama2", turns
+    for style in STYLES:
+        marks = list(style.turn.finditer(text))
+        roles = [_role(mark.group(1)) for mark in marks]
+        if marks and "assistant" in roles and ("user" in roles or style.name in EXACT):
+            return style.name, _turns(style, text, marks)
+    shown = text.strip()[:60]
+    what = f"a text without a template that is known here ({', '.join(NAMES)}): it begins {shown!r}"
+    raise RowFault(UNKNOWN_FORMAT, f"{what}; plain text can be mixed in with data.replay.path")
+
+
+def _role(name: str) -> str:
+    name = name.lower()
+    return WORDS.get(name) or ROLES.get(name) or name
+
+
+def _turns(style: Style, text: str, marks: list[re.Match[str]]) -> list[Message]:
+    bounds = [*(mark.start() for mark in marks[1:]), len(text)]
+    head = text[: marks[0].start()].strip()
+    if head and not style.head:
+        raise RowFault(UNKNOWN_FORMAT, f"text before the first turn of the {style.name} template: {head[:60]!r}")
+    made: list[Message] = []
+    for mark, bound in zip(marks, bounds, strict=True):
+        role, content = _role(mark.group(1)), _content(style, text[mark.end() : bound])
+        if role == "input" and made and made[-1]["role"] == "user":
+            made[-1]["content"] += f"\n\n{content}" if content else ""
+        else:
+            made.append({"role": "user" if role == "input" else role, "content": content})
+    if made[-1]["role"] == "user" and not made[-1]["content"]:
+        made.pop()
+    if not head or head.lower().startswith(OPENINGS):
+        return made
+    if style.head == MATERIAL:
+        return [{**made[0], "content": f"{head}\n\n{made[0]['content']}"}, *made[1:]]
+    return [{"role": "system", "content": head}, *made]
+
+
+def _content(style: Style, text: str) -> str:
+    end = style.end.search(text) if style.end else None
+    rest = ENDS.sub("", BEGINS.sub("", text[end.end() :])).strip() if end else ""
+    if rest:
+        raise RowFault(UNKNOWN_FORMAT, f"text between the turns of the {style.name} template: {rest[:60]!r}")
+    said = text[: end.start()] if end else ENDS.sub("", text)
+    return said if style.name in EXACT else said.strip()
+
+
+def _llama2(text: str) -> list[Message]:
+    """`<s>[INST] <<SYS>> system <</SYS>> question [/INST] answer </s>`, and as Mistral writes it; [] if not that."""
+    made: list[Message] = []
+    head, *rounds = text.split("[INST]")
+    if head.strip():
+        return []
+    for number, turn in enumerate(rounds):
+        asked, closed, answer = turn.partition("[/INST]")
+        if not closed:
+            return []
+        system = LLAMA2_SYSTEM.match(asked.strip()) if number == 0 else None
+        if system:
+            made.append({"role": "system", "content": system.group(1)})
+            asked = system.group(2)
+        made.append({"role": "user", "content": asked.strip()})
+        answer = re.sub(r"(?:\s|</s>|<s>)+$", "", answer).strip()
+        if answer or number + 1 < len(rounds):
+            made.append({"role": "assistant", "content": answer})
+    return made
+
+
 Row = dict[str, Any]
+SYSTEM = ("system", "system_prompt", "system_message")
+QUESTIONS = ("question", "query", "problem", "instruction")
+ANSWERS = ("answer", "answers", "response", "solution", "output")
+COMPLETIONS = ("completion", "response", "answer", "output")
+INPUTS = ("input", "context")
+PASSAGES = ("context", "passage")
+OUTPUTS = ("output", "response")
+TURNS = ("messages", "conversations", "conversation")
+READ = {  # what each format reads besides; any other key of a row is told in the ledger
+    "sharegpt": (*TURNS, "tools", "functions"),
+    "messages": (*TURNS, "tools", "functions"),
+    "chat": ("user", "assistant"),
+    "rendered": ("input", "target"),
+    "alpaca": ("instruction", "history", *INPUTS, *OUTPUTS),
+    "prompt": ("prompt", "tools", *COMPLETIONS, *PASSAGES),
+    "qa": ("input", "output", *QUESTIONS, *ANSWERS, *PASSAGES),
+    "text": ("text",),
+}
+
+
+class Parsed(NamedTuple):
+    """One row's format, its turns and tools; for rendered rows `pair` is (input, target) and there are no turns.
+
+    references: all good answers, where the row has more than the one that is trained on.
+    """
+
+    format: str
+    messages: list[Message]
+    tools: list[Message]
+    pair: tuple[str, str] | None = None
+    references: tuple[str, ...] = ()
+
+
+def first(names: dict[str, str], wanted: tuple[str, ...]) -> str | None:
+    return next((names[name] for name in wanted if name in names), None)
+
+
+def _with_system(row: Row, names: dict[str, str], messages: list[Message]) -> list[Message]:
+    key = first(names, SYSTEM)
+    system = text_of(row[key], key) if key else ""
+    given = bool(messages) and messages[0]["role"] == "system"
+    if system and not given:
+        return [{"role": "system", "content": system}, *messages]
+    return messages[1:] if given and not messages[0]["content"] else messages
+
+
+def _turn(user: str, assistant: str) -> list[Message]:
+    return [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+
+
+def _messages(format: str) -> Callable[[Row, dict[str, str]], Parsed]:
+    def read(row: Row, names: dict[str, str]) -> Parsed:
+        key = first(names, TURNS) or ""
+        messages = _with_system(row, names, conversation(row[key], key))
+        defined = first(names, ("tools", "functions"))
+        return Parsed(format, messages, tools(row[defined]) if defined else [])
+
+    return read
+
+
+def _chat(row: Row, names: dict[str, str]) -> Parsed:
+    turn = _turn(text_of(row[names["user"]], "user"), text_of(row[names["assistant"]], "assistant"))
+    return Parsed("chat", _with_system(row, names, turn), [])
+
+
+def _rendered(row: Row, names: dict[str, str]) -> Parsed:
+    return Parsed("rendered", [], [], (text_of(row[names["input"]], "input"), text_of(row[names["target"]], "target")))
+
+
+def alpaca_user(instruction: str, given: str) -> str:
+    """The user turn of an alpaca row: an empty input leaves no trace (docs/decisions/0002-alpaca-empty-input.md)."""
+    return f"{instruction}\n\n{given}" if given.strip() else instruction
+
+
+def _alpaca(row: Row, names: dict[str, str]) -> Parsed:
+    instruction = text_of(row[names["instruction"]], "instruction")
+    given, output = first(names, INPUTS), first(names, OUTPUTS)
+    user = alpaca_user(instruction, text_of(row[given], given) if given else "")
+    messages = [*_history(row, names), *_turn(user, text_of(row[output], output) if output else "")]
+    return Parsed("alpaca", _with_system(row, names, messages), [])
+
+
+def _history(row: Row, names: dict[str, str]) -> list[Message]:
+    """Earlier turns as LLaMA-Factory's alpaca files hold them: [[question, answer], ...]."""
+    pairs = row[names["history"]] if "history" in names else None
+    if not pairs:
+        return []
+    if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        raise RowFault(UNKNOWN_FORMAT, "history is not a list of [question, answer]")
+    return [turn for user, answer in pairs for turn in _turn(text_of(user, "history"), text_of(answer, "history"))]
+
+
+def in_turns(row: Row, names: dict[str, str]) -> bool:
+    """Whether prompt or completion is a list of turns, and not a text or a list of good answers."""
+    answer = row[first(names, COMPLETIONS) or ""]
+    return isinstance(row[names["prompt"]], list) or (
+        isinstance(answer, list) and bool(answer) and isinstance(answer[0], dict) and "role" in answer[0]
+    )
+
+
+def _prompt_messages(row: Row, names: dict[str, str]) -> Parsed:
+    key = first(names, COMPLETIONS) or ""
+    asked, answer = row[names["prompt"]], row[key]
+    if not isinstance(asked, list):
+        asked = [{"role": "user", "content": asked}]
+    if not isinstance(answer, list):
+        answer = [{"role": "assistant", "content": answer}]
+    messages = conversation(asked, "prompt") + conversation(answer, key)
+    defined = tools(row[names["tools"]]) if "tools" in names else []
+    return Parsed("prompt", _with_system(row, names, messages), defined)
+
+
+def _qa(row: Row, names: dict[str, str]) -> Parsed:
+    question, answer = first(names, QUESTIONS), first(names, ANSWERS)
+    if not (question and answer):
+        question, answer = names["input"], names["output"]
+    return _pair("qa", row, names, question, answer)
+
+
+def _pair(format: str, row: Row, names: dict[str, str], question: str, answer: str) -> Parsed:
+    answers = _answers(row[answer], answer)
+    asked, passage = text_of(row[question], question), row.get(first(names, PASSAGES) or "")
+    turn = _turn(alpaca_user(asked, passage) if isinstance(passage, str) else asked, answers[0])
+    return Parsed(format, _with_system(row, names, turn), [], None, answers if len(answers) > 1 else ())
+
+
+def _answers(value: Any, name: str) -> tuple[str, ...]:
+    """All good answers, the one to learn first: a text, a list, or as SQuAD and TriviaQA hold them."""
+    if isinstance(value, dict) and isinstance(value.get("text"), list):
+        value = value["text"]
+    elif isinstance(value, dict) and "value" in value:
+        aliases = value.get("aliases")
+        value = [value["value"], *(aliases if isinstance(aliases, list) else ())]
+    if not isinstance(value, list):
+        return (text_of(value, name),)
+    texts = (one["text"] if isinstance(one, dict) and "text" in one else one for one in value)
+    return tuple(dict.fromkeys(text for one in texts if (text := text_of(one, name)).strip())) or ("",)
+
+
+def _text(row: Row, names: dict[str, str]) -> Parsed:
+    style, messages = parse(text_of(row[names["text"]], "text"))
+    return Parsed(f"text ({style})", _with_system(row, names, messages), [])
+
+
+def _columns(row: Row, columns: dict[str, str]) -> Parsed:
+    messages = [{"role": role, "content": text_of(row[name], name)} for role, name in columns.items()]
+    return Parsed("columns", [m for m in messages if m["role"] != "system" or m["content"].strip()], [])
+
+
+READERS: dict[str, Callable[[Row, dict[str, str]], Parsed]] = {
+    "sharegpt": _messages("sharegpt"),
+    "messages": _messages("messages"),
+    "chat": _chat,
+    "rendered": _rendered,
+    "alpaca": _alpaca,
+    "prompt": lambda row, names: _pair("prompt", row, names, names["prompt"], first(names, COMPLETIONS) or ""),
+    "prompt as messages": _prompt_messages,
+    "qa": _qa,
+    "text": _text,
+    "columns": _columns,
+}
+
+
 MOST_PLANS = 1_000  # different sets of keys remembered
 MOST_KEYS = 20  # unread keys of a row that are told
 ASKING = ("user", "prompt", *QUESTIONS)

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sft.data import records
-from sft.data.faults import DROPS, RowFault
+from sft.data import rows as records
+from sft.data.ledger import DROPS, RowFault
 
 CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ufffd]")
 BOILERPLATE = (

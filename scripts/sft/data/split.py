@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sft.config.schema import SplitSection
-from sft.data import records
-from sft.data.strict_json import DECODER
+from sft.data import rows as records
+from sft.data.readers import DECODER
 
 NAMES = ("train", "val", "test")
 FEWEST = 3  # rows below which a split may stay empty

@@ -1,21 +1,47 @@
-"""Processed rows, read again: strictly, since by now nothing may be wrong; and which files a stage means."""
+"""A folder of ours that changes as a whole: written aside, then put in place; files that others laid there move on."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sft import files
-from sft.config.paths import resolve
+from sft.config.load import resolve_path
 from sft.config.schema import DataSection
-from sft.data import records
-from sft.data.read_json import read_lines
-from sft.data.records import Row
-from sft.data.sniff import sniff
+from sft.data import rows
+from sft.data.readers import read_lines, sniff
+from sft.data.rows import Row
 from sft.data.split import NAMES
 from sft.errors import DataError
+
+
+@contextmanager
+def replaced(target: Path, ours: set[str], key: str) -> Iterator[Path]:
+    """Yields an empty folder to fill, which takes the place of `target` on a clean exit; on an error nothing changes.
+
+    ours: names of files that are not carried over. key: the config key that names another folder. Raises DataError
+    when the folder holds folders (it is not ours to replace) or cannot be written.
+    """
+    target, mend = target.resolve(), f"name a folder of its own: --set {key}=DIR"
+    if target.exists() and not target.is_dir():
+        raise DataError("the folder to write to is a file", where=str(target), mend=mend)
+    others = [path for path in sorted(target.iterdir()) if path.name not in ours] if target.exists() else []
+    for path in others:
+        if path.is_dir() and not path.is_symlink():
+            raise DataError(f"the folder to write to holds another folder, {path.name}", where=str(target), mend=mend)
+    try:
+        with files.atomic_folder(target) as staged:
+            yield staged
+            for path in others:
+                shutil.copy2(path, staged / path.name, follow_symlinks=False)
+    except OSError as error:
+        what, where = f"cannot write: {error.strerror or error}", str(error.filename or target)
+        raise DataError(what, where=where, mend=f"free space, or {mend}") from None
+
 
 STYLED_FROM = "source.json"  # beside styled rows: which file each was made from, with which content, by which style
 COMMANDS = {"processed": "make process", "styled": "make style", "rendered": "make render"}
@@ -49,7 +75,7 @@ def iter_rows(path: Path | str) -> Iterator[Row]:
             raise DataError(fault, where=raw.origin, mend=f"mend that line, or: make process RAW={path}")
         row: Row = raw.value
         row.setdefault("origin", f"{path.name}:{raw.origin.rpartition(':')[2]}")
-        yield row if row.get("id") else {"id": records.row_id(row), **row}
+        yield row if row.get("id") else {"id": rows.row_id(row), **row}
 
 
 def count(path: Path) -> int:
@@ -85,8 +111,8 @@ def paths(data: DataSection, root: Path) -> Stage:
         return _given(data, root)
     name: str = data.stage
     if name == "auto":
-        name = "styled" if (resolve(root, data.styled_dir) / "train.jsonl").exists() else "processed"
-    folder = resolve(root, getattr(data, f"{name}_dir"))
+        name = "styled" if (resolve_path(root, data.styled_dir) / "train.jsonl").exists() else "processed"
+    folder = resolve_path(root, getattr(data, f"{name}_dir"))
     if not (folder / "train.jsonl").exists():
         mend = COMMANDS[name] + ("" if name == "processed" else ", or --set data.stage=auto")
         raise DataError(f"there are no {name} rows", where=str(folder / "train.jsonl"), mend=mend)
@@ -95,19 +121,19 @@ def paths(data: DataSection, root: Path) -> Stage:
     found = {split: folder / f"{split}.jsonl" for split in NAMES}
     for split, given in (("val", data.val_path), ("test", data.test_path)):
         if given:
-            found[split] = resolve(root, given)
+            found[split] = resolve_path(root, given)
     there = {split: path for split, path in found.items() if path.exists()}
     return Stage(name, found["train"], there.get("val"), there.get("test"))
 
 
 def _given(data: DataSection, root: Path) -> Stage:
     """Named files; val and test that are not named are looked for beside the training file, never in another folder."""
-    train = resolve(root, str(data.train_path))
+    train = resolve_path(root, str(data.train_path))
     if not train.exists():
         raise DataError("data.train_path is not there", where=str(train), mend="make process, or mend data.train_path")
     found: dict[str, Path | None] = {}
     for split, given in (("val", data.val_path), ("test", data.test_path)):
-        path = resolve(root, given) if given else train.with_name(f"{split}.jsonl")
+        path = resolve_path(root, given) if given else train.with_name(f"{split}.jsonl")
         if given and not path.exists():
             raise DataError(f"data.{split}_path is not there", where=str(path), mend=f"mend data.{split}_path")
         found[split] = path if path.exists() and path != train else None
@@ -116,7 +142,7 @@ def _given(data: DataSection, root: Path) -> Stage:
 
 def check_styled(data: DataSection, root: Path) -> None:
     """Raises DataError unless the styled rows were made from the processed rows as they are now."""
-    styled, processed = resolve(root, data.styled_dir), resolve(root, data.processed_dir)
+    styled, processed = resolve_path(root, data.styled_dir), resolve_path(root, data.processed_dir)
     kept = styles(styled)
     for name in (f"{split}.jsonl" for split in NAMES):
         source, made = processed / name, styled / name

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from sft import files
-from sft.config.paths import resolve
+from sft.config.load import resolve_path
 from sft.config.schema import DataSection
-from sft.data import folder, records, store, strict_json
+from sft.data import readers, store
+from sft.data import rows as records
 from sft.data.split import NAMES
 from sft.errors import DataError
 
@@ -63,7 +64,7 @@ def style_file(source: Path, target: Path, style: str, mode: str) -> int:
                 if records.is_rendered(row):
                     mend = "style the processed rows, then render again: make style render"
                     raise DataError("rendered rows have no system text to style", where=str(source), mend=mend)
-                out.write(strict_json.dumps(styled(row, style, mode)) + b"\n")
+                out.write(readers.dumps(styled(row, style, mode)) + b"\n")
                 rows += 1
         store.note_style(target, source, digest, style=style, mode=mode)
     except OSError as error:
@@ -74,7 +75,7 @@ def style_file(source: Path, target: Path, style: str, mode: str) -> int:
 
 def style_folder(data: DataSection, root: Path, style: str, mode: str) -> dict[str, int]:
     """Styles every processed split; the styled folder changes as a whole. Returns split -> rows."""
-    processed, target = resolve(root, data.processed_dir), resolve(root, data.styled_dir)
+    processed, target = resolve_path(root, data.processed_dir), resolve_path(root, data.styled_dir)
     present = [name for name in NAMES if (processed / f"{name}.jsonl").exists()]
     if "train" not in present:
         raise DataError("there are no processed rows", where=str(processed / "train.jsonl"), mend="make process")
@@ -82,6 +83,6 @@ def style_folder(data: DataSection, root: Path, style: str, mode: str) -> dict[s
         mend = "--set data.styled_dir=data/processed_with_style"
         raise DataError("data.styled_dir and data.processed_dir are one folder", where=str(target), mend=mend)
     ours = {f"{name}.jsonl" for name in NAMES} | {store.STYLED_FROM}
-    with folder.replaced(target, ours, "data.styled_dir") as staged:
+    with store.replaced(target, ours, "data.styled_dir") as staged:
         files_of = {name: (processed / f"{name}.jsonl", staged / f"{name}.jsonl") for name in present}
         return {name: style_file(source, made, style, mode) for name, (source, made) in files_of.items()}

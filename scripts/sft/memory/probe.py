@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 
 from sft.errors import EnvironmentProblem
-from sft.step.recovery import out_of_memory, release
+from sft.step.step import out_of_memory, release
 
 MARGIN = 0.1  # share of the device's memory that stays free: fragmentation, evaluation, whoever else is on the card
 MOST_TOKENS = 4096  # speed has stopped growing by then

@@ -6,8 +6,7 @@ text_stats(predictions)                                       -> length, repetit
 best_constant(...)                                            -> what one answer to every question would score
 """
 
-from sft.metrics.constant import Constant, best_constant
-from sft.metrics.scoring import Scores, check_names, greater_is_better, score, score_rows
+from sft.metrics.scoring import Constant, Scores, best_constant, check_names, greater_is_better, score, score_rows
 from sft.metrics.text import text_stats
 
 __all__ = [

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sft.errors import DataError
-from sft.metrics import lines, tags
+from sft.metrics import text
 from sft.metrics.scoring import by_tag, score_rows
 from sft.metrics.text import text_stats
 
@@ -69,7 +69,7 @@ def score_file(
 def read(path: Path) -> Answers:
     """Raises DataError with file:line for what is missing, not JSON or not of the shape; blank lines do not count."""
     answers = Answers()
-    for row, where in lines.rows(lines.text_of(path, "predictions file"), path, _SHAPE):
+    for row, where in text.rows(text.text_of(path, "predictions file"), path, _SHAPE):
         _add(answers, row, where)
     if not answers.predictions:
         raise DataError("the predictions file has no rows", where=str(path), mend=_SHAPE)
@@ -77,7 +77,7 @@ def read(path: Path) -> Answers:
 
 
 def _add(answers: Answers, row: dict[str, Any], where: str) -> None:
-    answers.tags.append(tags.of(row))
+    answers.tags.append(text.of(row))
     answers.predictions.append(_text(row, "prediction", where))
     reference = row.get("reference")
     if isinstance(reference, list) and reference and all(isinstance(item, str) for item in reference):

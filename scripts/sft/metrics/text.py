@@ -1,8 +1,59 @@
-"""What can be said of answers without a reference: how long, how repetitive, how often empty or unfinished."""
+"""The tags of rows, by which scores are told apart: which kinds of rows a model is good at."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sft.errors import DataError
+
+KEYS = ("tags", "tag", "category")
+
+
+def of(row: Mapping[str, Any]) -> list[str]:
+    """The tags of a row: its `tags`, `tag` and `category`, each one text or a list of them."""
+    found: list[str] = []
+    for key in KEYS:
+        value = row.get(key)
+        values = value if isinstance(value, list) else [value]
+        found += [str(one) for one in values if isinstance(one, str | int) and str(one).strip()]
+    return list(dict.fromkeys(found))
+
+
+def places(tagged: Sequence[Sequence[str]]) -> dict[str, list[int]]:
+    """{tag: the rows that have it}, sorted by tag. tagged: each row's tags."""
+    groups: dict[str, list[int]] = {}
+    for index, names in enumerate(tagged):
+        for name in names:
+            groups.setdefault(name, []).append(index)
+    return dict(sorted(groups.items()))
+
+
+def text_of(path: Path, what: str) -> str:
+    """The text of a file, without a byte-order mark. what: as in "predictions file". Raises DataError."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise DataError(f"there is no such {what}", where=str(path), mend="name another: see --help") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"the {what} cannot be read: {error}", where=str(path)) from None
+
+
+def rows(text: str, path: Path, shape: str) -> Iterator[tuple[dict[str, Any], str]]:
+    """Each row with its `file:line`; blank lines do not count. shape: what a row looks like. Raises DataError."""
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            raise DataError("this line is not JSON", where=where, mend=shape) from None
+        if not isinstance(row, dict):
+            raise DataError("this line is not a JSON object", where=where, mend=shape)
+        yield row, where
 
 
 def words(text: str) -> float:

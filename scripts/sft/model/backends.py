@@ -82,7 +82,7 @@ def load_unsloth(
     """The base with adapters, loaded by unsloth. Untested where there is no CUDA GPU. Raises ModelError."""
     from unsloth import FastLanguageModel
 
-    from sft.model import adapters, loading
+    from sft.model import adapters, load
 
     full = tuning.mode == "full"
     try:
@@ -95,7 +95,7 @@ def load_unsloth(
             trust_remote_code=model.trust_remote_code,
             local_files_only=True,
         )
-        loading.mark(base, files)
+        load.mark(base, files)
         if full:
             return base
         lora = tuning.lora

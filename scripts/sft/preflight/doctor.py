@@ -11,12 +11,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from sft import files, preflight, runs
-from sft.config import paths
+from sft import files, runs
+from sft.config import load
 from sft.model import hardware
-from sft.preflight.case import Case
-from sft.preflight.machine import requirements
-from sft.preflight.space import existing, in_words
+from sft.preflight import checks
+from sft.preflight.checks import Case, requirements
+from sft.preflight.disk_space import existing, in_words
 
 Section = tuple[str, list[str]]
 LAST_ERROR = "last_error.txt"  # written by the frame of every command, below outputs/
@@ -30,7 +30,7 @@ def sections(case: Case) -> Iterator[Section]:
         ("packages", _packages()),
         ("machine", _machine(case)),
         ("environment", sorted(f"{k}={_secret(k, v)}" for k, v in os.environ.items() if k.startswith(_TELLING))),
-        ("checks", [_finding(found) for found in preflight.run(case)]),
+        ("checks", [_finding(found) for found in checks.run(case)]),
         ("last run", _last_run(case.root)),
         ("last error", _last_error(case.root)),
     ):
@@ -39,7 +39,7 @@ def sections(case: Case) -> Iterator[Section]:
 
 
 def _kit(root: Path) -> list[str]:
-    git = ["git", "-C", str(paths.PROJECT), "log", "-1", "--format=%h %cs"]
+    git = ["git", "-C", str(load.PROJECT), "log", "-1", "--format=%h %cs"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
@@ -72,7 +72,7 @@ def _secret(name: str, value: str) -> str:
     return "(set, not shown)" if "TOKEN" in name or "KEY" in name else value
 
 
-def _finding(found: preflight.Finding) -> str:
+def _finding(found: checks.Finding) -> str:
     return f"{found.level:8} {found.name:12} {found.said}"
 
 

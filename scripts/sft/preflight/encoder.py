@@ -12,7 +12,7 @@ from sft.errors import DataError
 from sft.model import hub
 from sft.model.tokenizer import load_tokenizer, round_trip_problem
 
-log = logging.getLogger("sft.preflight")
+log = logging.getLogger("sft.preflight.checks")
 
 
 def encoder_of(config: Config, root: Path, *, tokenizer: str | None = None, template: str | None = None) -> Encoder:

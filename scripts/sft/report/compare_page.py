@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from sft.report import figures as drawing
-from sft.report.page import Cell, Html, Section, code, details, facts, figure, figures, heading, table, text
-from sft.report.page import page as whole_page
-from sft.report.page import verdict as finding
+from sft.report import html
+from sft.report.html import Cell, Html, Section, code, details, facts, figure, figures, heading, table, text
+from sft.report.html import page as whole_page
+from sft.report.html import verdict as finding
 
 MOST_ROWS, LONG, LONGEST_DIFF = 1_000, 700, 4_000  # rows shown; characters before folding, and that are still compared
 TONES: dict[str, Any] = {"better": "good", "worse": "bad", "mixed": "bad", "forgotten": "bad", "none": "good"}
@@ -62,7 +62,7 @@ def metrics(result: Mapping[str, Any]) -> list[Html]:
 def _means(name: str, sides: Mapping[str, Mapping[str, float]]) -> Html:
     rows = [[side, one["value"], one["low"], one["high"]] for side, one in sides.items()]
     values, spread = [one["value"] for one in sides.values()], [(one["low"], one["high"]) for one in sides.values()]
-    svg = drawing.means(list(sides), values, spread, f"{name} of each side with its interval")
+    svg = html.means(list(sides), values, spread, f"{name} of each side with its interval")
     return figure(svg, name, "", ["side", "mean", "from", "to"], rows)
 
 
@@ -185,7 +185,7 @@ def training(result: Mapping[str, Any], curves: Mapping[str, Any]) -> list[Html]
         if series := {name: curves[name] for name in names if name in curves}:
             rows = [[name, step, float(value)] for name, points in series.items() for step, value in points]
             label = title.lower() if "/" not in title else title
-            svg = drawing.curves(series, label, f"{title} over the steps of training")
+            svg = html.curves(series, label, f"{title} over the steps of training")
             drawn.append(figure(svg, title, "", ["curve", "step", "value"], rows))
     made = [figures(drawn)] if drawn else []
     if done := {name: _plain(value) for name, value in result["training"].items() if value is not None}:

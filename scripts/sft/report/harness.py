@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from sft.errors import EnvironmentProblem, ModelError
-from sft.generation.targets import Target
+from sft.generation.load import Target
 from sft.model import hardware, hub
 
 Side = Literal["base", "tuned"]

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from sft.errors import EnvironmentProblem, SftError
-from sft.report import paired
+from sft.report import results
 
 ASPECTS = ("helpfulness", "format", "safety")
 KEY, OPENAI_KEY, OPENAI_HOST = "JUDGE_API_KEY", "OPENAI_API_KEY", "api.openai.com"
@@ -167,7 +167,9 @@ def judge(
             if on_progress is not None:
                 on_progress(done, len(waiting))
     aspects = {
-        name: paired.difference([base[name] for base, _, _ in marks], [tuned[name] for _, tuned, _ in marks], seed=seed)
+        name: results.difference(
+            [base[name] for base, _, _ in marks], [tuned[name] for _, tuned, _ in marks], seed=seed
+        )
         for name in ASPECTS
     }
     return {

@@ -1,8 +1,4 @@
-"""Exports what a run made as a GGUF file, for Ollama or as safetensors, checked before it takes its place.
-
-Adapters are merged first. Each form is read back and compared with the weights, and the parity certificate proves that
-it is asked and stops as training did; a difference refuses the export.
-"""
+"""The model card of an export: the one that `make compare` wrote for the run, else a short one with what is known."""
 
 from __future__ import annotations
 
@@ -16,28 +12,95 @@ from typing import Any
 from sft import files as disk
 from sft import runs
 from sft.chat.encode import Encoder, encoder_for
-from sft.config.schema import Config, ModelSection
+from sft.config import load
+from sft.config.schema import Config, GenerationSection, ModelSection
 from sft.errors import ModelError, RunError
-from sft.generation.system_text import expected
-from sft.generation.targets import Target
+from sft.generation.load import Target, expected
 from sft.model import hub
 from sft.model.files import ModelFiles
 from sft.model.tokenizer import load_tokenizer
-from sft.ship import (
-    card,
-    gguf_file,
-    gguf_layout,
-    gguf_vocabulary,
-    go_template,
-    golden,
-    merge,
-    modelfile,
-    parity,
-    place,
-    routes,
-    sample,
-    trial,
-)
+from sft.ship import gguf as gguf_file
+from sft.ship import gguf as gguf_layout
+from sft.ship import gguf as gguf_vocabulary
+from sft.ship import merge, verify
+from sft.ship import parity as go_template
+from sft.ship import parity as golden
+from sft.ship import parity as parity_module
+from sft.ship import parity as routes
+from sft.ship.parity import GoTemplate
+
+
+def of(target: Target, form: str) -> str:
+    """README.md of an export with the hub's header. form: gguf, ollama or hf."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    written = target.run.folder / "report" / "README.md" if target.run else None
+    library = "transformers" if form == "hf" else "gguf"
+    if written is not None and written.is_file():
+        card = ModelCard(written.read_text(encoding="utf-8"))
+        card.data["library_name"] = library
+        return str(card)
+    base = target.config.model.name
+    data = ModelCardData(
+        base_model=None if load.is_model_folder(base) else base,
+        library_name=library,
+        pipeline_tag="text-generation",
+        tags=["sft-play", "fine-tuned", *target.config.experiment.tags],
+        model_name=target.name,
+    )
+    tuning = target.config.tuning
+    how = (
+        "a full fine-tune" if tuning.mode == "full" else f"{tuning.mode} (r {tuning.lora.r}, alpha {tuning.lora.alpha})"
+    )
+    about = f"{target.config.experiment.description}\n\n" if target.config.experiment.description else ""
+    return (
+        f"---\n{data.to_yaml()}\n---\n\n# {target.config.experiment.name or target.name}\n\n"
+        f"{about}Made with sft-play from `{load.model_name(base)}`: {how}, merged. How good it"
+        " is was not measured when this was exported (`make compare` writes a card with figures).\n\n"
+        "`parity.json` proves that the exported form is asked, token by token, as in training.\n"
+    )
+
+
+MODELFILE = "Modelfile"
+
+
+def write(
+    folder: Path, weights: str, template: GoTemplate, stops: list[str], config: Config, system: str | None, context: int
+) -> str:
+    """Writes `folder`/Modelfile; returns its text. weights: the GGUF file's name. context: tokens that
+    the model can see. Raises ModelError (see `_block`)."""
+    lines = [
+        f"FROM ./{weights}",
+        f"TEMPLATE {_block(template.text())}",
+        *(f"PARAMETER stop {_quoted(stop)}" for stop in stops),
+        *(f"PARAMETER {name} {value}" for name, value in parameters(config.generation).items()),
+        f"PARAMETER num_ctx {min(context, max(4096, config.model.max_seq_len + config.generation.max_new_tokens))}",
+        *([f"SYSTEM {_block(system)}"] if system else []),
+    ]
+    text = "\n".join(lines) + "\n"
+    (folder / MODELFILE).write_text(text, encoding="utf-8")
+    return text
+
+
+def parameters(section: GenerationSection) -> dict[str, float | int]:
+    """The run's own way of answering, in Ollama's words; greedy is temperature 0."""
+    found: dict[str, float | int] = {"num_predict": section.max_new_tokens, "seed": section.seed}
+    found["repeat_penalty"] = section.repetition_penalty
+    if not section.do_sample:
+        return {**found, "temperature": 0}
+    return {**found, "temperature": section.temperature, "top_p": section.top_p, "top_k": section.top_k}
+
+
+def _block(text: str) -> str:
+    if '"""' in text:
+        raise ModelError('a text with """ in it cannot stand in a Modelfile', mend="FORMAT=gguf")
+    return f'"""{text}"""'
+
+
+def _quoted(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    return f'"{escaped}"'
+
 
 EXPORT = "export.json"
 _MERGED_AS = {"f16": "fp16", "q8_0": "fp16", "bf16": "bf16", "f32": "fp32"}
@@ -59,7 +122,7 @@ class ExportReport:
     tensors: int
     largest_error: float
     parity: dict[str, Any]
-    trial: trial.Trial | None
+    trial: verify.Trial | None
     seconds: float
 
 
@@ -76,7 +139,7 @@ def export(target: Target, form: str, kind: str, out: Path, root: Path, progress
         raise ModelError("safetensors are not written as q8_0", where="--type", mend="TYPE=f16, bf16 or f32")
     out = out.absolute()
     _refuse_target(out)
-    place.need(out, 0, "an export")
+    merge.need(out, 0, "an export")
     disk.sweep(out.parent, out.name)
     trusted = target.config.model.trust_remote_code
     if (before := _before(target, root)) is not None:  # a merge may take long
@@ -91,13 +154,13 @@ def export(target: Target, form: str, kind: str, out: Path, root: Path, progress
         if form != "hf":
             tensors, error = _gguf(files, staged, kind, form, trainer, target, root, forms, progress)
         certificate = asdict(_certify(trainer, forms, target.config, root))
-        asked = trial.answer(folder, None, root) if form == "hf" else None
+        asked = verify.answer(folder, None, root) if form == "hf" else None
         if folder.parent == staged and form == "hf":
             _lift(folder, staged)
         elif folder.parent == staged:
             shutil.rmtree(folder)
-        disk.write_json(staged / parity.PARITY, certificate)
-        disk.write_text(staged / "README.md", card.of(target, form))
+        disk.write_json(staged / parity_module.PARITY, certificate)
+        disk.write_text(staged / "README.md", of(target, form))
         listed = {path.name: path.stat().st_size for path in sorted(staged.iterdir()) if path.is_file()}
         seconds = round(time.monotonic() - started, 1)
         report = ExportReport(str(out), form, kind, listed, tensors, error, certificate, asked, seconds)
@@ -167,13 +230,13 @@ def _gguf(
     trainer: Encoder,
     target: Target,
     root: Path,
-    forms: list[parity.Route],
+    forms: list[parity_module.Route],
     progress: Progress,
 ) -> tuple[int, float]:
     """Writes and checks the GGUF file (and the Modelfile), adds their routes; returns tensors and the largest error."""
     import gguf
 
-    place.need(staged, int(files.parameters * gguf_file.BYTES[kind]), "the GGUF file")
+    merge.need(staged, int(files.parameters * gguf_file.BYTES[kind]), "the GGUF file")
     vocabulary = _vocabulary(files, trainer)
     name = f"{target.name}-{kind}.gguf"
     source = (files.path / "chat_template.jinja").read_text(encoding="utf-8")
@@ -190,7 +253,7 @@ def _gguf(
         stops = list(dict.fromkeys([*stops, *trainer.stops.strings, *target.config.generation.stop]))
         system = expected(target.config, target.folder, root)
         context = int(files.config["max_position_embeddings"])
-        modelfile.write(staged, name, told, stops, target.config, system, context)
+        write(staged, name, told, stops, target.config, system, context)
         forms.append(routes.of_ollama(held, told, stops))
     return tensors, error
 
@@ -209,10 +272,12 @@ def _vocabulary(files: ModelFiles, trainer: Encoder) -> gguf_vocabulary.Vocabula
     return gguf_vocabulary.of_tokenizer(tokenizer, rows, ends, adds_bos=begins, texts=texts)
 
 
-def _certify(trainer: Encoder, forms: list[parity.Route], config: Config, root: Path) -> parity.Certificate:
-    own = sample.run_rows(config, root)
-    rows = [*golden.ROWS, *sample.shipped_rows(root), *(own[1][:_OWN_ROWS] if own else [])]
-    return parity.certify(trainer, forms, rows, ["golden", "data/samples", *([own[0]] if own else [])])
+def _certify(
+    trainer: Encoder, forms: list[parity_module.Route], config: Config, root: Path
+) -> parity_module.Certificate:
+    own = verify.run_rows(config, root)
+    rows = [*golden.ROWS, *verify.shipped_rows(root), *(own[1][:_OWN_ROWS] if own else [])]
+    return parity_module.certify(trainer, forms, rows, ["golden", "data/samples", *([own[0]] if own else [])])
 
 
 def _lift(folder: Path, staged: Path) -> None:

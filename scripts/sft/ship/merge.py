@@ -1,29 +1,156 @@
-"""Merges an adapter into its full-precision base, checks the result, and leaves a folder that any library can load.
-
-The base's own files are read tensor by tensor, never the 4-bit weights of training. Before the folder takes its place:
-did the merge change anything, and do adapter and merged model give the same logits.
-"""
+"""Where a model is written to: may it be written, is there room?"""
 
 from __future__ import annotations
 
 import json
 import logging
+import os
+import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sft import files as disk
 from sft import runs
 from sft.config.schema import Config, ModelSection
-from sft.errors import ModelError, RunError
-from sft.model import bases, hub
+from sft.errors import EnvironmentProblem, ModelError, RunError
+from sft.model import adapters, hub
 from sft.model.files import INDEX, ModelFiles, read_config, tensors
-from sft.ship import agreement, changes, outfit, place, sample
-from sft.ship import tensors as streams
-from sft.ship.changes import HEAD
+from sft.ship import delta
+from sft.ship import verify as agreement
+from sft.ship import verify as sample
+from sft.ship.delta import HEAD
+
+if TYPE_CHECKING:
+    from sft.chat.template import ChatTemplate
+    from sft.config.schema import Config
+
+
+def need(out: Path, size: int, what: str) -> None:
+    """Raises EnvironmentProblem unless `out` can be made, on a disk with `size` bytes free and some to spare."""
+    place = out.parent
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        why = "you may not write there" if place.is_dir() else "it is a file"
+        raise EnvironmentProblem(f"{out} cannot be made in {place}: {why}", where="--out", mend="name another: --out")
+    wanted, free = size + (64 << 20), shutil.disk_usage(place).free
+    if wanted > free:
+        raise EnvironmentProblem(
+            f"{what} needs {wanted / 2**30:.1f} GiB, {free / 2**30:.1f} are free",
+            where=str(place),
+            mend="make room there, take a smaller type (fp16, bf16, q8_0), or --out on another disk",
+        )
+
 
 log = logging.getLogger("sft.ship")
+# A template of turns inside one of messages: up to its answer for a prompt, spaces at the end left to the answer.
+_TURN = """{%- set turn = namespace(system='', user=none, assistant=none) -%}
+{%- for message in messages -%}
+{%- if message['role'] == 'system' and loop.first -%}{%- set turn.system = message['content'] -%}
+{%- elif message['role'] == 'user' and turn.user is none -%}{%- set turn.user = message['content'] -%}
+{%- elif message['role'] == 'assistant' and turn.assistant is none -%}{%- set turn.assistant = message['content'] -%}
+{%- else -%}{{- raise_exception('the template takes one system, user and assistant text') -}}{%- endif -%}
+{%- endfor -%}
+{%- set system, user = turn.system, turn.user -%}
+{%- set assistant = '\U000ffff2' if turn.assistant is none else turn.assistant -%}
+{%- set text -%}SOURCE{%- endset -%}
+{{- text.split('\U000ffff2')[0].rstrip(' ') if turn.assistant is none else text -}}"""
+_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+_TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+)
+
+
+def dress(
+    folder: Path,
+    files: ModelFiles,
+    config: Config,
+    root: Path,
+    dtype: str,
+    *,
+    beside: Path,
+    settings: dict[str, Any] | None = None,
+    grown: bool = False,
+) -> None:
+    """Puts everything but the weights into `folder`: the tokenizer files byte for byte, config.json with `dtype` (fp16,
+    bf16, fp32) and `settings`, generation_config.json with every end token, the chat template, the run's config.
+
+    beside: the adapter. grown: the vocabulary is the adapter's, so the tokenizer files are those that lie beside it.
+    """
+    own = grown and any((beside / name).is_file() for name in _TOKENIZER)
+    if grown and not own:
+        log.warning(f"the adapter has a larger vocabulary than {files.name}, and no tokenizer beside it")
+    for name in _TOKENIZER:
+        if ((beside if own else files.path) / name).is_file():
+            shutil.copyfile((beside if own else files.path) / name, folder / name)
+    if config.model.trust_remote_code:
+        for code in files.path.glob("*.py"):
+            shutil.copyfile(code, folder / code.name)
+    kept = {key: value for key, value in files.config.items() if key != "torch_dtype"}
+    _write(folder / "config.json", {**kept, "dtype": _DTYPES[dtype], **(settings or {})})
+    _generation(folder, files, _template(folder, files, beside if own else files, config, root))
+    for place in (beside, beside.parent):
+        if (place / runs.RESOLVED).is_file():
+            shutil.copyfile(place / runs.RESOLVED, folder / runs.RESOLVED)
+            break
+
+
+def _template(folder: Path, files: ModelFiles, source: ModelFiles | Path, config: Config, root: Path) -> list[int]:
+    """Writes the chat template that the model was trained with; returns the ids of its end tokens."""
+    from sft.chat.encode import encoder_for
+    from sft.model.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(source, trust_remote_code=config.model.trust_remote_code)
+    encoder = encoder_for(config, tokenizer, files.kind, root)
+    template = encoder.template
+    (folder / "chat_template.jinja").write_text(for_all(template), encoding="utf-8")
+    if (folder / "tokenizer_config.json").is_file():
+        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        if settings.pop("chat_template", None) is not None:
+            _write(folder / "tokenizer_config.json", settings)
+    return sorted(encoder.stops.ids)
+
+
+def for_all(template: ChatTemplate) -> str:
+    """The template as one text that any library can use: options set in it, both variants of one that has two, and one
+    of turns (system, user, assistant) told as one of messages.
+    """
+    source = template.source
+    if template.style == "turn":
+        source = _TURN.replace("SOURCE", source)
+    elif template.tool_source is not None:
+        source = "{% if tools %}" + template.tool_source + "{% else %}" + source + "{% endif %}"
+    options = "".join(
+        f"{{%- set {name} = {json.dumps(value, ensure_ascii=False) if isinstance(value, str) else value} -%}}"
+        for name, value in template.options.items()
+    )
+    return options + source
+
+
+def _generation(folder: Path, files: ModelFiles, stops: list[int]) -> None:
+    source = files.path / "generation_config.json"
+    settings: dict[str, Any] = json.loads(source.read_text(encoding="utf-8")) if source.is_file() else {}
+    old = settings.get("eos_token_id", [])
+    ends = sorted({*stops, *(old if isinstance(old, list) else [old])})
+    if ends:
+        settings["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+    _write(folder / "generation_config.json", settings)
+
+
+def _write(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 REPORT = "merge.json"
 
 
@@ -61,7 +188,7 @@ def merge(
     out: Path,
     dtype: str,
     root: Path,
-    on_progress: streams.Progress = _silent,
+    on_progress: delta.Progress = _silent,
     *,
     base: str | None = None,
 ) -> MergeReport:
@@ -74,7 +201,7 @@ def merge(
     started = time.monotonic()
     adapter, out = adapter.absolute(), out.absolute()
     _refuse_whole_model(adapter)
-    record = bases.base_of(adapter)
+    record = adapters.base_of(adapter)
     config = config_of(adapter, record)
     files = find_base(config.model, base, adapter, root)
     _refuse_wrong(files, adapter, record)
@@ -82,34 +209,34 @@ def merge(
     disk.sweep(out.parent, out.name)
     shapes = {name: entry["shape"] for path in files.weights for name, entry in tensors(path).items()}
     tied = bool(files.config.get("tie_word_embeddings", True)) and HEAD not in shapes
-    read = changes.read_changes(adapter, record["config"])
+    read = delta.read_changes(adapter, record["config"])
     follows = tied and record["config"].get("ensure_weight_tying") is True
-    placed = changes.place(read, set(shapes), tied=tied, follows=follows)
-    place.need(out, files.parameters * streams.BYTES[dtype], "the merged model")
+    placed = delta.place(read, set(shapes), tied=tied, follows=follows)
+    need(out, files.parameters * delta.BYTES[dtype], "the merged model")
     log.info(f"merging {adapter.name} into {files.name} ({files.size} parameters) as {dtype}")
     with disk.atomic_folder(out) as staged:
-        tally = streams.write(files.weights, staged, placed, dtype, on_progress)
+        tally = delta.write(files.weights, staged, placed, dtype, on_progress)
         _refuse_nothing(tally, dtype)
         index(files, staged)
         grown = _vocabulary(placed, shapes)
         settings: dict[str, Any] = {"vocab_size": grown} if grown else {}
         if HEAD in placed and HEAD not in shapes:
             settings["tie_word_embeddings"] = False
-        outfit.dress(staged, files, config, root, dtype, beside=adapter, settings=settings, grown=bool(grown))
+        dress(staged, files, config, root, dtype, beside=adapter, settings=settings, grown=bool(grown))
         found = verify(files, staged, config, adapter, dtype, root)
         report = _report(started, out, files, adapter, dtype, tally, found, staged)
         (staged / REPORT).write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
     return report
 
 
-def copy(source: Path, out: Path, dtype: str, config: Config, root: Path, on_progress: streams.Progress) -> Path:
+def copy(source: Path, out: Path, dtype: str, config: Config, root: Path, on_progress: delta.Progress) -> Path:
     """Writes a full run's weights in `dtype` to `out`, with all that serving needs; returns `out`."""
     files = hub.find(config.model.model_copy(update={"name": str(source), "revision": None}), root)
-    place.need(out, files.parameters * streams.BYTES[dtype], "the merged model")
+    need(out, files.parameters * delta.BYTES[dtype], "the merged model")
     with disk.atomic_folder(out) as staged:
-        streams.write(files.weights, staged, {}, dtype, on_progress)
+        delta.write(files.weights, staged, {}, dtype, on_progress)
         index(files, staged)
-        outfit.dress(staged, files, config, root, dtype, beside=source)
+        dress(staged, files, config, root, dtype, beside=source)
     return out
 
 
@@ -133,7 +260,7 @@ def _report(
     files: ModelFiles,
     adapter: Path,
     dtype: str,
-    tally: streams.Tally,
+    tally: delta.Tally,
     found: agreement.Agreement,
     staged: Path,
 ) -> MergeReport:
@@ -158,7 +285,7 @@ def _report(
     )
 
 
-def _vocabulary(placed: dict[str, changes.Change], shapes: dict[str, list[int]]) -> int | None:
+def _vocabulary(placed: dict[str, delta.Change], shapes: dict[str, list[int]]) -> int | None:
     """The number of tokens where the adapter brings an embedding of another size, else None."""
     grown = [
         change.whole.shape[0]
@@ -180,7 +307,7 @@ def config_of(adapter: Path, record: dict[str, Any]) -> Config:
 
 
 def _refuse_whole_model(adapter: Path) -> None:
-    if (adapter / bases.CONFIG).is_file():
+    if (adapter / adapters.CONFIG).is_file():
         return
     for whole in (adapter / "model", adapter):
         if (whole / "config.json").is_file():
@@ -210,7 +337,7 @@ def _refuse_wrong(files: ModelFiles, adapter: Path, record: dict[str, Any]) -> N
             mend="merge into the full-precision model it was made from",
         )
     if record["fingerprint"] and record["fingerprint"] != files.fingerprint():
-        raise bases.other_base(adapter, str(record["name"]), files.name, "the weights differ")
+        raise adapters.other_base(adapter, str(record["name"]), files.name, "the weights differ")
 
 
 def _refuse_target(out: Path, adapter: Path, files: ModelFiles) -> None:
@@ -221,7 +348,7 @@ def _refuse_target(out: Path, adapter: Path, files: ModelFiles) -> None:
         raise RunError(f"{out} is in the way: it is no merged model", where=str(out), mend="name another folder: --out")
 
 
-def _refuse_nothing(tally: streams.Tally, dtype: str) -> None:
+def _refuse_nothing(tally: delta.Tally, dtype: str) -> None:
     if not tally.changed:
         raise ModelError(
             f"the merge changed nothing: none of {tally.numbers} adapted weights differs from the base's in {dtype}",

@@ -1,9 +1,4 @@
-"""The parity certificate: every exported form gives the ids of training, and stops where the answers of training end.
-
-A row is rendered and tokenised as training does it and as each exported form is used; the first token that differs
-refuses the export. Rows that only some forms can hold (control tokens as plain words, roles that the template refuses)
-are set aside and named.
-"""
+"""Conversations whose ids every exported form must get right: systems, several turns, think blocks, tools, odd text."""
 
 from __future__ import annotations
 
@@ -12,16 +7,180 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from sft.chat.encode import Encoder
-from sft.chat.template import Refused
-from sft.data import records
+from sft.chat.template import ChatTemplate, Message, Refused
+from sft.data import rows as records
 from sft.errors import TemplateError
+from sft.ship.gguf import Vocabulary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+Row = dict[str, Any]
+_WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "The weather in a city.",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
+
+
+def _talk(name: str, *turns: tuple[str, str], tools: list[Any] | None = None) -> Row:
+    row: Row = {"id": f"golden-{name}", "messages": [{"role": role, "content": text} for role, text in turns]}
+    return {**row, "tools": tools} if tools else row
+
+
+ROWS: tuple[Row, ...] = (
+    _talk("plain", ("user", "What is the capital of France?"), ("assistant", "Paris.")),
+    _talk(
+        "system",
+        ("system", "You answer in one word."),
+        ("user", "What is the capital of France?"),
+        ("assistant", "Paris"),
+    ),
+    _talk(
+        "turns",
+        ("system", "Be brief."),
+        ("user", "Name a colour."),
+        ("assistant", "Blue."),
+        ("user", "Another one?"),
+        ("assistant", "Red, then."),
+        ("user", "And a number?"),
+        ("assistant", "7"),
+    ),
+    _talk(
+        "think",
+        ("user", "17 - 9?"),
+        ("assistant", "<think>\n17 minus 9 leaves 8.\n</think>\n\n8"),
+        ("user", "And twice that?"),
+        ("assistant", "<think>\nTwice 8 is 16.\n</think>\n\n16"),
+    ),
+    _talk(
+        "text",
+        ("user", "Ein Käse für Zoë, 東京 и Привет 🙂: 3 × €19.95?\n\n\tdef f(x):\n    return x  # twice  two"),
+        ("assistant", '{"a": [1, 2.5e-3], "b": null}\n\n- one\n- two'),
+    ),
+    _talk("digits", ("user", "Order 1234567, due 2024-07-31, I'm sure it's HE'S."), ("assistant", "0048213")),
+    _talk("tools", ("user", "Weather in Oslo?"), ("assistant", "I would have to look."), tools=[_WEATHER]),
+)
+
+
+_SYSTEM, _USER, _ANSWER, _AGAIN = "\ue000Wfgh", "\ue000Kquv", "\ue000Zbmt", "\ue000Rdxy"
+
+
+@dataclass(frozen=True)
+class GoTemplate:
+    """Text before a system message, before the first user's (with no system before it, with one), before a later one
+    (None: one turn is all), before an answer, at the end of a prompt, at the end of a conversation.
+    """
+
+    system: str | None
+    first: str
+    after_system: str
+    again: str | None
+    answer: str
+    prompt: str
+    end: str
+
+    def text(self) -> str:
+        """The Go template; every literal is quoted, so that no white space is trimmed or added."""
+        again = _say(self.again)
+        system = "" if self.system is None else f'{{{{ if eq .Role "system" }}}}{_say(self.system)}{{{{ .Content }}}}'
+        return (
+            '{{ $last := "" }}{{ range .Messages }}'
+            + (system + "{{ else " if system else "{{ ")
+            + f'if eq .Role "user" }}}}{{{{ if eq $last "" }}}}{_say(self.first)}{{{{ else if eq $last "system" }}}}'
+            + f"{_say(self.after_system)}{{{{ else }}}}{again}{{{{ end }}}}{{{{ .Content }}}}"
+            + f'{{{{ else if eq .Role "assistant" }}}}{_say(self.answer)}{{{{ .Content }}}}{{{{ end }}}}'
+            + "{{ $last = .Role }}{{ end }}"
+            + f'{{{{ if eq $last "user" }}}}{_say(self.prompt)}{{{{ end }}}}'
+        )
+
+    def render(self, messages: list[Message], *, prompt: bool) -> str:
+        """What Ollama makes of the messages; `prompt` false: with the end of the last answer. Raises Refused."""
+        made, last = "", ""
+        for message in messages:
+            role = str(message["role"])
+            before = {"system": self.system, "assistant": self.answer}.get(role)
+            if role == "user":
+                before = {"": self.first, "system": self.after_system}.get(last, self.again)
+            if before is None or (role == "system" and last):
+                raise Refused(f"an Ollama template of this one has no place for {role} after {last or 'the beginning'}")
+            made, last = made + before + str(message.get("content") or ""), role
+        return made + (self.prompt if last == "user" and prompt else "" if prompt else self.end)
+
+
+def translate(template: ChatTemplate, begin: str) -> GoTemplate:
+    """The pieces of a template. begin: the begin token that llama.cpp itself puts first, "" where it puts none.
+
+    Raises TemplateError where the template shows no plain turn piece by piece.
+    """
+    user: Message = {"role": "user", "content": _USER}
+    answer: Message = {"role": "assistant", "content": _ANSWER}
+    try:
+        asked = template.render([user], add_generation_prompt=True)
+        first, prompt = _around(asked, _USER)
+        once = template.render([user, answer])
+        between, end = _around(once[len(_around(once, _USER)[0]) + len(_USER) :], _ANSWER)
+    except (Refused, ValueError) as refused:
+        raise TemplateError(
+            f"{template.name} cannot be told as an Ollama template: {refused}",
+            where=template.name,
+            mend="FORMAT=gguf keeps the template as it is, and llama.cpp's server uses it",
+        ) from None
+    system, after = _system(template, user)
+    return GoTemplate(
+        None if system is None else system.removeprefix(begin),
+        first.removeprefix(begin),
+        after,
+        _again(template, user, answer),
+        between,
+        prompt,
+        end,
+    )
+
+
+def _system(template: ChatTemplate, user: Message) -> tuple[str | None, str]:
+    try:
+        text = template.render([{"role": "system", "content": _SYSTEM}, user], add_generation_prompt=True)
+        before, rest = _around(text, _SYSTEM)
+        return before, _around(rest, _USER)[0]
+    except (Refused, ValueError):
+        return None, ""
+
+
+def _again(template: ChatTemplate, user: Message, answer: Message) -> str | None:
+    try:
+        text = template.render([user, answer, {"role": "user", "content": _AGAIN}], add_generation_prompt=True)
+        return _around(_around(text, _ANSWER)[1], _AGAIN)[0]
+    except (Refused, ValueError):
+        return None
+
+
+def _around(text: str, mark: str) -> tuple[str, str]:
+    before, found, after = text.partition(mark)
+    if not found or mark in after:
+        raise ValueError("it does not show every message once")
+    return before, after
+
+
+def _say(text: str | None) -> str:
+    return f"{{{{ {_quoted(text)} }}}}" if text else ""
+
+
+def _quoted(text: str | None) -> str:
+    """A Go string: JSON's escapes are Go's where nothing is escaped that need not be."""
+    return json.dumps(text or "", ensure_ascii=False)
+
 
 log = logging.getLogger("sft.ship")
 PARITY = "parity.json"
-Row = dict[str, Any]
 Messages = list[dict[str, Any]]
 
 
@@ -181,3 +340,68 @@ def _other_stop(encoder: Encoder, route: Route, end: int) -> TemplateError:
         where=route.name,
         mend="put the token into generation_config.json (eos_token_id); nothing was exported",
     )
+
+
+def of_folder(folder: Path, *, trust_remote_code: bool) -> Route:
+    """A folder of safetensors as transformers, vLLM and TGI open it: AutoTokenizer and its `apply_chat_template`."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    settings = folder / "generation_config.json"
+    said = json.loads(settings.read_text(encoding="utf-8")).get("eos_token_id", []) if settings.is_file() else []
+    stops = frozenset(said if isinstance(said, list) else [said])
+
+    def ids(messages: Messages, tools: list[Any] | None, prompt: bool) -> list[int]:
+        if tokenizer.chat_template is None:
+            raise Refused("the folder has no chat template that other programs can use")
+        try:
+            text = tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=prompt, tokenize=False)
+        except Exception as error:
+            raise TemplateError(
+                f"parity: the exported template fails where training's does not: {' '.join(str(error).split())[:200]}",
+                where=str(folder),
+            ) from None
+        made: list[int] = tokenizer.encode(text, add_special_tokens=False)
+        return made
+
+    def text(rendered: str) -> list[int]:
+        made: list[int] = tokenizer.encode(rendered, add_special_tokens=False)
+        return made
+
+    return Route("safetensors", ids, text, stops)
+
+
+def of_gguf(vocabulary: Vocabulary, source: str, tokenizer: PreTrainedTokenizerBase) -> Route:
+    """llama.cpp with the file's own template: a begin token that it adds itself is taken off the text first."""
+    special = {key: str(text) for key, text in tokenizer.special_tokens_map.items() if isinstance(text, str)}
+    template = ChatTemplate("the template in the GGUF file", source, special)
+    text = _tokenised(vocabulary)
+
+    def ids(messages: Messages, tools: list[Any] | None, prompt: bool) -> list[int]:
+        return text(template.render(messages, tools=tools, add_generation_prompt=prompt))
+
+    return Route("gguf", ids, text, frozenset(vocabulary.stops()))
+
+
+def of_ollama(vocabulary: Vocabulary, template: GoTemplate, stops: list[str]) -> Route:
+    """Ollama with the Modelfile's template and stop texts."""
+    text = _tokenised(vocabulary)
+    named = {at for at, token in enumerate(vocabulary.tokens) if token in stops}
+
+    def ids(messages: Messages, tools: list[Any] | None, prompt: bool) -> list[int]:
+        if tools:
+            raise Refused("tools are not told in an Ollama template of ours")
+        return text(template.render(messages, prompt=prompt))
+
+    return Route("ollama", ids, text, frozenset(vocabulary.stops() | named))
+
+
+def _tokenised(vocabulary: Vocabulary) -> Callable[[str], list[int]]:
+    built = vocabulary.built()
+    begin = vocabulary.tokens[vocabulary.bos] if vocabulary.adds_bos and vocabulary.bos is not None else None
+
+    def text(rendered: str) -> list[int]:
+        made: list[int] = built.encode(rendered.removeprefix(begin or ""), add_special_tokens=False).ids
+        return made if begin is None else [int(vocabulary.bos or 0), *made]
+
+    return text

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sft import credentials, runs
 from sft.errors import ModelError, RunError
-from sft.model.network import offline
+from sft.model.hub import offline
 from sft.ship.export import EXPORT
 from sft.ship.merge import REPORT
 from sft.ship.parity import PARITY

@@ -8,10 +8,10 @@ from typing import Any
 
 from sft.chat.encode import Encoder
 from sft.config.schema import Config
-from sft.generation import engine, evaluation
-from sft.generation.evaluation import Question
-from sft.model.kinds import Kind
-from sft.training import ranks
+from sft.generation import engine, evaluate
+from sft.generation.evaluate import Question
+from sft.model.files import Kind
+from sft.training import distributed
 
 
 class Answers:
@@ -25,7 +25,7 @@ class Answers:
         self.samples: str | None = None
 
     def __call__(self, model: Any) -> dict[str, float]:
-        mine = range(ranks.rank(), len(self.questions), ranks.world())
+        mine = range(distributed.rank(), len(self.questions), distributed.world())
         made = engine.generate(
             model,
             self.tokenizer,
@@ -35,11 +35,11 @@ class Answers:
             batch_size=self.config.eval.batch_size,
             kind=self.kind,
         )
-        shares = ranks.everywhere(dict(zip(mine, made, strict=True)))
+        shares = distributed.all_gather(dict(zip(mine, made, strict=True)))
         found = {index: answer for share in shares for index, answer in share.items()}
         answers = [found[index] for index in range(len(self.questions))]
         self.samples = self._as_text(answers)
-        return evaluation.scored(self.questions, answers, self.config, self.root).metrics
+        return evaluate.scored(self.questions, answers, self.config, self.root).metrics
 
     def _as_text(self, answers: Sequence[engine.Answer]) -> str:
         shown = list(zip(self.questions, answers, strict=True))[: self.config.logging.samples]

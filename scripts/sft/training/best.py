@@ -10,7 +10,7 @@ from typing import Any
 
 from sft import files
 from sft.runs import Run
-from sft.training.checkpoints import folder_of
+from sft.training.checkpoint import folder_of
 from sft.training.plan import Plan
 
 log = logging.getLogger("sft.training")

@@ -21,7 +21,9 @@ from sft.generation import engine
 from sft.memory.probe import CudaGauge, Gauge
 from sft.model import kernels
 from sft.runs import Run
-from sft.training import checkpoints, measured, ranks, rehearsal, ways, weights
+from sft.training import checkpoint as checkpoints
+from sft.training import checkpoint as weights
+from sft.training import distributed, measured, rehearsal, ways
 from sft.training.preparation import Job
 from sft.training.recipe import Recipe
 from sft.training.rehearsal import Rehearsed, Scene
@@ -53,7 +55,7 @@ def settle(job: Job, model: Any, recipe: Recipe, run: Run, checkpoint: Path | No
     if job.device.device != "cuda":
         return None
     if checkpoint is not None:
-        session = checkpoints.read(checkpoint, checkpoints.SESSION)
+        session = checkpoints.read_state(checkpoint, checkpoints.SESSION)
         checkpointing = bool(session.get("checkpointing", rehearsal.is_checkpointing(model)))
         rehearsal.set_checkpointing(model, checkpointing)
         _compute(job, model, session.get("kernels", kernels.PLAIN), recipe)
@@ -63,17 +65,17 @@ def settle(job: Job, model: Any, recipe: Recipe, run: Run, checkpoint: Path | No
     if found is None:
         gauge = CudaGauge(torch.device("cuda", torch.cuda.current_device()))
         found = rehearsal.rehearse(scene(job, model, recipe, run, gauge))
-        if ranks.rank() == 0:
+        if distributed.rank() == 0:
             _remember(root, path, job, found)
         log.info("rehearsed: %s", found.said)
     else:
         log.info("rehearsed before on this GPU: %s", found.said)
     rehearsal.set_checkpointing(model, found.checkpointing)
-    everywhere = set(ranks.everywhere(found.kernels))
+    everywhere = set(distributed.all_gather(found.kernels))
     _compute(job, model, found.kernels if len(everywhere) == 1 else kernels.PLAIN, recipe)
     recipe.evaluating = found.evaluating
     how = kernels.way_of(model)
-    tokens = -ranks.largest(-found.tokens)  # the least over ranks
+    tokens = -distributed.largest(-found.tokens)  # the least over ranks
     recomputed = "with" if found.checkpointing else "without"
     return Settled(tokens, found.checkpointing, f"rehearsed, {recomputed} gradient checkpointing, layers {how}")
 
@@ -95,15 +97,15 @@ def scene(job: Job, model: Any, recipe: Recipe, run: Run, gauge: Gauge) -> Scene
         rows=rows,
         lengths=lengths,
         validation=job.rows.validation,
-        most_rows=-(-int(train.effective_batch) // ranks.world()),
+        most_rows=-(-int(train.effective_batch) // distributed.world()),
         gauge=gauge,
         ways=(kernels.LIGER, kernels.COMPILED) if job.asked.kernels == "auto" and job.backend.name == "bnb" else (),
-        run_tokens=job.plan.total_steps * int(train.effective_batch) / ranks.world() * mean(lengths),
+        run_tokens=job.plan.total_steps * int(train.effective_batch) / distributed.world() * mean(lengths),
         fixed=None if is_open(job.asked) else int(train.micro_batch_tokens),
         free=job.asked.gradient_checkpointing == "auto",
         state_bytes=0 if optim.startswith("paged") else 2 if "8bit" in optim else 8,
         answer=_answering(job, model) if job.rows.questions else None,
-        save=_saving(model, run) if weights.is_adapter(model) and ranks.rank() == 0 else None,
+        save=_saving(model, run) if weights.is_adapter(model) and distributed.rank() == 0 else None,
     )
 
 
@@ -117,7 +119,7 @@ def key(job: Job) -> str:
         "lengths": [job.config.model.max_seq_len, job.rows.longest],
         "step": [
             train.effective_batch,
-            ranks.world(),
+            distributed.world(),
             train.logits,
             train.logits_tile,
             train.optim,
@@ -184,7 +186,7 @@ def _saving(model: Any, run: Run) -> Callable[[], object]:
         folder = run.folder / ".rehearsal"
         folder.mkdir(exist_ok=True)
         try:
-            weights.save(model, folder)
+            weights.save_weights(model, folder)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -12,19 +12,19 @@ from typing import Any
 
 from sft import files, runs
 from sft.errors import EnvironmentProblem
-from sft.generation.questions import questions
-from sft.generation.room import fitted, prompt_room
+from sft.generation.engine import prompt_room, truncate_prompt
+from sft.generation.evaluate import questions
 from sft.model import kernels
 from sft.runs import OpenRun, Run
-from sft.training import budget, logbook, model, ranks, stamp, ways
+from sft.training import budget, checkpoint, distributed, loggers, model, ways
 from sft.training.answers import Answers
-from sft.training.checkpoints import Keeper
+from sft.training.checkpoint import CheckpointManager
 from sft.training.flow import Flow
 from sft.training.overview import Narrator, Report
 from sft.training.preparation import Job
 from sft.training.recipe import Recipe
+from sft.training.signals import SignalHandler
 from sft.training.trainer import WindowTrainer
-from sft.training.watch import Watch
 
 log = logging.getLogger("sft.training")
 
@@ -35,7 +35,7 @@ def hold(job: Job, opened: OpenRun, allowed: list[str]) -> Iterator[list[str]]:
     config, stamp and ledger. Yields the changed settings that were accepted. Raises RunError.
     """
     with contextlib.ExitStack() as held:
-        yield ranks.first(lambda: _begin(job, opened, allowed, held))
+        yield distributed.on_rank0(lambda: _begin(job, opened, allowed, held))
 
 
 def _begin(job: Job, opened: OpenRun, allowed: list[str], held: contextlib.ExitStack) -> list[str]:
@@ -44,7 +44,7 @@ def _begin(job: Job, opened: OpenRun, allowed: list[str], held: contextlib.ExitS
     held.enter_context(files.lock(run.folder / runs.LOCK, f"the run {run.name}"))
     files.sweep(run.folder)
     files.sweep(run.adapter_dir.parent, run.adapter_dir.name)
-    accepted = stamp.check(opened.checkpoint, job.stamp(), allowed) if opened.checkpoint else []
+    accepted = checkpoint.check_fingerprint(opened.checkpoint, job.stamp(), allowed) if opened.checkpoint else []
     beside(job)(run.folder)
     files.write_json(run.folder / "ledger.json", job.rows.ledger())
     return accepted
@@ -68,8 +68,8 @@ def build(job: Job, opened: OpenRun, root: Path, report: Report | None) -> Windo
         job.rows.validation,
         effective_batch=int(config.train.effective_batch),
         recipe=recipe,
-        keeper=Keeper(run, config.train.save_total_limit, beside(job)),
-        flow=Flow(job.plan, Watch(run.folder, ranks.largest), config.train.early_stopping),
+        keeper=CheckpointManager(run, config.train.save_total_limit, beside(job)),
+        flow=Flow(job.plan, SignalHandler(run.folder, distributed.largest), config.train.early_stopping),
         answers=answers if job.rows.questions else None,
         on_nan=config.train.on_nan,
     )
@@ -79,7 +79,7 @@ def build(job: Job, opened: OpenRun, root: Path, report: Report | None) -> Windo
             where="the accelerate config",
             mend="accelerate launch --config_file env/accelerate_ddp_2.yaml scripts/train.py",
         )
-    if ranks.rank() == 0:
+    if distributed.rank() == 0:
         trainer.add_callback(_logbook(job, run, step, answers))
         trainer.add_callback(Narrator(report))
     return trainer
@@ -90,7 +90,7 @@ def _with_questions(job: Job, made: Any, root: Path) -> Job:
     if not job.rows.asked:
         return job
     room = prompt_room(made, job.config.generation, job.files.kind)
-    asked = questions(lambda row: fitted(job.encoder, row, room), job.rows.asked, job.config, root)
+    asked = questions(lambda row: truncate_prompt(job.encoder, row, room), job.rows.asked, job.config, root)
     return replace(job, rows=replace(job.rows, questions=asked))
 
 
@@ -109,7 +109,7 @@ def _with_budget(job: Job, made: Any, recipe: Recipe, opened: OpenRun, root: Pat
         now |= {"batch_size": rows, "grad_accum": -(-effective // rows)}
     train = job.config.train.model_copy(update=now)
     job = replace(job, config=job.config.model_copy(update={"train": train}))
-    if ranks.rank() == 0:
+    if distributed.rank() == 0:
         beside(job)(opened.run.folder)
         log.info("micro-batches of at most %d tokens (%s)", tokens, settled.why)
     return job
@@ -120,18 +120,18 @@ def beside(job: Job) -> Callable[[Path], None]:
 
     def write(folder: Path) -> None:
         runs.write_resolved(folder, job.config)
-        stamp.write(folder, job.stamp())
+        checkpoint.write_fingerprint(folder, job.stamp())
 
     return write
 
 
-def _logbook(job: Job, run: Run, step: int, answers: Answers) -> logbook.Logbook:
+def _logbook(job: Job, run: Run, step: int, answers: Answers) -> loggers.Logbook:
     section = job.config.logging
-    books: list[object] = [logbook.JsonLines(run.folder / "log.jsonl", step)]
+    books: list[object] = [loggers.JsonLines(run.folder / "log.jsonl", step)]
     if section.backend == "tensorboard":
         try:
-            books.append(logbook.Board(run.tb_dir, step))
+            books.append(loggers.Board(run.tb_dir, step))
         except OSError as error:
             log.warning("no TensorBoard curves (%s); log.jsonl has the numbers", error)
-    gauges = logbook.gpu_gauges if section.gpu_stats else dict
-    return logbook.Logbook(books, gauges, lambda: answers.samples)
+    gauges = loggers.gpu_gauges if section.gpu_stats else dict
+    return loggers.Logbook(books, gauges, lambda: answers.samples)

@@ -9,9 +9,9 @@ from typing import Any
 
 from sft import files, runs
 from sft.errors import Stopped
-from sft.generation.system_text import SERVING
+from sft.generation.load import SERVING
 from sft.runs import Run
-from sft.training import logbook, ranks, weights
+from sft.training import checkpoint, distributed, loggers
 from sft.training.preparation import Job
 from sft.training.trainer import WindowTrainer
 
@@ -19,12 +19,12 @@ from sft.training.trainer import WindowTrainer
 def finish(job: Job, trainer: WindowTrainer, run: Run, root: Path) -> dict[str, Any]:
     """Writes what the run is for, marks it finished and returns its summary. Every rank calls it; rank 0 writes."""
     best = trainer.take_best()
-    if ranks.rank() != 0:
-        ranks.wait()
+    if distributed.rank() != 0:
+        distributed.barrier()
         return {}
-    target = run.adapter_dir if weights.is_adapter(trainer.model) else run.model_dir
+    target = run.adapter_dir if checkpoint.is_adapter(trainer.model) else run.model_dir
     with files.atomic_folder(target) as staged:
-        weights.save(trainer.model, staged)
+        checkpoint.save_weights(trainer.model, staged)
         files.put(staged, lambda folder: save_tokenizer(job, folder))
         trainer.keeper.beside(staged)
         files.write_json(staged / SERVING, {"system": job.rows.system})
@@ -35,7 +35,7 @@ def finish(job: Job, trainer: WindowTrainer, run: Run, root: Path) -> dict[str, 
     _settings_tab(job, trainer, found)
     runs.point_last(run, root)
     runs.finish(run, found)
-    ranks.wait()
+    distributed.barrier()
     return found
 
 
@@ -128,8 +128,8 @@ def _settings_tab(job: Job, trainer: WindowTrainer, found: dict[str, Any]) -> No
     results = {f"hparam/{name}": float(value) for name, value in found["eval"].items()}
     results["hparam/train_loss"] = float(found["train_loss_last"] or 0.0)
     for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, logbook.Logbook):
+        if isinstance(callback, loggers.Logbook):
             for book in callback.books:
-                if isinstance(book, logbook.Board):
+                if isinstance(book, loggers.Board):
                     book.settings(values, results)
             callback.close()

@@ -11,13 +11,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from sft.config.schema import EarlyStoppingSection
 from sft.training.numbers import learnt_by_heart
 from sft.training.plan import Plan
-from sft.training.watch import Watch
+from sft.training.signals import SignalHandler
 
 
 class Flow(TrainerCallback):  # type: ignore[misc]
     """Takes the place of the library's own flow, which saves a step before the evaluation that ends its epoch."""
 
-    def __init__(self, plan: Plan, watch: Watch, early: EarlyStoppingSection) -> None:
+    def __init__(self, plan: Plan, watch: SignalHandler, early: EarlyStoppingSection) -> None:
         self.plan, self.watch, self.early = plan, watch, early
 
     def on_step_end(

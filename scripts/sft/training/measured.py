@@ -9,10 +9,10 @@ from typing import Any
 
 from sft import runs
 from sft.errors import SftError
-from sft.memory import calibration, plan, shapes, speed
+from sft.memory import estimate, plan, shapes
 from sft.memory.devices import Device
 from sft.model.kernels import PLAIN, way_of
-from sft.training import ranks
+from sft.training import distributed
 from sft.training.preparation import Job
 from sft.training.rehearsal import is_checkpointing
 from sft.training.trainer import WindowTrainer
@@ -47,7 +47,7 @@ def record_run(job: Job, trainer: WindowTrainer, summary: Mapping[str, Any], roo
         "run",
         trainer.recipe.asked[0],
         work=operations(job, train, labelled=labelled),
-        tokens_per_second=summary["tokens_per_second"] / ranks.world(),
+        tokens_per_second=summary["tokens_per_second"] / distributed.world(),
         **peaks,
     )
 
@@ -65,7 +65,7 @@ def settled(job: Job, tokens: int, checkpointing: bool) -> dict[str, Any]:
 
 def record(job: Job, root: Path, stage: str, tokens: int, *, work: float | None, **measured: Any) -> None:
     """Adds a record of this job's model on this device. tokens: of a micro-batch. work: operations a token."""
-    entry = calibration.Record(
+    entry = plan.Record(
         gpu="cpu" if job.device.device == "cpu" else job.device.name,
         family=str(job.files.config.get("model_type", "")),
         model=job.files.name,
@@ -76,7 +76,7 @@ def record(job: Job, root: Path, stage: str, tokens: int, *, work: float | None,
         versions=versions(),
         **measured,
     )
-    calibration.record(root, entry)
+    plan.record_calibration(root, entry)
 
 
 def planned(job: Job, settings: Mapping[str, Any], root: Path | None) -> plan.Plan | None:
@@ -84,7 +84,7 @@ def planned(job: Job, settings: Mapping[str, Any], root: Path | None) -> plan.Pl
     config = job.config.model_copy(update={"train": job.config.train.model_copy(update=dict(settings))})
     device = Device("cuda", job.device.name, job.device.total_bytes / GIB)
     try:
-        return plan.make(config, job.files.config, device, root=root, mend=False)
+        return plan.make_plan(config, job.files.config, device, root=root, mend=False)
     except SftError as error:
         log.debug("no plan beside what was measured: %s", error)
         return None
@@ -100,7 +100,7 @@ def operations(job: Job, train: Any, *, labelled: float = 1.0) -> float | None:
         log.debug("the speed is kept without operations: %s", error)
         return None
     mean = sum(int(length) for length in lengths) / max(1, len(lengths))
-    return speed.operations(counted, job.config.tuning, train, length=mean, labelled=labelled)
+    return estimate.operations(counted, job.config.tuning, train, length=mean, labelled=labelled)
 
 
 def versions() -> dict[str, str]:

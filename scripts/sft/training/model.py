@@ -8,7 +8,7 @@ import torch
 from transformers import set_seed
 
 from sft.config.schema import Config
-from sft.model import adapters, backends, loading
+from sft.model import adapters, backends, load
 from sft.model.files import ModelFiles
 from sft.step import attention
 from sft.training.recipe import Recipe, compute_dtype
@@ -31,7 +31,7 @@ def build(config: Config, files: ModelFiles, backend: str, *, device: str) -> An
     if backend == "unsloth":
         return backends.load_unsloth(files, config.model, config.tuning, dtype, gradient_checkpointing=checkpointing)
     wanted = attention.implementation(device, files.config) or attention.fallback(files.config)
-    model = loading.load_base(files, config.model, config.tuning, dtype, device=device, train=True, attention=wanted)
+    model = load.load_base(files, config.model, config.tuning, dtype, device=device, train=True, attention=wanted)
     if config.tuning.mode == "full":
         adapters.set_checkpointing(model, checkpointing)
         return model

@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from sft.errors import RunError
 from sft.runs import Run
-from sft.training import ranks
+from sft.training import distributed
 
 log = logging.getLogger("sft.training")
 History = Sequence[Mapping[str, Any]]
@@ -39,8 +39,8 @@ class Numbers(TrainerCallback):  # type: ignore[misc]
         """
         if math.isfinite(value):
             return True
-        rows = [name for share in ranks.everywhere(ids) for name in share]
-        alone = [name for share in ranks.everywhere(self.alone(ids)) for name in share]
+        rows = [name for share in distributed.all_gather(ids) for name in share]
+        alone = [name for share in distributed.all_gather(self.alone(ids)) for name in share]
         where = f"the rows of this step: {', '.join(rows)}"
         if alone and len(alone) < len(rows):
             where += f"; not finite by themselves: {', '.join(alone)}"

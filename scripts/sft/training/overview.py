@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from sft.config import paths
+from sft.config import load
 from sft.runs import OpenRun, Run
 from sft.training.preparation import Job
 
@@ -129,7 +129,7 @@ def after(job: Job, summary: dict[str, Any], run: Run, root: Path) -> list[str]:
         if lost := summary["best_lost"]:
             chosen = f"the best checkpoint (step {lost['step']}, {lost['value']:.4f}) was damaged; what is left"
         lines.append(f"{chosen} (step {summary['best_step'] or summary['steps']}): {evaluated}")
-    lines.append(f"written to {paths.shown(Path(summary['output']), root)}")
+    lines.append(f"written to {load.display_path(Path(summary['output']), root)}")
     return lines + [f"next:   {step}" for step in _next(job)]
 
 

@@ -41,7 +41,7 @@ class Job:
 
     def stamp(self) -> dict[str, Any]:
         """What checkpoints of this run depend on; see `stamp.check`."""
-        from sft.training import ranks
+        from sft.training import distributed
 
         train, tuning = self.config.train, self.config.tuning
         lora = tuning.lora.model_dump() if tuning.mode != "full" else None
@@ -60,7 +60,7 @@ class Job:
             "labels": train.labels,
             "seed": train.seed,
             "effective_batch": train.effective_batch,
-            "world_size": ranks.world(),
+            "world_size": distributed.world(),
             "total_steps": self.plan.total_steps,
             "learning_rate": train.learning_rate,
             "lr_scheduler_type": train.lr_scheduler_type,
@@ -80,7 +80,7 @@ def prepare(loaded: Loaded, root: Path, on_progress: Callable[[int, int], None] 
     stage = store.paths(config.data, root)
 
     from sft import metrics
-    from sft.chat import tokenised
+    from sft.chat import dataset
     from sft.chat.encode import encoder_for
     from sft.model.tokenizer import load_tokenizer
     from sft.training import rows
@@ -89,7 +89,7 @@ def prepare(loaded: Loaded, root: Path, on_progress: Callable[[int, int], None] 
     tokenizer = load_tokenizer(files, trust_remote_code=config.model.trust_remote_code)
     encoder = encoder_for(config, tokenizer, files.kind, root)
     questions = config.eval.train_sample if config.train.eval_strategy != "no" else 0
-    found = rows.read(stage, encoder, questions=questions, cache=root / tokenised.FOLDER, on_progress=on_progress)
+    found = rows.read(stage, encoder, questions=questions, cache=root / dataset.FOLDER, on_progress=on_progress)
     device = _device(config)
     facts = auto.Facts(
         device=device.device,

@@ -12,10 +12,8 @@ from typing import Any
 import torch
 
 from sft.config.schema import TrainSection
-from sft.step.microbatch import loss_sum
-from sft.step.offload import offloading
-from sft.step.recovery import finer, out_of_memory, release
-from sft.step.window import Batch, Collator, Kind, cut
+from sft.step.batch import Batch, Collator, Kind, split_micro_batches
+from sft.step.step import finer, loss_sum, offloading, out_of_memory, release
 
 log = logging.getLogger("sft.training")
 AT_ONCE = 256  # rows that are cut together when evaluating
@@ -88,7 +86,7 @@ def _of_window(model: torch.nn.Module, window: Batch, recipe: Recipe) -> torch.T
     """The sum and the number for one window, from its start again with half the budget when memory runs out."""
     while True:
         tokens = min(recipe.evaluating or recipe.tokens, recipe.tokens)
-        micros = cut(window, tokens=tokens, rows=recipe.rows, apart=recipe.apart)
+        micros = split_micro_batches(window, tokens=tokens, rows=recipe.rows, apart=recipe.apart)
         try:
             taken = [loss_sum(model, micro, logits=recipe.logits, tile=recipe.tile) for micro in micros]
             loss = torch.stack([loss.double() for loss, _ in taken]).sum()

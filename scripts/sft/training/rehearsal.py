@@ -22,9 +22,8 @@ from sft.memory.probe import DoesNotFitError, Found, Gauge, Measured
 from sft.model import adapters, kernels
 from sft.model.kernels import Way
 from sft.step import unwrap
-from sft.step.microbatch import backward_window
-from sft.step.recovery import out_of_memory, release
-from sft.step.window import Collator
+from sft.step.batch import Collator
+from sft.step.step import backward_window, out_of_memory, release
 from sft.training import ways
 from sft.training.recipe import Recipe, losses
 

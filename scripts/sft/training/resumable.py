@@ -14,10 +14,12 @@ from transformers import Trainer, TrainerState
 from sft.errors import EnvironmentProblem, RunError
 from sft.model import kernels
 from sft.runs import step_of
-from sft.step.recovery import out_of_memory, release
-from sft.training import checkpoints, ranks, weights
+from sft.step.step import out_of_memory, release
+from sft.training import checkpoint as checkpoints
+from sft.training import checkpoint as weights
+from sft.training import distributed
 from sft.training.best import Best, standing
-from sft.training.checkpoints import Keeper, Snapshot
+from sft.training.checkpoint import CheckpointManager, TrainState
 from sft.training.flow import Flow
 from sft.training.meter import Meter
 from sft.training.numbers import Numbers
@@ -33,7 +35,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
     control: Any
     optimizer: Any
     recipe: Recipe
-    keeper: Keeper
+    keeper: CheckpointManager
     flow: Flow
     numbers: Numbers
     meter: Meter
@@ -42,11 +44,11 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
     def fit(self, checkpoint: Path | None) -> None:
         """Trains to the end of the plan, or until the watch stops it; a checkpoint that is the end trains no more."""
         if checkpoint is not None:
-            ranks.first(partial(checkpoints.set_aside, self.keeper.run, step_of(checkpoint)))
+            distributed.on_rank0(partial(checkpoints.archive_newer, self.keeper.run, step_of(checkpoint)))
             state = TrainerState.load_from_json(str(checkpoint / checkpoints.STATE))
             if self.flow.complete(state):
                 self._load_from_checkpoint(str(checkpoint))
-                self._take_up_session(checkpoints.read(checkpoint, checkpoints.SESSION))
+                self._take_up_session(checkpoints.read_state(checkpoint, checkpoints.SESSION))
                 self.state = state
                 return
         with contextlib.ExitStack() as stack:
@@ -54,7 +56,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
             try:
                 self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             except RuntimeError as error:
-                if not ranks.lost(error):
+                if not distributed.lost(error):
                     raise
                 raise RunError(
                     f"another process of this run is gone ({' '.join(str(error).split())[:120]})",
@@ -68,18 +70,20 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
             return None
         kept = self._standing()
         if kept is not None and kept.step != self.state.global_step:
-            weights.load(self.model, checkpoints.folder_of(self.keeper.run, kept.step))
+            weights.load_weights(self.model, checkpoints.folder_of(self.keeper.run, kept.step))
         return kept.step if kept else None
 
     def _standing(self) -> Best | None:
         step, history = self.state.global_step, self.state.log_history
-        kept, self.lost_best = ranks.first(partial(standing, history, self.flow.plan, self.keeper.run, now=step))
+        kept, self.lost_best = distributed.on_rank0(
+            partial(standing, history, self.flow.plan, self.keeper.run, now=step)
+        )
         return kept
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        states = ranks.everywhere(checkpoints.random_state())
+        states = distributed.all_gather(checkpoints.random_state())
         scaler = self.accelerator.scaler
-        snapshot = Snapshot(
+        snapshot = TrainState(
             step=self.state.global_step,
             model=self.model,
             optimizer=self.optimizer,
@@ -89,19 +93,19 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
             session=self._session(),
             scaler=None if scaler is None else scaler.state_dict(),
         )
-        ranks.first(lambda: self._write(snapshot))  # a disk that refuses rank 0 stops every rank
+        distributed.on_rank0(lambda: self._write(snapshot))  # a disk that refuses rank 0 stops every rank
 
-    def _write(self, snapshot: Snapshot) -> None:
+    def _write(self, snapshot: TrainState) -> None:
         """Writes a checkpoint; once more when memory ran out while it was gathered."""
         try:
-            checkpoints.save(self.keeper, snapshot, self.state.best_global_step)
+            checkpoints.save_checkpoint(self.keeper, snapshot, self.state.best_global_step)
             return
         except (EnvironmentProblem, RuntimeError, MemoryError) as error:
             if not (out_of_memory(error) or out_of_memory(error.__cause__)):
                 raise
         release()
         log.warning("out of memory while saving: once more, with all that can be spared released")
-        checkpoints.save(self.keeper, snapshot, self.state.best_global_step)
+        checkpoints.save_checkpoint(self.keeper, snapshot, self.state.best_global_step)
 
     def _session(self) -> dict[str, Any]:
         return {
@@ -130,14 +134,14 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
             log.info("layers were computed %s and are now %s: same steps, last bits may differ from here on", was, now)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        weights.load(self.model, Path(resume_from_checkpoint))
+        weights.load_weights(self.model, Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
         folder = Path(checkpoint)
-        checkpoints.take_up(folder, self.optimizer, self.lr_scheduler, self.args.learning_rate)
-        self._take_up_session(checkpoints.read(folder, checkpoints.SESSION))
+        checkpoints.restore_optimizer(folder, self.optimizer, self.lr_scheduler, self.args.learning_rate)
+        self._take_up_session(checkpoints.read_state(folder, checkpoints.SESSION))
         if self.flow.plan.load_best:  # what later evaluations must beat is what can still be loaded
             kept = self._standing()
             self.state.best_global_step = kept.step if kept else None
@@ -145,14 +149,14 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(checkpoints.read(Path(checkpoint), checkpoints.SCALER))
+            self.accelerator.scaler.load_state_dict(checkpoints.read_state(Path(checkpoint), checkpoints.SCALER))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """The last thing read back, after the loop has begun to count the losses of a line of the log anew."""
         if checkpoint is None:
             return
         folder = Path(checkpoint)
-        checkpoints.restore_random(checkpoints.read(folder, checkpoints.RNG)[ranks.rank()])
-        if unlogged := checkpoints.read(folder, checkpoints.SESSION).get("unlogged"):
+        checkpoints.restore_random(checkpoints.read_state(folder, checkpoints.RNG)[distributed.rank()])
+        if unlogged := checkpoints.read_state(folder, checkpoints.SESSION).get("unlogged"):
             self._tr_loss = torch.tensor(unlogged[0], device=self.args.device)
             self._globalstep_last_logged = unlogged[1]

@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 
 from sft import files
-from sft.chat.batch import RunLedger
+from sft.chat.dataset import RunLedger, Split, Tokenised, Tokeniser
 from sft.chat.encode import Encoder
-from sft.chat.tokenised import Split, Tokenised, Tokeniser
-from sft.data import records, store
-from sft.generation import system_text
-from sft.generation.questions import Question, answerable
+from sft.data import rows, store
+from sft.generation import load
+from sft.generation.evaluate import Question, answerable
 from sft.training.windows import Feature
 
 log = logging.getLogger("sft.training")
@@ -58,7 +57,7 @@ def read(
     """The training and validation rows, encoded, or as they are kept in `cache`. Raises DataError if none is left."""
     hashes = {path: files.sha256(path) for path in (stage.train, stage.val) if path is not None}
     tokenise = Tokeniser(encoder, cache)
-    train = tokenise(stage.train, hashes[stage.train], about=system_text.shared_by, on_progress=on_progress)
+    train = tokenise(stage.train, hashes[stage.train], about=load.shared_by, on_progress=on_progress)
     if not train.rows:
         raise train.ledger.nothing_left(encoder.template.name)
     held = NO_SPLIT if stage.val is None else tokenise(stage.val, hashes[stage.val])
@@ -91,5 +90,5 @@ def _asked(path: Path | None, ledger: RunLedger) -> Iterator[Row]:
     """The validation rows that can be answered: encoded, and with an answer to compare with."""
     dropped = {name for names in ledger.dropped.values() for name in names}
     for row in store.iter_rows(path) if path is not None else ():
-        if records.row_id(row) not in dropped and answerable(row):
+        if rows.row_id(row) not in dropped and answerable(row):
             yield row

@@ -16,11 +16,10 @@ from typing import Any
 import torch
 from transformers.trainer_callback import DefaultFlowCallback, PrinterCallback
 
-from sft.step.microbatch import backward_window
-from sft.step.recovery import CarefulOptimizer
-from sft.step.window import Collator, labelled
-from sft.training import ranks, windows
-from sft.training.checkpoints import Keeper
+from sft.step.batch import Collator, count_labels
+from sft.step.step import CarefulOptimizer, backward_window
+from sft.training import distributed, windows
+from sft.training.checkpoint import CheckpointManager
 from sft.training.flow import Flow
 from sft.training.meter import Meter
 from sft.training.numbers import Numbers, gap
@@ -46,7 +45,7 @@ class WindowTrainer(ResumableTrainer):
         *,
         effective_batch: int,
         recipe: Recipe,
-        keeper: Keeper,
+        keeper: CheckpointManager,
         flow: Flow,
         answers: Answers | None = None,
         callbacks: Sequence[Any] = (),
@@ -63,7 +62,7 @@ class WindowTrainer(ResumableTrainer):
 
     def get_train_dataloader(self) -> Any:
         order = windows.Windows(
-            len(self.rows), self.effective_batch, self.args.seed, rank=ranks.rank(), world=ranks.world()
+            len(self.rows), self.effective_batch, self.args.seed, rank=distributed.rank(), world=distributed.world()
         )
         pin = self.args.device.type == "cuda"
         return windows.loader(self.rows, order, Collator(self.recipe.kind), pin=pin)
@@ -82,8 +81,8 @@ class WindowTrainer(ResumableTrainer):
         for batch in batch_samples:
             if "labels" in batch:
                 tokens = sum(int(batch[key].sum()) for key in ("lengths", "source_lengths") if key in batch)
-                counts += torch.tensor([labelled(batch), tokens], device=device)
-        taken, tokens = (int(count) for count in ranks.total(counts))
+                counts += torch.tensor([count_labels(batch), tokens], device=device)
+        taken, tokens = (int(count) for count in distributed.all_reduce(counts))
         if not taken:
             log.warning("step %d has no labelled token: nothing is learnt from it", self.state.global_step + 1)
         self.meter.labelled += taken
@@ -112,8 +111,8 @@ class WindowTrainer(ResumableTrainer):
                     label_smoothing=self.recipe.label_smoothing,
                     on_budget=self.recipe.lower,
                 )
-        ranks.sum_gradients(self.model.parameters())
-        loss = ranks.total(loss.detach().float())
+        distributed.sum_gradients(self.model.parameters())
+        loss = distributed.all_reduce(loss.detach().float())
         if not self._finite(float(loss), "loss"):
             return loss.new_tensor(self.numbers.last)
         self.numbers.last = float(loss)
@@ -165,8 +164,8 @@ class WindowTrainer(ResumableTrainer):
         began, was_training = time.monotonic(), self.model.training
         self.model.eval()
         with torch.random.fork_rng():
-            mine = list(self.validation)[ranks.rank() :: ranks.world()]
-            loss, count = ranks.total(losses(self.model, mine, self.recipe)).tolist()
+            mine = list(self.validation)[distributed.rank() :: distributed.world()]
+            loss, count = distributed.all_reduce(losses(self.model, mine, self.recipe)).tolist()
             mean = loss / max(1.0, count)
             metrics = {"eval_loss": mean, "eval_perplexity": math.exp(min(mean, 700.0))}
             metrics |= gap(self.state.log_history, mean)

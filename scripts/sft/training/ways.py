@@ -17,9 +17,8 @@ from sft.memory.probe import ENOUGH, Measured
 from sft.model import kernels
 from sft.model.kernels import Way
 from sft.step import unwrap
-from sft.step.microbatch import backward_window
-from sft.step.recovery import out_of_memory, release
-from sft.step.window import Collator
+from sft.step.batch import Collator
+from sft.step.step import backward_window, out_of_memory, release
 from sft.training.recipe import Recipe
 
 # rounding makes 2e-7 of two layers in fp32, 1e-3 in fp16, 8 times that in bf16; more, as a root, of more layers

@@ -1,0 +1,165 @@
+"""Loads the base model, full precision or 4-bit, on GPU or CPU; refuses what would leave weights random."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import TYPE_CHECKING, Any
+
+from sft.errors import EnvironmentProblem, ModelError
+from sft.model import hardware
+from sft.model.files import ModelFiles
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from sft.config.schema import ModelSection, TuningSection
+
+
+log = logging.getLogger("sft.model")
+
+
+def load_base(
+    files: ModelFiles,
+    model: ModelSection,
+    tuning: TuningSection,
+    dtype: torch.dtype,
+    *,
+    device: str,
+    train: bool,
+    attention: str | None = None,
+    quantise: bool = True,
+) -> PreTrainedModel:
+    """The base model on `device`, with `dtype` as its weights' (or, where 4-bit, its other tensors' and sums') type.
+
+    4-bit where `tuning.mode` is qlora and `quantise`. attention: the attention function to use where
+    `model.attn_implementation` is auto. With `train` false the model is in eval mode with its cache on. The model keeps
+    `files.name` as its `name_or_path` and its fingerprint as `sft_base`, which `adapters` compares.
+
+    Raises ModelError (incomplete, other shapes than config.json says, already quantised), EnvironmentProblem (memory).
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    _refuse_stored_quantisation(files, tuning, quantise)
+    if model.trust_remote_code:
+        log.warning(f"model.trust_remote_code is on: code that comes with {files.name} runs on this machine")
+    _ = files.weights
+    _quiet()
+    settings: dict[str, Any] = {
+        "dtype": dtype,
+        "device_map": {"": placement(model.device_map, device)},
+        "use_safetensors": True,
+        "local_files_only": True,
+        "trust_remote_code": model.trust_remote_code,
+        "output_loading_info": True,
+    }
+    if chosen := _attention(model, attention):
+        settings["attn_implementation"] = chosen
+    if tuning.mode == "qlora" and quantise and not files.quantised:
+        settings["quantization_config"] = _four_bit(tuning, dtype)
+    maker = AutoModelForSeq2SeqLM if files.kind == "seq2seq" else AutoModelForCausalLM
+    try:
+        loaded, report = maker.from_pretrained(files.path, **settings)
+    except Exception as error:
+        raise _said(files, error) from error
+    _refuse_gaps(files, report)
+    _keep_weights_canonical(loaded)
+    mark(loaded, files)
+    loaded.config.use_cache = not train
+    loaded.train(train)
+    return loaded  # type: ignore[no-any-return]
+
+
+def mark(model: Any, files: ModelFiles) -> None:
+    """Notes on the model which base it is, so that its adapters can say so."""
+    model.name_or_path = files.name
+    model.sft_base = {"name": files.name, "revision": files.revision, "fingerprint": files.fingerprint()}
+
+
+def placement(device_map: str, device: str) -> str:
+    """The device the whole model goes to; under several processes each takes the GPU of its own rank."""
+    if device_map not in ("auto", "cuda"):
+        return device_map
+    return f"cuda:{hardware.local_rank()}" if device.startswith("cuda") else "cpu"
+
+
+def _attention(model: ModelSection, offered: str | None) -> str | None:
+    return offered if model.attn_implementation == "auto" else model.attn_implementation
+
+
+def _four_bit(tuning: TuningSection, dtype: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=tuning.quant_type,
+        bnb_4bit_use_double_quant=tuning.double_quant,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def _refuse_stored_quantisation(files: ModelFiles, tuning: TuningSection, quantise: bool) -> None:
+    method = files.quantised
+    if method and not (method == "bitsandbytes" and tuning.mode == "qlora" and quantise):
+        raise ModelError(
+            f"the weights of {files.name} are stored quantised ({method})",
+            where="model.name",
+            mend="name the full-precision model: qlora makes its own 4-bit weights from it, and merging needs it",
+        )
+
+
+def _refuse_gaps(files: ModelFiles, report: Any) -> None:
+    """transformers fills missing weights with random numbers and goes on; here that is an error."""
+    missing, strange = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    torn = [str(entry[0]) for entry in report["mismatched_keys"]]
+    if missing or torn:
+        named = (missing + torn)[:3]
+        raise ModelError(
+            f"{files.name} has no weights for {len(missing) + len(torn)} tensors that its config.json asks for"
+            f" ({', '.join(named)}{', ...' if len(missing) + len(torn) > 3 else ''}); they would be random",
+            where=str(files.path),
+            mend=f"fetch it again (make download-model MODEL={files.name}), or choose a model with a language head",
+        )
+    if strange:
+        log.warning(f"{len(strange)} tensors of {files.name} are not used by its architecture, e.g. {strange[0]}")
+
+
+def _keep_weights_canonical(model: Any) -> None:
+    """Stops bitsandbytes from repacking 4-bit weights at the first evaluation on CPUs with AVX512-BF16.
+
+    The packed form has no backward pass (0.50.2: `matmul_4bit` returns `gemv_4bit`'s result without a gradient), so
+    training after an evaluation would go on with zero gradients, and the base's bytes would have changed.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _quiet() -> None:
+    for name in ("bitsandbytes.backends.cpu.ops", "transformers.distributed.tensor_parallel"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if not sys.stderr.isatty():
+        from transformers.utils import logging as theirs
+
+        theirs.disable_progress_bar()
+
+
+def _said(files: ModelFiles, error: Exception) -> Exception:
+    said = " ".join(str(error).split())[:400]
+    if isinstance(error, ModelError):
+        return error
+    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+        return EnvironmentProblem(
+            f"there is not enough memory to load {files.name}: {said}",
+            mend="make plan shows what fits; a smaller model, or tuning.mode: qlora",
+        )
+    if "trust_remote_code" in said:
+        return ModelError(
+            f"{files.name} comes with code of its own",
+            where="model.name",
+            mend="if you trust its authors: --set model.trust_remote_code=true",
+        )
+    if "attn_implementation" in said or "attention" in said.lower():
+        return ModelError(said, where="model.attn_implementation", mend="--set model.attn_implementation=eager")
+    return ModelError(f"{files.name} cannot be loaded: {type(error).__name__}: {said}", where=str(files.path))
