@@ -82,7 +82,7 @@ plan: $(ENV) ## will it fit? memory of every phase, itemised, and what would hel
 	$(RUN)/plan.py $(WITH) $(if $(GPU),--gpu "$$GPU") $(if $(PNG),--png "$(PNG)")
 plan-models: $(ENV) ## which models fit this card (GPU="8GiB", MODELS="names or a file")
 	$(RUN)/plan.py $(WITH) $(if $(GPU),--gpu "$$GPU") --models $(MODELS)
-check: $(ENV) ## environment, config, data, template, model, disk, memory, ports: each with its mend
+check: $(ENV) ## environment, config, data, template, model, disk, memory, ports: each with its fix
 	$(RUN)/check.py $(WITH) --port $(TB_PORT)
 doctor: $(ENV) ## versions, machine, checks, last run, last error: one redacted text for a bug report
 	@$(RUN)/doctor.py $(WITH)

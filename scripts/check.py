@@ -1,4 +1,4 @@
-"""Looks over everything a run needs, without loading a model: each line ok, a warning or an error, with its mend.
+"""Looks over everything a run needs, without loading a model: each line ok, a warning or an error, with its fix.
 
     python scripts/check.py
     python scripts/check.py --config configs/demo_cpu.yaml --json
@@ -38,15 +38,15 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     findings = checks.run(case)
     for found in findings:
         console.say(f"{found.level:8} {found.name:12} {found.said}")
-        if found.mend:
-            console.say(f"{'':21} mend: {found.mend}")
+        if found.fix:
+            console.say(f"{'':21} fix: {found.fix}")
     errors = [found for found in findings if found.level == "error"]
     warnings = sum(found.level == "warning" for found in findings)
     result = {"ok": not errors, "findings": [asdict(found) for found in findings]}
     if errors:
         failed = EnvironmentProblem(
             f"{len(errors)} of {len(findings)} checks failed: {', '.join(dict.fromkeys(e.name for e in errors))}",
-            mend="the lines marked error say how",
+            fix="the lines marked error say how",
         )
         failed.details = result
         raise failed

@@ -38,7 +38,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         console.say(f"  {path.relative_to(root)}: {len(files)} files, {sum(f.stat().st_size for f in files) >> 20} MiB")
     if not args.force:
         if not sys.stdin.isatty():
-            raise EnvironmentProblem("these would be removed, trained adapters too", mend="say so: make clean FORCE=1")
+            raise EnvironmentProblem("these would be removed, trained adapters too", fix="say so: make clean FORCE=1")
         if input("remove all of these? trained adapters go too [y/N] ").strip().lower() != "y":
             console.say("left as they are")
             return {"removed": []}

@@ -35,7 +35,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     text = reference.markdown()
     current = path.exists() and path.read_text(encoding="utf-8") == text
     if args.check and not current:
-        raise ConfigError(f"{path} is not what the schema says", mend="python scripts/config_reference.py")
+        raise ConfigError(f"{path} is not what the schema says", fix="python scripts/config_reference.py")
     if not current:
         files.write_text(path, text)
     keys = sum(1 for field in reference.table().values() if not field.section)

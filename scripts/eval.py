@@ -49,7 +49,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     from sft.generation import load as targets
 
     if args.base and args.both:
-        raise ConfigError("--base is one side, --both is two", mend="give one of them")
+        raise ConfigError("--base is one side, --both is two", fix="give one of them")
     target = targets.resolve_model(
         Path(args.config), args.set, adapters=args.adapters, merged=args.merged, base=args.base,
         is_default=args.config == console.default_config(), root=root,
@@ -57,7 +57,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     stage = store.paths(target.config.data, root)
     path = stage.test if args.split == "test" else stage.val
     if path is None:
-        raise DataError(f"there are no {args.split} rows", where=f"data.{args.split}_path", mend="make process")
+        raise DataError(f"there are no {args.split} rows", where=f"data.{args.split}_path", fix="make process")
     limit = target.config.eval.limit if args.limit is None else args.limit
     rows = store.read_rows(path)[: limit or None]
     return evaluate(args, root, target, stage.train, rows)

@@ -40,7 +40,7 @@ def main(args: argparse.Namespace) -> dict[str, Any] | None:
     root = console.project_root()
     batch = args.mode == "batch" or (args.mode is None and args.input_file is not None)
     if batch and (args.input_file is None or args.output_file is None):
-        raise ConfigError("batch mode needs --input_file and --output_file", mend="name both")
+        raise ConfigError("batch mode needs --input_file and --output_file", fix="name both")
     target = load.resolve_model(
         Path(args.config), args.set, adapters=args.adapters, merged=args.merged, base=args.base,
         is_default=args.config == console.default_config(), root=root,

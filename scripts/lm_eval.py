@@ -43,7 +43,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 
     check_installed()
     if not args.tasks.strip():
-        raise ConfigError("no tasks are named", mend="make lm-eval TASKS=hellaswag,arc_easy")
+        raise ConfigError("no tasks are named", fix="make lm-eval TASKS=hellaswag,arc_easy")
     root = console.project_root()
     target = load.resolve_model(
         Path(args.config),
@@ -69,13 +69,13 @@ def check_installed() -> None:
     """Raises EnvironmentProblem, with what to install, where the harness is missing or too old."""
     from sft.errors import EnvironmentProblem
 
-    mend = f"{sys.executable} -m pip install 'lm_eval[hf]>={'.'.join(map(str, LEAST))}'"
+    fix = f"{sys.executable} -m pip install 'lm_eval[hf]>={'.'.join(map(str, LEAST))}'"
     try:
         version = metadata.version("lm_eval")
     except metadata.PackageNotFoundError:
-        raise EnvironmentProblem("lm-evaluation-harness is not installed", mend=mend) from None
+        raise EnvironmentProblem("lm-evaluation-harness is not installed", fix=fix) from None
     if tuple(int(part) for part in version.split(".")[:3] if part.isdigit()) < LEAST:
-        raise EnvironmentProblem(f"lm-evaluation-harness {version} is too old", mend=mend)
+        raise EnvironmentProblem(f"lm-evaluation-harness {version} is too old", fix=fix)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     if not wanted:
         names = ", ".join(run.name for run in going_on) or "none"
         what = f"{args.run} is not running" if args.run else "no training is running"
-        raise RunError(what, where=f"running: {names}", mend="ls outputs")
+        raise RunError(what, where=f"running: {names}", fix="ls outputs")
     for run in wanted:
         (run.folder / runs.PAUSE).touch()
         console.say(f"{run.name} stops after its step; `make train` takes it up again")

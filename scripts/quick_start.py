@@ -98,7 +98,7 @@ def step(title: str, script: str, *flags: str) -> None:
     console.say(f"\n== {title}: python scripts/{script}.py {' '.join(flags)}".rstrip())
     code = subprocess.run([sys.executable, str(path), *flags], check=False).returncode
     if code:
-        error = SftError(f"the quick start stopped at: {title}", mend="mend what it says above, then start it again")
+        error = SftError(f"the quick start stopped at: {title}", fix="fix what it says above, then start it again")
         error.exit_code = code if code > 0 else 1
         raise error
 

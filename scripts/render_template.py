@@ -37,7 +37,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     from sft.preflight.encoder import encoder_of
 
     if bool(args.source) != bool(args.target):
-        raise DataError("--in and --out go together", mend="give both, or neither to render every split")
+        raise DataError("--in and --out go together", fix="give both, or neither to render every split")
     root = console.project_root()
     config = load(args.config, args.set, root=root).config
     encoder = encoder_of(config, root, tokenizer=args.tokenizer, template=args.template)
@@ -81,7 +81,7 @@ def _render(encoder: Any, source: Path, target: Path) -> dict[str, Any]:
             file.write(json.dumps(made, ensure_ascii=False) + "\n")
             rows += 1
         if not rows:
-            raise DataError("no row can be rendered", where=str(source), mend=next(iter(refused.values()), None))
+            raise DataError("no row can be rendered", where=str(source), fix=next(iter(refused.values()), None))
     return {"rows": rows, "refused": refused}
 
 

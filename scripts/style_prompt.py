@@ -40,10 +40,10 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 
     if not args.style:
         presets = "\n".join(f"    {name}: {text}" for name, text in style.PRESETS.items())
-        mend = f'make style STYLE="a sentence of your own", or one of the presets:\n{presets}'
-        raise DataError("no style is given", mend=mend)
+        fix = f'make style STYLE="a sentence of your own", or one of the presets:\n{presets}'
+        raise DataError("no style is given", fix=fix)
     if bool(args.source) != bool(args.target):
-        raise DataError("--in and --out go together", mend="give both, or neither to style every processed split")
+        raise DataError("--in and --out go together", fix="give both, or neither to style every processed split")
     root = console.project_root()
     data = load(args.config, args.set, root=root).config.data
     text = style.text_of(args.style)

@@ -56,7 +56,7 @@ def _clean(force: bool) -> dict[str, Any]:
     if found and not force:
         if not sys.stdin.isatty():
             raise EnvironmentProblem(
-                f"{len(found)} event files would be removed from {logdir}", mend="say so: make tb-clean FORCE=1"
+                f"{len(found)} event files would be removed from {logdir}", fix="say so: make tb-clean FORCE=1"
             )
         if input(f"remove {len(found)} event files under {logdir}? [y/N] ").strip().lower() != "y":
             console.say("left as they are")

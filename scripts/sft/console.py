@@ -139,7 +139,7 @@ def _fail(error: SftError) -> int:
     colour = sys.stderr.isatty() and "NO_COLOR" not in os.environ
     if _json_mode:
         problems = getattr(error, "problems", [])
-        told = [{"error": one.what, "where": one.where, "mend": one.mend} for one in (error, *problems)]
+        told = [{"error": one.what, "where": one.where, "fix": one.fix} for one in (error, *problems)]
         told_all = json.dumps({**told[0], **({"problems": told[1:]} if problems else {}), **error.details})
         print(redact(told_all), flush=True)
     said = redact(str(error))
@@ -185,7 +185,7 @@ def _defect(error: Exception) -> int:
     kept = f"the traceback is in {place}" if place else "set SFT_DEBUG=1 for the traceback"
     said = redact(" ".join(str(error).split()))[:500]
     print(
-        f"error: unexpected {type(error).__name__}: {said}\n  this is ours to mend: {kept}\n"
+        f"error: unexpected {type(error).__name__}: {said}\n  this is a bug in sft-play, not your mistake: {kept}\n"
         "  `make doctor` gathers what a report of it needs",
         file=sys.stderr,
     )

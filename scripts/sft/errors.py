@@ -1,6 +1,6 @@
-"""The error family: each says what is wrong, where it stands and how to mend it.
+"""The error family: each says what is wrong, where it stands and how to fix it.
 
-Raised anywhere, caught once, in `console.run`: exit 2 for what a user can mend, 1 for the rest, never a traceback
+Raised anywhere, caught once, in `console.run`: exit 2 for what a user can fix, 1 for the rest, never a traceback
 (unless SFT_DEBUG=1).
 """
 
@@ -10,23 +10,23 @@ from __future__ import annotations
 class SftError(Exception):
     """Something went wrong that can be said in one message.
 
-    what: one sentence. where: file:line, key or row, if known. mend: the command or edit that mends it, if known.
+    what: one sentence. where: file:line, key or row, if known. fix: the command or edit that fixes it, if known.
     details: more for --json.
     """
 
     exit_code = 2
 
-    def __init__(self, what: str, *, where: str | None = None, mend: str | None = None) -> None:
+    def __init__(self, what: str, *, where: str | None = None, fix: str | None = None) -> None:
         super().__init__(what)
-        self.what, self.where, self.mend = what, where, mend
+        self.what, self.where, self.fix = what, where, fix
         self.details: dict[str, object] = {}
 
     def __str__(self) -> str:
         lines = [self.what]
         if self.where:
             lines.append(f"  where: {self.where}")
-        if self.mend:
-            lines.append(f"  mend:  {self.mend}")
+        if self.fix:
+            lines.append(f"  fix:   {self.fix}")
         return "\n".join(lines)
 
 
@@ -34,9 +34,9 @@ class ConfigError(SftError):
     """A setting that cannot be right; `problems` holds every one that was found, so that all are shown at once."""
 
     def __init__(
-        self, what: str, *, where: str | None = None, mend: str | None = None, problems: list[SftError] | None = None
+        self, what: str, *, where: str | None = None, fix: str | None = None, problems: list[SftError] | None = None
     ) -> None:
-        super().__init__(what, where=where, mend=mend)
+        super().__init__(what, where=where, fix=fix)
         self.problems = problems or []
 
     def __str__(self) -> str:
@@ -66,6 +66,6 @@ class EnvironmentProblem(SftError):
 class Stopped(SftError):
     """The user stopped the command (130) or the system did (143)."""
 
-    def __init__(self, what: str, *, exit_code: int = 130, mend: str | None = None) -> None:
-        super().__init__(what, mend=mend)
+    def __init__(self, what: str, *, exit_code: int = 130, fix: str | None = None) -> None:
+        super().__init__(what, fix=fix)
         self.exit_code = exit_code

@@ -98,7 +98,7 @@ def _refusal(error: Exception, number: int | None, target: Path, staged: Path | 
     return EnvironmentProblem(
         f"{target.name} could not be written ({why}): {far}{free:,.1f} MiB are free there",
         where=str(target),
-        mend="mend the folder's permissions" if number in (errno.EACCES, errno.EPERM) else "make room on that disk",
+        fix="fix the folder's permissions" if number in (errno.EACCES, errno.EPERM) else "make room on that disk",
     )
 
 
@@ -323,7 +323,7 @@ def _alive(pid: int) -> bool:
 def point(link: Path, target: Path) -> None:
     """Makes `link` a relative symbolic link to `target`, replacing an older link at once; never a real folder."""
     if link.exists() and not link.is_symlink():
-        raise RunError(f"{link} is in the way: it should be a link", mend=f"move it away: mv {link} {link}.old")
+        raise RunError(f"{link} is in the way: it should be a link", fix=f"move it away: mv {link} {link}.old")
     staged = beside(link, "part")
     with writing(link):
         disk.make_folder(link.parent)
@@ -354,7 +354,7 @@ def lock(path: Path, what: str) -> Iterator[None]:
             raise RunError(
                 f"{what} is in use by another process ({file.read().strip() or 'unknown'})",
                 where=str(path),
-                mend="wait for it, or stop it: make pause",
+                fix="wait for it, or stop it: make pause",
             ) from None
         with writing(path):
             put(path, f"pid {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")

@@ -58,7 +58,7 @@ def raw_data(root: Path) -> tuple[Path, str]:
         raise DataError(
             f"data/raw holds several files: {names}",
             where=str(folder),
-            mend="rename the one to use to raw.jsonl (or raw.json, raw.csv, raw.parquet)",
+            fix="rename the one to use to raw.jsonl (or raw.json, raw.csv, raw.parquet)",
         )
     if found:
         return found[0], "yours"

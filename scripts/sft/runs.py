@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 RESOLVED, FINISHED, LOCK, PAUSE, SAVE = "config.resolved.yaml", "finished.json", "lock", "pause", "save"
 SESSION = "session.json"  # of a checkpoint: counts so far, and the step of the best one
-_MEND = "choose another: --set train.output_dir=outputs/NAME, or mend its permissions"
+_FIX = "choose another: --set train.output_dir=outputs/NAME, or fix its permissions"
 _RESERVED = {"tb", "last", ""}
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
@@ -72,7 +72,7 @@ def step_of(checkpoint: Path) -> int:
     """The step in a checkpoint folder's name."""
     found = _CHECKPOINT.fullmatch(checkpoint.name)
     if not found:
-        raise RunError(f"{checkpoint} is no checkpoint folder", mend="name a run's folder or its checkpoint-<step>")
+        raise RunError(f"{checkpoint} is no checkpoint folder", fix="name a run's folder or its checkpoint-<step>")
     return int(found[1])
 
 
@@ -85,7 +85,7 @@ def open_run(output_dir: str, root: Path, resume: str) -> OpenRun:
     base = load.resolve_path(root, output_dir)
     if base.name in _RESERVED:
         what = f"train.output_dir ends in {base.name!r}, which sft-play needs itself"
-        raise ConfigError(what, mend="--set train.output_dir=outputs/NAME")
+        raise ConfigError(what, fix="--set train.output_dir=outputs/NAME")
     if resume not in {"auto", "never"}:
         return _take_up_path(Path(resume), root)
     numbers = _series(base)
@@ -114,16 +114,16 @@ def _take_up(run: Run, root: Path) -> OpenRun:
 def _take_up_path(path: Path, root: Path) -> OpenRun:
     path = path.expanduser().absolute()
     if not path.is_dir():
-        raise RunError(f"--resume names {path}, which is not there", mend="--resume auto, or list them: ls outputs")
+        raise RunError(f"--resume names {path}, which is not there", fix="--resume auto, or list them: ls outputs")
     path = path.resolve()
     is_checkpoint = _CHECKPOINT.fullmatch(path.name) is not None
     run = at(path.parent if is_checkpoint else path, root)
     if run.finished:
-        raise RunError(f"{run.name} is finished: there is nothing to resume", mend="leave out --resume for a new run")
+        raise RunError(f"{run.name} is finished: there is nothing to resume", fix="leave out --resume for a new run")
     if not is_checkpoint:
         return _take_up(run, root)
     if problem := files.manifest_problem(path):
-        raise RunError(f"{path.name} cannot be used: {problem}", where=str(path), mend="--resume auto takes a good one")
+        raise RunError(f"{path.name} cannot be used: {problem}", where=str(path), fix="--resume auto takes a good one")
     return OpenRun(run, path, f"taking up {load.display_path(run.folder, root)} at {path.name}, as --resume asks")
 
 
@@ -145,8 +145,8 @@ def newest_checkpoint(run: Run) -> tuple[Path | None, list[tuple[Path, str]]]:
         passed_over.append((path, problem))
     if passed_over and not without_best:
         told = "; ".join(f"{path.name}: {why}" for path, why in passed_over)
-        mend = "--resume never starts a new run; the old folder stays as it is"
-        raise RunError(f"none of {run.name}'s checkpoints is whole: {told}", where=str(run.folder), mend=mend)
+        fix = "--resume never starts a new run; the old folder stays as it is"
+        raise RunError(f"none of {run.name}'s checkpoints is whole: {told}", where=str(run.folder), fix=fix)
     return without_best or (None, passed_over)
 
 
@@ -177,7 +177,7 @@ def check_place(output_dir: str, root: Path) -> None:
         there = next(path for path in (folder, *folder.parents) if path.exists())
         if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
             why = "read-only" if there.is_dir() else "a file"
-            raise RunError(f"{folder} cannot be written to ({there} is {why})", where="train.output_dir", mend=_MEND)
+            raise RunError(f"{folder} cannot be written to ({there} is {why})", where="train.output_dir", fix=_FIX)
 
 
 def make_folders(run: Run) -> None:
@@ -191,7 +191,7 @@ def make_folders(run: Run) -> None:
         except (OSError, EnvironmentProblem) as error:
             why = getattr(error, "strerror", None) or error
             what = f"{folder} cannot be written to ({why})"
-            raise RunError(what, where="train.output_dir", mend=_MEND) from None
+            raise RunError(what, where="train.output_dir", fix=_FIX) from None
 
 
 def write_resolved(folder: Path, config: Config) -> None:
@@ -209,7 +209,7 @@ def run_of_adapter(folder: Path) -> Config:
         if (place / RESOLVED).is_file():
             return read_resolved(place / RESOLVED)
     what = f"{folder} holds no {RESOLVED}, so its base model and template are unknown"
-    raise RunError(what, mend="name a folder that `train` wrote, such as adapters/last")
+    raise RunError(what, fix="name a folder that `train` wrote, such as adapters/last")
 
 
 def finish(run: Run, summary: dict[str, Any]) -> None:
@@ -228,7 +228,7 @@ def last_run(root: Path) -> Run:
     """The newest finished run. Raises RunError if there is none yet."""
     link = root / "outputs" / "last"
     if not link.is_dir():
-        raise RunError("no run has finished yet", where=str(link), mend="make train")
+        raise RunError("no run has finished yet", where=str(link), fix="make train")
     return at(link.resolve(), root)
 
 

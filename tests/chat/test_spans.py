@@ -161,7 +161,7 @@ def test_an_answer_that_is_left_out_is_refused_with_its_message() -> None:
 def test_a_template_that_never_shows_the_answer_fails_at_once(source: str) -> None:
     with pytest.raises(TemplateError, match="never shows the answer") as caught:
         encoder(source, words.tokenizer())
-    assert caught.value.exit_code == 2 and caught.value.mend
+    assert caught.value.exit_code == 2 and caught.value.fix
 
 
 def test_contents_in_parts_are_given_to_templates_that_want_them() -> None:

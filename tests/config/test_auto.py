@@ -209,7 +209,7 @@ def test_what_follows_the_hardware(facts: Facts, optim: str, tf32: bool, checkpo
         ),
     ],
 )
-def test_saving_and_evaluating_are_mended_together(given: dict[str, Any], expected: tuple[Any, ...]) -> None:
+def test_saving_and_evaluating_are_fixed_together(given: dict[str, Any], expected: tuple[Any, ...]) -> None:
     resolved = settled(CPU, **given)
     train = resolved.config.train
     found = (train.eval_strategy, train.save_strategy, train.load_best_model_at_end, train.eval_steps, train.save_steps)

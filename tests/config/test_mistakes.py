@@ -20,7 +20,7 @@ Mistakes = Callable[..., list[tuple[str, str | None, str | None]]]
 
 @pytest.fixture
 def mistakes(tmp_path: Path) -> Mistakes:
-    """What is said about a configuration of these files: (what, where, mend) of each mistake."""
+    """What is said about a configuration of these files: (what, where, fix) of each mistake."""
 
     def of(text: str, *sets: str, **others: str) -> list[tuple[str, str | None, str | None]]:
         (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
@@ -30,13 +30,13 @@ def mistakes(tmp_path: Path) -> Mistakes:
             load(tmp_path / "run.yaml", list(sets), root=tmp_path)
         found = raised.value.problems or [raised.value]
         assert all(str(problem) in str(raised.value) for problem in found)
-        return [(problem.what, problem.where, problem.mend) for problem in found]
+        return [(problem.what, problem.where, problem.fix) for problem in found]
 
     return of
 
 
 @pytest.mark.parametrize(
-    ("line", "key", "mend"),
+    ("line", "key", "fix"),
     [
         ("train: {lerning_rate: 1}", "train.lerning_rate", "did you mean `train.learning_rate`?"),
         ("model: {batch_size: 1}", "model.batch_size", "did you mean `train.batch_size` or `eval.batch_size`?"),
@@ -50,12 +50,12 @@ def mistakes(tmp_path: Path) -> Mistakes:
         ("train: {xyzzy: 1}", "train.xyzzy", "see docs/CONFIG.md for every key"),
     ],
 )
-def test_an_unknown_key_names_the_nearest(mistakes: Mistakes, line: str, key: str, mend: str) -> None:
-    assert (f"unknown key `{key}`", "run.yaml:2", mend) in mistakes(f"# a comment\n{line}\n")
+def test_an_unknown_key_names_the_nearest(mistakes: Mistakes, line: str, key: str, fix: str) -> None:
+    assert (f"unknown key `{key}`", "run.yaml:2", fix) in mistakes(f"# a comment\n{line}\n")
 
 
 @pytest.mark.parametrize(
-    ("line", "what", "mend"),
+    ("line", "what", "fix"),
     [
         ("train: {save_steps: many}", "`train.save_steps`: expected a whole number (at least 1), not the text 'many'",
          "the default is `save_steps: 100`"),
@@ -107,8 +107,8 @@ def test_an_unknown_key_names_the_nearest(mistakes: Mistakes, line: str, key: st
         ("include: 5", "`include` takes a path or a list of paths", None),
     ],
 )  # fmt: skip
-def test_a_wrong_value_says_what_was_expected(mistakes: Mistakes, line: str, what: str, mend: str | None) -> None:
-    assert mistakes(f"# a comment\n\n{line}\n") == [(what, "run.yaml:3", mend)]
+def test_a_wrong_value_says_what_was_expected(mistakes: Mistakes, line: str, what: str, fix: str | None) -> None:
+    assert mistakes(f"# a comment\n\n{line}\n") == [(what, "run.yaml:3", fix)]
 
 
 def test_a_duplicate_key_names_both_lines(mistakes: Mistakes) -> None:
@@ -140,9 +140,9 @@ def test_a_file_that_includes_itself_is_a_cycle(mistakes: Mistakes) -> None:
 
 def test_both_precisions_name_both_places(mistakes: Mistakes) -> None:
     what = "`train.bf16` (base.yaml:2) and `train.fp16` (run.yaml:3) are both true, and a run has one precision"
-    mend = "remove both lines (`auto` picks what the hardware has), or set one of them to false"
+    fix = "remove both lines (`auto` picks what the hardware has), or set one of them to false"
     found = mistakes("include: base.yaml\ntrain:\n  fp16: true\n", base="train:\n  bf16: true\n")
-    assert found == [(what, "run.yaml:3", mend)]
+    assert found == [(what, "run.yaml:3", fix)]
 
 
 def test_both_spellings_in_one_file_are_an_error(mistakes: Mistakes) -> None:
@@ -227,7 +227,7 @@ def test_a_missing_configuration_names_those_there_are(tmp_path: Path) -> None:
     (tmp_path / "configs" / "mine.yaml").touch()
     with pytest.raises(ConfigError, match=r"gone\.yaml was not found") as raised:
         load(tmp_path / "gone.yaml", root=tmp_path)
-    assert raised.value.mend == "choose one: configs/mine.yaml"
+    assert raised.value.fix == "choose one: configs/mine.yaml"
     with pytest.raises(ConfigError, match="is a folder"):
         load(tmp_path / "configs", root=tmp_path)
 
@@ -258,7 +258,7 @@ def run(folder: Path, text: str, *flags: str) -> subprocess.CompletedProcess[str
     [
         (
             "train: {sede: 1}",
-            "error: unknown key `train.sede`\n  where: run.yaml:1\n  mend:  did you mean `train.seed`?\n",
+            "error: unknown key `train.sede`\n  where: run.yaml:1\n  fix:   did you mean `train.seed`?\n",
         ),
         ("train: {seed: 1, seed: 2}", "error: the key `train.seed` stands twice: run.yaml:1 and run.yaml:1\n"),
         ("include: run.yaml", "error: the includes go in a circle: run.yaml -> run.yaml\n  where: run.yaml:1\n"),

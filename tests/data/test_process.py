@@ -116,7 +116,7 @@ def test_a_rejected_run_changes_nothing_and_leaves_the_rows_to_read(tmp_path: Pa
     bad = write(tmp_path / "bad.jsonl", ['{"title": 1}', "{", qa("q")])
     with pytest.raises(Rejected) as caught:
         process(DataSection(), tmp_path, str(bad))
-    assert str(out / "rejected.jsonl") in str(caught.value.mend) and caught.value.ledger.read == 3
+    assert str(out / "rejected.jsonl") in str(caught.value.fix) and caught.value.ledger.read == 3
     assert [row["reason"] for row in rows_of(out / "rejected.jsonl")] == ["unknown format", "unreadable"]
     (out / "rejected.jsonl").rename(tmp_path / "r")
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
@@ -231,7 +231,7 @@ def test_truthfulqa_needs_its_columns_named(tmp_path: Path, shared: Path) -> Non
     raw = str(shared / "instruct/truthfulqa.csv")
     with pytest.raises(Rejected) as caught:
         process(DataSection(), tmp_path, raw)
-    assert "Best Answer" in str(caught.value.mend) and "data.columns.assistant" in str(caught.value.mend)
+    assert "Best Answer" in str(caught.value.fix) and "data.columns.assistant" in str(caught.value.fix)
     columns = ColumnsSection(user="Question", assistant="Best Answer")
     ledger = process(DataSection(columns=columns), tmp_path, raw)
     assert (ledger.read, ledger.written, ledger.formats) == (817, 817, {"columns": 817})

@@ -292,7 +292,7 @@ def test_a_name_that_is_no_file_is_a_hub_data_set_or_an_error(tmp_path: Path) ->
     assert (source.kind, source.path) == ("hub data set, split test", None)
     with pytest.raises(DataError, match="cannot be had") as caught:
         list(source.rows())
-    assert "owner/name" in str(caught.value.where) and "--raw_path" in str(caught.value.mend)
+    assert "owner/name" in str(caught.value.where) and "--raw_path" in str(caught.value.fix)
     with pytest.raises(DataError, match="no such file"):
         named("folder/gone.jsonl", Path("folder/gone.jsonl"), tmp_path, DataSection())
 

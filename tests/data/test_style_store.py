@@ -51,7 +51,7 @@ def test_presets_are_texts_and_near_misses_are_mistakes() -> None:
     for wrong in ("concize", "step by step", ""):
         with pytest.raises(DataError) as caught:
             style.text_of(wrong)
-        assert "presets: concise, json, step-by-step, structured" in str(caught.value.mend)
+        assert "presets: concise, json, step-by-step, structured" in str(caught.value.fix)
 
 
 def test_styled_rows_are_taken_until_their_source_changes(tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_styled_rows_are_taken_until_their_source_changes(tmp_path: Path) -> Non
             DataError, match=r"stale: train\.jsonl was styled before the processed rows changed"
         ) as caught:
             store.paths(DataSection(stage=name), tmp_path)
-        assert "make style" in str(caught.value.mend) and "--set data.stage=processed" in str(caught.value.mend)
+        assert "make style" in str(caught.value.fix) and "--set data.stage=processed" in str(caught.value.fix)
     assert store.paths(DataSection(stage="processed"), tmp_path).name == "processed"
     style.style_folder(data, tmp_path, "S", "replace")
     assert store.paths(data, tmp_path).name == "styled"
@@ -110,7 +110,7 @@ def test_missing_stages_name_the_command(tmp_path: Path) -> None:
     for name, command in {"auto": "make process", "styled": "make style", "rendered": "make render"}.items():
         with pytest.raises(DataError) as caught:
             store.paths(DataSection(stage=name), tmp_path)
-        assert str(caught.value.mend).startswith(command)
+        assert str(caught.value.fix).startswith(command)
     with pytest.raises(DataError, match="no processed rows"):
         style.style_folder(DataSection(), tmp_path, "S", "fill")
 
@@ -163,13 +163,13 @@ def test_the_reader_stops_at_the_first_bad_line_and_names_it(tmp_path: Path, lin
     path = write(tmp_path / "a.jsonl", {"user": "u", "assistant": "a"}, line)
     with pytest.raises(DataError, match=said) as caught:
         store.read_rows(path)
-    assert caught.value.where == f"{path}:2" and "make process" in str(caught.value.mend)
+    assert caught.value.where == f"{path}:2" and "make process" in str(caught.value.fix)
 
 
 def test_the_reader_names_what_is_missing_or_empty(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file") as caught:
         store.read_rows(tmp_path / "gone.jsonl")
-    assert "make process" in str(caught.value.mend)
+    assert "make process" in str(caught.value.fix)
     (tmp_path / "empty.jsonl").touch()
     with pytest.raises(DataError, match="empty"):
         store.read_rows(tmp_path / "empty.jsonl")

@@ -133,7 +133,7 @@ def test_process_on_a_full_disk_leaves_the_rows_of_before(
     fill(small_disk, leave)
     with pytest.raises(SftError) as caught:
         process_data.main(args)
-    assert "No space left" in str(caught.value) and caught.value.mend
+    assert "No space left" in str(caught.value) and caught.value.fix
     assert {path.name: files.sha256(path) for path in processed.iterdir()} == before
     assert not list(processed.parent.glob(".*"))
 
@@ -189,7 +189,7 @@ def test_a_read_only_folder_is_refused_to_an_ordinary_user(tmp_path: Path) -> No
     for folder in (tmp_path, *tmp_path.parents[:2]):
         folder.chmod(folder.stat().st_mode | 0o055)
     code, said = as_ordinary_user(lambda: runs.make_folders(runs.at(outputs / "a", tmp_path)))
-    assert code == 2 and "cannot be written to" in said and "Permission denied" in said and "mend:" in said
+    assert code == 2 and "cannot be written to" in said and "Permission denied" in said and "fix:" in said
 
 
 def test_a_lock_left_by_a_killed_process_is_free_and_a_living_one_is_named(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def trained(root: Path, *, masks_the_end: bool) -> float:
     return sum(answer.stopped for answer in answers) / len(answers)
 
 
-@pytest.mark.parametrize(("masks_the_end", "rate"), [(True, 0.0), (False, 1.0)], ids=["pad = eos", "mended"])
+@pytest.mark.parametrize(("masks_the_end", "rate"), [(True, 0.0), (False, 1.0)], ids=["pad = eos", "fixed"])
 def test_the_stop_rate_tells_whether_the_end_was_learnt(
     masks_the_end: bool, rate: float, tmp_path: Path, tiny_qwen2: Path
 ) -> None:

@@ -53,7 +53,7 @@ def test_cpu_is_this_machines_memory() -> None:
         ("Apple M3 Max", "a card of NVIDIA or for the CPU"),
     ],
 )
-def test_what_is_no_card_is_an_error_with_a_mend(text: str, told: str) -> None:
+def test_what_is_no_card_is_an_error_with_a_fix(text: str, told: str) -> None:
     with pytest.raises(ConfigError) as caught:
         devices.parse(text)
     assert told in str(caught.value)

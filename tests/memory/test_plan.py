@@ -25,7 +25,7 @@ def test_remedies_together_name_every_setting_once_and_their_peak_is_that_of_the
     keys = [setting.split("=")[0] for setting in made.together.settings]
     assert len(set(keys)) == len(keys)
     tried = changed(base, train=changed(base.train, optim="paged_adamw_8bit"))
-    again = plan.make_plan(tried, model, made.device, mend=False)
+    again = plan.make_plan(tried, model, made.device, fix=False)
     (paged,) = (remedy for remedy in made.remedies if remedy.setting == "train.optim=paged_adamw_8bit")
     assert paged.saves_gib == pytest.approx(made.phases["training"].peak - again.phases["training"].peak, abs=1e-3)
     assert "optimizer" not in again.estimate.parts

@@ -32,7 +32,7 @@ def test_pickled_weights_are_refused_until_they_are_converted(tiny_qwen2: Path, 
     section = ModelSection(name=str(tmp_path / "m"))
     with pytest.raises(ModelError, match="which can run code") as caught:
         hub.find(section, tmp_path)
-    assert "--allow-pickle" in str(caught.value.mend)
+    assert "--allow-pickle" in str(caught.value.fix)
     made = hub.convert(tmp_path / "m", "m")
     assert len(made) == parts and hub.convert(tmp_path / "m", "m") == []
     read = {key: tensor for path in hub.find(section, tmp_path).weights for key, tensor in load_file(path).items()}

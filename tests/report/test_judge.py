@@ -123,7 +123,7 @@ def test_a_judge_that_stumbles_is_asked_again_and_one_that_fails_is_named(serve:
     assert KEY not in found["problem"]
 
 
-def test_a_refusal_is_told_at_once_with_its_mend_and_without_the_key(serve: Callable[[Reply], Server]) -> None:
+def test_a_refusal_is_told_at_once_with_its_fix_and_without_the_key(serve: Callable[[Reply], Server]) -> None:
     server = serve(lambda body, headers: (401, f"no such key: {headers['Authorization']}"))
     with pytest.raises(EnvironmentProblem) as told:
         judging.Judge(server.url, "a-judge").check()

@@ -51,7 +51,7 @@ def test_a_project_that_is_ready_passes_in_five_seconds(project, command):
     assert seconds < 5
 
 
-def test_every_mistake_is_a_line_with_its_mend_and_exit_2(project, command):
+def test_every_mistake_is_a_line_with_its_fix_and_exit_2(project, command):
     (project / "configs" / "run_bnb.yaml").write_text("model:\n  nam: models/base\ntrain:\n  epochs: many\n")
     done = command("check", "--json", SFT_ROOT=str(project))
     assert done.returncode == 2
@@ -72,7 +72,7 @@ def test_raw_rows_that_are_not_processed_yet_are_a_warning(project):
     (project / "data" / "raw").mkdir()
     (project / "data" / "raw" / "raw.jsonl").write_text('{"question": "a?", "answer": "b"}\n')
     found = findings(project)["data"]
-    assert (found.level, found.mend) == ("warning", "make process")
+    assert (found.level, found.fix) == ("warning", "make process")
     (project / "data" / "raw" / "raw.jsonl").unlink()
     assert findings(project)["data"].level == "error"
 
@@ -87,7 +87,7 @@ def test_a_row_that_is_no_row_is_an_error_with_its_line(project):
 
 def test_models_that_are_not_here_or_not_whole_are_errors(project):
     gone = findings(project, "model.name=nobody/nothing")["model"]
-    assert (gone.level, gone.mend) == ("error", "make download-model")
+    assert (gone.level, gone.fix) == ("error", "make download-model")
     weights = project / "models" / "base" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-9])
     assert "cut short" in findings(project)["model"].said
@@ -114,7 +114,7 @@ def test_a_port_in_use_is_a_warning(project):
         port = other.getsockname()[1]
         case = checks.Case(project, project / "configs" / "run_bnb.yaml", [], port)
         found = {finding.name: finding for finding in checks.run(case)}["tensorboard"]
-    assert (found.level, found.mend) == ("warning", f"another port: TB_PORT={port + 1}")
+    assert (found.level, found.fix) == ("warning", f"another port: TB_PORT={port + 1}")
 
 
 def test_an_outputs_folder_that_is_a_file_is_an_error(project):
@@ -125,4 +125,4 @@ def test_an_outputs_folder_that_is_a_file_is_an_error(project):
 def test_a_disk_too_small_is_an_error(project):
     found = findings(project, "tuning.mode=full", "train.save_total_limit=1000000000")["disk"]
     assert found.level == "error"
-    assert "save_total_limit" in str(found.mend)
+    assert "save_total_limit" in str(found.fix)

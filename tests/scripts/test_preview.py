@@ -83,7 +83,7 @@ def test_the_terminal_and_the_page(command: Callable[..., Result], place: Path, 
         (("--id", "seven"), "no row's id begins with seven"),
     ],
 )
-def test_what_a_user_can_mend_exits_with_2(
+def test_what_a_user_can_fix_exits_with_2(
     command: Callable[..., Result], place: Path, more: tuple[str, ...], said: str
 ) -> None:
     done = command("preview", *asked(place, *(part.format(place=place) for part in more)))

@@ -68,7 +68,7 @@ def test_a_csv_with_a_mapping_of_columns(process: Run, tmp_path: Path) -> None:
         ("a.jsonl", '{"q": 1}\n' * 3, "nothing is left"),
     ],
 )
-def test_what_a_user_can_mend_is_exit_2_and_one_message(
+def test_what_a_user_can_fix_is_exit_2_and_one_message(
     process: Run, tmp_path: Path, name: str | None, content: str | None, said: str
 ) -> None:
     kept = tmp_path / "data/processed/train.jsonl"

@@ -120,7 +120,7 @@ def test_a_rank_that_is_killed_ends_the_launch_and_the_next_one_goes_on_bit_for_
             next(one for one in ranks if one.environ()["RANK"] == "1").kill()
             said = launch.communicate(timeout=200)[0]
             assert launch.returncode != 0 and not (root / "outputs/t/finished.json").exists(), said
-            assert "this is ours to mend" not in said, said
+            assert "this is a bug in sft-play, not your mistake" not in said, said
             alone = torchrun(root, 1, sets=sets)
             said = alone.communicate(timeout=200)[0]
             assert alone.returncode != 0 and "world_size: was 2, is 1" in said, said

@@ -156,7 +156,7 @@ def test_the_random_state_is_put_back_before_the_replay(tiny_qwen2: Path) -> Non
     assert torch.equal(models.gradients(model), clean)
 
 
-def test_a_row_that_does_not_fit_alone_is_said_with_a_mend(tiny_qwen2: Path) -> None:
+def test_a_row_that_does_not_fit_alone_is_said_with_a_fix(tiny_qwen2: Path) -> None:
     model = models.load(tiny_qwen2)
     Ceiling(model, 12)
     with pytest.raises(EnvironmentProblem, match="single row of 14 tokens") as caught:

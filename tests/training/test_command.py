@@ -131,7 +131,7 @@ def test_another_revision_of_the_base_is_refused_showing_both(
     (cached / "refs/main").write_text("b" * 40)
     with pytest.raises(RunError, match=f"revision: was {'a' * 40}, is {'b' * 40}") as caught:
         project.run(root, "model.name=someone/tiny")
-    assert "weights: was" not in str(caught.value) and "--allow-change revision" in str(caught.value.mend)
+    assert "weights: was" not in str(caught.value) and "--allow-change revision" in str(caught.value.fix)
     assert project.run(root, "model.name=someone/tiny", f"model.revision={'a' * 40}")["run"] == "t"
 
 

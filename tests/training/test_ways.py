@@ -110,7 +110,7 @@ def test_ligers_kernels_train_adapters_on_four_bits_as_plain_layers_do(
     assert session["kernels"] == "liger"
 
 
-def test_a_way_that_is_not_equal_is_given_back_and_one_that_is_not_possible_names_its_mend(
+def test_a_way_that_is_not_equal_is_given_back_and_one_that_is_not_possible_names_its_fix(
     tiny_qwen2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = made(tiny_qwen2, tmp_path / "outputs" / "a", mode="lora")
@@ -130,7 +130,7 @@ def test_a_way_that_is_not_equal_is_given_back_and_one_that_is_not_possible_name
             ways.ask(model, "liger", asked)
         ways.ask(model, "liger", asked, found=True)  # by an earlier run, where it was installed
         assert kernels.way_of(model) == "plain"
-        assert caught.value.mend == "--set train.kernels=auto"
+        assert caught.value.fix == "--set train.kernels=auto"
 
 
 def is_norm(module: Any) -> bool:

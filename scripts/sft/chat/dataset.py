@@ -86,8 +86,8 @@ class RunLedger:
         """The error for rows of which none can be trained on, with the reasons."""
         reasons = Counter({reason: len(ids) for reason, ids in self.dropped.items()}).most_common(5)
         told = "; ".join(f"{count:,} rows: {reason}" for reason, count in reasons) or "there are no rows"
-        mend = "look at the rows: python scripts/preview.py --in data/processed/train.jsonl"
-        return DataError(f"no row is left to train on: {told}", where=where, mend=mend)
+        fix = "look at the rows: python scripts/preview.py --in data/processed/train.jsonl"
+        return DataError(f"no row is left to train on: {told}", where=where, fix=fix)
 
 
 def encoded(

@@ -110,7 +110,7 @@ def _joined(head: list[Message], exchanges: list[list[Message]]) -> list[Message
 _ID = re.compile(r"[A-Za-z0-9]{9}")
 
 
-def mended(messages: list[Message]) -> list[Message]:
+def fixed(messages: list[Message]) -> list[Message]:
     """The messages in the plainest form, as many as before; equal to what was given where nothing can be done."""
     made: list[Message] = []
     waiting: list[tuple[str, str]] = []  # calls without a result yet: the id they had, the id they have
@@ -221,7 +221,7 @@ class Encoder:
             raise TemplateError(
                 "neither the template nor the tokenizer has an end token, so answers would never stop",
                 where=self.template.name,
-                mend="take another template: --set data.template_path=chatml",
+                fix="take another template: --set data.template_path=chatml",
             )
         return template_probe.find(self.facts, self.tokens, self.vocabulary, self.tokenizer, eos_ids)
 
@@ -281,7 +281,7 @@ class Encoder:
         try:
             return self.spans.layout(messages, tools, prompt=prompt)
         except Refused as refused:
-            plain = mended(messages)
+            plain = fixed(messages)
             for told in (plain,) if self.facts.system else (plain, without_system(plain)):
                 try:
                     found = self.spans.layout(told, tools, prompt=prompt)
@@ -308,7 +308,7 @@ class Encoder:
     def _labelled(self, layout: Layout, line: Line, messages: list[template_Message]) -> Labelled:
         cuts = [region.cut for region in layout.regions]
         cuts += [region.end for region in layout.regions if region.missing is not None]
-        line = self.tokens.mended(line, layout.text, sorted(cuts), layout.fakes)
+        line = self.tokens.fixed(line, layout.text, sorted(cuts), layout.fakes)
         ends = {region: self._end_ids(region) for region in layout.regions if region.missing is not None}
         return loss_mask.label(line, layout.regions, ends, self.which, messages)
 

@@ -36,7 +36,7 @@ def fit(row: Row, limit: int, policy: OverLength, name: str, bos: int | None) ->
         raise DataError(
             f"row {name} has {len(row.ids):,} tokens, more than model.max_seq_len {limit:,}",
             where=f"row {name}",
-            mend=f"--set model.max_seq_len={len(row.ids)}, or model.over_length: truncate_left, split_turns or drop",
+            fix=f"--set model.max_seq_len={len(row.ids)}, or model.over_length: truncate_left, split_turns or drop",
         )
     if policy == "drop" or not row.answers:
         return row, OVER_LENGTH

@@ -70,7 +70,7 @@ class Seq2SeqEncoder(Encoder):
             raise DataError(
                 f"row {name} has {len(ids):,} + {len(labels):,} tokens, more than model.max_seq_len {limit:,} a side",
                 where=f"row {name}",
-                mend=f"--set model.max_seq_len={max(len(ids), len(labels))}, or another model.over_length",
+                fix=f"--set model.max_seq_len={max(len(ids), len(labels))}, or another model.over_length",
             )
         if self.over_length == "drop" or (self.over_length == "truncate_left" and len(labels) > limit):
             return ids, labels, 0, OVER_LENGTH

@@ -381,7 +381,7 @@ class ChatTemplate:
             raise TemplateError(
                 "the template never shows the answer: it uses neither `messages` nor `assistant`",
                 where=self.name,
-                mend="loop over `messages`, or write {{ system }}, {{ user }} and {{ assistant }}",
+                fix="loop over `messages`, or write {{ system }}, {{ user }} and {{ assistant }}",
             )
 
     @cached_property
@@ -444,7 +444,7 @@ class ChatTemplate:
             raise TemplateError(
                 f"template syntax: {error.message}",
                 where=f"{self.name}:{error.lineno}: {shown[:120]}",
-                mend="mend that line, or take another template: --set data.template_path=chatml",
+                fix="fix that line, or take another template: --set data.template_path=chatml",
             ) from None
         except (RecursionError, MemoryError, ValueError, jinja2.TemplateError) as error:
             raise TemplateError(f"the template does not compile: {error}", where=self.name) from None
@@ -549,11 +549,11 @@ def _path(asked: str, root: Path) -> Path:
 def _missing(asked: str, path: Path, root: Path) -> TemplateError:
     known = names(root)
     near = difflib.get_close_matches(Path(asked).stem, known, n=1, cutoff=0.5)
-    mend = f"did you mean {near[0]}? " if near else ""
+    fix = f"did you mean {near[0]}? " if near else ""
     return TemplateError(
         f"the chat template {asked!r} is not there",
         where=f"data.template_path, looked for {display_path(path, root)}",
-        mend=f"{mend}names: {', '.join(known)}; or a file that ends in .jinja",
+        fix=f"{fix}names: {', '.join(known)}; or a file that ends in .jinja",
     )
 
 

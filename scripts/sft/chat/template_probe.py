@@ -27,7 +27,7 @@ _ANSWER: Message = {"role": "assistant", "content": "Zbmt"}
 _NAMED: dict[str, Any] = {"type": "string", "description": "d"}
 _TAKES: dict[str, Any] = {"type": "object", "properties": {"a": _NAMED}, "required": ["a"]}
 _TOOL = {"type": "function", "function": {"name": "f", "description": "d", "parameters": _TAKES}}
-_MEND = "take another template: --set data.template_path=chatml"
+_FIX = "take another template: --set data.template_path=chatml"
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,11 @@ class Probe:
         self.template.parts = False
         if reasons and not unseen:
             said = f"the template renders no plain conversation: {reasons[0]}"
-            raise TemplateError(said, where=self.template.name, mend=_MEND)
+            raise TemplateError(said, where=self.template.name, fix=_FIX)
         raise TemplateError(
             "the template never shows the answer: a training row would have nothing to learn",
             where=self.template.name,
-            mend="write the content of assistant messages, or " + _MEND,
+            fix="write the content of assistant messages, or " + _FIX,
         )
 
 
@@ -110,7 +110,7 @@ def learn(template: ChatTemplate, vocabulary: Vocabulary) -> Facts:
         region = probe.layout(probe.once, turn).regions[0]
         text, close = probe.render(probe.once), probe.seen(probe.once).closed[len(probe.before)][0]
     except Refused as refused:
-        raise TemplateError(f"labels cannot be proven: {refused}", where=template.name, mend=_MEND) from None
+        raise TemplateError(f"labels cannot be proven: {refused}", where=template.name, fix=_FIX) from None
     turn = replace(turn, tail=text[close:], end=text[close : region.end])
     header, middle = _onward(probe, turn)
     turn = replace(turn, middle_end=turn.end if middle is None else middle)

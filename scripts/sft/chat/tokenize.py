@@ -300,7 +300,7 @@ class Tokens:
             raise Refused("the tokenizer has no offsets, and its tokens do not spell this text, so none can be placed")
         return Line(ids, [start for start, _ in spans], [end for _, end in spans])
 
-    def mended(self, line: Line, text: str, cuts: list[int], fakes: list[tuple[int, int]]) -> Line:
+    def fixed(self, line: Line, text: str, cuts: list[int], fakes: list[tuple[int, int]]) -> Line:
         """The line with a token boundary at every cut, and with control tokens in `fakes` (characters) as plain text.
 
         Raises Refused where the vocabulary has no plain way to write a fake.

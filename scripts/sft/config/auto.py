@@ -95,7 +95,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Resolved:
-    """A configuration without `auto` in `train`, and the reason of every value that was settled or mended.
+    """A configuration without `auto` in `train`, and the reason of every value that was settled or fixed.
 
     warnings: what the user asked for and should know more about; they have been logged.
     """
@@ -120,7 +120,7 @@ class _Work:
 
 
 def resolve(config: Config, facts: Facts) -> Resolved:
-    """Settles every `auto` of `train` and mends the save and evaluation strategies together.
+    """Settles every `auto` of `train` and fixes the save and evaluation strategies together.
 
     data.template_path, tuning.lora.target_modules and the `auto`s of `model` are found in the model itself, later.
     Raises ConfigError when batch_size, grad_accum and effective_batch contradict each other.

@@ -30,7 +30,7 @@ def resolve_path(root: Path, text: str | Path, *, inside: bool = True) -> Path:
     found = Path(os.path.normpath(path if path.is_absolute() else root.absolute() / path))
     if inside and not path.is_absolute() and not found.is_relative_to(os.path.normpath(root.absolute())):
         raise ConfigError(
-            f"the path {text} leads out of the project ({root})", mend=f"if it is meant, write it out: {found}"
+            f"the path {text} leads out of the project ({root})", fix=f"if it is meant, write it out: {found}"
         )
     return found
 
@@ -169,13 +169,13 @@ def _syntax_error(error: yaml.MarkedYAMLError, name: str) -> ConfigError:
     where = f"{name}:{mark.line + 1}" if mark else name
     said = " ".join(str(error.problem or error.context).split())
     if "'\\t'" in said:
-        return ConfigError("a tab where YAML wants spaces", where=where, mend="indent with spaces")
+        return ConfigError("a tab where YAML wants spaces", where=where, fix="indent with spaces")
     if "mapping values" in said:
-        mend = 'a text that holds ": " needs quotes; otherwise look at the indentation of this line and the one above'
-        return ConfigError("not valid YAML: a second `: ` in one value", where=where, mend=mend)
+        fix = 'a text that holds ": " needs quotes; otherwise look at the indentation of this line and the one above'
+        return ConfigError("not valid YAML: a second `: ` in one value", where=where, fix=fix)
     if "expected a single document" in str(error):
-        return ConfigError("two YAML documents in one file", where=where, mend="remove the `---` between them")
-    return ConfigError(f"not valid YAML: {said}", where=where, mend="look at this line and the one above it")
+        return ConfigError("two YAML documents in one file", where=where, fix="remove the `---` between them")
+    return ConfigError(f"not valid YAML: {said}", where=where, fix="look at this line and the one above it")
 
 
 class _Reader:
@@ -191,7 +191,7 @@ class _Reader:
         self.seen += 1
         if self.seen > MOST_NODES or depth > DEEPEST:
             what = "nested too deeply" if depth > DEEPEST else "its aliases expand to too many values"
-            raise ConfigError(what, where=self.place(node), mend="write the values out without `*` and `<<`")
+            raise ConfigError(what, where=self.place(node), fix="write the values out without `*` and `<<`")
         if isinstance(node, yaml.MappingNode):
             return Node(self.mapping(node, depth, key), self.place(node))
         if isinstance(node, yaml.SequenceNode):
@@ -205,8 +205,8 @@ class _Reader:
         if kind in ("int", "float", "bool", "null"):
             return Node(scalar(node.value), self.place(node), node.value)
         if kind != "str":
-            mend = "write the value without it"
-            self.problems.append(ConfigError(f"the tag `{node.tag}` is not taken", where=self.place(node), mend=mend))
+            fix = "write the value without it"
+            self.problems.append(ConfigError(f"the tag `{node.tag}` is not taken", where=self.place(node), fix=fix))
         return Node(node.value, self.place(node))
 
     def mapping(self, node: yaml.MappingNode, depth: int, path: str) -> dict[str, Node]:
@@ -220,7 +220,7 @@ class _Reader:
                 self.merge(value_node, merged, depth, path)
             elif key_node.value in own:
                 what = f"the key `{path}{key_node.value}` stands twice: {own[key_node.value].where} and {place}"
-                self.problems.append(ConfigError(what, where=place, mend="remove one of the two lines"))
+                self.problems.append(ConfigError(what, where=place, fix="remove one of the two lines"))
             else:
                 value = self.read(value_node, depth + 1, f"{path}{key_node.value}.")
                 own[key_node.value] = Node(value.value, place, value.raw)
@@ -286,7 +286,7 @@ def parse_file(path: Path, name: str, problems: list[SftError]) -> Mapping:
         return {}
     if not isinstance(node.value, dict):
         what = "a configuration is a mapping of keys (`train:` and so on) at its top level"
-        raise ConfigError(what, where=node.where, mend="see configs/config_base.yaml for the form")
+        raise ConfigError(what, where=node.where, fix="see configs/config_base.yaml for the form")
     return node.value
 
 
@@ -302,8 +302,8 @@ def _file(path: Path, chain: tuple[Path, ...], reading: _Reading) -> Mapping:
         if found.resolve() in here:
             links = [*here[here.index(found.resolve()) :], found]
             shown = " -> ".join(display_path(link, reading.root) for link in links)
-            mend = "remove one of these includes"
-            reading.problems.append(ConfigError(f"the includes go in a circle: {shown}", where=where, mend=mend))
+            fix = "remove one of these includes"
+            reading.problems.append(ConfigError(f"the includes go in a circle: {shown}", where=where, fix=fix))
         elif len(reading.files) >= MOST_FILES:
             raise ConfigError(f"more than {MOST_FILES} files are included", where=where)
         else:
@@ -329,8 +329,8 @@ def _find(text: str, where: str, includer: Path, reading: _Reading) -> Path | No
     hits = [path for path in (beside, at_root) if path.is_file()]
     if len(hits) == 2 and not hits[0].samefile(hits[1]):
         what = f"`include: {text}` means two files: {beside} and {at_root}"
-        mend = "write an absolute path, or rename one of them"
-        reading.problems.append(ConfigError(what, where=where, mend=mend))
+        fix = "write an absolute path, or rename one of them"
+        reading.problems.append(ConfigError(what, where=where, fix=fix))
         return None
     if hits:
         return hits[0]
@@ -338,16 +338,16 @@ def _find(text: str, where: str, includer: Path, reading: _Reading) -> Path | No
     if ours.is_file():
         return ours
     what = f"the included file `{text}` was not found: neither {beside} nor {at_root}"
-    reading.problems.append(ConfigError(what, where=where, mend="correct the path, or remove the line"))
+    reading.problems.append(ConfigError(what, where=where, fix="correct the path, or remove the line"))
     return None
 
 
 def _no_file(path: Path, root: Path) -> ConfigError:
     if path.is_dir():
-        return ConfigError(f"{path} is a folder, not a configuration file", mend="name the YAML file inside it")
+        return ConfigError(f"{path} is a folder, not a configuration file", fix="name the YAML file inside it")
     known = sorted(display_path(found, root) for found in (root / "configs").glob("**/*.yaml"))
-    mend = f"choose one: {', '.join(known)}" if known else "name one with --config FILE"
-    return ConfigError(f"the configuration file {path} was not found", mend=mend)
+    fix = f"choose one: {', '.join(known)}" if known else "name one with --config FILE"
+    return ConfigError(f"the configuration file {path} was not found", fix=fix)
 
 
 def _tidy(mapping: Mapping, prefix: str, problems: list[SftError]) -> Mapping:
@@ -360,7 +360,7 @@ def _tidy(mapping: Mapping, prefix: str, problems: list[SftError]) -> Mapping:
         if name in tidied:
             what = f"`{prefix}{key}` and `{dotted}` are two spellings of one key, and both are given"
             what += f": {tidied[name].where} and {node.where}"
-            problems.append(ConfigError(what, where=node.where, mend="remove one of them"))
+            problems.append(ConfigError(what, where=node.where, fix="remove one of them"))
             continue
         if known and known.section and node.value is None and not known.nullable:
             continue
@@ -378,17 +378,17 @@ def _set(item: str, problems: list[SftError]) -> Mapping:
     dotted, equals, text = item.partition("=")
     where = f"--set {item if len(item) <= 80 else item[:77] + '...'}"
     keys, text = [key.strip() for key in dotted.split(".")], text.strip()
-    mend = "write it as --set train.epochs=3"
+    fix = "write it as --set train.epochs=3"
     if not equals or not all(keys) or any(" " in key for key in keys):
-        problems.append(ConfigError(f"`{item}` is not of the form key=value", where=where, mend=mend))
+        problems.append(ConfigError(f"`{item}` is not of the form key=value", where=where, fix=fix))
         return {}
     if keys == ["include"]:
-        problems.append(ConfigError("`include` works in files only", where=where, mend="use --config FILE"))
+        problems.append(ConfigError("`include` works in files only", where=where, fix="use --config FILE"))
         return {}
     try:
         node = _set_value(text, where, problems)
     except ConfigError as error:
-        problems.append(ConfigError(f"the value of `{dotted}` is {error.what}", where=where, mend=mend))
+        problems.append(ConfigError(f"the value of `{dotted}` is {error.what}", where=where, fix=fix))
         return {}
     for key in reversed(keys):
         node = Node({key: node}, where)
@@ -465,7 +465,7 @@ def together(problems: Iterable[SftError], path: object) -> ConfigError:
     unique = {(problem.what, problem.where): problem for problem in problems}
     ordered = sorted(unique.values(), key=lambda problem: _order(problem.where or ""))
     if len(ordered) == 1:
-        return ConfigError(ordered[0].what, where=ordered[0].where, mend=ordered[0].mend)
+        return ConfigError(ordered[0].what, where=ordered[0].where, fix=ordered[0].fix)
     return ConfigError(f"{len(ordered)} mistakes in the settings of {path}:", problems=ordered)
 
 
@@ -506,8 +506,8 @@ def _precisions(tree: Mapping) -> list[SftError]:
     if not (bf16 and fp16 and bf16.value is True and fp16.value is True):
         return []
     what = f"`train.bf16` ({bf16.where}) and `train.fp16` ({fp16.where}) are both true, and a run has one precision"
-    mend = "remove both lines (`auto` picks what the hardware has), or set one of them to false"
-    return [ConfigError(what, where=fp16.where, mend=mend)]
+    fix = "remove both lines (`auto` picks what the hardware has), or set one of them to false"
+    return [ConfigError(what, where=fp16.where, fix=fix)]
 
 
 def _batches(tree: Mapping) -> list[SftError]:
@@ -523,7 +523,7 @@ def unequal_batches(effective: int, batch: int, accum: int, *, where: str) -> Co
     """Three batch numbers that contradict each other."""
     what = f"train.batch_size {batch} * train.grad_accum {accum} is {batch * accum},"
     what += f" but train.effective_batch is {effective}"
-    return ConfigError(what, where=where, mend="remove one of the three: it follows from the other two")
+    return ConfigError(what, where=where, fix="remove one of the three: it follows from the other two")
 
 
 def _told(tree: Mapping, found: list[Any]) -> list[SftError]:
@@ -561,29 +561,29 @@ def _tell(key: str, item: str, node: Node | None, one: Any) -> SftError:
     field = table().get(key)
     if one["type"] == "value_error":
         said = str(one["msg"]).removeprefix("Value error, ")
-        return ConfigError(f"`{key}`: {said}" if key else said, where=where, mend="see its row in docs/CONFIG.md")
+        return ConfigError(f"`{key}`: {said}" if key else said, where=where, fix="see its row in docs/CONFIG.md")
     if field is None:
-        return ConfigError(f"unknown key `{key}`", where=where, mend=nearest(key) or "see docs/CONFIG.md for every key")
+        return ConfigError(f"unknown key `{key}`", where=where, fix=nearest(key) or "see docs/CONFIG.md for every key")
     if one["type"] == "missing" and item == key and field.section:
-        return ConfigError(f"`{key}`: `{one['loc'][-1]}` is missing", where=where, mend=_mend(field, node))
+        return ConfigError(f"`{key}`: `{one['loc'][-1]}` is missing", where=where, fix=_fix(field, node))
     if item != key and field.expected == "a list of mappings":
         return _in_list(item, where, node, one)
     expected = "text" if item != key else field.expected
     what = f"`{item}`: expected {expected}, not {_shown(node)}"
-    return ConfigError(what, where=where, mend=_mend(field, node))
+    return ConfigError(what, where=where, fix=_fix(field, node))
 
 
 def _in_list(item: str, where: str | None, node: Node | None, one: Any) -> SftError:
     """A mistake inside one mapping of a list of mappings."""
-    mend = f"see the row of `{item.partition('[')[0]}` in docs/CONFIG.md"
+    fix = f"see the row of `{item.partition('[')[0]}` in docs/CONFIG.md"
     if one["type"] == "extra_forbidden":
-        return ConfigError(f"unknown key `{item}`", where=where, mend=mend)
+        return ConfigError(f"unknown key `{item}`", where=where, fix=fix)
     if one["type"] == "missing":
-        return ConfigError(f"`{item}`: `{one['loc'][-1]}` is missing", where=where, mend=mend)
+        return ConfigError(f"`{item}`: `{one['loc'][-1]}` is missing", where=where, fix=fix)
     if one["type"] == "model_type":
-        return ConfigError(f"`{item}`: expected a mapping of keys, not {_shown(node)}", where=where, mend=mend)
+        return ConfigError(f"`{item}`: expected a mapping of keys, not {_shown(node)}", where=where, fix=fix)
     wanted = str(one["msg"]).removeprefix("Input ")
-    return ConfigError(f"`{item}`: {wanted}, not {_shown(node)}", where=where, mend=mend)
+    return ConfigError(f"`{item}`: {wanted}, not {_shown(node)}", where=where, fix=fix)
 
 
 def _shown(node: Node | None) -> str:
@@ -597,7 +597,7 @@ def _shown(node: Node | None) -> str:
     return str(node.raw if node and node.raw else value)[:60]
 
 
-def _mend(field: Field, node: Node | None) -> str:
+def _fix(field: Field, node: Node | None) -> str:
     name, value = field.key.rpartition(".")[2], node.value if node else None
     if value is None:
         shown = "" if field.section else f" ({field.shown_default})"

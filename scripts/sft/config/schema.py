@@ -340,7 +340,7 @@ class TrainSection(Section):
     )
     eval_steps: int | None = Field(None, ge=1, description="Steps between evaluations; null takes `save_steps`.")
     save_strategy: Literal["no", "steps", "epoch"] = Field(
-        "epoch", description="When to write a checkpoint; mended to `eval_strategy` where the best one is to be loaded."
+        "epoch", description="When to write a checkpoint; fixed to `eval_strategy` where the best one is to be loaded."
     )
     save_steps: int = Field(
         100, ge=1, description="Steps between checkpoints; raised to a multiple of `eval_steps` with the best kept."

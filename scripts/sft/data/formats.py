@@ -306,8 +306,8 @@ class Formats:
 
     def __init__(self, format: str, columns: dict[str, str] | None) -> None:
         if (columns or format == "columns") and not {"user", "assistant"} <= set(columns or ()):
-            mend = "--set data.columns.user=NAME --set data.columns.assistant=NAME"
-            raise DataError("data.columns must name the columns of user and assistant", where="data.columns", mend=mend)
+            fix = "--set data.columns.user=NAME --set data.columns.assistant=NAME"
+            raise DataError("data.columns must name the columns of user and assistant", where="data.columns", fix=fix)
         self._format, self._columns = format, columns
         self._plans: dict[tuple[str, ...], tuple[dict[str, str], str, list[str]]] = {}
         self.unread: Counter[str] = Counter()  # key -> rows in which nobody read it

@@ -257,8 +257,8 @@ OURS = {"train.jsonl", "val.jsonl", "test.jsonl", "ledger.json", "quarantine.jso
 class Rejected(DataError):
     """Too many faulty rows, or none left; `ledger` tells of all."""
 
-    def __init__(self, what: str, ledger: Ledger, *, where: str, mend: str) -> None:
-        super().__init__(what, where=where, mend=mend)
+    def __init__(self, what: str, ledger: Ledger, *, where: str, fix: str) -> None:
+        super().__init__(what, where=where, fix=fix)
         self.ledger = ledger
 
 
@@ -365,8 +365,8 @@ def _leaks_said(leaks: dict[str, dict[str, int | None]]) -> list[str]:
     for name, counts in leaks.items():
         words = [f"{count:,} ({kind})" for kind, count in counts.items() if count]
         if words:
-            mend = "keep such rows together: data.near_duplicates=report, or data.split.group_by=KEY"
-            told.append(f"rows of {name} that training rows give away: {', '.join(words)}; {mend}")
+            fix = "keep such rows together: data.near_duplicates=report, or data.split.group_by=KEY"
+            told.append(f"rows of {name} that training rows give away: {', '.join(words)}; {fix}")
     return told
 
 
@@ -385,12 +385,12 @@ def _judge(ledger: Ledger, staged: Path, target: Path) -> None:
         what += f", more than data.max_dropped={ledger.max_dropped:g} allows"
     else:
         what += ": nothing is left"
-    mend = f"all are listed in {rejected}, for example: {first['detail']}; "
+    fix = f"all are listed in {rejected}, for example: {first['detail']}; "
     if not ledger.written and "the keys are" in first["detail"]:
-        mend += "say which column is what: --set data.columns.user=NAME --set data.columns.assistant=NAME"
+        fix += "say which column is what: --set data.columns.user=NAME --set data.columns.assistant=NAME"
     else:
-        mend += "mend them, or raise --set data.max_dropped=SHARE; what was processed before is unchanged"
-    raise Rejected(what, ledger, where=first["origin"], mend=mend)
+        fix += "fix them, or raise --set data.max_dropped=SHARE; what was processed before is unchanged"
+    raise Rejected(what, ledger, where=first["origin"], fix=fix)
 
 
 def _finish(ledger: Ledger, staged: Path) -> None:

@@ -193,17 +193,17 @@ def sniff(path: Path) -> Found:
     """What `path` is. Raises DataError for what cannot be read: missing, empty, a picture, a web page, a database."""
     try:
         if path.is_dir():
-            raise DataError("this is a folder, not a file", where=str(path), mend="name one file in it")
+            raise DataError("this is a folder, not a file", where=str(path), fix="name one file in it")
         stream, raw = open_bytes(path)
         with raw, stream:
             head = stream.read(HEAD)
             return _sniff(path, head, stream)
     except FileNotFoundError:
-        raise DataError("no such file", where=str(path), mend=_meant(path)) from None
+        raise DataError("no such file", where=str(path), fix=_meant(path)) from None
     except BROKEN as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise DataError(f"cannot be read: {error.strerror}", where=str(path)) from None
-        raise DataError(f"the compressed file is broken: {error}", where=str(path), mend="fetch it again") from None
+        raise DataError(f"the compressed file is broken: {error}", where=str(path), fix="fetch it again") from None
 
 
 def _meant(path: Path) -> str:
@@ -220,9 +220,9 @@ def _sniff(path: Path, head: bytes, stream: BinaryIO) -> Found:
         raise _empty(path)
     if head[:4] == b"PAR1":
         return Found("parquet", said=_misnamed(path, "parquet"))
-    for opening, what, mend in OTHERS:
+    for opening, what, fix in OTHERS:
         if head.startswith(opening):
-            raise _refused(path, what, mend)
+            raise _refused(path, what, fix)
     encoding, errors, suspect, said = _encoding(path, head, stream)
     text = head.decode(encoding, "replace").lstrip("\ufeff")
     if not text.strip():
@@ -233,19 +233,19 @@ def _sniff(path: Path, head: bytes, stream: BinaryIO) -> Found:
         raise _refused(path, "a web page or XML (did a download or a login go wrong?)", "download it again")
     kind, delimiter = _kind(path, text)
     if kind != "json" and "\n" not in text and "\r" in text.strip():
-        mend = f"convert it: tr '\\r' '\\n' < {path.name} > converted-{path.name}"
-        raise DataError("its lines end in carriage returns alone, as on old Macs", where=str(path), mend=mend)
+        fix = f"convert it: tr '\\r' '\\n' < {path.name} > converted-{path.name}"
+        raise DataError("its lines end in carriage returns alone, as on old Macs", where=str(path), fix=fix)
     return Found(kind, encoding, errors, suspect, delimiter, said + _misnamed(path, kind))
 
 
 def _empty(path: Path) -> DataError:
-    return DataError("the file is empty", where=str(path), mend="put rows into it, see docs/DATA.md")
+    return DataError("the file is empty", where=str(path), fix="put rows into it, see docs/DATA.md")
 
 
-def _refused(path: Path, what: str, mend: str) -> DataError:
+def _refused(path: Path, what: str, fix: str) -> DataError:
     named = f"{path.suffix[1:].upper()} by its name, but " if path.suffix else ""
     readable = "rows are read from JSON, JSONL, CSV, TSV and Parquet"
-    return DataError(f"the file is {named}{what}", where=str(path), mend="; ".join(filter(None, [mend, readable])))
+    return DataError(f"the file is {named}{what}", where=str(path), fix="; ".join(filter(None, [fix, readable])))
 
 
 def _misnamed(path: Path, kind: Kind) -> list[str]:
@@ -326,8 +326,8 @@ def _kind(path: Path, text: str) -> tuple[Kind, str]:
     if delimiter is None and named_csv and len(lines) > 1 and re.fullmatch(r'"?\w+"?', first):
         return "csv", ","  # a table of one column
     if delimiter is None:
-        mend = "rows are read from JSON, JSONL, CSV, TSV and Parquet: see docs/DATA.md"
-        raise DataError(f"neither JSON nor a table: the file begins {first[:60]!r}", where=str(path), mend=mend)
+        fix = "rows are read from JSON, JSONL, CSV, TSV and Parquet: see docs/DATA.md"
+        raise DataError(f"neither JSON nor a table: the file begins {first[:60]!r}", where=str(path), fix=fix)
     return "csv", delimiter
 
 
@@ -407,10 +407,10 @@ def open_text(path: Path, found: Found, on_progress: Progress | None) -> Iterato
             yield Text(text, lambda: report(min(raw.tell(), total), total))
         except UnicodeDecodeError as error:
             what = f"the text breaks off: not {found.encoding} after {error.start:,} bytes of a block"
-            raise DataError(what, where=str(path), mend="save it as UTF-8") from None
+            raise DataError(what, where=str(path), fix="save it as UTF-8") from None
         except BROKEN as error:
             what = f"the file breaks off: {error}"
-            raise DataError(what, where=str(path), mend="fetch it again") from None
+            raise DataError(what, where=str(path), fix="fetch it again") from None
 
 
 MOST_LINES = 100_000  # of one row; less after many faults, since each open quote is looked for that far
@@ -488,8 +488,8 @@ def _header(path: Path, cells: list[str], why: str | None) -> list[str]:
     if why is None and twice is not None:
         why = f"two columns are called {twice!r}"
     if why is not None:
-        mend = "the first line must name the columns, each once"
-        raise DataError(f"the header cannot be read: {why}", where=f"{path}:1", mend=mend)
+        fix = "the first line must name the columns, each once"
+        raise DataError(f"the header cannot be read: {why}", where=f"{path}:1", fix=fix)
     return names
 
 
@@ -661,9 +661,9 @@ class _Scanner:
         """Refuses a split beside the rows that are read: its rows would be lost unseen."""
         if self.buffer[key.end() : key.end() + 1] == "[" and (name := json.loads(key.group(1))) in SPLITS:
             line = self.line + self.buffer.count("\n", self.at, max(at, self.at))
-            mend = "put each list of rows into a file of its own"
+            fix = "put each list of rows into a file of its own"
             raise DataError(
-                f"the file holds more than one list of rows: {name!r} too", where=f"{self.path}:{line}", mend=mend
+                f"the file holds more than one list of rows: {name!r} too", where=f"{self.path}:{line}", fix=fix
             )
 
     def _skip(self) -> str:
@@ -699,7 +699,7 @@ class _Scanner:
         return not self.ended
 
     def _broken(self, what: str) -> DataError:
-        return DataError(f"broken JSON: {what}", where=f"{self.path}:{self.line}", mend="mend the file at that line")
+        return DataError(f"broken JSON: {what}", where=f"{self.path}:{self.line}", fix="fix the file at that line")
 
 
 BATCH = 512  # rows in memory at a time
@@ -722,7 +722,7 @@ def read_parquet(path: Path, name: str, on_progress: Progress | None) -> Iterato
                     on_progress(size * done // rows, size)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         said = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise DataError(f"the Parquet file is broken: {said}", where=str(path), mend="fetch it again") from None
+        raise DataError(f"the Parquet file is broken: {said}", where=str(path), fix="fetch it again") from None
 
 
 def read_hub(name: str, config: str | None, split: str) -> Iterator[Raw]:
@@ -741,14 +741,14 @@ def _load(name: str, config: str | None, split: str) -> Any:
         datasets.disable_progress_bars()
         return datasets.load_dataset(name, config, split=split)
     except huggingface_hub.errors.GatedRepoError:
-        mend = f"ask for access on https://huggingface.co/datasets/{name}, then: hf auth login"
-        raise DataError("the data set is gated", where=where, mend=mend) from None
+        fix = f"ask for access on https://huggingface.co/datasets/{name}, then: hf auth login"
+        raise DataError("the data set is gated", where=where, fix=fix) from None
     except (datasets.exceptions.DatasetNotFoundError, ConnectionError, OSError) as error:
-        mend = f"look at the name (no file of that name is here either); {offline}"
-        raise DataError(f"the data set cannot be had: {_first_line(error)}", where=where, mend=mend) from None
+        fix = f"look at the name (no file of that name is here either); {offline}"
+        raise DataError(f"the data set cannot be had: {_first_line(error)}", where=where, fix=fix) from None
     except Exception as error:  # the library raises a dozen kinds for a wrong config, split or file
-        mend = "name config and split: --set data.hub_config=... --set data.hub_split=train"
-        raise DataError(f"the data set cannot be read: {_first_line(error)}", where=where, mend=mend) from None
+        fix = "name config and split: --set data.hub_config=... --set data.hub_split=train"
+        raise DataError(f"the data set cannot be read: {_first_line(error)}", where=where, fix=fix) from None
 
 
 def _first_line(error: Exception) -> str:

@@ -108,8 +108,8 @@ def find(data: DataSection, root: Path, raw_path: str | None = None) -> Mix:
     for default in DEFAULTS:
         if (root / default).exists():
             return _mix([_part(default, root / default, root, data)])
-    mend = f"put your rows there, or name the file: make process RAW=FILE; samples: {root / 'data/samples'}"
-    raise DataError(f"no raw data: neither {DEFAULTS[0]} nor {DEFAULTS[1]} is there", where=str(root), mend=mend)
+    fix = f"put your rows there, or name the file: make process RAW=FILE; samples: {root / 'data/samples'}"
+    raise DataError(f"no raw data: neither {DEFAULTS[0]} nor {DEFAULTS[1]} is there", where=str(root), fix=fix)
 
 
 def _mix(parts: list[Part]) -> Mix:
@@ -132,8 +132,8 @@ def expand(text: str, path: Path, root: Path, section: Section) -> list[Source]:
         return [named(text, path, root, section)]
     inside = sorted(found for found in path.rglob("*") if found.is_file() and _is_data(found, path))
     if not inside:
-        mend = f"files of rows end in {', '.join(NAMES)} (also {', '.join(SUFFIXES)}), see docs/DATA.md"
-        raise DataError("the folder holds no file of rows", where=str(path), mend=mend)
+        fix = f"files of rows end in {', '.join(NAMES)} (also {', '.join(SUFFIXES)}), see docs/DATA.md"
+        raise DataError("the folder holds no file of rows", where=str(path), fix=fix)
     return [local(found, root) for found in inside]
 
 
@@ -186,8 +186,8 @@ def mix_in(data: DataSection, root: Path, staged: Path, ledger: Ledger, check: C
     wanted = max(1, round(train * section.ratio / (1 - section.ratio)))
     chosen, read, usable = _choose(section, data, root, wanted, check)
     if not chosen:
-        mend = "give chat rows in any format of docs/DATA.md, or plain text as {text: ...}"
-        raise DataError("data.replay.path holds no row that can be used", where=section.path, mend=mend)
+        fix = "give chat rows in any format of docs/DATA.md, or plain text as {text: ...}"
+        raise DataError("data.replay.path holds no row that can be used", where=section.path, fix=fix)
     with (staged / "train.jsonl").open("ab") as out:
         for record, format in chosen:
             out.write(rows.line(record))

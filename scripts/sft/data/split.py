@@ -76,8 +76,8 @@ def uneven(counts: dict[str, int], split: SplitSection) -> list[str]:
         wanted = (end - start) * total
         if min(wanted, total - wanted) >= ENOUGH and not wanted / 2 <= counts[name] <= (total + wanted) / 2:
             why = "rows that ask the same, or belong together, stay in one split"
-            mend = "another data.split.seed, or data.split.group_by=KEY, tells rows apart otherwise"
-            said.append(f"{name} has {counts[name] / total:.1%} of the rows, not {end - start:.0%}: {why}; {mend}")
+            fix = "another data.split.seed, or data.split.group_by=KEY, tells rows apart otherwise"
+            said.append(f"{name} has {counts[name] / total:.1%} of the rows, not {end - start:.0%}: {why}; {fix}")
     return said
 
 

@@ -26,13 +26,13 @@ def replaced(target: Path, ours: set[str], key: str) -> Iterator[Path]:
     ours: names of files that are not carried over. key: the config key that names another folder. Raises DataError
     when the folder holds folders (it is not ours to replace) or cannot be written.
     """
-    target, mend = target.resolve(), f"name a folder of its own: --set {key}=DIR"
+    target, fix = target.resolve(), f"name a folder of its own: --set {key}=DIR"
     if target.exists() and not target.is_dir():
-        raise DataError("the folder to write to is a file", where=str(target), mend=mend)
+        raise DataError("the folder to write to is a file", where=str(target), fix=fix)
     others = [path for path in sorted(target.iterdir()) if path.name not in ours] if target.exists() else []
     for path in others:
         if path.is_dir() and not path.is_symlink():
-            raise DataError(f"the folder to write to holds another folder, {path.name}", where=str(target), mend=mend)
+            raise DataError(f"the folder to write to holds another folder, {path.name}", where=str(target), fix=fix)
     try:
         with files.atomic_folder(target) as staged:
             yield staged
@@ -40,7 +40,7 @@ def replaced(target: Path, ours: set[str], key: str) -> Iterator[Path]:
                 shutil.copy2(path, staged / path.name, follow_symlinks=False)
     except OSError as error:
         what, where = f"cannot write: {error.strerror or error}", str(error.filename or target)
-        raise DataError(what, where=where, mend=f"free space, or {mend}") from None
+        raise DataError(what, where=where, fix=f"free space, or {fix}") from None
 
 
 STYLED_FROM = "source.json"  # beside styled rows: which file each was made from, with which content, by which style
@@ -66,13 +66,13 @@ def iter_rows(path: Path | str) -> Iterator[Row]:
     """The same, one at a time."""
     path = Path(path)
     if not path.exists():
-        raise DataError("no such file of rows", where=str(path), mend="make it: make process RAW=your_file")
+        raise DataError("no such file of rows", where=str(path), fix="make it: make process RAW=your_file")
     found = sniff(path)
     if found.kind != "jsonl":
-        raise DataError("not a file of JSON lines", where=str(path), mend=f"make process RAW={path}")
+        raise DataError("not a file of JSON lines", where=str(path), fix=f"make process RAW={path}")
     for raw in read_lines(path, str(path), found, None):
         if fault := raw.fault or _fault(raw.value):
-            raise DataError(fault, where=raw.origin, mend=f"mend that line, or: make process RAW={path}")
+            raise DataError(fault, where=raw.origin, fix=f"fix that line, or: make process RAW={path}")
         row: Row = raw.value
         row.setdefault("origin", f"{path.name}:{raw.origin.rpartition(':')[2]}")
         yield row if row.get("id") else {"id": rows.row_id(row), **row}
@@ -114,8 +114,8 @@ def paths(data: DataSection, root: Path) -> Stage:
         name = "styled" if (resolve_path(root, data.styled_dir) / "train.jsonl").exists() else "processed"
     folder = resolve_path(root, getattr(data, f"{name}_dir"))
     if not (folder / "train.jsonl").exists():
-        mend = COMMANDS[name] + ("" if name == "processed" else ", or --set data.stage=auto")
-        raise DataError(f"there are no {name} rows", where=str(folder / "train.jsonl"), mend=mend)
+        fix = COMMANDS[name] + ("" if name == "processed" else ", or --set data.stage=auto")
+        raise DataError(f"there are no {name} rows", where=str(folder / "train.jsonl"), fix=fix)
     if name == "styled":
         check_styled(data, root)
     found = {split: folder / f"{split}.jsonl" for split in NAMES}
@@ -130,12 +130,12 @@ def _given(data: DataSection, root: Path) -> Stage:
     """Named files; val and test that are not named are looked for beside the training file, never in another folder."""
     train = resolve_path(root, str(data.train_path))
     if not train.exists():
-        raise DataError("data.train_path is not there", where=str(train), mend="make process, or mend data.train_path")
+        raise DataError("data.train_path is not there", where=str(train), fix="make process, or fix data.train_path")
     found: dict[str, Path | None] = {}
     for split, given in (("val", data.val_path), ("test", data.test_path)):
         path = resolve_path(root, given) if given else train.with_name(f"{split}.jsonl")
         if given and not path.exists():
-            raise DataError(f"data.{split}_path is not there", where=str(path), mend=f"mend data.{split}_path")
+            raise DataError(f"data.{split}_path is not there", where=str(path), fix=f"fix data.{split}_path")
         found[split] = path if path.exists() and path != train else None
     return Stage("given", train, found["val"], found["test"])
 
@@ -158,8 +158,8 @@ def check_styled(data: DataSection, root: Path) -> None:
             what = f"{name} was styled before the processed rows changed"
         else:
             continue
-        mend = "style again: make style STYLE=...; or train without style: --set data.stage=processed"
-        raise DataError(f"the styled rows are stale: {what}", where=str(styled), mend=mend)
+        fix = "style again: make style STYLE=...; or train without style: --set data.stage=processed"
+        raise DataError(f"the styled rows are stale: {what}", where=str(styled), fix=fix)
 
 
 def note_style(target: Path, source: Path, digest: str, **how: str) -> None:

@@ -30,7 +30,7 @@ def text_of(style: str) -> str:
     if not style.strip() or near:
         what = f"there is no preset {style!r}" if near else "the style is empty"
         near_one = f"did you mean {near[0]}? " if near else ""
-        raise DataError(what, mend=f"{near_one}presets: {', '.join(PRESETS)}; or a sentence of your own")
+        raise DataError(what, fix=f"{near_one}presets: {', '.join(PRESETS)}; or a sentence of your own")
     return style
 
 
@@ -55,21 +55,21 @@ def styled(row: dict[str, Any], style: str, mode: str) -> dict[str, Any]:
 def style_file(source: Path, target: Path, style: str, mode: str) -> int:
     """Styles one file of rows into another and notes beside it what it was made from; returns the number of rows."""
     if source.resolve() == target.resolve():
-        raise DataError("--in and --out are the same file", where=str(source), mend="name another --out")
+        raise DataError("--in and --out are the same file", where=str(source), fix="name another --out")
     rows = 0
     try:
         digest = files.sha256(source) if source.exists() else ""
         with files.atomic_file(target) as staged, staged.open("wb") as out:
             for row in store.iter_rows(source):
                 if records.is_rendered(row):
-                    mend = "style the processed rows, then render again: make style render"
-                    raise DataError("rendered rows have no system text to style", where=str(source), mend=mend)
+                    fix = "style the processed rows, then render again: make style render"
+                    raise DataError("rendered rows have no system text to style", where=str(source), fix=fix)
                 out.write(readers.dumps(styled(row, style, mode)) + b"\n")
                 rows += 1
         store.note_style(target, source, digest, style=style, mode=mode)
     except OSError as error:
         where = str(error.filename or target)
-        raise DataError(f"cannot write: {error.strerror or error}", where=where, mend="name another --out") from None
+        raise DataError(f"cannot write: {error.strerror or error}", where=where, fix="name another --out") from None
     return rows
 
 
@@ -78,10 +78,10 @@ def style_folder(data: DataSection, root: Path, style: str, mode: str) -> dict[s
     processed, target = resolve_path(root, data.processed_dir), resolve_path(root, data.styled_dir)
     present = [name for name in NAMES if (processed / f"{name}.jsonl").exists()]
     if "train" not in present:
-        raise DataError("there are no processed rows", where=str(processed / "train.jsonl"), mend="make process")
+        raise DataError("there are no processed rows", where=str(processed / "train.jsonl"), fix="make process")
     if processed.resolve() == target.resolve():
-        mend = "--set data.styled_dir=data/processed_with_style"
-        raise DataError("data.styled_dir and data.processed_dir are one folder", where=str(target), mend=mend)
+        fix = "--set data.styled_dir=data/processed_with_style"
+        raise DataError("data.styled_dir and data.processed_dir are one folder", where=str(target), fix=fix)
     ours = {f"{name}.jsonl" for name in NAMES} | {store.STYLED_FROM}
     with store.replaced(target, ours, "data.styled_dir") as staged:
         files_of = {name: (processed / f"{name}.jsonl", staged / f"{name}.jsonl") for name in present}

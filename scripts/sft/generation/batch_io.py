@@ -38,10 +38,10 @@ def read(path: Path, system: str | None) -> list[Request]:
     """
     kind = path.suffix.lower()
     if kind not in (".txt", ".jsonl"):
-        raise DataError(f"{path.name} is neither .txt nor .jsonl", where="--input_file", mend="rename or convert it")
+        raise DataError(f"{path.name} is neither .txt nor .jsonl", where="--input_file", fix="rename or convert it")
     text = lines.text_of(path, "input file").replace("\r\n", "\n").removesuffix("\n")
     if not text.strip():
-        raise DataError("the input file is empty", where=str(path), mend="put a question on a line")
+        raise DataError("the input file is empty", where=str(path), fix="put a question on a line")
     if kind == ".txt":
         asked = text.split("\n")
         return [_request({"user": line}, system, "") if line.strip() else Request(None, "", {}) for line in asked]
@@ -55,7 +55,7 @@ def _request(row: Row, system: str | None, where: str) -> Request:
     if key is None:
         if isinstance(row.get("input"), str):
             return Request({"input": row["input"], "target": ""}, row["input"], row)
-        raise DataError(f"no question in this row (it has {', '.join(row) or 'nothing'})", where=where, mend=_SHAPE)
+        raise DataError(f"no question in this row (it has {', '.join(row) or 'nothing'})", where=where, fix=_SHAPE)
     asked = row[key]
     if key == "instruction" and isinstance(row.get("input"), str) and row["input"].strip():
         asked = f"{asked}\n\n{row['input']}"
@@ -101,7 +101,7 @@ def write(path: Path, requests: Sequence[Request], answers: Sequence[Answer | No
     try:
         files.write_text(path, text)
     except OSError as error:
-        raise DataError(f"the output file cannot be written: {error}", where=str(path), mend="--output_file") from None
+        raise DataError(f"the output file cannot be written: {error}", where=str(path), fix="--output_file") from None
 
 
 def _one_line(text: str) -> str:

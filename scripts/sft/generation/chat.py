@@ -38,7 +38,7 @@ def last_conversation(path: Path) -> list[Message]:
         messages: list[Message] = json.loads(lines[-1])["messages"]
         assert all(isinstance(m["content"], str) and m["role"] in _ROLES for m in messages)
     except (OSError, ValueError, KeyError, IndexError, TypeError, AssertionError, RecursionError):
-        raise DataError("no saved conversation there", where=str(path), mend="/load a file that /save wrote") from None
+        raise DataError("no saved conversation there", where=str(path), fix="/load a file that /save wrote") from None
     return messages
 
 

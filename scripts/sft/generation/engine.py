@@ -310,7 +310,7 @@ def _smaller(size: int) -> int:
     if size == 1:
         raise EnvironmentProblem(
             "there is not enough memory for a single answer",
-            mend="--set generation.max_new_tokens=64, a shorter prompt, or a smaller model",
+            fix="--set generation.max_new_tokens=64, a shorter prompt, or a smaller model",
         )
     log.warning("memory ran out at %d answers side by side: going on with %d", size, size // 2)
     return size // 2

@@ -98,7 +98,7 @@ def examples(config: Config, root: Path) -> list[Row]:
         raise ConfigError(
             f"eval.shots is {config.eval.shots}, but {path.name} has {len(rows)} rows of one question and one answer",
             where="eval.shots",
-            mend=f"--set eval.shots={len(rows)}",
+            fix=f"--set eval.shots={len(rows)}",
         )
     return random.Random(config.generation.seed).sample(rows, min(len(rows), config.eval.shots + SPARE))
 
@@ -114,7 +114,7 @@ def _of_row(prompt: Prompt, row: Row, config: Config, shots: Sequence[Row]) -> I
         raise DataError("a row has no answer to compare with", where=str(row.get("origin", records.row_id(row))))
     if records.is_rendered(row):
         if config.eval.shots:
-            raise ConfigError("rendered rows cannot have examples in front", where="eval.shots", mend="set it to 0")
+            raise ConfigError("rendered rows cannot have examples in front", where="eval.shots", fix="set it to 0")
         yield Question(row, prompt(row)[0], str(row["input"]), records.reference(row))
         return
     messages, places, tools = records.messages(row), answers(row), records.tools(row)

@@ -41,7 +41,7 @@ def expected(config: Config, folder: Path | None, root: Path) -> str | None:
             try:
                 said = json.loads(path.read_text(encoding="utf-8")).get("system")
             except (ValueError, AttributeError):
-                raise ModelError(f"{path} is not a JSON object", mend="delete it, or train again") from None
+                raise ModelError(f"{path} is not a JSON object", fix="delete it, or train again") from None
             return said if isinstance(said, str) and said else config.data.system_prompt
     if folder is None:
         return config.data.system_prompt
@@ -114,7 +114,7 @@ def resolve_model(
     run's own (same train.output_dir); `sets` win over all. Raises RunError, ModelError, ConfigError.
     """
     if adapters is not None and merged is not None:
-        raise ModelError("--adapters and --merged name two models", mend="give one of them")
+        raise ModelError("--adapters and --merged name two models", fix="give one of them")
     if adapters is not None:
         return _named(config, sets, _adapter_folder(adapters), "adapter", is_default, root)
     if merged is not None:
@@ -123,7 +123,7 @@ def resolve_model(
         if base:
             return Target(load(config, sets, root=root).config, None)
         raise RunError(
-            "there is no trained model yet", where=str(root / "outputs" / "last"), mend="make train, or --base"
+            "there is no trained model yet", where=str(root / "outputs" / "last"), fix="make train, or --base"
         )
     run = runs.last_run(root)
     settings = _settings(config, sets, run.folder, is_default, root)
@@ -134,7 +134,7 @@ def resolve_model(
     if base:
         return Target(settings, run)
     raise RunError(
-        f"the run {run.name} left neither an adapter nor a model", where=str(run.folder), mend="make train, or --base"
+        f"the run {run.name} left neither an adapter nor a model", where=str(run.folder), fix="make train, or --base"
     )
 
 
@@ -184,7 +184,7 @@ def _adapter_folder(path: Path) -> Path:
         raise ModelError(
             f"there is no adapter in {path}" if folder.is_dir() else f"the adapter folder {path} is not there",
             where="--adapters",
-            mend="name a folder that train wrote, such as adapters/last; make train makes one",
+            fix="name a folder that train wrote, such as adapters/last; make train makes one",
         )
     return folder
 
@@ -195,7 +195,7 @@ def _model_folder(path: Path) -> Path:
         raise ModelError(
             f"there is no model in {path}" if folder.is_dir() else f"the model folder {path} is not there",
             where="--merged",
-            mend="name a folder that merge_lora wrote: make merge",
+            fix="name a folder that merge_lora wrote: make merge",
         )
     return folder
 

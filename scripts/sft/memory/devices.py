@@ -124,10 +124,10 @@ def parse(text: str) -> Device:
         raise ConfigError(
             f"a plan is made for a card of NVIDIA or for the CPU, and {text.strip()} is neither",
             where="--gpu",
-            mend=f"--gpu cpu plans for this machine's own memory; {size}",
+            fix=f"--gpu cpu plans for this machine's own memory; {size}",
         )
     if gib is not None and (gib == 0 or text.strip().startswith("-")):
-        raise ConfigError(f"{text.strip()} is no card's memory", where="--gpu", mend="say it so: --gpu 8GiB")
+        raise ConfigError(f"{text.strip()} is no card's memory", where="--gpu", fix="say it so: --gpu 8GiB")
     known = {plain(card): card for card in CARDS}
     if name in known:
         card = known[name]
@@ -139,7 +139,7 @@ def parse(text: str) -> Device:
     raise ConfigError(
         f"no card of this name is known: {text}" if name else "--gpu names no card",
         where="--gpu",
-        mend=(f'did you mean --gpu "{guess}"? ' if guess else "") + f"{size}; without --gpu it is this machine",
+        fix=(f'did you mean --gpu "{guess}"? ' if guess else "") + f"{size}; without --gpu it is this machine",
     )
 
 

@@ -485,12 +485,12 @@ def make_plan(
     device: Device,
     *,
     root: Path | None = None,
-    mend: bool = True,
+    fix: bool = True,
 ) -> Plan:
     """The plan for `config` on `device` of the model that `description`, its config.json, describes: traced.
 
     Where the micro-batch is left to be measured, it is the most rows at max_seq_len that fit. root: the project's,
-    whose records of earlier runs and kept traces are used. mend: look for remedies where it does not fit. Raises
+    whose records of earlier runs and kept traces are used. fix: look for remedies where it does not fit. Raises
     ConfigError where batch settings contradict each other, ModelError for a family that cannot be traced.
     """
     _refuse_unusable(config, description)
@@ -499,7 +499,7 @@ def make_plan(
     found = every(settled, traces, around.slack, device, trained)
     peak = max(phase.peak for phase in found.values())
     fits, fixes, together = peak <= device.gib, list[Suggestion](), None
-    if mend and not fits:
+    if fix and not fits:
         gpu = device.kind == "cuda"
         fixes, together = find_suggestions(
             config, settled, trained.peak, device.gib, around.training, around.peak, gpu=gpu
@@ -526,7 +526,7 @@ def _refuse_unusable(config: Config, description: Mapping[str, Any]) -> None:
         raise ModelError(
             f"the config.json of {config.model.name} has no model_type, so its family is not known",
             where="config.json",
-            mend="name a model as transformers saves it",
+            fix="name a model as transformers saves it",
         )
     stored = description.get("quantization_config")
     method = stored.get("quant_method", "an unknown way") if isinstance(stored, Mapping) else None
@@ -534,7 +534,7 @@ def _refuse_unusable(config: Config, description: Mapping[str, Any]) -> None:
         raise ModelError(
             f"the weights of {config.model.name} are stored quantised ({method})",
             where="model.name",
-            mend="name the full-precision model: qlora makes its own 4-bit weights from it, and merging needs it",
+            fix="name the full-precision model: qlora makes its own 4-bit weights from it, and merging needs it",
         )
 
 
@@ -663,7 +663,7 @@ def memory_check(
     if force:
         log.warning("%s; --force: it is tried all the same", said)
         return
-    raise EnvironmentProblem(said, where=f"{config.tuning.mode}, rows of {longest} tokens", mend=_mend(made))
+    raise EnvironmentProblem(said, where=f"{config.tuning.mode}, rows of {longest} tokens", fix=_fix(made))
 
 
 def bound(description: Mapping[str, Any], config: Config, parameters: int, longest: int) -> float:
@@ -691,7 +691,7 @@ def bound(description: Mapping[str, Any], config: Config, parameters: int, longe
     return (16.0 * parameters + 4.0 * (tokens * a_token + answers)) / GIB
 
 
-def _mend(made: Plan) -> str:
+def _fix(made: Plan) -> str:
     lines = [f"--set {r.setting} saves {r.saves_gib:.2f} GiB ({r.costs})" for r in made.remedies if r.saves_gib]
     models = [f"--set {r.setting}" for r in made.remedies if not r.saves_gib]
     if made.together is not None and made.together.fits:

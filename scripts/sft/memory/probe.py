@@ -97,7 +97,7 @@ def search(
     if best is None:
         raise DoesNotFitError(
             f"one row of {length} tokens does not fit in {total_bytes / 2**30:.1f} GiB",
-            mend="lower model.max_seq_len or take a smaller model; `make plan` says what each saves",
+            fix="lower model.max_seq_len or take a smaller model; `make plan` says what each saves",
         )
     tried, stride = [best], 1
     while best.rows + stride <= cap and time_left():

@@ -238,7 +238,7 @@ def listed(given: Sequence[str]) -> list[str]:
             continue
         lines = [line.split("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines()]
         if not any(lines):
-            raise ConfigError("there is no model name in it", where=each, mend="write one name a line")
+            raise ConfigError("there is no model name in it", where=each, fix="write one name a line")
         found += [line for line in lines if line]
     return found or list(models())
 
@@ -265,7 +265,7 @@ def each(
         section = config.model.model_copy(update={"name": name, "revision": None})
         try:
             settings = config.model_copy(update={"model": section})
-            made = plan.make_plan(settings, description(section, root), device, root=root, mend=False)
+            made = plan.make_plan(settings, description(section, root), device, root=root, fix=False)
             found[name] = {"billions": made.parameters / 1e9, **made.to_json()}
         except SftError as error:
             found[name] = {"fits": False, "error": str(error).splitlines()[0]}

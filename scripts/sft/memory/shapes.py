@@ -108,7 +108,7 @@ def reading(name: str) -> Iterator[None]:
         raise ModelError(
             f"cannot build {name} from its config.json: {said[:200]}",
             where="config.json",
-            mend="plan reads models that transformers itself knows, with no code of their own",
+            fix="plan reads models that transformers itself knows, with no code of their own",
         ) from None
 
 
@@ -265,7 +265,7 @@ def _on_meta(config: Mapping[str, Any], name: str) -> Any:
         raise ModelError(
             f"cannot build {name} from its config.json: {' '.join(str(error).split())[:200]}",
             where="config.json",
-            mend="plan reads models that transformers itself knows",
+            fix="plan reads models that transformers itself knows",
         ) from None
 
 

@@ -976,7 +976,7 @@ class _Drawn:
                 f"{self.name} cannot be planned: its code needs values, and a plan has shapes alone"
                 f" ({type(error).__name__}: {' '.join(str(error).split())[:160]})",
                 where="config.json",
-                mend="train it with --force: the batch size is measured on the card",
+                fix="train it with --force: the batch size is measured on the card",
             ) from None
         finally:
             step_log.level = before

@@ -72,7 +72,7 @@ def read(path: Path) -> Answers:
     for row, where in text.rows(text.text_of(path, "predictions file"), path, _SHAPE):
         _add(answers, row, where)
     if not answers.predictions:
-        raise DataError("the predictions file has no rows", where=str(path), mend=_SHAPE)
+        raise DataError("the predictions file has no rows", where=str(path), fix=_SHAPE)
     return answers
 
 
@@ -94,5 +94,5 @@ def _text(row: dict[str, Any], key: str, where: str) -> str:
     value = row.get(key)
     if not isinstance(value, str):
         said = "is missing" if key not in row else f"is {type(value).__name__}, not text"
-        raise DataError(f'"{key}" {said}', where=where, mend=_SHAPE)
+        raise DataError(f'"{key}" {said}', where=where, fix=_SHAPE)
     return value

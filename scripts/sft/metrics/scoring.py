@@ -59,18 +59,18 @@ def load(path: Path) -> dict[str, Any]:
     """A JSON-schema file. Raises ConfigError when it is missing, not JSON or not a schema."""
     from jsonschema import exceptions, validators
 
-    mend = "mend the file, or set eval.json_schema to another (null for none)"
+    fix = "fix the file, or set eval.json_schema to another (null for none)"
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the JSON schema cannot be read: {error}", where=str(path), mend=mend) from None
+        raise ConfigError(f"the JSON schema cannot be read: {error}", where=str(path), fix=fix) from None
     schema = parse(text)
     if not isinstance(schema, dict):
-        raise ConfigError("eval.json_schema is not a file with one JSON object", where=str(path), mend=mend)
+        raise ConfigError("eval.json_schema is not a file with one JSON object", where=str(path), fix=fix)
     try:
         validators.validator_for(schema).check_schema(schema)
     except exceptions.SchemaError as error:
-        raise ConfigError(f"not a JSON schema: {error.message}", where=str(path), mend=mend) from None
+        raise ConfigError(f"not a JSON schema: {error.message}", where=str(path), fix=fix) from None
     return schema
 
 
@@ -170,7 +170,7 @@ def compiled(pattern: str | None) -> re.Pattern[str] | None:
         return None if pattern is None else re.compile(pattern, re.DOTALL)
     except re.error as error:
         raise ConfigError(
-            f"not a regular expression: {error}", where="eval.format", mend="mend it, or set it to null"
+            f"not a regular expression: {error}", where="eval.format", fix="fix it, or set it to null"
         ) from None
 
 
@@ -286,7 +286,7 @@ def evaluate_score(
         import evaluate
     except ImportError:
         raise EnvironmentProblem(
-            f"the metric {name} needs the library `evaluate`", mend="pip install evaluate, or take it out: eval.metrics"
+            f"the metric {name} needs the library `evaluate`", fix="pip install evaluate, or take it out: eval.metrics"
         ) from None
     try:
         metric = evaluate.load(wanted)
@@ -294,7 +294,7 @@ def evaluate_score(
         said = " ".join(str(error).split())[:300]
         raise EnvironmentProblem(
             f"evaluate cannot load {wanted}: {said}",
-            mend="check its name and the network, or take it out: eval.metrics",
+            fix="check its name and the network, or take it out: eval.metrics",
         ) from None
     given: dict[str, Any] = {"predictions": list(predictions), "references": [list(options) for options in references]}
     if "sources" in getattr(metric, "features", {}):
@@ -315,7 +315,7 @@ def _compute(name: str, metric: Any, given: dict[str, Any]) -> dict[str, Any]:
             return dict(metric.compute(**arguments))
         except Exception as error:
             said = " ".join(str(error).split())[:300]
-    raise ConfigError(f"{name} cannot score these answers: {said}", mend="take it out of eval.metrics")
+    raise ConfigError(f"{name} cannot score these answers: {said}", fix="take it out of eval.metrics")
 
 
 def _read_result(wanted: str, result: dict[str, Any]) -> tuple[float, list[float] | None]:
@@ -327,7 +327,7 @@ def _read_result(wanted: str, result: dict[str, Any]) -> tuple[float, list[float
         if isinstance(value, list) and value and all(isinstance(item, Real) for item in value):
             rows = [float(item) for item in value]
             return sum(rows) / len(rows), rows
-    raise ConfigError(f"evaluate:{wanted} gave no number, only {sorted(result)}", mend="take it out of eval.metrics")
+    raise ConfigError(f"evaluate:{wanted} gave no number, only {sorted(result)}", fix="take it out of eval.metrics")
 
 
 log = logging.getLogger("sft.metrics")
@@ -403,7 +403,7 @@ def check_names(names: Sequence[str]) -> list[str]:
         raise ConfigError(
             f"no such metric: {', '.join(problems)}",
             where="eval.metrics",
-            mend=f"choose from {', '.join(NAMES)}, or evaluate:NAME",
+            fix=f"choose from {', '.join(NAMES)}, or evaluate:NAME",
         )
     return list(dict.fromkeys(known))
 
@@ -418,7 +418,7 @@ def as_lists(references: References) -> list[list[str]]:
     lists = [[item] if isinstance(item, str) else list(item) for item in references]
     for index, options in enumerate(lists, start=1):
         if not options:
-            raise DataError("a row has no reference answer", where=f"row {index}", mend="give it one, or take it out")
+            raise DataError("a row has no reference answer", where=f"row {index}", fix="give it one, or take it out")
     return lists
 
 
@@ -518,12 +518,12 @@ def _rows(
         return [adherence(prediction, refs, pattern) for prediction, refs in pairs]
     if name == "json_schema":
         if json_schema is None:
-            raise ConfigError("the metric json_schema has no schema", mend="set eval.json_schema to its file")
+            raise ConfigError("the metric json_schema has no schema", fix="set eval.json_schema to its file")
         validator = Validator(json_schema)
         return [validator(prediction) for prediction in predictions]
     if name == "sari":
         if sources is None:
-            raise DataError("sari compares with the source text, and there is none", mend='add "source" to every row')
+            raise DataError("sari compares with the source text, and there is none", fix='add "source" to every row')
         return [ngram.sari(source, *pair) for source, pair in zip(sources, pairs, strict=True)]
     _warn_of_other_scripts(name, references, stemmer)
     return [ngram.rouge(name, prediction, refs, stemmer=stemmer) for prediction, refs in pairs]

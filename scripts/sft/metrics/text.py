@@ -36,7 +36,7 @@ def text_of(path: Path, what: str) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise DataError(f"there is no such {what}", where=str(path), mend="name another: see --help") from None
+        raise DataError(f"there is no such {what}", where=str(path), fix="name another: see --help") from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"the {what} cannot be read: {error}", where=str(path)) from None
 
@@ -50,9 +50,9 @@ def rows(text: str, path: Path, shape: str) -> Iterator[tuple[dict[str, Any], st
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
-            raise DataError("this line is not JSON", where=where, mend=shape) from None
+            raise DataError("this line is not JSON", where=where, fix=shape) from None
         if not isinstance(row, dict):
-            raise DataError("this line is not a JSON object", where=where, mend=shape)
+            raise DataError("this line is not a JSON object", where=where, fix=shape)
         yield row, where
 
 

@@ -62,14 +62,14 @@ def base_of(folder: Path) -> dict[str, Any]:
     """
     if not (folder / CONFIG).is_file():
         raise ModelError(
-            f"there is no adapter in {folder}", where=str(folder / CONFIG), mend="name a folder such as adapters/last"
+            f"there is no adapter in {folder}", where=str(folder / CONFIG), fix="name a folder such as adapters/last"
         )
     if not (folder / WEIGHTS).is_file():
         pickled = (folder / "adapter_model.bin").is_file()
         raise ModelError(
             f"{folder} has no {WEIGHTS}" + (", only a pickled adapter, which can run code" if pickled else ""),
             where=str(folder),
-            mend="save it again as safetensors" if pickled else "train again, or take another checkpoint",
+            fix="save it again as safetensors" if pickled else "train again, or take another checkpoint",
         )
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
@@ -100,7 +100,7 @@ def other_base(folder: Path, trained_on: str, here: str, problem: str) -> ModelE
     return ModelError(
         f"this adapter belongs to another base: it was trained on {trained_on}, the model here is {here} ({problem})",
         where=str(folder),
-        mend=f"--set model.name={trained_on}, or name the adapter that was trained on {here}",
+        fix=f"--set model.name={trained_on}, or name the adapter that was trained on {here}",
     )
 
 
@@ -140,7 +140,7 @@ def linear_names(model: nn.Module) -> list[str]:
     linear = [name for name, module in model.named_modules() if name and is_linear(module) and module is not top]
     if not linear:
         raise ModelError(
-            f"{type(model).__name__} has no linear layers to attach adapters to", mend="--set tuning.mode=full"
+            f"{type(model).__name__} has no linear layers to attach adapters to", fix="--set tuning.mode=full"
         )
     wanted = set(linear)
     others = {last(name) for name, _ in model.named_modules() if name not in wanted}
@@ -159,7 +159,7 @@ def targets(model: nn.Module, tuning: TuningSection) -> list[str]:
         raise ModelError(
             f"tuning.lora.target_modules names layers the model has not: {', '.join(unknown)}",
             where="tuning.lora.target_modules",
-            mend=f"did you mean {near[0]}? " * bool(near) + f"it has {', '.join(linear_names(model))}, or use auto",
+            fix=f"did you mean {near[0]}? " * bool(near) + f"it has {', '.join(linear_names(model))}, or use auto",
         )
     return list(lora.target_modules)
 
@@ -196,7 +196,7 @@ def attach(model: PreTrainedModel, tuning: TuningSection, *, gradient_checkpoint
         raise ModelError(
             f"no adapter can be attached: {' '.join(str(error).split())[:300]}",
             where="tuning.lora.dropout" if dropout else "tuning.lora",
-            mend="this model's experts are tensors, whose adapters take no dropout: --set tuning.lora.dropout=0"
+            fix="this model's experts are tensors, whose adapters take no dropout: --set tuning.lora.dropout=0"
             if dropout
             else None,
         ) from None

@@ -115,5 +115,5 @@ def load_unsloth(
         raise ModelError(
             f"unsloth cannot load {files.name}: {' '.join(str(error).split())[:300]}",
             where="tuning.backend",
-            mend="--set tuning.backend=bnb",
+            fix="--set tuning.backend=bnb",
         ) from None

@@ -20,7 +20,7 @@ _ENCODERS = frozenset(
     "albert bert camembert data2vec-text deberta deberta-v2 distilbert electra ernie megatron-bert mobilebert"
     " modernbert mpnet rembert roberta roberta-prelayernorm roformer xlm-roberta xlm-roberta-xl xmod".split()
 )
-_MEND = "choose a model that writes text: decoder-only (Qwen2.5, Llama, Mistral, GPT-2) or encoder-decoder (T5)"
+_FIX = "choose a model that writes text: decoder-only (Qwen2.5, Llama, Mistral, GPT-2) or encoder-decoder (T5)"
 
 
 def kind_of(config: dict[str, Any], wanted: str = "auto", *, name: str = "the model") -> Kind:
@@ -35,14 +35,14 @@ def kind_of(config: dict[str, Any], wanted: str = "auto", *, name: str = "the mo
             f"{name} is {_article(architecture)}: it has no head that writes text, so it cannot be fine-tuned on"
             " answers",
             where="model.name",
-            mend=_MEND,
+            fix=_FIX,
         )
     if wanted in ("auto", found):
         return found
     raise ModelError(
         f"model.type is {wanted}, but {name} is {found} ({architecture})",
         where="model.type",
-        mend=f"set model.type to auto or {found}",
+        fix=f"set model.type to auto or {found}",
     )
 
 
@@ -162,18 +162,16 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
         raise ModelError(
             f"{name} is an adapter, not a model" if adapter else f"the folder {name} has no config.json, so no model",
             where=str(folder),
-            mend="give its base as model.name and the adapter with --adapters"
+            fix="give its base as model.name and the adapter with --adapters"
             if adapter
             else "name a folder with config.json, tokenizer and safetensors, or a hub id",
         )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ModelError(
-            f"config.json of {name} is not JSON: {error}", where=str(path), mend="fetch it again"
-        ) from None
+        raise ModelError(f"config.json of {name} is not JSON: {error}", where=str(path), fix="fetch it again") from None
     if not isinstance(config, dict):
-        raise ModelError(f"config.json of {name} is not an object", where=str(path), mend="fetch it again")
+        raise ModelError(f"config.json of {name} is not an object", where=str(path), fix="fetch it again")
     return config
 
 
@@ -189,7 +187,7 @@ def weight_files(folder: Path, name: str) -> list[Path]:
             shards = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
         except (ValueError, KeyError, AttributeError):
             raise ModelError(
-                f"the index of {name} cannot be read", where=str(folder / INDEX), mend=_again(name)
+                f"the index of {name} cannot be read", where=str(folder / INDEX), fix=_again(name)
             ) from None
         paths = [folder / shard for shard in shards]
         if missing := [path.name for path in paths if not path.is_file()]:
@@ -197,7 +195,7 @@ def weight_files(folder: Path, name: str) -> list[Path]:
                 f"{name} is incomplete: {len(missing)} of {len(paths)} shards are missing ({', '.join(missing[:3])}"
                 f"{', ...' if len(missing) > 3 else ''})",
                 where=str(folder),
-                mend=_again(name),
+                fix=_again(name),
             )
     elif (folder / SINGLE).is_file():
         paths = [folder / SINGLE]
@@ -206,7 +204,7 @@ def weight_files(folder: Path, name: str) -> list[Path]:
         raise ModelError(
             f"{name} has no safetensors weights" + (f", only {pickles[0]}, which can run code" if pickles else ""),
             where=str(folder),
-            mend=f"if you trust it: python scripts/download_model.py --model {folder} --allow-pickle"
+            fix=f"if you trust it: python scripts/download_model.py --model {folder} --allow-pickle"
             if pickles
             else "use a repository or folder with model.safetensors",
         )
@@ -214,7 +212,7 @@ def weight_files(folder: Path, name: str) -> list[Path]:
         header = tensors(path)
         end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
         if path.stat().st_size < end + _start(path):
-            raise ModelError(f"{path.name} of {name} is cut short", where=str(path), mend=_again(name))
+            raise ModelError(f"{path.name} of {name} is cut short", where=str(path), fix=_again(name))
     return paths
 
 
@@ -230,7 +228,7 @@ def tensors(path: Path) -> dict[str, dict[str, Any]]:
         raise ModelError(
             f"{path.name} is not a safetensors file, or is cut short ({error})",
             where=str(path),
-            mend="fetch or write it again",
+            fix="fetch or write it again",
         ) from None
     header.pop("__metadata__", None)
     return header

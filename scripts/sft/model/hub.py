@@ -84,7 +84,7 @@ def fetch(repository: str, commit: str, name: str, token: str | None) -> None:
             )
         if len(known.etag) == 64 and files.sha256(part) != known.etag:
             part.unlink()
-            raise ModelError(f"{name} of {repository} arrived damaged", mend="run the same command again")
+            raise ModelError(f"{name} of {repository} arrived damaged", fix="run the same command again")
         part.replace(blob)
 
 
@@ -113,13 +113,13 @@ def download(section: ModelSection, root: Path, *, weights: bool = True) -> Path
         raise ModelError(
             f"{name} is not in the hub's cache, and HF_HUB_OFFLINE forbids fetching it",
             where="model.name",
-            mend=f"with a network: HF_HUB_OFFLINE=0 make download-model MODEL={name}; or give a folder",
+            fix=f"with a network: HF_HUB_OFFLINE=0 make download-model MODEL={name}; or give a folder",
         )
     if not reachable(5.0):
         raise ModelError(
             f"{name} is not in the hub's cache, and the hub does not answer",
             where="model.name",
-            mend="mend the network, or give a folder (the shipped demo model: --set model.name=models/demo)",
+            fix="fix the network, or give a folder (the shipped demo model: --set model.name=models/demo)",
         )
     token, _ = credentials.find(root)
     try:
@@ -163,7 +163,7 @@ def _list(section: ModelSection, token: str | None, *, weights: bool, timeout: f
         raise ModelError(
             f"{section.name} has no safetensors weights on the hub; pickled ones are never fetched",
             where="model.name",
-            mend="choose a repository with model.safetensors; or, if you trust it, fetch it by hand into a folder"
+            fix="choose a repository with model.safetensors; or, if you trust it, fetch it by hand into a folder"
             f" (hf download {section.name} --local-dir models/NAME) and make safetensors of it:"
             " python scripts/download_model.py --model models/NAME --allow-pickle",
         )
@@ -195,7 +195,7 @@ def _room(name: str, needed: int) -> None:
         raise EnvironmentProblem(
             f"{name} needs {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free",
             where=str(place),
-            mend="make room there, or set HF_HOME to a larger disk",
+            fix="make room there, or set HF_HOME to a larger disk",
         )
 
 
@@ -219,17 +219,17 @@ def _said(section: ModelSection, error: Exception) -> ModelError:
         (
             errors.RepositoryNotFoundError,
             f"{name} is neither a folder here nor a model on the hub (or it is private)",
-            "mend model.name; for a private model run: hf auth login",
+            "fix model.name; for a private model run: hf auth login",
         ),
     ]
-    for family, what, mend in cases:
+    for family, what, fix in cases:
         if isinstance(error, family):
-            return ModelError(what, where="model.name", mend=mend)
+            return ModelError(what, where="model.name", fix=fix)
     said = credentials.redact(" ".join(str(error).split()))[:300]
     return ModelError(
         f"fetching {name} failed: {type(error).__name__}: {said}",
         where="model.name",
-        mend="run the same command again: what has arrived is kept",
+        fix="run the same command again: what has arrived is kept",
     )
 
 
@@ -274,7 +274,7 @@ def local_folder(name: str, root: Path) -> Path | None:
         raise ModelError(
             f"the model folder {name} is not there",
             where=str(load.resolve_path(root, str(text))),
-            mend="mend model.name: a folder (counted from the project root), or a hub id (Qwen/Qwen2.5-3B-Instruct)",
+            fix="fix model.name: a folder (counted from the project root), or a hub id (Qwen/Qwen2.5-3B-Instruct)",
         )
     return None
 
@@ -290,7 +290,7 @@ def cached(name: str, revision: str | None) -> Path | None:
         raise ModelError(
             f"{name!r} is neither an existing folder nor a hub id",
             where="model.name",
-            mend="mend model.name: a folder, or a hub id such as Qwen/Qwen2.5-3B-Instruct",
+            fix="fix model.name: a folder, or a hub id such as Qwen/Qwen2.5-3B-Instruct",
         ) from None
     return Path(path).parent if isinstance(path, str) else None
 
@@ -312,7 +312,7 @@ def convert(folder: Path, name: str) -> list[Path]:
         return []
     pickles = sorted(folder.glob("pytorch_model*.bin"))
     if not pickles:
-        raise ModelError(f"{name} has no weights at all", where=str(folder), mend="name a folder with model weights")
+        raise ModelError(f"{name} has no weights at all", where=str(folder), fix="name a folder with model weights")
     log.warning("--allow-pickle: reading %s, tensors alone", ", ".join(path.name for path in pickles))
     made: list[Path] = []
     where: dict[str, str] = {}
@@ -340,10 +340,10 @@ def _tensors(path: Path) -> dict[str, Any]:
         raise ModelError(
             f"{path.name} holds more than tensors, or is cut short: {' '.join(str(error).split())[:160]}",
             where=str(path),
-            mend="take a repository with model.safetensors",
+            fix="take a repository with model.safetensors",
         ) from None
     if not isinstance(read, dict) or not all(isinstance(value, torch.Tensor) for value in read.values()):
-        raise ModelError(f"{path.name} is no table of tensors", where=str(path), mend="take another copy of the model")
+        raise ModelError(f"{path.name} is no table of tensors", where=str(path), fix="take another copy of the model")
     return {name: tensor.contiguous().clone() for name, tensor in read.items()}
 
 

@@ -105,7 +105,7 @@ def _refuse_stored_quantisation(files: ModelFiles, tuning: TuningSection, quanti
         raise ModelError(
             f"the weights of {files.name} are stored quantised ({method})",
             where="model.name",
-            mend="name the full-precision model: qlora makes its own 4-bit weights from it, and merging needs it",
+            fix="name the full-precision model: qlora makes its own 4-bit weights from it, and merging needs it",
         )
 
 
@@ -119,7 +119,7 @@ def _refuse_gaps(files: ModelFiles, report: Any) -> None:
             f"{files.name} has no weights for {len(missing) + len(torn)} tensors that its config.json asks for"
             f" ({', '.join(named)}{', ...' if len(missing) + len(torn) > 3 else ''}); they would be random",
             where=str(files.path),
-            mend=f"fetch it again (make download-model MODEL={files.name}), or choose a model with a language head",
+            fix=f"fetch it again (make download-model MODEL={files.name}), or choose a model with a language head",
         )
     if strange:
         log.warning(f"{len(strange)} tensors of {files.name} are not used by its architecture, e.g. {strange[0]}")
@@ -152,14 +152,14 @@ def _said(files: ModelFiles, error: Exception) -> Exception:
     if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
         return EnvironmentProblem(
             f"there is not enough memory to load {files.name}: {said}",
-            mend="make plan shows what fits; a smaller model, or tuning.mode: qlora",
+            fix="make plan shows what fits; a smaller model, or tuning.mode: qlora",
         )
     if "trust_remote_code" in said:
         return ModelError(
             f"{files.name} comes with code of its own",
             where="model.name",
-            mend="if you trust its authors: --set model.trust_remote_code=true",
+            fix="if you trust its authors: --set model.trust_remote_code=true",
         )
     if "attn_implementation" in said or "attention" in said.lower():
-        return ModelError(said, where="model.attn_implementation", mend="--set model.attn_implementation=eager")
+        return ModelError(said, where="model.attn_implementation", fix="--set model.attn_implementation=eager")
     return ModelError(f"{files.name} cannot be loaded: {type(error).__name__}: {said}", where=str(files.path))

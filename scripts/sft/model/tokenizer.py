@@ -52,7 +52,7 @@ def load_tokenizer(source: ModelFiles | Path | str, *, trust_remote_code: bool =
         raise ModelError(
             f"{name} has no tokenizer files",
             where=str(folder),
-            mend=f"fetch it again: make download-model MODEL={name}",
+            fix=f"fetch it again: make download-model MODEL={name}",
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
@@ -62,7 +62,7 @@ def load_tokenizer(source: ModelFiles | Path | str, *, trust_remote_code: bool =
         raise ModelError(
             f"the tokenizer of {name} cannot be loaded: {said}",
             where=str(folder),
-            mend="if you trust its authors: --set model.trust_remote_code=true" if needs_code else "fetch it again",
+            fix="if you trust its authors: --set model.trust_remote_code=true" if needs_code else "fetch it again",
         ) from None
     if problem := _rebuilt(tokenizer):
         tokenizer = _as_filed(folder)
@@ -102,7 +102,7 @@ def choose_pad(tokenizer: PreTrainedTokenizerBase, rows: int | None = None) -> s
         raise ModelError(
             "the tokenizer has neither an end token nor a pad token, so answers could never stop",
             where=str(tokenizer.name_or_path),
-            mend="choose another model, or add eos_token to its tokenizer_config.json",
+            fix="choose another model, or add eos_token to its tokenizer_config.json",
         )
     tokenizer.pad_token = eos
     log.info(f"padding with the end token {eos}: no other token is free; it stays in the labels where an answer ends")

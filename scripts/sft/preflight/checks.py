@@ -32,12 +32,12 @@ Level = Literal["ok", "warning", "error"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One line. said: what was found. mend: what to do about it, where something is to be done."""
+    """One line. said: what was found. fix: what to do about it, where something is to be done."""
 
     level: Level
     name: str
     said: str
-    mend: str | None = None
+    fix: str | None = None
 
 
 @dataclass
@@ -102,7 +102,7 @@ def config(case: Case) -> Iterator[Finding]:
     except ConfigError as error:
         for problem in error.problems or [error]:
             where = f" ({problem.where})" if problem.where else ""
-            yield Finding("error", "config", problem.what + where, problem.mend)
+            yield Finding("error", "config", problem.what + where, problem.fix)
         return
     case.config = loaded.config
     tuning, model = loaded.config.tuning, loaded.config.model
@@ -131,8 +131,8 @@ def data(case: Case) -> Iterator[Finding]:
         return
     next(iter(store.iter_rows(stage.train)))
     level: Level = "ok" if counts.get("val") else "warning"
-    mend = None if counts.get("val") else "without validation rows no best checkpoint is chosen: raise data.split.val"
-    yield Finding(level, "data", f"{stage.name} rows: {said}", mend)
+    fix = None if counts.get("val") else "without validation rows no best checkpoint is chosen: raise data.split.val"
+    yield Finding(level, "data", f"{stage.name} rows: {said}", fix)
 
 
 def model(case: Case) -> Iterator[Finding]:
@@ -159,8 +159,8 @@ def model(case: Case) -> Iterator[Finding]:
     elif hub.offline():
         yield Finding("error", "model", f"{section.name} is not here, and HF_HUB_OFFLINE is set", "make download-model")
     elif not hub.reachable(1.5):
-        mend = "mend the network, or --set model.name=models/demo"
-        yield Finding("error", "model", f"{section.name} is not here, and the hub does not answer", mend)
+        fix = "fix the network, or --set model.name=models/demo"
+        yield Finding("error", "model", f"{section.name} is not here, and the hub does not answer", fix)
     else:
         case.to_fetch = hub.peek(section, case.root, timeout=1.5).bytes
         said = f"{section.name} is on the hub: {case.to_fetch / 1e9:.2f} GB to fetch"
@@ -191,7 +191,7 @@ def template(case: Case) -> Iterator[Finding]:
     for part, shown in (("answer", answer), ("question", question)):
         if shown not in text:
             raise TemplateError(
-                f"the template never shows the {part}", where=template.name, mend="make preview shows what it writes"
+                f"the template never shows the {part}", where=template.name, fix="make preview shows what it writes"
             )
     prompt = template.render(messages[:1], add_generation_prompt=True)
     if answer in prompt or not text.startswith(prompt.rstrip()):
@@ -259,8 +259,8 @@ def gpu(case: Case) -> Iterator[Finding]:
     cards = hardware.gpus()
     if not cards:
         slow = case.files is not None and case.files.parameters > 2e8
-        mend = "training it here takes days; --set model.name=models/demo shows the pipeline" if slow else None
-        yield Finding("warning" if slow else "ok", "gpu", "none: training on the CPU", mend)
+        fix = "training it here takes days; --set model.name=models/demo shows the pipeline" if slow else None
+        yield Finding("warning" if slow else "ok", "gpu", "none: training on the CPU", fix)
     for card in cards:
         case.gpu_bytes = case.gpu_bytes or card.total_bytes
         busy = card.free_bytes < 0.8 * card.total_bytes
@@ -268,8 +268,8 @@ def gpu(case: Case) -> Iterator[Finding]:
             f"{card.name}, {card.free_bytes / GIB:.1f} of {card.total_bytes / GIB:.1f} GiB free,"
             f" {'bf16' if card.capability >= (8, 0) else 'fp16 alone (no bf16)'}"
         )
-        mend = "another process holds its memory: nvidia-smi names it" if busy else None
-        yield Finding("warning" if busy else "ok", "gpu", said, mend)
+        fix = "another process holds its memory: nvidia-smi names it" if busy else None
+        yield Finding("warning" if busy else "ok", "gpu", said, fix)
     if cards and "+cpu" in metadata.version("torch"):
         said = "torch is a build for the CPU alone, so the GPU would stay idle"
         yield Finding("error", "torch", said, "remove .venv and make install, which takes the CUDA build")
@@ -297,12 +297,12 @@ def disk(case: Case) -> Iterator[Finding]:
     need = case.to_fetch + 2 * GIB if case.files is None else sum(disk_space.parts(case.config, case.files).values())
     said = f"{disk_space.in_words(free)} free in {place}, a run needs about {disk_space.in_words(need)}"
     short = free < need
-    mend = "make room (old runs: outputs/), or --set train.save_total_limit=1" if short else None
-    yield Finding("error" if short else "ok", "disk", said, mend)
+    fix = "make room (old runs: outputs/), or --set train.save_total_limit=1" if short else None
+    yield Finding("error" if short else "ok", "disk", said, fix)
     for folder in (run.folder, run.adapter_dir.parent):
         standing = disk_space.existing(folder)
         if not standing.is_dir() or not os.access(standing, os.W_OK | os.X_OK):
-            yield Finding("error", "outputs", f"{standing} cannot be written to", "mend its permissions, or output_dir")
+            yield Finding("error", "outputs", f"{standing} cannot be written to", "fix its permissions, or output_dir")
             return
     yield Finding("ok", "outputs", f"{config_load.display_path(run.folder, case.root)} can be written to")
 
@@ -315,7 +315,7 @@ def memory(case: Case) -> Iterator[Finding]:
     total, free = hardware.memory()
     said = f"{free / GIB:.1f} of {total / GIB:.1f} GiB free"
     level: Level = "ok"
-    mend = None
+    fix = None
     if case.files is not None and case.config is not None:
         device = "cpu" if case.gpu_bytes is None else "cuda"
         need = devices.ram(case.files.parameters, case.config.tuning.mode, device)
@@ -323,8 +323,8 @@ def memory(case: Case) -> Iterator[Finding]:
             f", a run needs {need:.1f} for libraries{' and weights' if device == 'cpu' else ''} (all of it: make plan)"
         )
         if need * GIB > free:
-            level, mend = "warning", "close what else runs, or choose a smaller model (make plan)"
-    yield Finding(level, "memory", said, mend)
+            level, fix = "warning", "close what else runs, or choose a smaller model (make plan)"
+    yield Finding(level, "memory", said, fix)
 
 
 def port(case: Case) -> Iterator[Finding]:
@@ -335,8 +335,8 @@ def port(case: Case) -> Iterator[Finding]:
     if ours is not None:
         yield Finding("ok", "tensorboard", f"runs at {ours.address}")
     elif tensorboard.answers(case.port):
-        mend = f"another port: TB_PORT={case.port + 1}"
-        yield Finding("warning", "tensorboard", f"port {case.port} is in use by another program", mend)
+        fix = f"another port: TB_PORT={case.port + 1}"
+        yield Finding("warning", "tensorboard", f"port {case.port} is in use by another program", fix)
     else:
         yield Finding("ok", "tensorboard", f"port {case.port} is free")
 
@@ -363,7 +363,7 @@ def run(case: Case) -> list[Finding]:
             findings.extend(check(case))
         except SftError as error:
             where = f" ({error.where})" if error.where else ""
-            findings.append(Finding("error", name, error.what + where, error.mend))
+            findings.append(Finding("error", name, error.what + where, error.fix))
         except Exception as error:  # a check must never end the others
             findings.append(Finding("error", name, f"{type(error).__name__}: {error}", "report this, with the line"))
     return findings

@@ -62,7 +62,7 @@ def require_disk_space(config: Config, files: ModelFiles, run: Run) -> dict[str,
             raise EnvironmentProblem(
                 f"the run needs about {in_words(need)} on that disk, {in_words(free)} are free ({items})",
                 where=str(place),
-                mend="make room (old runs: outputs/), --set train.save_total_limit=1, or another train.output_dir",
+                fix="make room (old runs: outputs/), --set train.save_total_limit=1, or another train.output_dir",
             )
     return needed
 

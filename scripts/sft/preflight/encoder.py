@@ -43,5 +43,5 @@ def row_file(data: DataSection, root: Path, split: str) -> Path:
     stage = store.paths(data, root)
     found = {"train": stage.train, "val": stage.val, "test": stage.test}[split]
     if found is None:
-        raise DataError(f"there are no {split} rows", where=f"data.{split}_path", mend="make process")
+        raise DataError(f"there are no {split} rows", where=f"data.{split}_path", fix="make process")
     return found

@@ -55,8 +55,8 @@ def read(named: Path | None, root: Path) -> list[Row]:
         check = row.get("check", {})
         wrong = sorted(set(check) - set(CHECKS)) if isinstance(check, dict) else [str(check)]
         if wrong:
-            mend = f"`check` knows {', '.join(CHECKS)}"
-            raise DataError(f"no such check: {', '.join(wrong)}", where=str(row.get("origin")), mend=mend)
+            fix = f"`check` knows {', '.join(CHECKS)}"
+            raise DataError(f"no such check: {', '.join(wrong)}", where=str(row.get("origin")), fix=fix)
         for pattern in _patterns(check, "matches") + _patterns(check, "excludes"):
             try:
                 re.compile(pattern)
@@ -182,7 +182,7 @@ def check_one_base(targets: Sequence[Target]) -> None:
     bases = dict.fromkeys((target.config.model.name, target.config.model.revision) for target in targets)
     if len(bases) > 1:
         told = " and ".join(f"{name}{f' ({revision})' if revision else ''}" for name, revision in bases)
-        raise ModelError(f"the adapters have different bases: {told}", mend="compare those of one base at a time")
+        raise ModelError(f"the adapters have different bases: {told}", fix="compare those of one base at a time")
 
 
 def names(targets: Sequence[Target]) -> list[str]:
@@ -444,11 +444,11 @@ def rows(target: Target, split: str | None, limit: int | None, root: Path) -> tu
     chosen = split or ("test" if stage.test is not None else "val")
     path = stage.test if chosen == "test" else stage.val
     if path is None:
-        raise DataError(f"there are no {chosen} rows", where=f"data.{chosen}_path", mend="make process")
+        raise DataError(f"there are no {chosen} rows", where=f"data.{chosen}_path", fix="make process")
     limit = target.config.eval.limit if limit is None else limit
     found = store.read_rows(path)[: limit or None]
     if not found:
-        raise DataError(f"there are no {chosen} rows", where=str(path), mend="make process")
+        raise DataError(f"there are no {chosen} rows", where=str(path), fix="make process")
     return chosen, found, stage.train
 
 
@@ -457,7 +457,7 @@ def judge(url: str | None, model: str | None) -> Judge | None:
     if url is None and model is None:
         return None
     if url is None or model is None:
-        raise ConfigError("a judge needs both --judge-url and --judge-model", mend="give both, or neither")
+        raise ConfigError("a judge needs both --judge-url and --judge-model", fix="give both, or neither")
     made = Judge(url, model)
     made.check()
     return made

@@ -36,7 +36,7 @@ def command(
     if config.model.trust_remote_code:
         given["trust_remote_code"] = "True"
     if awkward := [value for value in given.values() if "," in value or "=" in value]:
-        raise ModelError(f"the harness cannot read a path with , or = in it: {awkward[0]}", mend="rename the folder")
+        raise ModelError(f"the harness cannot read a path with , or = in it: {awkward[0]}", fix="rename the folder")
     made = [sys.executable, "-m", "lm_eval", "--model", "hf" if files.kind == "causal" else "hf-seq2seq"]
     made += ["--model_args", ",".join(f"{name}={value}" for name, value in given.items()), "--tasks", tasks]
     made += ["--output_path", str(out), "--device", "cuda:0" if device == "cuda" else "cpu"]
@@ -49,7 +49,7 @@ def check(code: int, side: Side) -> None:
     if code:
         raise EnvironmentProblem(
             f"the harness ended with code {code} on the {side} side",
-            mend="read what it says above; `lm_eval ls tasks` lists its tasks, whose data come from the hub",
+            fix="read what it says above; `lm_eval ls tasks` lists its tasks, whose data come from the hub",
         )
 
 
@@ -57,7 +57,7 @@ def read(folder: Path) -> dict[str, float]:
     """`{"task metric": value}` of the newest results below the folder. Raises EnvironmentProblem without any."""
     written = sorted(folder.rglob("results_*.json"), key=lambda path: path.stat().st_mtime)
     if not written:
-        raise EnvironmentProblem("the harness left no results", where=str(folder), mend="read what it says above")
+        raise EnvironmentProblem("the harness left no results", where=str(folder), fix="read what it says above")
     found = json.loads(written[-1].read_text(encoding="utf-8"))["results"]
     return {
         f"{task} {name.removesuffix(',none')}": float(value)

@@ -51,7 +51,7 @@ class Judge:
     def __post_init__(self) -> None:
         parts = urlsplit(self.url)
         if parts.scheme not in {"http", "https"} or not parts.hostname:
-            raise EnvironmentProblem(f"--judge-url {self.shown} is no address", mend="such as http://localhost:8000/v1")
+            raise EnvironmentProblem(f"--judge-url {self.shown} is no address", fix="such as http://localhost:8000/v1")
         own = os.environ.get(OPENAI_KEY) if parts.hostname == OPENAI_HOST else None
         self.key = self.key or os.environ.get(KEY) or own
         self._client = httpx.Client(timeout=SECONDS)
@@ -104,7 +104,7 @@ class Judge:
                 return read_marks(reply.json()["choices"][0]["message"]["content"])
             except (ValueError, KeyError, IndexError, TypeError) as error:
                 problem = f"gives no marks: {self._clean(str(error))}"
-        raise EnvironmentProblem(f"the judge {problem}, {TRIES} times over", where=self.shown, mend="is it running?")
+        raise EnvironmentProblem(f"the judge {problem}, {TRIES} times over", where=self.shown, fix="is it running?")
 
     def _post(self, content: str) -> httpx.Response:
         address = self.url.rstrip("/")
@@ -115,11 +115,11 @@ class Judge:
         )
 
     def _refused(self, reply: httpx.Response) -> SftError:
-        mend = f"is --judge-url right, and is there a model {self.model}?"
+        fix = f"is --judge-url right, and is there a model {self.model}?"
         if reply.status_code in {401, 403}:
-            mend = f"put the judge's key into the environment: export {KEY}=..."
+            fix = f"put the judge's key into the environment: export {KEY}=..."
         what = f"the judge refuses ({reply.status_code}): {self._clean(reply.text)}"
-        return EnvironmentProblem(what, where=self.shown, mend=mend)
+        return EnvironmentProblem(what, where=self.shown, fix=fix)
 
     def _clean(self, text: str) -> str:
         text = " ".join(text.split())[:200]

@@ -76,7 +76,7 @@ def start(logdir: Path, port: int) -> tuple[Board, bool]:
         return board, False
     if answers(port):
         raise EnvironmentProblem(
-            f"port {port} is in use by another program", mend=f"choose another: make tensorboard TB_PORT={port + 1}"
+            f"port {port} is in use by another program", fix=f"choose another: make tensorboard TB_PORT={port + 1}"
         )
     log = logdir / ".board.log"
     with log.open("w", encoding="utf-8") as out:
@@ -97,7 +97,7 @@ def start(logdir: Path, port: int) -> tuple[Board, bool]:
             break
         time.sleep(0.2)
     stop(logdir)
-    raise EnvironmentProblem("TensorBoard did not start", where=str(log), mend=f"read its log: tail {log}")
+    raise EnvironmentProblem("TensorBoard did not start", where=str(log), fix=f"read its log: tail {log}")
 
 
 def stop(logdir: Path) -> Board | None:

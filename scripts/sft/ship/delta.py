@@ -58,7 +58,7 @@ def read_changes(folder: Path, config: dict[str, Any]) -> dict[str, Change]:
         raise ModelError(
             f"the adapter began with {start}, which changes the base too, so it does not fit the base's own weights",
             where=str(folder),
-            mend="convert it to a plain LoRA with peft first (path_initial_model_for_weight_conversion)",
+            fix="convert it to a plain LoRA with peft first (path_initial_model_for_weight_conversion)",
         )
     changes: dict[str, Change] = {}
     try:
@@ -67,7 +67,7 @@ def read_changes(folder: Path, config: dict[str, Any]) -> dict[str, Change]:
         raise ModelError(
             f"the adapter's weights cannot be read, or are cut short: {error}",
             where=str(folder / "adapter_model.safetensors"),
-            mend="take another checkpoint: --adapters outputs/RUN/checkpoint-N",
+            fix="take another checkpoint: --adapters outputs/RUN/checkpoint-N",
         ) from None
     for key, tensor in held.items():
         name = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
@@ -117,7 +117,7 @@ def place(changes: dict[str, Change], names: set[str], *, tied: bool, follows: b
         if found is None or found in placed:
             raise ModelError(
                 f"the adapter changes {name}, which the base's files do not hold under any name",
-                mend="merge onto the base that it was trained on",
+                fix="merge onto the base that it was trained on",
             )
         placed[found] = change
     embed = home(EMBED, names)
@@ -152,7 +152,7 @@ def blocks(weight: torch.Tensor, change: Change, name: str, take: Callable[[Any,
             take(part, whole[part].float())
         return
     if change.a is None or change.b is None:
-        raise ModelError(f"the adapter has only one of the two factors for {name}", mend="take another checkpoint")
+        raise ModelError(f"the adapter has only one of the two factors for {name}", fix="take another checkpoint")
     flip = _turned(weight, change, name)
     a, b = change.a.float(), change.b.float()
     base = weight.T if flip else weight
@@ -178,7 +178,7 @@ def _turned(weight: torch.Tensor, change: Change, name: str) -> bool:
     if not straight and not turned:
         raise ModelError(
             f"{name} is {list(weight.shape)} in the base, the adapter's is {[tall, wide]}",
-            mend="merge onto the base that it was trained on; a 4-bit base holds its weights packed and cannot be used",
+            fix="merge onto the base that it was trained on; a 4-bit base holds its weights packed and cannot be used",
         )
     return turned and (not straight or bool(change.flip))
 
@@ -255,7 +255,7 @@ def _settle(
         new = value.to(kind)
         if not bool(torch.isfinite(new).all()):
             raise ModelError(
-                f"{name} does not fit {dtype}: a number in it becomes infinite or is none", mend="--dtype bf16 or fp32"
+                f"{name} does not fit {dtype}: a number in it becomes infinite or is none", fix="--dtype bf16 or fp32"
             )
         if change is not None and shape == list(weight.shape):
             old = weight[part]

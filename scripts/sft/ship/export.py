@@ -93,7 +93,7 @@ def parameters(section: GenerationSection) -> dict[str, float | int]:
 
 def _block(text: str) -> str:
     if '"""' in text:
-        raise ModelError('a text with """ in it cannot stand in a Modelfile', mend="FORMAT=gguf")
+        raise ModelError('a text with """ in it cannot stand in a Modelfile', fix="FORMAT=gguf")
     return f'"""{text}"""'
 
 
@@ -134,9 +134,9 @@ def export(target: Target, form: str, kind: str, out: Path, root: Path, progress
     """
     started = time.monotonic()
     if not target.tuned:
-        raise ModelError("there is nothing tuned to export", where="--base", mend="make train, or name --adapters")
+        raise ModelError("there is nothing tuned to export", where="--base", fix="make train, or name --adapters")
     if form == "hf" and kind == "q8_0":
-        raise ModelError("safetensors are not written as q8_0", where="--type", mend="TYPE=f16, bf16 or f32")
+        raise ModelError("safetensors are not written as q8_0", where="--type", fix="TYPE=f16, bf16 or f32")
     out = out.absolute()
     _refuse_target(out)
     merge.need(out, 0, "an export")
@@ -206,7 +206,7 @@ def _refuse_uncovered(files: ModelFiles, form: str, trusted: bool) -> None:
         raise ModelError(
             "export covers models that continue a conversation; this one is seq2seq",
             where=files.name,
-            mend="make merge: its folder is what any library loads",
+            fix="make merge: its folder is what any library loads",
         )
     if form != "hf":
         gguf_layout.architecture(files.config, files.name)
@@ -290,4 +290,4 @@ def _lift(folder: Path, staged: Path) -> None:
 def _refuse_target(out: Path) -> None:
     """`out` may be new, empty, or an earlier export."""
     if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / EXPORT).is_file())):
-        raise RunError(f"{out} is in the way: it is no export", where=str(out), mend="name another folder: --out")
+        raise RunError(f"{out} is in the way: it is no export", where=str(out), fix="name another folder: --out")

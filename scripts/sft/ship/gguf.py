@@ -42,11 +42,11 @@ def architecture(config: dict[str, Any], name: str) -> str:
         raise ModelError(
             f"{name} is a {found}, which export to GGUF does not cover: it covers {', '.join(ARCHITECTURES)}",
             where="config.json: architectures",
-            mend="FORMAT=hf, then llama.cpp's own convert_hf_to_gguf.py",
+            fix="FORMAT=hf, then llama.cpp's own convert_hf_to_gguf.py",
         )
     biased = config.get("attention_bias") or config.get("mlp_bias")
     if ARCHITECTURES[found] == "qwen3" and biased:
-        raise ModelError(f"{name} has biases that llama.cpp's {found} has no place for", mend="FORMAT=hf")
+        raise ModelError(f"{name} has biases that llama.cpp's {found} has no place for", fix="FORMAT=hf")
     return ARCHITECTURES[found]
 
 
@@ -62,7 +62,7 @@ def tensor_names(arch: str, layers: int, names: list[str]) -> dict[str, str]:
             continue  # computed, not trained
         place = mapping.get_name(name, try_suffixes=(".weight", ".bias"))
         if place is None:
-            raise ModelError(f"GGUF has no place for {name} in {arch}", mend="FORMAT=hf")
+            raise ModelError(f"GGUF has no place for {name} in {arch}", fix="FORMAT=hf")
         found[name] = place
     return found
 
@@ -139,7 +139,7 @@ def _scaling(writer: gguf.GGUFWriter, rope: dict[str, Any]) -> None:
     if kind == "yarn":
         writer.add_rope_scaling_orig_ctx_len(int(rope["original_max_position_embeddings"]))
     elif kind not in ("default", "linear", "llama3"):
-        raise ModelError(f"positions scaled the {kind} way are not covered by export to GGUF", mend="FORMAT=hf")
+        raise ModelError(f"positions scaled the {kind} way are not covered by export to GGUF", fix="FORMAT=hf")
 
 
 NORMAL, CONTROL, USER, UNUSED = 1, 3, 4, 5  # gguf.TokenType
@@ -254,7 +254,7 @@ def of_tokenizer(
     raise ModelError(
         f"no pre-tokeniser of llama.cpp gives the model's ids; written as qwen2, {wrong}",
         where="tokenizer.json",
-        mend="FORMAT=hf, then llama.cpp's own convert_hf_to_gguf.py, which may know this tokenizer by name",
+        fix="FORMAT=hf, then llama.cpp's own convert_hf_to_gguf.py, which may know this tokenizer by name",
     )
 
 
@@ -267,7 +267,7 @@ def refuse_other_kinds(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
             "the tokenizer is no byte-level BPE, the only kind that export to GGUF covers (Llama 2 and Gemma"
             " have others)",
             where="tokenizer.json",
-            mend="FORMAT=hf, then llama.cpp's own convert_hf_to_gguf.py",
+            fix="FORMAT=hf, then llama.cpp's own convert_hf_to_gguf.py",
         )
     return state
 
@@ -433,7 +433,7 @@ def _stored(values: NDArray[Any], kind: gguf.GGMLQuantizationType, name: str) ->
     import numpy as np
 
     if kind == gguf.GGMLQuantizationType.F16 and values.size and float(np.abs(values).max()) > 65504:
-        raise ModelError(f"{name} does not fit f16: a number in it becomes infinite", mend="TYPE=bf16, f32 or q8_0")
+        raise ModelError(f"{name} does not fit f16: a number in it becomes infinite", fix="TYPE=bf16, f32 or q8_0")
     return gguf.quants.quantize(np.ascontiguousarray(values), kind)
 
 
@@ -455,6 +455,6 @@ def _error(values: NDArray[Any], tensor: gguf.ReaderTensor, path: Path) -> float
             f"{tensor.name} in {path.name} differs from the model's by up to {float(off.max()):.3g}, more than"
             f" {kind.name} rounds",
             where=str(path),
-            mend="report this; FORMAT=hf is not touched by it",
+            fix="report this; FORMAT=hf is not touched by it",
         )
     return float(off.max(initial=0.0))

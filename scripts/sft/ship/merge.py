@@ -34,13 +34,13 @@ def need(out: Path, size: int, what: str) -> None:
         place = place.parent
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         why = "you may not write there" if place.is_dir() else "it is a file"
-        raise EnvironmentProblem(f"{out} cannot be made in {place}: {why}", where="--out", mend="name another: --out")
+        raise EnvironmentProblem(f"{out} cannot be made in {place}: {why}", where="--out", fix="name another: --out")
     wanted, free = size + (64 << 20), shutil.disk_usage(place).free
     if wanted > free:
         raise EnvironmentProblem(
             f"{what} needs {wanted / 2**30:.1f} GiB, {free / 2**30:.1f} are free",
             where=str(place),
-            mend="make room there, take a smaller type (fp16, bf16, q8_0), or --out on another disk",
+            fix="make room there, take a smaller type (fp16, bf16, q8_0), or --out on another disk",
         )
 
 
@@ -314,7 +314,7 @@ def _refuse_whole_model(adapter: Path) -> None:
             raise ModelError(
                 f"{adapter.name} was trained in full mode: there is nothing to merge, its model is {whole}",
                 where=str(whole),
-                mend=f"use it as it is: --merged {whole}",
+                fix=f"use it as it is: --merged {whole}",
             )
 
 
@@ -324,7 +324,7 @@ def find_base(section: ModelSection, moved: str | None, adapter: Path, root: Pat
         return hub.find(section.model_copy(update={"name": moved, "revision": None}) if moved else section, root)
     except ModelError as error:
         told = f"{adapter.name} was trained on {section.name}; where that is now: --set model.name=PLACE"
-        error.mend = f"{error.mend}\n         {told}" if error.mend else told
+        error.fix = f"{error.fix}\n         {told}" if error.fix else told
         raise
 
 
@@ -334,7 +334,7 @@ def _refuse_wrong(files: ModelFiles, adapter: Path, record: dict[str, Any]) -> N
             f"{files.name} is stored quantised ({files.quantised}): its steps are larger than most of what the adapter"
             " adds, so merging into it would round the adapter away",
             where="model.name",
-            mend="merge into the full-precision model it was made from",
+            fix="merge into the full-precision model it was made from",
         )
     if record["fingerprint"] and record["fingerprint"] != files.fingerprint():
         raise adapters.other_base(adapter, str(record["name"]), files.name, "the weights differ")
@@ -345,14 +345,14 @@ def _refuse_target(out: Path, adapter: Path, files: ModelFiles) -> None:
     taken = out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / REPORT).is_file()))
     resolved = out.resolve()
     if taken or resolved in (adapter.resolve(), files.path.resolve()) or resolved in adapter.resolve().parents:
-        raise RunError(f"{out} is in the way: it is no merged model", where=str(out), mend="name another folder: --out")
+        raise RunError(f"{out} is in the way: it is no merged model", where=str(out), fix="name another folder: --out")
 
 
 def _refuse_nothing(tally: delta.Tally, dtype: str) -> None:
     if not tally.changed:
         raise ModelError(
             f"the merge changed nothing: none of {tally.numbers} adapted weights differs from the base's in {dtype}",
-            mend="the adapter is empty (was it trained?), or too small for this type: try --dtype fp32",
+            fix="the adapter is empty (was it trained?), or too small for this type: try --dtype fp32",
         )
 
 

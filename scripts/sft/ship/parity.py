@@ -132,7 +132,7 @@ def translate(template: ChatTemplate, begin: str) -> GoTemplate:
         raise TemplateError(
             f"{template.name} cannot be told as an Ollama template: {refused}",
             where=template.name,
-            mend="FORMAT=gguf keeps the template as it is, and llama.cpp's server uses it",
+            fix="FORMAT=gguf keeps the template as it is, and llama.cpp's server uses it",
         ) from None
     system, after = _system(template, user)
     return GoTemplate(
@@ -322,7 +322,7 @@ def _same(encoder: Encoder, route: str, row: str, what: str, trained: list[int],
         f"  training: {encoder.tokenizer.decode(trained[at : at + 12])!r}\n"
         f"  {route}: {encoder.tokenizer.decode(found[at : at + 12])!r}",
         where=f"row {row}",
-        mend="mend the exported template or tokenizer; nothing was exported. docs/SHIPPING.md tells the usual causes",
+        fix="fix the exported template or tokenizer; nothing was exported. docs/SHIPPING.md tells the usual causes",
     )
     error.details = {"route": route, "row": row, "token": at, "training": trained, "exported": found}
     raise error
@@ -338,7 +338,7 @@ def _other_stop(encoder: Encoder, route: Route, end: int) -> TemplateError:
         f"parity: training ends answers with {_token(encoder, [end], 0)}, {route.name} stops at {named}: it would talk"
         " on",
         where=route.name,
-        mend="put the token into generation_config.json (eos_token_id); nothing was exported",
+        fix="put the token into generation_config.json (eos_token_id); nothing was exported",
     )
 
 

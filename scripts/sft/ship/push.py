@@ -17,7 +17,7 @@ from sft.ship.parity import PARITY
 
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _STAYS = (EXPORT, REPORT, runs.RESOLVED)  # they hold paths of this machine
-_MENDS = {
+_FIXS = {
     401: "the token is not valid, or has no right to write: make another (HF_TOKEN=..., or hf auth login),",
     403: "the token may not write there: push to a name of your own, or give it the right,",
     404: "is the name before the slash that of your account, or of an organisation that you are in?",
@@ -48,7 +48,7 @@ def push(folder: Path, repo: str, root: Path, *, private: bool, dry_run: bool) -
     if offline() or not token:
         raise ModelError(
             "the hub is switched off (HF_HUB_OFFLINE)" if offline() else "pushing needs a token of the hub",
-            mend="HF_HUB_OFFLINE=0"
+            fix="HF_HUB_OFFLINE=0"
             if offline()
             else "export HF_TOKEN=..., or hf auth login; it needs the right to write",
         )
@@ -71,7 +71,7 @@ def push(folder: Path, repo: str, root: Path, *, private: bool, dry_run: bool) -
         raise RunError(
             f"{repo} is there already, and everybody can see it; nothing was sent",
             where=repo,
-            mend="make it private in its settings on the hub, or push with --public",
+            fix="make it private in its settings on the hub, or push with --public",
         )
     return Push(repo, hidden, listed, False, f"{hub.endpoint}/{repo}")
 
@@ -86,30 +86,30 @@ def _failed(error: BaseException, repo: str) -> ModelError:
     said = _SIGNED.sub(r"\1", said)[:300] or type(error).__name__
     again = "then push again: files that have arrived are not sent twice"
     if status is None:
-        return ModelError(f"the upload broke off: {said}", where=repo, mend=f"does the network reach the hub? {again}")
-    return ModelError(f"the hub refused: {said}", where=repo, mend=f"{_MENDS.get(status, 'see what it says,')} {again}")
+        return ModelError(f"the upload broke off: {said}", where=repo, fix=f"does the network reach the hub? {again}")
+    return ModelError(f"the hub refused: {said}", where=repo, fix=f"{_FIXS.get(status, 'see what it says,')} {again}")
 
 
 def _listed(folder: Path, repo: str) -> dict[str, int]:
     """The files that go. Raises RunError, ModelError."""
     if not _NAME.fullmatch(repo):
-        raise ModelError(f"{repo!r} is no repository's name", where="--repo", mend="make push REPO=name/model (--repo)")
+        raise ModelError(f"{repo!r} is no repository's name", where="--repo", fix="make push REPO=name/model (--repo)")
     if not (folder / EXPORT).is_file() or not (folder / PARITY).is_file():
         raise RunError(
-            f"there is no export in {folder}", where=str(folder), mend="make export FORMAT=hf (or gguf, ollama)"
+            f"there is no export in {folder}", where=str(folder), fix="make export FORMAT=hf (or gguf, ollama)"
         )
     try:
         equal = json.loads((folder / PARITY).read_text(encoding="utf-8"))["equal"] is True
     except (ValueError, KeyError, TypeError):
         equal = False
     if not equal:
-        raise RunError(f"{PARITY} in {folder} certifies nothing", where=str(folder / PARITY), mend="make export again")
+        raise RunError(f"{PARITY} in {folder} certifies nothing", where=str(folder / PARITY), fix="make export again")
     found = {path.name: path for path in sorted(folder.iterdir()) if path.is_file() and path.name not in _STAYS}
     for name, path in found.items():
         text = path.read_bytes().decode("utf-8", "ignore") if path.stat().st_size < 1 << 22 else ""
         if credentials.redact(text) != text:
             raise RunError(
-                f"{name} seems to hold a token of the hub", where=str(path), mend="take it out, then push again"
+                f"{name} seems to hold a token of the hub", where=str(path), fix="take it out, then push again"
             )
     return {name: path.stat().st_size for name, path in found.items()}
 
@@ -118,5 +118,5 @@ def newest(root: Path) -> Path:
     """The export that was made last. Raises RunError where there is none."""
     made = sorted((root / "outputs" / "export").glob(f"*/{EXPORT}"), key=lambda path: path.stat().st_mtime)
     if not made:
-        raise RunError("nothing was exported yet", where=str(root / "outputs" / "export"), mend="make export FORMAT=hf")
+        raise RunError("nothing was exported yet", where=str(root / "outputs" / "export"), fix="make export FORMAT=hf")
     return made[-1].parent

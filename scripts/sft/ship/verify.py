@@ -88,7 +88,7 @@ def take(encoder: Encoder, config: Config, root: Path, vocabulary: int) -> Sampl
             longest = len(encoded[count - 1].labels)
             if longest * count <= room:
                 return Sample(source, encoded[:count], len(rows), encoder.kind)
-    raise DataError("no held-out row fits the model's template", where=_SHIPPED, mend="make process, then try again")
+    raise DataError("no held-out row fits the model's template", where=_SHIPPED, fix="make process, then try again")
 
 
 def run_rows(config: Config, root: Path) -> tuple[str, list[Row]] | None:
@@ -327,13 +327,13 @@ def compare(
         raise ModelError(
             f"the merged model is not the trained one: logits differ by up to {largest:.3g}, KL {kl:.3g}",
             where=str(adapter),
-            mend="nothing was written; if fp16 or bf16 was asked for, try --dtype fp32, else report this",
+            fix="nothing was written; if fp16 or bf16 was asked for, try --dtype fp32, else report this",
         )
     if found.loss_merged > found.loss_adapter + LOSS_LIMIT:
         raise ModelError(
             f"the merge harms: the held-out loss rises from {found.loss_adapter:.4f} to {found.loss_merged:.4f}",
             where=sample.source,
-            mend="nothing was written; try --dtype fp32",
+            fix="nothing was written; try --dtype fp32",
         )
     return found
 
@@ -405,7 +405,7 @@ def answer(folder: Path, question: str | None, root: Path) -> Trial:
     from sft.model.tokenizer import load_tokenizer
 
     if not folder.is_dir():
-        raise ModelError(f"there is no merged model in {folder}", where=str(folder), mend="make merge")
+        raise ModelError(f"there is no merged model in {folder}", where=str(folder), fix="make merge")
     run = _config(folder)
     config = run or Config()
     section = ModelSection(name=str(folder.absolute()), trust_remote_code=config.model.trust_remote_code)
@@ -457,7 +457,7 @@ def _refuse_infinite(model: Any, ids: list[int], kind: str, device: str) -> None
     with torch.no_grad():
         logits = model(input_ids=given, **extra).logits
     if not bool(torch.isfinite(logits).all()):
-        raise ModelError("the merged model's logits are not finite", mend="merge again with --dtype bf16 or fp32")
+        raise ModelError("the merged model's logits are not finite", fix="merge again with --dtype bf16 or fp32")
 
 
 def _config(folder: Path) -> Config | None:

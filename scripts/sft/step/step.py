@@ -47,7 +47,7 @@ def finer(micros: Sequence[MicroBatch], tokens: int) -> int:
     raise EnvironmentProblem(
         f"out of memory on a single row of {longest.computed} tokens: no finer cut is left",
         where=f"row {longest.rows[0]} of the step's window",
-        mend="lower model.max_seq_len, set train.gradient_checkpointing=true, or lower train.logits_tile;"
+        fix="lower model.max_seq_len, set train.gradient_checkpointing=true, or lower train.logits_tile;"
         " `make plan` says what each saves",
     )
 
@@ -97,7 +97,7 @@ class _Before:
         if self.standing and not (ours and self.versions == self._versions()):
             raise EnvironmentProblem(
                 "memory ran out in the middle of the optimizer's step, and part of the weights are changed already",
-                mend="run the same command again: it goes on from the last checkpoint;"
+                fix="run the same command again: it goes on from the last checkpoint;"
                 " --set train.optim=paged_adamw_8bit needs less",
             )
         for weight, kept in self.weights.items():

@@ -77,7 +77,7 @@ def build(job: Job, opened: OpenRun, root: Path, report: Report | None) -> Windo
         raise EnvironmentProblem(
             "sharded training (FSDP, DeepSpeed) is not supported: its checkpoints could not be resumed exactly",
             where="the accelerate config",
-            mend="accelerate launch --config_file env/accelerate_ddp_2.yaml scripts/train.py",
+            fix="accelerate launch --config_file env/accelerate_ddp_2.yaml scripts/train.py",
         )
     if distributed.rank() == 0:
         trainer.add_callback(_logbook(job, run, step, answers))

@@ -50,7 +50,7 @@ def load_weights(model: Any, folder: Path) -> None:
         raise RunError(
             f"the weights in {folder.name} do not fit this model: {len(wrong)} names differ, such as {wrong[0]}",
             where=str(folder),
-            mend="--resume never starts a new run",
+            fix="--resume never starts a new run",
         )
 
 
@@ -93,7 +93,7 @@ def check_fingerprint(folder: Path, stamp: dict[str, Any], allowed: Iterable[str
         raise RunError(
             f"{STAMP} cannot be read ({type(error).__name__}), so nobody knows what the checkpoint belongs to",
             where=str(folder / STAMP),
-            mend="--resume never starts a new run",
+            fix="--resume never starts a new run",
         ) from None
     new = json.loads(json.dumps(stamp, default=str))
     changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
@@ -101,14 +101,14 @@ def check_fingerprint(folder: Path, stamp: dict[str, Any], allowed: Iterable[str
     refused = [key for key in changed if key in FIXED or key not in set(allowed)]
     if not refused:
         return [line + (f" ({FOLLOWS[key]})" if key in FOLLOWS else "") for key, line in lines.items()]
-    mend = "--resume never starts a new run; or set them back"
+    fix = "--resume never starts a new run; or set them back"
     if not FIXED & set(refused):
-        mend += "; or accept what follows: " + " ".join(f"--allow-change {key}" for key in refused)
+        fix += "; or accept what follows: " + " ".join(f"--allow-change {key}" for key in refused)
     raise RunError(
         "this run was started with other settings, so it cannot be taken up:\n"
         + "\n".join(f"  {lines[key]}" for key in refused),
         where=str(folder / STAMP),
-        mend=mend,
+        fix=fix,
     )
 
 
@@ -157,10 +157,10 @@ def save_checkpoint(keeper: CheckpointManager, snapshot: TrainState, best_step: 
         raise EnvironmentProblem(
             f"{error.what}; a checkpoint takes about {checkpoint_bytes(snapshot) / 2**20:,.1f} MiB",
             where=error.where,
-            mend=f"make room and run the same command: it takes up {older[-1] if older else 'the run from its start'}",
+            fix=f"make room and run the same command: it takes up {older[-1] if older else 'the run from its start'}",
         ) from error
     if problem := files.manifest_problem(target):
-        raise RunError(f"{target.name} did not survive being written: {problem}", mend="check the disk")
+        raise RunError(f"{target.name} did not survive being written: {problem}", fix="check the disk")
     _rotate(keeper, snapshot.step, best_step)
     return target
 

@@ -100,7 +100,7 @@ def stop_if_asked(trainer: WindowTrainer, run: Run) -> None:
         f"{run.name} was stopped after step {trainer.state.global_step} of {trainer.state.max_steps}, "
         "with a checkpoint of it",
         exit_code=code,
-        mend="the same command takes it up again (make train or make resume, or python scripts/train.py)",
+        fix="the same command takes it up again (make train or make resume, or python scripts/train.py)",
     )
 
 

@@ -84,7 +84,7 @@ def planned(job: Job, settings: Mapping[str, Any], root: Path | None) -> plan.Pl
     config = job.config.model_copy(update={"train": job.config.train.model_copy(update=dict(settings))})
     device = Device("cuda", job.device.name, job.device.total_bytes / GIB)
     try:
-        return plan.make_plan(config, job.files.config, device, root=root, mend=False)
+        return plan.make_plan(config, job.files.config, device, root=root, fix=False)
     except SftError as error:
         log.debug("no plan beside what was measured: %s", error)
         return None

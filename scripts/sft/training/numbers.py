@@ -53,7 +53,7 @@ class Numbers(TrainerCallback):  # type: ignore[misc]
         raise RunError(
             f"the {what} is {value} at step {step}: nothing can be learnt from here on",
             where=where,
-            mend="look at those rows (make preview), lower train.learning_rate, use bf16 instead of fp16, or"
+            fix="look at those rows (make preview), lower train.learning_rate, use bf16 instead of fp16, or"
             " --set train.on_nan=skip; " + (f"{kept[-1]} is from before" if kept else "there is no checkpoint yet"),
         )
 

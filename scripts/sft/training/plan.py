@@ -105,7 +105,7 @@ def make(config: Config, rows: int, *, validation: bool) -> Plan:
         raise ConfigError(
             "train.early_stopping needs an evaluation while training, and there is none",
             where="train.early_stopping.enabled",
-            mend="--set train.eval_strategy=epoch with validation rows, or switch early stopping off",
+            fix="--set train.eval_strategy=epoch with validation rows, or switch early stopping off",
         )
     return Plan(
         steps_per_epoch=per_epoch,
@@ -132,7 +132,7 @@ def _watched(config: Config) -> str:
         raise ConfigError(
             f"train.metric_for_best_model is {name!r}, which is not measured while training",
             where="train.metric_for_best_model",
-            mend=f"one of {', '.join(known)}; or add {name} to eval.metrics",
+            fix=f"one of {', '.join(known)}; or add {name} to eval.metrics",
         )
     gated = config.train.min_stop_rate > 0
     if (gated or name not in {"loss", "perplexity"}) and config.eval.train_sample == 0:
@@ -140,6 +140,6 @@ def _watched(config: Config) -> str:
         raise ConfigError(
             f"train.{told}, but eval.train_sample is 0, so no answers are made",
             where="eval.train_sample",
-            mend="--set eval.train_sample=32",
+            fix="--set eval.train_sample=32",
         )
     return name

@@ -125,6 +125,6 @@ def _device(config: Config) -> hardware.Hardware:
         raise ConfigError(
             f"model.device_map is {wanted}, and there is no CUDA GPU",
             where="model.device_map",
-            mend="--set model.device_map=auto",
+            fix="--set model.device_map=auto",
         )
     return found

@@ -61,7 +61,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
                 raise RunError(
                     f"another process of this run is gone ({' '.join(str(error).split())[:120]})",
                     where=f"after step {self.state.global_step}",
-                    mend="run the same command: it takes up the newest checkpoint",
+                    fix="run the same command: it takes up the newest checkpoint",
                 ) from error
 
     def take_best(self) -> int | None:

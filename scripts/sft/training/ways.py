@@ -41,7 +41,7 @@ def ask(model: Any, way: Way, recipe: Recipe, *, backend: str = "bnb", found: bo
         return
     if way == kernels.LIGER and not found:
         raise EnvironmentProblem(
-            f"Liger's kernels cannot be used: {reason}", where="train.kernels", mend="--set train.kernels=auto"
+            f"Liger's kernels cannot be used: {reason}", where="train.kernels", fix="--set train.kernels=auto"
         )
     log.warning("layers were to be %s, but %s: they are computed plainly", way, reason)
 
