@@ -70,7 +70,7 @@ def test_the_reference_command_writes_and_checks(command, tmp_path: Path) -> Non
 
 def test_loading_a_configuration_imports_nothing_heavy() -> None:
     code = (
-        "import sys, pathlib; from sft.config import auto, load, paths, reference;"
+        "import sys, pathlib; from sft.config import auto, load, reference;"
         f"load.load({str(ROOT / 'configs/demo_cpu.yaml')!r}, root=pathlib.Path({str(ROOT)!r}));"
         "print(sorted({'torch', 'transformers', 'numpy', 'datasets'} & set(sys.modules)))"
     )

@@ -88,7 +88,7 @@ def _saving(trainer: bench.WindowTrainer, fault: Once, patch: pytest.MonkeyPatch
         real(model, folder)
         fault()
 
-    patch.setattr(checkpoint, "save", save)
+    patch.setattr(checkpoint, "save_weights", save)
 
 
 Inject = Callable[[bench.WindowTrainer, Once, pytest.MonkeyPatch], None]

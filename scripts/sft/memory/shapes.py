@@ -18,7 +18,7 @@ from sft.config.schema import TuningSection
 from sft.errors import ModelError
 from sft.model import adapters
 from sft.model.adapters import head, hits, is_linear, widths
-from sft.model.load import _four_bit, _keep_weights_canonical, _quiet
+from sft.model.load import _four_bit, _keep_weights_canonical, _quiet, empty_4bit_weight
 
 if TYPE_CHECKING:
     from sft.config.schema import TuningSection
@@ -65,7 +65,7 @@ def fill(model: nn.Module, dtype: torch.dtype) -> None:
                 continue
             if id(weight) not in made:
                 packed = hasattr(weight, "quant_type") and type(module).__name__ == "Linear4bit"
-                made[id(weight)] = _packed(weight, dtype, codes) if packed else _like(weight)
+                made[id(weight)] = empty_4bit_weight(weight, dtype, codes) if packed else _like(weight)
             module._parameters[name] = made[id(weight)]
         for name, buffer in list(module._buffers.items()):
             if buffer is not None:
@@ -133,30 +133,6 @@ def _quantise(model: Any, tuning: TuningSection, dtype: torch.dtype) -> None:
 
 def _like(weight: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(torch.empty(weight.shape, dtype=weight.dtype), requires_grad=weight.requires_grad)
-
-
-def _packed(weight: Any, dtype: torch.dtype, codes: dict[str, Tensor]) -> nn.Parameter:
-    """Packed 4-bit storage with the state that bitsandbytes keeps: blocks of 64, their scales in blocks of 256."""
-    from bitsandbytes.functional import QuantState
-
-    blocks = -(-weight.numel() // 64)
-    if "map" not in codes:
-        codes["map"] = torch.empty(256)
-    inner = QuantState(absmax=torch.empty(-(-blocks // 256)), code=codes["map"], blocksize=256, dtype=torch.float32)
-    nested = weight.compress_statistics
-    state = QuantState(
-        absmax=torch.empty(blocks, dtype=torch.uint8 if nested else torch.float32),
-        shape=weight.shape,
-        code=torch.empty(16),
-        blocksize=64,
-        quant_type=weight.quant_type,
-        dtype=dtype,
-        offset=torch.empty(()) if nested else None,
-        state2=inner if nested else None,
-    )
-    packed: Any = nn.Parameter(torch.empty((-(-weight.numel() // 2), 1), dtype=torch.uint8), requires_grad=False)
-    packed.quant_state, packed.quant_type, packed.compress_statistics = state, weight.quant_type, nested
-    return packed  # type: ignore[no-any-return]
 
 
 _INSTRUCT = "Qwen/Qwen2.5-{}-Instruct"

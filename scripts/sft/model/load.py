@@ -163,3 +163,28 @@ def _said(files: ModelFiles, error: Exception) -> Exception:
     if "attn_implementation" in said or "attention" in said.lower():
         return ModelError(said, where="model.attn_implementation", fix="--set model.attn_implementation=eager")
     return ModelError(f"{files.name} cannot be loaded: {type(error).__name__}: {said}", where=str(files.path))
+
+
+def empty_4bit_weight(weight: Any, dtype: torch.dtype, codes: dict[str, torch.Tensor]) -> torch.nn.Parameter:
+    """Packed 4-bit storage with the state that bitsandbytes keeps: blocks of 64, their scales in blocks of 256."""
+    import torch
+    from bitsandbytes.functional import QuantState
+
+    blocks = -(-weight.numel() // 64)
+    if "map" not in codes:
+        codes["map"] = torch.empty(256)
+    inner = QuantState(absmax=torch.empty(-(-blocks // 256)), code=codes["map"], blocksize=256, dtype=torch.float32)
+    nested = weight.compress_statistics
+    state = QuantState(
+        absmax=torch.empty(blocks, dtype=torch.uint8 if nested else torch.float32),
+        shape=weight.shape,
+        code=torch.empty(16),
+        blocksize=64,
+        quant_type=weight.quant_type,
+        dtype=dtype,
+        offset=torch.empty(()) if nested else None,
+        state2=inner if nested else None,
+    )
+    packed: Any = torch.nn.Parameter(torch.empty((-(-weight.numel() // 2), 1), dtype=torch.uint8), requires_grad=False)
+    packed.quant_state, packed.quant_type, packed.compress_statistics = state, weight.quant_type, nested
+    return packed  # type: ignore[no-any-return]
