@@ -33,7 +33,7 @@ MAY_IMPORT = {  # room -> rooms it may import, besides itself and ANYONE; transi
     },
     "ship": {"chat", "data", "model", "generation", "runs", "config", "step"},
     "report": {"metrics", "runs", "config", "data", "chat", "model", "generation"},
-    "guide": set(),
+    "guide": {"data"},
     "preflight": {"config", "data", "chat", "model", "memory", "report", "runs"},
 }  # fmt: skip
 LIGHT = {"config", "data", "metrics", "errors", "files", "console", "runs", "guide", "credentials"}

@@ -46,6 +46,25 @@ def test_the_users_own_file_is_taken_and_never_overwritten(tmp_path: Path) -> No
     assert sorted(path.name for path in own.parent.iterdir()) == ["mine.csv"]
 
 
+@pytest.mark.parametrize(
+    "name", ["mine.ndjson", "rows.jsonl.gz", "rows.csv.zst", "MINE.JSONL", "Raw.Json", "mine.parquet", "rows.gz"]
+)
+def test_a_file_that_the_readers_know_is_used_and_not_the_sample(tmp_path: Path, name: str) -> None:
+    own = project(tmp_path) / "data" / "raw" / name
+    own.parent.mkdir(parents=True)
+    own.write_text("the quick start does not look inside")
+    assert guide.raw_data(tmp_path) == (own, "yours")
+    assert [path.name for path in own.parent.iterdir()] == [name]
+
+
+def test_of_several_files_the_one_called_raw_is_used(tmp_path: Path) -> None:
+    folder = project(tmp_path) / "data" / "raw"
+    folder.mkdir(parents=True)
+    for name in ("raw.csv", "RAW.jsonl.gz", "other.jsonl"):
+        (folder / name).write_text("x")
+    assert guide.raw_data(tmp_path) == (folder / "RAW.jsonl.gz", "yours")
+
+
 def test_several_files_are_not_guessed_between(tmp_path: Path) -> None:
     folder = project(tmp_path) / "data" / "raw"
     folder.mkdir(parents=True)

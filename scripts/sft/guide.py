@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sft import files
+from sft.data.readers import SUFFIXES, is_data_file, plain_name
 from sft.errors import DataError
 
 DEMO = "models/demo"
 SAMPLE = "data/samples/support_desk.jsonl"
 LOCAL = "configs/local.yaml"
-RAW_NAMES = ("raw.jsonl", "raw.json", "raw.csv", "raw.parquet")
-RAW_KINDS = {".jsonl", ".json", ".csv", ".tsv", ".parquet"}
 
 
 @dataclass(frozen=True)
@@ -49,19 +48,20 @@ def raw_data(root: Path) -> tuple[Path, str]:
     """
     folder = root / "data" / "raw"
     folder.mkdir(parents=True, exist_ok=True)
-    for name in RAW_NAMES:
-        if (folder / name).exists():
-            return folder / name, "yours"
-    found = sorted(path for path in folder.iterdir() if path.suffix in RAW_KINDS)
-    if len(found) > 1:
-        names = ", ".join(path.name for path in found)
+    yours = sorted(path for path in folder.iterdir() if path.is_file() and is_data_file(path))
+    raw = [path for path in yours if plain_name(path).stem.lower() == "raw"]
+    if raw:
+        kinds = [*SUFFIXES, ""]
+        return min(raw, key=lambda path: kinds.index(plain_name(path).suffix.lower())), "yours"
+    if len(yours) > 1:
+        names = ", ".join(path.name for path in yours)
         raise DataError(
             f"data/raw holds several files: {names}",
             where=str(folder),
-            fix="rename the one to use to raw.jsonl (or raw.json, raw.csv, raw.parquet)",
+            fix="rename the one to use to raw with its own ending: raw.jsonl, raw.csv, raw.jsonl.gz",
         )
-    if found:
-        return found[0], "yours"
+    if yours:
+        return yours[0], "yours"
     shutil.copyfile(root / SAMPLE, folder / "raw.jsonl")
     return folder / "raw.jsonl", f"data/raw was empty: copied {SAMPLE}"
 

@@ -77,3 +77,10 @@ def test_the_begin_token_is_there_once(tmp_path: Path, caplog: pytest.LogCapture
     with caplog.at_level(logging.WARNING, "sft.chat"):
         load_template(DataSection(template_path="loop.jinja"), tokenizer, tmp_path)
     assert "put {{ bos_token }} first in it" in caplog.text
+
+
+def test_a_tokenizer_that_encodes_nothing_is_no_traceback(tmp_path: Path) -> None:
+    tokenizer = words.tokenizer()
+    tokenizer.encode = lambda *_args, **_kwargs: []  # type: ignore[method-assign]
+    (tmp_path / "loop.jinja").write_text(LOOP)
+    assert load_template(DataSection(template_path="loop.jinja"), tokenizer, tmp_path).source == LOOP

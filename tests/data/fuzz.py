@@ -82,7 +82,7 @@ OPTIONS: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
         "near_duplicates": st.sampled_from(["report", "drop"]),
         "deduplicate": st.just(False),
         "system_prompt": st.just("Be brief."),
-        "drop": st.lists(st.sampled_from(["control_characters", "boilerplate", "length_outliers", "language"])),
+        "drop": st.lists(st.sampled_from(["control_characters", "boilerplate", "length_outliers", "script"])),
         "format": st.sampled_from(["messages", "sharegpt", "alpaca", "qa", "prompt", "text", "chat", "rendered"]),
         "split": st.builds(SplitSection, seed=st.integers(0, 9), group_by=st.sampled_from([None, "id", "text"])),
     },

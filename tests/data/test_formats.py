@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from sft.config.schema import DataSection
 from sft.data import rows
 from sft.data.formats import Formats
 from sft.data.ledger import RowFault
+from sft.data.process import process
 from sft.data.readers import Raw
 from sft.data.rows import record as make_record
 from sft.errors import DataError
@@ -49,7 +51,7 @@ def short(user: str, assistant: str, system: str = "") -> dict[str, str]:
         ({"question": "q", "context": {"title": ["t"]}, "answer": "a"}, "qa", short("q", "a")),
         ({"question": "q", "answers": ["", {"text": "a"}]}, "qa", short("q", "a")),
         ({"prompt": "p", "completion": [{"role": "assistant", "content": "c"}]}, "prompt", short("p", "c")),
-        ({"text": "Q: q\nA: a"}, "text (question and answer)", short("q", "a")),
+        ({"text": "<s>[INST] q [/INST] a</s>"}, "text (llama2)", short("q", "a")),
         ({"prompt": "p", "completion": "c"}, "prompt", short("p", "c")),
         ({"prompt": "p", "response": "c"}, "prompt", short("p", "c")),
         (
@@ -92,12 +94,21 @@ def test_each_format_is_told_by_its_keys(row: dict[str, Any], format: str, recor
 def test_keys_that_nobody_reads_are_counted() -> None:
     formats = Formats("auto", None)
     for number in range(3):
-        formats.parse({"Question": "q", "answer": "a", "id": number, "hint": "h", "System Prompt": "s"})
+        formats.parse({"Question": "q", "answer": "a", "id": number, "hint": "h", "System Prompt": "s", "tags": "t"})
     formats.parse({"messages": [{"role": "user", "content": "u"}], "hint": 1, "score": 2})
     assert formats.unread == {"hint": 4, "score": 1}
     table = Formats("auto", {"user": "Q", "assistant": "A"})
     table.parse({"Q": "q", "A": "a", "B": "b"})
     assert table.unread == {"B": 1}
+
+
+def test_a_weight_of_a_row_is_stored_and_reported_as_unused(tmp_path: Path) -> None:
+    raw = tmp_path / "a.jsonl"
+    raw.write_text('{"question": "q", "answer": "a", "weight": 3, "tags": ["t"], "category": "c"}\n', encoding="utf-8")
+    ledger = process(DataSection(), tmp_path, str(raw))
+    assert ledger.example is not None and ledger.example["weight"] == 3
+    assert ledger.reports["keys_not_read"] == {"weight": 1}
+    assert any("1 rows have a `weight`" in text for text in ledger.said)
 
 
 def test_more_turns_stay_messages() -> None:

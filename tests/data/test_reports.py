@@ -87,20 +87,25 @@ def test_marks_are_reported_and_stay_unless_asked(tmp_path: Path) -> None:
     ledger = run(tmp_path, MARKED)
     found = ledger.to_json()
     assert ledger.written == 45 and ledger.named == {}
-    assert found["quality"] == {"control_characters": 1, "boilerplate": 2, "length_outliers": 1, "language": 1}
+    assert found["quality"] == {"control_characters": 1, "boilerplate": 2, "length_outliers": 1, "script": 1}
     assert found["scripts"] == {"latin": 44, "cyrillic": 1}
     assert found["lengths"]["answers"] == {"p5": 24, "median": 24, "p95": 38, "longest": 10_000}
     assert found["balance"].startswith("lengths are uneven")
-    assert ledger.told()[0].endswith("control characters 1, boilerplate 2, length outliers 1, language 1")
+    assert ledger.told()[0].endswith("control characters 1, boilerplate 2, length outliers 1, script 1")
 
 
 def test_marks_are_dropped_when_asked_and_are_no_faults(tmp_path: Path) -> None:
-    drop = ["control_characters", "boilerplate", "length_outliers", "language"]
+    drop = ["control_characters", "boilerplate", "length_outliers", "script"]
     ledger = run(tmp_path, MARKED, drop=drop, max_dropped=0)
-    wanted = {"control characters": 1, "boilerplate": 2, "length outlier": 1, "other language": 1}
+    wanted = {"control characters": 1, "boilerplate": 2, "length outlier": 1, "other script": 1}
     assert ledger.named == wanted and ledger.written == 40 and ledger.faults == 0
     assert ledger.to_json()["quality"]["boilerplate"] == 2
     assert run(tmp_path, MARKED, drop=["boilerplate"]).named == {"boilerplate": 2}
+
+
+def test_the_former_name_of_the_script_check_is_an_error_that_names_its_successor() -> None:
+    with pytest.raises(ValueError, match="`language` is now `script`"):
+        DataSection(drop=["language"])  # type: ignore[list-item]
 
 
 @pytest.mark.parametrize(
@@ -145,6 +150,13 @@ def test_replay_never_asks_what_val_or_test_asks(tmp_path: Path) -> None:
     ledger = run(tmp_path, own, replay=ReplaySection(path="general.jsonl", ratio=0.45), split=SplitSection())
     assert ledger.reports["replay"]["usable"] == ledger.splits["train"] - ledger.replayed < 300
     assert ledger.reports["leaks"]["test"]["same question"] == 0
+
+
+def test_replay_leaves_out_rows_that_train_has_also_without_deduplication(tmp_path: Path) -> None:
+    own = [qa(f"own {i}") for i in range(60)]
+    put(tmp_path / "general.jsonl", [*own, qa("general")])
+    ledger = run(tmp_path, own + own[:1], replay=ReplaySection(path="general.jsonl", ratio=0.4), deduplicate=False)
+    assert ledger.reports["replay"]["usable"] == ledger.replayed == 1 and ledger.written == 62
 
 
 def test_too_little_replay_is_said_and_none_is_an_error(tmp_path: Path) -> None:

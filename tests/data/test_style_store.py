@@ -126,8 +126,16 @@ def test_a_training_path_that_is_given_wins_and_brings_its_neighbours(tmp_path: 
     assert store.paths(DataSection(val_path="mine/val.jsonl"), tmp_path).val == val
     for key in ("train_path", "val_path"):
         given = {"train_path": str(train), key: "gone.jsonl"}
-        with pytest.raises(DataError, match=f"data.{key} is not there"):
+        with pytest.raises(DataError, match=f"data.{key} does not exist"):
             store.paths(DataSection(**given), tmp_path)
+
+
+@pytest.mark.parametrize("key", ["val_path", "test_path"])
+def test_a_mistyped_val_or_test_path_is_an_error_and_never_a_split_less(tmp_path: Path, key: str) -> None:
+    make_processed(tmp_path)
+    with pytest.raises(DataError, match=f"data.{key} does not exist") as caught:
+        store.paths(DataSection(**{key: "vall.jsonl"}), tmp_path)
+    assert caught.value.where == str(tmp_path / "vall.jsonl")
 
 
 def test_the_reader_takes_the_three_shapes_and_gives_ids_and_origins(tmp_path: Path) -> None:

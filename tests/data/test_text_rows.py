@@ -9,17 +9,12 @@ import pytest
 
 from sft.config.schema import DataSection
 from sft.data import rows
-from sft.data.formats import parse
+from sft.data.formats import parse_text
 from sft.data.ledger import RowFault
 from sft.data.process import process
 
 ONE = [("user", "Hi"), ("assistant", "Hello!")]
 TWO = [("system", "Be brief."), ("user", "Hi\nthere"), ("assistant", "Hello!"), ("user", "Bye"), ("assistant", "Bye!")]
-ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-VICUNA = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
 
 
 @pytest.mark.parametrize(
@@ -49,36 +44,12 @@ VICUNA = (
             TWO,
         ),
         ("llama2", "<s>[INST] Hi [/INST]Hello!</s>", ONE),
-        ("alpaca", ALPACA + "### Instruction:\nHi\n\n### Response:\nHello!</s>", ONE),
-        ("alpaca", "Be brief.\n\n### Instruction:\nHi\n\n### Response:\nHello!", [("system", "Be brief."), *ONE]),
-        (
-            "alpaca",
-            "### Instruction:\nHi\n\n### Input:\nthere\n\n### Response:\nHello!",
-            [("user", "Hi\n\nthere"), ("assistant", "Hello!")],
-        ),
-        ("alpaca", "### Instruction:\nHi\n\n### Input:\n\n\n### Response:\nHello!", ONE),
-        ("guanaco", "### Human: Hi ### Assistant: Hello!### Human: Bye### Assistant: Bye!", [
-            ("user", "Hi"), ("assistant", "Hello!"), ("user", "Bye"), ("assistant", "Bye!")]),
-        ("guanaco", "### Human: Hi### not a turn\n### Assistant: Hello!", [
-            ("user", "Hi### not a turn"), ("assistant", "Hello!")]),
-        ("vicuna", VICUNA + " USER: Hi ASSISTANT: Hello!</s>", ONE),
-        ("vicuna", "Be brief. USER: Hi\nthere ASSISTANT: Hello!</s> USER: Bye ASSISTANT: Bye!</s>", TWO),
-        ("vicuna", "Be brief. USER: Hi\nthere ASSISTANT: Hello!</s>USER: Bye ASSISTANT: Bye!</s>", TWO),
-        ("plain", "System: Be brief.\nUser: Hi\nthere\nAssistant: Hello!</s>\nUser: Bye\nAssistant: Bye!</s>", TWO),
-        ("plain", "Human: Hi\n\nAssistant: Hello!", ONE),
-        ("plain", "<s>System: Be brief.\nUser: Hi\nthere\nAssistant: Hello!</s>\nUser: Bye\nAssistant: Bye!</s>", TWO),
-        ("question and answer", "<s>Q: Hi\nA: Hello!</s>", ONE),
-        ("question and answer", "Q: Hi\nA: Hello!", ONE),
-        ("question and answer", "Question: Hi\nAnswer: Hello!", ONE),
-        (
-            "question and answer",
-            "table: 1\ncolumns: a, b\nQ: which a? \nA: SELECT a FROM 1",
-            [("user", "table: 1\ncolumns: a, b\n\nwhich a?"), ("assistant", "SELECT a FROM 1")],
-        ),
+        ("phi3", "<|user|>\nHi</s>\n<|assistant|>\nHello!</s>\n", ONE),
+        ("llama2", "[INST] Hi [/INST] Hello!</s>[INST] Bye [/INST] Bye!</s>", [*ONE, *TWO[3:]]),
     ],
 )  # fmt: skip
 def test_turns_come_back_out_of_their_template(name: str, text: str, turns: list[tuple[str, str]]) -> None:
-    found, messages = parse(text)
+    found, messages = parse_text(text)
     assert (found, [(message["role"], message["content"]) for message in messages]) == (name, turns)
 
 
@@ -87,20 +58,37 @@ def test_turns_come_back_out_of_their_template(name: str, text: str, turns: list
     [
         "Once upon a time.",
         "",
-        "User: a question that nobody answers",
+        "### Instruction:\nHi\n\n### Response:\nHello!",
+        "USER: Hi ASSISTANT: Hello!",
+        "User: Hi\nAssistant: Hello!",
+        "Q: Hi\nA: Hello!",
+        "a chat about [INST] and <|im_start|>user\nHi",
+        "<|im_start|>user\nHi<|im_start|>assistant\nHello!<|im_end|>",
+        "[INST] What does [INST] mean? [/INST] It starts a question.</s>",
+        "[INST] Hi [/INST] Write [INST] question [/INST] answer.</s>",
         "before<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello!<|im_end|>",
         "<|im_start|>user\nHi<|im_end|>between<|im_start|>assistant\nHello!<|im_end|>",
     ],
 )
-def test_a_text_without_a_template_is_a_fault_and_never_a_guess(text: str) -> None:
+def test_a_text_without_control_tokens_is_a_fault_and_never_a_guess(text: str) -> None:
     with pytest.raises(RowFault, match="unknown format"):
-        parse(text)
+        parse_text(text)
 
 
-def test_wikisql_texts_are_read_whole(tmp_path: Path, shared: Path) -> None:
-    ledger = process(DataSection(), tmp_path, str(shared / "instruct/wikisql_text.jsonl"))
-    assert (ledger.read, ledger.faults, ledger.formats) == (1000, 0, {"text (question and answer)": ledger.written})
-    assert ledger.example is not None and ledger.example["assistant"].startswith("SELECT ")
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "Write:\n### Instruction:\nx\n\n### Response:\ny",
+        "Assistant: Sure.\nUser: hi",
+        "Q: 1\nA: 2",
+        "USER: a ASSISTANT: b",
+    ],
+)
+def test_an_answer_that_quotes_another_template_stays_whole(answer: str) -> None:
+    text = f"<|im_start|>user\nShow me.<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>"
+    assert [message["content"] for message in parse_text(text)[1]] == ["Show me.", answer]
+    with pytest.raises(RowFault, match="unknown format"):
+        parse_text(f"### Instruction:\nShow me.\n\n### Response:\n{answer}")
 
 
 @pytest.mark.parametrize(

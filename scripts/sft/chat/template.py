@@ -569,7 +569,7 @@ def _with_begin(made: ChatTemplate, tokenizer: PreTrainedTokenizerBase, common: 
     begin = tokenizer.bos_token
     if not begin or begin in made.source or "bos_token" in made.source:
         return made
-    if tokenizer.encode("x", add_special_tokens=True)[0] != tokenizer.bos_token_id:
+    if tokenizer.encode("x", add_special_tokens=True)[:1] != [tokenizer.bos_token_id]:
         return made
     if made.style == "turn":
         source = "{{ bos_token }}" + made.source

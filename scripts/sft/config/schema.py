@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Auto = Literal["auto"]
 Count = Annotated[int, Ge(1)]
@@ -167,7 +167,7 @@ class DataSection(Section):
     contamination: ContaminationSection = Field(
         default_factory=ContaminationSection, description="Benchmarks to keep out of training."
     )
-    drop: list[Literal["control_characters", "boilerplate", "length_outliers", "language"]] = Field(
+    drop: list[Literal["control_characters", "boilerplate", "length_outliers", "script"]] = Field(
         default_factory=list, description="What the ledger reports that is dropped too."
     )
     replay: ReplaySection | None = Field(None, description="General rows mixed into training: {path: P, ratio: 0.1}.")
@@ -198,6 +198,13 @@ class DataSection(Section):
         "plain",
         description="What a control token (`<|im_start|>`) written inside a message becomes: plain text, or the token.",
     )
+
+    @field_validator("drop", mode="before")
+    @classmethod
+    def _renamed(cls, value: Any) -> Any:
+        if isinstance(value, list) and "language" in value:
+            raise ValueError("`language` is now `script`: rows in another script than most are dropped")
+        return value
 
     @model_validator(mode="after")
     def _one_way_in(self) -> DataSection:

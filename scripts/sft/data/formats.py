@@ -1,8 +1,4 @@
-"""`{"text": ...}` rows: a conversation that a template was put around before, read back into its turns.
-
-A template is told by its marks, those of control tokens first, since they are the least likely to be plain words. What
-stands before the first turn is the system text, or (over questions and answers) the material that is asked about.
-"""
+"""Formats of raw rows: one table says which keys each has, which rows it fits, and how its turns are read."""
 
 from __future__ import annotations
 
@@ -15,119 +11,94 @@ from sft.data.ledger import EMPTY_ANSWER, NO_USER_TURN, UNKNOWN_FORMAT, RowFault
 from sft.data.messages import ROLES, Message, conversation, text_of, tools
 from sft.errors import DataError
 
-BEGINS = re.compile(r"^(?:\s|<\|begin_of_text\|>|<\|endoftext\|>|<s>|<bos>|\[gMASK\]|<sop>)+")
-ENDS = re.compile(r"(?:\s|<\|end_of_text\|>|<\|endoftext\|>|<\|eot_id\|>|<\|im_end\|>|</s>|<eos>)+$")
-LLAMA2_SYSTEM = re.compile(r"<<SYS>>\s*(.*?)\s*<</SYS>>\s*(.*)", re.DOTALL)
-OPENINGS = ("below is an instruction that describes a task", "a chat between a curious ")  # no system text of its own
-MATERIAL = "material"  # what stands before the first turn belongs to the question
 
+class TextTemplate(NamedTuple):
+    """A chat template that `{"text": ...}` rows are rendered with, known by its control tokens.
 
-class Style(NamedTuple):
-    """turn: a pattern whose group is the role's name, at the start of each turn. end: what ends a turn (cut off).
-
-    head: what stands before the first turn: `system`, MATERIAL, or "" where nothing may stand there.
+    turn: starts a turn; its group is the role. end: closes a turn. strip: whether white space around a turn's text
+    belongs to the template.
     """
 
     name: str
     turn: re.Pattern[str]
-    end: re.Pattern[str] | None
-    head: str
+    end: re.Pattern[str]
+    strip: bool = False
 
 
-WORDS = {
-    "instruction": "user", "input": "input", "response": "assistant", "question": "user", "answer": "assistant",
-    "q": "user", "a": "assistant",
-}  # fmt: skip
-STYLES = tuple(
-    Style(name, re.compile(turn), re.compile(end) if end else None, head)
-    for name, turn, end, head in (
-        ("chatml", r"<\|im_start\|>\s*(\w+)[ \t]*\n", r"<\|im_end\|>", ""),
-        ("llama3", r"<\|start_header_id\|>\s*(\w+)\s*<\|end_header_id\|>(?:\n\n)?",
-         r"<\|e(?:ot_id|om_id|nd_of_text)\|>", ""),
-        ("gemma", r"<start_of_turn>(\w+)\n", r"<end_of_turn>", ""),
-        ("phi3", r"<\|(system|user|assistant)\|>[ \t]*\n?", r"<\|end\|>|</s>", ""),
-        ("guanaco", r"###\s*(System|Human|Assistant)\s*:[ \t]*", r"</s>", "system"),
-        ("alpaca", r"(?:^|\n)###\s*(Instruction|Input|Response|Question|Answer|System|Human|User|Assistant)\s*:[ \t]*",
-         r"</s>|<\|endoftext\|>", "system"),
-        ("vicuna", r"(?:^|(?<=\s)|(?<=</s>))(SYSTEM|USER|ASSISTANT):[ \t]*", r"</s>", "system"),
-        ("plain", r"(?:^|\n|</s>)[ \t]*(System|User|Human|Assistant|Bot|AI)[ \t]*:[ \t]*",
-         r"</s>|<\|endoftext\|>", "system"),
-        ("question and answer", r"(?:^|\n)[ \t]*(Question|Answer|Q|A)[ \t]*:[ \t]*", None, MATERIAL),
-    )
-)  # fmt: skip
-EXACT = {"chatml", "llama3", "gemma"}  # their turns are written as they are; the others' are set in white space
-NAMES = ("llama2", *(style.name for style in STYLES))
+TEXT_TEMPLATES = (
+    TextTemplate("chatml", re.compile(r"<\|im_start\|>\s*(\w+)[ \t]*\n"), re.compile(r"<\|im_end\|>")),
+    TextTemplate(
+        "llama3",
+        re.compile(r"<\|start_header_id\|>\s*(\w+)\s*<\|end_header_id\|>(?:\n\n)?"),
+        re.compile(r"<\|e(?:ot_id|om_id|nd_of_text)\|>"),
+    ),
+    TextTemplate("gemma", re.compile(r"<start_of_turn>(\w+)\n"), re.compile(r"<end_of_turn>")),
+    TextTemplate(
+        "phi3", re.compile(r"<\|(system|user|assistant)\|>[ \t]*\n?"), re.compile(r"<\|end\|>|</s>"), strip=True
+    ),
+)
+TEXT_BEGIN = re.compile(r"^(?:\s|<\|begin_of_text\|>|<\|endoftext\|>|<s>|<bos>|\[gMASK\]|<sop>)+")
+TEXT_END = re.compile(r"(?:\s|<\|end_of_text\|>|<\|endoftext\|>|<\|eot_id\|>|<\|im_end\|>|</s>|<eos>)+$")
+LLAMA2_SYSTEM = re.compile(r"<<SYS>>\s*(.*?)\s*<</SYS>>\s*(.*)", re.DOTALL)
 
 
-def parse(text: str) -> tuple[str, list[Message]]:
-    """The template's name and the turns. Raises RowFault (unknown format) for a text that no known template holds."""
-    text = BEGINS.sub("", text)
-    if "[INST]" in text and (turns := _llama2(text)):
-        return "llama2", turns
-    for style in STYLES:
-        marks = list(style.turn.finditer(text))
-        roles = [_role(mark.group(1)) for mark in marks]
-        if marks and "assistant" in roles and ("user" in roles or style.name in EXACT):
-            return style.name, _turns(style, text, marks)
-    shown = text.strip()[:60]
-    what = f"a text without a template that is known here ({', '.join(NAMES)}): it begins {shown!r}"
+def parse_text(text: str) -> tuple[str, list[Message]]:
+    """The template's name and the turns of a text rendered with control tokens.
+
+    Raises RowFault (unknown format) for any other text: where one turn ends and the next begins would be a guess.
+    """
+    text = TEXT_BEGIN.sub("", text)
+    if text.startswith("[INST]"):
+        return "llama2", _llama2_turns(text)
+    for template in TEXT_TEMPLATES:
+        if template.turn.match(text):
+            return template.name, _template_turns(template, text)
+    names = ", ".join(["llama2", *(template.name for template in TEXT_TEMPLATES)])
+    what = f"a text that does not begin with the control tokens of a chat template ({names}): {text.strip()[:60]!r}"
     raise RowFault(UNKNOWN_FORMAT, f"{what}; plain text can be mixed in with data.replay.path")
 
 
-def _role(name: str) -> str:
-    name = name.lower()
-    return WORDS.get(name) or ROLES.get(name) or name
+def _template_turns(template: TextTemplate, text: str) -> list[Message]:
+    turns: list[Message] = []
+    starts = list(template.turn.finditer(text))
+    bounds = [*(start.start() for start in starts[1:]), len(text)]
+    for start, bound in zip(starts, bounds, strict=True):
+        content, end, rest = _split_at(template.end, text[start.end() : bound])
+        rest = TEXT_END.sub("", TEXT_BEGIN.sub("", rest)).strip()
+        if rest or (not end and bound < len(text)):
+            what = f"text between two turns: {rest[:60]!r}" if rest else f"turn {len(turns) + 1} is not closed"
+            raise RowFault(UNKNOWN_FORMAT, f"{template.name} template: {what}")
+        content = content if end else TEXT_END.sub("", content)
+        role = start.group(1).lower()
+        turns.append({"role": ROLES.get(role, role), "content": content.strip() if template.strip else content})
+    if turns[-1]["role"] == "user" and not turns[-1]["content"].strip():
+        turns.pop()
+    return turns
 
 
-def _turns(style: Style, text: str, marks: list[re.Match[str]]) -> list[Message]:
-    bounds = [*(mark.start() for mark in marks[1:]), len(text)]
-    head = text[: marks[0].start()].strip()
-    if head and not style.head:
-        raise RowFault(UNKNOWN_FORMAT, f"text before the first turn of the {style.name} template: {head[:60]!r}")
-    made: list[Message] = []
-    for mark, bound in zip(marks, bounds, strict=True):
-        role, content = _role(mark.group(1)), _content(style, text[mark.end() : bound])
-        if role == "input" and made and made[-1]["role"] == "user":
-            made[-1]["content"] += f"\n\n{content}" if content else ""
-        else:
-            made.append({"role": "user" if role == "input" else role, "content": content})
-    if made[-1]["role"] == "user" and not made[-1]["content"]:
-        made.pop()
-    if not head or head.lower().startswith(OPENINGS):
-        return made
-    if style.head == MATERIAL:
-        return [{**made[0], "content": f"{head}\n\n{made[0]['content']}"}, *made[1:]]
-    return [{"role": "system", "content": head}, *made]
+def _split_at(pattern: re.Pattern[str], text: str) -> tuple[str, str, str]:
+    match = pattern.search(text)
+    return (text[: match.start()], match.group(), text[match.end() :]) if match else (text, "", "")
 
 
-def _content(style: Style, text: str) -> str:
-    end = style.end.search(text) if style.end else None
-    rest = ENDS.sub("", BEGINS.sub("", text[end.end() :])).strip() if end else ""
-    if rest:
-        raise RowFault(UNKNOWN_FORMAT, f"text between the turns of the {style.name} template: {rest[:60]!r}")
-    said = text[: end.start()] if end else ENDS.sub("", text)
-    return said if style.name in EXACT else said.strip()
-
-
-def _llama2(text: str) -> list[Message]:
-    """`<s>[INST] <<SYS>> system <</SYS>> question [/INST] answer </s>`, and as Mistral writes it; [] if not that."""
-    made: list[Message] = []
-    head, *rounds = text.split("[INST]")
-    if head.strip():
-        return []
-    for number, turn in enumerate(rounds):
-        asked, closed, answer = turn.partition("[/INST]")
-        if not closed:
-            return []
-        system = LLAMA2_SYSTEM.match(asked.strip()) if number == 0 else None
+def _llama2_turns(text: str) -> list[Message]:
+    """`<s>[INST] <<SYS>> system <</SYS>> question [/INST] answer </s>`, as Llama 2 and Mistral write it."""
+    turns: list[Message] = []
+    rounds = text.split("[INST]")[1:]
+    for number, exchange in enumerate(rounds, 1):
+        user, closed, answer = exchange.partition("[/INST]")
+        ended = re.search(r"</s>(?:\s|<s>)*$", answer)
+        if not closed or "[/INST]" in answer or (number < len(rounds) and not ended):
+            raise RowFault(UNKNOWN_FORMAT, f"llama2 template: exchange {number} is not closed by [/INST] and </s>")
+        system = LLAMA2_SYSTEM.match(user.strip()) if number == 1 else None
         if system:
-            made.append({"role": "system", "content": system.group(1)})
-            asked = system.group(2)
-        made.append({"role": "user", "content": asked.strip()})
+            turns.append({"role": "system", "content": system.group(1)})
+            user = system.group(2)
+        turns.append({"role": "user", "content": user.strip()})
         answer = re.sub(r"(?:\s|</s>|<s>)+$", "", answer).strip()
-        if answer or number + 1 < len(rounds):
-            made.append({"role": "assistant", "content": answer})
-    return made
+        if answer or number < len(rounds):
+            turns.append({"role": "assistant", "content": answer})
+    return turns
 
 
 Row = dict[str, Any]
@@ -271,7 +242,7 @@ def _answers(value: Any, name: str) -> tuple[str, ...]:
 
 
 def _text(row: Row, names: dict[str, str]) -> Parsed:
-    style, messages = parse(text_of(row[names["text"]], "text"))
+    style, messages = parse_text(text_of(row[names["text"]], "text"))
     return Parsed(f"text ({style})", _with_system(row, names, messages), [])
 
 
@@ -298,7 +269,9 @@ MOST_PLANS = 1_000  # different sets of keys remembered
 MOST_KEYS = 20  # unread keys of a row that are told
 ASKING = ("user", "prompt", *QUESTIONS)
 GIVING = ("assistant", "completion", *ANSWERS)
-ASIDE = ("id", "origin", "tags", "tag", "weight", "references", *SYSTEM)  # read whatever the format is
+EVERY_FORMAT = ("id", "origin", *SYSTEM)  # read whatever the format is
+STORED = ("tags", "tag", "category", "references", "weight")  # copied to the stored row as they are
+UNUSED = ("weight",)  # of these, what training does not use
 
 
 class Formats:
@@ -332,8 +305,10 @@ class Formats:
         """The format of rows with these keys, and the keys that it does not read."""
         format = self._choose(row, names)
         if format == "columns":
-            return format, [key for key in row if key not in (self._columns or {}).values()][:MOST_KEYS]
-        return format, [key for name, key in names.items() if name not in (*ASIDE, *READ[format])][:MOST_KEYS]
+            used = {key: key for key in (self._columns or {}).values()}
+        else:
+            used = {key: key for name, key in names.items() if name in (*EVERY_FORMAT, *READ[format])}
+        return format, [key for key in row if key not in used and (key not in STORED or key in UNUSED)][:MOST_KEYS]
 
     def _choose(self, row: Row, names: dict[str, str]) -> str:
         if self._columns and self._format in ("auto", "columns"):

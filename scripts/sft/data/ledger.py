@@ -20,7 +20,7 @@ DROPS = {  # data.drop's names -> the reason in the ledger
     "control_characters": "control characters",
     "boilerplate": "boilerplate",
     "length_outliers": "length outlier",
-    "language": "other language",
+    "script": "other script",
 }
 
 FAULTS = (UNREADABLE, UNKNOWN_FORMAT, NOT_TEXT, NO_USER_TURN, EMPTY_ANSWER, UNKNOWN_ROLE, OUT_OF_ORDER)
@@ -119,7 +119,7 @@ class Ledger:
             lines.append(f"{part['name']}: {part['taken']:,} of {part['rows']:,} rows, weight {part['weight']:g}")
         if unread := self.reports.get("keys_not_read"):
             counts = ", ".join(f"{key[:40]} ({count:,} rows)" for key, count in unread.items())
-            lines.append(f"keys that are not trained on, nor kept: {counts}")
+            lines.append(f"keys that training does not use: {counts}")
         if quality := {name: count for name, count in self.reports.get("quality", {}).items() if count}:
             counts = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in quality.items())
             lines.append(f"rows to look at (dropped only if data.drop names them): {counts}")

@@ -117,7 +117,7 @@ EXAMPLES = 5  # pairs of near duplicates shown in the ledger
 
 def wanted(data: DataSection) -> bool:
     """Whether a row's fate depends on other rows."""
-    outliers = {"length_outliers", "language"} & set(data.drop)
+    outliers = {"length_outliers", "script"} & set(data.drop)
     return data.near_duplicates != "off" or data.split.group_by is not None or bool(outliers)
 
 
@@ -304,7 +304,7 @@ class Checks:
         key = int(record["id"], 16)
         if self.data.deduplicate and key in self._seen:
             raise RowFault(DUPLICATE, f"the same as an earlier row, id {key:016x}")
-        if self.data.deduplicate:
+        if self.data.deduplicate or self.data.replay:
             self._seen.add(key)
         if self.contamination is not None:
             self.contamination.check(record)
@@ -354,6 +354,11 @@ def _write_rows(mix: Mix, checks: Checks, staged: Path, ledger: Ledger, on_progr
         key: rows_module for key, rows_module in formats.unread.most_common(MOST_KEYS) if key != data.split.group_by
     }:
         ledger.reports["keys_not_read"] = unread
+    if weighted := formats.unread["weight"]:
+        ledger.said.append(
+            f"{weighted:,} rows have a `weight` of their own: it is stored, but training does not use it;"
+            " weigh a whole source (data.sources) or a turn (`weight` in messages)"
+        )
     if checks.contamination is not None:
         ledger.reports["contamination"] = checks.contamination.report()
     ledger.said += [*summary(ledger.reports), *_leaks_said(ledger.reports["leaks"])]

@@ -97,19 +97,19 @@ class Profile:
         spread = max(high / low, LEAST_SPREAD) ** FENCE
         return low / spread, high * spread
 
-    def language(self) -> str:
+    def main_script(self) -> str:
         """The script of most rows."""
         return max(self.scripts, key=lambda name: self.scripts[name], default="none")
 
     def check(self, one: Look, drop: Sequence[str]) -> None:
         """Raises RowFault for a row that stands out from the others in a way that is to be dropped."""
         if self._settled is None:  # all rows are in by now
-            self._settled = (*self.fences(), self.language())
-        low, high, language = self._settled
+            self._settled = (*self.fences(), self.main_script())
+        low, high, script = self._settled
         if "length_outliers" in drop and not low <= one.size <= high:
             raise RowFault(DROPS["length_outliers"], f"{one.size:,} characters, outside {low:,.0f} to {high:,.0f}")
-        if "language" in drop and one.script not in (language, "none"):
-            raise RowFault(DROPS["language"], f"its script is {one.script}, that of most rows {language}")
+        if "script" in drop and one.script not in (script, "none"):
+            raise RowFault(DROPS["script"], f"its script is {one.script}, that of most rows {script}")
 
     def report(self) -> dict[str, Any]:
         """For the ledger; lengths in characters."""
@@ -121,8 +121,8 @@ class Profile:
             for name, counts in (("rows", self.sizes), ("answers", self.answers))
         }
         flags = {name: self.flags.get(name, 0) for name in ("control_characters", "boilerplate")}
-        others = sum(self.scripts.values()) - self.scripts[self.language()] - self.scripts["none"]
-        quality = {**flags, "length_outliers": outliers, "language": others}
+        others = sum(self.scripts.values()) - self.scripts[self.main_script()] - self.scripts["none"]
+        quality = {**flags, "length_outliers": outliers, "script": others}
         scripts = dict(sorted(self.scripts.items(), key=lambda item: (-item[1], item[0])))
         return {"quality": quality, "scripts": scripts, "lengths": lengths, "balance": self.balance()}
 

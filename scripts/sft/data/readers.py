@@ -130,7 +130,7 @@ def _number(text: str) -> float:
 DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant, parse_int=_integer, parse_float=_number)
 
 
-SUFFIXES = (".gz", ".zst")
+COMPRESSED = (".gz", ".zst")
 BROKEN = (OSError, EOFError, zlib.error)  # what reading a compressed file that is cut or damaged raises
 Kind = Literal["jsonl", "json", "csv", "parquet"]
 HEAD = 1 << 18
@@ -138,7 +138,7 @@ CONTROL = re.compile("[\0-\x08\x0e-\x1f\ufffe\uffff]")  # what text does not hol
 BLOCK = 1 << 20
 ASCII_AND_TAILS = bytes(range(0xC0))  # what UTF-8 characters beyond ASCII do not begin with
 WRAPPERS = ("data", "rows", "train", "examples", "instances", "items", "records", "samples")
-NAMES: dict[str, Kind] = {
+SUFFIXES: dict[str, Kind] = {  # the one list of file names that hold rows: also of folders and the quick start
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",
 }  # fmt: skip
 SAID = {"jsonl": "JSON lines", "json": "JSON", "csv": "a table in text (CSV)", "parquet": "Parquet"}
@@ -186,7 +186,18 @@ def open_bytes(path: Path) -> tuple[BinaryIO, BinaryIO]:
 
 def plain_name(path: Path) -> Path:
     """`rows.jsonl.gz` -> `rows.jsonl`."""
-    return path.with_suffix("") if path.suffix.lower() in SUFFIXES else path
+    return path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
+
+
+def is_data_file(path: Path) -> bool:
+    """Whether `path` has the name of a file of rows, compressed or not, in capitals or not; hidden files do not."""
+    plain = plain_name(path)
+    return not path.name.startswith(".") and (kind_by_name(path) is not None or (plain != path and not plain.suffix))
+
+
+def kind_by_name(path: Path) -> Kind | None:
+    """What the name says that `path` holds."""
+    return SUFFIXES.get(plain_name(path).suffix.lower())
 
 
 def sniff(path: Path) -> Found:
@@ -249,8 +260,7 @@ def _refused(path: Path, what: str, fix: str) -> DataError:
 
 
 def _misnamed(path: Path, kind: Kind) -> list[str]:
-    suffix = plain_name(path).suffix.lower()
-    if suffix in NAMES and kind != NAMES[suffix]:
+    if kind_by_name(path) not in (None, kind):
         return [f"{path.name} is {SAID[kind]} in spite of its name, and is read as that"]
     return []
 
@@ -320,9 +330,9 @@ def _kind(path: Path, text: str) -> tuple[Kind, str]:
     if first[0] in "[{":
         return _json_kind(path, first, lines), ","
     delimiter = _delimiter(lines, cut=len(text) >= HEAD // 4)
-    if objects * 2 > min(len(lines), 50) or (path.suffix in (".jsonl", ".ndjson") and (objects or not delimiter)):
+    if objects * 2 > min(len(lines), 50) or (kind_by_name(path) == "jsonl" and (objects or not delimiter)):
         return "jsonl", ","
-    named_csv = NAMES.get(plain_name(path).suffix.lower()) == "csv"
+    named_csv = kind_by_name(path) == "csv"
     if delimiter is None and named_csv and len(lines) > 1 and re.fullmatch(r'"?\w+"?', first):
         return "csv", ","  # a table of one column
     if delimiter is None:
@@ -338,7 +348,7 @@ def _json_kind(path: Path, first: str, lines: list[str]) -> Kind:
     except (ValueError, RecursionError):
         # A broken first line among lines of objects, or one value that runs over many lines.
         broken = second.startswith("{") and first.startswith("{") and first[-1] not in "{[,"
-        alone = not second and len(first) < HEAD // 4 and path.suffix in (".jsonl", ".ndjson")
+        alone = not second and len(first) < HEAD // 4 and kind_by_name(path) == "jsonl"
         return "jsonl" if broken or alone else "json"
     if second == "{" and len(lines) > 2 and lines[2].lstrip().startswith('"'):
         return "json"  # printed over many lines, one object after the other
@@ -757,7 +767,6 @@ def _first_line(error: Exception) -> str:
 
 Section = DataSection | SourceSection | ReplaySection
 HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
-FILE_ENDS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".gz", ".txt", ".zst")
 
 
 @dataclass(frozen=True)
@@ -789,7 +798,8 @@ def named(text: str, path: Path, root: Path, section: Section) -> Source:
 
     section: says which part of a data set. Raises DataError: nothing there, not a data file, empty.
     """
-    if not path.exists() and HUB_NAME.match(text) and not text.lower().endswith(FILE_ENDS):
+    a_file = is_data_file(path) or path.suffix.lower() in (".txt", *COMPRESSED)
+    if not path.exists() and HUB_NAME.match(text) and not a_file:
         return Source(text, None, None, section.hub_config, section.hub_split)
     return local(path, root)
 

@@ -10,7 +10,7 @@ from typing import Any
 from sft.config.schema import DataSection
 from sft.data import messages as conversation
 from sft.data import readers
-from sft.data.formats import Formats, Parsed
+from sft.data.formats import STORED, Formats, Parsed
 from sft.data.ledger import EMPTY_ANSWER, NO_USER_TURN, NOT_TEXT, UNREADABLE, RowFault
 from sft.data.messages import Message
 from sft.data.readers import Raw, sorted_dumps
@@ -125,9 +125,6 @@ def _hash(content: Any) -> str:
     return hashlib.blake2b(sorted_dumps(content), digest_size=ID_BYTES).hexdigest()
 
 
-KEPT = ("tags", "tag", "category", "weight", "references")
-
-
 def formats(data: DataSection) -> Formats:
     """The reader of rows that the config asks for."""
     columns = {role: name for role, name in data.columns if name} if data.columns else None
@@ -139,7 +136,7 @@ def record(raw: Raw, formats: Formats, system_prompt: str | None) -> tuple[Row, 
     if raw.fault is not None:
         raise RowFault(UNREADABLE, raw.fault)
     parsed = formats.parse(raw.value)
-    extra = {key: raw.value[key] for key in KEPT if raw.value.get(key) is not None}
+    extra = {key: raw.value[key] for key in STORED if raw.value.get(key) is not None}
     if raw.value.get("id") is not None:
         extra["source_id"] = raw.value["id"]
     if parsed.references:

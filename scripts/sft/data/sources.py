@@ -20,7 +20,7 @@ from sft.config.schema import DataSection, ReplaySection
 from sft.data import readers, rows, split
 from sft.data.formats import Formats
 from sft.data.ledger import Ledger, RowFault
-from sft.data.readers import NAMES, SUFFIXES, Progress, Raw, Section, Source, local, named, plain_name
+from sft.data.readers import COMPRESSED, SUFFIXES, Progress, Raw, Section, Source, is_data_file, local, named
 from sft.data.split import position
 from sft.errors import DataError
 
@@ -132,14 +132,14 @@ def expand(text: str, path: Path, root: Path, section: Section) -> list[Source]:
         return [named(text, path, root, section)]
     inside = sorted(found for found in path.rglob("*") if found.is_file() and _is_data(found, path))
     if not inside:
-        fix = f"files of rows end in {', '.join(NAMES)} (also {', '.join(SUFFIXES)}), see docs/DATA.md"
+        fix = f"files of rows end in {', '.join(SUFFIXES)} (also {', '.join(COMPRESSED)}), see docs/DATA.md"
         raise DataError("the folder holds no file of rows", where=str(path), fix=fix)
     return [local(found, root) for found in inside]
 
 
 def _is_data(path: Path, folder: Path) -> bool:
     hidden = any(name.startswith(".") for name in path.relative_to(folder).parts)
-    return plain_name(path).suffix.lower() in NAMES and not hidden
+    return is_data_file(path) and not hidden
 
 
 def _shifted(on_progress: Progress | None, before: int, total: int) -> Progress | None:

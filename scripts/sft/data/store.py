@@ -121,23 +121,27 @@ def paths(data: DataSection, root: Path) -> Stage:
     found = {split: folder / f"{split}.jsonl" for split in NAMES}
     for split, given in (("val", data.val_path), ("test", data.test_path)):
         if given:
-            found[split] = resolve_path(root, given)
+            found[split] = _existing(root, given, f"data.{split}_path")
     there = {split: path for split, path in found.items() if path.exists()}
     return Stage(name, found["train"], there.get("val"), there.get("test"))
 
 
 def _given(data: DataSection, root: Path) -> Stage:
     """Named files; val and test that are not named are looked for beside the training file, never in another folder."""
-    train = resolve_path(root, str(data.train_path))
-    if not train.exists():
-        raise DataError("data.train_path is not there", where=str(train), fix="make process, or fix data.train_path")
+    train = _existing(root, str(data.train_path), "data.train_path")
     found: dict[str, Path | None] = {}
     for split, given in (("val", data.val_path), ("test", data.test_path)):
-        path = resolve_path(root, given) if given else train.with_name(f"{split}.jsonl")
-        if given and not path.exists():
-            raise DataError(f"data.{split}_path is not there", where=str(path), fix=f"fix data.{split}_path")
+        path = _existing(root, given, f"data.{split}_path") if given else train.with_name(f"{split}.jsonl")
         found[split] = path if path.exists() and path != train else None
     return Stage("given", train, found["val"], found["test"])
+
+
+def _existing(root: Path, text: str, key: str) -> Path:
+    """The file that the config key `key` names. Raises DataError where there is none."""
+    path = resolve_path(root, text)
+    if not path.is_file():
+        raise DataError(f"the file of {key} does not exist", where=str(path), fix=f"correct {key}, or make process")
+    return path
 
 
 def check_styled(data: DataSection, root: Path) -> None:
