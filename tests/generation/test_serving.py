@@ -24,6 +24,7 @@ from sft.generation import load as targets
 from sft.generation.engine import truncate_prompt
 from sft.generation.evaluate import questions
 from sft.model import hardware
+from sft.model import load as model_load
 from sft.training.answers import Answers
 from tests import tiny_models
 from tests.generation import tiny_runs
@@ -164,10 +165,34 @@ def test_a_chat_loads_in_four_bits_where_memory_is_short(
     monkeypatch.setattr(hardware, "probe", lambda: dataclasses.replace(card, free_bytes=100_000))
     caplog.set_level("WARNING", logger="sft")
     logging.getLogger("sft").propagate = True
-    served = serving.open_model(target.config, adapter=target.adapter, root=project, squeeze=True)
+    served = serving.open_model(target.config, adapter=target.adapter, root=project, low_memory="4bit")
     assert served.model.get_base_model().is_loaded_in_4bit and "it is loaded in 4 bits" in caplog.text
     assert list(served.stream([{"role": "user", "content": "What is 2 + 2?"}], target.config.generation))
     assert list(served.stream_base([{"role": "user", "content": "What is 2 + 2?"}], target.config.generation))
+
+
+def test_merged_weights_larger_than_the_free_gpu_memory_are_opened_in_four_bits_or_on_the_cpu(
+    project: Path, tiny_qwen2: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    card = dataclasses.replace(hardware.probe(), device="cuda", free_bytes=100_000)
+    monkeypatch.setattr(hardware, "probe", lambda: card)
+    asked: list[dict[str, Any]] = []
+    real = model_load.load_base
+
+    def load_base(*args: Any, **kwargs: Any) -> Any:
+        asked.append({"device": kwargs["device"], "quantise": kwargs["quantise"]})
+        return real(*args, **{**kwargs, "device": "cpu"})
+
+    monkeypatch.setattr(model_load, "load_base", load_base)
+    caplog.set_level("WARNING", logger="sft")
+    logging.getLogger("sft").propagate = True
+    target = chosen(project, merged=tiny_qwen2)
+    quantised = serving.open_model(target.config, merged=target.merged, root=project)
+    assert asked == [{"device": "cuda:0", "quantise": True}] and quantised.model.is_loaded_in_4bit
+    assert "it is loaded in 4 bits" in caplog.text
+    whole = serving.open_model(target.config, merged=tiny_qwen2, root=project, dtype=torch.float16, low_memory="cpu")
+    assert asked[1:] == [{"device": "cpu", "quantise": False}] and whole.device == "cpu"
+    assert whole.model.dtype == torch.float16 and "it is loaded on the CPU" in caplog.text
 
 
 def test_settings_come_from_the_run_the_config_and_set_in_that_order(project: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -28,6 +28,8 @@ from sft.runs import RESOLVED, Run
 from sft.step import attention
 
 SERVING = "serving.json"
+SIXTEEN_BIT = 2.4  # bytes a parameter: 16-bit weights and a fifth for keys, values and activations
+LowMemory = Literal["4bit", "cpu"]
 
 
 def expected(config: Config, folder: Path | None, root: Path) -> str | None:
@@ -276,13 +278,22 @@ def answer_all(
 
 
 def open_model(
-    config: Config, *, adapter: Path | None = None, merged: Path | None = None, root: Path, squeeze: bool = False
+    config: Config,
+    *,
+    adapter: Path | None = None,
+    merged: Path | None = None,
+    root: Path,
+    dtype: torch.dtype | None = None,
+    low_memory: LowMemory | None = None,
 ) -> LoadedModel:
     """The tuned model (`adapter` on its base, or the whole weights in `merged`), or the base when neither is given.
 
-    config: the run's resolved one. A 4-bit run is served in 4 bits, its base alone too; merged weights as they are.
-    squeeze: 4 bits too where 16-bit weights would not fit into the free memory, which is said.
-    Raises ModelError (not found, the adapter is another base's), TemplateError, EnvironmentProblem.
+    config: the run's resolved one. A 4-bit run is opened in 4 bits, its base alone too; merged weights as they are.
+    dtype: of the weights; None: see `weight_dtype`.
+    low_memory: where 16-bit weights do not fit into the device's free memory, load them in 4 bits ("4bit") or on the
+    CPU ("cpu"), and warn. None is "4bit" for merged weights, which may belong to a run that was trained in 4 bits;
+    other weights are then loaded as they were trained.
+    Raises ModelError (no model, the adapter is another base's), TemplateError, EnvironmentProblem.
     """
     card = hardware.probe()
     section = config.model if merged is None else config.model.model_copy(update={"name": str(merged.absolute())})
@@ -290,21 +301,29 @@ def open_model(
     files = hub.find(section, root, weights=True)
     tokenizer = load_tokenizer(_tokenizer_source(files, adapter), trust_remote_code=section.trust_remote_code)
     encoder = encoder_for(config, tokenizer, files.kind, root, eos_ids=_end_ids(files.path))
-    quantise = merged is None and config.tuning.mode == "qlora"
-    if squeeze and not quantise and 2.4 * files.parameters > card.free_bytes:
-        log.warning("%s does not fit into the free memory in 16 bits: it is loaded in 4 bits", files.name)
-        four_bits = config.tuning.model_copy(update={"mode": "qlora"})
-        quantise, config = True, config.model_copy(update={"tuning": four_bits})
-    dtype = weight_dtype(config, card, device, files.parameters)
-    wanted = attention.implementation(device, files.config) or attention.fallback(files.config)
+    tuning, quantise = config.tuning, merged is None and config.tuning.mode == "qlora"
+    low_memory = low_memory or ("4bit" if merged is not None else None)
+    free = card.free_bytes if device.startswith(card.device) else hardware.memory()[1]
+    if low_memory and not quantise and SIXTEEN_BIT * files.parameters > free:
+        if low_memory == "4bit":
+            log.warning(
+                "%s does not fit into the free memory in 16 bits: it is loaded in 4 bits, which changes its answers"
+                " a little (--set model.device_map=cpu keeps 16 bits)",
+                files.name,
+            )
+            tuning, quantise = tuning.model_copy(update={"mode": "qlora"}), True
+        elif device != "cpu":
+            log.warning("%s does not fit into the GPU's free memory in 16 bits: it is loaded on the CPU", files.name)
+            section, device = section.model_copy(update={"device_map": "cpu"}), "cpu"
+            free = hardware.memory()[1]
     model: Any = model_load.load_base(
         files,
         section,
-        config.tuning,
-        dtype,
+        tuning,
+        dtype or weight_dtype(config, card, device, 0 if quantise else 4 * files.parameters, free),
         device=device,
         train=False,
-        attention=wanted,
+        attention=attention.implementation(device, files.config) or attention.fallback(files.config),
         quantise=quantise,
     )
     if adapter is not None:
@@ -312,14 +331,16 @@ def open_model(
     return LoadedModel(model.eval(), tokenizer, encoder, files.kind, device, str(adapter or merged or files.name))
 
 
-def weight_dtype(config: Config, card: hardware.Hardware, device: str, parameters: int) -> torch.dtype:
-    """The run's 16-bit type on a GPU that has it; on the CPU fp32, or bf16 where fp32 would not fit into memory."""
+def weight_dtype(config: Config, card: hardware.Hardware, device: str, bytes_in_fp32: int, free: int) -> torch.dtype:
+    """The run's 16-bit type on a GPU that has it; on the CPU fp32, or bf16 where fp32 would not fit.
+
+    bytes_in_fp32: of the weights; 0 where they are quantised. free: the device's free memory in bytes.
+    """
     if device.startswith("cuda"):
         if config.train.bf16 is False and config.train.fp16 is False:
             return torch.float32
         return torch.float16 if config.train.fp16 is True or not card.bf16 else torch.bfloat16
-    small = 4 * parameters < 0.6 * card.free_bytes or config.tuning.mode == "qlora"
-    return torch.float32 if small else torch.bfloat16
+    return torch.float32 if bytes_in_fp32 < 0.6 * free else torch.bfloat16
 
 
 def _end_ids(folder: Path) -> list[int]:
