@@ -196,6 +196,24 @@ def test_streaming_gives_the_same_text_in_pieces(qwen2: Any) -> None:
         assert all("�" not in piece for piece in pieces)
 
 
+def test_streaming_decodes_each_token_a_few_times_however_long_the_answer_is(qwen2: Any) -> None:
+    model, tokenizer, prompts = qwen2
+    decoded: list[int] = []
+
+    class Counting:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(tokenizer, name)
+
+        def decode(self, ids: list[int], **kwargs: Any) -> str:
+            decoded.append(len(ids))
+            return str(tokenizer.decode(ids, **kwargs))
+
+    settings = GenerationSection(max_new_tokens=400)
+    pieces, answer = drained(stream(model, Counting(), prompts[0], settings, Ends()))
+    assert "".join(pieces) == answer.text and answer.tokens == 400
+    assert sum(decoded) < 20 * answer.tokens
+
+
 def drained(generator: Any) -> tuple[list[str], engine.Answer]:
     pieces = []
     while True:

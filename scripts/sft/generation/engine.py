@@ -20,7 +20,7 @@ from sft.data import rows
 from sft.errors import EnvironmentProblem
 from sft.generation import decode
 from sft.generation.decode import Ask, chances, choose
-from sft.generation.stop import StopCriteria, StopWatcher, cut, held_back
+from sft.generation.stop import IncrementalText, StopCriteria, StopWatcher, cut, held_back
 from sft.step import unwrap
 from sft.step.step import out_of_memory
 
@@ -383,19 +383,22 @@ def stream(
 
 
 def _pieces(queue: _Tokens, tokenizer: Any, ends: StopCriteria) -> Generator[str, None, list[int]]:
-    made: list[int] = []
-    shown = 0
-    while True:
-        token = queue.get()
+    """Yields the text of the tokens in the queue as soon as it is certain; returns the tokens, the end included."""
+    tokens: list[int] = []
+    text, watcher, shown, ended = IncrementalText(tokenizer), StopWatcher(tokenizer, ends), 0, False
+    while (token := queue.get()) is not None:
         if isinstance(token, BaseException):
             raise token
-        if token is not None:
-            made.append(token)
-        found = cut(tokenizer, made, ends)
-        over = token is None or found.stopped
-        safe = len(found.text) - (0 if over else held_back(found.text, ends.strings))
-        if safe > shown:
-            yield found.text[shown:safe]
-            shown = safe
-        if over:
-            return made
+        tokens.append(token)
+        ended = ended or watcher.ended(tokens)
+        if ended:
+            continue  # what is left is known with the whole answer
+        text.add(token)
+        certain = len(text.text) - held_back(text.text, ends.strings)
+        if certain > shown:
+            yield text.text[shown:certain]
+            shown = certain
+    rest = cut(tokenizer, tokens, ends).text[shown:]
+    if rest:
+        yield rest
+    return tokens

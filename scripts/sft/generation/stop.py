@@ -104,3 +104,25 @@ class StopWatcher:
             doubtful = not text.isascii() or any(letter.isspace() or not letter.isascii() for letter in self._last)
             self._finishes[token] = doubtful or any(letter in text for letter in self._last)
         return self._finishes[token]
+
+
+class IncrementalText:
+    """The text of tokens that arrive one by one, special tokens left out; each token is decoded a few times at most.
+
+    A token's text may depend on those before it (a leading space, half a character), so new tokens are decoded after
+    the last ones that had text: `decode(context + new)` less `decode(context)`, as vLLM and TGI detokenise.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer, self.text = tokenizer, ""
+        self._context: list[int] = []
+        self._new: list[int] = []
+
+    def add(self, token: int) -> None:
+        """Appends the token's text; an unfinished character is appended with the token that finishes it."""
+        self._new.append(token)
+        before = decode(self.tokenizer, self._context)
+        after = decode(self.tokenizer, self._context + self._new)
+        if len(after) > len(before) and not after.endswith(BROKEN_CHARACTER):
+            self.text += after[len(before) :]
+            self._context, self._new = self._new, []
