@@ -50,7 +50,9 @@ def main(args: argparse.Namespace) -> dict[str, Any] | None:
     from sft.generation import load
 
     adapter, merged = (None, None) if args.base else (target.adapter, target.merged)
-    served = load.open_model(target.config, adapter=adapter, merged=merged, root=root, low_memory=None if batch else "4bit")
+    served = load.open_model(
+        target.config, adapter=adapter, merged=merged, root=root, low_memory=None if batch else "4bit"
+    )
     if not batch:
         return chat(served, target.config.generation, system, root)
     with console.progress("answering") as advance:
