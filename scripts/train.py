@@ -52,8 +52,9 @@ def main(args: argparse.Namespace) -> dict[str, Any] | None:
     root = console.project_root()
     loaded = load(args.config, args.set, root=root)
     runs.check_place(loaded.config.train.output_dir, root)
+    resumed = runs.open_run(loaded.config.train.output_dir, root, args.resume)
     with console.progress("reading rows") as report:
-        job = preparation.prepare(loaded, root, report)
+        job = preparation.prepare(loaded, root, report, resumed.checkpoint)
 
     from sft.memory import plan
     from sft.training import building, distributed, finish, measured, overview

@@ -20,6 +20,7 @@ from sft.generation.load import shared_by
 from sft.training import rows as training_rows
 from tests.chat import words
 from tests.chat.making import all_of, named
+from tests.test_architecture import imports
 
 ASKED = ["Who are you?", "And you?", "Who?", "Be brief. Who are you now?"]
 
@@ -76,6 +77,20 @@ def test_what_is_kept_is_what_encoding_gives(tmp_path: Path, some: Path, monkeyp
     assert [f"{number:016x}" for number in found.rows.asks()[:3]] == [rows.prompt_id(row(n)) for n in range(3)]
     with pytest.raises(IndexError):
         found.rows[len(features)]
+
+
+def test_every_module_that_encodes_rows_is_part_of_the_cache_key() -> None:
+    package = Path(dataset.__file__).parents[1]
+    hashed = {path for pattern in dataset.CODE for path in package.glob(pattern)}
+    assert all(any(package.glob(pattern)) for pattern in dataset.CODE)
+    waiting, reached = [package / "chat" / "seq2seq.py"], set()
+    while waiting:
+        path = waiting.pop()
+        reached.add(path)
+        names = [name.split(".")[1:] for name, _ in imports(path, top_only=True) if name.startswith("sft.")]
+        files_of = [package.joinpath(*name).with_suffix(".py") for name in names]
+        waiting += [file for file in files_of if file.is_file() and file not in reached]
+    assert {path for path in reached if path.parent.name in ("chat", "data", "model")} <= hashed
 
 
 def test_another_setting_template_tokenizer_or_file_is_another_entry(tmp_path: Path, some: Path) -> None:

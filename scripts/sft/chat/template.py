@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import date
 from functools import cached_property
 from pathlib import Path
 from types import GeneratorType
@@ -30,7 +30,7 @@ from jinja2.runtime import Context, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment, safe_range
 
 from sft.config.load import display_path, resolve_path, shipped
-from sft.config.schema import DataSection
+from sft.config.schema import Config, DataSection
 from sft.errors import TemplateError
 
 if TYPE_CHECKING:
@@ -184,16 +184,15 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
     code_generator_class = _Generator
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 
-    def __init__(self) -> None:
+    def __init__(self, day: date) -> None:
         super().__init__(
             trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, loopcontrols], finalize=self.weighed
         )
         self.purse = Purse()
         self.tracks = False
         self._lock = threading.RLock()
-        self._now = datetime.now()
         self.globals.pop("lipsum", None)
-        self.globals.update(raise_exception=_raise, strftime_now=self._now.strftime)
+        self.globals.update(raise_exception=_raise, strftime_now=day.strftime)
         self.filters["tojson"] = _tojson
         self.filters = {name: self._watched(name, made) for name, made in self.filters.items()}
         self.tests = {name: self._watched(name, made) for name, made in self.tests.items()}
@@ -352,6 +351,11 @@ class Refused(Exception):
     """The template, or the proof of its labels, refuses one conversation; the text says why."""
 
 
+def today() -> date:
+    """The current day in local time."""
+    return date.today()
+
+
 @dataclass
 class ChatTemplate:
     """A compiled template with its variables.
@@ -360,6 +364,7 @@ class ChatTemplate:
     tool_source: the variant used where a row has tools, for models that ship two. origin: it came with the model, is
     what is taken where none did, or was named in the config.
     control_text: what control tokens written inside a message become, plain text or the tokens.
+    day: what `strftime_now` prints, at midnight; see `fix_date`.
     """
 
     name: str
@@ -370,6 +375,7 @@ class ChatTemplate:
     origin: Literal["own", "default", "named"] = "named"
     path: Path | None = None
     control_text: Literal["plain", "token"] = "plain"
+    day: date = field(default_factory=today)
     parts: bool = False  # contents are given as [{"type": "text", "text": ...}]: the template wants it so
 
     def __post_init__(self) -> None:
@@ -386,9 +392,33 @@ class ChatTemplate:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over all that decides the text: source, options and special tokens."""
-        told = repr((self.source, self.tool_source, sorted(self.options.items()), sorted(self.special.items())))
-        return hashlib.sha256(told.encode()).hexdigest()
+        """SHA-256 over all that decides the text: source, options, special tokens, and the date if it is printed."""
+        parts = (self.source, self.tool_source, sorted(self.options.items()), sorted(self.special.items()))
+        dated = (*parts, self.day.isoformat()) if self.prints_date else parts
+        return hashlib.sha256(repr(dated).encode()).hexdigest()
+
+    @property
+    def prints_date(self) -> bool:
+        """Whether the text depends on the day: the template calls `strftime_now`."""
+        return "strftime_now" in self.source or "strftime_now" in (self.tool_source or "")
+
+    def date_macro(self) -> str:
+        """A jinja macro `strftime_now` that always prints `day`, to put before the source of an exported template.
+
+        "" where the template prints no date. Only the formats that the template writes out are known to it.
+        """
+        if not self.prints_date:
+            return ""
+        environment = self._plain.environment
+        calls = [
+            call
+            for source in (self.source, self.tool_source or "")
+            for call in environment.parse(source).find_all(nodes.Call)
+            if isinstance(call.node, nodes.Name) and call.node.name == "strftime_now" and len(call.args) == 1
+        ]
+        formats = [call.args[0].value for call in calls if isinstance(call.args[0], nodes.Const)]
+        table = json.dumps({text: self.day.strftime(text) for text in formats})
+        return f"{{% macro strftime_now(format) %}}{{{{ {table}[format] }}}}{{% endmacro %}}"
 
     def syntax(self) -> jinja2.nodes.Template:
         """The template's syntax tree."""
@@ -438,7 +468,7 @@ class ChatTemplate:
         if len(source) > LARGEST_SOURCE:
             raise TemplateError(f"the template has {len(source):,} characters", where=self.name)
         try:
-            return ChatEnvironment().from_string(source)
+            return ChatEnvironment(self.day).from_string(source)
         except jinja2.TemplateSyntaxError as error:
             shown = source.splitlines()[error.lineno - 1].strip() if source.splitlines() else ""
             raise TemplateError(
@@ -490,6 +520,21 @@ def _line(error: BaseException) -> str:
 
 
 log = logging.getLogger("sft.chat")
+
+
+def fix_date(config: Config, resumed: Config | None = None) -> Config:
+    """The config of a run that begins, or of one that is resumed, with `data.template_date: auto` resolved to a day.
+
+    resumed: the resolved config of the checkpoint to resume from; its day is used again. Stored with the run, the day
+    makes resume, eval, infer and export render the tokens that the run was trained on. A date in the config wins.
+    """
+    if config.data.template_date != "auto":
+        return config
+    day = resumed.data.template_date if resumed else "auto"
+    day = today().isoformat() if day == "auto" else day
+    return config.model_copy(update={"data": config.data.model_copy(update={"template_date": day})})
+
+
 FOLDER = "chat_templates"
 DEFAULT = "default"
 FALLBACK = (
@@ -507,6 +552,7 @@ def load_template(data: DataSection, tokenizer: PreTrainedTokenizerBase, root: P
         "special": {key: str(text) for key, text in tokenizer.special_tokens_map.items() if isinstance(text, str)},
         "options": dict(data.template_options),
         "control_text": data.control_text,
+        "day": today() if data.template_date == "auto" else date.fromisoformat(data.template_date),
     }
     if asked == "auto" and (own := tokenizer.chat_template):
         return _own(own, str(tokenizer.name_or_path), common)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt
@@ -194,6 +195,11 @@ class DataSection(Section):
     template_options: dict[str, Any] = Field(
         default_factory=dict, description="Variables for the template, e.g. {enable_thinking: false}; same in serving."
     )
+    template_date: str = Field(
+        "auto",
+        description="The date that templates with `strftime_now` print, YYYY-MM-DD. `auto`: the day on which the run"
+        " began; resume, eval, infer and export use the same.",
+    )
     control_text: Literal["plain", "token"] = Field(
         "plain",
         description="What a control token (`<|im_start|>`) written inside a message becomes: plain text, or the token.",
@@ -205,6 +211,14 @@ class DataSection(Section):
         if isinstance(value, list) and "language" in value:
             raise ValueError("`language` is now `script`: rows in another script than most are dropped")
         return value
+
+    @field_validator("template_date")
+    @classmethod
+    def _is_auto_or_date(cls, text: str) -> str:
+        try:
+            return text if text == "auto" else date.fromisoformat(text).isoformat()
+        except ValueError:
+            raise ValueError(f"{text!r} is not a date: write auto, or year-month-day such as 2026-01-31") from None
 
     @model_validator(mode="after")
     def _one_way_in(self) -> DataSection:

@@ -130,7 +130,7 @@ def for_all(template: ChatTemplate) -> str:
         source = _TURN.replace("SOURCE", source)
     elif template.tool_source is not None:
         source = "{% if tools %}" + template.tool_source + "{% else %}" + source + "{% endif %}"
-    options = "".join(
+    options = template.date_macro() + "".join(
         f"{{%- set {name} = {json.dumps(value, ensure_ascii=False) if isinstance(value, str) else value} -%}}"
         for name, value in template.options.items()
     )

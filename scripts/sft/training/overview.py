@@ -26,13 +26,14 @@ def before(job: Job, opened: OpenRun) -> list[str]:
     """The run, the model, the rows, the steps, and each setting with the reason of those that were settled for you."""
     config, rows, plan = job.config, job.rows, job.plan
     tuning = config.tuning
+    dated = f", dated {job.template.day}" if job.template.prints_date else ""
     adapter = f", LoRA r {tuning.lora.r} alpha {tuning.lora.alpha}" if tuning.mode != "full" else ""
     lines = [
         opened.said,
         f"model   {job.files.name} ({job.files.parameters / 1e6:,.1f}M parameters, {job.files.kind}),"
         f" {tuning.mode} with {job.backend.name}{adapter}, on {job.device.name or job.device.device}",
         f"rows    {len(rows.train):,} to train on, {len(rows.validation):,} to evaluate on ({rows.stage} rows,"
-        f" template {job.template.name})",
+        f" template {job.template.name}{dated})",
         *(f"        {split}: {line}" for split, told in rows.ledgers.items() for line in told.sentences()),
         f"steps   {plan.total_steps:,} ({plan.steps_per_epoch:,} an epoch, {plan.warmup_steps} of warm-up),"
         f" seed {config.train.seed}",

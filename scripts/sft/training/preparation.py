@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sft import runs
 from sft.config import auto
 from sft.config.load import Loaded
 from sft.config.schema import Config, TrainSection
@@ -72,9 +73,19 @@ class Job:
         }
 
 
-def prepare(loaded: Loaded, root: Path, on_progress: Callable[[int, int], None] | None = None) -> Job:
-    """Reads, checks and resolves; loads no weights, writes only the cache. Raises the SftError of what is wrong."""
-    config = loaded.config
+def prepare(
+    loaded: Loaded,
+    root: Path,
+    on_progress: Callable[[int, int], None] | None = None,
+    checkpoint: Path | None = None,
+) -> Job:
+    """Reads, checks and resolves; loads no weights, writes only the cache. Raises the SftError of what is wrong.
+
+    checkpoint: the one that training resumes from; its date is used again in templates that print the date.
+    """
+    from sft.chat.template import fix_date
+
+    config = fix_date(loaded.config, runs.run_of_adapter(checkpoint) if checkpoint else None)
     files = hub.find(config.model, root, weights=True)
     backend = backends.prepare(config.tuning, kind=files.kind)
     stage = store.paths(config.data, root)
