@@ -12,7 +12,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from sft import console, credentials
+from sft import console
+from sft.errors import redact
 
 EXAMPLES = """
 python scripts/doctor.py
@@ -25,14 +26,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
+    from sft.model.hub import find_token
     from sft.preflight import doctor
     from sft.preflight.checks import Case
 
     root = console.project_root()
-    credentials.find(root)  # so that the token is known, and redacted wherever it stands
+    find_token(root)  # registers the token, so that `redact` replaces it
     told = {}
     for title, lines in doctor.sections(Case(root, Path(args.config), args.set, 6006)):
-        told[title] = [credentials.redact(line) for line in lines]
+        told[title] = [redact(line) for line in lines]
         console.say(f"## {title}")
         for line in told[title]:
             console.say(f"    {line}")

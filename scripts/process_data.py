@@ -14,7 +14,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sft import console, credentials
+from sft import console
 
 if TYPE_CHECKING:
     from sft.data.ledger import Ledger
@@ -43,7 +43,9 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     sets = [*args.set, *([f"data.format={args.format}"] if args.format else [])]
     data = load(args.config, sets, root=root).config.data
     if "/" in (raw := args.raw_path or data.raw_path or "") and not Path(raw).exists() and not (root / raw).exists():
-        credentials.install(root)  # a hub data set may be gated
+        from sft.model.hub import install_token
+
+        install_token(root)  # a hub data set may be gated
     try:
         with console.progress("reading rows") as on_progress:
             ledger = process(data, root, args.raw_path, on_progress)

@@ -1,22 +1,29 @@
-"""The guided set-up behind workflows/quick_start.sh: looks, asks, prepares, trains, evaluates, shows.
+"""The guided set-up behind workflows/quick_start.sh: choose model and data, process, check, train, evaluate.
 
 python scripts/quick_start.py             guided on a terminal
 python scripts/quick_start.py --yes       takes every default
 python scripts/quick_start.py --demo      the small demo model
+
+Reads data/raw; writes configs/local.yaml, which every command then takes by default, and what those commands write.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sft import console
-from sft.errors import SftError
+from sft.errors import DataError, SftError
 
+DEMO = "models/demo"
+SAMPLE = "data/samples/support_desk.jsonl"
+LOCAL = console.LOCAL_CONFIG
 NEXT = """
 What to do next:
   make infer                  talk to it
@@ -27,33 +34,39 @@ What to do next:
   docs/CONFIG.md has every setting; configs/local.yaml keeps yours"""
 
 
+@dataclass(frozen=True)
+class Choice:
+    """A model to train, and why this one."""
+
+    name: str
+    reason: str
+
+
 def parser() -> argparse.ArgumentParser:
     """The command's flags."""
-    made = console.parser(
+    result = console.parser(
         "From a file of examples to a model you can talk to.", "python scripts/quick_start.py --yes", config=False
     )
-    made.add_argument("--yes", action="store_true", help="take every default, ask nothing")
-    made.add_argument("--demo", action="store_true", help="use the shipped demo model")
-    return made
+    result.add_argument("--yes", action="store_true", help="take every default without asking")
+    result.add_argument("--demo", action="store_true", help="use the shipped demo model")
+    return result
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
-    """Look, choose, process, preview, check, train, evaluate, show."""
-    from sft import guide
-
+    """Choose model and data, process, preview, check, train, evaluate."""
     root, started = console.project_root(), time.monotonic()
-    ask = sys.stdin.isatty() and not args.yes
-    choice = choose_model(args.demo, ask)
+    interactive = sys.stdin.isatty() and not args.yes
+    choice = choose_model(args.demo, interactive)
     console.say(f"model: {choice.name} - {choice.reason}")
-    raw, word = guide.raw_data(root)
-    console.say(f"data:  {raw.relative_to(root)} ({word})")
-    if kept := guide.write_local(root, choice, raw):
-        console.say(f"your earlier configs/local.yaml is kept as {kept.name}")
-    console.say("these choices stay in configs/local.yaml")
+    raw, origin = raw_data(root)
+    console.say(f"data:  {raw.relative_to(root)} ({origin})")
+    if backup := write_local(root, choice, raw):
+        console.say(f"your earlier configs/local.yaml is now {backup.name}")
+    console.say("these choices are saved in configs/local.yaml")
     step("process the data", "process_data")
-    step("look at what will be learnt", "preview", "--limit", "1")
+    step("show what is trained on", "preview", "--limit", "1")
     step("check the set-up", "check")
-    if ask and input("\ntrain now? [Y/n] ").strip().lower() == "n":
+    if interactive and input("\ntrain now? [Y/n] ").strip().lower() == "n":
         console.say("make train starts it whenever you like")
         return {"model": choice.name, "trained": False}
     step("train", "train")
@@ -64,41 +77,105 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     return {"model": choice.name, "trained": True}
 
 
-def choose_model(demo: bool, ask: bool) -> Any:
-    """Looks at the GPU and the hub, and picks or asks."""
-    from sft import guide
+def choose_model(demo: bool, interactive: bool) -> Choice:
+    """Looks at the GPU and the hub, then takes the first model offered or lets the user choose."""
     from sft.memory import estimate
     from sft.model import hub
     from sft.model.hardware import probe
 
     if demo:
-        return guide.Choice(guide.DEMO, "the shipped demo model, as asked: proves the pipeline, knows nothing")
-    card = probe()
-    gpu = card.name if card.device == "cuda" else None
-    gib = card.total_bytes / 2**30 if gpu else 0.0
+        return Choice(DEMO, "the shipped demo model (--demo): proves the pipeline, knows nothing")
+    hardware = probe()
+    gpu = hardware.name if hardware.device == "cuda" else None
+    gib = hardware.total_bytes / 2**30 if gpu else 0.0
     reachable = gpu is not None and hub.reachable(timeout=2.0)
-    offers = guide.choices(gpu, gib, reachable, estimate.that_fit(gib) if gpu else [])
-    if not ask or len(offers) == 1:
+    offers = choices(gpu, gib, reachable, estimate.that_fit(gib) if gpu else [])
+    if not interactive or len(offers) == 1:
         return offers[0]
     for number, offer in enumerate(offers, 1):
         console.say(f"  {number}. {offer.name} - {offer.reason}")
     while True:
-        said = input(f"which model? [1-{len(offers)}, Enter for 1, or a hub name] ").strip()
-        if not said:
+        answer = input(f"which model? [1-{len(offers)}, Enter for 1, or a hub name] ").strip()
+        if not answer:
             return offers[0]
-        if said.isdigit() and 1 <= int(said) <= len(offers):
-            return offers[int(said) - 1]
-        if "/" in said:
-            return guide.Choice(said, "your choice")
+        if answer.isdigit() and 1 <= int(answer) <= len(offers):
+            return offers[int(answer) - 1]
+        if "/" in answer:
+            return Choice(answer, "your choice")
+
+
+def choices(gpu: str | None, gib: float, hub: bool, fitting: list[str]) -> list[Choice]:
+    """Models to offer, the default first: those that fit the card, then the demo model.
+
+    gpu: the card's name or None; gib: its memory; hub: whether it can be reached; fitting: hub names, largest first.
+    """
+    reason = "no GPU was found" if gpu is None else "the model hub cannot be reached" if not hub else "quick try"
+    demo = Choice(DEMO, f"the shipped demo model ({reason}): proves the pipeline, knows nothing")
+    if gpu is None or not hub or not fitting:
+        return [demo]
+    return [*(Choice(name, f"fits {gpu} ({gib:.0f} GiB) in 4-bit") for name in fitting), demo]
+
+
+def raw_data(root: Path) -> tuple[Path, str]:
+    """The raw file to use and where it comes from; copies the shipped sample where data/raw is empty.
+
+    Raises DataError where data/raw holds several files and none has a default name, or none that can be read.
+    """
+    from sft.data.readers import SUFFIXES, is_data_file, plain_name
+
+    folder = root / "data" / "raw"
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    data_files = [path for path in entries if path.is_file() and is_data_file(path)]
+    names = ", ".join(path.name for path in data_files or entries)
+    if called_raw := [path for path in data_files if plain_name(path).stem.lower() == "raw"]:
+        kinds = [*SUFFIXES, ""]
+        return min(called_raw, key=lambda path: kinds.index(plain_name(path).suffix.lower())), "yours"
+    if len(data_files) > 1:
+        fix = "rename the one to use to raw with its own ending: raw.jsonl, raw.csv, raw.jsonl.gz"
+        raise DataError(f"data/raw holds several files: {names}", where=str(folder), fix=fix)
+    if data_files:
+        return data_files[0], "yours"
+    if entries:
+        fix = "put a .jsonl, .json, .csv or .parquet file there (docs/DATA.md), or empty the folder to use the sample"
+        raise DataError(f"data/raw holds no file of rows, only: {names}", where=str(folder), fix=fix)
+    shutil.copyfile(root / SAMPLE, folder / "raw.jsonl")
+    return folder / "raw.jsonl", f"data/raw was empty: copied {SAMPLE}"
+
+
+def write_local(root: Path, choice: Choice, raw: Path) -> Path | None:
+    """Writes configs/local.yaml; returns the backup of an older one that differs, if there is one."""
+    from sft import files
+    from sft.config.load import dump_yaml
+
+    path, backup = root / LOCAL, None
+    settings = {
+        "include": "configs/demo_cpu.yaml" if choice.name == DEMO else "configs/run_bnb.yaml",
+        "model": {"name": choice.name},
+        "data": {"raw_path": str(raw.relative_to(root))},
+        "train": {"output_dir": "outputs/quick-start"},
+    }
+    text = (
+        f"# Written by workflows/quick_start.sh on {time.strftime('%Y-%m-%d')}; every command takes it by default.\n"
+        "# Edit it freely, or delete it to go back to configs/run_bnb.yaml. Every key: docs/CONFIG.md\n"
+        f"{dump_yaml(settings)}"
+    )
+    if path.exists():
+        old = path.read_text(encoding="utf-8")
+        if old.splitlines()[1:] != text.splitlines()[1:]:
+            backup = path.with_name(f"local.yaml.{time.strftime('%Y%m%d-%H%M%S')}.bak")
+            files.write_text(backup, old)
+    files.write_text(path, text)
+    return backup
 
 
 def step(title: str, script: str, *flags: str) -> None:
-    """Runs one command of the kit and stops with its exit code where it fails."""
+    """Runs one command of the kit; raises SftError with its exit code where it fails."""
     path = Path(__file__).with_name(f"{script}.py")
     console.say(f"\n== {title}: python scripts/{script}.py {' '.join(flags)}".rstrip())
     code = subprocess.run([sys.executable, str(path), *flags], check=False).returncode
     if code:
-        error = SftError(f"the quick start stopped at: {title}", fix="fix what it says above, then start it again")
+        error = SftError(f"the quick start stopped at: {title}", fix="follow the message above, then start it again")
         error.exit_code = code if code > 0 else 1
         raise error
 

@@ -13,11 +13,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 ROOMS = ROOT / "scripts" / "sft"
-ANYONE = {"errors", "files", "credentials"}
+ANYONE = {"errors", "files"}
 MAY_IMPORT = {  # room -> rooms it may import, besides itself and ANYONE; transitive ones are written out
     "errors": set(),
     "files": set(),
-    "credentials": set(),
     "console": set(),
     "config": set(),
     "data": {"config"},
@@ -33,10 +32,9 @@ MAY_IMPORT = {  # room -> rooms it may import, besides itself and ANYONE; transi
     },
     "ship": {"chat", "data", "model", "generation", "runs", "config", "step"},
     "report": {"metrics", "runs", "config", "data", "chat", "model", "generation"},
-    "guide": {"data"},
     "preflight": {"config", "data", "chat", "model", "memory", "report", "runs"},
 }  # fmt: skip
-LIGHT = {"config", "data", "metrics", "errors", "files", "console", "runs", "guide", "credentials"}
+LIGHT = {"config", "data", "metrics", "errors", "files", "console", "runs"}
 HEAVY = {"torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes", "datasets"}
 OPTIONAL = {"bitsandbytes", "unsloth", "liger_kernel"}
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from pathlib import Path
 
 import pytest
 
 from sft import files
-from sft.errors import EnvironmentProblem
+from sft.errors import EnvironmentProblem, RunError
 
 
 class NoSwap(files.Disk):
@@ -71,3 +72,34 @@ def test_a_manifest_with_any_bit_flipped_is_named_itself(tmp_path: Path) -> None
         harmed[at // 8] ^= 1 << at % 8
         path.write_bytes(harmed)
         assert (files.manifest_problem(tmp_path) or "").startswith(files.MANIFEST)
+
+
+def test_looking_whether_a_lock_is_held_never_takes_it(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    path.touch()
+    held, stop, failures = [], threading.Event(), []
+
+    def look() -> None:
+        while not stop.is_set():
+            files.is_locked(path)
+
+    lookers = [threading.Thread(target=look) for _ in range(2)]
+    for looker in lookers:
+        looker.start()
+    for _ in range(300):
+        try:
+            with files.lock(path, "the run"):
+                held.append(files.is_locked(path))
+        except RunError as error:
+            failures.append(error)
+    stop.set()
+    for looker in lookers:
+        looker.join()
+    assert not failures and held == [True] * 300
+    assert not files.is_locked(path)
+
+
+def test_free_space_is_checked_on_the_disk_that_would_hold_the_folder(tmp_path: Path) -> None:
+    files.require_free(tmp_path / "not/yet/there", 1, "a run", fix="x")
+    with pytest.raises(EnvironmentProblem, match=r"a run needs about 1,048,576.00 GiB on .* are free \(weights"):
+        files.require_free(tmp_path / "not/yet/there", 2**50, "a run", fix="free space", items="weights")

@@ -29,7 +29,7 @@ def test_the_first_run_takes_the_name_of_its_folder(tmp_path: Path) -> None:
     assert opened.run == runs.Run(
         "chat", tmp_path / "outputs/chat", tmp_path / "adapters/chat", tmp_path / "outputs/tb/chat"
     )
-    assert (opened.checkpoint, opened.said) == (None, "a new run: outputs/chat")
+    assert (opened.checkpoint, opened.message) == (None, "a new run: outputs/chat")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -40,7 +40,7 @@ def test_auto_takes_up_the_newest_unfinished_run_at_its_newest_checkpoint(tmp_pa
         checkpoint(tmp_path / "outputs/chat-10", step)
     opened = runs.open_run("outputs/chat", tmp_path, "auto")
     assert opened.checkpoint == tmp_path / "outputs/chat-10/checkpoint-100"
-    assert opened.said == "taking up outputs/chat-10 at checkpoint-100"
+    assert opened.message == "resuming outputs/chat-10 at checkpoint-100"
 
 
 def test_a_place_that_cannot_hold_a_run_is_refused_at_once(tmp_path: Path) -> None:
@@ -54,7 +54,7 @@ def test_auto_gives_a_new_name_when_the_newest_run_is_finished(tmp_path: Path) -
     finished(tmp_path / "outputs/chat")
     opened = runs.open_run("outputs/chat", tmp_path, "auto")
     assert (opened.run.name, opened.checkpoint) == ("chat-2", None)
-    assert opened.said == "chat is finished, so this is a new run: outputs/chat-2"
+    assert opened.message == "chat is finished, so this is a new run: outputs/chat-2"
 
 
 def test_auto_starts_a_run_without_checkpoints_again_in_the_same_folder(tmp_path: Path) -> None:
@@ -62,7 +62,7 @@ def test_auto_starts_a_run_without_checkpoints_again_in_the_same_folder(tmp_path
     (tmp_path / "outputs/chat/log.jsonl").touch()
     opened = runs.open_run("outputs/chat", tmp_path, "auto")
     assert (opened.run.name, opened.checkpoint) == ("chat", None)
-    assert "no checkpoint yet: it starts again from the beginning" in opened.said
+    assert "no checkpoint yet: it starts again at step 0" in opened.message
 
 
 def test_never_takes_the_next_free_name(tmp_path: Path) -> None:
@@ -94,12 +94,12 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path: Path
     harm(checkpoint(tmp_path / "outputs/chat", 2) / "weights")
     opened = runs.open_run("outputs/chat", tmp_path, "auto")
     assert opened.checkpoint == first
-    assert f"passed over checkpoint-2: {reason}" in opened.said
+    assert f"skipped checkpoint-2: {reason}" in opened.message
 
 
 def test_none_whole_where_some_exist_is_an_error_and_no_fresh_start(tmp_path: Path) -> None:
     (checkpoint(tmp_path / "outputs/chat", 1) / "weights").unlink()
-    with pytest.raises(RunError, match="none of chat's checkpoints is whole: checkpoint-1: weights is missing"):
+    with pytest.raises(RunError, match="all checkpoints of chat are damaged: checkpoint-1: weights is missing"):
         runs.open_run("outputs/chat", tmp_path, "auto")
 
 
@@ -108,7 +108,7 @@ def test_a_path_names_a_run_or_a_checkpoint_and_must_be_there(tmp_path: Path) ->
     assert runs.open_run("outputs/x", tmp_path, str(one)).checkpoint == one
     opened = runs.open_run("outputs/x", tmp_path, str(tmp_path / "outputs/chat"))
     assert (opened.run.name, opened.checkpoint) == ("chat", two)
-    with pytest.raises(RunError, match="which is not there"):
+    with pytest.raises(RunError, match="which does not exist"):
         runs.open_run("outputs/x", tmp_path, "outputs/nowhere")
     finished(tmp_path / "outputs/chat")
     with pytest.raises(RunError, match="chat is finished"):
@@ -150,3 +150,10 @@ def test_running_lists_the_runs_whose_lock_is_held(tmp_path: Path) -> None:
     with files.lock(tmp_path / "outputs/b" / runs.LOCK, "b"):
         assert [run.name for run in runs.running(tmp_path)] == ["b"]
     assert runs.running(tmp_path) == []
+
+
+def test_a_checkpoint_without_its_session_file_is_used_without_a_traceback(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path / "outputs/chat", 1)
+    (path / runs.SESSION).unlink()
+    files.write_manifest(path)
+    assert runs.newest_checkpoint(runs.at(tmp_path / "outputs/chat", tmp_path)) == (path, [])

@@ -1,7 +1,7 @@
-"""The console layer: the only place that prints, and the frame that every command runs in.
+"""The console: the only place that prints, and the frame in which every command runs.
 
 A command's file builds its parser and calls `run(parser, main)`; `main(args)` imports what is heavy, does the work and
-returns what `--json` prints. Logs, tables and progress go to stderr under --json, so that stdout stays one JSON value.
+returns what `--json` prints. Under --json logs, tables and progress go to stderr, so that stdout stays one JSON value.
 """
 
 from __future__ import annotations
@@ -16,15 +16,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sft.credentials import redact
-from sft.errors import SftError, Stopped
+from sft.errors import SftError, Stopped, one_line, redact
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 DEFAULT_CONFIG = "configs/run_bnb.yaml"
 LOCAL_CONFIG = "configs/local.yaml"
-SECONDS_A_LINE = 30.0  # of progress where there is no terminal
+SECONDS_PER_LINE = 30.0  # of progress where there is no terminal
 _json_mode = False
 
 
@@ -43,61 +42,69 @@ def default_config() -> str:
 
 def parser(description: str, examples: str, *, config: bool = True) -> argparse.ArgumentParser:
     """A parser with the flags that all commands share: --config, --set, --json, --help with examples."""
-    made = argparse.ArgumentParser(
+    result = argparse.ArgumentParser(
         description=description,
         epilog="examples:\n" + "\n".join("  " + line for line in examples.strip().splitlines()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     if config:
-        made.add_argument(
+        result.add_argument(
             "--config", metavar="FILE", help="the run's YAML (default: configs/local.yaml, else configs/run_bnb.yaml)"
         )
-        made.add_argument(
+        result.add_argument(
             "--set", metavar="KEY=VALUE", action="append", default=[], help="override one key, repeatable"
         )
-    made.add_argument("--json", action="store_true", help="machine-readable result on stdout, logs on stderr")
-    return made
+    result.add_argument("--json", action="store_true", help="machine-readable result on stdout, logs on stderr")
+    return result
+
+
+# --- printing
 
 
 def out() -> Console:
-    """Where people read: stdout, or stderr under --json. Colours only on a terminal."""
+    """A rich console on stdout, or on stderr under --json; colours only on a terminal."""
     from rich.console import Console
 
     return Console(file=sys.stderr if _json_mode else sys.stdout, highlight=False, soft_wrap=True)
 
 
 def say(text: str) -> None:
-    """One plain line, no markup read in it."""
+    """Prints one plain line; no markup is read in it."""
     print(redact(text), file=sys.stderr if _json_mode else sys.stdout, flush=True)
 
 
 def write(piece: str) -> None:
-    """Text as it comes, without a line's end: answers that stream."""
+    """Prints a piece of streamed text, without a line end."""
     print(piece, end="", file=sys.stderr if _json_mode else sys.stdout, flush=True)
 
 
 def emit(value: Any) -> None:
-    """One JSON value as a line on stdout, for commands whose --json is a line a row."""
-    print(json.dumps(value, ensure_ascii=False), flush=False)
+    """Prints one JSON value as a line on stdout, for commands whose --json is one line a row."""
+    print(redact(json.dumps(value, ensure_ascii=False)), flush=False)
 
 
 def warn(text: str) -> None:
-    """A warning, on stderr, marked as one."""
-    text, colour = redact(text), sys.stderr.isatty() and "NO_COLOR" not in os.environ
-    print(f"\033[33mwarning:\033[0m {text}" if colour else f"warning: {text}", file=sys.stderr, flush=True)
+    """Prints a warning on stderr."""
+    _print_marked("warning", 33, redact(text))
+
+
+def _print_marked(label: str, colour: int, text: str) -> None:
+    coloured = sys.stderr.isatty() and "NO_COLOR" not in os.environ
+    mark = f"\033[{colour}m{label}:\033[0m" if coloured else f"{label}:"
+    print(f"{mark} {text}", file=sys.stderr, flush=True)
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """A table for people; numbers are the caller's to format."""
+    """Prints a table; the caller formats the numbers."""
     from rich.table import Table
     from rich.text import Text
 
-    made = Table(title=title, title_justify="left", title_style="bold")
+    result = Table(title=title, title_justify="left", title_style="bold")
     for index, column in enumerate(columns):
-        made.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+        result.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
-        made.add_row(*[Text(str(cell)) for cell in row])
-    out().print(made)
+        result.add_row(*[Text(str(cell)) for cell in row])
+    out().print(result)
 
 
 @contextmanager
@@ -123,34 +130,26 @@ def progress(title: str) -> Iterator[Callable[..., None]]:
 def _progress_lines(title: str) -> Callable[..., None]:
     import time
 
-    said = time.monotonic()
+    last_line = time.monotonic()
 
     def advance(done: int, total: int | None, beside: str = "") -> None:
-        nonlocal said
-        if time.monotonic() - said >= SECONDS_A_LINE:
-            said = time.monotonic()
+        nonlocal last_line
+        if time.monotonic() - last_line >= SECONDS_PER_LINE:
+            last_line = time.monotonic()
             share = f" {done / total:.0%}" if total else ""
             print(f"{title}{share}  {beside}".rstrip(), file=sys.stderr, flush=True)
 
     return advance
 
 
-def _fail(error: SftError) -> int:
-    colour = sys.stderr.isatty() and "NO_COLOR" not in os.environ
-    if _json_mode:
-        problems = getattr(error, "problems", [])
-        told = [{"error": one.what, "where": one.where, "fix": one.fix} for one in (error, *problems)]
-        told_all = json.dumps({**told[0], **({"problems": told[1:]} if problems else {}), **error.details})
-        print(redact(told_all), flush=True)
-    said = redact(str(error))
-    print(f"\033[31merror:\033[0m {said}" if colour else f"error: {said}", file=sys.stderr, flush=True)
-    if not isinstance(error, Stopped):
-        _keep_error(said)
-    return error.exit_code
+# --- the frame of every command
 
 
 def run(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], Any]) -> None:
-    """Parses, runs `main(args)`, prints its result under --json, and exits 0, 2 (mendable), 130/143 (stopped) or 1."""
+    """Parses, runs `main(args)`, prints its result under --json, and exits.
+
+    Exit codes: 0 done, 2 an error that the user can fix, 130 or 143 stopped by the user or the system, 1 a bug.
+    """
     global _json_mode
     args = parser.parse_args()
     _json_mode = args.json
@@ -163,37 +162,51 @@ def run(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], An
     except SftError as error:
         if os.environ.get("SFT_DEBUG"):
             raise
-        sys.exit(_fail(error))
+        sys.exit(_report_error(error))
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except Exception as error:  # a defect of ours or of a library: say so, keep the traceback for the report
+    except Exception as error:
         if os.environ.get("SFT_DEBUG"):
             raise
-        sys.exit(_defect(error))
+        sys.exit(_report_bug(error))
     if args.json and result is not None:
-        print(json.dumps(result, ensure_ascii=False), flush=True)
+        print(redact(json.dumps(result, ensure_ascii=False)), flush=True)
 
 
-def _defect(error: Exception) -> int:
+def _report_error(error: SftError) -> int:
+    if _json_mode:
+        problems = [
+            {"error": each.what, "where": each.where, "fix": each.fix} for each in getattr(error, "problems", [])
+        ]
+        entry = {"error": error.what, "where": error.where, "fix": error.fix}
+        emit({**entry, **({"problems": problems} if problems else {}), **error.details})
+    message = redact(str(error))
+    _print_marked("error", 31, message)
+    if not isinstance(error, Stopped):
+        _save_error(message)
+    return error.exit_code
+
+
+def _report_bug(error: Exception) -> int:
     import traceback
 
-    place = _keep_error(traceback.format_exc(), make_folder=True)
-    kept = f"the traceback is in {place}" if place else "set SFT_DEBUG=1 for the traceback"
-    said = redact(" ".join(str(error).split()))[:500]
+    path = _save_error(traceback.format_exc(), make_folder=True)
+    place = f"the traceback is in {path}" if path else "set SFT_DEBUG=1 for the traceback"
     print(
-        f"error: unexpected {type(error).__name__}: {said}\n  this is a bug in sft-play, not your mistake: {kept}\n"
-        "  `make doctor` gathers what a report of it needs",
+        f"error: unexpected {type(error).__name__}: {one_line(error, 500)}\n"
+        f"  this is a bug in sft-play, not your mistake: {place}\n"
+        "  `make doctor` gathers what a bug report needs",
         file=sys.stderr,
     )
     return 1
 
 
-def _keep_error(told: str, *, make_folder: bool = False) -> Path | None:
-    """Keeps the last error in outputs/last_error.txt for `make doctor`; nothing where that cannot be written."""
+def _save_error(text: str, *, make_folder: bool = False) -> Path | None:
+    """Writes the last error to outputs/last_error.txt for `make doctor`; None where that cannot be written."""
     import shlex
     import time
 
@@ -203,14 +216,14 @@ def _keep_error(told: str, *, make_folder: bool = False) -> Path | None:
     if not (make_folder or path.parent.is_dir()):
         return None
     try:
-        files.write_text(path, redact(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {shlex.join(sys.argv)}\n{told}\n"))
+        files.write_text(path, redact(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {shlex.join(sys.argv)}\n{text}\n"))
     except (SftError, OSError):
         return None
     return path
 
 
 def quiet_libraries() -> None:
-    """Keeps libraries from talking over us: no advice lines, no telemetry, no progress bars of their own."""
+    """Switches off the libraries' advice lines, telemetry and welcome messages."""
     for name, value in {
         "TOKENIZERS_PARALLELISM": "false",
         "TRANSFORMERS_VERBOSITY": "error",
@@ -222,23 +235,23 @@ def quiet_libraries() -> None:
         os.environ.setdefault(name, value)
 
 
-class _ToConsole(logging.Handler):
-    """Shows what the rooms log: warnings marked as such, the rest as plain lines."""
+class _ConsoleHandler(logging.Handler):
+    """Prints what the packages log: warnings marked as such, the rest as plain lines."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
             (warn if record.levelno >= logging.WARNING else say)(record.getMessage())
         except BrokenPipeError:
             raise
-        except OSError:  # a terminal that was closed: nobody reads, and the work goes on
+        except OSError:  # the terminal was closed; the work goes on
             return
 
 
 def show_logs() -> None:
-    """Wires the rooms' logger ("sft") to the console and keeps the libraries' ones to errors."""
+    """Prints what the "sft" logger gets, and keeps the libraries' loggers to errors."""
     logger = logging.getLogger("sft")
     if not logger.handlers:
-        logger.addHandler(_ToConsole())
+        logger.addHandler(_ConsoleHandler())
     logger.setLevel(logging.INFO)
     logger.propagate = False
     for noisy in ("bitsandbytes", "transformers", "datasets", "accelerate", "torch", "httpx", "huggingface_hub"):

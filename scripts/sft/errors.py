@@ -1,14 +1,20 @@
-"""The error family: each says what is wrong, where it stands and how to fix it.
+"""The errors that users see: what happened, where, and how to fix it; and the helpers that word them.
 
-Raised anywhere, caught once, in `console.run`: exit 2 for what a user can fix, 1 for the rest, never a traceback
-(unless SFT_DEBUG=1).
+`console.run` catches every SftError: exit code 2 for what the user can fix, no traceback (unless SFT_DEBUG=1).
 """
 
 from __future__ import annotations
 
+import difflib
+import re
+from collections.abc import Iterable
+
+_HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}\b")
+_secrets: set[str] = set()
+
 
 class SftError(Exception):
-    """Something went wrong that can be said in one message.
+    """An error that one message explains.
 
     what: one sentence. where: file:line, key or row, if known. fix: the command or edit that fixes it, if known.
     details: more for --json.
@@ -31,7 +37,7 @@ class SftError(Exception):
 
 
 class ConfigError(SftError):
-    """A setting that cannot be right; `problems` holds every one that was found, so that all are shown at once."""
+    """An invalid setting; `problems` holds every one of the configuration, so that all are shown at once."""
 
     def __init__(
         self, what: str, *, where: str | None = None, fix: str | None = None, problems: list[SftError] | None = None
@@ -69,3 +75,26 @@ class Stopped(SftError):
     def __init__(self, what: str, *, exit_code: int = 130, fix: str | None = None) -> None:
         super().__init__(what, fix=fix)
         self.exit_code = exit_code
+
+
+def one_line(error: object, limit: int = 300) -> str:
+    """The text of a library's error (or of anything) on one line, at most `limit` characters, without secrets."""
+    return redact(" ".join(str(error).split()))[:limit]
+
+
+def nearest(name: str, choices: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The choice most like `name`, for "did you mean"; None where none is similar enough (0 any, 1 equal)."""
+    return next(iter(difflib.get_close_matches(name, list(choices), 1, cutoff)), None)
+
+
+def register_secret(text: str) -> None:
+    """Has `redact` replace `text` from now on."""
+    if len(text) >= 8:
+        _secrets.add(text)
+
+
+def redact(text: str) -> str:
+    """`text` with every registered secret, and whatever is shaped like a hub token, replaced by `hf_***`."""
+    for secret in sorted(_secrets, key=len, reverse=True):
+        text = text.replace(secret, "hf_***")
+    return _HUB_TOKEN.sub("hf_***", text)

@@ -1,4 +1,7 @@
-"""The one door to the disk: every change that the kit makes goes through `disk`, and a refusal is said in one voice."""
+"""Everything that the kit changes on the disk: atomic writes, manifests, locks, free space.
+
+Every change goes through `disk`, which fault tests replace; a full or read-only disk becomes an EnvironmentProblem.
+"""
 
 from __future__ import annotations
 
@@ -12,25 +15,30 @@ import logging
 import os
 import re
 import shutil
+import struct
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sft.errors import EnvironmentProblem, RunError, SftError
+from sft.errors import EnvironmentProblem, RunError, SftError, one_line
 
 Content = str | bytes | Callable[[Path], object]  # a callable lets a library write the file, or files into the folder
-REFUSALS = {
+MANIFEST = "manifest.json"
+DISK_ERRORS = {
     errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG,
 }  # fmt: skip
-_LIBRARY_REFUSAL = re.compile(
+_LIBRARY_DISK_ERROR = re.compile(
     r"PytorchStreamWriter|inline_container|iostream error|os error \d|IoError|No space left|Input/output error"
 )
+_LEFTOVER = re.compile(r"\.(.+)\.(\d+)\.(part|old|gone)")
+
+log = logging.getLogger("sft.files")
 
 
 class Disk:
-    """All that is asked of the system to change what is on the disk; fault tests put one in its place that fails."""
+    """The system calls that change the disk."""
 
     def write(self, path: Path, content: Content) -> None:
         if callable(content):
@@ -53,9 +61,9 @@ class Disk:
         os.replace(path, target)
 
     def swap(self, one: Path, other: Path) -> None:
-        """Exchanges two names at once (renameat2, RENAME_EXCHANGE); OSError where the file system cannot."""
-        library, here, exchange = ctypes.CDLL(None, use_errno=True), -100, 2
-        if library.renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange):
+        """Exchanges two names atomically (renameat2, RENAME_EXCHANGE); OSError where the file system cannot."""
+        library, at_working_dir, exchange = ctypes.CDLL(None, use_errno=True), -100, 2
+        if library.renameat2(at_working_dir, os.fsencode(one), at_working_dir, os.fsencode(other), exchange):
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(one))
 
     def make_folder(self, path: Path) -> None:
@@ -76,40 +84,30 @@ disk = Disk()
 
 @contextmanager
 def writing(target: Path, staged: Path | None = None) -> Iterator[None]:
-    """Says a refusal of the disk as an EnvironmentProblem: what was to be written, how far it came, what is free."""
+    """Turns a disk error inside the block, Python's or a library's, into an EnvironmentProblem about `target`.
+
+    staged: the file or folder being written, whose size tells how much space is needed at least.
+    """
     try:
         yield
     except SftError:
         raise
     except Exception as error:
         number = error.errno if isinstance(error, OSError) else None
-        if number in REFUSALS or _LIBRARY_REFUSAL.search(str(error)):
-            raise _refusal(error, number, target, staged) from error
-        raise
-
-
-def _refusal(error: Exception, number: int | None, target: Path, staged: Path | None) -> EnvironmentProblem:
-    place = target.absolute()
-    while not place.exists():
-        place = place.parent
-    why = os.strerror(number) if number else " ".join(str(error).split())[:120]
-    far = f"more than {size(staged) / 2**20:,.1f} MiB are needed, " if staged else ""
-    free = shutil.disk_usage(place).free / 2**20
-    return EnvironmentProblem(
-        f"{target.name} could not be written ({why}): {far}{free:,.1f} MiB are free there",
-        where=str(target),
-        fix="fix the folder's permissions" if number in (errno.EACCES, errno.EPERM) else "make room on that disk",
-    )
-
-
-def size(path: Path) -> int:
-    """Bytes of a file, or of all files below a folder; 0 where there is none."""
-    every = path.rglob("*") if path.is_dir() else [path]
-    return sum(one.stat().st_size for one in every if one.is_file())
+        if number not in DISK_ERRORS and not _LIBRARY_DISK_ERROR.search(str(error)):
+            raise
+        reason = os.strerror(number) if number else one_line(error, 120)
+        needed = f"more than {size(staged) / 2**20:,.1f} MiB are needed, " if staged else ""
+        permission = number in (errno.EACCES, errno.EPERM)
+        raise EnvironmentProblem(
+            f"{target.name} could not be written ({reason}): {needed}{free_bytes(target) / 2**20:,.1f} MiB are free",
+            where=str(target),
+            fix="fix the folder's permissions" if permission else "free space on that disk",
+        ) from error
 
 
 def put(path: Path, content: Content) -> None:
-    """Writes `path` as it stands, into a staged folder, which says the disk's refusal; a callable writes it itself."""
+    """Writes `path` directly, for files inside a staged folder; a callable writes it itself."""
     disk.write(path, content)
 
 
@@ -120,98 +118,45 @@ def append(path: Path, text: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """Asks the system to put a file or a folder on the disk."""
+    """Flushes a file or a folder to the disk."""
     with writing(path):
         disk.sync(path)
 
 
 def rename(path: Path, target: Path) -> None:
-    """Gives `path` another name and puts that on the disk."""
+    """Renames `path` and flushes the new name to the disk."""
     with writing(target):
         disk.rename(path, target)
         disk.sync(target.parent)
 
 
 def remove(path: Path) -> None:
-    """Takes a file or a folder away, a folder at once: a crash never leaves half of it under its name."""
+    """Removes a file or a folder; a folder is renamed first, so that a crash never leaves half of it under its name."""
     with writing(path):
         if path.is_dir() and not path.is_symlink():
-            gone = beside(path, "gone")
-            disk.rename(path, gone)
-            path = gone
+            renamed = beside(path, "gone")
+            disk.rename(path, renamed)
+            path = renamed
         disk.remove(path)
 
 
 def make_folder(path: Path) -> None:
-    """Makes a folder and those above it."""
+    """Makes a folder and its parents."""
     with writing(path):
         disk.make_folder(path)
 
 
 def beside(target: Path, ending: str) -> Path:
-    """The hidden name next to `target` that this process uses while it works on it."""
+    """The hidden name next to `target` that this process works under: ending `part`, `old` or `gone`."""
     return target.with_name(f".{target.name}.{os.getpid()}.{ending}")
 
 
-MANIFEST = "manifest.json"
-
-
-def sha256(path: Path | str) -> str:
-    """The SHA-256 of a file's bytes, as hex."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def write_manifest(folder: Path) -> None:
-    """Writes the SHA-256 and size of every file in `folder`, and the SHA-256 of that list, into its manifest.json.
-
-    It is the last file to be written.
-    """
-    listed = {
-        path.relative_to(folder).as_posix(): {"sha256": sha256(path), "bytes": path.stat().st_size}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
-    }
-    put(folder / MANIFEST, _text(listed))
-
-
-def _text(listed: Any) -> str:
-    own = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
-    return json.dumps({"files": listed, "sha256": own}, indent=2) + "\n"
-
-
-def manifest_problem(folder: Path) -> str | None:
-    """Why `folder` is not what its manifest says, or None: no manifest, a file missing, cut short or changed."""
-    try:
-        text = (folder / MANIFEST).read_text(encoding="utf-8")
-        listed = json.loads(text)["files"]
-        if text != _text(listed):
-            return f"{MANIFEST} is not as it was written"
-        for name, said in listed.items():
-            path = folder / name
-            if not path.is_file():
-                return f"{name} is missing"
-            if path.stat().st_size != said["bytes"]:
-                return f"{name} has {path.stat().st_size} bytes, not {said['bytes']}"
-            if sha256(path) != said["sha256"]:
-                return f"{name} has changed since it was written (its SHA-256 differs)"
-    except FileNotFoundError:
-        return f"{MANIFEST} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{MANIFEST} cannot be read ({type(error).__name__})"
-    return None if listed else f"{MANIFEST} lists no file"
-
-
-log = logging.getLogger("sft.files")
-_LEFT_BEHIND = re.compile(r"\.(.+)\.(\d+)\.(part|old|gone)")
+# --- atomic writes
 
 
 @contextmanager
 def atomic_file(target: Path | str) -> Iterator[Path]:
-    """Yields a path beside `target` to write to; on a clean exit it replaces `target`, on an error it is removed."""
+    """Yields a path beside `target` to write to; it replaces `target` on a clean exit and is removed on an error."""
     target = Path(target)
     staged = beside(target, "part")
     try:
@@ -240,17 +185,17 @@ def write_json(target: Path | str, value: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; {} where there is none that can be read."""
+    """The JSON object in `path`; {} where it is missing, broken or no object."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return value if isinstance(value, dict) else {}
 
 
 @contextmanager
 def atomic_folder(target: Path | str) -> Iterator[Path]:
-    """Yields an empty folder beside `target` to fill; on a clean exit it takes the place of `target` at once."""
+    """Yields an empty folder beside `target` to fill; on a clean exit it replaces `target` atomically."""
     target = Path(target)
     staged, old = beside(target, "part"), beside(target, "old")
     try:
@@ -261,19 +206,19 @@ def atomic_folder(target: Path | str) -> Iterator[Path]:
             for path in sorted(staged.rglob("*")):
                 disk.sync(path)
             disk.sync(staged)
-            _take_place(staged, target, old)
+            _replace_folder(staged, target, old)
             disk.sync(target.parent)
     except BaseException:
         with contextlib.suppress(OSError):
             disk.remove(staged)
         raise
-    for gone in (staged, old):
-        if gone.exists():
-            _remove_or_say(gone)
+    for path in (staged, old):
+        if path.exists():
+            _try_remove(path)
 
 
-def _take_place(staged: Path, target: Path, old: Path) -> None:
-    """Puts `staged` under the name `target`; what had the name before is then called `staged` or `old`."""
+def _replace_folder(staged: Path, target: Path, old: Path) -> None:
+    """Renames `staged` to `target`; what had that name before is then called `staged` or `old`."""
     if not target.exists():
         return disk.rename(staged, target)
     try:
@@ -290,29 +235,30 @@ def _take_place(staged: Path, target: Path, old: Path) -> None:
     return None
 
 
-def _remove_or_say(path: Path) -> None:
+def _try_remove(path: Path) -> None:
     try:
         disk.remove(path)
     except OSError as error:
-        log.warning("%s could not be removed (%s): it may be deleted by hand", path, error.strerror)
+        log.warning("%s could not be removed (%s): delete it by hand", path, error.strerror)
 
 
 def sweep(folder: Path, name: str | None = None) -> None:
-    """Removes what killed commands left half-written in `folder`, and puts back what they had moved aside.
+    """Removes what killed processes left half-written in `folder`, and restores what they had moved aside.
 
-    name: of the one target to look for. What belongs to a living process stays.
+    name: the only target to look for. Files of a living process stay.
     """
     for path in sorted(folder.glob(".*")):
-        found = _LEFT_BEHIND.fullmatch(path.name)
-        if not found or name not in (None, found[1]) or _alive(int(found[2])):
+        leftover = _LEFTOVER.fullmatch(path.name)
+        if not leftover or name not in (None, leftover[1]) or _is_other_process(int(leftover[2])):
             continue
-        if found[3] == "old" and path.is_dir() and not (folder / found[1]).exists() and not manifest_problem(path):
-            rename(path, folder / found[1])
+        target = folder / leftover[1]
+        if leftover[3] == "old" and path.is_dir() and not target.exists() and not manifest_problem(path):
+            rename(path, target)
         else:
-            _remove_or_say(path)
+            _try_remove(path)
 
 
-def _alive(pid: int) -> bool:
+def _is_other_process(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except OSError as error:
@@ -321,9 +267,9 @@ def _alive(pid: int) -> bool:
 
 
 def point(link: Path, target: Path) -> None:
-    """Makes `link` a relative symbolic link to `target`, replacing an older link at once; never a real folder."""
+    """Makes `link` a relative symbolic link to `target`, replacing an older link atomically; never a real folder."""
     if link.exists() and not link.is_symlink():
-        raise RunError(f"{link} is in the way: it should be a link", fix=f"move it away: mv {link} {link}.old")
+        raise RunError(f"{link} is not a symbolic link", fix=f"move it away: mv {link} {link}.old")
     staged = beside(link, "part")
     with writing(link):
         disk.make_folder(link.parent)
@@ -332,14 +278,74 @@ def point(link: Path, target: Path) -> None:
             disk.link(staged, os.path.relpath(target, link.parent))
             disk.rename(staged, link)
         except OSError:
-            _remove_or_say(staged)
+            _try_remove(staged)
             raise
         disk.sync(link.parent)
 
 
+# --- manifests
+
+
+def sha256(path: Path | str) -> str:
+    """The SHA-256 of a file's bytes, as hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_manifest(folder: Path) -> None:
+    """Writes the SHA-256 and size of every file in `folder`, and the SHA-256 of that list, into its manifest.json.
+
+    The manifest is the last file written: a folder without one is incomplete.
+    """
+    entries = {
+        path.relative_to(folder).as_posix(): {"sha256": sha256(path), "bytes": path.stat().st_size}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }
+    put(folder / MANIFEST, _manifest_text(entries))
+
+
+def _manifest_text(entries: Any) -> str:
+    own = hashlib.sha256(json.dumps(entries).encode()).hexdigest()
+    return json.dumps({"files": entries, "sha256": own}, indent=2) + "\n"
+
+
+def manifest_problem(folder: Path) -> str | None:
+    """How `folder` differs from its manifest (a file missing or changed, no manifest); None if it does not."""
+    try:
+        text = (folder / MANIFEST).read_text(encoding="utf-8")
+        entries = json.loads(text)["files"]
+        if text != _manifest_text(entries):
+            return f"{MANIFEST} has changed since it was written"
+        for name, entry in entries.items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != entry["bytes"]:
+                return f"{name} has {path.stat().st_size} bytes, not {entry['bytes']}"
+            if sha256(path) != entry["sha256"]:
+                return f"{name} has changed since it was written (its SHA-256 differs)"
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} cannot be read ({type(error).__name__})"
+    return None if entries else f"{MANIFEST} lists no file"
+
+
+# --- locks: of the open file description, so that they can be tested without being taken
+
+
+def _write_lock() -> bytes:
+    """Linux's `struct flock` for a write lock on the whole file."""
+    return struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+
+
 @contextmanager
 def lock(path: Path, what: str) -> Iterator[None]:
-    """Holds `path` as a lock file for the time of the block; the system frees it if the process dies.
+    """Holds `path` as a lock file during the block; the system frees it if the process dies.
 
     Raises RunError with the holder's pid and start if another process has it.
     """
@@ -348,7 +354,7 @@ def lock(path: Path, what: str) -> Iterator[None]:
         file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.fcntl(file, fcntl.F_OFD_SETLK, _write_lock())
         except BlockingIOError:
             file.seek(0)
             raise RunError(
@@ -361,11 +367,45 @@ def lock(path: Path, what: str) -> Iterator[None]:
         yield
 
 
-def locked(path: Path) -> bool:
-    """Whether a living process holds this lock file."""
+def is_locked(path: Path) -> bool:
+    """Whether a process holds this lock file; looking never takes the lock, so that it disturbs no one."""
     with open(path, encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
+        holder = fcntl.fcntl(file, fcntl.F_OFD_GETLK, _write_lock())
+    return bool(struct.unpack("hhqqi", holder)[0] != fcntl.F_UNLCK)
+
+
+# --- sizes and free space
+
+
+def size(path: Path) -> int:
+    """Bytes of a file, or of all files below a folder; 0 where there is none."""
+    paths = path.rglob("*") if path.is_dir() else [path]
+    return sum(each.stat().st_size for each in paths if each.is_file())
+
+
+def existing(path: Path) -> Path:
+    """`path`, or the nearest folder above it that exists."""
+    path = path.absolute()
+    return next(each for each in (path, *path.parents) if each.exists())
+
+
+def free_bytes(path: Path) -> int:
+    """Free bytes on the disk that holds, or would hold, `path`."""
+    return shutil.disk_usage(existing(path)).free
+
+
+def require_free(path: Path, needed: int, what: str, *, fix: str, items: str = "") -> None:
+    """Raises EnvironmentProblem where the disk of `path` has fewer than `needed` bytes free.
+
+    what: what needs them. items: what they consist of, for the message.
+    """
+    free = free_bytes(path)
+    if needed > free:
+        shown = f" ({items})" if items else ""
+        message = f"{what} needs about {format_bytes(needed)} on that disk, {format_bytes(free)} are free{shown}"
+        raise EnvironmentProblem(message, where=str(existing(path)), fix=fix)
+
+
+def format_bytes(count: int) -> str:
+    """Bytes as MiB, or as GiB from one on."""
+    return f"{count / 2**30:,.2f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"

@@ -97,9 +97,9 @@ def damaged(bench: Bench, expected: dict[str, Any]) -> Iterator[Case]:
                 (bench.root / "outputs/t/finished.json").unlink()
                 do(bench.root / "outputs/t/checkpoint-6" / name)
                 found = bench.broken_then_resumed(bench.run, expected)
-                if f"passed over checkpoint-6: {name}" not in bench.said():
+                if f"skipped checkpoint-6: {name}" not in bench.said():
                     found["wrong"].append(f"{name} is not named: {bench.said()[:300]}")
-                if "taking up outputs/t at checkpoint-4" not in bench.said():
+                if "resuming outputs/t at checkpoint-4" not in bench.said():
                     found["wrong"].append(f"checkpoint-4 was not taken: {bench.said()[:300]}")
                 return found
 

@@ -10,8 +10,8 @@ import psutil
 import pytest
 import torch
 
-from sft import credentials
 from sft.config.schema import TuningSection
+from sft.errors import redact
 from sft.model import backends, hardware, hub
 
 UNSLOTH = TuningSection(backend="unsloth")
@@ -19,7 +19,7 @@ UNSLOTH = TuningSection(backend="unsloth")
 
 @pytest.fixture
 def no_tokens(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in credentials.NAMES:
+    for name in hub.TOKEN_NAMES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "nowhere"))
 
@@ -65,15 +65,15 @@ def test_unsloth_is_for_installed_and_causal_models_alone():
 
 @pytest.mark.usefixtures("no_tokens")
 def test_tokens_are_found_in_order_and_never_shown(monkeypatch, tmp_path):
-    assert credentials.find(tmp_path) == (None, "")
+    assert hub.find_token(tmp_path) == (None, "")
     (tmp_path / ".env").write_text("HUGGINGFACE_HUB_TOKEN='from-dot-env-1234'\n")
-    assert credentials.find(tmp_path) == ("from-dot-env-1234", ".env (HUGGINGFACE_HUB_TOKEN)")
+    assert hub.find_token(tmp_path) == ("from-dot-env-1234", ".env (HUGGINGFACE_HUB_TOKEN)")
     monkeypatch.setenv("HUGGINGFACE_HUB_TOKEN", "from-second-1234")
-    assert credentials.find(tmp_path) == ("from-second-1234", "HUGGINGFACE_HUB_TOKEN")
+    assert hub.find_token(tmp_path) == ("from-second-1234", "HUGGINGFACE_HUB_TOKEN")
     monkeypatch.setenv("HF_TOKEN", "from-first-1234")
-    assert credentials.find(tmp_path) == ("from-first-1234", "HF_TOKEN")
+    assert hub.find_token(tmp_path) == ("from-first-1234", "HF_TOKEN")
     text = "Bearer from-first-1234, from-dot-env-1234 and hf_" + "AbcDef0123456789"
-    assert credentials.redact(text) == "Bearer hf_***, hf_*** and hf_***"
+    assert redact(text) == "Bearer hf_***, hf_*** and hf_***"
 
 
 @pytest.mark.usefixtures("no_tokens")
@@ -81,7 +81,7 @@ def test_a_token_in_dot_env_reaches_every_library(monkeypatch, tmp_path):
     (tmp_path / ".env").write_text("HF_TOKEN=from-dot-env-1234\n")
     monkeypatch.setenv("HF_TOKEN", "")
     monkeypatch.delenv("HF_TOKEN")
-    assert credentials.install(tmp_path) == ".env (HF_TOKEN)"
+    assert hub.install_token(tmp_path) == ".env (HF_TOKEN)"
     assert os.environ.pop("HF_TOKEN") == "from-dot-env-1234"
 
 

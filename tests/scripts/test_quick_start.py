@@ -1,4 +1,4 @@
-"""The whole way on the demo model, and real files through it: minutes each, so they run in `make test-all`."""
+"""What the quick start decides, and (slow, in `make test-all`) whole runs on the demo model and on real files."""
 
 from __future__ import annotations
 
@@ -13,10 +13,106 @@ from typing import Any
 
 import pytest
 
+import quick_start
+from sft.config.load import load
+from sft.errors import DataError
 from tests.conftest import ROOT
 
 Command = Callable[..., CompletedProcess[str]]
-pytestmark = pytest.mark.slow
+slow = pytest.mark.slow
+
+
+def empty_project(root: Path) -> Path:
+    sample = root / quick_start.SAMPLE
+    sample.parent.mkdir(parents=True)
+    sample.write_text('{"user": "a", "assistant": "b"}\n')
+    return root
+
+
+def test_without_a_gpu_or_a_hub_the_demo_model_is_the_only_offer() -> None:
+    assert [c.name for c in quick_start.choices(None, 0.0, False, [])] == [quick_start.DEMO]
+    offline = quick_start.choices("RTX 4060", 8.0, False, ["Qwen/Qwen2.5-3B-Instruct"])
+    assert [c.name for c in offline] == [quick_start.DEMO]
+    assert "cannot be reached" in offline[0].reason
+
+
+def test_with_a_gpu_the_first_that_fits_is_the_default_and_the_demo_the_last() -> None:
+    offers = quick_start.choices("RTX 4060", 8.0, True, ["Qwen/Qwen2.5-3B-Instruct", "Qwen/Qwen2.5-1.5B-Instruct"])
+    assert [c.name for c in offers] == ["Qwen/Qwen2.5-3B-Instruct", "Qwen/Qwen2.5-1.5B-Instruct", quick_start.DEMO]
+    assert offers[0].reason == "fits RTX 4060 (8 GiB) in 4-bit"
+
+
+def test_an_empty_raw_folder_gets_the_samples_and_says_so(tmp_path: Path) -> None:
+    raw, origin = quick_start.raw_data(empty_project(tmp_path))
+    assert raw == tmp_path / "data" / "raw" / "raw.jsonl"
+    assert raw.read_text() == (tmp_path / quick_start.SAMPLE).read_text()
+    assert "was empty" in origin
+
+
+def test_the_users_own_file_is_taken_and_never_overwritten(tmp_path: Path) -> None:
+    own = empty_project(tmp_path) / "data" / "raw" / "mine.csv"
+    own.parent.mkdir(parents=True)
+    own.write_text("question,answer\na,b\n")
+    assert quick_start.raw_data(tmp_path) == (own, "yours")
+    assert own.read_text() == "question,answer\na,b\n"
+    assert sorted(path.name for path in own.parent.iterdir()) == ["mine.csv"]
+
+
+def test_several_files_are_not_guessed_between(tmp_path: Path) -> None:
+    folder = empty_project(tmp_path) / "data" / "raw"
+    folder.mkdir(parents=True)
+    for name in ("a.json", "b.json"):
+        (folder / name).write_text("[]")
+    with pytest.raises(DataError, match=r"several files: a\.json, b\.json"):
+        quick_start.raw_data(tmp_path)
+
+
+def test_the_choice_is_written_and_an_edited_file_is_backed_up(tmp_path: Path) -> None:
+    (tmp_path / "configs").mkdir()
+    raw = tmp_path / "data" / "raw" / "raw.jsonl"
+    demo = quick_start.Choice(quick_start.DEMO, "--demo")
+    assert quick_start.write_local(tmp_path, demo, raw) is None
+    local = tmp_path / quick_start.LOCAL
+    assert "include: configs/demo_cpu.yaml" in local.read_text()
+    assert "raw_path: data/raw/raw.jsonl" in local.read_text()
+    assert quick_start.write_local(tmp_path, demo, raw) is None, "the same choice again makes no backup"
+    local.write_text(local.read_text() + "  seed: 7\n")
+    backup = quick_start.write_local(tmp_path, demo, raw)
+    assert backup is not None and backup.read_text().endswith("  seed: 7\n")
+
+
+@pytest.mark.parametrize(
+    "name", ["mine.ndjson", "mine.jsonl.gz", "mine.csv.zst", "RAW.JSONL", "Mine.Parquet", "mine.TSV"]
+)
+def test_the_users_file_is_used_whatever_its_suffix_or_case(tmp_path: Path, name: str) -> None:
+    own = empty_project(tmp_path) / "data" / "raw" / name
+    own.parent.mkdir(parents=True)
+    own.write_text("x")
+    assert quick_start.raw_data(tmp_path) == (own, "yours")
+
+
+def test_of_several_files_the_one_called_raw_is_used(tmp_path: Path) -> None:
+    folder = empty_project(tmp_path) / "data" / "raw"
+    folder.mkdir(parents=True)
+    for name in ("raw.csv", "RAW.jsonl.gz", "other.jsonl"):
+        (folder / name).write_text("x")
+    assert quick_start.raw_data(tmp_path) == (folder / "RAW.jsonl.gz", "yours")
+
+
+def test_files_that_cannot_be_read_are_an_error_and_never_replaced_by_the_sample(tmp_path: Path) -> None:
+    folder = empty_project(tmp_path) / "data" / "raw"
+    folder.mkdir(parents=True)
+    (folder / "notes.docx").write_text("x")
+    with pytest.raises(DataError, match=r"no file of rows, only: notes\.docx"):
+        quick_start.raw_data(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["my #1: rows.jsonl", "- x.jsonl", "{a}.jsonl", "'quoted'.jsonl", "007.jsonl"])
+def test_local_yaml_loads_the_same_path_whatever_characters_it_holds(tmp_path: Path, name: str) -> None:
+    (tmp_path / "configs").mkdir()
+    quick_start.write_local(tmp_path, quick_start.Choice("me/yes: #1", "-"), tmp_path / "data" / "raw" / name)
+    config = load(tmp_path / quick_start.LOCAL, root=tmp_path).config
+    assert config.data.raw_path == f"data/raw/{name}" and config.model.name == "me/yes: #1"
 
 
 def bars(metrics: dict[str, Any]) -> None:
@@ -29,6 +125,7 @@ def bars(metrics: dict[str, Any]) -> None:
     assert tuned["stop_rate"] >= 0.95
 
 
+@slow
 def test_the_quick_start_ends_with_a_tuned_model_that_passes_the_bars(command: Command, tmp_path: Path) -> None:
     shutil.copytree(ROOT / "configs", tmp_path / "configs", ignore=shutil.ignore_patterns("local.yaml*"))
     shutil.copytree(ROOT / "data" / "samples", tmp_path / "data" / "samples")
@@ -39,6 +136,7 @@ def test_the_quick_start_ends_with_a_tuned_model_that_passes_the_bars(command: C
     bars(json.loads((tmp_path / "outputs" / "metrics.json").read_text()))
 
 
+@slow
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_the_demo_holds_its_bars_for_three_seeds(command: Command, tmp_path: Path, seed: int) -> None:
     config = ROOT / "configs" / "demo_cpu.yaml"
@@ -53,6 +151,7 @@ def test_the_demo_holds_its_bars_for_three_seeds(command: Command, tmp_path: Pat
     bars(json.loads(scored.stdout))
 
 
+@slow
 @pytest.mark.parametrize("name", ["alpaca_en_demo.json", "gsm8k_train.jsonl", "truthfulqa.csv"])
 def test_real_files_go_the_whole_way(command: Command, shared: Path, tmp_path: Path, name: str) -> None:
     env = {"SFT_ROOT": str(tmp_path), "OMP_NUM_THREADS": "1"}
@@ -79,6 +178,7 @@ def test_real_files_go_the_whole_way(command: Command, shared: Path, tmp_path: P
     assert command("merge_lora", *flags, "--out", tmp_path / "merged", "--dtype", "fp16", **env).returncode == 0
 
 
+@slow
 def test_several_data_sets_go_through_and_a_broken_one_stops_nobody(tmp_path: Path) -> None:
     good, bad = tmp_path / "good.jsonl", tmp_path / "bad.jsonl"
     good.write_text("".join(json.dumps({"question": f"q {n}", "answer": f"a {n}"}) + "\n" for n in range(20)))

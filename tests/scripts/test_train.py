@@ -54,7 +54,7 @@ def test_ctrl_c_stops_with_a_checkpoint_and_the_same_command_goes_on(
     args = [*many, "--set", f"train.max_steps={step + 4}", "--allow-change", "total_steps", "--json"]
     result = command("train", *args, "--allow-change", "warmup_steps", cwd=root, SFT_ROOT=str(root))
     assert result.returncode == 0, result.stderr
-    assert f"taking up outputs/t at checkpoint-{step}" in result.stderr
+    assert f"resuming outputs/t at checkpoint-{step}" in result.stderr
     assert json.loads(result.stdout)["steps"] == step + 4
     steps = [entry["step"] for entry in read(log)]
     assert steps == sorted(set(steps)) and steps[-1] == step + 4
@@ -127,7 +127,7 @@ def test_a_rank_that_is_killed_ends_the_launch_and_the_next_one_goes_on_bit_for_
             launch = torchrun(root, 2, sets=sets)
         said = launch.communicate(timeout=280)[0]
         assert launch.returncode == 0, said
-        assert ("taking up outputs/t at checkpoint-" in said) == (name == "broken")
+        assert ("resuming outputs/t at checkpoint-" in said) == (name == "broken")
         adapters[name] = load_file(root / "adapters/t/adapter_model.safetensors")
     assert all(bool((adapters["broken"][key] == one).all()) for key, one in adapters["straight"].items())
 

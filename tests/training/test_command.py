@@ -156,8 +156,10 @@ def test_a_damaged_best_checkpoint_is_made_again_or_its_loss_is_said(
     capsys.readouterr()
     assert project.run(root, *BEST_AT_2)["best_lost"] is None
     said = capsys.readouterr().out
-    assert "passed over checkpoint-6: the best one until then, checkpoint-2, is to be made again (rng.pt is" in said
-    assert "taking up outputs/t at checkpoint-1" in said
+    assert (
+        "skipped checkpoint-6: the best checkpoint until then, checkpoint-2, must be trained again (rng.pt is" in said
+    )
+    assert "resuming outputs/t at checkpoint-1" in said
     assert (files.sha256(adapter), project.losses(root, "t")) == (expected, curve)
 
     shutil.rmtree(root / "outputs/t")
@@ -168,7 +170,7 @@ def test_a_damaged_best_checkpoint_is_made_again_or_its_loss_is_said(
     assert found["best_lost"] == {"step": 2, "value": best}
     assert found["best_step"] == 4 and found["eval"]["loss"] < best
     said = capsys.readouterr().out
-    assert "taking up outputs/t at checkpoint-6" in said
+    assert "resuming outputs/t at checkpoint-6" in said
     assert f"the best checkpoint (step 2, {best:.4f}) was damaged; what is left (step 4): loss" in said
 
 

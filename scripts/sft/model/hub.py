@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import logging
-import shutil
+import os
 import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from sft import credentials, files
+from sft import files
 from sft.config import load
-from sft.errors import EnvironmentProblem, ModelError, SftError
+from sft.errors import ModelError, SftError, one_line, register_secret
 from sft.model import files as model_files
 from sft.model.files import INDEX, ModelFiles, has_weights
 
@@ -46,6 +46,39 @@ def reachable(timeout: float = 2.0) -> bool:
     asker.start()
     asker.join(timeout)
     return bool(answers and answers[0])
+
+
+TOKEN_NAMES = ("HF_TOKEN", "HUGGINGFACE_HUB_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+
+
+def find_token(root: Path) -> tuple[str | None, str]:
+    """The hub token and where it comes from ("" without one): the environment, `.env` at `root`, `hf auth login`.
+
+    It is for the hub client alone; `errors.redact` keeps it out of everything that is printed or written.
+    """
+    places = {name: os.environ.get(name, "").strip() for name in TOKEN_NAMES}
+    if not any(places.values()) and (root / ".env").is_file():
+        from dotenv import dotenv_values
+
+        values = dotenv_values(root / ".env")
+        places = {f".env ({name})": (values.get(name) or "").strip() for name in TOKEN_NAMES}
+    if not any(places.values()):
+        from huggingface_hub import get_token
+
+        places = {"hf auth login": get_token() or ""}
+    for place, token in places.items():
+        if token:
+            register_secret(token)
+            return token, place
+    return None, ""
+
+
+def install_token(root: Path) -> str:
+    """Gives the token to all libraries of this process (HF_TOKEN); returns where it comes from, "" without one."""
+    token, place = find_token(root)
+    if token and place != "hf auth login":
+        os.environ.setdefault("HF_TOKEN", token)
+    return place
 
 
 def fetch(repository: str, commit: str, name: str, token: str | None) -> None:
@@ -106,7 +139,7 @@ def download(section: ModelSection, root: Path, *, weights: bool = True) -> Path
 
     Raises ModelError (not found, gated, no safetensors, no network) and EnvironmentProblem (the disk is too small).
     """
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
     name = section.name
     if offline():
@@ -121,10 +154,15 @@ def download(section: ModelSection, root: Path, *, weights: bool = True) -> Path
             where="model.name",
             fix="fix the network, or give a folder (the shipped demo model: --set model.name=models/demo)",
         )
-    token, _ = credentials.find(root)
+    token, _ = find_token(root)
     try:
         wanted = _list(section, token, weights=weights)
-        _room(name, wanted.bytes)
+        files.require_free(
+            Path(constants.HF_HUB_CACHE),
+            int(wanted.bytes * 1.02),
+            name,
+            fix="free space there, or set HF_HOME to a larger disk",
+        )
         log.info(f"fetching {name}: {wanted.bytes / 1e6:,.0f} MB in {len(wanted.names)} files into the hub's cache")
         for file in wanted.names:
             if file.endswith(".safetensors"):
@@ -141,7 +179,7 @@ def download(section: ModelSection, root: Path, *, weights: bool = True) -> Path
 def peek(section: ModelSection, root: Path, *, timeout: float) -> Listing:
     """What would be fetched, asked of the hub. Raises ModelError: not found, gated, no safetensors, no answer."""
     try:
-        return _list(section, credentials.find(root)[0], weights=True, timeout=timeout)
+        return _list(section, find_token(root)[0], weights=True, timeout=timeout)
     except ModelError:
         raise
     except Exception as error:
@@ -184,21 +222,6 @@ def _remember_branch(section: ModelSection, commit: str) -> None:
     ref.write_text(commit, encoding="utf-8")
 
 
-def _room(name: str, needed: int) -> None:
-    from huggingface_hub import constants
-
-    place = Path(constants.HF_HUB_CACHE)
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if needed * 1.02 > free:
-        raise EnvironmentProblem(
-            f"{name} needs {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free",
-            where=str(place),
-            fix="make room there, or set HF_HOME to a larger disk",
-        )
-
-
 def _said(section: ModelSection, error: Exception) -> ModelError:
     """The hub client's error in our words, with what to do; never with a token in it."""
     from huggingface_hub import constants, errors
@@ -225,7 +248,7 @@ def _said(section: ModelSection, error: Exception) -> ModelError:
     for family, what, fix in cases:
         if isinstance(error, family):
             return ModelError(what, where="model.name", fix=fix)
-    said = credentials.redact(" ".join(str(error).split()))[:300]
+    said = one_line(error)
     return ModelError(
         f"fetching {name} failed: {type(error).__name__}: {said}",
         where="model.name",

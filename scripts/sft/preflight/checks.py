@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from sft import runs
+from sft import files, runs
 from sft.config import load as config_load
 from sft.config import load as paths
 from sft.errors import ConfigError, SftError, TemplateError
@@ -139,12 +138,11 @@ def model(case: Case) -> Iterator[Finding]:
     """The model's files here, or on the hub; nothing is fetched or loaded."""
     if case.config is None:
         return
-    from sft import credentials
     from sft.model import hub
 
     section = case.config.model
     folder = hub.local_folder(section.name, case.root) or hub.cached(section.name, section.revision)
-    place = credentials.find(case.root)[1]
+    place = hub.find_token(case.root)[1]
     if folder is not None:
         offline = hub.local_folder(section.name, case.root) is not None or hub.offline()
         try:
@@ -169,13 +167,13 @@ def model(case: Case) -> Iterator[Finding]:
 
 
 def _whole(section: Any, folder: Path) -> ModelFiles:
-    from sft.model import files
+    from sft.model import files as model_files
 
-    config = files.read_config(folder, section.name)
-    kind = files.kind_of(config, section.type, name=section.name)
-    found = files.ModelFiles(folder, section.name, section.revision, config, kind)
-    _ = found.weights
-    return found
+    config = model_files.read_config(folder, section.name)
+    kind = model_files.kind_of(config, section.type, name=section.name)
+    result = model_files.ModelFiles(folder, section.name, section.revision, config, kind)
+    _ = result.weights
+    return result
 
 
 def template(case: Case) -> Iterator[Finding]:
@@ -292,15 +290,15 @@ def disk(case: Case) -> Iterator[Finding]:
     if case.config is None:
         return
     run = runs.at(config_load.resolve_path(case.root, case.config.train.output_dir), case.root)
-    place = disk_space.existing(run.folder)
-    free = shutil.disk_usage(place).free
+    place = files.existing(run.folder)
+    free = files.free_bytes(place)
     need = case.to_fetch + 2 * GIB if case.files is None else sum(disk_space.parts(case.config, case.files).values())
-    said = f"{disk_space.in_words(free)} free in {place}, a run needs about {disk_space.in_words(need)}"
+    said = f"{files.format_bytes(free)} free in {place}, a run needs about {files.format_bytes(need)}"
     short = free < need
-    fix = "make room (old runs: outputs/), or --set train.save_total_limit=1" if short else None
+    fix = "free space (old runs: outputs/), or --set train.save_total_limit=1" if short else None
     yield Finding("error" if short else "ok", "disk", said, fix)
     for folder in (run.folder, run.adapter_dir.parent):
-        standing = disk_space.existing(folder)
+        standing = files.existing(folder)
         if not standing.is_dir() or not os.access(standing, os.W_OK | os.X_OK):
             yield Finding("error", "outputs", f"{standing} cannot be written to", "fix its permissions, or output_dir")
             return

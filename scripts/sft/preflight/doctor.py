@@ -16,7 +16,6 @@ from sft.config import load
 from sft.model import hardware
 from sft.preflight import checks
 from sft.preflight.checks import Case, requirements
-from sft.preflight.disk_space import existing, in_words
 
 Section = tuple[str, list[str]]
 LAST_ERROR = "last_error.txt"  # written by the frame of every command, below outputs/
@@ -58,13 +57,19 @@ def _machine(case: Case) -> list[str]:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     total, free = hardware.memory()
-    lines = [f"{platform.platform()}, {os.cpu_count()} cores", f"memory {in_words(free)} free of {in_words(total)}"]
+    lines = [
+        f"{platform.platform()}, {os.cpu_count()} cores",
+        f"memory {files.format_bytes(free)} free of {files.format_bytes(total)}",
+    ]
     cards = hardware.gpus()
-    lines += [f"GPU {c.index}: {c.name}, {in_words(c.free_bytes)} free of {in_words(c.total_bytes)}" for c in cards]
+    lines += [
+        f"GPU {c.index}: {c.name}, {files.format_bytes(c.free_bytes)} free of {files.format_bytes(c.total_bytes)}"
+        for c in cards
+    ]
     lines += [f"driver {hardware.driver() or 'unknown'}"] if cards else ["no GPU"]
     for name, place in (("project", case.root), ("outputs", case.root / "outputs"), ("hub cache", Path(HF_HUB_CACHE))):
-        usage = shutil.disk_usage(existing(place))
-        lines.append(f"disk of {name}: {in_words(usage.free)} free of {in_words(usage.total)}")
+        usage = shutil.disk_usage(files.existing(place))
+        lines.append(f"disk of {name}: {files.format_bytes(usage.free)} free of {files.format_bytes(usage.total)}")
     return lines
 
 
@@ -86,7 +91,7 @@ def _last_run(root: Path) -> list[str]:
     lines = [f"{run.name}: {'finished' if run.finished else 'running' if going_on else 'not finished'}"]
     for checkpoint in run.checkpoints():
         problem = files.manifest_problem(checkpoint) or "whole"
-        lines.append(f"{checkpoint.name}: {problem}, {in_words(files.size(checkpoint))}")
+        lines.append(f"{checkpoint.name}: {problem}, {files.format_bytes(files.size(checkpoint))}")
     log = run.folder / "log.jsonl"
     logged = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
     return lines + [line for line in logged if '"eval/samples"' not in line][-3:]  # answers quote the user's rows

@@ -8,9 +8,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from sft import credentials, runs
-from sft.errors import ModelError, RunError
-from sft.model.hub import offline
+from sft import runs
+from sft.errors import ModelError, RunError, redact
+from sft.model.hub import find_token, offline
 from sft.ship.export import EXPORT
 from sft.ship.merge import REPORT
 from sft.ship.parity import PARITY
@@ -41,7 +41,7 @@ def push(folder: Path, repo: str, root: Path, *, private: bool, dry_run: bool) -
 
     Raises RunError (no export, no certificate, a token in a file), ModelError (a bad name, no token, the hub refuses).
     """
-    token, _ = credentials.find(root)
+    token, _ = find_token(root)
     listed = _listed(folder, repo)
     if dry_run:
         return Push(repo, private, listed, True, None)
@@ -82,7 +82,7 @@ def _failed(error: BaseException, repo: str) -> ModelError:
     while error.__cause__ is not None and not hasattr(error, "server_message"):
         error = error.__cause__
     status = getattr(getattr(error, "response", None), "status_code", None)
-    said = credentials.redact(" ".join(" ".join(dict.fromkeys((wrapped, str(error)))).split()))
+    said = redact(" ".join(" ".join(dict.fromkeys((wrapped, str(error)))).split()))
     said = _SIGNED.sub(r"\1", said)[:300] or type(error).__name__
     again = "then push again: files that have arrived are not sent twice"
     if status is None:
@@ -107,7 +107,7 @@ def _listed(folder: Path, repo: str) -> dict[str, int]:
     found = {path.name: path for path in sorted(folder.iterdir()) if path.is_file() and path.name not in _STAYS}
     for name, path in found.items():
         text = path.read_bytes().decode("utf-8", "ignore") if path.stat().st_size < 1 << 22 else ""
-        if credentials.redact(text) != text:
+        if redact(text) != text:
             raise RunError(
                 f"{name} seems to hold a token of the hub", where=str(path), fix="take it out, then push again"
             )

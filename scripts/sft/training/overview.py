@@ -29,7 +29,7 @@ def before(job: Job, opened: OpenRun) -> list[str]:
     dated = f", dated {job.template.day}" if job.template.prints_date else ""
     adapter = f", LoRA r {tuning.lora.r} alpha {tuning.lora.alpha}" if tuning.mode != "full" else ""
     lines = [
-        opened.said,
+        opened.message,
         f"model   {job.files.name} ({job.files.parameters / 1e6:,.1f}M parameters, {job.files.kind}),"
         f" {tuning.mode} with {job.backend.name}{adapter}, on {job.device.name or job.device.device}",
         f"rows    {len(rows.train):,} to train on, {len(rows.validation):,} to evaluate on ({rows.stage} rows,"

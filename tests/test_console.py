@@ -1,0 +1,79 @@
+"""What every command prints: redacted results, errors with every problem, the right exit code."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from sft import console
+from sft.errors import ConfigError, SftError, nearest, one_line
+
+TOKEN = "hf_" + "AbcDef0123456789"
+Run = Callable[[Callable[[argparse.Namespace], Any]], tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path) -> Run:
+    """Runs a command with --json in this process: its exit code, stdout and stderr."""
+    monkeypatch.setattr(console, "_json_mode", False)
+    monkeypatch.setenv("SFT_ROOT", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["command", "--json"])
+
+    def command(main: Callable[[argparse.Namespace], Any]) -> tuple[int, str, str]:
+        code = 0
+        try:
+            console.run(console.parser("a command", "none"), main)
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return code, *capsys.readouterr()
+
+    return command
+
+
+def test_json_results_are_redacted(run: Run) -> None:
+    def main(args: argparse.Namespace) -> dict[str, str]:
+        console.emit({"row": TOKEN})
+        console.say(TOKEN)
+        return {"token": TOKEN}
+
+    code, out, err = run(main)
+    assert code == 0 and TOKEN not in out + err
+    assert [json.loads(line) for line in out.splitlines()] == [{"row": "hf_***"}, {"token": "hf_***"}]
+
+
+def test_json_errors_hold_every_problem(run: Run) -> None:
+    def main(args: argparse.Namespace) -> None:
+        problems: list[SftError] = [ConfigError("one", where="a:1"), ConfigError(f"two {TOKEN}", fix="three")]
+        raise ConfigError("2 errors:", problems=problems)
+
+    code, out, err = run(main)
+    first = {"error": "one", "where": "a:1", "fix": None}
+    second = {"error": "two hf_***", "where": None, "fix": "three"}
+    assert code == 2
+    assert json.loads(out) == {"error": "2 errors:", "where": None, "fix": None, "problems": [first, second]}
+    assert err.startswith("error: 2 errors:\none\n  where: a:1\n")
+
+
+def test_a_bug_ends_with_1_and_its_traceback_in_a_file(run: Run, tmp_path) -> None:
+    def main(args: argparse.Namespace) -> None:
+        raise ZeroDivisionError(f"{TOKEN}\n  twice")
+
+    code, out, err = run(main)
+    assert (code, out) == (1, "") and "unexpected ZeroDivisionError: hf_*** twice" in err
+    saved = (tmp_path / "outputs" / "last_error.txt").read_text()
+    assert "Traceback" in saved and TOKEN not in saved
+
+
+def test_the_text_of_an_error_fits_on_one_line_without_secrets() -> None:
+    assert one_line(ValueError(f"a\n  b {TOKEN}"), 12) == "a b hf_***"
+    assert one_line("x" * 10, 4) == "xxxx"
+
+
+def test_the_nearest_name() -> None:
+    assert nearest("lerning_rate", ["epochs", "learning_rate"]) == "learning_rate"
+    assert nearest("xyzzy", ["epochs"]) is None
