@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 from sft import runs
-from sft.config.schema import Config, ModelSection
+from sft.config.schema import Config, ModelSection, TuningSection
 from sft.errors import ModelError
 from sft.generation.load import Target
 from sft.model import hub
@@ -118,6 +119,26 @@ def test_what_gguf_does_not_cover_is_refused_before_anything_is_merged(tiny_gpt2
     assert not (tmp_path / "out").exists()
 
 
+def test_a_tokenizer_with_its_own_code_is_exported_where_that_is_trusted(tmp_path):
+    folder = tmp_path / "outputs" / "run" / "model"
+    shutil.copytree(DEMO, folder, ignore=shutil.ignore_patterns("build*"))
+    (folder / "own_tokenizer.py").write_text(
+        "from transformers import Qwen2TokenizerFast\n\n\n"
+        "class OwnTokenizer(Qwen2TokenizerFast):\n"
+        "    def __init__(self, *args, **kwargs):\n"
+        "        super().__init__(*args, **{**kwargs, 'bos_token': '<|im_start|>'})\n"
+    )
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings.update(tokenizer_class="OwnTokenizer", auto_map={"AutoTokenizer": [None, "own_tokenizer.OwnTokenizer"]})
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    model = ModelSection(name=str(folder), trust_remote_code=True)
+    target = Target(Config(model=model, tuning=TuningSection(mode="full")), None, merged=folder)
+    report = export(target, "gguf", "f32", tmp_path / "out", tmp_path, lambda *_: None)
+    assert (report.parity["equal"], report.largest_error) == (True, 0.0)
+    reader = gguf.GGUFReader(tmp_path / "out" / "model-f32.gguf")
+    assert gguf_vocabulary.of_file(reader).bos == load_tokenizer(DEMO).convert_tokens_to_ids("<|im_start|>")
+
+
 def test_numbers_too_large_for_f16_are_refused(tmp_path):
     tiny(tmp_path / "m", "qwen2")
     from safetensors.torch import load_file, save_file
@@ -155,6 +176,53 @@ def test_the_pre_tokeniser_is_the_one_that_gives_the_models_ids(tmp_path, patter
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 2050}))
     assert vocabulary(folder).pre == pre
+
+
+def splitter(pre: str):
+    """The pre-tokeniser that models of a kind have in their own tokenizer.json."""
+    from tokenizers import Regex, pre_tokenizers
+
+    if pre == "gpt-2":
+        return pre_tokenizers.ByteLevel(False)
+    if pre == "smollm":  # as SmolLM2's own file has it
+        return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)])
+    cuts = [pre_tokenizers.Split(Regex(text), "isolated") for text in gguf_vocabulary.PRE[pre]]
+    return pre_tokenizers.Sequence([*cuts, pre_tokenizers.ByteLevel(False, use_regex=False)])
+
+
+def tokenizer_like(pre: str, texts: list[str], vocab: int):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE(ignore_merges=pre == "llama-bpe"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = splitter(pre), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab, initial_alphabet=alphabet, show_progress=False, special_tokens=["<end>"]
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
+
+
+@pytest.mark.parametrize("pre", gguf_vocabulary.PRE)
+@pytest.mark.parametrize("texts", [list(gguf_vocabulary.PROBES) * 2, ["a b\n\nc  d"] * 4], ids=["full", "small"])
+def test_each_pre_tokeniser_is_recognised_by_its_own_tokenizer(pre, texts):
+    tokenizer = tokenizer_like(pre, texts, 1200)
+    assert gguf_vocabulary.of_tokenizer(tokenizer, len(tokenizer), [0], adds_bos=False).pre == pre
+
+
+@pytest.mark.parametrize("pair", list(itertools.combinations(gguf_vocabulary.PRE, 2)), ids="-".join)
+def test_the_probes_separate_every_pair_of_pre_tokenisers(pair):
+    one, other = (splitter(pre) for pre in pair)
+    assert any(one.pre_tokenize_str(text) != other.pre_tokenize_str(text) for text in gguf_vocabulary.PROBES)
+
+
+def test_a_blank_line_before_a_digit_separates_smollm_from_gpt_2():
+    tokenizer = tokenizer_like("smollm", ["a\n\n8  7"] * 4, 300)
+    vocabulary = gguf_vocabulary.of_tokenizer(tokenizer, len(tokenizer), [0], adds_bos=False)
+    as_gpt2 = replace(vocabulary, pre="gpt-2")
+    assert gguf_vocabulary.first_difference(tokenizer, vocabulary, gguf_vocabulary.PROBES) is None
+    assert "8" in str(gguf_vocabulary.first_difference(tokenizer, as_gpt2, gguf_vocabulary.PROBES))
 
 
 def test_a_tokenizer_that_llama_cpp_cannot_do_is_refused_with_the_text(tmp_path):

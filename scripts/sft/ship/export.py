@@ -237,7 +237,7 @@ def _gguf(
     import gguf
 
     merge.need(staged, int(files.parameters * gguf_file.BYTES[kind]), "the GGUF file")
-    vocabulary = _vocabulary(files, trainer)
+    vocabulary = _vocabulary(files, trainer, target)
     name = f"{target.name}-{kind}.gguf"
     source = (files.path / "chat_template.jinja").read_text(encoding="utf-8")
     tensors = gguf_file.write(files, staged / name, kind, vocabulary, source, progress)
@@ -258,9 +258,9 @@ def _gguf(
     return tensors, error
 
 
-def _vocabulary(files: ModelFiles, trainer: Encoder) -> gguf_vocabulary.Vocabulary:
+def _vocabulary(files: ModelFiles, trainer: Encoder, target: Target) -> gguf_vocabulary.Vocabulary:
     """The tokenizer for llama.cpp, its first end token the one that ends answers, begin tokens as training has them."""
-    tokenizer = load_tokenizer(files)
+    tokenizer = load_tokenizer(files, trust_remote_code=target.config.model.trust_remote_code)
     ended = [trainer.encode(row) for row in golden.ROWS]
     last = [row.labels[-1] for row in ended if row.dropped is None and row.labels and row.labels[-1] >= 0]
     last += [row.labels[-2] for row in ended if row.dropped is None and len(row.labels) > 1 and row.labels[-2] >= 0]

@@ -163,6 +163,9 @@ PROBES = (
     "Ein Käse für Zoë; naïve café, 東京, Привет, हिन्दी, 🙂‍🌫️!",
     "  two  spaces,\ttabs\n \nand an empty line \r\n",
     "I'm sure they'd've said we'll, HE'S late. 'Quoted'...!!! ====--- \\n",
+    "x\n\n8  7\t\t6   x",  # white space before a digit: gpt-2 and smollm
+    "4821 x 12 345",  # digits: one by one, by three, or all together
+    "Ze\u0301 नमस्ते हिन्दी",  # combining marks: qwen2 and qwen35
 )
 
 
@@ -244,15 +247,13 @@ def of_tokenizer(
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     marks = {"bos": tokenizer.bos_token_id, "pad": tokenizer.pad_token_id, "ends": ends, "adds_bos": adds_bos}
     probes = [*PROBES, *texts]
-    wrong = ""
-    for pre in PRE:
-        made = Vocabulary(tokens, types, merges, pre, **marks)
-        difference = first_difference(tokenizer, made, probes)
-        if difference is None:
-            return made
-        wrong = wrong or difference
+    candidates = [Vocabulary(tokens, types, merges, pre, **marks) for pre in PRE]
+    differences = [first_difference(tokenizer, candidate, probes) for candidate in candidates]
+    equal = [candidate for candidate, difference in zip(candidates, differences, strict=True) if difference is None]
+    if equal:  # where several give the same ids on the probes, the one that splits text at the same places is safest
+        return next((candidate for candidate in equal if _splits_alike(tokenizer, candidate, probes)), equal[0])
     raise ModelError(
-        f"no pre-tokeniser of llama.cpp gives the model's ids; written as qwen2, {wrong}",
+        f"no pre-tokeniser of llama.cpp gives the model's ids; written as qwen2, {differences[0]}",
         where="tokenizer.json",
         fix="FORMAT=hf, then llama.cpp's own convert_hf_to_gguf.py, which may know this tokenizer by name",
     )
@@ -287,6 +288,16 @@ def first_difference(tokenizer: PreTrainedTokenizerBase, made: Vocabulary, texts
                 f" {[made.tokens[token] for token in theirs[at : at + 3]]} in llama.cpp, at token {at}"
             )
     return None
+
+
+def _splits_alike(tokenizer: PreTrainedTokenizerBase, candidate: Vocabulary, texts: Iterable[str]) -> bool:
+    """Whether the candidate's pre-tokeniser splits every text where the model's own does."""
+    own, other = tokenizer.backend_tokenizer.pre_tokenizer, candidate.built().pre_tokenizer
+
+    def pieces(splitter: Any, text: str) -> list[str]:
+        return [piece for piece, _ in splitter.pre_tokenize_str(text)]
+
+    return all(pieces(own, text) == pieces(other, text) for text in texts)
 
 
 def of_file(reader: gguf.GGUFReader) -> Vocabulary:
