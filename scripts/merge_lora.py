@@ -62,7 +62,10 @@ def _merge(args: argparse.Namespace, out: Path, root: Path) -> dict[str, Any]:
         ("base", report.base),
         ("adapter", report.adapter),
         ("tensors changed", f"{report.tensors}, {report.changed_share:.1%} of their numbers"),
-        ("adapter against merged, on", f"{report.held_out_tokens:,} tokens of {_sampled(report)}"),
+        (
+            "adapter on the full-precision base -> merged model, on",
+            f"{report.held_out_tokens:,} tokens of {_sampled(report)}",
+        ),
         ("  loss", f"{report.loss_adapter:.4f} -> {report.loss_merged:.4f}"),
         ("  same first choice", f"{report.top1_agreement:.2%}"),
         ("  KL divergence", f"{report.mean_kl:.2g} nats a token"),
@@ -71,6 +74,11 @@ def _merge(args: argparse.Namespace, out: Path, root: Path) -> dict[str, Any]:
         ("time", f"{report.seconds:.0f} s"),
     ]
     console.table(f"merged into {report.out}", ["", "value"], rows)
+    if report.trained_on != report.measured_on:
+        console.say(
+            f"The adapter was trained on the {report.trained_on} base and is measured here on the full-precision one,"
+            f" which is what is merged. What that changes: python scripts/eval.py --merged {report.out}"
+        )
     console.say(f"next: python scripts/merge_lora.py --test --out {report.out}")
     console.say(f"      python scripts/infer.py --merged {report.out}")
     return asdict(report)

@@ -19,7 +19,7 @@ def project(tmp_path: Path) -> Path:
     tiny_models.tiny_qwen2(tmp_path / "models" / "base")
     config = Config(
         model=ModelSection(name="models/base"),
-        tuning=TuningSection(mode="lora"),
+        tuning=TuningSection(mode="qlora"),
         train={"output_dir": "outputs/first"},
         generation={"max_new_tokens": 8},
     )
@@ -42,6 +42,8 @@ def test_the_newest_adapter_is_merged_and_answers(project, command):
     assert report["out"] == str(project / "outputs" / "merged_fp32")
     assert report["max_logit_difference"] <= 1e-3
     assert report["base"] == "models/base"
+    assert (report["trained_on"], report["measured_on"]) == ("nf4", "full precision")
+    assert "trained on the nf4 base and is measured here on the full-precision one" in " ".join(done.stderr.split())
     assert (report["held_out_rows"], report["held_out_of"]) == (64, 66)
     names = {path.name for path in (project / "outputs" / "merged_fp32").iterdir()}
     assert {

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sft.config.schema import LoraSection, ModelSection, TuningSection
+from sft import runs
+from sft.config.schema import Config, LoraSection, ModelSection, TuningSection
 from sft.errors import EnvironmentProblem, ModelError, RunError
 from sft.model import adapters, hub, load
 from sft.ship import verify
@@ -116,7 +117,11 @@ def test_16_bit_merges_round_once(tiny_qwen2, tmp_path, dtype, kind):
 def test_an_adapter_trained_on_4_bit_merges_into_the_full_weights(tiny_qwen2, tmp_path):
     model = attached(tiny_qwen2, mode="qlora")
     adapters.save(model, tmp_path / "a")
+    tuning = TuningSection(mode="qlora", lora=LoraSection(r=4, alpha=8))
+    runs.write_resolved(tmp_path / "a", Config(model=ModelSection(name=str(tiny_qwen2)), tuning=tuning))
     merge(tmp_path / "a", tmp_path / "m", "fp32", tmp_path)
+    report = json.loads((tmp_path / "m" / "merge.json").read_text())
+    assert (report["trained_on"], report["measured_on"]) == ("nf4", "full precision")
     layer = model.base_model.model.model.layers[0].mlp.up_proj
     base = plain(tiny_qwen2).state_dict()["model.layers.0.mlp.up_proj.weight"]
     merged = plain(tmp_path / "m").state_dict()["model.layers.0.mlp.up_proj.weight"]

@@ -152,12 +152,16 @@ def _write(path: Path, value: dict[str, Any]) -> None:
 
 
 REPORT = "merge.json"
+FULL = "full precision"
 
 
 @dataclass(frozen=True)
 class MergeReport:
     """What was merged and how well: adapter against merged (see Agreement), and the share of the adapted weights that
     changed.
+
+    trained_on: the base's weights in training (nf4 or fp4 of a QLoRA run, else full precision). measured_on: those that
+    `loss_adapter` was measured on: the base's stored weights, never the 4-bit ones.
     """
 
     out: str
@@ -170,6 +174,8 @@ class MergeReport:
     held_out_rows: int
     held_out_of: int
     held_out_tokens: int
+    trained_on: str
+    measured_on: str
     loss_adapter: float
     loss_merged: float
     max_logit_difference: float
@@ -224,7 +230,7 @@ def merge(
             settings["tie_word_embeddings"] = False
         dress(staged, files, config, root, dtype, beside=adapter, settings=settings, grown=bool(grown))
         found = verify(files, staged, config, adapter, dtype, root)
-        report = _report(started, out, files, adapter, dtype, tally, found, staged)
+        report = _report(started, out, files, adapter, config, dtype, tally, found, staged)
         (staged / REPORT).write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
     return report
 
@@ -259,6 +265,7 @@ def _report(
     out: Path,
     files: ModelFiles,
     adapter: Path,
+    config: Config,
     dtype: str,
     tally: delta.Tally,
     found: agreement.Agreement,
@@ -275,6 +282,8 @@ def _report(
         held_out_rows=found.rows,
         held_out_of=found.of,
         held_out_tokens=found.tokens,
+        trained_on=config.tuning.quant_type if config.tuning.mode == "qlora" else FULL,
+        measured_on=FULL,
         loss_adapter=found.loss_adapter,
         loss_merged=found.loss_merged,
         max_logit_difference=found.largest,
