@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from sft import runs
 from sft.chat.encode import Encoded, Encoder
 from sft.config import load
-from sft.config.schema import Config, ModelSection, TuningSection
+from sft.config.schema import Config
 from sft.data import store
 from sft.errors import DataError, ModelError, RunError, TemplateError
 from sft.model import files as model_files
@@ -373,7 +373,8 @@ _LOOKED_AT = 64  # newest tokens of the prompt whose logits must be finite
 class Trial:
     """One answer. source: where the question is from. reference: what should be answered, where that is known.
 
-    stopped: it ended by itself. tokens: tokens made, its end included.
+    stopped: it ended by itself. tokens: tokens made, its end included. device: where the model was loaded: the GPU, or
+    the CPU where its 16-bit weights do not fit the GPU's free memory.
     """
 
     question: str
@@ -382,6 +383,7 @@ class Trial:
     text: str
     stopped: bool
     tokens: int
+    device: str
 
     def told(self) -> str:
         """Question, reference and answer for people, long ones cut."""
@@ -389,7 +391,9 @@ class Trial:
         if self.reference is not None:
             lines.append(f"reference: {_cut(self.reference)}")
         ended = "stopped by itself" if self.stopped else "cut off at the limit"
-        return "\n".join([*lines, f"answer: {_cut(self.text)}", f"{self.tokens} tokens, {ended}; logits finite"])
+        return "\n".join(
+            [*lines, f"answer: {_cut(self.text)}", f"{self.tokens} tokens, {ended}; logits finite; on {self.device}"]
+        )
 
 
 def answer(folder: Path, question: str | None, root: Path) -> Trial:
@@ -398,25 +402,20 @@ def answer(folder: Path, question: str | None, root: Path) -> Trial:
     """
     import torch
 
-    from sft.chat.encode import encoder_for
-    from sft.generation.engine import generate, prompt_room, truncate_prompt
-    from sft.model import hub
-    from sft.model import load as model_load
-    from sft.model.tokenizer import load_tokenizer
+    from sft.generation.engine import generate
+    from sft.generation.load import open_model
+    from sft.model.files import read_config
 
     if not folder.is_dir():
         raise ModelError(f"there is no merged model in {folder}", where=str(folder), fix="make merge")
     run = _config(folder)
     config = run or Config()
-    section = ModelSection(name=str(folder.absolute()), trust_remote_code=config.model.trust_remote_code)
-    files = hub.find(section, root)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = getattr(torch, str(files.config.get("dtype", "float32")))
-    tokenizer = load_tokenizer(files, trust_remote_code=section.trust_remote_code)
-    model: Any = model_load.load_base(files, section, TuningSection(mode="lora"), dtype, device=device, train=False)
-    encoder = encoder_for(config, tokenizer, files.kind, root)
-    room = prompt_room(model, config.generation, files.kind)
-    own = _held_out(lambda row: truncate_prompt(encoder, row, room), run, root) if run and question is None else None
+    stored = read_config(folder, str(folder)).get("dtype", "float32")
+    dtype: torch.dtype = getattr(torch, str(stored))
+    served = open_model(config, merged=folder, root=root, dtype=dtype, low_memory="cpu")
+    own: tuple[str, Question] | None = None
+    if run and question is None:
+        own = _held_out(lambda row: served.prompt(row, config.generation), run, root)
     reference: str | None = None
     if own is not None:
         source, asked = own
@@ -424,10 +423,12 @@ def answer(folder: Path, question: str | None, root: Path) -> Trial:
     else:
         source = "as asked" if question is not None else "a greeting, for no held-out row of its run is here"
         text = GREETING if question is None else question
-        ids = truncate_prompt(encoder, [{"role": "user", "content": text}], room)[0]
-    _refuse_infinite(model, ids, files.kind, device)
-    found = generate(model, tokenizer, [ids], config.generation, encoder.stops, batch_size=1, kind=files.kind)[0]
-    return Trial(text, source, reference, found.text, found.stopped, found.tokens)
+        ids = served.prompt([{"role": "user", "content": text}], config.generation)[0]
+    _refuse_infinite(served.model, ids, served.kind, served.device)
+    found = generate(
+        served.model, served.tokenizer, [ids], config.generation, served.encoder.stops, batch_size=1, kind=served.kind
+    )[0]
+    return Trial(text, source, reference, found.text, found.stopped, found.tokens, served.device)
 
 
 def _held_out(prompt: Prompt, config: Config, root: Path) -> tuple[str, Question] | None:
