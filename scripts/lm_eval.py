@@ -1,15 +1,20 @@
-"""Runs tasks of lm-evaluation-harness on the base and on the tuned model, where the harness is installed.
+"""Runs tasks of lm-evaluation-harness on the tuned model and its base, where the harness is installed.
 
 python scripts/lm_eval.py --tasks hellaswag,arc_easy          the newest run and its base
 python scripts/lm_eval.py --tasks gsm8k --limit 100 --adapters adapters/my-run
-The harness writes into outputs/<run>/lm_eval/{tuned,base}; its tasks come from the hub, its options after `--`.
+The models are opened as `eval` opens them (the same 4-bit base, adapter, tokenizer) and handed to the harness. Results go
+to outputs/<run>/lm_eval/{tuned,base}; the tasks' data come from the hub.
 """
 
 from __future__ import annotations
 
 import argparse
-import subprocess
+import difflib
+import gc
+import importlib
+import inspect
 import sys
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,62 +25,140 @@ EXAMPLES = """
 python scripts/lm_eval.py --tasks hellaswag,arc_easy --limit 200
 python scripts/lm_eval.py --tasks ifeval --chat -- --num_fewshot 0
 """
-LEAST = (0, 4, 9)
+MINIMUM = (0, 4, 9)
+Scores = dict[str, float]
 
 
 def parser() -> argparse.ArgumentParser:
     """The command's flags."""
-    made = console.parser("Run lm-evaluation-harness tasks on base and tuned model.", EXAMPLES)
-    made.add_argument("--tasks", required=True, metavar="A,B", help="names of the harness's tasks")
-    made.add_argument("--adapters", type=Path, metavar="DIR", help="an adapter (default: the newest run's)")
-    made.add_argument("--limit", type=int, metavar="N", help="the first N questions of each task")
-    made.add_argument("--chat", action="store_true", help="put the chat template around the questions")
-    made.add_argument("--tuned-only", action="store_true", help="leave the base out")
-    made.add_argument("options", nargs="*", metavar="-- OPTION", help="more options, handed to the harness as they are")
-    return made
+    arguments = console.parser("Run lm-evaluation-harness tasks on base and tuned model.", EXAMPLES)
+    arguments.add_argument("--tasks", required=True, metavar="A,B", help="names of the harness's tasks, or YAML files")
+    arguments.add_argument("--adapters", type=Path, metavar="DIR", help="an adapter (default: the newest run's)")
+    arguments.add_argument("--limit", type=int, metavar="N", help="the first N questions of each task")
+    arguments.add_argument("--chat", action="store_true", help="put the chat template around the questions")
+    arguments.add_argument("--tuned-only", action="store_true", help="leave the base out")
+    arguments.add_argument(
+        "options", nargs="*", metavar="-- OPTION", help="arguments of lm_eval.simple_evaluate: --num_fewshot 0"
+    )
+    return arguments
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
-    """Find the model, run the harness once a side, put both sides' results beside each other."""
+    """Find the model, open each side, run the harness on it, put the results beside each other."""
     from sft.errors import ConfigError
     from sft.generation import load
-    from sft.report import harness
 
     check_installed()
-    if not args.tasks.strip():
+    tasks = [name.strip() for name in args.tasks.split(",") if name.strip()]
+    if not tasks:
         raise ConfigError("no tasks are named", fix="make lm-eval TASKS=hellaswag,arc_easy")
     root = console.project_root()
     target = load.resolve_model(
-        Path(args.config),
-        args.set,
-        adapters=args.adapters,
-        is_default=args.config == console.default_config(),
-        root=root,
-    )
-    found: dict[str, dict[str, float]] = {}
+        Path(args.config), args.set, adapters=args.adapters, is_default=args.config == console.default_config(), root=root
+    )  # fmt: skip
+    harness = import_harness()
+    settings = {"limit": args.limit, "apply_chat_template": args.chat, **parse_options(args.options, harness)}
     folder = root / "outputs" / target.name / "lm_eval"
+    scores: dict[str, Scores] = {}
     for side in ["tuned"] if args.tuned_only else ["tuned", "base"]:
-        command = harness.command(target, side, root, args.tasks, folder / side, args.limit, chat=args.chat)
-        console.say(f"{side}: {' '.join(command[1:])}")
-        done = subprocess.run([*command, *args.options], stdout=sys.stderr, check=False, cwd=folder.parent)
-        harness.check(done.returncode, side)
-        found[side] = harness.read(folder / side)
-    console.table(f"{target.name}, {args.tasks}", *harness.table(found))
+        adapter, merged = (target.adapter, target.merged) if side == "tuned" else (None, None)
+        console.say(f"{side}: {', '.join(tasks)}")
+        model = load.open_model(target.config, adapter=adapter, merged=merged, root=root)
+        scores[side] = evaluate(harness, model, tasks, settings, folder / side)
+        del model
+        gc.collect()
+    console.table(f"{target.name}, {args.tasks}", *table(scores))
     console.say(f"\nwritten to {folder}")
-    return {"run": target.name, "tasks": args.tasks.split(","), **found}
+    return {"run": target.name, "tasks": tasks, **scores}
 
 
 def check_installed() -> None:
-    """Raises EnvironmentProblem, with what to install, where the harness is missing or too old."""
+    """Raises EnvironmentProblem, with the command that installs it, where the harness is missing or too old."""
     from sft.errors import EnvironmentProblem
 
-    fix = f"{sys.executable} -m pip install 'lm_eval[hf]>={'.'.join(map(str, LEAST))}'"
+    fix = f"{sys.executable} -m pip install 'lm_eval[hf]>={'.'.join(map(str, MINIMUM))}'"
     try:
         version = metadata.version("lm_eval")
     except metadata.PackageNotFoundError:
         raise EnvironmentProblem("lm-evaluation-harness is not installed", fix=fix) from None
-    if tuple(int(part) for part in version.split(".")[:3] if part.isdigit()) < LEAST:
+    if tuple(int(part) for part in version.split(".")[:3] if part.isdigit()) < MINIMUM:
         raise EnvironmentProblem(f"lm-evaluation-harness {version} is too old", fix=fix)
+
+
+def import_harness() -> Any:
+    """The installed package `lm_eval`, which this script's own name and folder hide while it is imported."""
+    here, paths = Path(__file__).resolve().parent, sys.path[:]
+    sys.modules.pop("lm_eval", None)
+    sys.path[:] = [path for path in paths if Path(path or ".").resolve() != here]
+    try:
+        harness = importlib.import_module("lm_eval")
+        importlib.import_module("lm_eval.models.huggingface")
+    finally:
+        sys.path[:] = paths
+    return harness
+
+
+def parse_options(options: list[str], harness: Any) -> dict[str, Any]:
+    """`["--num_fewshot", "0"]` as keyword arguments of `simple_evaluate`. Raises ConfigError for an unknown one."""
+    import yaml
+
+    from sft.errors import ConfigError
+
+    known = inspect.signature(harness.simple_evaluate).parameters
+    values: dict[str, Any] = {}
+    pairs = iter(options)
+    for flag in pairs:
+        name, _, value = flag.removeprefix("--").partition("=")
+        if not flag.startswith("--") or name not in known:
+            nearest = difflib.get_close_matches(name, known, 1)
+            fix = f"did you mean --{nearest[0]}?" if nearest else f"one of: {', '.join(known)}"
+            raise ConfigError(f"the harness has no option {flag}", where="after --", fix=fix)
+        values[name] = yaml.safe_load(value or next(pairs, "true"))
+    return values
+
+
+def evaluate(harness: Any, model: Any, tasks: list[str], settings: dict[str, Any], folder: Path) -> Scores:
+    """Runs the tasks on an open model and writes `results_<time>.json`. Raises EnvironmentProblem if the harness fails."""
+    from sft import files
+    from sft.errors import EnvironmentProblem
+
+    settings = {"batch_size": 8, **settings}
+    wrapped = harness.models.huggingface.HFLM(
+        pretrained=model.model, tokenizer=model.tokenizer, backend=model.kind, batch_size=settings["batch_size"]
+    )
+    try:
+        results = harness.simple_evaluate(model=wrapped, tasks=tasks, **settings)
+    except Exception as error:  # anything that a task, its data or the harness raises
+        raise EnvironmentProblem(
+            f"the harness failed: {type(error).__name__}: {error}",
+            fix="`lm_eval ls tasks` lists its tasks; their data come from the hub",
+        ) from error
+    files.write_json(folder / f"results_{time.strftime('%Y-%m-%dT%H-%M-%S')}.json", {"results": results["results"]})
+    return read_scores(results["results"])
+
+
+def read_scores(results: dict[str, dict[str, Any]]) -> Scores:
+    """`{"task metric": value}` of the harness's results, standard errors and sizes left out."""
+    return {
+        f"{task} {name.removesuffix(',none')}": float(value)
+        for task, metrics in results.items()
+        for name, value in metrics.items()
+        if isinstance(value, int | float) and "stderr" not in name and name not in {"sample_len", "sample_count"}
+    }
+
+
+def table(scores: dict[str, Scores]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of both sides, without a word on which is better: the harness does not say it of its metrics."""
+    sides = [side for side in ("base", "tuned") if side in scores]
+    rows = []
+    for name in dict.fromkeys(name for side in sides for name in scores[side]):
+        values = [scores[side].get(name) for side in sides]
+        cells = ["" if value is None else f"{value:.4f}" for value in values]
+        if len(sides) == 2:
+            base, tuned = values
+            cells.append("" if base is None or tuned is None else f"{tuned - base:+.4f}")
+        rows.append([name, *cells])
+    return ["task and metric", *sides, *(["change"] if len(sides) == 2 else [])], rows
 
 
 if __name__ == "__main__":
