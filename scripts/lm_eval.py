@@ -2,8 +2,8 @@
 
 python scripts/lm_eval.py --tasks hellaswag,arc_easy          the newest run and its base
 python scripts/lm_eval.py --tasks gsm8k --limit 100 --adapters adapters/my-run
-The models are opened as `eval` opens them (the same 4-bit base, adapter, tokenizer) and handed to the harness. Results go
-to outputs/<run>/lm_eval/{tuned,base}; the tasks' data come from the hub.
+The models are opened as `eval` opens them (the same 4-bit base, adapter and tokenizer) and handed to the harness.
+Results go to outputs/<run>/lm_eval/{tuned,base}; the tasks' data come from the hub.
 """
 
 from __future__ import annotations
@@ -46,16 +46,15 @@ def parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Find the model, open each side, run the harness on it, put the results beside each other."""
     from sft.errors import ConfigError
-    from sft.generation import load
 
     check_installed()
     tasks = [name.strip() for name in args.tasks.split(",") if name.strip()]
     if not tasks:
         raise ConfigError("no tasks are named", fix="make lm-eval TASKS=hellaswag,arc_easy")
-    root = console.project_root()
-    target = load.resolve_model(
-        Path(args.config), args.set, adapters=args.adapters, is_default=args.config == console.default_config(), root=root
-    )  # fmt: skip
+    from sft.generation import load
+
+    root, is_default = console.project_root(), args.config == console.default_config()
+    target = load.resolve_model(Path(args.config), args.set, adapters=args.adapters, is_default=is_default, root=root)
     harness = import_harness()
     settings = {"limit": args.limit, "apply_chat_template": args.chat, **parse_options(args.options, harness)}
     folder = root / "outputs" / target.name / "lm_eval"
@@ -118,7 +117,7 @@ def parse_options(options: list[str], harness: Any) -> dict[str, Any]:
 
 
 def evaluate(harness: Any, model: Any, tasks: list[str], settings: dict[str, Any], folder: Path) -> Scores:
-    """Runs the tasks on an open model and writes `results_<time>.json`. Raises EnvironmentProblem if the harness fails."""
+    """Runs the tasks on an open model, writes results_<time>.json. Raises EnvironmentProblem if the harness fails."""
     from sft import files
     from sft.errors import EnvironmentProblem
 

@@ -1,4 +1,4 @@
-"""`make lm-eval`: says how to install the harness; runs its tasks on the very model that was trained, NF4 base included."""
+"""`make lm-eval`: says how to install the harness; runs its tasks on the model that was trained, NF4 base included."""
 
 from __future__ import annotations
 
