@@ -193,38 +193,37 @@ def test_what_follows_the_hardware(facts: Facts, optim: str, tf32: bool, checkpo
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("given", "save_strategy", "eval_steps"),
     [
-        ({}, ("epoch", "epoch", True, 100, 100)),
-        ({"eval_strategy": "steps"}, ("steps", "steps", True, 100, 100)),
-        ({"eval_strategy": "steps", "eval_steps": 30}, ("steps", "steps", True, 30, 120)),
-        ({"eval_strategy": "steps", "eval_steps": 200}, ("steps", "steps", True, 200, 200)),
-        ({"eval_strategy": "steps", "eval_steps": 50}, ("steps", "steps", True, 50, 100)),
-        ({"eval_strategy": "epoch", "save_strategy": "steps"}, ("epoch", "epoch", True, 100, 100)),
-        ({"eval_strategy": "no", "save_strategy": "steps"}, ("no", "steps", False, 100, 100)),
-        ({"eval_strategy": "epoch", "save_strategy": "no"}, ("epoch", "epoch", True, 100, 100)),
-        (
-            {"eval_strategy": "steps", "eval_steps": 30, "save_strategy": "epoch", "load_best_model_at_end": False},
-            ("steps", "epoch", False, 30, 100),
-        ),
+        ({}, "epoch", 100),
+        ({"eval_strategy": "steps"}, "steps", 100),
+        ({"eval_strategy": "steps", "eval_steps": 30}, "steps", 30),
+        ({"eval_strategy": "no"}, "epoch", 100),
+        ({"save_steps": 7}, "epoch", 7),
     ],
 )
-def test_saving_and_evaluating_are_fixed_together(given: dict[str, Any], expected: tuple[Any, ...]) -> None:
+def test_saving_follows_evaluating_where_it_is_left_to_auto(
+    given: dict[str, Any], save_strategy: str, eval_steps: int
+) -> None:
     resolved = settled(CPU, **given)
     train = resolved.config.train
-    found = (train.eval_strategy, train.save_strategy, train.load_best_model_at_end, train.eval_steps, train.save_steps)
-    assert found == expected
-    defaults = Config().train
-    for key, value in (("save_strategy", found[1]), ("load_best_model_at_end", found[2]), ("save_steps", found[4])):
-        changed = value != given.get(key, getattr(defaults, key))
-        assert (f"train.{key}" in resolved.reasons) == changed
+    assert (train.save_strategy, train.eval_steps) == (save_strategy, eval_steps)
+    assert "eval_strategy" in resolved.reasons["train.save_strategy"]
 
 
-def test_early_stopping_without_evaluations_is_switched_off_and_said() -> None:
-    resolved = settled(CPU, eval_strategy="no", early_stopping={"enabled": True, "patience": 7})
-    assert resolved.config.train.early_stopping.enabled is False
-    assert resolved.config.train.early_stopping.patience == 7
-    assert "early_stopping is off" in resolved.warnings[0]
+@pytest.mark.parametrize("save", ["no", "steps", "epoch"])
+@pytest.mark.parametrize("evaluate", ["no", "steps", "epoch"])
+@pytest.mark.parametrize("best", [True, False])
+def test_explicit_values_about_saving_are_never_changed(save: str, evaluate: str, best: bool) -> None:
+    given = {
+        "save_strategy": save, "eval_strategy": evaluate, "load_best_model_at_end": best, "save_steps": 100,
+        "eval_steps": 30, "early_stopping": {"enabled": True, "patience": 7},
+    }  # fmt: skip
+    resolved = settled(CPU, **given).config.train.model_dump()
+    assert {key: resolved[key] for key in given} == {
+        **given,
+        "early_stopping": {**resolved["early_stopping"], "enabled": True, "patience": 7},
+    }
 
 
 @pytest.mark.parametrize(

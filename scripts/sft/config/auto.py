@@ -120,7 +120,7 @@ class _Work:
 
 
 def resolve(config: Config, facts: Facts) -> Resolved:
-    """Settles every `auto` of `train` and fixes the save and evaluation strategies together.
+    """Settles every `auto` of `train`; an explicit value is never changed.
 
     data.template_path, tuning.lora.target_modules and the `auto`s of `model` are found in the model itself, later.
     Raises ConfigError when batch_size, grad_accum and effective_batch contradict each other.
@@ -235,25 +235,12 @@ def _why_batch(facts: Facts) -> str:
 
 def _strategies(work: _Work) -> None:
     train = work.train
-    eval_steps = train.eval_steps or train.save_steps
-    work.settle("eval_steps", eval_steps, "follows save_steps")
-    if train.eval_strategy == "no":
-        if train.load_best_model_at_end:
-            work.settle("load_best_model_at_end", False, "eval_strategy is no, so no checkpoint is known to be best")
-        if train.early_stopping.enabled:
-            off = train.early_stopping.model_copy(update={"enabled": False})
-            work.settle("early_stopping", off, "eval_strategy is no, so nothing says when to stop")
-            if train.early_stopping.enabled is True:
-                work.warnings.append("train.early_stopping is off: it needs evaluations, and train.eval_strategy is no")
-        return
-    if not train.load_best_model_at_end:
-        return
-    if train.save_strategy != train.eval_strategy:
-        why = "follows eval_strategy, so that the best checkpoint can be loaded"
-        work.settle("save_strategy", train.eval_strategy, f"{why} (load_best_model_at_end: false leaves it alone)")
-    if train.eval_strategy == "steps" and train.save_steps % eval_steps:
-        every = math.ceil(train.save_steps / eval_steps) * eval_steps
-        work.settle("save_steps", every, f"a multiple of eval_steps {eval_steps}, so that every checkpoint is scored")
+    if train.eval_steps is None:
+        work.settle("eval_steps", train.save_steps, "follows save_steps")
+    if train.save_strategy == "auto":
+        without = train.eval_strategy == "no"
+        reason = "eval_strategy is no" if without else "follows eval_strategy"
+        work.settle("save_strategy", "epoch" if without else train.eval_strategy, reason)
 
 
 def _watched_metric(work: _Work) -> None:

@@ -360,12 +360,12 @@ class TrainSection(Section):
         description="When to evaluate (`evaluation_strategy` is an accepted spelling).",
     )
     eval_steps: int | None = Field(None, ge=1, description="Steps between evaluations; null takes `save_steps`.")
-    save_strategy: Literal["no", "steps", "epoch"] = Field(
-        "epoch", description="When to write a checkpoint; fixed to `eval_strategy` where the best one is to be loaded."
+    save_strategy: Auto | Literal["no", "steps", "epoch"] = Field(
+        "auto",
+        description="When to write a checkpoint, besides each new best one; `auto` follows `eval_strategy`, or is"
+        " `epoch` where that is `no`.",
     )
-    save_steps: int = Field(
-        100, ge=1, description="Steps between checkpoints; raised to a multiple of `eval_steps` with the best kept."
-    )
+    save_steps: int = Field(100, ge=1, description="Steps between checkpoints.")
     save_total_limit: int = Field(2, ge=1, description="Checkpoints kept, besides the best one.")
     load_best_model_at_end: bool = Field(True, description="End with the best checkpoint, not the last one.")
     metric_for_best_model: str = Field(

@@ -98,6 +98,7 @@ def make(config: Config, rows: int, *, validation: bool) -> Plan:
         notes.append("no evaluation while training: there are no validation rows")
         evaluate = "no"
     watched = _watched(config) if evaluate != "no" else None
+    assert train.save_strategy != "auto", "config.auto resolves it"
     load_best = train.load_best_model_at_end and evaluate != "no"
     if train.load_best_model_at_end and not load_best:
         notes.append("the last checkpoint is the result: without evaluation there is no best one")
