@@ -32,7 +32,7 @@ def measure(
 
     from sft.step import attention, flops
     from sft.step.batch import Collator, split_micro_batches
-    from sft.step.step import backward_window
+    from sft.step.step import StepConfig, forward_backward
 
     attention.register()
     batch, found = Collator("causal")([dict(row) for row in rows]), []
@@ -44,8 +44,10 @@ def measure(
         if frozen:
             model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear"))
         model.train()
-        micros = [micro for micro in split_micro_batches(batch, tokens=tokens, apart=apart) if micro.labelled]
-        done, of_attention = flops.counted(partial(backward_window, model, batch, tokens=tokens, apart=apart))
+        micros = [micro for micro in split_micro_batches(batch, tokens=tokens, packed=apart) if micro.labelled]
+        done, of_attention = flops.counted(
+            partial(forward_backward, model, batch, StepConfig(micro_batch_tokens=tokens, packed=apart))
+        )
         computed = sum(micro.computed for micro in micros)
         lengths = batch["lengths"].tolist() if apart else [m.targets.shape[1] for m in micros for _ in m.rows]
         labelled = sum(micro.labelled for micro in micros) / computed

@@ -75,18 +75,20 @@ class Bench:
         trained = [p for p in model.parameters() if p.requires_grad]
         return self.torch.optim.AdamW(trained, lr=1e-4, fused=self.cuda)
 
-    def step(self, model: Any, optimizer: Any, batch: Any, tokens: int, **more: Any) -> tuple[float, float]:
-        """(seconds, gradient norm) of one step."""
-        from sft.step.step import backward_window
+    def step(self, model: Any, optimizer: Any, batch: Any, tokens: int, **more: Any) -> tuple[float, float, int]:
+        """(seconds, gradient norm, micro-batch tokens that fitted) of one step. more: `replay`, or of StepConfig."""
+        from sft.step import attention
+        from sft.step.step import StepConfig, forward_backward
 
-        began = self.now()
-        with self.torch.autocast(self.device, dtype=self.torch.bfloat16):
-            backward_window(model, {key: value.to(self.device) for key, value in batch.items()}, tokens=tokens, **more)
+        replay, packed = more.pop("replay", True), attention.keeps_rows_apart(model)
+        how = {"device": self.device, "packed": packed, "autocast": self.torch.bfloat16, **more}
+        batch, began = {key: value.to(self.device) for key, value in batch.items()}, self.now()
+        done = forward_backward(model, batch, StepConfig(micro_batch_tokens=tokens, **how), replay=replay)
         trained = [p for p in model.parameters() if p.requires_grad]
         norm = float(self.torch.nn.utils.clip_grad_norm_(trained, 1.0))
         optimizer.step()
         model.zero_grad(set_to_none=True)
-        return self.now() - began, norm
+        return self.now() - began, norm, done.config.micro_batch_tokens
 
 
 def window(lengths: list[int], *, vocabulary: int = 2000, labelled: float = 1.0) -> Any:

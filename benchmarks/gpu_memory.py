@@ -25,8 +25,9 @@ def trials(bench: Bench) -> dict[str, Any]:
     for lengths in steps:
         if not bench.left():
             break
-        bench.step(made, optimizer, window(lengths), budget, on_budget=lowered.append)
-        budget, done = min([budget, *lowered]), done + 1
+        *_, fitted = bench.step(made, optimizer, window(lengths), budget)
+        lowered += [fitted] if fitted < budget else []
+        budget, done = fitted, done + 1
     found = {"model": size, "card_gib": card, "trials": done, "out_of_memory": len(lowered), "budget": budget}
     found |= {"rehearsed": rehearsed.to_json(), **bench.peaks()}
     del made, optimizer
@@ -50,23 +51,14 @@ def _rehearsed(bench: Bench, model: Any, lengths: list[int]) -> Any:
     """The rehearsal that a run has before its first step, on made rows of these lengths."""
     from sft.memory.probe import CudaGauge
     from sft.step import attention
-    from sft.training.recipe import Recipe
+    from sft.step.step import StepConfig
     from sft.training.rehearsal import Scene, rehearse
 
-    recipe = Recipe(
-        kind="causal",
-        device=bench.device,
-        tokens=4096,
-        rows=None,
-        apart=attention.keeps_rows_apart(model),
-        logits="chunked",
-        tile=512,
-        label_smoothing=0.0,
-        autocast=bench.torch.bfloat16,
-    )
+    packed = attention.keeps_rows_apart(model)
+    config = StepConfig(device=bench.device, packed=packed, autocast=bench.torch.bfloat16)
     rows = [{"id": str(n), "input_ids": [5] * length, "labels": [5] * length} for n, length in enumerate(lengths)]
     gauge = CudaGauge(bench.torch.device("cuda", 0)) if bench.cuda else _NoGauge()
-    return rehearse(Scene(model, recipe, rows, lengths, rows, len(rows), gauge, limit=30.0))
+    return rehearse(Scene(model, config, rows, lengths, rows, len(rows), gauge, limit=30.0))
 
 
 def planner(bench: Bench) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def speed(bench: Bench) -> dict[str, Any]:
             found.append({**one, "failed": f"{type(error).__name__}: {error}"[:200]})
             continue
         a_token = flops.a_token(flops.shape_of(made), lengths, 1.0, frozen=True, checkpointing=checkpointing)
-        rate = sum(lengths) / min(seconds for seconds, _ in took[1:])
+        rate = sum(lengths) / min(seconds for seconds, *_ in took[1:])
         used = rate * a_token / peak
         wrong = "over 100 % of the peak" if used > 1 else "zero gradient" if not took[-1][1] else None
         found.append(

@@ -28,7 +28,7 @@ def measure(rows: list[dict[str, Any]], *, budget: int, effective: int, apart: b
     real = computed = micros = fullest = 0
     for indices in Windows(len(rows), effective, 42):
         batch = Collator("causal")([dict(rows[index]) for index in indices])
-        parts = split_micro_batches(batch, tokens=budget, apart=apart)
+        parts = split_micro_batches(batch, tokens=budget, packed=apart)
         real += int(batch["lengths"].sum())
         computed += sum(micro.computed for micro in parts)
         micros += len(parts)
@@ -61,7 +61,7 @@ def main() -> None:
         rows = material.made(4000, longest=args.budget, vocabulary=1000)
     tokens = sum(len(row["input_ids"]) for row in rows)
     found = [
-        measure(rows, budget=args.budget, effective=effective, apart=apart)
+        measure(rows, budget=args.budget, effective=effective, packed=apart)
         for effective in (16, 64, 256)
         for apart in (True, False)
     ]

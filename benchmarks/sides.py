@@ -27,11 +27,10 @@ from sft.config import auto
 from sft.config.schema import Config
 from sft.model import hardware
 from sft.step import attention
-from sft.training import model as training_model
+from sft.step.step import evaluate_loss, make_step_config
 from sft.training import plan
 from sft.training.checkpoint import CheckpointManager
 from sft.training.flow import Flow
-from sft.training.recipe import losses
 from sft.training.signals import SignalHandler
 from sft.training.trainer import WindowTrainer
 
@@ -110,11 +109,11 @@ class Side:
         return Took(clock.ended - clock.began, memory.risen(), clock.norms, self._loss(rows))
 
     def _loss(self, rows: list[Row]) -> float:
-        recipe = training_model.recipe(config(self.settings), self.model, "causal", device=self.settings.device)
+        step_config = make_step_config(config(self.settings).train, self.model, "causal", self.settings.device)
         self.model.eval()
-        total, count = losses(self.model, rows, recipe).tolist()
+        evaluated = evaluate_loss(self.model, rows, step_config)
         self.model.train()
-        return total / count
+        return evaluated.loss_sum / evaluated.count
 
 
 def config(settings: Settings) -> Config:
@@ -150,7 +149,7 @@ def ours(model: Any, rows: list[Row], settings: Settings) -> Trainer:
         rows,
         [],
         effective_batch=settings.rows,
-        recipe=training_model.recipe(resolved, model, "causal", device=settings.device),
+        step_config=make_step_config(resolved.train, model, "causal", settings.device),
         keeper=CheckpointManager(run, 1, lambda _: None),
         flow=Flow(steps, SignalHandler(run.folder), resolved.train.early_stopping),
     )

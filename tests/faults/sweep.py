@@ -114,9 +114,9 @@ def signalled(bench: Bench, expected: dict[str, Any]) -> Iterator[Case]:
         """Has the nth micro-step send itself a signal; 0 counts them in steps.txt."""
 
         def install() -> None:
-            real, seen = step.loss_sum, []
+            real, seen = step.token_losses, []
 
-            def loss_sum(*args: Any, **kwargs: Any) -> Any:
+            def token_losses(*args: Any, **kwargs: Any) -> Any:
                 seen.append(1)
                 if len(seen) == nth:
                     os.kill(os.getpid(), number)
@@ -124,7 +124,7 @@ def signalled(bench: Bench, expected: dict[str, Any]) -> Iterator[Case]:
                     (bench.root / "steps.txt").write_text(str(len(seen)))
                 return real(*args, **kwargs)
 
-            step.loss_sum = loss_sum
+            step.token_losses = token_losses
 
         return install
 

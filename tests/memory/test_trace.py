@@ -118,7 +118,9 @@ def test_it_meets_the_table_of_traces(size: str) -> None:
     for (length, logits), expected in zip(CASES, TRACED[size], strict=True):
         config = resolved("qlora", "cuda", dropout=0.0, logits=logits, effective_batch=1)
         peak = Traces(config, model, device="cuda", root=None).step([length], waiting=False).peak / GIB
-        assert peak == pytest.approx(expected, abs=max(0.25, 0.05 * expected))
+        # ours frees the model's 16-bit logits before the backward pass, theirs does not
+        freed = 2 * length * model["vocab_size"] / GIB if logits == "full" else 0.0
+        assert peak == pytest.approx(expected - freed, abs=max(0.25, 0.05 * expected))
 
 
 def test_offloaded_activations_leave_the_card_and_nothing_else_does() -> None:

@@ -1,4 +1,4 @@
-"""Models and windows that the step's tests share."""
+"""Models and step batches that the step's tests share."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from sft.step import attention
-from sft.step import batch as window
+from sft.step.batch import Collator
 
 LENGTHS = (9, 3, 14, 5, 5, 11, 2, 7)
 
@@ -28,7 +28,7 @@ def load(folder: Path, *, attn: str = attention.NAME, dtype: torch.dtype = torch
 
 
 def rows(lengths: tuple[int, ...] = LENGTHS, *, seed: int = 0, vocabulary: int = 250) -> list[dict[str, Any]]:
-    """Rows whose first third is not learnt; the second row has no label at all."""
+    """Rows whose first third is not in the loss; the second row has no label at all."""
     drawn = torch.Generator().manual_seed(seed)
     made = []
     for index, length in enumerate(lengths):
@@ -49,7 +49,7 @@ def seq2seq_rows(lengths: tuple[int, ...] = LENGTHS, *, seed: int = 0) -> list[d
 
 
 def batch(lengths: tuple[int, ...] = LENGTHS, *, seed: int = 0) -> dict[str, torch.Tensor]:
-    return window.Collator("causal")(rows(lengths, seed=seed))
+    return Collator("causal")(rows(lengths, seed=seed))
 
 
 def gradients(model: Any) -> torch.Tensor:

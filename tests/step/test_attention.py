@@ -20,7 +20,7 @@ def _logits_row_by_row(model: Any, batch: dict[str, torch.Tensor]) -> list[torch
 
 
 def _logits_packed(model: Any, batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    (micro,) = split_micro_batches(batch, tokens=10_000, apart=True)
+    (micro,) = split_micro_batches(batch, tokens=10_000, packed=True)
     return list(model(**micro.inputs, use_cache=False).logits[0].split(batch["lengths"].tolist()))
 
 
@@ -135,7 +135,7 @@ def test_checkpointing_recomputes_packed_rows_alike(tiny_qwen2: Path) -> None:
         model = models.load(tiny_qwen2)
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        (micro,) = split_micro_batches(models.batch(), tokens=10_000, apart=True)
+        (micro,) = split_micro_batches(models.batch(), tokens=10_000, packed=True)
         model(**micro.inputs, use_cache=False).logits.square().mean().backward()
         found.append(models.gradients(model))
     assert models.relative(found[1], found[0]) < 1e-12

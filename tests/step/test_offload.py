@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 
 import pytest
@@ -10,8 +9,8 @@ import torch
 
 from sft.model import adapters
 from sft.step import step
-from sft.step.batch import collate
-from sft.step.step import backward_window
+from sft.step.batch import Collator
+from sft.step.step import StepConfig, forward_backward
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -23,13 +22,12 @@ def test_gradients_are_the_same_bits(tiny_qwen2: Path, checkpointing: bool, monk
     adapters.set_checkpointing(model, checkpointing)
     rows = [{"input_ids": list(range(5, 5 + n)), "labels": list(range(5, 5 + n))} for n in (30, 17)]
     monkeypatch.setattr(step, "SMALL", 64)
-    sent, stays = list[int](), step.stays
-    monkeypatch.setattr(step, "stays", lambda tensor: stays(tensor) or bool(sent.append(tensor.numel())))
+    sent, stays = list[int](), step.stays_on_gpu
+    monkeypatch.setattr(step, "stays_on_gpu", lambda tensor: stays(tensor) or bool(sent.append(tensor.numel())))
     found = []
-    for context in (contextlib.nullcontext(), step.offloading()):
+    for offload in (False, True):
         model.zero_grad()
-        with context:
-            backward_window(model, collate(rows), tokens=64, apart=False)
+        forward_backward(model, Collator("causal")(rows), StepConfig(micro_batch_tokens=64, offload=offload))
         found.append([weight.grad.clone() for weight in model.parameters()])
     assert len(sent) > 2
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
@@ -38,7 +36,7 @@ def test_gradients_are_the_same_bits(tiny_qwen2: Path, checkpointing: bool, monk
 def test_strides_come_back_and_what_is_expanded_is_kept_once() -> None:
     padded = torch.randn(1, 1, 600, 608)[..., :597].expand(2, 4, 600, 597)
     turned = torch.randn(512, 4, 300).transpose(0, 1)
-    hooks = step.offloading()
+    hooks = step.offload_activations()
     for tensor in (padded, turned):
         *_, kept = packed = hooks.pack_hook(tensor)
         found = hooks.unpack_hook(packed)
@@ -51,4 +49,6 @@ def test_strides_come_back_and_what_is_expanded_is_kept_once() -> None:
 
 def test_a_view_of_a_weight_stays_as_the_weight_does() -> None:
     weight = torch.nn.Parameter(torch.randn(1024, 1024))
-    assert step.stays(weight) and step.stays(weight.t()) and not step.stays(weight.detach().clone())
+    assert (
+        step.stays_on_gpu(weight) and step.stays_on_gpu(weight.t()) and not step.stays_on_gpu(weight.detach().clone())
+    )

@@ -37,7 +37,7 @@ def test_rows_of_a_real_data_set_too(shared: Path) -> None:
 def test_bins_are_filled_best_fit_first() -> None:
     lengths = (60, 50, 40, 30, 20)
     rows = [{"input_ids": [1] * length, "labels": [1] * length} for length in lengths]
-    groups = [micro.rows for micro in split_micro_batches(Collator("causal")(rows), tokens=100, apart=True)]
+    groups = [micro.rows for micro in split_micro_batches(Collator("causal")(rows), tokens=100, packed=True)]
     assert groups == [(0, 2), (1, 3, 4)]
 
 
@@ -48,21 +48,22 @@ def test_each_packed_rows_loss_and_gradient_are_those_of_the_row_alone(
     model = models.load(request.getfixturevalue(family), dtype=torch.float32)
     rows = models.rows((9, 3, 14, 5, 21, 11))
     random.Random(0).shuffle(rows)
-    (packed,) = split_micro_batches(Collator("causal")([dict(row) for row in rows]), tokens=4096, apart=True)
+    (packed,) = split_micro_batches(Collator("causal")([dict(row) for row in rows]), tokens=4096, packed=True)
     lengths = [len(row["input_ids"]) for row in rows]
     for index, row in enumerate(rows):
         batch = Collator("causal")([dict(row)])
         if not count_labels(batch):
             continue
-        alone = step.backward_window(model, batch, tokens=64, apart=False, normaliser=1)
+        alone = step.forward_backward(model, batch, step.StepConfig(micro_batch_tokens=64), normalizer=1).loss
         expected = models.gradients(model)
         only = torch.full_like(packed.targets, -100)
         here = slice(sum(lengths[:index]), sum(lengths[: index + 1]))
         only[:, here] = packed.targets[:, here]
         mine = step.MicroBatch(packed.inputs, only, packed.rows, packed.computed, count_labels(batch))
-        loss, count = step.loss_sum(model, mine)
+        losses = step.token_losses(model, mine, step.StepConfig())
+        loss = losses.sum()
         loss.backward()
-        assert count == count_labels(batch)
+        assert len(losses) == count_labels(batch)
         assert float((loss.detach() - alone).abs() / alone) < 1e-5
         assert models.relative(models.gradients(model), expected) < 1e-5
 

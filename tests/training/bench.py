@@ -10,6 +10,7 @@ from sft import runs
 from sft.config import auto
 from sft.config.schema import Config
 from sft.model import hub
+from sft.step.step import make_step_config
 from sft.training import model, plan
 from sft.training.checkpoint import CheckpointManager
 from sft.training.flow import Flow
@@ -58,7 +59,7 @@ def trainer(settings: Config, *, rows: int = 10, validation: int = 4, callbacks:
         features(rows, kind=files.kind),
         features(validation, seed=1, kind=files.kind),
         effective_batch=int(settings.train.effective_batch),
-        recipe=model.recipe(settings, made, files.kind, device="cpu"),
+        step_config=make_step_config(settings.train, made, files.kind, "cpu"),
         keeper=CheckpointManager(
             run, settings.train.save_total_limit, lambda folder: runs.write_resolved(folder, settings)
         ),

@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -13,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from sft import files, runs
 from sft.errors import ConfigError, RunError
+from sft.step import step
 from tests.training import project
 
 
@@ -212,6 +214,21 @@ def test_a_checkpoint_whose_answers_do_not_stop_is_never_the_best(root: Path, ca
     summary = project.run(root, "train.min_stop_rate=1.0", "train.max_steps=2", "generation.max_new_tokens=1")
     assert summary["eval"]["stop_rate"] < 1.0 and summary["best_step"] is None
     assert "this is not a best checkpoint" in caplog.text
+
+
+@pytest.mark.parametrize(("sets", "most"), [(["train.batch_size=2"], 2), (["train.grad_accum=8"], 1), ([], 8)])
+def test_an_explicit_batch_size_caps_the_rows_of_a_micro_batch(
+    root: Path, sets: list[str], most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, rows = step.token_losses, list[int]()
+
+    def token_losses(model: Any, micro: Any, config: Any) -> Any:
+        rows.append(len(micro.rows))
+        return real(model, micro, config)
+
+    monkeypatch.setattr(step, "token_losses", token_losses)
+    project.run(root, *sets, "train.max_steps=1", "train.effective_batch=8", "eval.train_sample=0")
+    assert max(rows) == most
 
 
 def test_a_dry_run_shows_the_settings_and_writes_nothing(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from sft import runs
 from sft.errors import RunError
-from sft.step import step as microbatch
+from sft.step import step as one_step
 from sft.training import numbers
 from sft.training.numbers import Numbers
 from tests.training import bench
@@ -24,14 +24,13 @@ def poisoned(monkeypatch: pytest.MonkeyPatch, settings: Any, row: int) -> bench.
     """A trainer in which whatever is computed together with row `row` has a NaN loss."""
     trainer = bench.trainer(settings)
     trainer.rows[row]["input_ids"][0] = BAD
-    real = microbatch.loss_sum
+    real = one_step.token_losses
 
-    def loss_sum(model: Any, micro: Any, **how: Any) -> Any:
-        loss, count = real(model, micro, **how)
-        return (loss * float("nan") if bool((micro.inputs["input_ids"] == BAD).any()) else loss), count
+    def token_losses(model: Any, micro: Any, config: Any) -> Any:
+        losses = real(model, micro, config)
+        return losses * float("nan") if bool((micro.inputs["input_ids"] == BAD).any()) else losses
 
-    monkeypatch.setattr(microbatch, "loss_sum", loss_sum)
-    monkeypatch.setattr("sft.training.recipe.loss_sum", loss_sum)
+    monkeypatch.setattr(one_step, "token_losses", token_losses)
     return trainer
 
 

@@ -158,12 +158,12 @@ def test_a_run_goes_on_as_if_memory_had_not_run_out(
     for name, weight in bench.trained(trainer).items():
         assert torch.allclose(weight, bench.trained(expected)[name], rtol=0, atol=1e-8), name
     session = checkpoint.read_state(trainer.keeper.run.checkpoints()[-1], checkpoint.SESSION)
-    assert session["budget"] == trainer.recipe.budget
-    lowered = trainer.recipe.tokens < expected.recipe.tokens
+    assert session["budget"] == trainer.step_config.budget
+    lowered = trainer.step_config.micro_batch_tokens < expected.step_config.micro_batch_tokens
     assert lowered == (stage in ("forward", "backward", "optimizer"))
     assert (session["evaluating"] is not None) == (stage == "evaluation")
     if lowered:
-        assert str(trainer.recipe.tokens) in caplog.text
+        assert str(trainer.step_config.micro_batch_tokens) in caplog.text
     assert (
         session["tokens"] == checkpoint.read_state(expected.keeper.run.checkpoints()[-1], checkpoint.SESSION)["tokens"]
     )
@@ -172,9 +172,9 @@ def test_a_run_goes_on_as_if_memory_had_not_run_out(
 def test_a_run_that_is_taken_up_keeps_the_budget_that_fitted(tiny_qwen2: Path, tmp_path: Path) -> None:
     trainer, _, _ = _run(tiny_qwen2, tmp_path / "outputs" / "a", _forward, 2)
     again = bench.trainer(bench.config(tiny_qwen2, tmp_path / "outputs" / "a", tuning=LORA, train=TRAIN))
-    asked = again.recipe.tokens
+    asked = again.step_config.micro_batch_tokens
     again.fit(trainer.keeper.run.checkpoints()[-1])
-    assert again.recipe.tokens == trainer.recipe.tokens < asked
+    assert again.step_config.micro_batch_tokens == trainer.step_config.micro_batch_tokens < asked
 
 
 def _stepped(optimizer: Any, weight: torch.nn.Parameter, times: int) -> torch.Tensor:

@@ -53,7 +53,7 @@ def scene(tiny_qwen2: Path, tmp_path: Path) -> Make:
         trainer = bench.trainer(bench.config(tiny_qwen2, tmp_path / "outputs" / "a", train=train), rows=20)
         card = Card(trainer.model, holds)
         lengths = [len(row["input_ids"]) for row in trainer.rows]
-        made = Scene(trainer.model, trainer.recipe, trainer.rows, lengths, trainer.validation, 8, card)
+        made = Scene(trainer.model, trainer.step_config, trainer.rows, lengths, trainer.validation, 8, card)
         return replace(made, **more), card, trainer
 
     return make
@@ -71,7 +71,7 @@ def test_it_goes_through_training_evaluation_answers_and_a_save_and_leaves_no_tr
     assert all(torch.equal(weight, before[name]) for name, weight in bench.trained(trainer).items())
     assert all(p.grad is None for p in trainer.model.parameters()) and trainer.model.training
     assert Rehearsed.from_json(found.to_json()) == found
-    assert trainer.recipe.tokens == found.tokens
+    assert made.step_config.micro_batch_tokens == found.tokens
 
 
 def test_checkpointing_is_left_off_where_memory_allows_and_on_where_it_does_not(scene: Make) -> None:
@@ -103,7 +103,7 @@ def test_a_micro_batch_that_is_given_is_measured_as_it_is(scene: Make) -> None:
 
 
 def test_evaluation_that_runs_out_is_lowered_and_stays_so(scene: Make) -> None:
-    made, card, trainer = scene(10**6)
+    made, card, _ = scene(10**6)
     rows = [*made.validation, *bench.features(12, seed=3)]
     see = card.see
 
@@ -114,7 +114,6 @@ def test_evaluation_that_runs_out_is_lowered_and_stays_so(scene: Make) -> None:
 
     card.see = narrow  # type: ignore[method-assign]
     found = rehearsal.rehearse(replace(made, validation=rows, fixed=120))
-    assert found.evaluating == trainer.recipe.evaluating
     assert found.evaluating is not None and found.evaluating <= 80
 
 

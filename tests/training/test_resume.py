@@ -48,7 +48,7 @@ def test_rows_in_groups_of_like_length_resume_exactly_too(tiny_qwen2: Path, tmp_
         return made.model_copy(update={"model": made.model.model_copy(update={"attn_implementation": "eager"})})
 
     straight = bench.trainer(settings(tmp_path / "outputs" / "a"))
-    assert not straight.recipe.apart
+    assert not straight.step_config.packed
     straight.fit(None)
     out = Path(shutil.copytree(tmp_path / "outputs" / "a", tmp_path / "outputs" / "b"))
     again = bench.trainer(settings(out))

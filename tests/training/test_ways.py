@@ -20,9 +20,8 @@ from sft.errors import EnvironmentProblem
 from sft.memory.probe import Measured
 from sft.model import kernels
 from sft.step.batch import Collator
-from sft.step.step import backward_window
+from sft.step.step import StepConfig, forward_backward
 from sft.training import ways
-from sft.training.recipe import Recipe
 from tests.step import models
 from tests.training import bench
 from tests.training.test_out_of_memory import Once
@@ -65,11 +64,10 @@ def small(family: str, dtype: torch.dtype) -> Any:
     return model
 
 
-def recipe(model: Any) -> Recipe:
+def step_config(model: Any) -> StepConfig:
     from sft.step import attention
 
-    apart = attention.keeps_rows_apart(model)
-    return Recipe("causal", DEVICE, 64, None, apart, "chunked", 64, 0.0, None)
+    return StepConfig(device=DEVICE, micro_batch_tokens=64, packed=attention.keeps_rows_apart(model))
 
 
 @pytest.mark.parametrize(("family", "layers"), FAMILIES.items())
@@ -78,7 +76,7 @@ def test_ligers_kernels_serve_every_part_of_a_family_with_equal_gradients(
 ) -> None:
     model = small(family, torch.float32)
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    names, asked = list(model.state_dict()), recipe(model)
+    names, asked = list(model.state_dict()), step_config(model)
     ids = torch.arange(3, 20, device=DEVICE)[None]
     with torch.no_grad():
         plain = model(input_ids=ids, use_cache=False).logits
@@ -101,7 +99,7 @@ def test_ligers_kernels_train_adapters_on_four_bits_as_plain_layers_do(
     ends = []
     for way in ("plain", "liger"):
         trainer = made(tiny_qwen2, tmp_path / "outputs" / way)
-        assert ways.take(trainer.model, way, trainer.recipe) is None
+        assert ways.take(trainer.model, way, trainer.step_config) is None
         trainer.fit(None)
         ends.append((trainer, bench.trained(trainer)))
     (_, plain), (trainer, found) = ends
@@ -114,7 +112,7 @@ def test_a_way_that_is_not_equal_is_given_back_and_one_that_is_not_possible_name
     tiny_qwen2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = made(tiny_qwen2, tmp_path / "outputs" / "a", mode="lora")
-    model, asked = trainer.model, trainer.recipe
+    model, asked = trainer.model, trainer.step_config
     before = bench.trained(trainer)
     monkeypatch.setattr(kernels, "_compiled", lambda module: off(module) if is_norm(module) else None)
     reason = ways.take(model, "compiled", asked)
@@ -180,7 +178,7 @@ def test_the_fastest_way_is_kept_if_it_gains_enough_and_the_compiler_only_in_lon
     tiny_qwen2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = made(tiny_qwen2, tmp_path / "outputs" / "a", mode="lora")
-    model, asked = trainer.model, trainer.recipe
+    model, asked = trainer.model, trainer.step_config
     monkeypatch.setattr(kernels, "why_not", lambda *_, **__: None)
     monkeypatch.setattr(kernels, "_liger", lambda module: module.forward if is_norm(module) else None)
     monkeypatch.setattr(kernels, "_compiled", kernels._liger)
@@ -250,7 +248,9 @@ def test_compiled_layers_give_the_same_step_with_dropout_on_four_bits_however_it
 
     def step(tokens: int) -> torch.Tensor:
         torch.manual_seed(3)
-        backward_window(model, batch, tokens=tokens, apart=trainer.recipe.apart, on_budget=lowered.append)
+        config = StepConfig(micro_batch_tokens=tokens, packed=trainer.step_config.packed)
+        fitted = forward_backward(model, batch, config).config.micro_batch_tokens
+        lowered.extend([fitted] if fitted < tokens else [])
         return models.gradients(model)
 
     plain = {tokens: step(tokens) for tokens in (32, 256, 1)}

@@ -307,6 +307,9 @@ class TrainSection(Section):
     optim: str = Field(
         "auto", description="`auto`: fused AdamW on a GPU, torch AdamW on the CPU; or a transformers optimizer name."
     )
+    objective: Literal["response"] = Field(
+        "response", description="What is minimised; `response`: cross-entropy of the labelled tokens (see `labels`)."
+    )
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="Share of the target spread over the vocabulary.")
     labels: Literal["all_assistant", "last_assistant", "all_tokens"] = Field(
         "all_assistant", description="Which tokens are learnt: every answer, the last answer, or everything."
@@ -318,8 +321,9 @@ class TrainSection(Section):
     )
     batch_size: Auto | Count = Field(
         "auto",
-        description="Most rows (at max_seq_len) in one micro-batch; `auto` is measured on a GPU and the whole step on"
-        " the CPU, or ceil(effective_batch / grad_accum) where grad_accum is given.",
+        description="Most rows in one micro-batch; `auto` sets no limit and is the number of rows at max_seq_len that"
+        " was measured to fit on a GPU, the whole step on the CPU, or ceil(effective_batch / grad_accum) where"
+        " grad_accum is given.",
     )
     grad_accum: Auto | Count = Field("auto", description="Micro-batches a step; `auto` follows from the other two.")
     micro_batch_tokens: Auto | Count = Field(

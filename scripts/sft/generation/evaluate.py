@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from sft import metrics
 from sft.config.load import resolve_path
 from sft.config.schema import Config
@@ -24,8 +22,7 @@ from sft.generation.engine import say_lost
 from sft.generation.load import LoadedModel, Target
 from sft.metrics import scoring, text
 from sft.step import attention
-from sft.step.batch import Collator, MicroBatch, split_micro_batches
-from sft.step.step import loss_sum, out_of_memory
+from sft.step.step import StepConfig, evaluate_loss
 
 Row = dict[str, Any]
 Message = dict[str, Any]
@@ -151,38 +148,25 @@ LOSS_TOKENS = 4096
 def losses(served: LoadedModel, rows: Sequence[Row], config: Config) -> dict[str, float]:
     """Mean cross-entropy over the rows' labelled tokens (as in training), and its exponential, the perplexity."""
     encoded = [served.encoder.encode(row) for row in rows]
-    features = [
-        {"input_ids": one.input_ids, "labels": one.labels}
-        for one in sorted(encoded, key=lambda one: -len(one.input_ids))
-        if one.dropped is None
-    ]
+    features = [{"input_ids": one.input_ids, "labels": one.labels} for one in encoded if one.dropped is None]
     if left_out := len(rows) - len(features):
         log.warning(
             "%d of %d rows have no loss (too long, or no label left): `make preview` shows them", left_out, len(rows)
         )
-    apart = served.kind == "causal" and attention.keeps_rows_apart(served.model)
-    collate, tokens = Collator(served.kind), LOSS_TOKENS
-    total, count, at = 0.0, 0, 0
-    while at < len(features):
-        batch = {name: value.to(served.device) for name, value in collate(features[at : at + 64]).items()}
-        try:
-            sums = [_loss(served, micro, config) for micro in split_micro_batches(batch, tokens=tokens, apart=apart)]
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error) or tokens < 16:
-                raise
-            tokens //= 2
-            continue
-        total, count, at = total + sum(s for s, _ in sums), count + sum(n for _, n in sums), at + 64
-    if not count:
+    step_config = StepConfig(
+        kind=served.kind,
+        device=str(served.device),
+        micro_batch_tokens=LOSS_TOKENS,
+        packed=served.kind == "causal" and attention.keeps_rows_apart(served.model),
+        objective=config.train.objective,
+        logits=config.train.logits,
+        logits_tile=config.train.logits_tile,
+    )
+    evaluated = evaluate_loss(served.model, features, step_config)
+    if not evaluated.count:
         return {}
-    mean = total / count
+    mean = evaluated.loss_sum / evaluated.count
     return {"loss": mean, "perplexity": math.exp(min(mean, 700.0))}
-
-
-def _loss(served: LoadedModel, micro: MicroBatch, config: Config) -> tuple[float, int]:
-    with torch.no_grad():
-        value, count = loss_sum(served.model, micro, logits=config.train.logits, tile=config.train.logits_tile)
-    return float(value), count
 
 
 Progress = Callable[[int, int], None]

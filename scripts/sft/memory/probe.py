@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 
 from sft.errors import EnvironmentProblem
-from sft.step.step import out_of_memory, release
+from sft.step.step import out_of_memory, release_memory
 
 MARGIN = 0.1  # share of the device's memory that stays free: fragmentation, evaluation, whoever else is on the card
 MOST_TOKENS = 4096  # speed has stopped growing by then
@@ -120,6 +120,6 @@ def _attempt(measure: Callable[[int], Measured], rows: int, length: int) -> Meas
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-    release()  # the error, and what its frames held, are gone
+    release_memory()  # the error, and what its frames held, are gone
     log.info("%d rows of %d tokens: out of memory", rows, length)
     return None

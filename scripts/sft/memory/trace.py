@@ -36,7 +36,7 @@ from sft.model.adapters import head, is_linear
 from sft.step import attention as rows
 from sft.step import unwrap
 from sft.step.batch import Collator, MicroBatch, split_micro_batches
-from sft.step.step import loss_sum, stays
+from sft.step.step import StepConfig, stays_on_gpu, token_losses
 
 if TYPE_CHECKING:
     pass
@@ -699,8 +699,8 @@ class Passes:
         live.start()
         with computing(self.config), _away() if self.offload else contextlib.nullcontext():
             loss = self._loss(micro)
-            live.mark(BACKWARD)
-            loss.backward()  # type: ignore[no-untyped-call]
+        live.mark(BACKWARD)
+        loss.backward()  # type: ignore[no-untyped-call]
         del loss
         live.mark(STEP)
         if train.max_grad_norm:
@@ -713,10 +713,13 @@ class Passes:
 
     def _loss(self, micro: MicroBatch) -> Tensor:
         train = self.config.train
-        loss, count = loss_sum(
-            self.model, micro, logits=train.logits, tile=train.logits_tile, label_smoothing=train.label_smoothing
+        config = StepConfig(
+            objective=train.objective,
+            logits=train.logits,
+            logits_tile=train.logits_tile,
+            label_smoothing=train.label_smoothing,
         )
-        return loss / count
+        return token_losses(self.model, micro, config).sum() / micro.labelled
 
     def evaluation(self, micro: MicroBatch) -> list[Window]:
         """The loss of one micro-batch, without gradients."""
@@ -759,7 +762,7 @@ def _away() -> Any:
     """`step.offload` as the GPU's memory sees it: what leaves is gone, what comes back is new."""
 
     def away(tensor: Tensor) -> Any:
-        return tensor if stays(tensor) else (tensor.shape, tensor.dtype)
+        return tensor if stays_on_gpu(tensor) else (tensor.shape, tensor.dtype)
 
     def back(kept: Any) -> Tensor:
         return kept if isinstance(kept, Tensor) else torch.empty(kept[0], dtype=kept[1])
@@ -806,7 +809,7 @@ def micro_batch(kind: Any, lengths: Sequence[int], *, apart: bool) -> MicroBatch
     if not apart:
         lengths = [max(lengths)] * len(lengths)
     rows = [{"input_ids": [1] * length, "labels": [1] * length} for length in lengths]
-    (made,) = split_micro_batches(Collator(kind)(rows), tokens=2 * max(lengths) * len(lengths), apart=apart)
+    (made,) = split_micro_batches(Collator(kind)(rows), tokens=2 * max(lengths) * len(lengths), packed=apart)
     return made
 
 

@@ -1,4 +1,9 @@
-"""Losses over logits: sums of cross-entropy in fp32, and the gradient of such a sum formed in place."""
+"""Cross-entropy of each labelled token, the head computed in tiles so that full logits never exist.
+
+`tiled_cross_entropy` catches the hidden states that a model gives its head, then computes the head, the loss and its
+gradient on `tile` labelled positions at a time. Heads that are more than one matrix are recomputed tile by tile;
+models that change their logits in an unknown way keep full logits (`full_cross_entropy` is the reference).
+"""
 
 from __future__ import annotations
 
@@ -15,9 +20,11 @@ from torch.utils.checkpoint import checkpoint
 from sft.step import unwrap
 from sft.step.batch import IGNORED
 
+log = logging.getLogger("sft.step")
+
 
 @dataclass(frozen=True)
-class Transform:
+class LogitTransform:
     """What a model does to its head's output: `softcap * tanh(scale * z / softcap)`; identity by default.
 
     Gemma 2 caps (`final_logit_softcapping`), Cohere and Granite scale (`logit_scale`, `logits_scaling`).
@@ -34,114 +41,92 @@ class Transform:
         return logits
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The precision that losses are summed in: fp32, or fp64 for a model in fp64."""
+IDENTITY = LogitTransform()
+# The transform of each model seen so far; None where it is unknown, and full logits are kept.
+_transforms: WeakKeyDictionary[nn.Module, LogitTransform | None] = WeakKeyDictionary()
+
+
+def loss_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The precision of losses: fp32, or fp64 for a model in fp64."""
     return torch.promote_types(dtype, torch.float32)
 
 
-def cross_entropy_sum(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Sum over positions of the cross-entropy. logits [N, V] of any precision, targets [N] without ignored ones.
+def cross_entropy(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy of each position [N]. logits [N, V] of any precision, targets [N] without ignored ones.
 
     With smoothing e the target is (1 - e) on the token and e spread evenly over the vocabulary (Szegedy et al., 2016).
     """
-    return functional.cross_entropy(logits.to(wide(logits.dtype)), targets, reduction="sum", label_smoothing=smoothing)
+    logits = logits.to(loss_dtype(logits.dtype))
+    return functional.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
 
 
-def tile_gradient_(raw: Tensor, targets: Tensor, transform: Transform, smoothing: float) -> Tensor:
-    """Sum of cross-entropy over one tile; overwrites `raw` [n, V] (fp32 or fp64) with that sum's gradient to it."""
-    logits = transform(raw) if transform != Transform() else raw
-    bend = None
-    if transform.softcap:
-        bend = (1 - (logits / transform.softcap).square()) * transform.scale
-    picked = logits.gather(1, targets[:, None])[:, 0]
-    mean = logits.mean(dim=1) if smoothing else 0.0
-    top = logits.amax(dim=1, keepdim=True)
-    torch.sub(logits, top, out=raw).exp_()
-    total = raw.sum(dim=1, keepdim=True)
-    loss = (top + total.log())[:, 0] - (1 - smoothing) * picked - smoothing * mean
-    raw.div_(total)
-    if smoothing:
-        raw.sub_(smoothing / raw.shape[1])
-    raw.scatter_add_(1, targets[:, None], torch.full_like(picked, smoothing - 1)[:, None])
-    if bend is not None:
-        raw.mul_(bend)
-    elif transform.scale != 1.0:
-        raw.mul_(transform.scale)
-    return loss.sum()
-
-
-log = logging.getLogger("sft.step")
-_transforms: WeakKeyDictionary[nn.Module, Transform | None] = WeakKeyDictionary()
-
-
-def full_loss(model: nn.Module, inputs: dict[str, Any], targets: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Sum of cross-entropy at labelled positions as transformers' own loss forms it: all logits, in fp32, at once.
-
-    The reference for values and memory: the model's output lives until the gradient is formed, as it does in a plain
-    loop (`out = model(...); out.loss.backward()`), so 14 bytes a logit are alive in 16-bit.
-    """
+def full_cross_entropy(model: nn.Module, inputs: dict[str, Any], targets: Tensor, *, smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy [N] of the N labelled positions of `targets` [B, L] from the model's full logits, all in fp32."""
     logits = model(**inputs, use_cache=False).logits
-    spread = logits.to(wide(logits.dtype)).flatten(0, -2)
-    loss = functional.cross_entropy(spread, targets.flatten(), reduction="sum", label_smoothing=smoothing)
-    kept: Tensor = _Keeping.apply(loss, logits)  # type: ignore[no-untyped-call]
-    return kept
+    losses = cross_entropy(logits.flatten(0, -2), targets.flatten(), smoothing)  # zero where IGNORED
+    return losses[targets.flatten() != IGNORED]
 
 
-class _Keeping(torch.autograd.Function):
-    """The loss as it is; the output that it came from stays until the backward pass is over."""
-
-    @staticmethod
-    def forward(ctx: Any, loss: Tensor, output: Tensor) -> Tensor:
-        ctx.output = output
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
-        return upstream[0], None
-
-
-def _chosen_loss(model: nn.Module, inputs: dict[str, Any], targets: Tensor, smoothing: float) -> Tensor:
-    """The same sum by the model's own logits, those of labelled positions alone taken up to fp32."""
-    logits = model(**inputs, use_cache=False).logits
-    chosen = targets != IGNORED
-    return cross_entropy_sum(logits[chosen], targets[chosen], smoothing)
-
-
-def chunked_loss(
+def tiled_cross_entropy(
     model: nn.Module, inputs: dict[str, Any], targets: Tensor, *, tile: int, smoothing: float = 0.0
 ) -> Tensor:
-    """The same sum, the head run on `tile` labelled positions at a time."""
+    """The same losses [N], the head computed on `tile` labelled positions at a time."""
     base = unwrap(model)
     head = _head(base)
-    if head is None or _transforms.get(base, Transform()) is None:
-        return _chosen_loss(model, inputs, targets, smoothing)
-    hidden, raw, logits = _run(model, head, inputs)
+    if head is None or _transforms.get(base, IDENTITY) is None:
+        return _labelled_logits_cross_entropy(model, inputs, targets, smoothing)
+    hidden, raw, logits = _run_to_head(model, head, inputs)
     if hidden is None or raw is None or hidden.shape[:2] != targets.shape:
         _transforms[base] = None
     elif base not in _transforms:
         _transforms[base] = _find_transform(base, raw, logits)
     transform = _transforms[base]
     if transform is None or hidden is None or raw is None:
-        log.warning("%s: the head is not one we know, so full logits are kept", type(base).__name__)
-        return _chosen_loss(model, inputs, targets, smoothing)
-    chosen = targets != IGNORED
-    rows, wanted = hidden[chosen], targets[chosen]
-    if not len(wanted):
-        return hidden[:, :, :0].sum().to(wide(hidden.dtype))
-    plain = _plain_linear(head)
-    if plain is None or plain.weight.device != rows.device:
-        return _through_module(head, rows, wanted, transform, tile, smoothing, raw.dtype)
-    total: Tensor = _TiledCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        rows.to(raw.dtype), plain.weight, plain.bias, wanted, transform, tile, smoothing, torch.is_grad_enabled()
+        log.warning("%s computes its logits in an unknown way: full logits are kept", type(base).__name__)
+        return _labelled_logits_cross_entropy(model, inputs, targets, smoothing)
+    labelled = targets != IGNORED
+    hidden, targets = hidden[labelled], targets[labelled]
+    if not len(targets):
+        return hidden[:, 0].to(loss_dtype(hidden.dtype))  # empty, and part of the graph
+    linear = _plain_linear(head)
+    if linear is None or linear.weight.device != hidden.device:
+        return _recomputed_tiles(head, hidden, targets, transform, tile, smoothing, raw.dtype)
+    losses: Tensor = _TiledCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden.to(raw.dtype), linear.weight, linear.bias, targets, transform, tile, smoothing, torch.is_grad_enabled()
     )
-    return total
+    return losses
+
+
+def tile_gradient_(raw: Tensor, targets: Tensor, transform: LogitTransform, smoothing: float) -> Tensor:
+    """Cross-entropy [n] of one tile; overwrites `raw` [n, V] (fp32 or fp64) with the gradient of their sum to it."""
+    logits = transform(raw) if transform != IDENTITY else raw
+    slope = None
+    if transform.softcap:
+        slope = (1 - (logits / transform.softcap).square()) * transform.scale
+    target_logits = logits.gather(1, targets[:, None])[:, 0]
+    mean = logits.mean(dim=1) if smoothing else 0.0
+    top = logits.amax(dim=1, keepdim=True)
+    torch.sub(logits, top, out=raw).exp_()
+    total = raw.sum(dim=1, keepdim=True)
+    losses = (top + total.log())[:, 0] - (1 - smoothing) * target_logits - smoothing * mean
+    raw.div_(total)
+    if smoothing:
+        raw.sub_(smoothing / raw.shape[1])
+    raw.scatter_add_(1, targets[:, None], torch.full_like(target_logits, smoothing - 1)[:, None])
+    if slope is not None:
+        raw.mul_(slope)
+    elif transform.scale != 1.0:
+        raw.mul_(transform.scale)
+    return losses
 
 
 class _TiledCrossEntropy(torch.autograd.Function):
-    """Cross-entropy of `transform(hidden @ weight.T + bias)`, summed; all gradients formed in the forward pass.
+    """Cross-entropy [N] of `transform(hidden @ weight.T + bias)`; all gradients formed in the forward pass.
 
     hidden [N, h] in the precision to compute in, weight [V, h], bias [V] or None, targets [N]. Six bytes a logit of one
     tile are alive at a time in 16-bit; gradients of hidden in its own precision, of weight and bias in fp32.
+    The gradient of hidden is exact for any upstream gradient [N]. Those of weight and bias are formed for equal ones
+    (`losses.sum()`, scaled); for others the tiles are computed once more in the backward pass.
     """
 
     @staticmethod
@@ -151,94 +136,146 @@ class _TiledCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
-        transform: Transform,
+        transform: LogitTransform,
         tile: int,
         smoothing: float,
-        learning: bool,
+        grad_enabled: bool,
     ) -> Tensor:
-        wanted = [learning and need for need in ctx.needs_input_grad[:3]]
-        dtype, keep = hidden.dtype, wide(hidden.dtype)
-        matrix, offset = weight.to(dtype), None if bias is None else bias.to(dtype)
-        grad_hidden = torch.empty_like(hidden) if wanted[0] else None
-        grad_weight = torch.zeros(weight.shape, dtype=keep, device=weight.device) if wanted[1] else None
-        grad_bias = torch.zeros(weight.shape[0], dtype=keep, device=weight.device) if wanted[2] else None
-        total = torch.zeros((), dtype=keep, device=hidden.device)
-        with torch.autocast(hidden.device.type, enabled=False):
-            for start in range(0, len(targets), tile):
-                part = slice(start, start + tile)
-                scores = functional.linear(hidden[part], matrix, offset).to(keep)
-                total += tile_gradient_(scores, targets[part], transform, smoothing)
-                if not any(wanted):
-                    continue
-                slope = scores.to(dtype)
-                if grad_bias is not None:
-                    grad_bias += scores.sum(0)
-                del scores
-                if grad_hidden is not None:
-                    torch.mm(slope, matrix, out=grad_hidden[part])
-                if grad_weight is not None:
-                    grad_weight += slope.t() @ hidden[part]
-                del slope
-        ctx.grads = (grad_hidden, grad_weight, grad_bias)
-        return total
+        needs = tuple(grad_enabled and need for need in ctx.needs_input_grad[:3])
+        losses, ctx.grads = _compute_tiles(hidden, weight, bias, targets, transform, tile, smoothing, needs)
+        if needs[1] or needs[2]:
+            ctx.again = lambda upstream: _compute_tiles(
+                hidden, weight, bias, targets, transform, tile, smoothing, (False, *needs[1:]), upstream
+            )[1]
+        return losses
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        grads = [None if grad is None else (grad * upstream[0]).to(grad.dtype) for grad in ctx.grads]
-        ctx.grads = None
-        return (*grads, None, None, None, None, None)
+        (scale,) = upstream
+        grad_hidden, grad_weight, grad_bias = ctx.grads
+        uniform = scale.numel() == 1 or scale.stride(0) == 0  # the gradient of a sum is expanded from one number
+        if grad_hidden is not None:
+            grad_hidden.mul_(scale[0] if uniform else scale[:, None])
+        if (grad_weight is not None or grad_bias is not None) and not uniform:
+            _, grad_weight, grad_bias = ctx.again(scale)
+        else:
+            grad_weight = None if grad_weight is None else grad_weight.mul_(scale[0])
+            grad_bias = None if grad_bias is None else grad_bias.mul_(scale[0])
+        ctx.grads = ctx.again = None
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
 
 
-def _through_module(
-    head: nn.Module, hidden: Tensor, targets: Tensor, transform: Transform, tile: int, smoothing: float, dtype: Any
+def _compute_tiles(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    transform: LogitTransform,
+    tile: int,
+    smoothing: float,
+    needs: tuple[bool, ...],
+    upstream: Tensor | None = None,
+) -> tuple[Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
+    """Losses [N] and the gradients, where needed, of hidden, weight and bias for `upstream` [N] (ones by default)."""
+    dtype, wide = hidden.dtype, loss_dtype(hidden.dtype)
+    matrix, offset = weight.to(dtype), None if bias is None else bias.to(dtype)
+    grad_hidden = torch.empty_like(hidden) if needs[0] else None
+    grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if needs[1] else None
+    grad_bias = torch.zeros(weight.shape[0], dtype=wide, device=weight.device) if needs[2] else None
+    losses = torch.empty(len(targets), dtype=wide, device=hidden.device)
+    with torch.autocast(hidden.device.type, enabled=False):
+        for start in range(0, len(targets), tile):
+            part = slice(start, start + tile)
+            scores = functional.linear(hidden[part], matrix, offset).to(wide)
+            losses[part] = tile_gradient_(scores, targets[part], transform, smoothing)
+            if not any(needs):
+                continue
+            if upstream is not None:
+                scores.mul_(upstream[part, None])
+            gradient = scores.to(dtype)
+            if grad_bias is not None:
+                grad_bias += scores.sum(0)
+            del scores
+            if grad_hidden is not None:
+                torch.mm(gradient, matrix, out=grad_hidden[part])
+            if grad_weight is not None:
+                grad_weight += gradient.t() @ hidden[part]
+            del gradient
+    return losses, (grad_hidden, grad_weight, grad_bias)
+
+
+def _recomputed_tiles(
+    head: nn.Module,
+    hidden: Tensor,
+    targets: Tensor,
+    transform: LogitTransform,
+    tile: int,
+    smoothing: float,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """The same sum through a head that is more than one matrix (an adapter on it, 4-bit): tiles are recomputed."""
+    """The same losses through a head that is more than one matrix (an adapter on it, 4-bit): tiles are recomputed."""
 
-    def one(rows: Tensor, wanted: Tensor) -> Tensor:
-        with torch.autocast(rows.device.type, dtype=dtype, enabled=dtype in (torch.float16, torch.bfloat16)):
-            scores = head(rows)
-        return cross_entropy_sum(transform(scores.to(wide(scores.dtype))), wanted, smoothing)
+    def losses_of(hidden: Tensor, targets: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, dtype=dtype, enabled=dtype in (torch.float16, torch.bfloat16)):
+            scores = head(hidden)
+        return cross_entropy(transform(scores.to(loss_dtype(scores.dtype))), targets, smoothing)
 
     parts = [
-        checkpoint(one, hidden[start : start + tile], targets[start : start + tile], use_reentrant=False)
+        checkpoint(losses_of, hidden[start : start + tile], targets[start : start + tile], use_reentrant=False)
         for start in range(0, len(targets), tile)
     ]
-    return torch.stack(parts).sum()
+    return torch.cat(parts)
 
 
-def _run(model: nn.Module, head: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """Hidden states [B, L, h] that the head was given, and one position's logits: the head's own and the model's."""
-    seen: list[Tensor] = []
-    made: list[Tensor] = []
+def _labelled_logits_cross_entropy(
+    model: nn.Module, inputs: dict[str, Any], targets: Tensor, smoothing: float
+) -> Tensor:
+    """The same losses by the model's own logits, only those of labelled positions taken to fp32."""
+    logits = model(**inputs, use_cache=False).logits
+    labelled = targets != IGNORED
+    return cross_entropy(logits[labelled], targets[labelled], smoothing)
 
-    def let_one_through(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        seen.append(args[0])
+
+def _run_to_head(
+    model: nn.Module, head: nn.Module, inputs: dict[str, Any]
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """The head's input [B, L, h], and one position's logits: the head's output and the model's.
+
+    The first two are None where the model does not call its head exactly once.
+    """
+    hidden_states: list[Tensor] = []
+    outputs: list[Tensor] = []
+
+    def pass_one_position(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden_states.append(args[0])
         return (args[0][:1, :1], *args[1:])
 
-    def keep(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:
-        made.append(output)
+    def record(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:
+        outputs.append(output)
 
-    hooks = [head.register_forward_pre_hook(let_one_through), head.register_forward_hook(keep)]
+    hooks = [head.register_forward_pre_hook(pass_one_position), head.register_forward_hook(record)]
     try:
         logits = model(**inputs, use_cache=False).logits
     finally:
         for hook in hooks:
             hook.remove()
-    return (seen[0], made[0], logits) if len(seen) == len(made) == 1 else (None, None, logits)
+    if len(hidden_states) == len(outputs) == 1:
+        return hidden_states[0], outputs[0], logits
+    return None, None, logits
 
 
-def _find_transform(base: nn.Module, raw: Tensor, logits: Tensor) -> Transform | None:
-    """The transform, of those that the config can mean, that takes the head's output to the model's logits."""
+def _find_transform(base: nn.Module, raw: Tensor, logits: Tensor) -> LogitTransform | None:
+    """The transform, among those that the config can mean, that maps the head's output to the model's logits."""
     if raw.shape != logits.shape:
         return None
     config = base.config.get_text_config()  # type: ignore[union-attr, operator]
     scale, division = getattr(config, "logit_scale", None), getattr(config, "logits_scaling", None)
-    candidates = [Transform()]
+    candidates = [LogitTransform()]
     for factor in (scale, 1 / division if division else None):
         if factor:
-            candidates.append(Transform(scale=float(factor)))
+            candidates.append(LogitTransform(scale=float(factor)))
     if cap := getattr(config, "final_logit_softcapping", None):
-        candidates += [Transform(each.scale, float(cap)) for each in candidates]
+        candidates += [LogitTransform(each.scale, float(cap)) for each in candidates]
     exact = raw.dtype in (torch.float32, torch.float64)
     raw, logits = raw.detach().float(), logits.detach().float()
     size = logits.abs().max().clamp_min(1e-6)
@@ -250,14 +287,14 @@ def _find_transform(base: nn.Module, raw: Tensor, logits: Tensor) -> Transform |
 
 def _head(base: nn.Module) -> nn.Module | None:
     try:
-        found = base.get_output_embeddings()  # type: ignore[operator]
+        head = base.get_output_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
         return None
-    return found if isinstance(found, nn.Module) else None
+    return head if isinstance(head, nn.Module) else None
 
 
 def _plain_linear(head: nn.Module) -> nn.Linear | None:
-    """The one matrix that the head is, looked for through peft's `modules_to_save`; None where it is more than that."""
+    """The head's only matrix, also behind peft's `modules_to_save`; None where the head is more than that."""
     saved = getattr(head, "modules_to_save", None)
     if isinstance(saved, nn.ModuleDict):
         active = [name for name in getattr(head, "active_adapters", []) if name in saved]

@@ -1,64 +1,332 @@
-"""Going on after memory ran out: what is released, how a cut gets finer, how an optimizer's step is taken back."""
+"""One training step: forward and backward of a step batch, evaluation loss, and recovery when memory runs out.
+
+`StepConfig` says how a batch is computed. `forward_backward` splits the batch into micro-batches, leaves the gradient
+of its mean loss on the model, and replays the step in smaller micro-batches when memory runs out; `evaluate_loss` does
+the same for evaluation. Both return the config to use from then on, with the budget that fitted.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import gc
 import logging
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from sft.config.schema import TrainSection
 from sft.errors import EnvironmentProblem
 from sft.model import kernels
-from sft.step import attention, unwrap
-from sft.step.batch import IGNORED, Batch, MicroBatch, count_labels, split_micro_batches
-from sft.step.loss import chunked_loss, full_loss, wide
+from sft.step import attention
+from sft.step.batch import IGNORED, Batch, Collator, Kind, MicroBatch, count_labels, row_indices, split_micro_batches
+from sft.step.loss import loss_dtype
+from sft.step.objectives import OBJECTIVES, ObjectiveName
 
 log = logging.getLogger("sft.step")
+EVALUATED_TOGETHER = 256  # rows that are split into micro-batches together when evaluating
 
 
-def out_of_memory(error: BaseException | None) -> bool:
-    """Whether it means that memory ran out, on the card or (where the allocator says so) beside it."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    said = str(error)
-    return isinstance(error, RuntimeError) and any(
-        text in said for text in ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
+@dataclass(frozen=True)
+class StepConfig:
+    """How a step batch is computed. All but `objective` and `label_smoothing` change memory and time, not the step.
+
+    micro_batch_tokens: computed tokens of a micro-batch, padding included. max_rows: most rows of a micro-batch, None
+    for any number. eval_tokens: the budget that evaluation was lowered to when memory ran out in it, else None.
+    packed: rows share a sequence without padding (`attention.keeps_rows_apart`). logits_tile: positions of one tile of
+    the chunked head. autocast: the 16-bit type to compute in, None for the weights' own. offload: activations wait in
+    the machine's memory for the backward pass.
+    """
+
+    kind: Kind = "causal"
+    device: str = "cpu"
+    micro_batch_tokens: int = 4096
+    max_rows: int | None = None
+    packed: bool = False
+    objective: ObjectiveName = "response"
+    label_smoothing: float = 0.0
+    logits: Literal["chunked", "full"] = "chunked"
+    logits_tile: int = 512
+    autocast: torch.dtype | None = None
+    offload: bool = False
+    eval_tokens: int | None = None
+
+    @property
+    def budget(self) -> list[Any]:
+        """What decides how a batch is split: tokens, rows, packed or padded."""
+        return [self.micro_batch_tokens, self.max_rows, self.packed]
+
+    @contextlib.contextmanager
+    def forward_context(self) -> Iterator[None]:
+        """The precision of a forward pass, and where its activations wait; not for the backward pass."""
+        with contextlib.ExitStack() as stack:
+            if self.autocast is not None:
+                stack.enter_context(torch.autocast(torch.device(self.device).type, dtype=self.autocast))
+            if self.offload:
+                stack.enter_context(offload_activations())
+            yield
+
+
+def compute_dtype(train: TrainSection) -> torch.dtype:
+    """The 16-bit type that the resolved config computes in, else fp32."""
+    if train.bf16 is True:
+        return torch.bfloat16
+    return torch.float16 if train.fp16 is True else torch.float32
+
+
+def make_step_config(
+    train: TrainSection, model: nn.Module, kind: Kind, device: str, *, max_rows: int | None = None
+) -> StepConfig:
+    """The step's settings out of a resolved config. max_rows: `batch_size` where the user gave it."""
+    dtype = compute_dtype(train)
+    return StepConfig(
+        kind=kind,
+        device=device,
+        micro_batch_tokens=int(train.micro_batch_tokens),
+        max_rows=max_rows,
+        packed=kind == "causal" and attention.keeps_rows_apart(model),
+        objective=train.objective,
+        label_smoothing=train.label_smoothing,
+        logits=train.logits,
+        logits_tile=train.logits_tile,
+        autocast=None if dtype == torch.float32 else dtype,
+        offload=train.activation_offload and device != "cpu",
     )
 
 
-def release() -> None:
-    """Hands back what nobody uses any more. Call it outside of the `except`, whose traceback keeps tensors alive."""
+class StepResult(NamedTuple):
+    """loss: mean loss of the batch, a detached scalar. config: to use from here on."""
+
+    loss: Tensor
+    config: StepConfig
+
+
+@dataclass(frozen=True)
+class EvaluationLoss:
+    """row_sums: each row's loss summed over its labelled tokens, fp64 [R]; row_counts: its labelled tokens, int64 [R].
+
+    Both on the CPU, in the order of the rows given. config: to use from here on.
+    """
+
+    row_sums: Tensor
+    row_counts: Tensor
+    config: StepConfig
+
+    @property
+    def loss_sum(self) -> float:
+        return float(self.row_sums.sum())
+
+    @property
+    def count(self) -> int:
+        return int(self.row_counts.sum())
+
+
+def token_losses(model: nn.Module, micro: MicroBatch, config: StepConfig) -> Tensor:
+    """The objective's loss of each labelled token of a micro-batch, [N] in fp32 (fp64 for a model in fp64)."""
+    return OBJECTIVES[config.objective](model, micro, config)
+
+
+def forward_backward(
+    model: nn.Module,
+    batch: Batch,
+    config: StepConfig,
+    *,
+    normalizer: int | float | Tensor | None = None,
+    backward: Callable[[Tensor], object] = torch.Tensor.backward,
+    replay: bool = True,
+) -> StepResult:
+    """Forward and backward of a whole step batch; leaves the gradient of its mean loss on the model.
+
+    normalizer: labelled tokens of the batch over all ranks; those of this batch by default. backward: for example
+    `accelerator.backward`. replay: False lets an out-of-memory error through.
+    Gradients must be clear at the start: when memory runs out, all of them are dropped and formed again, with the same
+    random numbers, in smaller micro-batches. Raises EnvironmentProblem if a single row does not fit.
+    """
+    normalizer = count_labels(batch) if normalizer is None else normalizer
+    random_state = _random_state(batch["labels"].device)
+    while True:
+        micros = [
+            micro
+            for micro in split_micro_batches(
+                batch, tokens=config.micro_batch_tokens, rows=config.max_rows, packed=config.packed
+            )
+            if micro.labelled
+        ]
+        try:
+            return StepResult(_accumulate(model, micros, config, normalizer, backward), config)
+        except (RuntimeError, MemoryError) as error:
+            memory = out_of_memory(error)
+            if not (replay and (memory or kernels.compiler_failed(error))):
+                raise
+            message = " ".join(str(error).split())[:200]
+        model.zero_grad(set_to_none=True)
+        release_memory()
+        _restore_random_state(random_state, batch["labels"].device)
+        if memory:
+            config = replace(config, micro_batch_tokens=smaller_budget(micros, config.micro_batch_tokens))
+            log.warning(
+                "out of memory: replaying this step in micro-batches of at most %d tokens", config.micro_batch_tokens
+            )
+        else:
+            kernels.give_back(model)
+            log.warning("torch.compile failed: replaying this step with plain layers (%s)", message)
+
+
+def evaluate_loss(model: nn.Module, rows: Sequence[Mapping[str, Any]], config: StepConfig) -> EvaluationLoss:
+    """The loss of rows `{"input_ids", "labels"}` without gradients and without label smoothing.
+
+    Leaves the model's training mode as it is. When memory runs out, goes on in smaller micro-batches.
+    Raises EnvironmentProblem if a single row does not fit.
+    """
+    smoothing, config = config.label_smoothing, replace(config, label_smoothing=0.0)
+    sums, counts = torch.zeros(len(rows), dtype=torch.float64), torch.zeros(len(rows), dtype=torch.long)
+    order = sorted(range(len(rows)), key=lambda i: (len(rows[i]["input_ids"]), len(rows[i]["labels"])))
+    collate = Collator(config.kind)
+    start = 0
+    while start < len(order):
+        chosen = order[start : start + EVALUATED_TOGETHER]
+        batch = {name: tensor.to(config.device) for name, tensor in collate([rows[i] for i in chosen]).items()}
+        tokens = min(config.eval_tokens or config.micro_batch_tokens, config.micro_batch_tokens)
+        micros = split_micro_batches(batch, tokens=tokens, rows=config.max_rows, packed=config.packed)
+        try:
+            batch_sums, batch_counts = _evaluate_batch(model, batch, micros, config)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+        else:
+            sums[chosen], counts[chosen] = batch_sums.cpu(), batch_counts.cpu()
+            start += len(chosen)
+            continue
+        release_memory()
+        config = replace(config, eval_tokens=smaller_budget(micros, tokens))
+        log.warning("out of memory in evaluation: going on in micro-batches of at most %d tokens", config.eval_tokens)
+    return EvaluationLoss(sums, counts, replace(config, label_smoothing=smoothing))
+
+
+def _accumulate(
+    model: nn.Module,
+    micros: Sequence[MicroBatch],
+    config: StepConfig,
+    normalizer: int | float | Tensor,
+    backward: Callable[[Tensor], object],
+) -> Tensor:
+    """Adds the gradients of all micro-batches; returns their loss, summed and divided by the normalizer."""
+    parameter = next(model.parameters())
+    total = torch.zeros((), dtype=loss_dtype(parameter.dtype), device=parameter.device)
+    for micro in micros:
+        with config.forward_context():
+            loss = token_losses(model, micro, config).sum() / normalizer
+        backward(loss)
+        total = total + loss.detach()
+        del loss
+    return total
+
+
+@torch.no_grad()
+def _evaluate_batch(
+    model: nn.Module, batch: Batch, micros: Sequence[MicroBatch], config: StepConfig
+) -> tuple[Tensor, Tensor]:
+    """Each row's summed loss, fp64 [R], and its number of labelled tokens, int64 [R]."""
+    rows, device = len(batch["lengths"]), batch["labels"].device
+    sums = torch.zeros(rows, dtype=torch.float64, device=device)
+    counts = torch.zeros(rows, dtype=torch.long, device=device)
+    for micro in micros:
+        with config.forward_context():
+            losses = token_losses(model, micro, config)
+        indices = row_indices(micro, batch)[micro.targets != IGNORED]
+        sums.index_add_(0, indices, losses.double())
+        counts += indices.bincount(minlength=rows)
+    return sums, counts
+
+
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether the error means that memory ran out, on the GPU or (where the allocator reports it) on the machine."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    message = str(error)
+    return isinstance(error, RuntimeError) and any(
+        text in message for text in ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
+    )
+
+
+def release_memory() -> None:
+    """Frees unused memory. Call it outside of the `except` block, whose traceback keeps tensors alive."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
-def finer(micros: Sequence[MicroBatch], tokens: int) -> int:
-    """The budget for the next try: half of what was computed at once. Raises EnvironmentProblem at single rows."""
+def smaller_budget(micros: Sequence[MicroBatch], tokens: int) -> int:
+    """The token budget for the next try: half of the largest micro-batch. Raises EnvironmentProblem at single rows."""
     shared = [micro.computed for micro in micros if len(micro.rows) > 1]
     if shared:
         return max(1, min(tokens, max(shared)) // 2)
     longest = max(micros, key=lambda micro: micro.computed)
     raise EnvironmentProblem(
-        f"out of memory on a single row of {longest.computed} tokens: no finer cut is left",
-        where=f"row {longest.rows[0]} of the step's window",
+        f"out of memory on a single row of {longest.computed} tokens, which cannot be split",
+        where=f"row {longest.rows[0]} of the step's batch",
         fix="lower model.max_seq_len, set train.gradient_checkpointing=true, or lower train.logits_tile;"
-        " `make plan` says what each saves",
+        " `make plan` shows what each saves",
     )
 
 
-class CarefulOptimizer:
-    """An optimizer whose step, when memory runs out in it, is taken back and taken once more; else it is as it was.
+def _random_state(device: torch.device) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
 
-    Its first step is where it allocates its state; the weights are kept in the machine's memory for the time of it. A
-    later step is taken again only if nothing was changed yet, which torch's own optimizers let us see; if something
-    was, EnvironmentProblem is raised. on_retry: called before the second try.
+
+def _restore_random_state(state: list[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state[1], device)
+
+
+def optimizer_step(optimizer: Any, on_retry: Callable[[], None]) -> None:
+    """`optimizer.step()`; if it runs out of memory, restores the weights and retries once.
+
+    The first step allocates the optimizer's state, so for its duration a copy of the weights waits in the machine's
+    memory. A later step is retried only where nothing was changed yet, as torch's own optimizers show by the tensors'
+    versions; elsewhere EnvironmentProblem is raised. on_retry: called before the second try.
     """
+    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+    weights = [p for group in inner.param_groups for p in group["params"] if p.grad is not None]
+    copies = {p: p.detach().to("cpu", copy=True) for p in weights if not inner.state.get(p)}
+    others = [p for p in weights if p not in copies]
+    versions = _versions(inner, others)
+    try:
+        optimizer.step()
+        return
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        comparable = type(inner).__module__.startswith("torch.optim")
+        if others and not (comparable and versions == _versions(inner, others)):
+            raise EnvironmentProblem(
+                "memory ran out in the middle of the optimizer's step, and part of the weights has changed",
+                fix="run the same command again: it resumes from the last checkpoint;"
+                " --set train.optim=paged_adamw_8bit needs less memory",
+            ) from error
+    for weight, copy in copies.items():
+        inner.state.pop(weight, None)
+        with torch.no_grad():
+            weight.copy_(copy)
+    release_memory()
+    log.warning("out of memory in the optimizer's step: the weights are restored and the step is retried")
+    on_retry()
+    optimizer.step()
+
+
+def _versions(optimizer: Any, weights: Sequence[nn.Parameter]) -> list[int]:
+    """Version counters of these weights and of their optimizer state; every in-place change raises one."""
+    state = (value for weight in weights for value in optimizer.state[weight].values())
+    return [tensor._version for tensor in (*weights, *state) if isinstance(tensor, Tensor)]
+
+
+class CarefulOptimizer:
+    """An optimizer whose `step` is `optimizer_step`; otherwise the optimizer as it is."""
 
     def __init__(self, optimizer: Any, on_retry: Callable[[], None]) -> None:
         self.optimizer, self._on_retry = optimizer, on_retry
@@ -67,198 +335,41 @@ class CarefulOptimizer:
         return getattr(self.__dict__["optimizer"], name)
 
     def step(self, closure: Any = None) -> None:
-        before = _Before(getattr(self.optimizer, "optimizer", self.optimizer))
-        try:
-            self.optimizer.step(closure)
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
-                raise
-            before.put_back()
-        else:
-            return
-        release()
-        log.warning("out of memory in the optimizer's step: it is taken back and taken again")
-        self._on_retry()
-        self.optimizer.step(closure)
+        optimizer_step(self.optimizer, self._on_retry)
 
 
-class _Before:
-    """An optimizer as it was before a step: copies of the weights without state, the versions of everything else."""
-
-    def __init__(self, optimizer: Any) -> None:
-        self.optimizer = optimizer
-        taken = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        self.weights = {p: p.detach().to("cpu", copy=True) for p in taken if not optimizer.state.get(p)}
-        self.standing = [p for p in taken if p not in self.weights]
-        self.versions = self._versions()
-
-    def put_back(self) -> None:
-        ours = type(self.optimizer).__module__.startswith("torch.optim")
-        if self.standing and not (ours and self.versions == self._versions()):
-            raise EnvironmentProblem(
-                "memory ran out in the middle of the optimizer's step, and part of the weights are changed already",
-                fix="run the same command again: it goes on from the last checkpoint;"
-                " --set train.optim=paged_adamw_8bit needs less",
-            )
-        for weight, kept in self.weights.items():
-            self.optimizer.state.pop(weight, None)
-            with torch.no_grad():
-                weight.copy_(kept)
-
-    def _versions(self) -> list[int]:
-        state = (value for p in self.standing for value in self.optimizer.state[p].values())
-        return [tensor._version for tensor in (*self.standing, *state) if isinstance(tensor, Tensor)]
+SMALL = 2**20  # bytes: smaller tensors stay on the GPU, where the transfer would cost more than they do
+MOST_GAPS = 1.25  # a tensor whose strides span more than this times its numbers is stored without its strides
 
 
-SMALL = 2**20  # bytes: what is smaller stays, for it is not worth the way
-GAPS = 1.25  # times the room of the numbers that strides may take up and still be kept
+def offload_activations() -> saved_tensors_hooks:
+    """A context in which tensors saved for the backward pass leave the GPU for pinned memory until they are needed.
 
-
-def offloading() -> saved_tensors_hooks:
-    """A context in which what autograd keeps leaves a GPU for pinned memory, and comes back when it is needed.
-
-    As `torch.autograd.graph.save_on_cpu`, but that weights stay, which are on the GPU anyway, and strides come back:
-    attention's kernels want the padding of a mask's rows, and an expanded mask is kept once. The same bits come back.
-    Strides that take up much more room than the numbers do (half of a fused projection) are not kept.
+    As `torch.autograd.graph.save_on_cpu`, but weights stay on the GPU, and strides are restored: attention kernels need
+    the padding of a mask's rows, and an expanded mask is stored once. The same bits come back. Strides that span much
+    more than the numbers do (half of a fused projection) are dropped.
     """
 
-    def away(tensor: Tensor) -> Tensor | tuple[torch.device, torch.Size, Tensor]:
+    def pack(tensor: Tensor) -> Tensor | tuple[torch.device, torch.Size, Tensor]:
         once = tensor[tuple(slice(None) if step else slice(0, 1) for step in tensor.stride())]
-        if stays(tensor) or stays(once):
+        if stays_on_gpu(tensor) or stays_on_gpu(once):
             return tensor
-        spans = 1 + sum((size - 1) * step for size, step in zip(once.shape, once.stride(), strict=True))
-        like = once if once.numel() <= spans <= GAPS * once.numel() else torch.empty(once.shape, device="meta")
-        kept = torch.empty_strided(once.shape, like.stride(), dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-        return tensor.device, tensor.shape, kept.copy_(once, non_blocking=tensor.is_cuda)
+        span = 1 + sum((size - 1) * step for size, step in zip(once.shape, once.stride(), strict=True))
+        like = once if once.numel() <= span <= MOST_GAPS * once.numel() else torch.empty(once.shape, device="meta")
+        stored = torch.empty_strided(once.shape, like.stride(), dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        return tensor.device, tensor.shape, stored.copy_(once, non_blocking=tensor.is_cuda)
 
-    def back(found: Tensor | tuple[torch.device, torch.Size, Tensor]) -> Tensor:
-        if isinstance(found, Tensor):
-            return found
-        device, shape, kept = found
-        there = torch.empty_strided(kept.shape, kept.stride(), dtype=kept.dtype, device=device)
-        return there.copy_(kept, non_blocking=True).expand(shape)
+    def unpack(packed: Tensor | tuple[torch.device, torch.Size, Tensor]) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        device, shape, stored = packed
+        tensor = torch.empty_strided(stored.shape, stored.stride(), dtype=stored.dtype, device=device)
+        return tensor.copy_(stored, non_blocking=True).expand(shape)
 
-    return saved_tensors_hooks(away, back)
+    return saved_tensors_hooks(pack, unpack)
 
 
-def stays(tensor: Tensor) -> bool:
-    """Whether it is left on the GPU: weights, and what is small."""
+def stays_on_gpu(tensor: Tensor) -> bool:
+    """Whether offloading leaves the tensor where it is: weights, and small tensors."""
     whole = tensor if tensor._base is None else tensor._base
     return isinstance(whole, nn.Parameter) or tensor.numel() * tensor.element_size() < SMALL
-
-
-Logits = Literal["chunked", "full"]
-
-
-def loss_sum(
-    model: nn.Module, micro: MicroBatch, *, logits: Logits = "chunked", tile: int = 512, label_smoothing: float = 0.0
-) -> tuple[Tensor, int]:
-    """The sum of cross-entropy over the micro-batch's labelled tokens (fp32 scalar), and how many there are.
-
-    Under no_grad this is the evaluation loss; `logits` and `tile` change memory and time, never the value.
-    """
-    inputs: dict[str, Any] = dict(micro.inputs)
-    if micro.seq2seq:
-        inputs["decoder_input_ids"] = _decoder_inputs(unwrap(model), micro.targets)
-    if logits == "full":
-        return full_loss(model, inputs, micro.targets, label_smoothing), micro.labelled
-    return chunked_loss(model, inputs, micro.targets, tile=tile, smoothing=label_smoothing), micro.labelled
-
-
-def backward_window(
-    model: nn.Module,
-    batch: Batch,
-    *,
-    tokens: int,
-    rows: int | None = None,
-    apart: bool | None = None,
-    normaliser: int | float | Tensor | None = None,
-    backward: Callable[[Tensor], object] | None = None,
-    logits: Logits = "chunked",
-    tile: int = 512,
-    label_smoothing: float = 0.0,
-    on_budget: Callable[[int], None] | None = None,
-    replay: bool = True,
-) -> Tensor:
-    """Forward and backward of a whole window; leaves its gradients on the model and returns its mean loss, detached.
-
-    tokens, rows: the budget of a micro-batch. apart: None asks the model (`attention.keeps_rows_apart`). normaliser:
-    labelled tokens of the window over all ranks, this window's own by default. backward: e.g. accelerator.backward.
-    on_budget: told the new token budget when memory ran out and it was lowered; keep it for the windows to come.
-    replay: False lets the error through when memory runs out (a probe wants to know).
-    Gradients must be clear at the start: when memory runs out, all of them are dropped and formed again.
-    Raises EnvironmentProblem if a single row does not fit.
-    """
-    apart = attention.keeps_rows_apart(model) if apart is None else apart
-    count = count_labels(batch) if normaliser is None else normaliser
-    state = _random_state(batch["labels"].device)
-    while True:
-        micros = [
-            micro for micro in split_micro_batches(batch, tokens=tokens, rows=rows, apart=apart) if micro.labelled
-        ]
-        try:
-            return _run(model, micros, count, backward or torch.Tensor.backward, logits, tile, label_smoothing)
-        except (RuntimeError, MemoryError) as error:
-            short = out_of_memory(error)
-            if not (replay and (short or kernels.compiler_failed(error))):
-                raise
-            said = " ".join(str(error).split())[:200]
-        model.zero_grad(set_to_none=True)
-        release()
-        _put_back(state, batch["labels"].device)
-        if not short:
-            kernels.give_back(model)
-            log.warning("torch.compile failed: this step is replayed, and layers are computed plainly (%s)", said)
-            continue
-        tokens = finer(micros, tokens)
-        log.warning("out of memory: this step is replayed in micro-batches of at most %d tokens", tokens)
-        if on_budget is not None:
-            on_budget(tokens)
-
-
-def _run(
-    model: nn.Module,
-    micros: list[MicroBatch],
-    count: int | float | Tensor,
-    backward: Callable[[Tensor], object],
-    logits: Logits,
-    tile: int,
-    smoothing: float,
-) -> Tensor:
-    total: Tensor | None = None
-    for index, micro in enumerate(micros):
-        quiet = getattr(model, "no_sync", None) if index + 1 < len(micros) else None
-        with quiet() if quiet is not None else contextlib.nullcontext():
-            loss, _ = loss_sum(model, micro, logits=logits, tile=tile, label_smoothing=smoothing)
-            loss = loss / count
-            backward(loss)
-        total = loss.detach() if total is None else total + loss.detach()
-        del loss
-    if total is None:
-        parameter = next(model.parameters())
-        return torch.zeros((), dtype=wide(parameter.dtype), device=parameter.device)
-    return total
-
-
-def _decoder_inputs(base: nn.Module, labels: Tensor) -> Tensor:
-    """The target shifted right behind the model's start token, [B, L], as seq2seq models are taught."""
-    make = getattr(base, "prepare_decoder_input_ids_from_labels", None)
-    if callable(make):
-        made: Tensor = make(labels=labels)
-        return made
-    config: Any = base.config
-    pad = config.pad_token_id or 0
-    start = config.decoder_start_token_id if config.decoder_start_token_id is not None else pad
-    shifted = torch.cat([labels.new_full((len(labels), 1), start), labels[:, :-1]], dim=1)
-    return shifted.masked_fill(shifted == IGNORED, pad)
-
-
-def _random_state(device: torch.device) -> list[Tensor]:
-    states = [torch.get_rng_state()]
-    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
-
-
-def _put_back(state: list[Tensor], device: torch.device) -> None:
-    torch.set_rng_state(state[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state[1], device)

@@ -21,11 +21,11 @@ from sft.generation import engine
 from sft.memory.probe import CudaGauge, Gauge
 from sft.model import kernels
 from sft.runs import Run
+from sft.step.step import StepConfig
 from sft.training import checkpoint as checkpoints
 from sft.training import checkpoint as weights
 from sft.training import distributed, measured, rehearsal, ways
 from sft.training.preparation import Job
-from sft.training.recipe import Recipe
 from sft.training.rehearsal import Rehearsed, Scene
 
 CACHE = ".cache/rehearsal"  # under the project's root
@@ -39,6 +39,7 @@ class Settled:
     tokens: int
     checkpointing: bool
     why: str
+    eval_tokens: int | None = None
 
 
 def is_open(asked: TrainSection) -> bool:
@@ -46,7 +47,9 @@ def is_open(asked: TrainSection) -> bool:
     return (asked.batch_size, asked.grad_accum, asked.micro_batch_tokens) == ("auto", "auto", "auto")
 
 
-def settle(job: Job, model: Any, recipe: Recipe, run: Run, checkpoint: Path | None, root: Path) -> Settled | None:
+def settle(
+    job: Job, model: Any, step_config: StepConfig, run: Run, checkpoint: Path | None, root: Path
+) -> Settled | None:
     """What the run computes at once, rehearsed on a GPU; None on the CPU, where the resolved config stays.
 
     A run that is taken up keeps what its checkpoint has, so that it goes on bit for bit. Otherwise a rehearsal is kept
@@ -58,13 +61,13 @@ def settle(job: Job, model: Any, recipe: Recipe, run: Run, checkpoint: Path | No
         session = checkpoints.read_state(checkpoint, checkpoints.SESSION)
         checkpointing = bool(session.get("checkpointing", rehearsal.is_checkpointing(model)))
         rehearsal.set_checkpointing(model, checkpointing)
-        _compute(job, model, session.get("kernels", kernels.PLAIN), recipe)
+        _compute(job, model, session.get("kernels", kernels.PLAIN), step_config)
         return Settled(int(session["asked_budget"][0]), checkpointing, "as in the checkpoint")
     path = root / CACHE / f"{key(job)}.json"
     found = _kept(path)
     if found is None:
         gauge = CudaGauge(torch.device("cuda", torch.cuda.current_device()))
-        found = rehearsal.rehearse(scene(job, model, recipe, run, gauge))
+        found = rehearsal.rehearse(scene(job, model, step_config, run, gauge))
         if distributed.rank() == 0:
             _remember(root, path, job, found)
         log.info("rehearsed: %s", found.said)
@@ -72,28 +75,28 @@ def settle(job: Job, model: Any, recipe: Recipe, run: Run, checkpoint: Path | No
         log.info("rehearsed before on this GPU: %s", found.said)
     rehearsal.set_checkpointing(model, found.checkpointing)
     everywhere = set(distributed.all_gather(found.kernels))
-    _compute(job, model, found.kernels if len(everywhere) == 1 else kernels.PLAIN, recipe)
-    recipe.evaluating = found.evaluating
+    _compute(job, model, found.kernels if len(everywhere) == 1 else kernels.PLAIN, step_config)
     how = kernels.way_of(model)
     tokens = -distributed.largest(-found.tokens)  # the least over ranks
     recomputed = "with" if found.checkpointing else "without"
-    return Settled(tokens, found.checkpointing, f"rehearsed, {recomputed} gradient checkpointing, layers {how}")
+    why = f"rehearsed, {recomputed} gradient checkpointing, layers {how}"
+    return Settled(tokens, found.checkpointing, why, found.evaluating)
 
 
-def _compute(job: Job, model: Any, way: kernels.Way, recipe: Recipe) -> None:
+def _compute(job: Job, model: Any, way: kernels.Way, step_config: StepConfig) -> None:
     """Layers as they were found to be fastest, where the config leaves that open."""
     if job.asked.kernels == "auto":
-        ways.ask(model, way, recipe, backend=job.backend.name, found=True)
+        ways.ask(model, way, step_config, backend=job.backend.name, found=True)
 
 
-def scene(job: Job, model: Any, recipe: Recipe, run: Run, gauge: Gauge) -> Scene:
+def scene(job: Job, model: Any, step_config: StepConfig, run: Run, gauge: Gauge) -> Scene:
     """The run's own longest rows, questions and save."""
     train, optim = job.config.train, job.config.train.optim
     rows = job.rows.train
     lengths = [int(length) for length in rows.lengths()] if hasattr(rows, "lengths") else _lengths(rows)
     return Scene(
         model=model,
-        recipe=recipe,
+        step_config=step_config,
         rows=rows,
         lengths=lengths,
         validation=job.rows.validation,

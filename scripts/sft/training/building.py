@@ -1,4 +1,4 @@
-"""Puts a run's parts together: model, recipe, checkpoints, what watches and what writes down."""
+"""Puts a run's parts together: model, step config, checkpoints, what watches and what writes down."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from sft.generation.engine import prompt_room, truncate_prompt
 from sft.generation.evaluate import questions
 from sft.model import kernels
 from sft.runs import OpenRun, Run
+from sft.step.step import StepConfig, make_step_config
 from sft.training import budget, checkpoint, distributed, loggers, model, ways
 from sft.training.answers import Answers
 from sft.training.checkpoint import CheckpointManager
 from sft.training.flow import Flow
 from sft.training.overview import Narrator, Report
 from sft.training.preparation import Job
-from sft.training.recipe import Recipe
 from sft.training.signals import SignalHandler
 from sft.training.trainer import WindowTrainer
 
@@ -54,10 +54,12 @@ def build(job: Job, opened: OpenRun, root: Path, report: Report | None) -> Windo
     """Loads the weights and makes the trainer. report: see `Narrator`. Raises ModelError, EnvironmentProblem."""
     config, run = job.config, opened.run
     made = model.build(config, job.files, job.backend.name, device=job.device.device)
-    recipe = model.recipe(config, made, job.files.kind, device=job.device.device)
+    given = (job.asked.batch_size, job.asked.grad_accum) != ("auto", "auto")
+    rows = int(config.train.batch_size) if given else None
+    step_config = make_step_config(config.train, made, job.files.kind, job.device.device, max_rows=rows)
     if job.asked.kernels != "auto":
-        ways.ask(made, job.asked.kernels, recipe, backend=job.backend.name)
-    job = _with_budget(_with_questions(job, made, root), made, recipe, opened, root)
+        ways.ask(made, job.asked.kernels, step_config, backend=job.backend.name)
+    job, step_config = _with_budget(_with_questions(job, made, root), made, step_config, opened, root)
     config = job.config
     answers = Answers(config, root, job.tokenizer, job.encoder, job.rows.questions, job.files.kind)
     step = runs.step_of(opened.checkpoint) if opened.checkpoint else 0
@@ -67,7 +69,7 @@ def build(job: Job, opened: OpenRun, root: Path, report: Report | None) -> Windo
         job.rows.train,
         job.rows.validation,
         effective_batch=int(config.train.effective_batch),
-        recipe=recipe,
+        step_config=step_config,
         keeper=CheckpointManager(run, config.train.save_total_limit, beside(job)),
         flow=Flow(job.plan, SignalHandler(run.folder, distributed.largest), config.train.early_stopping),
         answers=answers if job.rows.questions else None,
@@ -94,13 +96,13 @@ def _with_questions(job: Job, made: Any, root: Path) -> Job:
     return replace(job, rows=replace(job.rows, questions=asked))
 
 
-def _with_budget(job: Job, made: Any, recipe: Recipe, opened: OpenRun, root: Path) -> Job:
-    """The job with the budget that was measured, where it was, in its config and in the run's folder."""
-    settled = budget.settle(job, made, recipe, opened.run, opened.checkpoint, root)
+def _with_budget(job: Job, made: Any, step_config: StepConfig, opened: OpenRun, root: Path) -> tuple[Job, StepConfig]:
+    """The job with the measured budget in its config and in the run's folder, and the step's config with it."""
+    settled = budget.settle(job, made, step_config, opened.run, opened.checkpoint, root)
     if settled is None:
-        return job
-    tokens = recipe.tokens = settled.tokens
-    recipe.asked = recipe.budget
+        return job, step_config
+    tokens = settled.tokens
+    step_config = replace(step_config, micro_batch_tokens=tokens, eval_tokens=settled.eval_tokens)
     effective, length = int(job.config.train.effective_batch), job.config.model.max_seq_len
     rows = min(effective, max(1, tokens // length))
     now: dict[str, Any] = {"micro_batch_tokens": tokens, "gradient_checkpointing": settled.checkpointing}
@@ -112,7 +114,7 @@ def _with_budget(job: Job, made: Any, recipe: Recipe, opened: OpenRun, root: Pat
     if distributed.rank() == 0:
         beside(job)(opened.run.folder)
         log.info("micro-batches of at most %d tokens (%s)", tokens, settled.why)
-    return job
+    return job, step_config
 
 
 def beside(job: Job) -> Callable[[Path], None]:

@@ -30,7 +30,7 @@ def record_run(job: Job, trainer: WindowTrainer, summary: Mapping[str, Any], roo
     """
     if summary["seconds"] < ENOUGH or not summary["tokens"]:
         return
-    settings = settled(job, trainer.recipe.asked[0], is_checkpointing(trainer.model))
+    settings = settled(job, trainer.asked_budget[0], is_checkpointing(trainer.model))
     train = job.config.train.model_copy(update=settings)
     peaks: dict[str, float] = {}
     if job.device.device == "cuda":
@@ -45,7 +45,7 @@ def record_run(job: Job, trainer: WindowTrainer, summary: Mapping[str, Any], roo
         job,
         root,
         "run",
-        trainer.recipe.asked[0],
+        trainer.asked_budget[0],
         work=operations(job, train, labelled=labelled),
         tokens_per_second=summary["tokens_per_second"] / distributed.world(),
         **peaks,

@@ -11,7 +11,7 @@ from sft.config.schema import Config
 from sft.model import adapters, backends, load
 from sft.model.files import ModelFiles
 from sft.step import attention
-from sft.training.recipe import Recipe, compute_dtype
+from sft.step.step import compute_dtype
 
 
 def weight_dtype(config: Config) -> torch.dtype:
@@ -36,20 +36,3 @@ def build(config: Config, files: ModelFiles, backend: str, *, device: str) -> An
         adapters.set_checkpointing(model, checkpointing)
         return model
     return adapters.attach(model, config.tuning, gradient_checkpointing=checkpointing)
-
-
-def recipe(config: Config, model: Any, kind: Any, *, device: str) -> Recipe:
-    """How windows are computed on this model."""
-    train, dtype = config.train, compute_dtype(config.train)
-    return Recipe(
-        kind=kind,
-        device=device,
-        tokens=int(train.micro_batch_tokens),
-        rows=None,
-        apart=kind == "causal" and attention.keeps_rows_apart(model),
-        logits=train.logits,
-        tile=train.logits_tile,
-        label_smoothing=train.label_smoothing,
-        autocast=None if dtype == torch.float32 else dtype,
-        offload=train.activation_offload and device != "cpu",
-    )

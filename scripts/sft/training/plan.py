@@ -47,7 +47,7 @@ class Plan:
     def arguments(self, train: TrainSection, run: Run, *, device: str) -> TrainingArguments:
         """The trainer's own arguments, for one window a step; all that we do ourselves is switched off in it.
 
-        bf16 is not passed on: the recipe computes under autocast itself, whatever part of the model is called; fp16 is,
+        bf16 is not passed on: the step computes under autocast itself, whatever part of the model is called; fp16 is,
         because the loss scaler comes with it.
         """
         from transformers import TrainingArguments

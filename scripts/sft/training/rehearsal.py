@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -23,9 +23,8 @@ from sft.model import adapters, kernels
 from sft.model.kernels import Way
 from sft.step import unwrap
 from sft.step.batch import Collator
-from sft.step.step import backward_window, out_of_memory, release
+from sft.step.step import StepConfig, evaluate_loss, forward_backward, out_of_memory, release_memory
 from sft.training import ways
-from sft.training.recipe import Recipe, losses
 
 LIMIT = 60.0  # seconds for all of it but the compiler; growing the micro-batch stops at half
 WORTH = 2048  # tokens: where that much fits without checkpointing, nothing is gained by trying with it
@@ -77,7 +76,7 @@ class Scene:
     """
 
     model: Any
-    recipe: Recipe
+    step_config: StepConfig
     rows: Sequence[Feature]
     lengths: Sequence[int]
     validation: Sequence[Feature]
@@ -90,7 +89,7 @@ class Scene:
     run_tokens: float = 0.0
     answer: Callable[[], object] | None = None
     save: Callable[[], object] | None = None
-    backward: Callable[[torch.Tensor], object] | None = None
+    backward: Callable[[torch.Tensor], object] = torch.Tensor.backward
     limit: float = LIMIT
 
 
@@ -100,26 +99,28 @@ def rehearse(scene: Scene) -> Rehearsed:
     Raises EnvironmentProblem where not even one row fits, or no row of the evaluation does.
     """
     began = time.monotonic()
-    devices = [scene.recipe.device] if torch.device(scene.recipe.device).type == "cuda" else []
-    with torch.random.fork_rng(devices), scene.recipe.computing():
+    devices = [scene.step_config.device] if torch.device(scene.step_config.device).type == "cuda" else []
+    with torch.random.fork_rng(devices):
         found, checkpointing = _choose(scene, began)
         set_checkpointing(scene.model, checkpointing)
         tokens = scene.fixed or found.tokens
         stages = [Stage("training", found.best.allocated_bytes, found.best.peak_bytes, found.best.seconds)]
-        scene.recipe.tokens = tokens
+        scene.step_config = replace(scene.step_config, micro_batch_tokens=tokens)
         longest = sorted(scene.validation, key=lambda row: -len(row["input_ids"]))[: scene.most_rows]
         rest: dict[str, Callable[[], object] | None] = {
-            "evaluation": (lambda: losses(scene.model, longest, scene.recipe)) if longest else None,
-            "generation": scene.answer,
+            "evaluation": (lambda: _evaluate(scene, longest)) if longest else None,
+            "generation": (lambda: _answer(scene)) if scene.answer else None,
             "save": scene.save,
         }
         for name, act in rest.items():
             if act is not None and time.monotonic() - began < scene.limit:
                 stages.append(_stage(scene, name, act))
-        best = ways.fastest(scene.model, scene.recipe, scene.ways, partial(_tried, scene, tokens), scene.run_tokens)
+        best = ways.fastest(
+            scene.model, scene.step_config, scene.ways, partial(_tried, scene, tokens), scene.run_tokens
+        )
         best = best or found.best
         stages[0] = Stage("training", best.allocated_bytes, best.peak_bytes, best.seconds)
-    evaluating, way = scene.recipe.evaluating, kernels.way_of(scene.model)
+    evaluating, way = scene.step_config.eval_tokens, kernels.way_of(scene.model)
     return Rehearsed(tokens, checkpointing, best.speed, stages, evaluating, way)
 
 
@@ -156,7 +157,7 @@ def _choose(scene: Scene, began: float) -> tuple[Found, bool]:
         without = None  # it fits, but for the margin
     if without is not None and (scene.fixed or without.tokens >= WORTH or not _grew(without, scene)):
         return without, False
-    release()
+    release_memory()
     set_checkpointing(scene.model, True)
     found = _search(scene, began)
     return (found, True) if without is None or found.best.speed >= without.best.speed else (without, False)
@@ -196,17 +197,18 @@ def _tried(scene: Scene, tokens: int) -> Measured | None:
             raise
         seen = None
     if seen is None:
-        release()
+        release_memory()
     return seen if seen and seen.peak_bytes <= scene.gauge.total * (1 - probe.MARGIN) else None
 
 
 def _measure(scene: Scene, tokens: int) -> Measured:
     """Forward and backward of the longest rows in one micro-batch, twice: the second time is measured."""
-    release()  # what a larger one left with the allocator would count as this one's
-    recipe, model = scene.recipe, scene.model
+    release_memory()  # what a larger one left with the allocator would count as this one's
+    config, model = scene.step_config, scene.model
     features = longest_batch(scene.rows, scene.lengths, tokens)
-    batch = {name: tensor.to(recipe.device) for name, tensor in Collator(recipe.kind)(features).items()}
+    batch = {name: tensor.to(config.device) for name, tensor in Collator(config.kind)(features).items()}
     real = sum(int(batch[key].sum()) for key in ("lengths", "source_lengths") if key in batch)
+    config = replace(config, micro_batch_tokens=max(tokens, real))
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     state = [weight.new_empty(weight.numel() * scene.state_bytes, dtype=torch.uint8) for weight in trained]
     try:
@@ -214,17 +216,7 @@ def _measure(scene: Scene, tokens: int) -> Measured:
             model.zero_grad(set_to_none=True)
             scene.gauge.start()
             began = time.perf_counter()
-            backward_window(
-                model,
-                batch,
-                tokens=max(tokens, real),
-                apart=recipe.apart,
-                backward=scene.backward,
-                logits=recipe.logits,
-                tile=recipe.tile,
-                label_smoothing=recipe.label_smoothing,
-                replay=False,
-            )
+            forward_backward(model, batch, config, backward=scene.backward, replay=False)
             allocated, reserved = scene.gauge.peaks()
         return Measured(len(features), reserved, time.perf_counter() - began, real, allocated)
     finally:
@@ -232,8 +224,18 @@ def _measure(scene: Scene, tokens: int) -> Measured:
         model.zero_grad(set_to_none=True)
 
 
+def _evaluate(scene: Scene, rows: Sequence[Feature]) -> None:
+    scene.step_config = evaluate_loss(scene.model, rows, scene.step_config).config
+
+
+def _answer(scene: Scene) -> None:
+    assert scene.answer is not None
+    with scene.step_config.forward_context():
+        scene.answer()
+
+
 def _stage(scene: Scene, name: str, act: Callable[[], object]) -> Stage:
-    release()
+    release_memory()
     scene.gauge.start()
     began, was_training = time.perf_counter(), scene.model.training
     scene.model.eval()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from transformers import Trainer, TrainerState
 from sft.errors import EnvironmentProblem, RunError
 from sft.model import kernels
 from sft.runs import step_of
-from sft.step.step import out_of_memory, release
+from sft.step.step import StepConfig, out_of_memory, release_memory
 from sft.training import checkpoint as checkpoints
 from sft.training import checkpoint as weights
 from sft.training import distributed
@@ -23,7 +24,6 @@ from sft.training.checkpoint import CheckpointManager, TrainState
 from sft.training.flow import Flow
 from sft.training.meter import Meter
 from sft.training.numbers import Numbers
-from sft.training.recipe import Recipe
 from sft.training.rehearsal import is_checkpointing
 
 log = logging.getLogger("sft.training")
@@ -34,7 +34,8 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
 
     control: Any
     optimizer: Any
-    recipe: Recipe
+    step_config: StepConfig
+    asked_budget: list[Any]
     keeper: CheckpointManager
     flow: Flow
     numbers: Numbers
@@ -103,16 +104,16 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
         except (EnvironmentProblem, RuntimeError, MemoryError) as error:
             if not (out_of_memory(error) or out_of_memory(error.__cause__)):
                 raise
-        release()
+        release_memory()
         log.warning("out of memory while saving: once more, with all that can be spared released")
         checkpoints.save_checkpoint(self.keeper, snapshot, self.state.best_global_step)
 
     def _session(self) -> dict[str, Any]:
         return {
             **self.meter.state(),
-            "asked_budget": self.recipe.asked,
-            "budget": self.recipe.budget,
-            "evaluating": self.recipe.evaluating,
+            "asked_budget": self.asked_budget,
+            "budget": self.step_config.budget,
+            "evaluating": self.step_config.eval_tokens,
             "checkpointing": is_checkpointing(self.model),
             "kernels": kernels.way_of(self.model),
             "skipped": self.numbers.skipped,
@@ -124,9 +125,10 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
     def _take_up_session(self, session: dict[str, Any]) -> None:
         self.meter.restore(session)
         self.numbers.skipped, self.numbers.last = session.get("skipped", []), session.get("last_loss", 0.0)
-        if session["asked_budget"] == self.recipe.asked:
-            self.recipe.lower(session["budget"][0])  # what fitted then, if memory ran out
-            self.recipe.evaluating = session.get("evaluating")
+        if session["asked_budget"] == self.asked_budget:
+            self.step_config = replace(  # what fitted then, if memory ran out
+                self.step_config, micro_batch_tokens=session["budget"][0], eval_tokens=session.get("evaluating")
+            )
         else:
             log.info("the micro-batches are cut otherwise than before: same steps, last bits may differ from here on")
         was, now = session.get("kernels", kernels.PLAIN), kernels.way_of(self.model)

@@ -11,19 +11,19 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from transformers.trainer_callback import DefaultFlowCallback, PrinterCallback
 
 from sft.step.batch import Collator, count_labels
-from sft.step.step import CarefulOptimizer, backward_window
+from sft.step.step import CarefulOptimizer, StepConfig, evaluate_loss, forward_backward
 from sft.training import distributed, windows
 from sft.training.checkpoint import CheckpointManager
 from sft.training.flow import Flow
 from sft.training.meter import Meter
 from sft.training.numbers import Numbers, gap
-from sft.training.recipe import Recipe, losses
 from sft.training.resumable import ResumableTrainer
 
 log = logging.getLogger("sft.training")
@@ -44,7 +44,7 @@ class WindowTrainer(ResumableTrainer):
         validation: Sequence[windows.Feature],
         *,
         effective_batch: int,
-        recipe: Recipe,
+        step_config: StepConfig,
         keeper: CheckpointManager,
         flow: Flow,
         answers: Answers | None = None,
@@ -55,7 +55,8 @@ class WindowTrainer(ResumableTrainer):
         super().__init__(model=model, args=args, train_dataset=rows, callbacks=[flow, self.numbers, *callbacks])
         self.pop_callback(PrinterCallback)
         self.pop_callback(DefaultFlowCallback)
-        self.rows, self.validation, self.recipe, self.keeper, self.flow = rows, validation, recipe, keeper, flow
+        self.rows, self.validation, self.keeper, self.flow = rows, validation, keeper, flow
+        self.step_config, self.asked_budget = step_config, step_config.budget
         self.effective_batch, self.answers = effective_batch, answers
         self.meter = Meter()
         self._last_ids: list[str] = []
@@ -65,7 +66,7 @@ class WindowTrainer(ResumableTrainer):
             len(self.rows), self.effective_batch, self.args.seed, rank=distributed.rank(), world=distributed.world()
         )
         pin = self.args.device.type == "cuda"
-        return windows.loader(self.rows, order, Collator(self.recipe.kind), pin=pin)
+        return windows.loader(self.rows, order, Collator(self.step_config.kind), pin=pin)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """The next window. What it costs stands in the log as `input_wait`, a share of the time of steps."""
@@ -97,20 +98,13 @@ class WindowTrainer(ResumableTrainer):
         self._last_ids = inputs["ids"]
         loss = torch.zeros((), device=self.args.device)
         if batch:
-            with self.recipe.computing():
-                loss = backward_window(
-                    self.model,
-                    batch,
-                    tokens=self.recipe.tokens,
-                    rows=self.recipe.rows,
-                    apart=self.recipe.apart,
-                    normaliser=num_items_in_batch,
-                    backward=self.accelerator.backward,
-                    logits=self.recipe.logits,
-                    tile=self.recipe.tile,
-                    label_smoothing=self.recipe.label_smoothing,
-                    on_budget=self.recipe.lower,
-                )
+            loss, self.step_config = forward_backward(
+                self.model,
+                batch,
+                self.step_config,
+                normalizer=num_items_in_batch,
+                backward=self.accelerator.backward,
+            )
         distributed.sum_gradients(self.model.parameters())
         loss = distributed.all_reduce(loss.detach().float())
         if not self._finite(float(loss), "loss"):
@@ -124,8 +118,9 @@ class WindowTrainer(ResumableTrainer):
         return prepared
 
     def _halve_budget(self) -> None:
-        self.recipe.lower(max(1, self.recipe.tokens // 2))
-        log.warning("micro-batches have at most %d tokens from here on", self.recipe.tokens)
+        tokens = max(1, self.step_config.micro_batch_tokens // 2)
+        self.step_config = replace(self.step_config, micro_batch_tokens=tokens)
+        log.warning("micro-batches have at most %d tokens from here on", tokens)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
@@ -149,7 +144,9 @@ class WindowTrainer(ResumableTrainer):
         wanted, was_training = set(ids), self.model.training
         self.model.eval()
         rows = [row for row in self.rows if row["id"] in wanted]
-        found = [row["id"] for row in rows if not math.isfinite(float(losses(self.model, [row], self.recipe)[0]))]
+        found = [
+            row["id"] for row in rows if not math.isfinite(evaluate_loss(self.model, [row], self.step_config).loss_sum)
+        ]
         self.model.train(was_training)
         return found
 
@@ -165,12 +162,15 @@ class WindowTrainer(ResumableTrainer):
         self.model.eval()
         with torch.random.fork_rng():
             mine = list(self.validation)[distributed.rank() :: distributed.world()]
-            loss, count = distributed.all_reduce(losses(self.model, mine, self.recipe)).tolist()
+            evaluated = evaluate_loss(self.model, mine, self.step_config)
+            self.step_config = evaluated.config
+            sums = torch.tensor([evaluated.loss_sum, evaluated.count], dtype=torch.float64, device=self.args.device)
+            loss, count = distributed.all_reduce(sums).tolist()
             mean = loss / max(1.0, count)
             metrics = {"eval_loss": mean, "eval_perplexity": math.exp(min(mean, 700.0))}
             metrics |= gap(self.state.log_history, mean)
             if self.answers is not None:
-                with self.recipe.computing():
+                with self.step_config.forward_context():
                     metrics |= {f"eval_{name}": value for name, value in self.answers(self.model).items()}
         self.model.train(was_training)
         self.log({**metrics, "eval_seconds": time.monotonic() - began})

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -18,8 +19,7 @@ from sft.model import kernels
 from sft.model.kernels import Way
 from sft.step import unwrap
 from sft.step.batch import Collator
-from sft.step.step import backward_window, out_of_memory, release
-from sft.training.recipe import Recipe
+from sft.step.step import StepConfig, forward_backward, out_of_memory, release_memory
 
 # rounding makes 2e-7 of two layers in fp32, 1e-3 in fp16, 8 times that in bf16; more, as a root, of more layers
 SAME = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -30,13 +30,13 @@ log = logging.getLogger("sft.training")
 T = TypeVar("T")
 
 
-def ask(model: Any, way: Way, recipe: Recipe, *, backend: str = "bnb", found: bool = False) -> None:
+def ask(model: Any, way: Way, config: StepConfig, *, backend: str = "bnb", found: bool = False) -> None:
     """The way that the config asks for, or that was found before. Where it cannot serve, it is plain, and said.
 
     Raises EnvironmentProblem where the config asks for Liger and it cannot serve.
     """
     own = backend == "unsloth" and way != kernels.PLAIN
-    reason = "unsloth has kernels of its own" if own else take(model, way, recipe)
+    reason = "unsloth has kernels of its own" if own else take(model, way, config)
     if reason is None:
         return
     if way == kernels.LIGER and not found:
@@ -46,20 +46,20 @@ def ask(model: Any, way: Way, recipe: Recipe, *, backend: str = "bnb", found: bo
     log.warning("layers were to be %s, but %s: they are computed plainly", way, reason)
 
 
-def take(model: Any, way: Way, recipe: Recipe) -> str | None:
+def take(model: Any, way: Way, config: StepConfig) -> str | None:
     """Computes layers this way from here on if it is proven, else plainly; returns what stood against it."""
     if way == kernels.way_of(model):
         return None
     kernels.give_back(model)
-    reason = None if way == kernels.PLAIN else kernels.why_not(unwrap(model), way, device=recipe.device)
+    reason = None if way == kernels.PLAIN else kernels.why_not(unwrap(model), way, device=config.device)
     if reason is None and way != kernels.PLAIN:
-        reason = _prove(model, way, recipe)
-        release()
+        reason = _prove(model, way, config)
+        release_memory()
     return reason
 
 
 def fastest(
-    model: Any, recipe: Recipe, wanted: Sequence[Way], measure: Callable[[], Measured | None], run_tokens: float
+    model: Any, config: StepConfig, wanted: Sequence[Way], measure: Callable[[], Measured | None], run_tokens: float
 ) -> Measured | None:
     """Tries the ways; leaves the model in the one that is fastest, by more than chance. None where nothing was tried.
 
@@ -72,7 +72,7 @@ def fastest(
         if way == kernels.COMPILED and run_tokens / best.speed < LONG:
             continue
         before = kernels.way_of(model)
-        reason = take(model, way, recipe)
+        reason = take(model, way, config)
         if reason is None:
             seen = measure()
             failed = "it does not fit, or the compiler fails" if way == kernels.COMPILED else "it does not fit"
@@ -95,48 +95,39 @@ def or_plainly(model: Any, act: Callable[[], T]) -> T:
             raise
         said = " ".join(str(error).split())[:200]
     kernels.give_back(model)
-    release()
+    release_memory()
     log.warning("torch.compile failed: layers are computed plainly from here on (%s)", said)
     return act()
 
 
-def _prove(model: Any, way: Way, recipe: Recipe) -> str | None:
+def _prove(model: Any, way: Way, config: StepConfig) -> str | None:
     """Takes it; gives it back where it fails or differs, and says how."""
-    plain = _loss_and_gradients(model, recipe)
+    plain = _loss_and_gradients(model, config)
     try:
         kernels.take(model, way)
         if kernels.way_of(model) != way:
             return "this model has no layers that it could serve"
-        pairs = zip(_loss_and_gradients(model, recipe), plain, strict=True)
+        pairs = zip(_loss_and_gradients(model, config), plain, strict=True)
         off = float(torch.stack([(found - expected).norm() / expected.norm() for found, expected in pairs]).max())
     except Exception as error:  # a compiler, a kernel or a driver raises anything
         kernels.give_back(model)
         model.zero_grad(set_to_none=True)
         return f"it fails: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    dtype = recipe.autocast or next(weight.dtype for weight in model.parameters() if weight.is_floating_point())
+    dtype = config.autocast or next(weight.dtype for weight in model.parameters() if weight.is_floating_point())
     if off <= SAME[dtype]:
         return None
     kernels.give_back(model)
     return f"it is not equal: loss or gradients are {off:.1e} off, and {SAME[dtype]:.0e} is allowed in {dtype}"
 
 
-def _loss_and_gradients(model: Any, recipe: Recipe) -> tuple[torch.Tensor, torch.Tensor]:
+def _loss_and_gradients(model: Any, config: StepConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """Of the two rows: the loss, and the first numbers of each trained weight's gradient, in one row on the CPU."""
-    device = torch.device(recipe.device)
+    device = torch.device(config.device)
     rows = [{"id": "", "input_ids": ids, "labels": list(ids)} for ids in ROWS]
-    batch = {name: tensor.to(device) for name, tensor in Collator(recipe.kind)(rows).items()}
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), recipe.computing():
+    batch = {name: tensor.to(device) for name, tensor in Collator(config.kind)(rows).items()}
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
-        loss = backward_window(
-            model,
-            batch,
-            tokens=64,
-            apart=recipe.apart,
-            logits=recipe.logits,
-            tile=recipe.tile,
-            label_smoothing=recipe.label_smoothing,
-            replay=False,
-        )
+        loss, _ = forward_backward(model, batch, replace(config, micro_batch_tokens=64, max_rows=None), replay=False)
     grads = [weight.grad.flatten()[:SEEN].double().cpu() for weight in model.parameters() if weight.grad is not None]
     model.zero_grad(set_to_none=True)
     return loss.double().cpu(), torch.cat(grads)

@@ -11,25 +11,27 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from sft.step import loss as head
-from sft.step import step
+from sft.step import loss
 from sft.step.batch import Collator, split_micro_batches
-from sft.step.loss import Transform, tile_gradient_
+from sft.step.loss import LogitTransform, tile_gradient_
+from sft.step.step import StepConfig, token_losses
 from tests.step import models
 
 
 def _both(model: Any, *, smoothing: float = 0.0, tile: int = 4, seq2seq: bool = False) -> tuple[float, float]:
     """Relative differences of loss and of gradients between tiles and full logits."""
     batch = Collator("seq2seq")(models.seq2seq_rows()) if seq2seq else models.batch()
-    micro = split_micro_batches(batch, tokens=10_000, apart=False)[0]
+    micro = split_micro_batches(batch, tokens=10_000, packed=False)[0]
     found = []
     for logits in ("full", "chunked"):
-        loss, count = step.loss_sum(model, micro, logits=logits, tile=tile, label_smoothing=smoothing)  # type: ignore[arg-type]
-        (3 * loss / count).backward()
-        found.append((loss.detach(), models.gradients(model)))
-    (loss, gradient), (tiled_loss, tiled_gradient) = found
+        config = StepConfig(logits=logits, logits_tile=tile, label_smoothing=smoothing)  # type: ignore[arg-type]
+        losses = token_losses(model, micro, config)
+        assert losses.shape == (micro.labelled,)
+        (3 * losses.sum() / micro.labelled).backward()
+        found.append((losses.detach(), models.gradients(model)))
+    (losses, gradient), (tiled_losses, tiled_gradient) = found
     assert float(gradient.norm()) > 0
-    return float((tiled_loss - loss).abs() / loss), models.relative(tiled_gradient, gradient)
+    return models.relative(tiled_losses, losses), models.relative(tiled_gradient, gradient)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -49,9 +51,9 @@ def test_in_fp32_loss_and_gradient_agree_to_a_millionth(tiny_qwen2: Path) -> Non
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_models_take_their_loss_in_fp32(tiny_qwen2: Path, dtype: torch.dtype) -> None:
     model = models.load(tiny_qwen2, dtype=dtype)
-    micro = split_micro_batches(models.batch(), tokens=10_000, apart=False)[0]
-    tiled, _ = step.loss_sum(model, micro, tile=5)
-    full, _ = step.loss_sum(model, micro, logits="full")
+    micro = split_micro_batches(models.batch(), tokens=10_000, packed=False)[0]
+    tiled = token_losses(model, micro, StepConfig(logits_tile=5)).sum()
+    full = token_losses(model, micro, StepConfig(logits="full")).sum()
     assert tiled.dtype == full.dtype == torch.float32
     assert abs(tiled.item() - full.item()) < 1e-6 * full.item()
     assert _both(model)[1] < 3e-2
@@ -87,22 +89,24 @@ SMALL = {
 @pytest.mark.parametrize(
     ("kind", "settings", "expected"),
     [
-        ("gemma2", {"final_logit_softcapping": 0.05}, Transform(softcap=0.05)),
-        ("granite", {"logits_scaling": 4.0}, Transform(scale=0.25)),
-        ("cohere", {"logit_scale": 0.125}, Transform(scale=0.125)),
-        ("phi", {}, Transform()),  # a head with a bias
+        ("gemma2", {"final_logit_softcapping": 0.05}, LogitTransform(softcap=0.05)),
+        ("granite", {"logits_scaling": 4.0}, LogitTransform(scale=0.25)),
+        ("cohere", {"logit_scale": 0.125}, LogitTransform(scale=0.125)),
+        ("phi", {}, LogitTransform()),  # a head with a bias
     ],
 )
-def test_soft_caps_scales_and_biases_are_honoured(kind: str, settings: dict[str, Any], expected: Transform) -> None:
+def test_soft_caps_scales_and_biases_are_honoured(
+    kind: str, settings: dict[str, Any], expected: LogitTransform
+) -> None:
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, **{**SMALL, **settings}, attn_implementation="eager")
     model = AutoModelForCausalLM.from_config(config).double()
     for module in model.modules():
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.normal_(module.bias)
-    loss, gradient = _both(model.train().requires_grad_(), smoothing=0.1)
-    assert head._transforms[model] == expected
-    assert loss < 1e-9
+    off, gradient = _both(model.train().requires_grad_(), smoothing=0.1)
+    assert loss._transforms[model] == expected
+    assert off < 1e-9
     assert gradient < 1e-6  # models scale and cap by constants kept in their own way
 
 
@@ -147,19 +151,35 @@ def test_no_full_logits_are_ever_made(tiny_qwen2: Path) -> None:
     model = models.load(tiny_qwen2).requires_grad_(False)
     model.model.norm.weight.requires_grad_()
     vocabulary = model.config.vocab_size
-    micro = split_micro_batches(models.batch(), tokens=10_000, apart=False)[0]
+    micro = split_micro_batches(models.batch(), tokens=10_000, packed=False)[0]
     with Watch():
-        step.loss_sum(model, micro, tile=6)[0].backward()
+        token_losses(model, micro, StepConfig(logits_tile=6)).sum().backward()
     assert largest == 6
 
 
 def test_a_tiles_gradient_is_autograds() -> None:
     torch.manual_seed(0)
     raw, targets = 3 * torch.randn(5, 11, dtype=torch.float64), torch.tensor([0, 3, 10, 3, 7])
-    for transform in (Transform(), Transform(0.5), Transform(2.0, 1.5)):
+    for transform in (LogitTransform(), LogitTransform(0.5), LogitTransform(2.0, 1.5)):
         leaf = raw.clone().requires_grad_()
-        loss = nn.functional.cross_entropy(transform(leaf), targets, reduction="sum", label_smoothing=0.2)
-        (expected,) = torch.autograd.grad(loss, leaf)
+        losses = nn.functional.cross_entropy(transform(leaf), targets, reduction="none", label_smoothing=0.2)
+        (expected,) = torch.autograd.grad(losses.sum(), leaf)
         mine = raw.clone()
-        assert torch.allclose(tile_gradient_(mine, targets, transform, 0.2), loss, rtol=1e-12)
+        assert torch.allclose(tile_gradient_(mine, targets, transform, 0.2), losses, rtol=1e-12)
         assert torch.allclose(mine, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("frozen_head", [True, False])
+def test_losses_may_be_weighted_token_by_token(tiny_qwen2: Path, frozen_head: bool) -> None:
+    """A preference loss weighs each row's tokens differently: gradients stay those of full logits."""
+    gradients = []
+    for logits in ("full", "chunked"):
+        model = models.load(tiny_qwen2)
+        model.get_output_embeddings().weight.requires_grad_(not frozen_head)
+        micro = split_micro_batches(models.batch(), tokens=10_000, packed=False)[0]
+        config = StepConfig(logits=logits, logits_tile=7, label_smoothing=0.1)  # type: ignore[arg-type]
+        losses = token_losses(model, micro, config)
+        weights = torch.linspace(-1, 2, len(losses), dtype=losses.dtype)
+        (losses * weights).sum().backward()
+        gradients.append(models.gradients(model))
+    assert models.relative(gradients[1], gradients[0]) < 1e-11

@@ -1,7 +1,8 @@
-"""However a window is cut, and even when memory runs out on the way, the step is the same step."""
+"""However a step batch is split, and even when memory runs out on the way, the step is the same step."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +13,21 @@ from peft import LoraConfig, get_peft_model
 from sft.errors import EnvironmentProblem
 from sft.step import step
 from sft.step.batch import Collator, count_labels, split_micro_batches
+from sft.step.step import StepConfig, evaluate_loss, forward_backward, token_losses
 from tests.step import models
 
-CUTS: dict[str, dict[str, Any]] = {
-    "1x8": {"tokens": 10_000, "rows": 1, "apart": True},
-    "1x8 padded": {"tokens": 10_000, "rows": 1, "apart": False},
-    "8x1 packed": {"tokens": 10_000, "rows": None, "apart": True},
-    "8x1 padded": {"tokens": 10_000, "rows": None, "apart": False},
-    "packed into 20": {"tokens": 20, "rows": None, "apart": True},
-    "groups within 20": {"tokens": 20, "rows": 3, "apart": False},
-    "asked of the model": {"tokens": 30, "rows": None, "apart": None},
+SPLITS = {
+    "1x8": StepConfig(max_rows=1, packed=True),
+    "1x8 padded": StepConfig(max_rows=1),
+    "8x1 packed": StepConfig(packed=True),
+    "8x1 padded": StepConfig(),
+    "packed into 20": StepConfig(micro_batch_tokens=20, packed=True),
+    "groups within 20": StepConfig(micro_batch_tokens=20, max_rows=3),
 }
 
 
 def _expected(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The mean loss of the window, written out a row at a time, and its gradients."""
+    """The mean loss of the batch, written out a row at a time, and its gradients."""
     total = torch.zeros((), dtype=model.dtype)
     lengths = batch["lengths"].tolist()
     for ids, labels in zip(batch["input_ids"].split(lengths), batch["labels"].split(lengths), strict=True):
@@ -41,25 +42,25 @@ def _expected(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor,
 
 @pytest.mark.parametrize("family", ["tiny_qwen2", "tiny_gpt2"])
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
-def test_any_cut_gives_the_gradients_of_the_mean_loss(
+def test_any_split_gives_the_gradients_of_the_mean_loss(
     family: str, dtype: torch.dtype, limit: float, request: pytest.FixtureRequest
 ) -> None:
     model, batch = models.load(request.getfixturevalue(family), dtype=dtype), models.batch()
     loss, gradient = _expected(model, batch)
-    for name, settings in CUTS.items():
+    for name, config in SPLITS.items():
         for logits in ("chunked", "full"):
-            found = step.backward_window(model, batch, logits=logits, tile=8, **settings)  # type: ignore[arg-type]
+            found, _ = forward_backward(model, batch, replace(config, logits=logits, logits_tile=8))  # type: ignore[arg-type]
             assert found.dtype == dtype
             assert float((found - loss).abs() / loss) < limit, name
             assert models.relative(models.gradients(model), gradient) < limit, name
 
 
-def test_any_cut_of_a_seq2seq_window_too(tiny_t5: Path) -> None:
+def test_any_split_of_a_seq2seq_batch_too(tiny_t5: Path) -> None:
     model = models.load(tiny_t5, attn="sdpa", seq2seq=True)
     batch = Collator("seq2seq")(models.seq2seq_rows())
     found = []
     for tokens, rows in ((10_000, 1), (10_000, None), (25, None)):
-        loss = step.backward_window(model, batch, tokens=tokens, rows=rows)
+        loss, _ = forward_backward(model, batch, StepConfig(kind="seq2seq", micro_batch_tokens=tokens, max_rows=rows))
         found.append((float(loss), models.gradients(model)))
     assert all(abs(loss - found[0][0]) < 1e-12 for loss, _ in found)
     assert all(models.relative(gradient, found[0][1]) < 1e-9 for _, gradient in found)
@@ -71,37 +72,70 @@ def test_any_cut_of_a_seq2seq_window_too(tiny_t5: Path) -> None:
     assert abs(total / count_labels(batch) - found[0][0]) < 1e-6  # transformers' own loss, in fp32
 
 
-def test_the_normaliser_may_count_more_than_this_window(tiny_qwen2: Path) -> None:
+def test_the_normalizer_may_count_more_than_this_batch(tiny_qwen2: Path) -> None:
     model, batch = models.load(tiny_qwen2), models.batch()
-    mine = step.backward_window(model, batch, tokens=64)
+    mine, _ = forward_backward(model, batch, SPLITS["8x1 packed"])
     gradient = models.gradients(model)
-    doubled = step.backward_window(model, batch, tokens=64, normaliser=torch.tensor(2 * count_labels(batch)))
+    normalizer = torch.tensor(2 * count_labels(batch))
+    doubled, _ = forward_backward(model, batch, SPLITS["8x1 packed"], normalizer=normalizer)
     assert float(mine) == pytest.approx(2 * float(doubled), rel=1e-12)
     assert models.relative(2 * models.gradients(model), gradient) < 1e-12
 
 
-def test_a_window_without_a_label_is_a_step_of_nothing(tiny_qwen2: Path) -> None:
+def test_a_batch_without_a_label_is_a_step_of_nothing(tiny_qwen2: Path) -> None:
     model = models.load(tiny_qwen2)
     batch = Collator("causal")([{"input_ids": [4, 5, 6], "labels": [-100] * 3}])
-    (micro,) = split_micro_batches(batch, tokens=64, apart=True)
+    (micro,) = split_micro_batches(batch, tokens=64, packed=True)
     for logits in ("chunked", "full"):
-        loss, count = step.loss_sum(model, micro, logits=logits)  # type: ignore[arg-type]
-        assert (float(loss), count) == (0.0, 0)
-        loss.backward()
+        losses = token_losses(model, micro, StepConfig(logits=logits))  # type: ignore[arg-type]
+        assert losses.shape == (0,)
+        losses.sum().backward()
         assert float(models.gradients(model).norm()) == 0
-    assert float(step.backward_window(model, batch, tokens=64)) == 0
+    assert float(forward_backward(model, batch, StepConfig()).loss) == 0
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_evaluation_takes_the_same_sum_without_gradients(tiny_qwen2: Path) -> None:
-    model = models.load(tiny_qwen2).eval()
-    (micro,) = split_micro_batches(models.batch(), tokens=10_000, apart=True)
-    with torch.no_grad():
-        evaluated, count = step.loss_sum(model, micro, tile=5)
-    learnt, _ = step.loss_sum(model, micro, tile=5)
-    assert not evaluated.requires_grad
-    assert count == count_labels(models.batch())
-    assert float(evaluated) == pytest.approx(float(learnt), rel=1e-12)
+@pytest.mark.parametrize("config", [SPLITS["packed into 20"], SPLITS["groups within 20"]])
+def test_evaluation_gives_each_rows_own_loss_without_smoothing_or_gradients(
+    tiny_qwen2: Path, config: StepConfig
+) -> None:
+    model, rows = models.load(tiny_qwen2).eval(), models.rows()
+    evaluated = evaluate_loss(model, rows, replace(config, label_smoothing=0.3))
+    assert evaluated.config == replace(config, label_smoothing=0.3)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    for row, total, count in zip(rows, evaluated.row_sums, evaluated.row_counts, strict=True):
+        batch = Collator()([row])
+        expected = float(forward_backward(model, batch, config, normalizer=1).loss)
+        assert float(total) == pytest.approx(expected, rel=1e-12) and int(count) == count_labels(batch)
+    assert evaluated.count == count_labels(models.batch())
+    assert evaluated.loss_sum == pytest.approx(float(evaluated.row_sums.sum()))
+
+
+def test_evaluation_goes_on_with_half_the_budget_and_keeps_it(
+    tiny_qwen2: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, rows = models.load(tiny_qwen2).eval(), models.rows()
+    expected = evaluate_loss(model, rows, SPLITS["1x8"])
+    ceiling = Ceiling(model, 20)
+    evaluated = evaluate_loss(model, rows, SPLITS["8x1 packed"])
+    assert ceiling.failed == 2 and evaluated.config.eval_tokens == 14
+    assert evaluated.config.micro_batch_tokens == SPLITS["8x1 packed"].micro_batch_tokens
+    assert torch.allclose(evaluated.row_sums, expected.row_sums, rtol=1e-12)
+    assert "out of memory in evaluation" in caplog.text
+    evaluate_loss(model, rows, evaluated.config)
+    assert ceiling.failed == 2
+
+
+def test_autocast_covers_the_forward_pass_alone(tiny_qwen2: Path) -> None:
+    model, seen = models.load(tiny_qwen2, dtype=torch.float32), list[bool]()
+    model.model.layers[0].register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+
+    def backward(loss: torch.Tensor) -> None:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    forward_backward(model, models.batch(), StepConfig(autocast=torch.bfloat16), backward=backward)
+    assert seen == [True, False]
 
 
 class Ceiling:
@@ -125,19 +159,20 @@ class Ceiling:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
 
-@pytest.mark.parametrize("apart", [True, False])
+@pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("backward", [False, True])
 def test_out_of_memory_is_rolled_back_and_the_same_rows_replayed(
-    tiny_qwen2: Path, apart: bool, backward: bool, caplog: pytest.LogCaptureFixture
+    tiny_qwen2: Path, packed: bool, backward: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     model, batch = models.load(tiny_qwen2), models.batch()
     loss, gradient = _expected(model, batch)
-    ceiling, budgets = Ceiling(model, 18, layer=1, backward=backward), []
-    found = step.backward_window(model, batch, tokens=4096, apart=apart, on_budget=budgets.append)
-    assert ceiling.failed == len(budgets) > 0
-    assert budgets == sorted(budgets, reverse=True)
-    assert budgets[-1] <= 36
-    assert f"at most {budgets[-1]} tokens" in caplog.text
+    ceiling = Ceiling(model, 18, layer=1, backward=backward)
+    found, config = forward_backward(model, batch, StepConfig(packed=packed))
+    assert ceiling.failed == caplog.text.count("out of memory: replaying") > 0
+    assert config.micro_batch_tokens <= 36 and config == StepConfig(
+        packed=packed, micro_batch_tokens=config.micro_batch_tokens
+    )
+    assert f"at most {config.micro_batch_tokens} tokens" in caplog.text
     assert float((found - loss).abs() / loss) < 1e-9
     assert models.relative(models.gradients(model), gradient) < 1e-9
 
@@ -147,20 +182,20 @@ def test_the_random_state_is_put_back_before_the_replay(tiny_qwen2: Path) -> Non
     model.get_base_model().model.layers[0].self_attn.q_proj.lora_B["default"].weight.data.normal_()
     batch = models.batch()
     torch.manual_seed(1)
-    step.backward_window(model, batch, tokens=12, rows=2, apart=True)
+    forward_backward(model, batch, StepConfig(micro_batch_tokens=12, max_rows=2, packed=True))
     clean = models.gradients(model)
-    ceiling, budgets = Ceiling(model.get_base_model(), 20, layer=1), []
+    ceiling = Ceiling(model.get_base_model(), 20, layer=1)
     torch.manual_seed(1)
-    step.backward_window(model, batch, tokens=33, rows=2, apart=True, on_budget=budgets.append)
-    assert (ceiling.failed, budgets) == (1, [12])
+    _, config = forward_backward(model, batch, StepConfig(micro_batch_tokens=33, max_rows=2, packed=True))
+    assert (ceiling.failed, config.micro_batch_tokens) == (1, 12)
     assert torch.equal(models.gradients(model), clean)
 
 
-def test_a_row_that_does_not_fit_alone_is_said_with_a_fix(tiny_qwen2: Path) -> None:
+def test_a_row_that_does_not_fit_alone_is_an_error_with_a_fix(tiny_qwen2: Path) -> None:
     model = models.load(tiny_qwen2)
     Ceiling(model, 12)
     with pytest.raises(EnvironmentProblem, match="single row of 14 tokens") as caught:
-        step.backward_window(model, models.batch(), tokens=4096)
+        forward_backward(model, models.batch(), StepConfig())
     assert "max_seq_len" in str(caught.value)
 
 
@@ -171,7 +206,7 @@ def test_other_errors_are_not_taken_for_memory(tiny_qwen2: Path) -> None:
     model = models.load(tiny_qwen2)
     model.model.layers[0].register_forward_hook(broken)
     with pytest.raises(RuntimeError, match="device-side assert"):
-        step.backward_window(model, models.batch(), tokens=64)
+        forward_backward(model, models.batch(), StepConfig())
     assert step.out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"))
 
 
@@ -189,15 +224,15 @@ def test_a_real_4_bit_base_trains_its_adapters_and_stays_as_it_was(tiny_qwen2: P
     model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).train()
     before = {name: value.clone() for name, value in model.named_parameters() if not value.requires_grad}
     batch, found = models.batch(), []
-    for settings_of_cut in (CUTS["1x8"], CUTS["8x1 packed"], CUTS["groups within 20"]):
-        step.backward_window(model, batch, tile=8, **settings_of_cut)
+    for name in ("1x8", "8x1 packed", "groups within 20"):
+        forward_backward(model, batch, replace(SPLITS[name], logits_tile=8))
         found.append(models.gradients(model))
     assert float(found[0].norm()) > 0
     assert all(models.relative(gradient, found[0]) < 1e-5 for gradient in found)
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
     losses = []
     for _ in range(5):
-        losses.append(float(step.backward_window(model, batch, tokens=64)))
+        losses.append(float(forward_backward(model, batch, SPLITS["8x1 packed"]).loss))
         optimizer.step()
         model.zero_grad(set_to_none=True)
     assert losses[-1] < losses[0] - 0.1

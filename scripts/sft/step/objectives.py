@@ -1,0 +1,51 @@
+"""Training objectives: functions `(model, micro_batch, config) -> per-token losses [N]`, chosen by `train.objective`.
+
+An objective returns one loss for each labelled token of the micro-batch, row by row, in fp32 (fp64 for a model in
+fp64). `step.forward_backward` adds them up over all micro-batches and divides by the number of labels in the step
+batch. To add one: write a function with this signature, add its name to OBJECTIVES and to `train.objective` in
+config/schema.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import Tensor, nn
+
+from sft.step import unwrap
+from sft.step.batch import IGNORED, MicroBatch
+from sft.step.loss import full_cross_entropy, tiled_cross_entropy
+
+if TYPE_CHECKING:
+    from sft.step.step import StepConfig
+
+ObjectiveName = Literal["response"]
+Objective = Callable[[nn.Module, MicroBatch, "StepConfig"], Tensor]
+
+
+def response(model: nn.Module, micro: MicroBatch, config: StepConfig) -> Tensor:
+    """Cross-entropy of each labelled token [N], smoothed by `config.label_smoothing`."""
+    inputs: dict[str, Any] = dict(micro.inputs)
+    if micro.seq2seq:
+        inputs["decoder_input_ids"] = _decoder_inputs(unwrap(model), micro.targets)
+    if config.logits == "full":
+        return full_cross_entropy(model, inputs, micro.targets, smoothing=config.label_smoothing)
+    return tiled_cross_entropy(model, inputs, micro.targets, tile=config.logits_tile, smoothing=config.label_smoothing)
+
+
+OBJECTIVES: dict[ObjectiveName, Objective] = {"response": response}
+
+
+def _decoder_inputs(base: nn.Module, labels: Tensor) -> Tensor:
+    """The target shifted right behind the decoder's start token, [B, L], as for any encoder-decoder."""
+    shift = getattr(base, "prepare_decoder_input_ids_from_labels", None)
+    if callable(shift):
+        shifted: Tensor = shift(labels=labels)
+        return shifted
+    config: Any = base.config
+    pad = config.pad_token_id or 0
+    start = config.decoder_start_token_id if config.decoder_start_token_id is not None else pad
+    shifted = labels.roll(1, dims=1)
+    shifted[:, 0] = start
+    return shifted.masked_fill(shifted == IGNORED, pad)
