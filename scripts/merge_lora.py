@@ -95,11 +95,11 @@ def _sampled(report: Any) -> str:
 
 
 def _test(out: Path, prompt: str | None, root: Path) -> dict[str, Any]:
-    from sft.ship.verify import answer
+    from sft.ship.verify import smoke_test
 
-    found = answer(out, prompt, root)
-    console.say(found.told())
-    return asdict(found)
+    result = smoke_test(out, prompt, root)
+    console.say(result.summary())
+    return asdict(result)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from sft import runs
 from sft.chat import template
 from sft.chat.template import ChatTemplate, fix_date, load_template
 from sft.config.schema import Config, DataSection
-from sft.ship.merge import for_all
+from sft.ship.merge import portable_template
 from tests.chat import words
 from tests.chat.making import CHATML, ROOT, user
 from tests.training import project
@@ -46,9 +46,9 @@ def test_a_config_without_a_date_takes_that_of_the_run_it_resumes_else_today(mon
 
 def test_an_exported_template_prints_the_date_of_the_run() -> None:
     dated = ChatTemplate("t", DATED, SPECIAL, day=date(2026, 1, 2))
-    text = render_jinja_template([[user("Hi")]], chat_template=for_all(dated), **SPECIAL)[0][0]
+    text = render_jinja_template([[user("Hi")]], chat_template=portable_template(dated), **SPECIAL)[0][0]
     assert text == dated.render([user("Hi")])
-    assert "macro" not in for_all(ChatTemplate("t", CHATML, SPECIAL))
+    assert "macro" not in portable_template(ChatTemplate("t", CHATML, SPECIAL))
 
 
 def test_a_run_resumed_on_another_day_ends_with_the_same_adapter(

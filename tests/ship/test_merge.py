@@ -78,10 +78,13 @@ def test_the_merged_model_is_peft_s_merged_model(tiny_qwen2, tmp_path, lora):
         assert torch.allclose(weight, expected[name], atol=1e-6), name
 
 
-@pytest.mark.parametrize("which", ["tiny_gpt2", "tiny_t5"])
-def test_other_families_merge_as_well(which, request, tmp_path):
+@pytest.mark.parametrize(
+    ("which", "lora"), [("tiny_gpt2", {}), ("tiny_gpt2", {"use_dora": True}), ("tiny_t5", {})],
+    ids=["gpt2", "gpt2-dora", "t5"],
+)  # fmt: skip
+def test_other_families_merge_as_well(which, lora, request, tmp_path):
     folder = request.getfixturevalue(which)
-    model = attached(folder)
+    model = attached(folder, **lora)
     adapters.save(model, tmp_path / "a")
     merge(tmp_path / "a", tmp_path / "m", "fp32", tmp_path)
     assert (logits(plain(tmp_path / "m")) - logits(model)).abs().max() <= 1e-4
@@ -149,7 +152,7 @@ def test_the_folder_has_all_that_serving_needs(tiny_qwen2, tmp_path):
     assert tokenizer.encode("Order 48213: café") == original.encode("Order 48213: café")
     ends = GenerationConfig.from_pretrained(tmp_path / "m").eos_token_id
     assert original.convert_tokens_to_ids("<|im_end|>") in (ends if isinstance(ends, list) else [ends])
-    found = verify.answer(tmp_path / "m", None, tmp_path)
+    found = verify.smoke_test(tmp_path / "m", None, tmp_path)
     assert 0 < found.tokens <= 256
     assert (found.question, found.reference) == (verify.GREETING, None)
 
@@ -188,9 +191,9 @@ def test_an_adapter_that_is_broken_or_of_another_kind_is_refused(tiny_qwen2, tmp
     with pytest.raises(EnvironmentProblem, match="it is a file"):
         merge(folder, blocked / "m", "fp32", tmp_path)
     weights.write_bytes(weights.read_bytes()[:-100])
-    refused(again, ModelError, "cannot be read, or are cut short", out)
+    refused(again, ModelError, "cannot be read or are truncated", out)
     config.write_text(json.dumps({**json.loads(config.read_text()), "peft_type": "IA3"}))
-    refused(again, ModelError, "of the kind IA3", out)
+    refused(again, ModelError, "this adapter is IA3", out)
     config.write_text("[]")
     refused(again, ModelError, "description is not JSON", out)
 
@@ -227,7 +230,7 @@ def test_nothing_that_is_no_merge_is_overwritten(tiny_qwen2, tmp_path):
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "thesis.txt").write_text("mine")
     for out in (tmp_path / "m", tmp_path / "a", tmp_path, tiny_qwen2):
-        refused(lambda out=out: merge(tmp_path / "a", out, "fp32", tmp_path), RunError, "in the way", out)
+        refused(lambda out=out: merge(tmp_path / "a", out, "fp32", tmp_path), RunError, "is not a merged model", out)
     merge(tmp_path / "a", tmp_path / "again", "fp32", tmp_path)
     assert merge(tmp_path / "a", tmp_path / "again", "bf16", tmp_path).dtype == "bf16"
 

@@ -67,17 +67,17 @@ def test_an_adapter_whose_start_moved_the_base_is_refused(tiny_qwen2, tmp_path):
     tuned(tiny_qwen2, tmp_path / "a")
     told = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     (tmp_path / "a" / "adapter_config.json").write_text(json.dumps({**told, "init_lora_weights": "pissa"}))
-    with pytest.raises(ModelError, match="began with pissa, which changes the base too"):
+    with pytest.raises(ModelError, match="initialised with pissa, which changes the base too"):
         merge(tmp_path / "a", tmp_path / "m", "fp32", tmp_path, base=str(tiny_qwen2))
     assert not (tmp_path / "m").exists()
 
 
 def test_a_merge_that_harms_is_an_error(tiny_qwen2, tmp_path, monkeypatch):
-    from sft.ship import delta
+    from sft.ship import lora_delta
 
     tuned(tiny_qwen2, tmp_path / "a")
     (tmp_path / ".m.999999999.part").mkdir()  # what a killed merge left
-    written = delta.write
+    written = lora_delta.write_merged
 
     def spoilt(sources, out, *rest):
         tally = written(sources, out, *rest)
@@ -86,7 +86,7 @@ def test_a_merge_that_harms_is_an_error(tiny_qwen2, tmp_path, monkeypatch):
             file.write(bytes(4000))
         return tally
 
-    monkeypatch.setattr(delta, "write", spoilt)
-    with pytest.raises(ModelError, match=r"not the trained one|the merge harms"):
+    monkeypatch.setattr(lora_delta, "write_merged", spoilt)
+    with pytest.raises(ModelError, match=r"differs from the trained one|raises the held-out loss"):
         merge(tmp_path / "a", tmp_path / "m", "fp32", tmp_path, base=str(tiny_qwen2))
     assert not [path for path in tmp_path.iterdir() if path.name != "a"]

@@ -15,7 +15,7 @@ from sft.errors import TemplateError
 from sft.model.files import read_config
 from sft.model.tokenizer import load_tokenizer
 from sft.ship import gguf, parity, verify
-from sft.ship.merge import for_all
+from sft.ship.merge import portable_template
 from tests.conftest import ROOT
 
 DEMO = ROOT / "models" / "demo"
@@ -56,7 +56,7 @@ def certify(encoder, folder: Path, rows=(*parity.ROWS, *SHIPPED)) -> parity.Cert
 def in_llama(encoder, *, bos: str | None = None) -> tuple[gguf.Vocabulary, str]:
     tokenizer = load_tokenizer(DEMO)
     rows = int(read_config(DEMO, "demo")["vocab_size"])
-    return gguf.of_tokenizer(tokenizer, rows, [2, 0], adds_bos=False), for_all(encoder.template)
+    return gguf.of_tokenizer(tokenizer, rows, [2, 0], adds_bos=False), portable_template(encoder.template)
 
 
 def test_an_unchanged_export_is_certified_on_every_row(folder):
@@ -157,6 +157,6 @@ def test_a_template_of_turns_is_told_as_one_of_messages(folder, tmp_path):
         "{% if system %}{{ system }}\n\n{% endif %}### Question: {{ user }}\n### Answer: {{ assistant }}<|im_end|>\n"
     )
     encoder = trained(template_path=str(tmp_path / "turns.jinja"))
-    found = certify(encoder, edit(folder, template=for_all(encoder.template)))
+    found = certify(encoder, edit(folder, template=portable_template(encoder.template)))
     assert found.compared["safetensors"] >= 40
     assert "takes one system, user and assistant text" in found.set_aside["golden-turns"]

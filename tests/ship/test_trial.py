@@ -28,10 +28,10 @@ def test_weights_too_large_for_the_gpu_are_opened_on_the_cpu_as_they_are_stored(
     merge(adapter(tiny_qwen2, tmp_path / "a"), tmp_path / "m", "fp16", tmp_path)
     monkeypatch.setattr(hardware, "probe", lambda: gpu)
     monkeypatch.setattr(load, "load_base", watched)
-    answer = verify.answer(tmp_path / "m", "Who are you?", tmp_path)
+    answer = verify.smoke_test(tmp_path / "m", "Who are you?", tmp_path)
     assert (opened["device"], opened["quantise"], opened["dtype"]) == ("cpu", False, torch.float16)
     assert answer.device == "cpu"
-    assert answer.told().endswith("on cpu")
+    assert answer.summary().endswith("on cpu")
 
 
 def test_a_held_out_row_that_the_template_refuses_is_passed_over(tmp_path):
@@ -46,6 +46,6 @@ def test_a_held_out_row_that_the_template_refuses_is_passed_over(tmp_path):
             raise TemplateError("no prompt can be made")
         return [1], 0
 
-    found = verify._held_out(prompt, Config(), tmp_path)
+    found = verify.first_question(prompt, Config(), tmp_path)
     assert found is not None
     assert found[1].source == "taken"

@@ -122,7 +122,7 @@ class ExportReport:
     tensors: int
     largest_error: float
     parity: dict[str, Any]
-    trial: verify.Trial | None
+    trial: verify.SmokeTest | None
     seconds: float
 
 
@@ -139,7 +139,7 @@ def export(target: Target, form: str, kind: str, out: Path, root: Path, progress
         raise ModelError("safetensors are not written as q8_0", where="--type", fix="TYPE=f16, bf16 or f32")
     out = out.absolute()
     _refuse_target(out)
-    merge.need(out, 0, "an export")
+    merge.require_space(out, 0, "an export")
     disk.sweep(out.parent, out.name)
     trusted = target.config.model.trust_remote_code
     if (before := _before(target, root)) is not None:  # a merge may take long
@@ -154,7 +154,7 @@ def export(target: Target, form: str, kind: str, out: Path, root: Path, progress
         if form != "hf":
             tensors, error = _gguf(files, staged, kind, form, trainer, target, root, forms, progress)
         certificate = asdict(_certify(trainer, forms, target.config, root))
-        asked = verify.answer(folder, None, root) if form == "hf" else None
+        asked = verify.smoke_test(folder, None, root) if form == "hf" else None
         if folder.parent == staged and form == "hf":
             _lift(folder, staged)
         elif folder.parent == staged:
@@ -176,7 +176,8 @@ def _weights(target: Target, form: str, dtype: str, staged: Path, root: Path, pr
         return staged / "weights"
     assert target.merged is not None
     if form == "hf":
-        return merge.copy(target.merged, staged / "weights", dtype, target.config, root, progress)
+        merge.convert_full_run(target.merged, staged / "weights", dtype, target.config, root, progress)
+        return staged / "weights"
     return target.merged
 
 
@@ -236,7 +237,7 @@ def _gguf(
     """Writes and checks the GGUF file (and the Modelfile), adds their routes; returns tensors and the largest error."""
     import gguf
 
-    merge.need(staged, int(files.parameters * gguf_file.BYTES[kind]), "the GGUF file")
+    merge.require_space(staged, int(files.parameters * gguf_file.BYTES[kind]), "the GGUF file")
     vocabulary = _vocabulary(files, trainer, target)
     name = f"{target.name}-{kind}.gguf"
     source = (files.path / "chat_template.jinja").read_text(encoding="utf-8")

@@ -12,11 +12,11 @@ from sft import runs
 from sft.errors import ModelError, RunError, redact
 from sft.model.hub import find_token, offline
 from sft.ship.export import EXPORT
-from sft.ship.merge import REPORT
+from sft.ship.merge import MERGE_REPORT
 from sft.ship.parity import PARITY
 
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
-_STAYS = (EXPORT, REPORT, runs.RESOLVED)  # they hold paths of this machine
+_STAYS = (EXPORT, MERGE_REPORT, runs.RESOLVED)  # they hold paths of this machine
 _FIXS = {
     401: "the token is not valid, or has no right to write: make another (HF_TOKEN=..., or hf auth login),",
     403: "the token may not write there: push to a name of your own, or give it the right,",
