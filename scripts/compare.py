@@ -23,45 +23,38 @@ python scripts/compare.py --judge-url http://localhost:8000/v1 --judge-model jud
 
 def parser() -> argparse.ArgumentParser:
     """The command's flags."""
-    made = console.parser("Compare base and tuned model on the same rows, and write a report.", EXAMPLES)
-    made.add_argument("--adapters", type=Path, nargs="+", default=[], metavar="DIR", help="adapters, or whole models")
-    made.add_argument(
-        "--split", choices=["val", "test"], help="which rows (default: test where there is one, else val)"
-    )
-    made.add_argument("--limit", type=int, metavar="N", help="the first N rows; 0 is all (default: eval.limit)")
-    made.add_argument("--general", metavar="FILE", help="general questions instead of ours, or `none`")
-    made.add_argument("--judge-url", metavar="URL", help="an OpenAI-style address, such as http://localhost:8000/v1")
-    made.add_argument("--judge-model", metavar="NAME", help="the judge's name there")
-    made.add_argument(
-        "--judge-limit", type=int, default=50, metavar="N", help="rows that are judged (default 50; 0: all)"
-    )
-    made.add_argument("--seed", type=int, default=0, help="of the bootstrap (default 0)")
-    return made
+    flags = console.parser("Compare base and tuned model on the same rows, and write a report.", EXAMPLES)
+    flags.add_argument("--adapters", type=Path, nargs="+", default=[], metavar="DIR", help="adapters, or whole models")
+    flags.add_argument("--split", choices=["val", "test"], help="which rows (default: test if there is one, else val)")
+    flags.add_argument("--limit", type=int, metavar="N", help="the first N rows; 0 is all (default: eval.limit)")
+    flags.add_argument("--general", metavar="FILE", help="general questions instead of ours, or `none`")
+    flags.add_argument("--judge-url", metavar="URL", help="an OpenAI-style address, such as http://localhost:8000/v1")
+    flags.add_argument("--judge-model", metavar="NAME", help="the judge's name there")
+    flags.add_argument("--judge-limit", type=int, default=50, metavar="N", help="rows to judge (default 50; 0: all)")
+    flags.add_argument("--seed", type=int, default=0, help="of the bootstrap (default 0)")
+    return flags
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
-    """Choose the sides and the rows, let all answer, compare, ask the judge, write the report."""
+    """Choose models and rows, answer, compare, ask the judge, write the report."""
     from sft.generation import evaluate
     from sft.report import compare
 
-    root = console.project_root()
-    targets = compare.targets(Path(args.config), args.set, args.adapters, args.config == console.default_config(), root)
-    compare.check_one_base(targets)
-    split, rows, train = compare.rows(targets[0], args.split, args.limit, root)
-    asked = [] if args.general == "none" else compare.read(Path(args.general) if args.general else None, root)
-    judged_by = compare.judge(args.judge_url, args.judge_model)
-    console.say(
-        f"{', '.join(compare.names(targets))}: {len(rows)} rows of the {split} split, {len(asked)} general questions"
-    )
+    root, is_default = console.project_root(), args.config == console.default_config()
+    targets = compare.targets(Path(args.config), args.set, args.adapters, is_default, root)
+    split, rows, train = compare.held_out_rows(targets[0], args.split, args.limit, root)
+    general = [] if args.general == "none" else compare.general_rows(Path(args.general) if args.general else None, root)
+    judge = compare.open_judge(args.judge_url, args.judge_model)
+    names = ", ".join(compare.unique_names(targets))
+    console.say(f"{names}: {len(rows)} rows of the {split} split, {len(general)} general questions")
     with console.progress("answering") as advance:
-        measured = compare.sides(targets, rows, asked, root, advance)
-    result = compare.result(
-        targets, measured, asked, split, args.seed, evaluate.constant(targets[0], train, rows), root
-    )
+        measured = compare.measure_sides(targets, rows, general, root, advance)
+    constant = evaluate.constant(targets[0], train, rows)
+    result = compare.build_result(targets, measured, general, split, args.seed, constant, root)
     folder = compare.write(result, measured, targets[0], root)
-    if judged_by is not None:
+    if judge is not None:
         with console.progress("judging") as advance:
-            compare.add_judge(result, judged_by, measured, args.judge_limit, args.seed, advance)
+            compare.add_judge_scores(result, judge, measured, args.judge_limit, args.seed, advance)
         compare.write(result, measured, targets[0], root)
     show(result)
     console.say(f"\nreport: {folder / 'index.html'}")
@@ -69,30 +62,28 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def show(result: dict[str, Any]) -> None:
-    """The verdicts and a table for each tuned side."""
-    from sft.report.results import number
+    """The verdicts and a table for each tuned model."""
+    from sft.report.html import number
 
     columns = ["metric", "base", "tuned", "95 % of the change", "won/tied/lost", "finding"]
-    for one in result["comparisons"]:
+    for compared in result["comparisons"]:
         rows = [
             [name, number(m["base"]), number(m["tuned"]), f"{m['low']:+.3f} {m['high']:+.3f}",
              f"{m['wins']}/{m['ties']}/{m['losses']}", m["finding"]]
-            for name, m in one["metrics"].items()
+            for name, m in compared["metrics"].items()
         ]  # fmt: skip
-        console.table(f"{one['name']} against its base ({result['base']})", columns, rows)
-        console.say(f"{one['verdict']['headline']}: {one['verdict']['words']}")
-        if found := one.get("general"):
-            (console.warn if found["level"] == "forgotten" else console.say)(f"{found['headline']}: {found['words']}")
-        for key in ("parrot", "stopping"):
-            if found := one.get(key):
-                (console.say if found["good"] else console.warn)(found["headline"])
-        if found := one.get("judge"):
-            told = ", ".join(f"{name} {marks['difference']:+.2f}" for name, marks in found["aspects"].items())
-            console.say(
-                f"judge {found['model']}: {told} ({found['rows']} rows)"
-                if found["rows"]
-                else f"judge: {found['problem']}"
-            )
+        console.table(f"{compared['name']} against its base ({result['base']})", columns, rows)
+        console.say(f"{compared['verdict']['headline']}: {compared['verdict']['words']}")
+        if general := compared.get("general"):
+            speak = console.warn if general["level"] == "forgotten" else console.say
+            speak(f"{general['headline']}: {general['words']}")
+        for key in ("constant_baseline", "stopping"):
+            if finding := compared.get(key):
+                (console.say if finding["good"] else console.warn)(finding["headline"])
+        if judged := compared.get("judge"):
+            changes = ", ".join(f"{name} {entry['difference']:+.2f}" for name, entry in judged["aspects"].items())
+            scores = f"{changes} ({judged['rows']} rows)" if judged["rows"] else judged["problem"]
+            console.say(f"judge {judged['model']}: {scores}")
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def in_tokens(config: Any, root: Path, rows: list[dict[str, Any]]) -> dict[str, 
         console.warn(f"the page says nothing of tokens, since there is no tokenizer: {error}")
         return None
     with console.progress("tokenising") as advance:
-        return data_report.tokens(encoder, rows, advance)
+        return data_report.token_figures(encoder, rows, advance)
 
 
 if __name__ == "__main__":

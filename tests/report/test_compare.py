@@ -34,7 +34,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_qwen2: Path) -> Path:
 
 @pytest.fixture
 def overfitted(tmp_path: Path) -> Path:
-    """A run of the demo model, trained to say one thing, whatever is asked, until nothing else is left."""
+    """A run of the demo model, trained to give one answer to every question, until nothing else is left."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -66,9 +66,9 @@ def run(root: Path, monkeypatch: pytest.MonkeyPatch, *flags: str) -> Any:
 
 
 def test_an_adapter_that_changes_nothing_gives_no_difference(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = run(project, monkeypatch, "--adapters", "adapters/zero")
-    (one,) = found["comparisons"]
-    assert (found["split"], found["rows"], one["name"]) == ("test", 14, "zero")
+    result = run(project, monkeypatch, "--adapters", "adapters/zero")
+    (one,) = result["comparisons"]
+    assert (result["split"], result["rows"], one["name"]) == ("test", 14, "zero")
     assert {"rougeL", "sari", "exact_match", "row_loss", "stop_rate", "repetition"} <= set(one["metrics"])
     for name, metric in one["metrics"].items():
         assert (metric["difference"], metric["low"], metric["high"]) == (0.0, 0.0, 0.0), name
@@ -77,7 +77,7 @@ def test_an_adapter_that_changes_nothing_gives_no_difference(project: Path, monk
     assert one["general"]["level"] != "forgotten" and one["general"]["row_loss"]["difference"] == 0.0
     folder = project / "outputs" / "zero" / "report"
     assert {path.name for path in folder.iterdir()} == {"index.html", "compare.json", "answers.jsonl", "README.md"}
-    assert json.loads((folder / "compare.json").read_text()) == json.loads(json.dumps(found))
+    assert json.loads((folder / "compare.json").read_text()) == json.loads(json.dumps(result))
     page = (folder / "index.html").read_text()
     assert "No difference: zero answers exactly as its base does" in page
     assert not re.search(r"""(src|href)=["'](?!data:,|#)""", page) and "url(h" not in page
@@ -87,9 +87,9 @@ def test_an_adapter_that_changes_nothing_gives_no_difference(project: Path, monk
 def test_an_overfitted_adapter_raises_the_forgetting_warning(
     overfitted: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = run(overfitted, monkeypatch, "--split", "val", "--limit", "4")
-    (one,) = found["comparisons"]
-    assert one["general"]["level"] == "forgotten" and one["general"]["row_loss"]["low"] > general.MATTERS
+    result = run(overfitted, monkeypatch, "--split", "val", "--limit", "4")
+    (one,) = result["comparisons"]
+    assert one["general"]["level"] == "forgotten" and one["general"]["row_loss"]["low"] > general.FORGETTING_LOSS
     assert "warning: It has forgotten general abilities" in capsys.readouterr().err
     assert one["verdict"]["finding"] == "too few rows"
     folder = overfitted / "outputs" / "over" / "report"
@@ -107,17 +107,17 @@ def test_several_sides_stand_beside_each_other_and_the_hub_can_read_the_card(
     server = Server(biased)
     (project / "mine.jsonl").write_text('{"user": "Say yes.", "assistant": "Yes."}\n' * 2)
     folders = ["adapters/other", "adapters/zero", str(tiny_qwen2)]
-    found = run(project, monkeypatch, "--adapters", *folders, "--general", "mine.jsonl", "--limit", "12",
+    result = run(project, monkeypatch, "--adapters", *folders, "--general", "mine.jsonl", "--limit", "12",
                 "--judge-url", server.url, "--judge-model", "a-judge", "--judge-limit", "2")  # fmt: skip
     server.http.shutdown()
-    assert [one["judge"]["rows"] for one in found["comparisons"]] == [2, 2, 2]
-    assert found["comparisons"][1]["judge"]["aspects"]["helpfulness"]["difference"] == 0.0
-    assert "a-judge marked 2 rows" in (project / "outputs" / "other" / "report" / "index.html").read_text()
-    assert [one["name"] for one in found["comparisons"]] == ["other", "zero", "tiny-qwen2"]
-    other, zero, whole = found["comparisons"]
+    assert [one["judge"]["rows"] for one in result["comparisons"]] == [2, 2, 2]
+    assert result["comparisons"][1]["judge"]["aspects"]["helpfulness"]["difference"] == 0.0
+    assert "a-judge scored 2 rows" in (project / "outputs" / "other" / "report" / "index.html").read_text()
+    assert [one["name"] for one in result["comparisons"]] == ["other", "zero", "tiny-qwen2"]
+    other, zero, whole = result["comparisons"]
     assert zero["verdict"]["finding"] == "same" == whole["verdict"]["finding"]  # the base itself, named as a model
     assert other["general"]["rows"] == 2 and other["general"]["passed"] is None
-    loss, means = other["metrics"]["row_loss"], found["sides"]["row_loss"]
+    loss, means = other["metrics"]["row_loss"], result["sides"]["row_loss"]
     assert (means["other"]["value"], means["base"]["value"]) == (loss["tuned"], loss["base"])
     assert loss["difference"] == pytest.approx(loss["tuned"] - loss["base"], abs=2e-6) and loss["difference"] != 0
     assert loss["wins"] + loss["ties"] + loss["losses"] == loss["rows"] == 12
@@ -131,24 +131,24 @@ def test_several_sides_stand_beside_each_other_and_the_hub_can_read_the_card(
     assert str(tiny_qwen2.parent) not in text and "| rougeL |" in text
 
 
-def test_every_answer_of_a_row_is_compared_where_it_is_asked_for(
+def test_every_answer_of_a_row_is_compared_when_eval_turns_is_all(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     turns = [{"role": role, "content": text} for role, text in (("user", "One?"), ("assistant", "1."))]
     rows = [{"id": "two", "messages": turns * 2}, {"id": "one", "messages": turns}]
     tiny_runs.write_rows(project / "data" / "processed" / "val.jsonl", rows)
-    found = run(project, monkeypatch, "--adapters", "adapters/other", "--split", "val", "--general", "none",
+    result = run(project, monkeypatch, "--adapters", "adapters/other", "--split", "val", "--general", "none",
                 "--set", "eval.turns=all")  # fmt: skip
-    metrics = found["comparisons"][0]["metrics"]
-    assert (found["rows"], metrics["rougeL"]["rows"], metrics["row_loss"]["rows"]) == (3, 3, 2)
+    metrics = result["comparisons"][0]["metrics"]
+    assert (result["rows"], metrics["rougeL"]["rows"], metrics["row_loss"]["rows"]) == (3, 3, 2)
     answers = project / "outputs" / "other" / "report" / "answers.jsonl"
-    told = [json.loads(line) for line in answers.read_text().splitlines()]
-    assert [(one["id"], one["scores"]["base"]["row_loss"] is None) for one in told] == [
+    error = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert [(one["id"], one["scores"]["base"]["row_loss"] is None) for one in error] == [
         ("two#0", True), ("two#1", False), ("one#0", False),
     ]  # fmt: skip
 
 
-def test_what_cannot_be_compared_is_told(
+def test_sides_that_cannot_be_compared_are_an_error(
     project: Path, monkeypatch: pytest.MonkeyPatch, tiny_gpt2: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ModelError, match="no adapter"):
@@ -170,6 +170,6 @@ def test_what_cannot_be_compared_is_told(
 
 
 def test_words_that_differ_are_marked_and_all_is_escaped() -> None:
-    one, other = compare_page.marks("It is <b>4</b> now", "It is 5 now")
+    one, other = compare_page.mark_changes("It is <b>4</b> now", "It is 5 now")
     assert one == "It is <del>&lt;b&gt;4&lt;/b&gt; </del>now" and other == "It is <ins>5 </ins>now"
-    assert compare_page.marks("same", "same") == ("same", "same")
+    assert compare_page.mark_changes("same", "same") == ("same", "same")

@@ -14,25 +14,25 @@ def test_curves_come_from_the_log_and_else_from_tensorboards_events(tmp_path: Pa
     from torch.utils.tensorboard import SummaryWriter
 
     run = runs.at(tmp_path / "outputs" / "r", tmp_path)
-    assert compare.loss_curves(run) == {}
+    assert compare.log_curves(run) == {}
     with SummaryWriter(str(run.tb_dir)) as board:
         for step in (1, 2):
             board.add_scalar("train/loss", 1 / step, step)
         board.add_text("eval/samples", "an answer", 2)
-    assert compare.loss_curves(run) == {"train/loss": [(1, 1.0), (2, 0.5)]}
+    assert compare.log_curves(run) == {"train/loss": [(1, 1.0), (2, 0.5)]}
     run.folder.mkdir(parents=True)
     lines = [{"step": 1, "train/loss": 3.0}, {"step": 2, "eval/loss": 2.5, "eval/samples": "text"}]
     torn = '{"step": 3, "train/lo'
     (run.folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + torn)
-    assert compare.loss_curves(run) == {"train/loss": [(1, 3.0)], "eval/loss": [(2, 2.5)]}
+    assert compare.log_curves(run) == {"train/loss": [(1, 3.0)], "eval/loss": [(2, 2.5)]}
 
 
 def test_a_summary_and_a_models_name_show_no_path_of_this_machine(tmp_path: Path) -> None:
     run = runs.at(tmp_path / "outputs" / "r", tmp_path)
-    assert compare.summary(run) == {}
+    assert compare.training_summary(run) == {}
     run.folder.mkdir(parents=True)
     runs.finish(run, {"steps": 3, "output": str(tmp_path)})
-    assert compare.summary(run) == {"steps": 3}
+    assert compare.training_summary(run) == {"steps": 3}
     for hub in ("Qwen/Qwen2.5-3B-Instruct", "gpt2"):
         assert load.model_name(hub) == hub and not load.is_model_folder(hub)
     assert load.model_name("/home/someone/models/mine") == "mine" == load.model_name("models/mine")

@@ -332,7 +332,7 @@ def port(case: Case) -> Iterator[Finding]:
     ours = tensorboard.running(case.root / "outputs" / "tb")
     if ours is not None:
         yield Finding("ok", "tensorboard", f"runs at {ours.address}")
-    elif tensorboard.answers(case.port):
+    elif tensorboard.port_in_use(case.port):
         fix = f"another port: TB_PORT={case.port + 1}"
         yield Finding("warning", "tensorboard", f"port {case.port} is in use by another program", fix)
     else:

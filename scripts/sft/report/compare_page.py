@@ -1,220 +1,178 @@
-"""The comparison's page: the verdict in plain words, the figures behind it, and every answer side by side."""
+"""The comparison's page: the verdict in plain words, the numbers behind it, and every answer side by side."""
 
 from __future__ import annotations
 
 import difflib
 import re
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
-from sft.report import html
-from sft.report.html import Cell, Html, Section, code, details, facts, figure, figures, heading, table, text
-from sft.report.html import page as whole_page
-from sft.report.html import verdict as finding
+from markupsafe import Markup, escape
 
-MOST_ROWS, LONG, LONGEST_DIFF = 1_000, 700, 4_000  # rows shown; characters before folding, and that are still compared
-TONES: dict[str, Any] = {"better": "good", "worse": "bad", "mixed": "bad", "forgotten": "bad", "none": "good"}
-WORDS = {"same": "equal in every row", "unclear": "no clear difference"}
+from sft.report import html
+from sft.report.html import Cell, Chart
+
+MAX_ROWS, FOLDED_AFTER, MAX_DIFF = (
+    1_000,
+    700,
+    4_000,
+)  # rows shown; characters before folding, and for which words are diffed
+FINDINGS = {"same": "equal in every row", "unclear": "no clear difference"}
+COLUMNS = ["metric", "base", "tuned", "difference", "95 % interval", "won / tied / lost", "finding"]
 
 
 def page(result: Mapping[str, Any], answers: Sequence[dict[str, Any]], curves: Mapping[str, Any], yaml: str) -> str:
-    """The whole file. result: compare.json. answers: a row each. yaml: the run's settings."""
-    compared = result["comparisons"]
-    parts = [
-        Section("", [part for one in compared for part in verdicts(one)]),
-        Section("Metrics", metrics(result)),
-        Section("General questions", general(result) if any("general" in one for one in compared) else []),
-        Section("Judge", [part for one in compared if one.get("judge") for part in judge(one)]),
-        Section("Answers", side_by_side(result, answers)),
-        Section("Training", training(result, curves)),
-        Section("Data", data(result["data"])),
-        Section("Settings", settings(result, yaml)),
-    ]
-    title = f"{', '.join(one['name'] for one in compared)} against its base ({result['base']})"
-    return whole_page(title, [part for part in parts if part.parts])
+    """The whole page. result: compare.json. answers: one entry a row. curves: of the run's log. yaml: its settings."""
+    compared, data = result["comparisons"], result["data"]
+    names = [one["name"] for one in compared]
+    return html.render(
+        "compare.html.j2",
+        f"{', '.join(names)} against its base ({result['base']})",
+        result=result,
+        names=names,
+        metric_tables=[(f"{one['name']} against the base", *difference_table(one["metrics"])) for one in compared],
+        general_tables=[_general_table(one["name"], one["general"]) for one in compared if one.get("general")],
+        judged=[(one, *difference_table(one["judge"]["aspects"])) for one in compared if one.get("judge")],
+        means=[_means(name, sides) for name, sides in result["sides"].items()],
+        questions=[_question_row(entry, names) for entry in result["general"]],
+        answers={
+            "columns": ["row", "question", "reference", "base", *names]
+            + [f"{name} is" if len(names) > 1 else "tuned is" for name in names]
+            + [f"{result['first_metric']} change{f', {name}' if len(names) > 1 else ''}" for name in names],
+            "rows": [_answer_row(entry, names) for entry in answers[:MAX_ROWS]],
+            "choices": [4 + len(names) + index for index in range(len(names))],
+        },
+        hidden_rows=len(answers) > MAX_ROWS,
+        curves=_curve_charts(curves),
+        training={name: _plain(value) for name, value in result["training"].items() if value is not None},
+        processed=_processed(data.get("processed")),
+        run_rows={
+            split: {name.replace("_", " "): _plain(value) for name, value in entry.items() if name != "dropped"}
+            for split, entry in data.get("run", {}).items()
+            if split in {"train", "val"} and entry
+        },
+        settings={**result["generation"], **result["hardware"], **result["versions"], "measured": result["at"]},
+        yaml=yaml,
+    )
 
 
-def verdicts(one: Mapping[str, Any]) -> list[Html]:
-    """What came of one tuned side."""
-    told = one["verdict"]
-    made = [finding(told["headline"], told["words"], TONES.get(told["finding"], "even"))]
-    if found := one.get("general"):
-        made.append(finding(found["headline"], found["words"], TONES.get(found["level"], "even")))
-    if found := one.get("parrot"):
-        made.append(finding(found["headline"], found["words"], "even" if found["good"] else "bad"))
-    stops = one["stopping"]
-    return [*made, finding(stops["headline"], "", "even" if stops["good"] else "bad")]
+def _means(name: str, sides: Mapping[str, Mapping[str, float]]) -> Chart:
+    """One metric of all sides, each with its interval."""
+    rows = [[side, entry["value"], entry["low"], entry["high"]] for side, entry in sides.items()]
+    values, intervals = [row[1] for row in rows], [row[2:] for row in rows]
+    svg = html.bars(list(sides), values, "", f"{name} of each model with its interval", intervals=intervals)  # type: ignore[arg-type]
+    return Chart(svg, name, ["model", "mean", "from", "to"], rows)
 
 
-def metrics(result: Mapping[str, Any]) -> list[Html]:
-    """A small drawing for each metric, and a table for each tuned side."""
-    made = [figures(_means(name, sides) for name, sides in result["sides"].items())]
-    for one in result["comparisons"]:
-        made.append(table(*differences(one["metrics"]), caption=f"{one['name']} against the base", cards=True))
-    made.append(text(
-        f"Means over rows; intervals hold 95 % of {result['bootstrap']['draws']:,} bootstrap draws of the rows (seed "
-        f"{result['bootstrap']['seed']}). Won, tied, lost: rows in which the tuned answer is better, equal, worse. Of "
-        "many metrics one in twenty may seem to differ by chance.", soft=True))  # fmt: skip
-    return made
-
-
-def _means(name: str, sides: Mapping[str, Mapping[str, float]]) -> Html:
-    rows = [[side, one["value"], one["low"], one["high"]] for side, one in sides.items()]
-    values, spread = [one["value"] for one in sides.values()], [(one["low"], one["high"]) for one in sides.values()]
-    svg = html.means(list(sides), values, spread, f"{name} of each side with its interval")
-    return figure(svg, name, "", ["side", "mean", "from", "to"], rows)
-
-
-def differences(found: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[object]]]:
-    columns = ["metric", "base", "tuned", "difference", "95 % interval", "won / tied / lost", "finding"]
+def difference_table(metrics: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[object]]]:
+    """Columns and rows of paired differences."""
     rows: list[list[object]] = []
-    for name, one in found.items():
-        word = WORDS.get(one["finding"], one["finding"])
-        kind = {"better": "good", "worse": "bad"}.get(one["finding"], "")
-        interval = Cell(f"{one['low']:+.4f} to {one['high']:+.4f}", one["low"], "n")
-        shift = Cell(f"{one['difference']:+.4f}", one["difference"], "n")
-        won = Cell(f"{one['wins']} / {one['ties']} / {one['losses']}", one["wins"], "n")
-        if one["finding"] == "differs":
-            word, won = "longer" if one["difference"] > 0 else "shorter", Cell("", -1, "n")
-        rows.append([name, float(one["base"]), float(one["tuned"]), shift, interval, won, Cell(word, word, kind)])
-    return columns, rows
+    for name, entry in metrics.items():
+        finding = entry["finding"]
+        won: Cell = Cell(f"{entry['wins']} / {entry['ties']} / {entry['losses']}", entry["wins"], "n")
+        word = FINDINGS.get(finding, finding)
+        if finding == "differs":  # a length: neither direction is better
+            word, won = "longer" if entry["difference"] > 0 else "shorter", Cell("", -1, "n")
+        rows.append([
+            name,
+            float(entry["base"]),
+            float(entry["tuned"]),
+            Cell(f"{entry['difference']:+.4f}", entry["difference"], "n"),
+            Cell(f"{entry['low']:+.4f} to {entry['high']:+.4f}", entry["low"], "n"),
+            won,
+            Cell(word, word, {"better": "good", "worse": "bad"}.get(finding, "")),
+        ])  # fmt: skip
+    return COLUMNS, rows
 
 
-def general(result: Mapping[str, Any]) -> list[Html]:
-    """What was asked beside the task, and how the answers changed."""
-    made = []
-    for one in result["comparisons"]:
-        found = one["general"]
-        measured = {"row_loss": found["row_loss"], **({"checks that hold": found["passed"]} if found["passed"] else {})}
-        made.append(table(*differences(measured), caption=f"{one['name']}, {found['rows']} questions", cards=True))
-    names = [one["name"] for one in result["comparisons"]]
-    rows = [
-        [one["kind"], _folded(one["prompt"])]
-        + [_checked(one["answers"][side], one["passed"][side]) for side in ("base", *names)]
-        for one in result["general"]
+def _general_table(name: str, general: Mapping[str, Any]) -> tuple[str, list[str], list[list[object]]]:
+    checks = {"checks passed": general["passed"]} if general["passed"] else {}
+    caption = f"{name}, {general['rows']} questions"
+    return caption, *difference_table({"row_loss": general["row_loss"], **checks})
+
+
+def _question_row(entry: Mapping[str, Any], names: Sequence[str]) -> list[object]:
+    """A general question with the answers of all sides, marked by its check where it has one."""
+    row: list[object] = [entry["kind"], _folded(entry["prompt"])]
+    for side in ("base", *names):
+        answer, passed = entry["answers"][side], entry["passed"][side]
+        if passed is None:
+            row.append(Cell(_folded(answer), answer, "answer"))
+        else:
+            mark = Markup('<span class="good">✓ passes</span>' if passed else '<span class="bad">✗ fails</span>')
+            row.append(Cell(mark + "\n" + _folded(answer), passed, "answer"))
+    return row
+
+
+def _answer_row(entry: Mapping[str, Any], names: Sequence[str]) -> list[object]:
+    """A held-out row: question, reference, the base's answer and each tuned answer with the changed words marked."""
+    marked = [mark_changes(entry["base"], entry["answers"][name]) for name in names]
+    base = marked[0][0] if len(names) == 1 else escape(entry["base"])
+    row: list[object] = [
+        Cell(str(entry["id"])[:8], str(entry["id"])),
+        Cell(_folded(entry["prompt"]), kind="answer asked"),
+        Cell(_folded(entry["reference"]), kind="answer"),
+        Cell(base, kind="answer"),
     ]
-    asked = table(["kind", "question", "base", *names], rows, search="Find", choices=[0], cards=True)
-    return [*made, details("the questions and answers", asked)]
+    for name, (_, answer) in zip(names, marked, strict=True):
+        note = "" if entry["stopped"][name] else Markup(" <small>[did not stop]</small>")
+        row.append(Cell(answer + note, kind="answer"))
+    changes = [entry["changes"][name] for name in names]
+    for change in changes:
+        word, kind = ("equal", "") if abs(change) < 1e-9 else ("better", "good") if change > 0 else ("worse", "bad")
+        row.append(Cell(word, word, kind))
+    return row + [Cell(f"{change:+.3f}", change, "n") for change in changes]
 
 
-def _checked(answer: str, passed: float | None) -> Cell:
-    if passed is None:
-        return Cell(_folded(answer), answer, "answer")
-    mark = '<span class="good">✓ passes</span>' if passed else '<span class="bad">✗ fails</span>'
-    return Cell(Html(f"{mark}\n{_folded(answer)}"), passed, "answer")
+def _folded(text: str) -> Markup:
+    """The text, folded behind its beginning where it is long."""
+    if len(text) <= FOLDED_AFTER:
+        return escape(text)
+    return Markup("<details><summary>{} …</summary>{}</details>").format(text[:160], text)
 
 
-def judge(one: Mapping[str, Any]) -> list[Html]:
-    """The marks of the judge model."""
-    found = one["judge"]
-    if not found["rows"]:
-        return [text(f"The judge gave no marks: {found['problem']}")]
-    agree = f"both orders favoured the same answer in {found['orders_agree']:.0%} of them."
-    words = f"{found['model']} marked {found['rows']:,} rows from 1 to 10, each in both orders; {agree}"
-    if found["unjudged"]:
-        words += f" {found['unjudged']:,} rows could not be judged ({found['problem']})."
-    return [text(words), table(*differences(found["aspects"]), caption=f"{one['name']} against the base", cards=True)]
+def mark_changes(base: str, tuned: str) -> tuple[Markup, Markup]:
+    """Both answers as HTML, the words that the other one lacks marked."""
+    if max(len(base), len(tuned)) > MAX_DIFF:
+        return escape(base), escape(tuned)
+    left, right = (re.findall(r"\S+\s*|\s+", text) for text in (base, tuned))
+    matcher = difflib.SequenceMatcher(
+        None, [word.strip() for word in left], [word.strip() for word in right], autojunk=False
+    )
+    marked: tuple[list[str], list[str]] = ([], [])
+    for kind, a, b, c, d in matcher.get_opcodes():
+        for out, tag, words in ((marked[0], "del", left[a:b]), (marked[1], "ins", right[c:d])):
+            text = escape("".join(words))
+            out.append(text if kind == "equal" or not text.strip() else Markup(f"<{tag}>{text}</{tag}>"))
+    return Markup("").join(marked[0]), Markup("").join(marked[1])
 
 
-def side_by_side(result: Mapping[str, Any], answers: Sequence[dict[str, Any]]) -> list[Html]:
-    """Every answer, with what differs from the base's marked."""
-    names, first = [one["name"] for one in result["comparisons"]], result["first_metric"]
-    columns = ["row", "question", "reference", "base", *names]
-    columns += [f"{name} is" if len(names) > 1 else "tuned is" for name in names]
-    columns += [f"{first} change" if len(names) == 1 else f"{first} change, {name}" for name in names]
-    rows = [_answer_row(one, names) for one in answers[:MOST_ROWS]]
-    choices = [4 + len(names) + at for at in range(len(names))]
-    made = [text(Html(f"Words that the base alone says are <del>marked so</del>, words that it does not say "
-                      f"<ins>so</ins>; better and worse by {escape(first)}."), soft=True)]  # fmt: skip
-    if len(answers) > MOST_ROWS:
-        made.append(text(f"The first {MOST_ROWS:,} of {len(answers):,} rows; all of them are in answers.jsonl."))
-    return [*made, table(columns, rows, search="Find rows with", choices=choices, cards=True)]
-
-
-def _answer_row(one: Mapping[str, Any], names: Sequence[str]) -> list[object]:
-    base, tuned = one["base"], [one["answers"][name] for name in names]
-    marked = [marks(base, answer) for answer in tuned]
-    shown_base = marked[0][0] if len(tuned) == 1 else Html(escape(base))
-    changes = [one["changes"][name] for name in names]
-    return [
-        Cell(str(one["id"])[:8], str(one["id"])),
-        Cell(_folded(one["prompt"]), kind="answer asked"),
-        Cell(_folded(one["reference"]), kind="answer"),
-        Cell(shown_base, kind="answer"),
-        *(Cell(Html(mine + ("" if stopped else " <small>[did not stop]</small>")), kind="answer")
-          for (_, mine), stopped in zip(marked, (one["stopped"][name] for name in names), strict=True)),
-        *(_result(change) for change in changes),
-        *(Cell(f"{change:+.3f}", change, "n") for change in changes),
-    ]  # fmt: skip
-
-
-def _result(change: float) -> Cell:
-    if abs(change) < 1e-9:
-        return Cell("equal", "equal")
-    return Cell("better", "better", "good") if change > 0 else Cell("worse", "worse", "bad")
-
-
-def _folded(words: str) -> Html:
-    if len(words) <= LONG:
-        return Html(escape(words))
-    return details(words[:160] + " …", Html(escape(words)))
-
-
-def marks(base: str, tuned: str) -> tuple[Html, Html]:
-    """Both answers as HTML, the words that the other one has not got marked."""
-    if max(len(base), len(tuned)) > LONGEST_DIFF:
-        return Html(escape(base)), Html(escape(tuned))
-    one, other = (re.findall(r"\S+\s*|\s+", words) for words in (base, tuned))
-    keys = [[word.strip() for word in words] for words in (one, other)]
-    left, right = [], []
-    for kind, a, b, c, d in difflib.SequenceMatcher(None, keys[0], keys[1], autojunk=False).get_opcodes():
-        gone, new = escape("".join(one[a:b])), escape("".join(other[c:d]))
-        left.append(gone if kind == "equal" or not gone.strip() else f"<del>{gone}</del>")
-        right.append(new if kind == "equal" or not new.strip() else f"<ins>{new}</ins>")
-    return Html("".join(left)), Html("".join(right))
-
-
-def training(result: Mapping[str, Any], curves: Mapping[str, Any]) -> list[Html]:
-    """The curves of the run and its summary."""
+def _curve_charts(curves: Mapping[str, Any]) -> list[Chart]:
+    """Charts of the run's curves: losses together, every validation metric by itself."""
     groups = {"Loss": ["train/loss", "eval/loss"], "Learning rate": ["train/lr"], "Gradient norm": ["train/grad_norm"]}
-    told = {"eval/loss", "eval/seconds", "eval/perplexity"}
-    groups |= {name: [name] for name in curves if name.startswith("eval/") and name not in told}
-    drawn = []
+    shown = {"eval/loss", "eval/seconds", "eval/perplexity"}
+    groups |= {name: [name] for name in curves if name.startswith("eval/") and name not in shown}
+    charts = []
     for title, names in groups.items():
         if series := {name: curves[name] for name in names if name in curves}:
             rows = [[name, step, float(value)] for name, points in series.items() for step, value in points]
-            label = title.lower() if "/" not in title else title
-            svg = html.curves(series, label, f"{title} over the steps of training")
-            drawn.append(figure(svg, title, "", ["curve", "step", "value"], rows))
-    made = [figures(drawn)] if drawn else []
-    if done := {name: _plain(value) for name, value in result["training"].items() if value is not None}:
-        made.append(facts(done))
-    return made
+            axis = title.lower() if "/" not in title else title
+            svg = html.curves(series, axis, f"{title} over the steps of training")
+            charts.append(Chart(svg, title, ["curve", "step", "value"], rows))
+    return charts
+
+
+def _processed(ledger: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The counts of `make process`, as a table."""
+    if not ledger:
+        return None
+    rows = [["rows read", ledger["rows_read"]], *ledger.get("named", {}).items()]
+    rows += [["rows written", ledger["rows_written"]], *ledger.get("splits", {}).items()]
+    return {"rows": rows, "caption": str(ledger.get("verdict", ""))}
 
 
 def _plain(value: Any) -> str:
+    """A value of finished.json or of a ledger in one line."""
     if isinstance(value, dict):
-        return ", ".join(f"{name} {_plain(one)}" for name, one in value.items())
+        return ", ".join(f"{name} {_plain(entry)}" for name, entry in value.items())
     return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def data(ledgers: Mapping[str, Any]) -> list[Html]:
-    """Where the rows came from and what became of them."""
-    made: list[Html] = []
-    if found := ledgers.get("processed"):
-        made.append(heading("make process"))
-        rows = [["rows read", found["rows_read"]], *list(found.get("named", {}).items())]
-        rows += [["rows written", found["rows_written"]], *list(found.get("splits", {}).items())]
-        made.append(table(["", "rows"], rows, caption=str(found.get("verdict", ""))))
-    for split in ("train", "val"):
-        if one := ledgers.get("run", {}).get(split):
-            told = {name.replace("_", " "): _plain(value) for name, value in one.items() if name != "dropped"}
-            made += [heading(f"The run's {split} rows"), facts(told)]
-    return made
-
-
-def settings(result: Mapping[str, Any], yaml: str) -> list[Html]:
-    """How the answers were made, on what, and the run's own settings."""
-    made = [facts({**result["generation"], **result["hardware"], **result["versions"], "measured": result["at"]})]
-    return [*made, *([details("config.resolved.yaml", code(yaml))] if yaml else [])]

@@ -1,4 +1,4 @@
-"""The model card: README.md with the hub's header, made of what was measured and of what the run wrote down."""
+"""The model card: README.md with the hub's header, from the comparison's figures and the run's own records."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 from sft.config import load
 from sft.config.schema import Config
-from sft.report.results import number
+from sft.report.html import number
 
 
 def card(result: Mapping[str, Any], compared: Mapping[str, Any], config: Config) -> str:
-    """The card of one tuned side. result: the whole comparison. compared: this side's part of it."""
+    """The card of one tuned model. result: the whole comparison. compared: this model's part of it."""
     title = config.experiment.name or compared["name"]
     parts = [
         header(result, compared, config),
@@ -30,7 +30,7 @@ def card(result: Mapping[str, Any], compared: Mapping[str, Any], config: Config)
 
 
 def header(result: Mapping[str, Any], compared: Mapping[str, Any], config: Config) -> str:
-    """The YAML between `---` that the hub reads; a base that is a folder is left out: the hub knows none."""
+    """The YAML between `---` that the hub reads; a base that is a local folder is left out."""
     from huggingface_hub import EvalResult, ModelCardData
 
     base, adapter = config.model.name, config.tuning.mode != "full"
@@ -74,40 +74,40 @@ def _metrics(compared: Mapping[str, Any]) -> str:
 
 def _limits(compared: Mapping[str, Any]) -> str:
     lines = ["## Limits\n", f"- {compared['stopping']['headline']}."]
-    found = [compared[name] for name in ("general", "parrot") if compared.get(name)]
-    lines += [f"- {one['headline']}: {one['words']}." for one in found]
+    findings = [compared[name] for name in ("general", "constant_baseline") if compared.get(name)]
+    lines += [f"- {finding['headline']}: {finding['words']}." for finding in findings]
     lines.append("- Measured on held-out rows of its own data; other questions were not tried.")
     return "\n".join(lines) + "\n"
 
 
 def _training(result: Mapping[str, Any], config: Config) -> str:
-    train, done = config.train, result["training"]
+    train, summary = config.train, result["training"]
     facts = {
         "epochs": train.epochs, "learning rate": train.learning_rate, "schedule": train.lr_scheduler_type,
         "rows a step": train.effective_batch, "longest row": f"{config.model.max_seq_len} tokens",
-        "labels": train.labels, "seed": train.seed, "steps": done.get("steps"),
-        "tokens": done.get("tokens"), "time": f"{done['seconds']:.0f} s" if "seconds" in done else None,
-        "device": done.get("device"),
-        "peak memory": f"{done['peak_memory_gib']} GiB" if "peak_memory_gib" in done else None,
+        "labels": train.labels, "seed": train.seed, "steps": summary.get("steps"),
+        "tokens": summary.get("tokens"), "time": f"{summary['seconds']:.0f} s" if "seconds" in summary else None,
+        "device": summary.get("device"),
+        "peak memory": f"{summary['peak_memory_gib']} GiB" if "peak_memory_gib" in summary else None,
     }  # fmt: skip
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items() if value is not None)
-    told = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    return f"## Training\n\n| | |\n|---|---|\n{rows}\n\nVersions: {told}.\n"
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    return f"## Training\n\n| | |\n|---|---|\n{rows}\n\nVersions: {versions}.\n"
 
 
 def _data(result: Mapping[str, Any]) -> str:
-    made, ledger = result["data"].get("processed", {}), result["data"].get("run", {})
+    processed, ledger = result["data"].get("processed", {}), result["data"].get("run", {})
     lines = []
-    if made:
-        named = ", ".join(f"{count:,} {reason}" for reason, count in made.get("named", {}).items())
+    if processed:
+        named = ", ".join(f"{count:,} {reason}" for reason, count in processed.get("named", {}).items())
         lines.append(
-            f"{made['rows_read']:,} rows read, {made['rows_written']:,} used"
+            f"{processed['rows_read']:,} rows read, {processed['rows_written']:,} used"
             + (f"; left out: {named}." if named else ".")
         )
     if trained := ledger.get("train"):
         lines.append(
             f"Trained on {trained['rows_trained']:,} of {trained['rows_read']:,} rows, "
-            f"{trained['labelled_tokens']:,} of {trained['tokens']:,} tokens learnt."
+            f"{trained['labelled_tokens']:,} of {trained['tokens']:,} tokens in the loss."
         )
     return "## Data\n\n" + "\n".join(lines) + "\n" if lines else ""
 

@@ -1,7 +1,7 @@
 """A TensorBoard of our own in the background: started once, reused, and the only one that is ever stopped.
 
-`outputs/tb/.board.json` holds its pid, port and start time; a pid that the system has given to another process since
-is recognised by the start time and left alone.
+`outputs/tb/.board.json` holds its pid, port and start time; a pid that the system has since given to another process is
+recognised by the start time and left alone.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
@@ -20,13 +20,12 @@ import psutil
 from sft import files
 from sft.errors import EnvironmentProblem
 
-HOST = "127.0.0.1"
-START_SECONDS = 60
+HOST, START_SECONDS, RECORD = "127.0.0.1", 60, ".board.json"
 
 
 @dataclass(frozen=True)
 class Board:
-    """A TensorBoard that we started: its process and its address."""
+    """A TensorBoard that we started. created: the process's start time, in seconds since the epoch."""
 
     pid: int
     port: int
@@ -38,28 +37,22 @@ class Board:
         return f"http://{HOST}:{self.port}"
 
 
-def record(logdir: Path) -> Path:
-    """The file that remembers our TensorBoard."""
-    return logdir / ".board.json"
-
-
 def running(logdir: Path) -> Board | None:
-    """Ours, if it still runs; a record of one that is gone is removed."""
-    path = record(logdir)
+    """Ours, if it still runs; the record of one that has ended is removed."""
+    path = logdir / RECORD
     try:
         board = Board(**json.loads(path.read_text(encoding="utf-8")))
-        alive = abs(psutil.Process(board.pid).create_time() - board.created) < 1
+        if abs(psutil.Process(board.pid).create_time() - board.created) < 1:
+            return board
     except (OSError, ValueError, TypeError):
         return None
     except psutil.NoSuchProcess:
-        alive = False
-    if alive:
-        return board
+        pass
     path.unlink(missing_ok=True)
     return None
 
 
-def answers(port: int) -> bool:
+def port_in_use(port: int) -> bool:
     """Whether anything listens on the port."""
     with socket.socket() as probe:
         probe.settimeout(0.3)
@@ -67,17 +60,16 @@ def answers(port: int) -> bool:
 
 
 def start(logdir: Path, port: int) -> tuple[Board, bool]:
-    """Starts TensorBoard on loopback without a GPU, or takes ours that runs. Returns it and whether it is new.
+    """Starts TensorBoard on loopback without a GPU, or returns ours that runs. The flag says whether it is new.
 
-    Raises EnvironmentProblem if the port belongs to somebody else, or it does not come up in 60 seconds.
+    Raises EnvironmentProblem if the port belongs to another program, or it does not come up in 60 seconds.
     """
     logdir.mkdir(parents=True, exist_ok=True)
     if board := running(logdir):
         return board, False
-    if answers(port):
-        raise EnvironmentProblem(
-            f"port {port} is in use by another program", fix=f"choose another: make tensorboard TB_PORT={port + 1}"
-        )
+    if port_in_use(port):
+        fix = f"choose another: make tensorboard TB_PORT={port + 1}"
+        raise EnvironmentProblem(f"port {port} is in use by another program", fix=fix)
     log = logdir / ".board.log"
     with log.open("w", encoding="utf-8") as out:
         process = subprocess.Popen(
@@ -89,9 +81,9 @@ def start(logdir: Path, port: int) -> tuple[Board, bool]:
             env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
         )
     board = Board(process.pid, port, psutil.Process(process.pid).create_time())
-    files.write_json(record(logdir), board.__dict__)
+    files.write_json(logdir / RECORD, asdict(board))
     for _ in range(START_SECONDS * 5):
-        if answers(port):
+        if port_in_use(port):
             return board, True
         if process.poll() is not None:
             break
@@ -101,7 +93,7 @@ def start(logdir: Path, port: int) -> tuple[Board, bool]:
 
 
 def stop(logdir: Path) -> Board | None:
-    """Ends ours and its children, and nobody else's. Returns what was stopped, or None."""
+    """Ends ours and its children, and no other. Returns what was stopped, or None."""
     board = running(logdir)
     if board is None:
         return None
@@ -111,7 +103,7 @@ def stop(logdir: Path) -> Board | None:
         member.terminate()
     for member in psutil.wait_procs(family, timeout=5)[1]:
         member.kill()
-    record(logdir).unlink(missing_ok=True)
+    (logdir / RECORD).unlink(missing_ok=True)
     return board
 
 

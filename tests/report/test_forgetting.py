@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from sft.errors import DataError
-from sft.report import compare, results
+from sft.report import bootstrap, compare
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_every_shipped_reference_passes_its_own_check_and_no_other_kinds_answer_does() -> None:
-    rows = compare.read(None, ROOT)
+    rows = compare.general_rows(None, ROOT)
     assert 40 <= len(rows) <= 60
     assert {row["kind"] for row in rows} == {"instruction", "arithmetic", "format", "talk"}
     failed = [row["id"] for row in rows if compare.passes(row["assistant"], row["check"]) != 1.0]
@@ -47,29 +47,29 @@ def test_a_row_without_a_check_has_no_share_in_them() -> None:
     assert math.isnan(compare.passes("anything", {}))
 
 
-def test_a_check_that_cannot_be_read_is_told_with_its_line(tmp_path: Path) -> None:
+def test_a_check_that_cannot_be_read_is_an_error_with_its_line(tmp_path: Path) -> None:
     path = tmp_path / "g.jsonl"
     path.write_text('{"user": "a", "assistant": "b"}\n{"user": "a", "assistant": "b", "check": {"mathces": "b"}}\n')
-    with pytest.raises(DataError, match="mathces") as told:
-        compare.read(path, tmp_path)
-    assert "g.jsonl:2" in str(told.value)
+    with pytest.raises(DataError, match="mathces") as error:
+        compare.general_rows(path, tmp_path)
+    assert "g.jsonl:2" in str(error.value)
     path.write_text('{"user": "a", "assistant": "b", "check": {"matches": "("}}\n')
     with pytest.raises(DataError, match="no pattern"):
-        compare.read(path, tmp_path)
+        compare.general_rows(path, tmp_path)
 
 
 def test_the_verdict_follows_loss_and_checks() -> None:
     base = [2.0 + row / 100 for row in range(50)]
 
-    def loss(rise: float) -> results.Difference:
-        return results.difference(base, [value + rise for value in base], greater_is_better=False)
+    def loss(rise: float) -> bootstrap.Difference:
+        return bootstrap.difference(base, [value + rise for value in base], greater_is_better=False)
 
-    kept = results.difference([1.0] * 25 + [0.0] * 25, [1.0] * 25 + [0.0] * 25)
-    lost = results.difference([1.0] * 25 + [0.0] * 25, [1.0] * 5 + [0.0] * 45)
-    assert compare.forgetting(loss(0.0), kept)[0] == "none"
-    assert compare.forgetting(loss(-0.4), kept)[0] == "none"
-    assert compare.forgetting(loss(0.05), kept)[0] == "slight"
-    assert compare.forgetting(loss(0.5), kept)[0] == "forgotten"
+    unchanged = bootstrap.difference([1.0] * 25 + [0.0] * 25, [1.0] * 25 + [0.0] * 25)
+    lost = bootstrap.difference([1.0] * 25 + [0.0] * 25, [1.0] * 5 + [0.0] * 45)
+    assert compare.forgetting(loss(0.0), unchanged)[0] == "none"
+    assert compare.forgetting(loss(-0.4), unchanged)[0] == "none"
+    assert compare.forgetting(loss(0.05), unchanged)[0] == "slight"
+    assert compare.forgetting(loss(0.5), unchanged)[0] == "forgotten"
     assert compare.forgetting(loss(0.0), lost)[0] == "forgotten"
     assert compare.forgetting(loss(0.5), None)[0] == "forgotten"
-    assert "x1.65" in compare.figures(loss(0.5), None)  # e to the half
+    assert "x1.65" in compare.forgetting_numbers(loss(0.5), None)  # e to the half

@@ -1,9 +1,9 @@
 "use strict";
-/* Tables of class "data": a button in each heading sorts, the fields above filter; what is folded opens for printing,
-   but for the figures under a drawing. */
+/* Tables with data-table: a button in each heading sorts, the fields above filter. Folded parts open for printing,
+   except the numbers under a chart. */
 for (const box of document.querySelectorAll("[data-table]")) {
   const body = box.querySelector("tbody"), rows = [...body.rows], heads = [...box.querySelectorAll("thead th")];
-  const search = box.querySelector("input"), choices = [...box.querySelectorAll("select")], told = box.querySelector("output");
+  const search = box.querySelector("input"), choices = [...box.querySelectorAll("select")], count = box.querySelector("output");
   const value = (row, at) => row.cells[at].dataset.value ?? row.cells[at].textContent.trim();
   const filter = () => {
     const words = (search?.value ?? "").toLowerCase().split(/\s+/).filter(Boolean);
@@ -14,7 +14,7 @@ for (const box of document.querySelectorAll("[data-table]")) {
         choices.some(one => one.value && value(row, Number(one.dataset.column)) !== one.value);
       shown += !row.hidden;
     }
-    if (told) told.textContent = shown === rows.length ? `${shown} rows` : `${shown} of ${rows.length} rows`;
+    if (count) count.textContent = shown === rows.length ? `${shown} rows` : `${shown} of ${rows.length} rows`;
   };
   const sort = at => {
     const down = heads[at].getAttribute("aria-sort") === "ascending", number = rows.every(row => row.cells[at].dataset.value !== undefined && !isNaN(value(row, at)));

@@ -42,22 +42,22 @@ def report(root: Path, *sets: str, limit: int = 0, out: Path | None = None) -> A
     )
 
 
-def test_the_report_counts_what_stands_in_the_files(project: Path) -> None:
-    found = report(project)
-    assert found["rows"] == {"train": 31}
-    assert found["ledger"]["named"] == {"unreadable": 1, "empty answer": 1, "exact duplicate": 1}
-    assert found["duplicates"]["exact_dropped"] == 1
-    run = found["tokens"]["run"]
+def test_the_report_counts_what_the_files_contain(project: Path) -> None:
+    result = report(project)
+    assert result["rows"] == {"train": 31}
+    assert result["ledger"]["named"] == {"unreadable": 1, "empty answer": 1, "exact duplicate": 1}
+    assert result["duplicates"]["exact_dropped"] == 1
+    run = result["tokens"]["run"]
     assert (run["rows_read"], run["rows_trained"], run["reasons"]) == (31, 30, {"over length": 1})
-    assert found["tokens"]["by_role"]["assistant"]["count"] == 31
-    assert [one["rows_over"] for one in found["tokens"]["limits"]] == [0, 0, 0, 0]
-    assert 0 < found["tokens"]["labelled"]["share"] < 1
-    assert ["it is 0.", 1] not in found["phrases"]["openings"]
-    assert ["word word word word", 1] not in found["phrases"]["runs"]  # one row, however often it says it
-    assert {reason: len(rows) for reason, rows in found["examples"].items()} == found["ledger"]["named"]
+    assert result["tokens"]["by_role"]["assistant"]["count"] == 31
+    assert [one["rows_over"] for one in result["tokens"]["limits"]] == [0, 0, 0, 0]
+    assert 0 < result["tokens"]["labelled"]["share"] < 1
+    assert ["it is 0.", 1] not in result["phrases"]["openings"]
+    assert ["word word word word", 1] not in result["phrases"]["runs"]  # one row, however often it says it
+    assert {reason: len(rows) for reason, rows in result["examples"].items()} == result["ledger"]["named"]
 
     page = (project / "outputs" / "reports" / "data.html").read_text(encoding="utf-8")
-    for reason in found["ledger"]["named"]:
+    for reason in result["ledger"]["named"]:
         assert f"{reason}: 1 rows" in page
     assert "{not json" in page and "raw.jsonl:34" in page and "over length" in page
     assert "<script>alert" not in page and page.count("<svg") >= 3
@@ -65,17 +65,17 @@ def test_the_report_counts_what_stands_in_the_files(project: Path) -> None:
     assert len(ids := re.findall(r'\bid="([^"]+)"', page)) == len(set(ids))
 
 
-def test_a_cut_row_loses_its_prompt_and_a_draw_is_said(
+def test_a_cut_row_loses_its_prompt_and_a_sample_is_announced(
     project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = report(project, "model.over_length=truncate_right", limit=10, out=tmp_path / "here.html")
-    assert found["sample"] == {"rows": 10, "of": 31, "seed": 42} and found["tokens"]["run"]["rows_read"] == 10
+    result = report(project, "model.over_length=truncate_right", limit=10, out=tmp_path / "here.html")
+    assert result["sample"] == {"rows": 10, "of": 31, "seed": 42} and result["tokens"]["run"]["rows_read"] == 10
     assert (tmp_path / "here.html").is_file()
-    said = capsys.readouterr()
-    assert "drawn from 31" in said.out + said.err
-    found["ledger"]["leaks"] = {"val": {"exact": 2, "near": None}, "test": {"exact": 0, "near": None}}
-    found["tokens"] = None
-    page = data_report.page(found, "Leaks")
+    output = capsys.readouterr()
+    assert "drawn from 31" in output.out + output.err
+    result["ledger"]["leaks"] = {"val": {"exact": 2, "near": None}, "test": {"exact": 0, "near": None}}
+    result["tokens"] = None
+    page = data_report.page(result, "Leaks")
     assert "2 of val (exact); not looked for: near" in page and "of test" not in page
     none = report(project, "model.name=nobody/nothing-here")
     assert none["tokens"] is None and "no tokenizer" in capsys.readouterr().err
@@ -83,7 +83,10 @@ def test_a_cut_row_loses_its_prompt_and_a_draw_is_said(
 
 def test_a_draw_is_seeded_keeps_the_order_and_leaves_nothing_out_without_a_limit() -> None:
     rows = [{"id": i} for i in range(100)]
-    drawn, total = data_report.draw(iter(rows), 10, 1)
+    drawn, total = data_report.sample_rows(iter(rows), 10, 1)
     numbers = [one["id"] for one in drawn]
     assert total == 100 and len(set(numbers)) == 10 and numbers == sorted(numbers) and numbers != list(range(10))
-    assert data_report.draw(iter(rows), 10, 1)[0] == drawn and data_report.draw(iter(rows), 0, 1) == (rows, 100)
+    assert data_report.sample_rows(iter(rows), 10, 1)[0] == drawn and data_report.sample_rows(iter(rows), 0, 1) == (
+        rows,
+        100,
+    )
