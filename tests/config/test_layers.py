@@ -10,9 +10,19 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sft.config import load as layers
-from sft.config import load as yaml_dialect
-from sft.config.load import Loaded, Mapping, Node, dump_config, load, plain, read_resolved
+from sft.config.load import (
+    Loaded,
+    Node,
+    Problems,
+    Tree,
+    dump_config,
+    dump_yaml,
+    load,
+    merge,
+    parse,
+    plain,
+    read_resolved,
+)
 from sft.errors import ConfigError
 
 Write = Callable[..., Path]
@@ -50,10 +60,10 @@ def test_an_include_is_below_the_file_and_set_is_above_both(write: Write) -> Non
 def test_given_tells_what_somebody_said_from_a_default(write: Write) -> None:
     loaded = read(write("run.yaml", "train:\n  seed: 42\nexperiment:\n"), "eval.limit=3")
     assert loaded.config.train.seed == 42
-    assert loaded.given("train.seed") and loaded.given("eval.limit") and loaded.given("train")
-    assert not loaded.given("train.epochs") and not loaded.given("experiment")
+    assert loaded.is_set("train.seed") and loaded.is_set("eval.limit") and loaded.is_set("train")
+    assert not loaded.is_set("train.epochs") and not loaded.is_set("experiment")
     with pytest.raises(KeyError):
-        loaded.given("train.sede")
+        loaded.is_set("train.sede")
 
 
 def test_lists_replace_whole_and_later_includes_win(write: Write) -> None:
@@ -94,7 +104,7 @@ def test_a_file_may_be_included_by_two_others(write: Write) -> None:
 
 def test_shipped_configurations_can_be_included_from_another_root(write: Write) -> None:
     loaded = read(write("run.yaml", "include: configs/config_base.yaml\n"))
-    assert loaded.config.train.warmup_ratio == 0.03 and loaded.given("train.warmup_ratio")
+    assert loaded.config.train.warmup_ratio == 0.03 and loaded.is_set("train.warmup_ratio")
 
 
 @pytest.mark.parametrize("text", ["", "# nothing\n", "train:\n", "train:\n  # seed: 3\ndata:\n", "include:\n"])
@@ -182,8 +192,8 @@ TREES = st.recursive(
 )
 
 
-def nodes(tree: Any, where: str = "") -> Mapping:
-    node = yaml_dialect.parse(yaml_dialect.dump_yaml(tree), where, [])
+def nodes(tree: Any, where: str = "") -> Tree:
+    node = parse(dump_yaml(tree), where, Problems())
     return {} if node is None else node.value  # type: ignore[no-any-return]
 
 
@@ -199,23 +209,23 @@ def merged(*trees: Any) -> Any:
 
 @CALM
 @given(st.lists(TREES, min_size=1, max_size=4))
-def test_layers_merge_in_order(trees: list[Any]) -> None:
-    result: Mapping = {}
+def test_merge_in_order(trees: list[Any]) -> None:
+    result: Tree = {}
     for tree in trees:
-        result = layers.merge(result, nodes(tree))
+        result = merge(result, nodes(tree))
     assert plain(Node(result, "")) == merged(*trees)
 
 
 @CALM
 @given(TREES, TREES)
 def test_every_value_of_the_last_layer_survives_with_its_place(below: Any, above: Any) -> None:
-    result = layers.merge(nodes(below, "below"), nodes(above, "above"))
+    result = merge(nodes(below, "below"), nodes(above, "above"))
 
-    def check(tree: Any, mapping: Mapping) -> None:
+    def check(tree: Any, mapping: Tree) -> None:
         for key, value in tree.items():
             assert mapping[key].where.startswith("above:")
             if isinstance(value, dict):
                 check(value, mapping[key].value)
 
     check(above, result)
-    assert layers.merge(result, nodes(above, "above")) == result
+    assert merge(result, nodes(above, "above")) == result

@@ -171,7 +171,7 @@ def _settings(config: Path, sets: Sequence[str], home: Path, is_default: bool, r
     )
     if is_default and not same:
         return resolved
-    update = {section: getattr(asked.config, section) for section in ("eval", "generation") if asked.given(section)}
+    update = {section: getattr(asked.config, section) for section in ("eval", "generation") if asked.is_set(section)}
     return resolved.model_copy(update=update)
 
 
