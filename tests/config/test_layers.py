@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -180,6 +181,13 @@ def test_a_resolved_configuration_reads_back_equal(write: Write) -> None:
         read_resolved(Path("nowhere/config.resolved.yaml"))
     with pytest.raises(ConfigError, match=r"unknown key `train\.speed`"):
         read_resolved(write("edited.yaml", "train: {speed: 3}"))
+
+
+def test_the_resolved_configuration_of_an_earlier_version_still_loads() -> None:
+    path = Path(__file__).with_name("resolved") / "5f54d53.yaml"  # written by `train` of that commit
+    written, config = yaml.safe_load(path.read_text()), read_resolved(path).model_dump()
+    for section, values in written.items():
+        assert {key: config[section][key] for key in values} == values
 
 
 # The same examples every time, however busy the machine is.

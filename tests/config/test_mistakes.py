@@ -176,8 +176,8 @@ def test_three_batch_numbers_that_contradict_each_other(mistakes: Mistakes) -> N
         ("train.sede=3", "unknown key `train.sede`"),
         ("train.seed.x=3", "`train.seed`: expected a whole number (at least 0), not a mapping"),
         ("train=3", "`train`: expected a mapping of keys, not 3"),
-        ("data.template_options={a: 1, a: 2}", "the key `data.template_options.a` is given twice: --set data.template_options={a: 1, a: 2} and --set"
-         " data.template_options={a: 1, a: 2}"),
+        ("eval={limit: 1, limit: 2}", "the key `eval.limit` is given twice: --set eval={limit: 1, limit: 2} and --set"
+         " eval={limit: 1, limit: 2}"),
     ],
 )  # fmt: skip
 def test_a_bad_set_is_named(mistakes: Mistakes, item: str, what: str) -> None:

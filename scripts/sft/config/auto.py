@@ -108,7 +108,10 @@ def _bf16(config: Config, facts: Facts) -> tuple[bool, str]:
 def _fp16(config: Config, facts: Facts) -> tuple[bool, str]:
     if config.train.bf16:
         return False, "bf16 is on"
-    return facts.device == "cuda", "16-bit on a GPU without bf16" if facts.device == "cuda" else "fp32 on the CPU"
+    return (
+        facts.device == "cuda",
+        "16-bit on a GPU without bf16" if facts.device == "cuda" else "bf16 is off: fp32 on the CPU",
+    )
 
 
 def _gradient_checkpointing(config: Config, facts: Facts) -> tuple[bool, str]:
@@ -150,25 +153,27 @@ def batch_plan(
     be a multiple of grad_accum. `auto` batch_size: ceil(effective / grad_accum), or `measured` rows, evened out over
     the micro-batches. Raises ConfigError where explicit values cannot all hold.
     """
-    if batch_size != "auto" and grad_accum != "auto" and effective_batch == "auto":
-        effective_batch = batch_size * grad_accum
-    if effective_batch == "auto":
-        effective_batch = EFFECTIVE_BATCH if batch_size == "auto" else max(EFFECTIVE_BATCH, batch_size)
-        if grad_accum != "auto":
-            effective_batch = math.ceil(effective_batch / grad_accum) * grad_accum
-    if batch_size == "auto":
-        limit = max(1, min(measured or 1, effective_batch))
-        count = math.ceil(effective_batch / limit) if grad_accum == "auto" else grad_accum
-        batch_size = math.ceil(effective_batch / count)
-    micro_batches = math.ceil(effective_batch / batch_size)
+    if isinstance(effective_batch, int):
+        effective = effective_batch
+    elif isinstance(batch_size, int) and isinstance(grad_accum, int):
+        effective = batch_size * grad_accum
+    else:
+        effective = max(EFFECTIVE_BATCH, batch_size if isinstance(batch_size, int) else 1)
+        effective = math.ceil(effective / grad_accum) * grad_accum if isinstance(grad_accum, int) else effective
+    if isinstance(batch_size, int):
+        rows = batch_size
+    else:
+        limit = max(1, min(measured or 1, effective))
+        rows = math.ceil(effective / (grad_accum if isinstance(grad_accum, int) else math.ceil(effective / limit)))
+    micro_batches = math.ceil(effective / rows)
     if grad_accum not in ("auto", micro_batches):
         raise ConfigError(
-            f"{effective_batch} rows (train.effective_batch) in micro-batches of {batch_size} (train.batch_size) are"
+            f"{effective} rows (train.effective_batch) in micro-batches of {rows} (train.batch_size) are"
             f" {micro_batches} micro-batches, but train.grad_accum is {grad_accum}",
             where="train.grad_accum",
             fix="remove one of the three, so that it follows from the others",
         )
-    return effective_batch, batch_size, micro_batches
+    return effective, rows, micro_batches
 
 
 def _batch(config: Config, facts: Facts) -> tuple[int, int, int]:

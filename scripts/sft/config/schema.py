@@ -421,7 +421,8 @@ def train_conflicts(train: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, 
     if train.get("bf16") is True and train.get("fp16") is True:
         yield "train.bf16 and train.fp16 are both true, and a run has one precision", ("train.bf16", "train.fp16")
     names = ("effective_batch", "batch_size", "grad_accum")
-    numbers = effective, batch, accum = [train.get(name) for name in names]
+    numbers: list[Any] = [train.get(name) for name in names]
+    effective, batch, accum = numbers
     whole = all(type(number) is int and number > 0 for number in numbers)
     if whole and accum != math.ceil(effective / batch):  # the last micro-batch of a step may be smaller
         message = f"train.batch_size {batch} * train.grad_accum {accum} is {batch * accum}"
