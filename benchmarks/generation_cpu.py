@@ -26,7 +26,7 @@ import torch
 from sft.config.load import load
 from sft.generation import batch_io, engine
 from sft.generation import load as serving
-from sft.generation.stop import cut
+from sft.generation.stop import StopCriteria
 
 Texts = Callable[[], list[str]]
 
@@ -41,7 +41,7 @@ def one_by_one(served: Any, prompts: list[list[int]], most: int) -> list[str]:
                 input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=most, do_sample=False,
                 eos_token_id=sorted(stops.ids), pad_token_id=engine.pad_id(served.tokenizer, stops),
             )  # fmt: skip
-        texts.append(cut(served.tokenizer, made[0, len(prompt) :].tolist(), stops).text)
+        texts.append(StopCriteria(served.tokenizer, stops).answer(made[0, len(prompt) :].tolist()).text)
     return texts
 
 

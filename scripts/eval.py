@@ -1,4 +1,4 @@
-"""Measures a model on held-out rows: answers them, scores the answers, and sets base, tuned and a parrot side by side.
+"""Evaluates a model on held-out rows: answers and scores them, tuned, base or both, beside the best constant answer.
 
 python scripts/eval.py --split test              the newest run on the test split
 python scripts/eval.py --split test --both       its base too, in one go
@@ -24,21 +24,21 @@ python scripts/eval.py --predictions answers.jsonl --metrics rougeL,sari,exact_m
 
 def parser() -> argparse.ArgumentParser:
     """The command's flags."""
-    made = console.parser("Measure a model on held-out rows.", EXAMPLES)
-    made.add_argument("--split", choices=["val", "test"], default="val", help="which rows (default: val)")
-    made.add_argument("--limit", type=int, metavar="N", help="the first N rows; 0 is all (default: eval.limit)")
-    made.add_argument("--base", action="store_true", help="score the base alone and keep the tuned side's scores")
-    made.add_argument("--both", action="store_true", help="score the base and the tuned model")
-    made.add_argument("--adapters", type=Path, metavar="DIR", help="an adapter (default: the newest run's)")
-    made.add_argument("--merged", type=Path, metavar="DIR", help="a folder of merged weights")
-    made.add_argument("--metrics", metavar="A,B", help="metrics instead of eval.metrics")
-    made.add_argument("--samples", type=int, default=0, metavar="N", help="print N answers")
-    made.add_argument("--predictions", type=Path, metavar="FILE", help="score this file of answers, with no model")
-    return made
+    flags = console.parser("Evaluate a model on held-out rows.", EXAMPLES)
+    flags.add_argument("--split", choices=["val", "test"], default="val", help="which rows (default: val)")
+    flags.add_argument("--limit", type=int, metavar="N", help="the first N rows; 0 is all (default: eval.limit)")
+    flags.add_argument("--base", action="store_true", help="score the base alone; the tuned side's scores stay")
+    flags.add_argument("--both", action="store_true", help="score the base and the tuned model")
+    flags.add_argument("--adapters", type=Path, metavar="DIR", help="an adapter (default: the newest run's)")
+    flags.add_argument("--merged", type=Path, metavar="DIR", help="a folder of merged weights")
+    flags.add_argument("--metrics", metavar="A,B", help="metrics instead of eval.metrics")
+    flags.add_argument("--samples", type=int, default=0, metavar="N", help="print N answers")
+    flags.add_argument("--predictions", type=Path, metavar="FILE", help="score this file of answers, with no model")
+    return flags
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
-    """Choose the model, read the rows, answer and score them, write, show."""
+    """Choose the model, read the rows, answer and score them, write the results, print them."""
     root = console.project_root()
     if args.metrics:
         args.set.append(f"eval.metrics=[{args.metrics}]")
@@ -46,11 +46,11 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         return score_file(args, root)
     from sft.data import store
     from sft.errors import ConfigError, DataError
-    from sft.generation import load as targets
+    from sft.generation import load
 
     if args.base and args.both:
         raise ConfigError("--base is one side, --both is two", fix="give one of them")
-    target = targets.resolve_model(
+    target = load.resolve_model(
         Path(args.config), args.set, adapters=args.adapters, merged=args.merged, base=args.base,
         is_default=args.config == console.default_config(), root=root,
     )  # fmt: skip
@@ -64,59 +64,61 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def evaluate(args: argparse.Namespace, root: Path, target: Any, train: Path | None, rows: list[Any]) -> dict[str, Any]:
-    """The sides that are asked for, the best constant answer, the files and the table."""
+    """Score the sides and the best constant answer, write the files, print the table."""
     from sft import files
-    from sft.generation import evaluate as sides
-    from sft.report import results
+    from sft.generation.evaluate import constant_baseline, evaluate_base_and_tuned
+    from sft.metrics import predictions
 
-    wanted = ["base"] if args.base else ["tuned", "base"] if args.both else ["tuned"]
+    sides = ["base"] if args.base else ["tuned", "base"] if args.both else ["tuned"]
     console.say(f"{target.name}: {len(rows)} rows of the {args.split} split")
     with console.progress("answering") as advance:
-        found = sides.evaluate_base_and_tuned(target, wanted, rows, root, advance)
-    result = results.merged(
-        files.read_json(root / "outputs" / results.METRICS), run=target.name, split=args.split, rows=len(rows),
-        sides={side: one.metrics for side, one in found.items()}, constant=sides.constant(target, train, rows),
-        fields={side: one.fields for side, one in found.items()},
-        tags={side: one.by_tag for side, one in found.items()},
+        evaluations = evaluate_base_and_tuned(target, sides, rows, root, advance)
+    result = predictions.merge_metrics(
+        files.read_json(root / "outputs" / predictions.METRICS), run=target.name, split=args.split, rows=len(rows),
+        sides={side: evaluation.metrics for side, evaluation in evaluations.items()},
+        constant=constant_baseline(target, train, rows),
+        fields={side: evaluation.fields for side, evaluation in evaluations.items()},
+        tags={side: evaluation.by_tag for side, evaluation in evaluations.items()},
     )  # fmt: skip
-    first = found.get("tuned") or found["base"]
-    samples = results.both_sides(first.samples, found["base"].samples) if len(found) == 2 else first.samples
-    results.write(root / "outputs", target.run.folder if target.run else None, result, samples)
+    samples = evaluations[sides[0]].samples
+    if len(sides) == 2:
+        samples = predictions.both_sides(samples, evaluations["base"].samples)
+    predictions.write_results(root / "outputs", target.run.folder if target.run else None, result, samples)
     show(result, samples[: args.samples])
     return result
 
 
 def show(result: dict[str, Any], samples: Sequence[dict[str, Any]]) -> None:
-    """The table, and some answers."""
-    from sft.report import results
+    """Print the tables and some answers."""
+    from sft.metrics import predictions
 
-    console.table(f"{result['run']}, {result['split']} split, {result['rows']} rows", *results.table(result))
+    title = f"{result['run']}, {result['split']} split, {result['rows']} rows"
+    console.table(title, *predictions.metrics_table(result))
     for side, by_tag in result.get("by_tag", {}).items():
-        console.table(f"{side}, by tag", *results.tags_table(by_tag))
-    if other := results.other_rows(result):
-        console.warn(other)
+        console.table(f"{side}, by tag", *predictions.tags_table(by_tag))
+    if warning := predictions.unequal_rows(result):
+        console.warn(warning)
     for sample in samples:
-        console.say(results.sample_text(sample))
+        console.say(predictions.sample_text(sample))
     console.say("\nwritten: outputs/metrics.json, outputs/samples.jsonl")
 
 
 def score_file(args: argparse.Namespace, root: Path) -> dict[str, Any]:
-    """Scores a file of answers; touches nothing."""
+    """Score a file of answers; no file is written."""
     from sft.config.load import load, resolve_path
     from sft.metrics import predictions, scoring
-    from sft.report import results
 
     section = load(args.config, args.set, root=root).config.eval
-    loaded = scoring.load(resolve_path(root, section.json_schema)) if section.json_schema else None
-    found = predictions.score_file(
-        args.predictions, section.metrics, stemmer=section.rouge_stemmer, json_schema=loaded,
+    schema = scoring.read_schema(resolve_path(root, section.json_schema)) if section.json_schema else None
+    scores = predictions.score_file(
+        args.predictions, section.metrics, stemmer=section.rouge_stemmer, json_schema=schema,
         pattern=scoring.compiled(section.format), strict=bool(args.metrics),
     )  # fmt: skip
-    table = [[name, f"{value:.6f}"] for name, value in found.metrics.items()]
-    console.table(f"{args.predictions}, {found.rows} rows", ["metric", "value"], table)
-    if found.by_tag:
-        console.table("by tag", *results.tags_table(found.by_tag))
-    return {"rows": found.rows, "metrics": found.metrics} | ({"by_tag": found.by_tag} if found.by_tag else {})
+    rows = [[name, f"{value:.6f}"] for name, value in scores.metrics.items()]
+    console.table(f"{args.predictions}, {scores.rows} rows", ["metric", "value"], rows)
+    if scores.by_tag:
+        console.table("by tag", *predictions.tags_table(scores.by_tag))
+    return {"rows": scores.rows, "metrics": scores.metrics} | ({"by_tag": scores.by_tag} if scores.by_tag else {})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Talks with a model, or answers a file of questions, with the template and the stops that it was trained with.
+"""Chats with a model, or answers a file of questions, with the template and stop criteria of its training.
 
 python scripts/infer.py                                                       a chat with the newest run
 python scripts/infer.py --mode batch --input_file q.txt --output_file a.txt   a line a question
@@ -21,15 +21,15 @@ python scripts/infer.py --mode batch --input_file questions.jsonl --output_file 
 
 def parser() -> argparse.ArgumentParser:
     """The command's flags."""
-    made = console.parser("Talk with a model, or answer a file of questions.", EXAMPLES)
-    made.add_argument("--mode", choices=["interactive", "batch"], help="default: batch where --input_file is given")
-    made.add_argument("--input_file", type=Path, metavar="F", help="questions: .txt (one a line) or .jsonl (one a row)")
-    made.add_argument("--output_file", type=Path, metavar="F", help="answers: .txt or .jsonl")
-    made.add_argument("--adapters", type=Path, metavar="DIR", help="an adapter (default: the newest run's)")
-    made.add_argument("--base", action="store_true", help="the base model alone")
-    made.add_argument("--merged", type=Path, metavar="DIR", help="a folder of merged weights")
-    made.add_argument("--system", metavar="TEXT", help="system text (default: the one the run was trained with)")
-    return made
+    flags = console.parser("Chat with a model, or answer a file of questions.", EXAMPLES)
+    flags.add_argument("--mode", choices=["interactive", "batch"], help="default: batch where --input_file is given")
+    flags.add_argument("--input_file", type=Path, metavar="F", help="questions: .txt (lines) or .jsonl (rows)")
+    flags.add_argument("--output_file", type=Path, metavar="F", help="answers: .txt or .jsonl")
+    flags.add_argument("--adapters", type=Path, metavar="DIR", help="an adapter (default: the newest run's)")
+    flags.add_argument("--base", action="store_true", help="the base model alone")
+    flags.add_argument("--merged", type=Path, metavar="DIR", help="a folder of merged weights")
+    flags.add_argument("--system", metavar="TEXT", help="system text (default: the one the run was trained with)")
+    return flags
 
 
 def main(args: argparse.Namespace) -> dict[str, Any] | None:
@@ -45,43 +45,43 @@ def main(args: argparse.Namespace) -> dict[str, Any] | None:
         Path(args.config), args.set, adapters=args.adapters, merged=args.merged, base=args.base,
         is_default=args.config == console.default_config(), root=root,
     )  # fmt: skip
-    system = args.system if args.system is not None else load.expected(target.config, target.folder, root)
+    system = args.system if args.system is not None else load.system_text(target.config, target.folder, root)
     requests = batch_io.read(args.input_file, system) if batch else []
-    from sft.generation import load
-
     adapter, merged = (None, None) if args.base else (target.adapter, target.merged)
-    served = load.open_model(
-        target.config, adapter=adapter, merged=merged, root=root, low_memory=None if batch else "4bit"
-    )
+    low_memory = None if batch else "4bit"
+    loaded = load.open_model(target.config, adapter=adapter, merged=merged, root=root, low_memory=low_memory)
     if not batch:
-        return chat(served, target.config.generation, system, root)
+        return chat(loaded, target.config.generation, system, root)
     with console.progress("answering") as advance:
-        answers = load.answer_all(served, [one.row for one in requests], target.config, advance)
+        answers = load.answer_all(loaded, [request.row for request in requests], target.config, advance)
     batch_io.write(args.output_file, requests, answers)
-    stopped = sum(answer.stopped for answer in answers if answer is not None)
-    asked = sum(answer is not None for answer in answers)
-    console.say(f"{asked} answers in {args.output_file}; {stopped} stopped by themselves")
-    return {"rows": asked, "stopped": stopped, "output_file": str(args.output_file)}
+    written = [answer for answer in answers if answer is not None]
+    stopped = sum(answer.stopped for answer in written)
+    console.say(f"{len(written)} answers in {args.output_file}; {stopped} stopped by themselves")
+    return {"rows": len(written), "stopped": stopped, "output_file": str(args.output_file)}
 
 
-def chat(served: Any, settings: Any, system: str | None, root: Path) -> None:
+def chat(loaded: Any, settings: Any, system: str | None, root: Path) -> None:
     """The conversation, until /exit."""
-    from sft.generation.chat import ChatSession, MarkdownView, on_terminal, reader
+    from sft.generation.chat import ChatSession, line_reader, on_terminal
 
-    def side_by_side(base: str, tuned: str) -> None:
-        console.table("", ["base", "tuned"], [[base, tuned]])
+    def markdown(text: str) -> None:
+        from rich.markdown import Markdown
+
+        console.out().print(Markdown(text), soft_wrap=False)
 
     session = ChatSession(
-        served.stream, console.write, settings=settings, system=system, save_path=root / "outputs" / "chat.jsonl",
-        count_tokens=lambda messages: len(served.encoder.prompt(messages)),
-        base=served.stream_base if served.adapted else None, side_by_side=side_by_side,
-        view=(lambda: MarkdownView(console.out())) if on_terminal() else None,
+        loaded.stream, console.write, settings=settings, system=system, save_path=root / "outputs" / "chat.jsonl",
+        count_tokens=lambda messages: len(loaded.encoder.prompt(messages)),
+        base=loaded.stream_base if loaded.adapted else None,
+        side_by_side=lambda base, tuned: console.table("", ["base", "tuned"], [[base, tuned]]),
+        markdown=markdown if on_terminal() else None,
     )  # fmt: skip
-    name = str(served.name).removeprefix(f"{console.project_root()}/")
-    console.say(f"{name} on {served.device}; /help lists the commands")
+    name = str(loaded.name).removeprefix(f"{root}/")
+    console.say(f"{name} on {loaded.device}; /help lists the commands")
     if system:
         console.say(f"system: {system}")
-    session.run(reader(root / "outputs" / ".chat_history"))
+    session.run(line_reader(root / "outputs" / ".chat_history"))
 
 
 if __name__ == "__main__":

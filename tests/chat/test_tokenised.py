@@ -16,7 +16,7 @@ from sft.chat import dataset
 from sft.chat.dataset import RunLedger, Split, Tokenised, Tokeniser, fingerprint
 from sft.chat.encode import Encoded
 from sft.data import rows, store
-from sft.generation.load import shared_by
+from sft.generation.load import shared_system_text
 from sft.training import rows as training_rows
 from tests.chat import words
 from tests.chat.making import all_of, named
@@ -46,7 +46,7 @@ def encoder(**more: Any) -> Any:
 
 
 def start(made: Any, path: Path, cache: Path | None) -> Split:
-    return Tokeniser(made, cache)(path, files.sha256(path), about=shared_by)
+    return Tokeniser(made, cache)(path, files.sha256(path), about=shared_system_text)
 
 
 def entry_of(cache: Path) -> Path:

@@ -9,7 +9,7 @@ import pytest
 
 from sft.errors import DataError
 from sft.generation import batch_io
-from sft.generation.engine import Answer
+from sft.generation.stop import Answer
 
 
 def rows_of(path: Path, system: str | None = None) -> list[object]:

@@ -13,8 +13,8 @@ import pytest
 
 from sft.config.schema import GenerationSection
 from sft.errors import DataError, ModelError
-from sft.generation.chat import ChatSession, MarkdownView, finished, harmless, last_conversation, reader
-from sft.generation.engine import Answer
+from sft.generation.chat import ChatSession, last_conversation, line_reader, printable
+from sft.generation.stop import Answer
 
 
 class Scripted:
@@ -86,9 +86,9 @@ def test_reset_and_system_start_over(tmp_path: Path) -> None:
     assert session.system is None
 
 
-def test_retry_asks_again_with_another_attempt_and_undo_takes_back(tmp_path: Path) -> None:
+def test_retry_answers_again_with_another_attempt_and_undo_removes(tmp_path: Path) -> None:
     said, session, model = chat(tmp_path, "/retry", "/undo", "one", "two", "/retry", "/retry", "/undo", "three")
-    assert said.startswith("(there is no question to answer again)\n(there is nothing to take back)\n")
+    assert said.startswith("(there is no question to answer again)\n(there is nothing to remove)\n")
     assert "greedy: the answer will be the same" in said
     assert [(len(messages), attempt) for messages, _, attempt in model.asked] == [
         (1, 0), (3, 0), (3, 1), (3, 2), (3, 0),
@@ -105,7 +105,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(tmp_path: Path) -> None:
     assert model.closed == 2
 
 
-def test_an_error_is_told_and_the_question_taken_back(tmp_path: Path) -> None:
+def test_an_error_is_shown_and_its_question_removed(tmp_path: Path) -> None:
     model = Scripted()
     model.fail = True
     said, session, _ = chat(tmp_path, "one", "/help", model=model)
@@ -118,7 +118,7 @@ def test_settings_are_checked_and_sampling_follows_from_a_temperature(tmp_path: 
         tmp_path, "/set temperature 0.4", "one", "/set temperature -1", "/set heat 3", "/set top_k x", "/set"
     )
     assert (model.asked[0][1].temperature, model.asked[0][1].do_sample) == (0.4, True)
-    assert "temperature = 0.4 (answers are drawn now)" in said
+    assert "temperature = 0.4 (answers are sampled now)" in said
     assert "temperature: Input should be greater than 0" in said and "/set takes one of max_new_tokens" in said
     assert session.settings.temperature == 0.4
 
@@ -133,14 +133,14 @@ def test_a_conversation_is_saved_as_a_row_and_loaded_again(tmp_path: Path) -> No
     assert "(loaded 4 turns)" in chat(tmp_path, "/load")[0]  # where /save writes unless told
     said, session, model = chat(tmp_path, f"/load {other}", "three", "/load nowhere.jsonl", "/save /proc/no/file")
     assert session.system == "S" and len(model.asked[0][0]) == 6
-    assert "no saved conversation there" in said and "cannot be written" in said
+    assert "no saved conversation in this file" in said and "cannot be written" in said
 
 
-def test_tokens_are_counted_and_lines_can_go_on(tmp_path: Path) -> None:
+def test_tokens_are_counted_and_a_backslash_continues_a_line(tmp_path: Path) -> None:
     said, session, _ = chat(
         tmp_path, "/tokens", "one\\", "two", "/tokens", count_tokens=lambda m: sum(len(x["content"]) for x in m)
     )
-    assert said == "(nothing was said yet)\nanswer 1.0\n17 tokens in 2 turns\n"
+    assert said == "(the conversation is empty)\nanswer 1.0\n17 tokens in 2 turns\n"
     assert session.turns[0]["content"] == "one\ntwo"
 
 
@@ -158,18 +158,18 @@ def test_a_pipe_of_odd_bytes_is_read_and_a_closed_one_is_the_end(
     odd = io.TextIOWrapper(io.BytesIO(b"caf\xe9\n/exit\n"), encoding="utf-8", errors="surrogateescape")
     monkeypatch.setattr("sys.stdin", odd)
     session, model = chat(tmp_path)[1:]
-    session.run(reader(tmp_path / "history"))
+    session.run(line_reader(tmp_path / "history"))
     assert model.asked[0][0][-1]["content"] == "caf\ufffd"
     monkeypatch.setattr("sys.stdin", None)
-    session.run(reader(tmp_path / "history"))
+    session.run(line_reader(tmp_path / "history"))
     assert len(model.asked) == 1
 
 
 def test_an_answer_cannot_steer_the_terminal() -> None:
-    assert harmless("a\x1b[2Jb\r\x07\n\tc\x9b") == "a[2Jb\n\tc"
+    assert printable("a\x1b[2Jb\r\x07\n\tc\x9b") == "a[2Jb\n\tc"
 
 
-def test_base_and_tuned_are_compared_and_the_conversation_stays(tmp_path: Path) -> None:
+def test_base_and_tuned_are_compared_outside_of_the_conversation(tmp_path: Path) -> None:
     asked: list[list[dict[str, Any]]] = []
     shown: list[tuple[str, str]] = []
 
@@ -182,35 +182,44 @@ def test_base_and_tuned_are_compared_and_the_conversation_stays(tmp_path: Path) 
         tmp_path, "/compare", "one", "/compare", "/compare other?", base=base,
         side_by_side=lambda *sides: shown.append(sides),
     )  # fmt: skip
-    assert said.startswith("(nothing was asked yet)\n")
+    assert said.startswith("(there is no question)\n")
     assert shown == [("of the base", "answer 1.0"), ("of the base", "answer 3.0")]
     assert [messages[-1]["content"] for messages in asked] == ["one", "other?"] and len(session.turns) == 2
     assert "no adapter to compare" in chat(tmp_path, "one", "/compare")[0]
 
 
-def test_the_speed_is_told(tmp_path: Path) -> None:
+def test_the_speed_is_shown_after_an_answer(tmp_path: Path) -> None:
     def answer(messages: list[dict[str, Any]], settings: GenerationSection, attempt: int) -> Any:
         yield "words"
         return Answer([], "words", True, 7)
 
     said = chat(tmp_path, "one", model=answer)[0]  # type: ignore[arg-type]
-    assert re.fullmatch(r"words\n\(7 tokens, [0-9.]+ a second\)\n", said)
+    assert re.fullmatch(r"words\n\(7 tokens, [0-9.]+ tokens/s\)\n", said)
 
 
-def test_finished_blocks_end_at_blank_lines_but_not_in_code() -> None:
-    assert finished("one\n\ntwo") == ("one\n\n", "two")
-    assert finished("one\ntwo") == ("", "one\ntwo")
-    assert finished("```\na\n\nb\n") == ("", "```\na\n\nb\n")
-    assert finished("```\na\n\nb\n```\n\nc") == ("```\na\n\nb\n```\n\n", "c")
+RAW = "1. 1. 1. 2.\n<div>x</div> <!-- --> <think>hm</think> __init__.py\nsingle\nline breaks"
 
 
-def test_an_answer_streams_to_a_terminal_as_markdown() -> None:
-    from rich.console import Console
+def verbatim(messages: list[dict[str, Any]], settings: GenerationSection, attempt: int) -> Iterator[str]:
+    yield from (RAW[at : at + 7] for at in range(0, len(RAW), 7))
 
-    file = io.StringIO()
-    with MarkdownView(Console(file=file, force_terminal=True, width=40, color_system=None)) as view:
-        for piece in ("# Ti", "tle\n\n- on", "e\n- **two**\n\n```\ncode\n", "```\n"):
-            view.write(piece)
-    said = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", file.getvalue())
-    assert "Title" in said and "# Title" not in said and "**" not in said
-    assert " • one" in said and "code" in said and "```" not in said
+
+def test_an_answer_is_shown_exactly_as_the_model_wrote_it(tmp_path: Path) -> None:
+    output, session, _ = chat(tmp_path, "one", model=verbatim)  # type: ignore[arg-type]
+    assert output == RAW + "\n" and session.turns[-1]["content"] == RAW
+
+
+def test_markdown_is_a_switch_for_finished_answers(tmp_path: Path) -> None:
+    rendered: list[str] = []
+    output, session, _ = chat(
+        tmp_path,
+        "/markdown",
+        "one",
+        "/markdown",
+        "two",
+        model=verbatim,
+        markdown=rendered.append,  # type: ignore[arg-type]
+    )
+    assert rendered == [RAW] and output.count("<div>") == 1
+    assert [turn["content"] for turn in session.turns if turn["role"] == "assistant"] == [RAW, RAW]
+    assert "Markdown needs a terminal" in chat(tmp_path, "/markdown")[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,9 @@ from sft.config.schema import GenerationSection
 from sft.errors import EnvironmentProblem
 from sft.generation import engine
 from sft.generation.engine import stream
+from sft.generation.stop import Answer
 from sft.step import attention
+from tests.generation.test_stop import Stops
 
 TEXTS = [
     "What is the capital of France?",
@@ -26,12 +27,6 @@ TEXTS = [
     "the lazy dog",
 ]
 GREEDY = GenerationSection(max_new_tokens=24)
-
-
-@dataclass(frozen=True)
-class Ends:
-    ids: frozenset[int] = frozenset()
-    strings: tuple[str, ...] = ()
 
 
 def opened(folder: Path, **kwargs: Any) -> tuple[Any, Any, list[list[int]]]:
@@ -47,7 +42,7 @@ def qwen2(tiny_qwen2: Path) -> tuple[Any, Any, list[list[int]]]:
 
 
 # of the tokens that random weights like, so that some answers stop and some do not
-SOME = Ends(frozenset(range(3, 400, 9)))
+SOME = Stops(frozenset(range(3, 400, 9)))
 
 
 def by_hand(model: Any, ids: list[int], ends: frozenset[int], most: int) -> list[int]:
@@ -91,10 +86,12 @@ def test_the_padding_free_attention_of_training_answers_alike(qwen2: Any, tiny_q
 
 def test_stop_strings_end_answers_wherever_they_stand(qwen2: Any) -> None:
     model, tokenizer, prompts = qwen2
-    free = engine.generate(model, tokenizer, prompts, GREEDY, Ends(), batch_size=4)
+    free = engine.generate(model, tokenizer, prompts, GREEDY, Stops(), batch_size=4)
     assert not any(answer.stopped for answer in free)
     string = free[0].text[3:6]
-    got = engine.generate(model, tokenizer, prompts, GREEDY.model_copy(update={"stop": [string]}), Ends(), batch_size=4)
+    got = engine.generate(
+        model, tokenizer, prompts, GREEDY.model_copy(update={"stop": [string]}), Stops(), batch_size=4
+    )
     assert [answer.text for answer in got] == [answer.text.split(string)[0] for answer in free]
     assert [answer.stopped for answer in got] == [string in answer.text for answer in free]
     assert got[0].tokens < free[0].tokens
@@ -105,11 +102,11 @@ def test_drawing_is_seeded_and_leaves_the_random_state_alone(qwen2: Any) -> None
     drawn = GenerationSection(max_new_tokens=16, do_sample=True, temperature=1.5, top_p=1.0, top_k=0, seed=7)
     torch.manual_seed(123)
     before = torch.get_rng_state()
-    first = engine.generate(model, tokenizer, prompts, drawn, Ends(), batch_size=4)
+    first = engine.generate(model, tokenizer, prompts, drawn, Stops(), batch_size=4)
     assert torch.equal(torch.get_rng_state(), before)
-    assert first == engine.generate(model, tokenizer, prompts, drawn, Ends(), batch_size=4)
+    assert first == engine.generate(model, tokenizer, prompts, drawn, Stops(), batch_size=4)
     other = drawn.model_copy(update={"seed": 8})
-    assert first != engine.generate(model, tokenizer, prompts, other, Ends(), batch_size=4)
+    assert first != engine.generate(model, tokenizer, prompts, other, Stops(), batch_size=4)
 
 
 def test_the_models_own_generation_config_does_not_speak(qwen2: Any) -> None:
@@ -181,9 +178,9 @@ def test_when_memory_runs_out_the_batch_is_halved_and_nothing_is_lost(tiny_qwen2
 def test_a_prompt_too_long_loses_its_oldest_tokens_and_says_how_many(tiny_gpt2: Path) -> None:
     model, tokenizer, prompts = opened(tiny_gpt2)
     long = (prompts[2] * 40)[:600]
-    answers = engine.generate(model, tokenizer, [long, prompts[0]], GREEDY, Ends(), batch_size=2)
+    answers = engine.generate(model, tokenizer, [long, prompts[0]], GREEDY, Stops(), batch_size=2)
     assert [answer.truncated for answer in answers] == [600 - (512 - 24), 0]
-    assert answers[0].ids == engine.generate(model, tokenizer, [long[-488:]], GREEDY, Ends(), batch_size=1)[0].ids
+    assert answers[0].ids == engine.generate(model, tokenizer, [long[-488:]], GREEDY, Stops(), batch_size=1)[0].ids
 
 
 def test_streaming_gives_the_same_text_in_pieces(qwen2: Any) -> None:
@@ -209,12 +206,12 @@ def test_streaming_decodes_each_token_a_few_times_however_long_the_answer_is(qwe
             return str(tokenizer.decode(ids, **kwargs))
 
     settings = GenerationSection(max_new_tokens=400)
-    pieces, answer = drained(stream(model, Counting(), prompts[0], settings, Ends()))
+    pieces, answer = drained(stream(model, Counting(), prompts[0], settings, Stops()))
     assert "".join(pieces) == answer.text and answer.tokens == 400
     assert sum(decoded) < 20 * answer.tokens
 
 
-def drained(generator: Any) -> tuple[list[str], engine.Answer]:
+def drained(generator: Any) -> tuple[list[str], Answer]:
     pieces = []
     while True:
         try:
@@ -228,7 +225,7 @@ def test_a_stream_that_is_closed_stops_the_model(tiny_qwen2: Path) -> None:
     model.train()
     calls: list[int] = []
     model.register_forward_pre_hook(lambda *_: calls.append(1))
-    pieces = stream(model, tokenizer, prompts[0], GenerationSection(max_new_tokens=900), Ends())
+    pieces = stream(model, tokenizer, prompts[0], GenerationSection(max_new_tokens=900), Stops())
     next(pieces)
     pieces.close()
     assert len(calls) < 400
@@ -243,4 +240,4 @@ def test_an_error_in_the_model_reaches_who_reads_the_stream(tiny_qwen2: Path) ->
 
     model.register_forward_pre_hook(broken)
     with pytest.raises(ValueError, match="broken on purpose"):
-        next(stream(model, tokenizer, prompts[0], GREEDY, Ends()))
+        next(stream(model, tokenizer, prompts[0], GREEDY, Stops()))

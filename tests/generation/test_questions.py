@@ -86,9 +86,9 @@ def test_what_is_too_long_loses_examples_and_turns_first_and_it_is_said(
     caplog.set_level("WARNING", logger="sft")
     row = conversation("first " * 200, "1", "second " * 200, "2", "last", "3")
     (question,) = questions(served, [row], config(project, "generation.max_new_tokens=700", "eval.shots=2"), project)
-    assert question.turns_lost == 4 and text(served, question.ids).count("<|im_start|>user") == 1
+    assert question.turns_removed == 4 and text(served, question.ids).count("<|im_start|>user") == 1
     assert text(served, question.ids).count("last") == 1
-    assert "1 prompts are too long for the model: they lost their oldest 4 turns" in caplog.text
+    assert "1 prompts are too long for the model: their oldest 4 turns were removed" in caplog.text
 
 
 def test_several_right_answers_and_tags_reach_the_scores(project: Path, served: load.LoadedModel) -> None:
@@ -98,7 +98,7 @@ def test_several_right_answers_and_tags_reach_the_scores(project: Path, served: 
     assert [one.options for one in asked] == [["ref", "else"]] * 3 + [["ref"]]
     answers = load.answer_all(served, rows, config(project))
     told = [replace(answer, text="else") for answer in answers if answer is not None]
-    found = evaluate.scored(asked, told, config(project), project)
+    found = evaluate.score_answers(asked, told, config(project), project)
     assert found.metrics["exact_match"] == 0.75
     assert {tag: (values["rows"], values["exact_match"]) for tag, values in found.by_tag.items()} == {
         "even": (2, 1.0), "other": (1, 0.0),

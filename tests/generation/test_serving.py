@@ -19,8 +19,6 @@ from sft.data import store
 from sft.errors import DataError, ModelError, RunError
 from sft.generation import decode, engine, evaluate
 from sft.generation import load as serving
-from sft.generation import load as system_text
-from sft.generation import load as targets
 from sft.generation.engine import truncate_prompt
 from sft.generation.evaluate import questions
 from sft.model import hardware
@@ -37,8 +35,8 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_qwen2: Path) -> Path:
     return root
 
 
-def chosen(root: Path, *sets: str, **kwargs: Any) -> targets.Target:
-    return targets.resolve_model(root / "configs" / "run_bnb.yaml", list(sets), is_default=True, root=root, **kwargs)
+def chosen(root: Path, *sets: str, **kwargs: Any) -> serving.Target:
+    return serving.resolve_model(root / "configs" / "run_bnb.yaml", list(sets), is_default=True, root=root, **kwargs)
 
 
 def rows_of(root: Path, split: str = "test") -> list[dict[str, Any]]:
@@ -80,7 +78,7 @@ def test_the_loss_is_the_mean_over_labelled_tokens(project: Path) -> None:
         labels = torch.tensor(encoded.labels[1:])
         total += float(torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum"))
         count += int((labels != -100).sum())
-    assert evaluate.losses(served, rows, target.config)["loss"] == pytest.approx(total / count, rel=1e-5)
+    assert evaluate.losses(served, rows, target.config)[0]["loss"] == pytest.approx(total / count, rel=1e-5)
 
 
 def test_a_conversation_too_long_loses_its_oldest_turns(project: Path) -> None:
@@ -91,7 +89,7 @@ def test_a_conversation_too_long_loses_its_oldest_turns(project: Path) -> None:
     ]
     messages = [{"role": "system", "content": "S"}, *turns, {"role": "user", "content": "last"}]
     ids, lost = served.prompt(messages, target.config.generation)
-    room = engine.prompt_room(served.model, target.config.generation, "causal")
+    room = engine.max_prompt_tokens(served.model, target.config.generation, "causal")
     assert room == 512 and len(ids) <= room and 0 < lost < 12
     text = served.tokenizer.decode(ids)
     assert "<|im_start|>system\nS<|im_end|>" in text and "last" in text
@@ -112,7 +110,7 @@ def test_chat_batch_evaluation_and_training_give_the_same_text(
     chat = ["".join(served.stream(records.messages(row)[:-1], config.generation)) for row in rows]
     measured = [sample["prediction"] for sample in evaluate.evaluate(served, rows, config, root).samples]
     assert len(set(batch)) > 1 and batch == chat == measured
-    room = engine.prompt_room(served.model, config.generation, "causal")
+    room = engine.max_prompt_tokens(served.model, config.generation, "causal")
     asked = questions(lambda row: truncate_prompt(served.encoder, row, room), rows, config, root)
     training = Answers(config, root, served.tokenizer, served.encoder, asked, "causal")
     training(served.model.train())
@@ -202,7 +200,7 @@ def test_settings_come_from_the_run_the_config_and_set_in_that_order(project: Pa
     )
 
     def settings(*sets: str, default: bool = False) -> Any:
-        return targets.resolve_model(mine, list(sets), is_default=default, root=project).config
+        return serving.resolve_model(mine, list(sets), is_default=default, root=project).config
 
     named = settings("generation.top_k=3")
     assert (named.generation.max_new_tokens, named.generation.top_k) == (5, 3)
@@ -231,7 +229,7 @@ def test_without_a_run_only_the_base_can_be_had(tmp_path: Path, tiny_qwen2: Path
     assert (base.name, base.tuned, base.run) == ("base", False, None)
     for flags, said in [
         ({"adapters": tmp_path}, "there is no adapter in"),
-        ({"merged": tmp_path / "x"}, "is not there"),
+        ({"merged": tmp_path / "x"}, "there is no model folder"),
         ({"adapters": tmp_path, "merged": tmp_path}, "name two models"),
     ]:
         with pytest.raises(ModelError, match=said):
@@ -241,16 +239,16 @@ def test_without_a_run_only_the_base_can_be_had(tmp_path: Path, tiny_qwen2: Path
 def test_the_system_text_that_all_training_rows_share_is_the_default(project: Path, tmp_path: Path) -> None:
     config = chosen(project).config
     adapter = project / "adapters" / "tiny"
-    assert system_text.expected(config, adapter, project) == tiny_runs.SYSTEM
+    assert serving.system_text(config, adapter, project) == tiny_runs.SYSTEM
     rows = tiny_runs.rows(2)
-    assert system_text.shared_by([rows[0], {**rows[1], "system": "else"}]) is None
-    assert system_text.shared_by([rows[0], {**rows[1], "system": ""}]) is None
-    assert system_text.shared_by([]) is None
+    assert serving.shared_system_text([rows[0], {**rows[1], "system": "else"}]) is None
+    assert serving.shared_system_text([rows[0], {**rows[1], "system": ""}]) is None
+    assert serving.shared_system_text([]) is None
     (tmp_path / "serving.json").write_text('{"system": "told"}')
-    assert system_text.expected(config, tmp_path, project) == "told"
+    assert serving.system_text(config, tmp_path, project) == "told"
     (tmp_path / "serving.json").write_text("[")
     with pytest.raises(ModelError, match="not a JSON object"):
-        system_text.expected(config, tmp_path, project)
+        serving.system_text(config, tmp_path, project)
 
 
 def test_a_row_without_an_answer_cannot_be_scored(project: Path) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from sft.errors import ConfigError
-from sft.metrics import score
 from sft.metrics.scoring import compiled, form
-from sft.metrics.text import of, places
+from sft.metrics.text import rows_by_tag, tags_of
+from tests.metrics.helpers import score
 
 
 @pytest.mark.parametrize(
@@ -32,6 +32,6 @@ def test_adherence_is_to_the_pattern_or_to_the_form_of_a_reference() -> None:
 
 
 def test_a_row_counts_for_each_of_its_tags() -> None:
-    tags = [of({"tags": ["a", "b"], "category": "b"}), of({"tag": "a"}), of({"tags": None, "tag": " "})]
+    tags = [tags_of({"tags": ["a", "b"], "category": "b"}), tags_of({"tag": "a"}), tags_of({"tags": None, "tag": " "})]
     assert tags == [["a", "b"], ["a"], []]
-    assert places(tags) == {"a": [0, 1], "b": [0]}
+    assert rows_by_tag(tags) == {"a": [0, 1], "b": [0]}

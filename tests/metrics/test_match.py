@@ -6,7 +6,8 @@ from decimal import Decimal
 
 import pytest
 
-from sft.metrics import score, scoring
+from sft.metrics import scoring
+from tests.metrics.helpers import score
 
 
 def one(name: str, prediction: str, *references: str) -> float:

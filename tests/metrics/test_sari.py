@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
 from sft.errors import DataError
-from sft.metrics import score, score_rows
+from sft.metrics import score_rows
+from tests.metrics.helpers import score
 
 REFERENCES = [
     "About 95 species are currently known.",

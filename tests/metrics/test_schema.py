@@ -40,7 +40,7 @@ def test_a_schema_file_is_checked_when_it_is_read(tmp_path: Path) -> None:
     good.write_text(json.dumps(SCHEMA))
     broken.write_text("{")
     wrong.write_text('{"type": "thing"}')
-    assert scoring.load(good) == SCHEMA
+    assert scoring.read_schema(good) == SCHEMA
     for path, said in [(broken, "one JSON object"), (wrong, "not a JSON schema"), (tmp_path / "no.json", "cannot be")]:
         with pytest.raises(ConfigError, match=said):
-            scoring.load(path)
+            scoring.read_schema(path)

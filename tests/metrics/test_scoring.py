@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from sft.errors import ConfigError, DataError, EnvironmentProblem
-from sft.metrics import best_constant, check_names, greater_is_better, predictions, score, score_rows, text_stats
+from sft.metrics import check_names, constant_baseline, greater_is_better, score_rows, text_stats
+from tests.metrics.helpers import score
 
 
 def test_an_unknown_name_gets_the_nearest_one() -> None:
@@ -64,11 +65,11 @@ def test_the_statistics_of_answers() -> None:
 def test_the_best_constant_answer() -> None:
     training = ["yes", "no", "yes", "the order has been sent", "the order has been sent today"]
     references = ["the order has been sent", "the order has been lost", "the order has been kept", "no", "no"]
-    best = best_constant(training, references)
+    best = constant_baseline(training, references)
     assert best is not None
     assert best.answer == "the order has been sent"
     assert best.scores == pytest.approx({"rougeL": (1 + 0.8 + 0.8) / 5, "exact_match": 0.4})
-    assert best_constant([], references) is None
+    assert constant_baseline([], references) is None
 
 
 def test_another_library_is_asked_by_name() -> None:
@@ -102,37 +103,3 @@ def test_a_metric_of_evaluate_scores_our_answers(tmp_path: Path) -> None:
     name = f"evaluate:{tmp_path / 'longer.py'}"
     got = score_rows([name], ["aa", "b"], [["a"], ["bb"]])
     assert (got.means[name], got.rows[name]) == (0.5, [1.0, 0.0])
-
-
-def test_a_predictions_file_is_read_with_the_line_of_every_fault(tmp_path: Path) -> None:
-    path = tmp_path / "answers.jsonl"
-    path.write_text(
-        '{"prediction": "a", "reference": ["a", "b"], "source": "q"}\n\n{"prediction": "", "reference": "c"}\n'
-    )
-    answers = predictions.read(path)
-    assert (answers.predictions, answers.references, answers.sources) == (["a", ""], [["a", "b"], ["c"]], None)
-    for line, said in [
-        ("{", "not JSON"),
-        ("[1]", "not a JSON object"),
-        ('{"prediction": "a"}', '"reference" is missing'),
-        ('{"prediction": 4, "reference": "a"}', '"prediction" is int'),
-    ]:
-        path.write_text('{"prediction": "a", "reference": "b"}\n' + line)
-        with pytest.raises(DataError, match=said) as error:
-            predictions.read(path)
-        assert error.value.where == f"{path}:2"
-
-
-def test_a_file_is_scored_by_tag_too(tmp_path: Path) -> None:
-    path = tmp_path / "answers.jsonl"
-    path.write_text(
-        '{"prediction": "a", "reference": ["b", "a"], "category": "x"}\n'
-        '{"prediction": "b", "reference": "c", "tag": "x"}\n'
-        '{"prediction": "c", "reference": "c", "tags": ["y"]}\n'
-    )
-    found = predictions.score_file(path, ["exact_match", "bleu"], strict=True)
-    assert (found.rows, found.metrics["exact_match"]) == (3, pytest.approx(2 / 3))
-    alone = score(["bleu"], ["a", "b"], [["b", "a"], ["c"]])["bleu"]  # of the tag's rows as a corpus
-    assert found.by_tag == {
-        "x": {"rows": 2, "exact_match": 0.5, "bleu": alone}, "y": {"rows": 1, "exact_match": 1.0, "bleu": 0.0},
-    }  # fmt: skip

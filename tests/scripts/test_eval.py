@@ -83,7 +83,7 @@ def test_what_cannot_be_evaluated_is_told_at_once(command: Command, tmp_path: Pa
     no_run = command("eval", SFT_ROOT=str(tmp_path))
     assert no_run.returncode == 2 and "make train" in no_run.stderr
     gone = command("eval", "--adapters", "adapters/none", SFT_ROOT=str(tmp_path))
-    assert gone.returncode == 2 and "adapter folder adapters/none is not there" in gone.stderr
+    assert gone.returncode == 2 and "there is no adapter folder adapters/none" in gone.stderr
     broken = command("eval", "--predictions", "configs/run_bnb.yaml", SFT_ROOT=str(tmp_path), cwd=tmp_path)
     assert broken.returncode == 2 and "run_bnb.yaml:2" in broken.stderr
     no_split = command("eval", "--set", "data.processed_dir=elsewhere", SFT_ROOT=str(project))

@@ -61,7 +61,7 @@ def test_what_cannot_be_answered_is_told(command: Command, project: Path, tmp_pa
         (["--mode", "batch"], "needs --input_file and --output_file"),
         (["--input_file", "nowhere.txt", "--output_file", "a.txt"], "no such input file"),
         (["--input_file", "q.jsonl", "--output_file", "a.txt"], "q.jsonl:2"),
-        (["--merged", "nowhere"], "the model folder nowhere is not there"),
+        (["--merged", "nowhere"], "there is no model folder nowhere"),
     ]
     for flags, said in cases:
         done = command("infer", *flags, SFT_ROOT=str(project))

@@ -15,6 +15,7 @@ from sft.errors import EnvironmentProblem
 from sft.generation import engine
 from sft.step.step import CarefulOptimizer
 from sft.training import checkpoint
+from tests.generation.test_stop import Stops
 from tests.training import bench
 
 STEPS = 6
@@ -106,7 +107,7 @@ def _answers(model: Any, folder: Path) -> dict[str, float]:
     """Three answers as one number, so that they can be compared in the log."""
     prompts, settings = [[20, 21, 22], [23, 24], [30, 31, 32, 33]], GenerationSection(max_new_tokens=5)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    made = engine.generate(model, tokenizer, prompts, settings, engine.AnyEnds(frozenset(), ()), batch_size=3)
+    made = engine.generate(model, tokenizer, prompts, settings, Stops(), batch_size=3)
     ids = [token for answer in made for token in answer.ids]
     return {"answers": float(sum(place * token for place, token in enumerate(ids, 1)))}
 

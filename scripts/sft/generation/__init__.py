@@ -1,5 +1,3 @@
-"""Answers from a model: one engine for eval, infer, compare and evaluation while training.
-
-`engine` generates in batches, `streaming` piece by piece for a chat, `stopping` knows where an answer ends, `serving`
-opens a run's model, `evaluation` scores it on rows, `chat_session` is the chat without its terminal.
-"""
+"""Answers from a model, the same in evaluation, chat, batches and training: `engine` generates them, `decode` is the
+loop behind it, `stop` ends them; `load` opens a run's model, `evaluate` scores it on rows, `chat` and `batch_io` are
+the two ways to talk with it."""

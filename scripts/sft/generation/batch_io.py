@@ -1,4 +1,4 @@
-"""Questions from a file, and answers into one: a line a question in a .txt, a row a question in a .jsonl."""
+"""Questions from a file and answers into a file: a line each in a .txt, a row each in a .jsonl."""
 
 from __future__ import annotations
 
@@ -6,60 +6,58 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sft import files
 from sft.data import rows
 from sft.errors import DataError
-from sft.metrics import text as lines
-
-if TYPE_CHECKING:
-    from sft.generation.engine import Answer
-
+from sft.generation.stop import Answer
+from sft.metrics import predictions
 
 Row = dict[str, Any]
-_KEYS = ("user", "prompt", "question", "instruction")
+_QUESTION_KEYS = ("user", "prompt", "question", "instruction")
+_REFERENCE_KEYS = ("reference", "assistant", "answer", "completion", "response", "output", "target")
 _SHAPE = "a row has messages, user, prompt, question, instruction or input"
 
 
 @dataclass(frozen=True)
 class Request:
-    """One question: the row that the encoder takes (None: an empty line), what was asked, and the row as given."""
+    """One question: the row for the encoder (None: an empty line), the question's text, and the row of the file."""
 
     row: Row | None
     source: str
-    given: Row
+    original: Row
 
 
 def read(path: Path, system: str | None) -> list[Request]:
-    """The questions of a .txt or .jsonl file. `system` stands before those that have no system text of their own.
+    """The questions of a .txt or .jsonl file. `system` precedes those without a system text of their own.
 
     Raises DataError (file:line) for a missing, empty or unreadable file, and for a row with no question in it.
     """
     kind = path.suffix.lower()
     if kind not in (".txt", ".jsonl"):
         raise DataError(f"{path.name} is neither .txt nor .jsonl", where="--input_file", fix="rename or convert it")
-    text = lines.text_of(path, "input file").replace("\r\n", "\n").removesuffix("\n")
+    text = predictions.read_text(path, "input file").replace("\r\n", "\n").removesuffix("\n")
     if not text.strip():
-        raise DataError("the input file is empty", where=str(path), fix="put a question on a line")
-    if kind == ".txt":
-        asked = text.split("\n")
-        return [_request({"user": line}, system, "") if line.strip() else Request(None, "", {}) for line in asked]
-    return [_request(row, system, where) for row, where in lines.rows(text, path, _SHAPE)]
+        raise DataError("the input file is empty", where=str(path), fix="write one question a line")
+    if kind == ".jsonl":
+        return [_request(row, system, where) for row, where in predictions.json_rows(text, path, _SHAPE)]
+    lines = text.split("\n")
+    return [_request({"user": line}, system, "") if line.strip() else Request(None, "", {}) for line in lines]
 
 
 def _request(row: Row, system: str | None, where: str) -> Request:
     if "messages" in row:
         return _conversation(row, system, where)
-    key = next((key for key in _KEYS if isinstance(row.get(key), str)), None)
-    if key is None:
-        if isinstance(row.get("input"), str):
-            return Request({"input": row["input"], "target": ""}, row["input"], row)
+    key = next((key for key in _QUESTION_KEYS if isinstance(row.get(key), str)), None)
+    extra = row["input"] if isinstance(row.get("input"), str) else None
+    if key is None and extra is None:
         raise DataError(f"no question in this row (it has {', '.join(row) or 'nothing'})", where=where, fix=_SHAPE)
-    asked = row[key]
-    if key == "instruction" and isinstance(row.get("input"), str) and row["input"].strip():
-        asked = f"{asked}\n\n{row['input']}"
-    return Request({"messages": _with_system(row.get("system") or system, [_said("user", asked)])}, asked, row)
+    if key is None:
+        return Request({"input": extra, "target": ""}, str(extra), row)
+    question = f"{row[key]}\n\n{extra}" if key == "instruction" and extra and extra.strip() else row[key]
+    messages = _with_system(row.get("system") or system, [{"role": "user", "content": question}])
+    return Request({"messages": messages}, question, row)
 
 
 def _conversation(row: Row, system: str | None, where: str) -> Request:
@@ -69,51 +67,41 @@ def _conversation(row: Row, system: str | None, where: str) -> Request:
     turns = list(turns)
     while turns and turns[-1]["role"] == "assistant":
         turns.pop()
-    if not any(turn["role"] == "user" for turn in turns):
+    questions = [turn for turn in turns if turn["role"] == "user"]
+    if not questions:
         raise DataError("messages has no question", where=where)
-    own = turns[0]["role"] in ("system", "developer")
-    asked = next(turn for turn in reversed(turns) if turn["role"] == "user")
-    made: Row = {"messages": turns if own else _with_system(system, turns)}
-    if rows.tools(row):
-        made["tools"] = rows.tools(row)
-    return Request(made, str(asked.get("content") or ""), row)
-
-
-def _said(role: str, text: str) -> Row:
-    return {"role": role, "content": text}
+    own_system = turns[0]["role"] in ("system", "developer")
+    tools = rows.tools(row)
+    prompt = {"messages": turns if own_system else _with_system(system, turns)} | ({"tools": tools} if tools else {})
+    return Request(prompt, str(questions[-1].get("content") or ""), row)
 
 
 def _with_system(system: str | None, turns: list[Row]) -> list[Row]:
-    return [*([_said("system", system)] if system else []), *turns]
+    return [*([{"role": "system", "content": system}] if system else []), *turns]
 
 
 def write(path: Path, requests: Sequence[Request], answers: Sequence[Answer | None]) -> None:
     """Answers in the order of the questions, atomically: .jsonl rows that `eval --predictions` reads (where the row
     had a reference), or lines of text with line breaks as \\n, empty for an empty question."""
     if path.suffix.lower() == ".jsonl":
-        text = "".join(
-            json.dumps(_answered(request, answer), ensure_ascii=False) + "\n"
-            for request, answer in zip(requests, answers, strict=True)
-            if answer is not None
-        )
+        pairs = zip(requests, answers, strict=True)
+        output = [json.dumps(_row(request, answer), ensure_ascii=False) for request, answer in pairs if answer]
     else:
-        text = "".join((_one_line(answer.text) if answer is not None else "") + "\n" for answer in answers)
+        texts = [answer.text.strip() if answer else "" for answer in answers]
+        output = [text.replace("\\", "\\\\").replace("\r", "").replace("\n", "\\n") for text in texts]
     try:
-        files.write_text(path, text)
+        files.write_text(path, "".join(line + "\n" for line in output))
     except OSError as error:
         raise DataError(f"the output file cannot be written: {error}", where=str(path), fix="--output_file") from None
 
 
-def _one_line(text: str) -> str:
-    return text.strip().replace("\\", "\\\\").replace("\r", "").replace("\n", "\\n")
-
-
-def _answered(request: Request, answer: Answer) -> Row:
-    made: Row = {"id": request.given["id"]} if "id" in request.given else {}
-    made |= {"source": request.source, "prediction": answer.text, "stopped": answer.stopped, "tokens": answer.tokens}
-    for key in ("reference", "assistant", "answer", "completion", "response", "output", "target"):
-        if isinstance(request.given.get(key), str | list):
-            return {**made, "reference": request.given[key]}
-    if "messages" in request.given and (reference := rows.reference(request.given)):
-        made["reference"] = reference
-    return made
+def _row(request: Request, answer: Answer) -> Row:
+    original = request.original
+    row: Row = {"id": original["id"]} if "id" in original else {}
+    row |= {"source": request.source, "prediction": answer.text, "stopped": answer.stopped, "tokens": answer.tokens}
+    for key in _REFERENCE_KEYS:
+        if isinstance(original.get(key), str | list):
+            return {**row, "reference": original[key]}
+    if "messages" in original and (reference := rows.reference(original)):
+        row["reference"] = reference
+    return row

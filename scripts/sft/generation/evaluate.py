@@ -1,4 +1,4 @@
-"""Rows as questions: the prompt that is asked, the answers that count as right, the examples in front of it."""
+"""Rows as questions, their answers scored, and a run's tuned and base side measured on the same rows."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,90 +17,88 @@ from sft.config.schema import Config
 from sft.data import rows as records
 from sft.data import store
 from sft.errors import ConfigError, DataError
-from sft.generation import engine, load
-from sft.generation.engine import say_lost
+from sft.generation import load
+from sft.generation.engine import warn_truncated
 from sft.generation.load import LoadedModel, Target
+from sft.generation.stop import Answer
 from sft.metrics import scoring, text
 from sft.step import attention
 from sft.step.step import StepConfig, evaluate_loss
 
+log = logging.getLogger("sft.generation")
 Row = dict[str, Any]
 Message = dict[str, Any]
-Prompt = Callable[[Row], tuple[list[int], int]]  # a row's prompt ids, and the oldest turns that it lost
-SPARE = 8  # more examples than are shown: one of them may be the row itself
+Prompt = Callable[[Row], tuple[list[int], int]]  # a row's prompt ids, and how many oldest turns were removed
+Progress = Callable[[int, int], None]
+SPARE_SHOTS = 8  # examples beyond `eval.shots`: some may ask what the row itself asks
+LOSS_TOKENS = 4096
 
 
 @dataclass(frozen=True)
 class Question:
-    """A row as a question: its prompt's ids, the text that is asked, and the answer it should get.
+    """A row as a question: its prompt's ids, the question's text, and the reference answer.
 
-    turns_lost: oldest turns left out, since the prompt was too long. references: all answers that count as right, where
-    they are not those of the row. turn: which of the row's answers this is (0 the first), where all are asked.
+    turns_removed: oldest turns left out of a prompt that was too long. references: all correct answers, where they are
+    not those of the row. turn: which of the row's answers this is (0 the first), where all are evaluated.
     """
 
     row: Row
     ids: list[int]
     source: str
     reference: str
-    turns_lost: int = 0
+    turns_removed: int = 0
     references: tuple[str, ...] = ()
     turn: int | None = None
 
     @property
     def options(self) -> list[str]:
-        """Every answer that counts as right."""
+        """Every correct answer."""
         return list(self.references) or records.references(self.row)
 
     @property
     def id(self) -> str:
-        """The row's id, and which of its answers where all are asked."""
+        """The row's id, and the number of the answer where all are evaluated."""
         name = records.row_id(self.row)
         return name if self.turn is None else f"{name}#{self.turn}"
 
-    @property
-    def tags(self) -> list[str]:
-        return text.of(self.row)
-
 
 def questions(prompt: Prompt, rows: Sequence[Row], config: Config, root: Path) -> list[Question]:
-    """The rows' last answers, or all of them (`eval.turns`), each asked after `eval.shots` training rows.
+    """The rows' last answers, or all of them (`eval.turns`), each after `eval.shots` training rows as examples.
 
-    Evaluation, comparison and the answers while training ask alike: all of them ask through this.
-
-    Raises DataError for a row that has no answer to compare with, ConfigError where there are too few training rows.
+    Raises DataError for a row without an answer to compare with, ConfigError where there are too few training rows.
     """
-    shots = examples(config, root) if config.eval.shots else []
-    made = [question for row in rows for question in _of_row(prompt, row, config, shots)]
-    say_lost([question.turns_lost for question in made], "turns")
-    return made
+    shots = _shots(config, root) if config.eval.shots else []
+    result = [question for row in rows for question in _of_row(prompt, row, config, shots)]
+    warn_truncated([question.turns_removed for question in result], "turns")
+    return result
 
 
 def answerable(row: Row) -> bool:
-    """Whether a row asks something and has an answer to compare with."""
-    return bool(records.reference(row).strip() if records.is_rendered(row) else answers(row))
+    """Whether a row has a question and an answer to compare with."""
+    return bool(records.reference(row).strip() if records.is_rendered(row) else answer_turns(row))
 
 
-def answers(row: Row) -> list[int]:
-    """The places of a conversation's turns that answer something in words."""
+def answer_turns(row: Row) -> list[int]:
+    """The indices of a conversation's assistant turns that have text and follow a question."""
     turns = records.messages(row)
     first = next((at for at, turn in enumerate(turns) if turn["role"] == "user"), len(turns))
     return [at for at, turn in enumerate(turns) if turn["role"] == "assistant" and at > first and _text(turn).strip()]
 
 
-def examples(config: Config, root: Path) -> list[Row]:
-    """Training rows to show, drawn with `generation.seed`: conversations of one question, without tools."""
+def _shots(config: Config, root: Path) -> list[Row]:
+    """Training rows as examples, drawn with `generation.seed`: conversations of one question, without tools."""
     path = store.paths(config.data, root).train
-    rows = [row for row in store.iter_rows(path) if _shows(row)]
+    rows = [row for row in store.iter_rows(path) if _is_single_exchange(row)]
     if len(rows) < config.eval.shots:
         raise ConfigError(
             f"eval.shots is {config.eval.shots}, but {path.name} has {len(rows)} rows of one question and one answer",
             where="eval.shots",
             fix=f"--set eval.shots={len(rows)}",
         )
-    return random.Random(config.generation.seed).sample(rows, min(len(rows), config.eval.shots + SPARE))
+    return random.Random(config.generation.seed).sample(rows, min(len(rows), config.eval.shots + SPARE_SHOTS))
 
 
-def _shows(row: Row) -> bool:
+def _is_single_exchange(row: Row) -> bool:
     if records.is_rendered(row) or records.tools(row):
         return False
     return [turn["role"] for turn in records.messages(row) if turn["role"] != "system"] == ["user", "assistant"]
@@ -114,26 +112,22 @@ def _of_row(prompt: Prompt, row: Row, config: Config, shots: Sequence[Row]) -> I
             raise ConfigError("rendered rows cannot have examples in front", where="eval.shots", fix="set it to 0")
         yield Question(row, prompt(row)[0], str(row["input"]), records.reference(row))
         return
-    messages, places, tools = records.messages(row), answers(row), records.tools(row)
-    last, before = places[-1], _turns(row, shots, config.eval.shots)
+    messages, places, tools = records.messages(row), answer_turns(row), records.tools(row)
+    asks = records.question(row).strip()
+    others = [shot for shot in shots if records.question(shot).strip() != asks][: config.eval.shots]
+    examples = [turn for shot in others for turn in records.messages(shot) if turn["role"] != "system"]
     for number, at in enumerate(places):
-        if config.eval.turns == "last" and at != last:
+        is_last = at == places[-1]
+        if config.eval.turns == "last" and not is_last:
             continue
         history = messages[:at]
         system = [turn for turn in history if turn["role"] in ("system", "developer")]
-        shown = [*system, *before, *(turn for turn in history if turn not in system)] if before else history
-        ids, lost = prompt({"messages": shown, "tools": tools})
+        shown = [*system, *examples, *(turn for turn in history if turn not in system)] if examples else history
+        ids, removed = prompt({"messages": shown, "tools": tools})
         source = next((_text(turn) for turn in reversed(history) if turn["role"] == "user"), "")
-        right = records.references(row) if at == last and row.get("references") else [_text(messages[at])]
+        correct = records.references(row) if is_last and row.get("references") else [_text(messages[at])]
         turn = number if config.eval.turns == "all" else None
-        yield Question(row, ids, source, _text(messages[at]), lost, tuple(right), turn)
-
-
-def _turns(row: Row, shots: Sequence[Row], count: int) -> list[Message]:
-    """The turns of the first examples that are neither the row itself nor ask what it asks."""
-    asked = records.question(row).strip()
-    others = [shot for shot in shots if records.question(shot).strip() != asked]
-    return [turn for shot in others[:count] for turn in records.messages(shot) if turn["role"] != "system"]
+        yield Question(row, ids, source, _text(messages[at]), removed, tuple(correct), turn)
 
 
 def _text(turn: Message) -> str:
@@ -141,92 +135,77 @@ def _text(turn: Message) -> str:
     return content if isinstance(content, str) else ""
 
 
-log = logging.getLogger("sft.generation")
-LOSS_TOKENS = 4096
-
-
-def losses(served: LoadedModel, rows: Sequence[Row], config: Config) -> dict[str, float]:
-    """Mean cross-entropy over the rows' labelled tokens (as in training), and its exponential, the perplexity."""
-    encoded = [served.encoder.encode(row) for row in rows]
-    features = [{"input_ids": one.input_ids, "labels": one.labels} for one in encoded if one.dropped is None]
-    if left_out := len(rows) - len(features):
-        log.warning(
-            "%d of %d rows have no loss (too long, or no label left): `make preview` shows them", left_out, len(rows)
-        )
-    step_config = StepConfig(
-        kind=served.kind,
-        device=str(served.device),
-        micro_batch_tokens=LOSS_TOKENS,
-        packed=served.kind == "causal" and attention.keeps_rows_apart(served.model),
-        objective=config.train.objective,
-        logits=config.train.logits,
-        logits_tile=config.train.logits_tile,
-    )
-    evaluated = evaluate_loss(served.model, features, step_config)
-    if not evaluated.count:
-        return {}
-    mean = evaluated.loss_sum / evaluated.count
-    return {"loss": mean, "perplexity": math.exp(min(mean, 700.0))}
-
-
-Progress = Callable[[int, int], None]
-
-
 @dataclass(frozen=True)
 class Evaluation:
     """metrics: {name: value}. samples: a dictionary a row. fields: share of rows with each JSON field right.
 
-    by_tag: for each tag of the rows, how many have it and their metrics.
+    by_tag: for each tag of the rows, how many have it and their metrics. row_losses: mean loss of each row, nan
+    without one.
     """
 
     metrics: dict[str, float]
     samples: list[dict[str, Any]]
     fields: dict[str, float] = field(default_factory=dict)
     by_tag: dict[str, dict[str, float]] = field(default_factory=dict)
+    row_losses: list[float] = field(default_factory=list)
 
 
 def evaluate(
-    served: LoadedModel, rows: Sequence[Row], config: Config, root: Path, on_progress: Progress | None = None
+    loaded: LoadedModel, rows: Sequence[Row], config: Config, root: Path, on_progress: Progress | None = None
 ) -> Evaluation:
     """Answers every row and scores the answers with `eval.metrics`; adds loss, perplexity, length, stop rate, ..."""
-    asked = questions(lambda row: served.prompt(row, config.generation), rows, config, root)
-    answers = engine.generate(
-        served.model,
-        served.tokenizer,
-        [question.ids for question in asked],
-        config.generation,
-        served.encoder.stops,
-        batch_size=config.eval.batch_size,
-        kind=served.kind,
-        on_progress=on_progress,
+    of_rows = questions(lambda row: loaded.prompt(row, config.generation), rows, config, root)
+    answers = loaded.generate([question.ids for question in of_rows], config, on_progress)
+    loss, row_losses = losses(loaded, rows, config)
+    return replace(score_answers(of_rows, answers, config, root, loss), row_losses=row_losses)
+
+
+def losses(loaded: LoadedModel, rows: Sequence[Row], config: Config) -> tuple[dict[str, float], list[float]]:
+    """Loss and perplexity over the rows' labelled tokens, as in training, and each row's mean loss.
+
+    A row's loss is nan where it has none (too long, no label left); the metrics are empty where no row has one.
+    """
+    encoded = [loaded.encoder.encode(row) for row in rows]
+    used = [index for index, row in enumerate(encoded) if row.dropped is None]
+    if len(used) < len(rows):
+        missing = len(rows) - len(used)
+        log.warning("%d of %d rows have no loss (too long, or no label left): see `make preview`", missing, len(rows))
+    step_config = StepConfig(
+        kind=loaded.kind,
+        device=loaded.device,
+        micro_batch_tokens=LOSS_TOKENS,
+        packed=loaded.kind == "causal" and attention.keeps_rows_apart(loaded.model),
+        objective=config.train.objective,
+        logits=config.train.logits,
+        logits_tile=config.train.logits_tile,
     )
-    say_lost([answer.truncated for answer in answers], "tokens")
-    return scored(asked, answers, config, root, losses(served, rows, config))
+    features = [{"input_ids": encoded[index].input_ids, "labels": encoded[index].labels} for index in used]
+    loss = evaluate_loss(loaded.model, features, step_config)
+    of_rows = [math.nan] * len(rows)
+    for index, mean in zip(used, (loss.row_sums / loss.row_counts).tolist(), strict=True):
+        of_rows[index] = mean
+    if not loss.count:
+        return {}, of_rows
+    mean = loss.loss_sum / loss.count
+    return {"loss": mean, "perplexity": math.exp(min(mean, 700.0))}, of_rows
 
 
-def scored(
-    asked: Sequence[Question],
-    answers: Sequence[engine.Answer],
+def score_answers(
+    of_rows: Sequence[Question],
+    answers: Sequence[Answer],
     config: Config,
     root: Path,
     loss: dict[str, float] | None = None,
 ) -> Evaluation:
-    """The metrics of the answers, their means and each row's own."""
-    texts = [answer.text for answer in answers]
-    references = [question.options for question in asked]
-    names, loaded = metric_names(config, root)
+    """The answers' metrics: their means, each row's own, and by tag."""
+    names, schema = metric_names(config, root)
+    texts, references = [answer.text for answer in answers], [question.options for question in of_rows]
+    stopped = [answer.stopped for answer in answers]
     scores = metrics.score_rows(
-        names,
-        texts,
-        references,
-        [question.source for question in asked],
-        stemmer=config.eval.rouge_stemmer,
-        json_schema=loaded,
-        pattern=scoring.compiled(config.eval.format),
-    )
-    stats = metrics.text_stats(
-        texts, stopped=[answer.stopped for answer in answers], tokens=[answer.tokens for answer in answers]
-    )
+        names, texts, references, [question.source for question in of_rows],
+        stemmer=config.eval.rouge_stemmer, json_schema=schema, pattern=scoring.compiled(config.eval.format),
+    )  # fmt: skip
+    tags = [text.tags_of(question.row) for question in of_rows]
     samples = [
         {
             "id": question.id,
@@ -234,76 +213,77 @@ def scored(
             "prediction": answer.text,
             "reference": question.reference,
             **({"references": question.options} if len(question.options) > 1 else {}),
-            **({"tags": question.tags} if question.tags else {}),
+            **({"tags": row_tags} if row_tags else {}),
             "stopped": answer.stopped,
             "tokens": answer.tokens,
             "scores": scores.of_row(index),
         }
-        for index, (question, answer) in enumerate(zip(asked, answers, strict=True))
+        for index, (question, answer, row_tags) in enumerate(zip(of_rows, answers, tags, strict=True))
     ]
-    fields = scoring.by_field(texts, references) if "json_fields" in names else {}
-    of_rows = {
-        "stop_rate": [float(answer.stopped) for answer in answers],
-        "empty_rate": [text.empty(one) for one in texts],
-        "repetition": [text.repetition(one) for one in texts],
+    more = {
+        "stop_rate": [float(flag) for flag in stopped],
+        "empty_rate": [text.empty(answer) for answer in texts],
+        "repetition": [text.repetition(answer) for answer in texts],
     }
-    by_tag = scoring.by_tag([question.tags for question in asked], scores, texts, references, of_rows)
-    return Evaluation({**scores.means, **(loss or {}), **stats}, samples, fields, by_tag)
+    stats = text.text_stats(texts, stopped=stopped, tokens=[answer.tokens for answer in answers])
+    return Evaluation(
+        {**scores.means, **(loss or {}), **stats},
+        samples,
+        scoring.by_field(texts, references) if "json_fields" in names else {},
+        scoring.by_tag(tags, scores, texts, references, more),
+    )
 
 
 def metric_names(config: Config, root: Path) -> tuple[list[str], dict[str, Any] | None]:
-    """The metrics by name, `format_adherence` always and `json_schema` where a schema is given, and that schema."""
+    """The metrics by name, `format_adherence` always and `json_schema` where a schema is set, and that schema."""
     names = metrics.check_names([*config.eval.metrics, "format_adherence"])
     if config.eval.json_schema is None:
         return names, None
-    loaded = scoring.load(resolve_path(root, config.eval.json_schema))
-    return list(dict.fromkeys([*names, "json_schema"])), loaded
+    schema = scoring.read_schema(resolve_path(root, config.eval.json_schema))
+    return list(dict.fromkeys([*names, "json_schema"])), schema
 
 
 def evaluate_base_and_tuned(
-    target: Target, wanted: Sequence[str], rows: Sequence[Row], root: Path, on_progress: Progress | None = None
+    target: Target, sides: Sequence[str], rows: Sequence[Row], root: Path, on_progress: Progress | None = None
 ) -> dict[str, Evaluation]:
-    """Answers and scores the rows with each wanted side ("tuned", "base").
+    """Answers and scores the rows with each of the sides ("tuned", "base").
 
     With an adapter one load serves both: the base is the same model with the adapter off. on_progress counts the
     answers of all sides together.
     """
     metric_names(target.config, root)  # names and schema are checked before anything is loaded
-    if target.adapter is None and len(wanted) == 2:
+
+    def part(at: int) -> Progress | None:
+        if on_progress is None:
+            return None
+        return lambda done, total: on_progress(at * total + done, len(sides) * total)
+
+    if target.adapter is None and len(sides) == 2:
         return {
-            side: evaluate_base_and_tuned(target, [side], rows, root, _part(on_progress, at, 2))[side]
-            for at, side in enumerate(wanted)
+            side: evaluate_base_and_tuned(target, [side], rows, root, part(at))[side] for at, side in enumerate(sides)
         }
-    adapter, merged = (None, None) if wanted == ["base"] else (target.adapter, target.merged)
-    served = load.open_model(target.config, adapter=adapter, merged=merged, root=root)
-    found = {}
-    for at, side in enumerate(wanted):
-        part = _part(on_progress, at, len(wanted))
-        if side == "base" and len(wanted) == 2:
-            with served.base_only():
-                found[side] = evaluate(served, rows, target.config, root, part)
+    adapter, merged = (None, None) if list(sides) == ["base"] else (target.adapter, target.merged)
+    loaded = load.open_model(target.config, adapter=adapter, merged=merged, root=root)
+    result = {}
+    for at, side in enumerate(sides):
+        if side == "base":
+            with loaded.base_only():
+                result[side] = evaluate(loaded, rows, target.config, root, part(at))
         else:
-            found[side] = evaluate(served, rows, target.config, root, part)
-    del served
+            result[side] = evaluate(loaded, rows, target.config, root, part(at))
+    del loaded
     gc.collect()
-    return found
+    return result
 
 
-def _part(on_progress: Progress | None, at: int, sides: int) -> Progress | None:
-    if on_progress is None:
-        return None
-    return lambda done, total: on_progress(at * total + done, sides * total)
-
-
-def constant(target: Target, train: Path | None, rows: Sequence[Row]) -> dict[str, Any] | None:
-    """What the training answer that suits these rows best would score, said to every question; None without rows."""
+def constant_baseline(target: Target, train: Path | None, rows: Sequence[Row]) -> dict[str, Any] | None:
+    """The scores of one training answer given to every question, the best one for these rows; None without rows."""
     if train is None:
         return None
     try:
         answers = [records.reference(row) for row in store.iter_rows(train)]
     except DataError:
         return None
-    best = metrics.best_constant(
-        answers, [records.reference(row) for row in rows], stemmer=target.config.eval.rouge_stemmer
-    )
+    references = [records.reference(row) for row in rows]
+    best = metrics.constant_baseline(answers, references, stemmer=target.config.eval.rouge_stemmer)
     return None if best is None else {"answer": best.answer, **best.scores}

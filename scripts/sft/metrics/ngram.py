@@ -1,8 +1,8 @@
-"""ROUGE-1, ROUGE-2, ROUGE-L and ROUGE-Lsum exactly as rouge-score gives them (F-measure, 0 to 1), only faster.
+"""ROUGE exactly as rouge-score computes it (F-measure, 0 to 1), only faster, and SARI as `evaluate` computes it.
 
-The tokens come from rouge-score itself; the longest common subsequence is counted with the bit-parallel recurrence of
-Hyyrö (2004, "Bit-parallel LCS-length computation revisited"), one machine word operation for 64 cells of the table that
-rouge-score fills cell by cell. docs/decisions/0005-rouge-and-sari.md has the reasons.
+ROUGE's tokens come from rouge-score; the longest common subsequence is counted with the bit-parallel recurrence of
+Hyyrö (2004, "Bit-parallel LCS-length computation revisited"), one machine word operation for 64 cells of the table
+that rouge-score fills cell by cell. docs/decisions/0005-rouge-and-sari.md has the reasons.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from functools import cache, lru_cache
 from typing import Any
 
 
-@lru_cache(maxsize=2)
-def _tokenizer(stemmer: bool) -> Callable[[str], list[str]]:
+@cache
+def _rouge_tokenizer(stemmer: bool) -> Callable[[str], list[str]]:
     if not stemmer:
         from rouge_score import tokenize  # without the 0.2 s that its stemmer's library takes to load
 
@@ -25,9 +25,37 @@ def _tokenizer(stemmer: bool) -> Callable[[str], list[str]]:
 
 
 @lru_cache(maxsize=1 << 14)
-def tokens(text: str, stemmer: bool = False) -> tuple[str, ...]:
+def rouge_tokens(text: str, stemmer: bool = False) -> tuple[str, ...]:
     """Lower-case runs of a-z and 0-9; everything else separates (so Chinese or Arabic text has no tokens at all)."""
-    return tuple(_tokenizer(stemmer)(text))
+    return tuple(_rouge_tokenizer(stemmer)(text))
+
+
+@cache
+def _rouge_scorer(stemmer: bool) -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rougeLsum"], use_stemmer=stemmer)
+
+
+def rouge(kind: str, prediction: str, references: Sequence[str], *, stemmer: bool = False) -> float:
+    """The F-measure of `kind`: rouge1 to rouge9, rougeL, or rougeLsum, for which each line is a sentence.
+
+    Of several references the best counts (rouge-score's `score_multi`).
+    """
+    if kind == "rougeLsum":
+        if any("\n" in text for text in (prediction, *references)):
+            return float(_rouge_scorer(stemmer).score_multi(references, prediction)[kind].fmeasure)
+        kind = "rougeL"  # equal for texts of one line
+    tokens = rouge_tokens(prediction, stemmer)
+    targets = [rouge_tokens(reference, stemmer) for reference in references]
+    if kind == "rougeL":
+        return max(_f1(lcs_length(target, tokens), len(tokens), len(target)) for target in targets)
+    n = int(kind[5:])
+    grams = _ngrams(tokens, n)
+    scores = []
+    for target_grams in (_ngrams(target, n) for target in targets):
+        scores.append(_f1((grams & target_grams).total(), grams.total(), target_grams.total()))
+    return max(scores)
 
 
 def lcs_length(first: Sequence[str], second: Sequence[str]) -> int:
@@ -43,122 +71,84 @@ def lcs_length(first: Sequence[str], second: Sequence[str]) -> int:
     return len(first) - row.bit_count()
 
 
-def _fmeasure(precision: float, recall: float) -> float:
+def _ngrams(words: Sequence[str], n: int) -> Counter[Any]:
+    return Counter(zip(*(words[i:] for i in range(n)), strict=False) if n > 1 else words)
+
+
+def _f1(common: int, predicted: int, wanted: int) -> float:
+    return _harmonic(common / max(predicted, 1), common / max(wanted, 1))
+
+
+def _harmonic(precision: float, recall: float) -> float:
     return 2 * precision * recall / (precision + recall) if precision + recall > 0 else 0.0
 
 
-def _rouge_l(target: tuple[str, ...], found: tuple[str, ...]) -> float:
-    if not target or not found:
-        return 0.0
-    common = lcs_length(target, found)
-    return _fmeasure(common / len(found), common / len(target))
-
-
-def _ngrams(words: tuple[str, ...], n: int) -> Counter[tuple[str, ...]]:
-    return Counter(words[i : i + n] for i in range(len(words) - n + 1))
-
-
-def _rouge_n(target: tuple[str, ...], found: tuple[str, ...], n: int) -> float:
-    wanted, had = _ngrams(target, n), _ngrams(found, n)
-    common = (wanted & had).total()
-    return _fmeasure(common / max(had.total(), 1), common / max(wanted.total(), 1))
-
-
-@lru_cache(maxsize=2)
-def _by_line(stemmer: bool) -> Any:
-    from rouge_score.rouge_scorer import RougeScorer
-
-    return RougeScorer(["rougeLsum"], use_stemmer=stemmer)
-
-
-def rouge(kind: str, prediction: str, references: Sequence[str], *, stemmer: bool = False) -> float:
-    """The F-measure of `kind` (rouge1 to rouge9, rougeL, and rougeLsum, for which each line is a sentence); of several
-    references the best (`score_multi`)."""
-    if kind == "rougeLsum":
-        if any("\n" in text for text in (prediction, *references)):
-            return float(_by_line(stemmer).score_multi(references, prediction)[kind].fmeasure)
-        kind = "rougeL"  # the same for texts of one line
-    found = tokens(prediction, stemmer)
-    targets = [tokens(reference, stemmer) for reference in references]
-    if kind == "rougeL":
-        return max(_rouge_l(target, found) for target in targets)
-    return max(_rouge_n(target, found, int(kind[5:])) for target in targets)
-
-
-_ORDERS = (1, 2, 3, 4)
-
-
 @cache
-def _rules() -> Any:
+def _sacrebleu_rules() -> Any:
     from sacrebleu.tokenizers.tokenizer_re import TokenizerRegexp
 
     return TokenizerRegexp()
 
 
 @lru_cache(maxsize=1 << 16)
-def _cut(word: str) -> list[str]:
-    return list(_rules()(f" {word} ").split())
+def _split_word(word: str) -> list[str]:
+    return list(_sacrebleu_rules()(f" {word} ").split())
 
 
 def sari_tokens(text: str) -> list[str]:
-    """sacrebleu's Tokenizer13a, whose rules never reach over white space: so each word is cut once. An empty text has
-    the one token ""."""
+    """sacrebleu's Tokenizer13a, whose rules never span white space: each word is split once and cached. An empty text
+    has the one token ""."""
     text = text.replace("<skipped>", "").replace("-\n", "")
     if "&" in text:
-        for name, letter in (("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">")):
-            text = text.replace(name, letter)
-    return [token for word in text.split() for token in _cut(word)] or [""]
-
-
-def _grams(words: Sequence[str], n: int) -> Counter[Any]:
-    return Counter(zip(*(words[i:] for i in range(n)), strict=False) if n > 1 else words)
-
-
-def _f1(precision: float, recall: float) -> float:
-    return 2 * precision * recall / (precision + recall) if precision > 0 or recall > 0 else 0.0
-
-
-def _kept_and_deleted(
-    source: Mapping[Any, int], found: Mapping[Any, int], wanted: Mapping[Any, int], references: int
-) -> tuple[float, float]:
-    """The F1 of kept and the precision of deleted n-grams; the source's and the answer's count once a reference."""
-    precise = gone_right = 0.0
-    kept = good = due = gone = 0
-    for gram, count in source.items():
-        asked, had, want = count * references, found.get(gram, 0) * references, wanted.get(gram, 0)
-        if want:
-            due += want if want < asked else asked
-        if had:
-            keeps = had if had < asked else asked
-            right = want if want < keeps else keeps
-            kept, good, precise = kept + 1, good + right, precise + right / keeps
-        if asked > had:
-            gone += 1
-            if asked - had > want:
-                gone_right += (asked - had - want) / (asked - had)
-    keep = _f1(precise / kept if kept else 1.0, good / due if due else 1.0)
-    return keep, gone_right / gone if gone else 1.0
-
-
-def _added(source: Mapping[Any, int], found: Mapping[Any, int], wanted: Mapping[Any, int]) -> float:
-    new = found.keys() - source.keys()
-    should = wanted.keys() - source.keys()
-    good = len(new & wanted.keys())
-    return _f1(good / len(new) if new else 1.0, good / len(should) if should else 1.0)
+        for name, character in (("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">")):
+            text = text.replace(name, character)
+    return [token for word in text.split() for token in _split_word(word)] or [""]
 
 
 def sari(source: str, prediction: str, references: Sequence[str]) -> float:
     """The SARI of one sentence, 0 to 100: the mean over orders 1-4 of the F1 of added, the F1 of kept and the precision
-    of deleted n-grams, against all references together."""
-    asked, said, *due = (sari_tokens(text.lower()) for text in (source, prediction, *references))
+    of deleted n-grams, against all references together (Xu et al. 2016; 0/0 counts as 1)."""
+    source_words, answer_words, *reference_words = (
+        sari_tokens(text.lower()) for text in (source, prediction, *references)
+    )
     keep, delete, add = [], [], []
-    for n in _ORDERS:
-        of_source, found, wanted = _grams(asked, n), _grams(said, n), _grams(due[0], n)
-        for other in due[1:]:
-            wanted.update(_grams(other, n))
-        kept, deleted = _kept_and_deleted(of_source, found, wanted, len(due))
-        keep.append(kept)
-        delete.append(deleted)
-        add.append(_added(of_source, found, wanted))
-    orders = len(_ORDERS)
-    return 100 * ((sum(keep) / orders + sum(delete) / orders + sum(add) / orders) / 3)
+    for n in (1, 2, 3, 4):
+        of_source, of_answer = _ngrams(source_words, n), _ngrams(answer_words, n)
+        of_references = _ngrams(reference_words[0], n)
+        for words in reference_words[1:]:
+            of_references.update(_ngrams(words, n))
+        keep_score, delete_score = _keep_and_delete(of_source, of_answer, of_references, len(reference_words))
+        keep.append(keep_score)
+        delete.append(delete_score)
+        add.append(_add(of_source, of_answer, of_references))
+    return 100 * ((sum(keep) / 4 + sum(delete) / 4 + sum(add) / 4) / 3)
+
+
+def _keep_and_delete(
+    source: Mapping[Any, int], answer: Mapping[Any, int], references: Mapping[Any, int], count: int
+) -> tuple[float, float]:
+    """The F1 of kept and the precision of deleted n-grams. `references` sums `count` texts, so the source's and the
+    answer's n-grams count as often."""
+    precision_sum = delete_sum = 0.0
+    kept = correct = possible = deleted = 0
+    for gram, occurrences in source.items():
+        in_source, in_answer = occurrences * count, answer.get(gram, 0) * count
+        in_references = references.get(gram, 0)
+        if in_references:
+            possible += in_references if in_references < in_source else in_source
+        if in_answer:
+            both = in_answer if in_answer < in_source else in_source
+            right = in_references if in_references < both else both
+            kept, correct, precision_sum = kept + 1, correct + right, precision_sum + right / both
+        if in_source > in_answer:
+            deleted += 1
+            if in_source - in_answer > in_references:
+                delete_sum += (in_source - in_answer - in_references) / (in_source - in_answer)
+    keep = _harmonic(precision_sum / kept if kept else 1.0, correct / possible if possible else 1.0)
+    return keep, delete_sum / deleted if deleted else 1.0
+
+
+def _add(source: Mapping[Any, int], answer: Mapping[Any, int], references: Mapping[Any, int]) -> float:
+    added, wanted = answer.keys() - source.keys(), references.keys() - source.keys()
+    correct = len(added & references.keys())
+    return _harmonic(correct / len(added) if added else 1.0, correct / len(wanted) if wanted else 1.0)

@@ -1,26 +1,33 @@
-"""Reads a file of answers that were made elsewhere: JSON lines of {"prediction", "reference", "source"}."""
+"""Predictions and their scores as files and tables: rows of answers made elsewhere, metrics.json, samples.jsonl."""
 
 from __future__ import annotations
 
+import json
 import logging
 import re
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sft import files
 from sft.errors import DataError
-from sft.metrics import text
-from sft.metrics.scoring import by_tag, score_rows
-from sft.metrics.text import text_stats
+from sft.metrics.scoring import by_tag, greater_is_better, score_rows
+from sft.metrics.text import tags_of, text_stats
 
 log = logging.getLogger("sft.metrics")
+METRICS, SAMPLES = "metrics.json", "samples.jsonl"
+Values = Mapping[str, float]
 _SHAPE = 'a row is {"prediction": "...", "reference": "..." or ["...", "..."], "source": "..."} on one line'
 
 
+# --- reading answers that were made elsewhere
+
+
 @dataclass
-class Answers:
-    """Columns of the file; `sources` is None unless every row has one."""
+class Predictions:
+    """Columns of a predictions file; `sources` is None unless every row has one."""
 
     predictions: list[str] = field(default_factory=list)
     references: list[list[str]] = field(default_factory=list)
@@ -48,51 +55,179 @@ def score_file(
 ) -> FileScores:
     """Reads and scores the file.
 
-    strict: every metric was asked for by name; else SARI is left out, with a warning, where a row has no source.
+    strict: every metric was named by the user; else SARI is left out, with a warning, where a row has no source.
     """
-    answers = read(path)
-    if not strict and answers.sources is None and "sari" in names:
+    table = read(path)
+    if not strict and table.sources is None and "sari" in names:
         log.warning("no SARI: not every row has a source")
         names = [name for name in names if name != "sari"]
     extra = ["json_schema"] * (json_schema is not None) + ["format_adherence"] * (not strict or pattern is not None)
     scores = score_rows(
-        list(dict.fromkeys([*names, *extra])), answers.predictions, answers.references, answers.sources,
+        list(dict.fromkeys([*names, *extra])), table.predictions, table.references, table.sources,
         stemmer=stemmer, json_schema=json_schema, pattern=pattern,
     )  # fmt: skip
     return FileScores(
-        len(answers.predictions),
-        scores.means | text_stats(answers.predictions),
-        by_tag(answers.tags, scores, answers.predictions, answers.references),
+        len(table.predictions),
+        scores.means | text_stats(table.predictions),
+        by_tag(table.tags, scores, table.predictions, table.references),
     )
 
 
-def read(path: Path) -> Answers:
+def read(path: Path) -> Predictions:
     """Raises DataError with file:line for what is missing, not JSON or not of the shape; blank lines do not count."""
-    answers = Answers()
-    for row, where in text.rows(text.text_of(path, "predictions file"), path, _SHAPE):
-        _add(answers, row, where)
-    if not answers.predictions:
+    table = Predictions()
+    for row, where in json_rows(read_text(path, "predictions file"), path, _SHAPE):
+        table.tags.append(tags_of(row))
+        table.predictions.append(_text(row, "prediction", where))
+        reference = row.get("reference")
+        is_list = isinstance(reference, list) and reference and all(isinstance(item, str) for item in reference)
+        table.references.append(reference if is_list else [_text(row, "reference", where)])  # type: ignore[arg-type]
+        if "source" not in row:
+            table.sources = None
+        elif table.sources is not None:
+            table.sources.append(_text(row, "source", where))
+    if not table.predictions:
         raise DataError("the predictions file has no rows", where=str(path), fix=_SHAPE)
-    return answers
-
-
-def _add(answers: Answers, row: dict[str, Any], where: str) -> None:
-    answers.tags.append(text.of(row))
-    answers.predictions.append(_text(row, "prediction", where))
-    reference = row.get("reference")
-    if isinstance(reference, list) and reference and all(isinstance(item, str) for item in reference):
-        answers.references.append(reference)
-    else:
-        answers.references.append([_text(row, "reference", where)])
-    if "source" not in row:
-        answers.sources = None
-    elif answers.sources is not None:
-        answers.sources.append(_text(row, "source", where))
+    return table
 
 
 def _text(row: dict[str, Any], key: str, where: str) -> str:
     value = row.get(key)
     if not isinstance(value, str):
-        said = "is missing" if key not in row else f"is {type(value).__name__}, not text"
-        raise DataError(f'"{key}" {said}', where=where, fix=_SHAPE)
+        problem = "is missing" if key not in row else f"is {type(value).__name__}, not text"
+        raise DataError(f'"{key}" {problem}', where=where, fix=_SHAPE)
     return value
+
+
+def read_text(path: Path, what: str) -> str:
+    """The text of a file, without a byte-order mark. what: as in "predictions file". Raises DataError."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise DataError(f"there is no such {what}", where=str(path), fix="name another: see --help") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"the {what} cannot be read: {error}", where=str(path)) from None
+
+
+def json_rows(text: str, path: Path, shape: str) -> Iterator[tuple[dict[str, Any], str]]:
+    """Each row of JSON lines with its `file:line`, blank lines passed over. shape: of a row. Raises DataError."""
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            raise DataError("this line is not JSON", where=where, fix=shape) from None
+        if not isinstance(row, dict):
+            raise DataError("this line is not a JSON object", where=where, fix=shape)
+        yield row, where
+
+
+# --- metrics.json and samples.jsonl
+
+
+def merge_metrics(
+    previous: Mapping[str, Any],
+    *,
+    run: str,
+    split: str,
+    rows: int,
+    sides: Mapping[str, Values],
+    constant: Mapping[str, Any] | None,
+    fields: Mapping[str, Values],
+    tags: Mapping[str, Mapping[str, Values]] | None = None,
+) -> dict[str, Any]:
+    """The new contents of metrics.json: these sides ("tuned", "base"), and the other one where `previous` (the file's
+    contents, {} without a file) has it for this run and split.
+
+    `about` has when and on how many rows each side was measured; `by_tag` its metrics for each tag.
+    """
+    previous = previous if (previous.get("run"), previous.get("split")) == (run, split) else {}
+    result: dict[str, Any] = {"run": run, "split": split, "rows": rows}
+    about = dict(previous.get("about", {}))
+    for side in ("tuned", "base"):
+        if side in sides:
+            result[side] = {name: round(value, 6) for name, value in sides[side].items()}
+            about[side] = {"rows": rows, "at": time.strftime("%Y-%m-%d %H:%M:%S")}
+            if fields.get(side):
+                about[side]["fields"] = {name: round(value, 6) for name, value in fields[side].items()}
+        elif side in previous:
+            result[side] = previous[side]
+    by_tag = {**previous.get("by_tag", {}), **{side: values for side, values in (tags or {}).items() if values}}
+    if by_tag:
+        result["by_tag"] = by_tag
+    if constant is not None or "constant" in previous:
+        result["constant"] = constant if constant is not None else previous["constant"]
+    return result | {"about": about}
+
+
+def write_results(
+    outputs: Path, run_folder: Path | None, result: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]
+) -> None:
+    """Writes both files into outputs/ and, where the run has a folder, there too; each atomically."""
+    text = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+    for folder in [outputs, *([run_folder] if run_folder is not None and run_folder.is_dir() else [])]:
+        files.write_json(folder / METRICS, result)
+        files.write_text(folder / SAMPLES, text)
+
+
+def both_sides(tuned: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The samples of the tuned model, each with the base's answer and scores."""
+    return [
+        {**sample, "base": {"prediction": other["prediction"], "scores": other["scores"]}}
+        for sample, other in zip(tuned, base, strict=True)
+    ]
+
+
+def metrics_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of a metrics.json: metric, base, tuned, change, best constant answer; empty columns left out."""
+    base, tuned, constant = result.get("base", {}), result.get("tuned", {}), result.get("constant") or {}
+    shown = {"base": base, "tuned": tuned, "change": base and tuned, "best constant answer": constant}
+    rows = []
+    for name in dict.fromkeys([*tuned, *base]):
+        before, after = base.get(name), tuned.get(name)
+        cells = (number(before), number(after), change(name, before, after), number(constant.get(name)))
+        rows.append([name, *(cell for cell, values in zip(cells, shown.values(), strict=True) if values)])
+    return ["metric", *(column for column, values in shown.items() if values)], rows
+
+
+def tags_table(by_tag: Mapping[str, Values]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of the scores by tag."""
+    names = list(dict.fromkeys(name for values in by_tag.values() for name in values if name != "rows"))
+    rows = [
+        [tag, f"{values['rows']:.0f}", *(number(values.get(name)) for name in names)] for tag, values in by_tag.items()
+    ]
+    return ["tag", "rows", *names], rows
+
+
+def number(value: float | None) -> str:
+    """A metric with four decimals, from 10 on with two; nothing for None."""
+    if value is None:
+        return ""
+    return f"{value:.4f}" if abs(value) < 10 else f"{value:,.2f}"
+
+
+def change(name: str, base: float | None, tuned: float | None) -> str:
+    """tuned - base, marked where it is for the worse; lengths are neither better nor worse."""
+    if base is None or tuned is None:
+        return ""
+    worse = not name.startswith("length") and tuned != base and (tuned > base) != greater_is_better(name)
+    return f"{tuned - base:+.4f}" + (" worse" if worse else "")
+
+
+def unequal_rows(result: Mapping[str, Any]) -> str | None:
+    """A warning when the two sides were measured on different numbers of rows."""
+    counts = {side: about["rows"] for side, about in result["about"].items()}
+    if len(set(counts.values())) < 2:
+        return None
+    each = ", ".join(f"{side} on {rows}" for side, rows in counts.items())
+    return f"the sides were measured on different rows ({each}): evaluate both again (--both) to compare them"
+
+
+def sample_text(sample: Mapping[str, Any]) -> str:
+    """A row's question, reference and answers, for people."""
+    lines = [f"\nprompt:    {sample['prompt']}", f"reference: {sample['reference']}"]
+    if "base" in sample:
+        lines.append(f"base:      {sample['base']['prediction']}")
+    return "\n".join([*lines, f"answer:    {sample['prediction']}{'' if sample['stopped'] else ' [did not stop]'}"])

@@ -1,4 +1,4 @@
-"""Answers that must be JSON: do they parse, do they satisfy a schema, are their fields right."""
+"""The metrics by name: `score_rows` computes them over rows of predictions, references and sources."""
 
 from __future__ import annotations
 
@@ -20,51 +20,48 @@ from sft.errors import ConfigError, DataError, EnvironmentProblem
 from sft.metrics import ngram, text
 from sft.metrics.text import mean
 
-_BROKEN = object()
+log = logging.getLogger("sft.metrics")
+References = Sequence[str | Sequence[str]]
+
+# --- answers that must be JSON
+
+_NOT_JSON = object()
 
 
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
+def _parse(text: str) -> Any:
+    """The JSON value that the whole text is, else _NOT_JSON.
 
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        raise ValueError("a key stands twice")
-    return made
-
-
-def parse(text: str) -> Any:
-    """The JSON value that the whole text is, or a marker for which `broken` is true.
-
-    Stricter than Python's reader: NaN, Infinity and duplicate keys are faults, and so is a Markdown fence around it.
+    Stricter than Python's reader: NaN, Infinity, duplicate keys and a Markdown fence are errors.
     """
+
+    def refuse(name: str) -> Any:
+        raise ValueError(f"{name} is not JSON")
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) != len(pairs):
+            raise ValueError("a key occurs twice")
+        return dict(pairs)
+
     try:
-        return json.loads(text.strip(), parse_constant=_no_constant, object_pairs_hook=_no_duplicates)
+        return json.loads(text.strip(), parse_constant=refuse, object_pairs_hook=unique)
     except (ValueError, RecursionError):
-        return _BROKEN
-
-
-def broken(value: Any) -> bool:
-    """True for what `parse` gives when a text is not JSON."""
-    return value is _BROKEN
+        return _NOT_JSON
 
 
 def json_valid(prediction: str) -> float:
     """1 when the answer is one JSON value and nothing else."""
-    return float(not broken(parse(prediction)))
+    return float(_parse(prediction) is not _NOT_JSON)
 
 
-def load(path: Path) -> dict[str, Any]:
+def read_schema(path: Path) -> dict[str, Any]:
     """A JSON-schema file. Raises ConfigError when it is missing, not JSON or not a schema."""
     from jsonschema import exceptions, validators
 
     fix = "fix the file, or set eval.json_schema to another (null for none)"
     try:
-        text = path.read_text(encoding="utf-8")
+        schema = _parse(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the JSON schema cannot be read: {error}", where=str(path), fix=fix) from None
-    schema = parse(text)
     if not isinstance(schema, dict):
         raise ConfigError("eval.json_schema is not a file with one JSON object", where=str(path), fix=fix)
     try:
@@ -74,65 +71,63 @@ def load(path: Path) -> dict[str, Any]:
     return schema
 
 
-class Validator:
-    """A schema ready to check answers; references to other files are never fetched."""
+def _json_schema(predictions: Sequence[str], schema: dict[str, Any] | None) -> list[float]:
+    """1 for each answer that satisfies the schema; references to other files are never fetched."""
+    if schema is None:
+        raise ConfigError("the metric json_schema has no schema", fix="set eval.json_schema to its file")
+    from jsonschema import validators
+    from referencing import Registry
 
-    def __init__(self, schema: dict[str, Any]) -> None:
-        from jsonschema import validators
-        from referencing import Registry
-
-        self._validator = validators.validator_for(schema)(schema, registry=Registry())
-
-    def __call__(self, prediction: str) -> float:
-        """1 when the answer is JSON and satisfies the schema."""
-        value = parse(prediction)
-        return float(not broken(value) and bool(self._validator.is_valid(value)))
+    validator = validators.validator_for(schema)(schema, registry=Registry())
+    values = [_parse(prediction) for prediction in predictions]
+    return [float(value is not _NOT_JSON and bool(validator.is_valid(value))) for value in values]
 
 
-def same(first: Any, second: Any) -> bool:
+def _equal(first: Any, second: Any) -> bool:
     """JSON equality: 1 is 1.0, but true is not 1, and the order of an object's keys does not matter."""
     if isinstance(first, bool) or isinstance(second, bool):
         return first is second
     if isinstance(first, dict) and isinstance(second, dict):
-        return first.keys() == second.keys() and all(same(value, second[key]) for key, value in first.items())
+        return first.keys() == second.keys() and all(_equal(value, second[key]) for key, value in first.items())
     if isinstance(first, list) and isinstance(second, list):
-        return len(first) == len(second) and all(same(a, b) for a, b in zip(first, second, strict=True))
+        return len(first) == len(second) and all(_equal(a, b) for a, b in zip(first, second, strict=True))
     return bool(first == second)
 
 
-def fields(prediction: str, reference: str) -> dict[str, bool]:
-    """For each field of the reference object: does the answer have it with the same value. Empty if it is no object."""
-    wanted, found = parse(reference), parse(prediction)
-    if not isinstance(wanted, dict):
+def _correct_fields(prediction: str, reference: str) -> dict[str, bool]:
+    """Of each field of the reference object: has the answer the same value. Empty where it is no object."""
+    expected, answer = _parse(reference), _parse(prediction)
+    if not isinstance(expected, dict):
         return {}
-    had = found if isinstance(found, dict) else {}
-    return {key: key in had and same(value, had[key]) for key, value in wanted.items()}
+    answer = answer if isinstance(answer, dict) else {}
+    return {key: key in answer and _equal(value, answer[key]) for key, value in expected.items()}
 
 
 def json_fields(prediction: str, references: Sequence[str]) -> float:
-    """The share of the reference's fields that the answer has right; 1 or 0 where the reference is no object."""
-    return max(_share_right(prediction, reference) for reference in references)
+    """The share of the reference's fields that are correct; 1 or 0 where the reference is no object."""
 
+    def share(reference: str) -> float:
+        if correct := _correct_fields(prediction, reference):
+            return sum(correct.values()) / len(correct)
+        expected = _parse(reference)
+        return float(expected is not _NOT_JSON and _equal(expected, _parse(prediction)))
 
-def _share_right(prediction: str, reference: str) -> float:
-    right = fields(prediction, reference)
-    if right:
-        return sum(right.values()) / len(right)
-    wanted, found = parse(reference), parse(prediction)
-    return float(not broken(wanted) and not broken(found) and same(wanted, found))
+    return max(map(share, references))
 
 
 def by_field(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """The share of rows that have each field right, over the rows whose (first) reference has that field."""
-    right: dict[str, list[bool]] = {}
+    """The share of rows with each field correct, over the rows whose (first) reference has that field."""
+    correct: dict[str, list[bool]] = {}
     for prediction, options in zip(predictions, references, strict=True):
-        for key, value in fields(prediction, options[0]).items():
-            right.setdefault(key, []).append(value)
-    return {key: sum(values) / len(values) for key, values in right.items()}
+        for key, value in _correct_fields(prediction, options[0]).items():
+            correct.setdefault(key, []).append(value)
+    return {key: sum(values) / len(values) for key, values in correct.items()}
 
+
+# --- the form of an answer
 
 _ITEM = re.compile(r"\s*(?:[-*+•]|\d+[.)])\s+\S")
-_NUMBER = re.compile(r"[-+]?[$€£]?\d[\d.,]*%?")
+_ONE_NUMBER = re.compile(r"[-+]?[$€£]?\d[\d.,]*%?")
 
 
 def form(text: str) -> str:
@@ -142,19 +137,17 @@ def form(text: str) -> str:
     lines = [line for line in text.split("\n") if line.strip()]
     if not lines:
         return "nothing"
-    if text[0] in "{[" and not broken(parse(text)):
+    if text[0] in "{[" and json_valid(text):
         return "json"
-    if _NUMBER.fullmatch(text):
+    if _ONE_NUMBER.fullmatch(text):
         return "number"
     if text.startswith("```"):
         return "code"
-    if len(lines) > 1 and all(_ITEM.match(line) for line in lines):
+    if len(lines) == 1:
+        return f"{text.count('|') + 1} fields" if "|" in text else "line"
+    if all(_ITEM.match(line) for line in lines):
         return "list"
-    if len(lines) > 1 and all(line.lstrip().startswith("|") for line in lines):
-        return "table"
-    if len(lines) == 1 and "|" in text:
-        return f"{text.count('|') + 1} fields"
-    return "line" if len(lines) == 1 else "lines"
+    return "table" if all(line.lstrip().startswith("|") for line in lines) else "lines"
 
 
 def adherence(prediction: str, references: Sequence[str], pattern: re.Pattern[str] | None) -> float:
@@ -165,26 +158,25 @@ def adherence(prediction: str, references: Sequence[str], pattern: re.Pattern[st
 
 
 def compiled(pattern: str | None) -> re.Pattern[str] | None:
-    """The pattern of `eval.format`, in which a dot is any letter, line breaks too. Raises ConfigError."""
+    """The pattern of `eval.format`; its dot matches line breaks too. Raises ConfigError."""
     try:
         return None if pattern is None else re.compile(pattern, re.DOTALL)
     except re.error as error:
-        raise ConfigError(
-            f"not a regular expression: {error}", where="eval.format", fix="fix it, or set it to null"
-        ) from None
+        problem = f"not a regular expression: {error}"
+        raise ConfigError(problem, where="eval.format", fix="fix it, or set it to null") from None
 
+
+# --- exact match, words and numbers
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
-_NUMBER_IN_ANSWER = re.compile(
-    r"(?:(?<!\w)-)?[$€£]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{1,3}\b)?"
-)  # 10-12 has no sign
-_MARKED = re.compile(rf"####\W*?({_NUMBER_IN_ANSWER.pattern})")
+_NUMBER = re.compile(r"(?:(?<!\w)-)?[$€£]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{1,3}\b)?")  # 10-12 has no minus
+_MARKED_NUMBER = re.compile(rf"####\W*?({_NUMBER.pattern})")
 _NO_DIGITS = str.maketrans("", "", ",$€£")
 
 
 def exact_match(prediction: str, references: Sequence[str]) -> float:
-    """1 when the answer is a reference, letter by letter."""
+    """1 when the answer is a reference, character by character, outer whitespace aside."""
     return float(prediction.strip() in {reference.strip() for reference in references})
 
 
@@ -203,51 +195,43 @@ def exact_match_normalised(prediction: str, references: Sequence[str]) -> float:
 
 def token_f1(prediction: str, references: Sequence[str]) -> float:
     """SQuAD's F1 over the bag of normalised words; two empty texts agree (SQuAD 2.0)."""
-    found = normalise(prediction).split()
-    return max(_token_f1(found, normalise(reference).split()) for reference in references)
+    words = normalise(prediction).split()
 
+    def f1(expected: list[str]) -> float:
+        if not words or not expected:
+            return float(words == expected)
+        common = (Counter(words) & Counter(expected)).total()
+        precision, recall = common / len(words), common / len(expected)
+        return 2 * precision * recall / (precision + recall) if common else 0.0
 
-def _token_f1(found: list[str], wanted: list[str]) -> float:
-    if not found or not wanted:
-        return float(found == wanted)
-    common = (Counter(found) & Counter(wanted)).total()
-    if common == 0:
-        return 0.0
-    precision, recall = common / len(found), common / len(wanted)
-    return 2 * precision * recall / (precision + recall)
+    return max(f1(normalise(reference).split()) for reference in references)
 
 
 def contains(prediction: str, references: Sequence[str]) -> float:
-    """1 when a reference stands somewhere in the answer, upper and lower case alike."""
+    """1 when a reference occurs anywhere in the answer, case aside."""
     text = prediction.strip().casefold()
-    wanted = [reference.strip().casefold() for reference in references]
-    return float(any(reference in text if reference else not text for reference in wanted))
+    options = [reference.strip().casefold() for reference in references]
+    return float(any(option in text if option else not text for option in options))
 
 
 def number(text: str) -> Decimal | None:
     """The answer's number: the one after `####` as GSM8K writes it, else the last one in the text; None without one.
 
-    Commas in it and $, € or £ before it do not count; units behind it are no part of it; 1e3 is 1000.
+    Commas and a $, € or £ in front are ignored; units behind it are no part of it; 1e3 is 1000.
     """
     text = text.replace("\u2212", "-")
-    marked = _MARKED.search(text)
-    found = [marked.group(1)] if marked else _NUMBER_IN_ANSWER.findall(text)
-    return Decimal(found[-1].translate(_NO_DIGITS)) if found else None
+    marked = _MARKED_NUMBER.search(text)
+    numbers = [marked.group(1)] if marked else _NUMBER.findall(text)
+    return Decimal(numbers[-1].translate(_NO_DIGITS)) if numbers else None
 
 
 def numeric(prediction: str, references: Sequence[str]) -> float:
     """1 when the answer's number is the reference's (`1,000` is `1000.0`); 0 when the reference has none."""
-    found = number(prediction)
-    return float(found is not None and any(number(reference) == found for reference in references))
+    value = number(prediction)
+    return float(value is not None and any(number(reference) == value for reference in references))
 
 
-DOOR = "evaluate:"
-
-
-def _streams(references: Sequence[Sequence[str]]) -> list[list[str | None]]:
-    """Row-wise references as sacrebleu's columns; None where a row has fewer."""
-    most = max((len(options) for options in references), default=0)
-    return [[options[i] if i < len(options) else None for options in references] for i in range(most)]
+# --- sacrebleu and the `evaluate` library
 
 
 def _sacrebleu(name: str, **options: bool) -> Any:
@@ -258,82 +242,76 @@ def _sacrebleu(name: str, **options: bool) -> Any:
 
 
 def corpus_score(name: str, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """`bleu` or `chrf` of the corpus with sacrebleu's defaults, 0 to 100.
-
-    It is not the mean of the sentences' scores: its n-grams are counted over all rows together.
-    """
-    return float(_sacrebleu(name).corpus_score(list(predictions), _streams(references)).score)
+    """`bleu` or `chrf` of the corpus with sacrebleu's defaults, 0 to 100: n-grams are counted over all rows together,
+    so it is not the mean of the rows' scores."""
+    most = max((len(options) for options in references), default=0)  # sacrebleu wants columns, None where one is short
+    columns = [[options[i] if i < len(options) else None for options in references] for i in range(most)]
+    return float(_sacrebleu(name).corpus_score(list(predictions), columns).score)
 
 
 def sentence_scores(name: str, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
     """Each row's own `bleu` (of the orders that it is long enough for) or `chrf`, 0 to 100."""
-    single = _sacrebleu(name, effective_order=True)
+    metric = _sacrebleu(name, effective_order=True)
     pairs = zip(predictions, references, strict=True)
-    return [float(single.sentence_score(prediction, list(options)).score) for prediction, options in pairs]
+    return [float(metric.sentence_score(prediction, list(options)).score) for prediction, options in pairs]
 
 
 def evaluate_score(
     name: str, predictions: Sequence[str], references: Sequence[Sequence[str]], sources: Sequence[str] | None
 ) -> tuple[float, list[float] | None]:
-    """The metric that `evaluate.load(NAME)` gives, for a name `evaluate:NAME`; its scale is its own.
+    """The metric that `evaluate.load(NAME)` gives for the name `evaluate:NAME`, on its own scale, and its rows' values.
 
-    A result of many values is read at the metric's own name, else at `f1`, else at its first number; a list counts by
-    its mean. Raises EnvironmentProblem when the library is missing or the metric cannot be loaded (most come from the
-    hub), ConfigError when it cannot score plain texts.
+    Of a result with several values it is the one with the metric's own name, else `f1`, `score`, or the first number;
+    a list counts by its mean. Raises EnvironmentProblem when the library is missing or the metric cannot be loaded
+    (most come from the hub), ConfigError when it cannot score plain texts.
     """
-    wanted = name.removeprefix(DOOR)
+    library_name, fix = name.removeprefix(_LIBRARY), f"take it out of eval.metrics: {name}"
     try:
         import evaluate
     except ImportError:
-        raise EnvironmentProblem(
-            f"the metric {name} needs the library `evaluate`", fix="pip install evaluate, or take it out: eval.metrics"
-        ) from None
+        problem = f"the metric {name} needs the library `evaluate`"
+        raise EnvironmentProblem(problem, fix="pip install evaluate, or take it out of eval.metrics") from None
     try:
-        metric = evaluate.load(wanted)
+        metric = evaluate.load(library_name)
     except Exception as error:  # whatever the hub, a script or a missing library raises
-        said = " ".join(str(error).split())[:300]
-        raise EnvironmentProblem(
-            f"evaluate cannot load {wanted}: {said}",
-            fix="check its name and the network, or take it out: eval.metrics",
-        ) from None
-    given: dict[str, Any] = {"predictions": list(predictions), "references": [list(options) for options in references]}
+        problem = f"evaluate cannot load {library_name}: {_one_line(error)}"
+        raise EnvironmentProblem(problem, fix=f"check the name and the network, or {fix}") from None
+    lists = [list(options) for options in references]
+    arguments: dict[str, Any] = {"predictions": list(predictions), "references": lists}
     if "sources" in getattr(metric, "features", {}):
-        given["sources"] = list(sources or [])
-    if wanted.endswith("bertscore"):
-        given["lang"] = "en"
-    return _read_result(wanted, _compute(name, metric, given))
-
-
-def _compute(name: str, metric: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """Tries lists of references first, then plain ones where every row has one: metrics differ in what they take."""
-    tries = [given]
-    if all(len(options) == 1 for options in given["references"]):
-        tries.append({**given, "references": [options[0] for options in given["references"]]})
-    said = ""
-    for arguments in reversed(tries):
+        arguments["sources"] = list(sources or [])
+    if library_name.endswith("bertscore"):
+        arguments["lang"] = "en"
+    attempts = [arguments]  # metrics differ in whether they take one reference a row or a list
+    if all(len(options) == 1 for options in lists):
+        attempts.insert(0, {**arguments, "references": [options[0] for options in lists]})
+    problem = ""
+    for attempt in attempts:
         try:
-            return dict(metric.compute(**arguments))
+            result = dict(metric.compute(**attempt))
+            break
         except Exception as error:
-            said = " ".join(str(error).split())[:300]
-    raise ConfigError(f"{name} cannot score these answers: {said}", fix="take it out of eval.metrics")
-
-
-def _read_result(wanted: str, result: dict[str, Any]) -> tuple[float, list[float] | None]:
-    short = wanted.rsplit("/", 1)[-1].removesuffix(".py")
-    for key in [short, "f1", "score", *result]:
+            problem = _one_line(error)
+    else:
+        raise ConfigError(f"{name} cannot score these answers: {problem}", fix=fix)
+    own_name = library_name.rsplit("/", 1)[-1].removesuffix(".py")
+    for key in [own_name, "f1", "score", *result]:
         value = result.get(key)
         if isinstance(value, Real):
             return float(value), None
         if isinstance(value, list) and value and all(isinstance(item, Real) for item in value):
             rows = [float(item) for item in value]
-            return sum(rows) / len(rows), rows
-    raise ConfigError(f"evaluate:{wanted} gave no number, only {sorted(result)}", fix="take it out of eval.metrics")
+            return mean(rows), rows
+    raise ConfigError(f"{name} returned no number, only {sorted(result)}", fix=fix)
 
 
-log = logging.getLogger("sft.metrics")
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
-References = Sequence[str | Sequence[str]]
 
+# --- all metrics by name
+
+_LIBRARY = "evaluate:"
 _BY_REFERENCE: dict[str, Callable[[str, Sequence[str]], float]] = {
     "exact_match": exact_match,
     "exact_match_normalised": exact_match_normalised,
@@ -350,24 +328,19 @@ _BY_ANSWER: dict[str, Callable[[str], float]] = {
 }
 _CORPUS = ("bleu", "chrf")
 _ROUGE = re.compile(r"rouge(L|Lsum|[1-9])")
+NAMES = (
+    *("rouge1", "rouge2", "rougeL", "rougeLsum", "sari"),
+    *_BY_REFERENCE,
+    *_BY_ANSWER,
+    *("format_adherence", "json_schema"),
+    *_CORPUS,
+)
 _SPELLINGS = {
     "exact_match_normalized": "exact_match_normalised",
     "rouge_l": "rougeL",
     "rougel": "rougeL",
     "rougelsum": "rougeLsum",
 }
-NAMES = (
-    "rouge1",
-    "rouge2",
-    "rougeL",
-    "rougeLsum",
-    "sari",
-    *_BY_REFERENCE,
-    *_BY_ANSWER,
-    "format_adherence",
-    "json_schema",
-    *_CORPUS,
-)
 _SMALLER_IS_BETTER = {"loss", "row_loss", "perplexity", "repetition", "empty_rate", "length_words", "length_tokens"}
 
 
@@ -382,23 +355,17 @@ class Scores:
         """The values of one row."""
         return {name: round(values[index], 6) for name, values in self.rows.items()}
 
-    @property
-    def plain(self) -> dict[str, list[float]]:
-        """The rows' values of the metrics whose mean over any rows means something: all but those of a corpus."""
-        return {name: values for name, values in self.rows.items() if name not in _CORPUS}
-
 
 def check_names(names: Sequence[str]) -> list[str]:
     """The names in their own spelling. Raises ConfigError with the nearest name for one that is not known."""
-    problems = []
-    known = []
-    for given in names:
-        name = _SPELLINGS.get(given, given)
-        if name in NAMES or _ROUGE.fullmatch(name) or (name.startswith(DOOR) and name != DOOR):
+    problems, known = [], []
+    for spelling in names:
+        name = _SPELLINGS.get(spelling, spelling)
+        if name in NAMES or _ROUGE.fullmatch(name) or (name.startswith(_LIBRARY) and name != _LIBRARY):
             known.append(name)
             continue
-        near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.4)
-        problems.append(f"{given!r}" + (f" (did you mean {near[0]}?)" if near else ""))
+        nearest = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.4)
+        problems.append(f"{spelling!r}" + (f" (did you mean {nearest[0]}?)" if nearest else ""))
     if problems:
         raise ConfigError(
             f"no such metric: {', '.join(problems)}",
@@ -411,31 +378,6 @@ def check_names(names: Sequence[str]) -> list[str]:
 def greater_is_better(name: str) -> bool:
     """False for losses, perplexity, repetition, length and empty answers; `eval_` or `eval/` in front is ignored."""
     return re.sub(r"^eval[_/]", "", name) not in _SMALLER_IS_BETTER
-
-
-def as_lists(references: References) -> list[list[str]]:
-    """Every row's references as a list. Raises DataError for a row that has none."""
-    lists = [[item] if isinstance(item, str) else list(item) for item in references]
-    for index, options in enumerate(lists, start=1):
-        if not options:
-            raise DataError("a row has no reference answer", where=f"row {index}", fix="give it one, or take it out")
-    return lists
-
-
-def score(
-    names: Sequence[str],
-    predictions: Sequence[str],
-    references: References,
-    sources: Sequence[str] | None = None,
-    *,
-    stemmer: bool = False,
-    json_schema: dict[str, Any] | None = None,
-    pattern: re.Pattern[str] | None = None,
-) -> dict[str, float]:
-    """{name: value} for each metric in `names`; see `score_rows`."""
-    return score_rows(
-        names, predictions, references, sources, stemmer=stemmer, json_schema=json_schema, pattern=pattern
-    ).means
 
 
 def score_rows(
@@ -454,8 +396,8 @@ def score_rows(
     `format_adherence` matches whole answers with; None compares their form with the references'.
     Raises ConfigError for an unknown name, DataError for rows that do not match in number or lack what is needed.
     """
-    names, wanted = check_names(names), as_lists(references)
-    if not len(predictions) == len(wanted) or (sources is not None and len(sources) != len(wanted)):
+    names, options = check_names(names), _as_lists(references)
+    if not len(predictions) == len(options) or (sources is not None and len(sources) != len(options)):
         raise DataError("predictions, references and sources differ in number")
     if not predictions:
         raise DataError("there are no answers to score")
@@ -463,39 +405,23 @@ def score_rows(
     rows: dict[str, list[float]] = {}
     for name in names:
         if name in _CORPUS:
-            means[name] = corpus_score(name, predictions, wanted)
-            rows[name] = sentence_scores(name, predictions, wanted)
-        elif name.startswith(DOOR):
-            means[name], values = evaluate_score(name, predictions, wanted, sources)
+            means[name] = corpus_score(name, predictions, options)
+            rows[name] = sentence_scores(name, predictions, options)
+        elif name.startswith(_LIBRARY):
+            means[name], values = evaluate_score(name, predictions, options, sources)
             rows.update({name: values} if values else {})
         else:
-            rows[name] = _rows(name, predictions, wanted, sources, stemmer, json_schema, pattern)
-            means[name] = text.mean(rows[name])
+            rows[name] = _rows(name, predictions, options, sources, stemmer, json_schema, pattern)
+            means[name] = mean(rows[name])
     return Scores(means, rows)
 
 
-def by_tag(
-    tagged: Sequence[Sequence[str]],
-    scores: Scores,
-    predictions: Sequence[str],
-    references: Sequence[Sequence[str]],
-    more: Mapping[str, Sequence[float]] | None = None,
-) -> dict[str, dict[str, float]]:
-    """{tag: {"rows": how many, metric: its value over them}}; a row of several tags counts for each of them.
-
-    tagged: each row's tags. more: values of rows besides the scores'. Metrics of a corpus count over the tag's rows.
-    """
-    rows = {**scores.plain, **(more or {})}
-    corpus = [name for name in scores.means if name in _CORPUS]
-    return {
-        tag: {"rows": len(where)}
-        | {name: text.mean([values[at] for at in where]) for name, values in rows.items()}
-        | {
-            name: corpus_score(name, [predictions[at] for at in where], [references[at] for at in where])
-            for name in corpus
-        }
-        for tag, where in text.places(tagged).items()
-    }
+def _as_lists(references: References) -> list[list[str]]:
+    lists = [[item] if isinstance(item, str) else list(item) for item in references]
+    for index, options in enumerate(lists, start=1):
+        if not options:
+            raise DataError("a row has no reference answer", where=f"row {index}", fix="add one, or remove the row")
+    return lists
 
 
 def _rows(
@@ -507,41 +433,54 @@ def _rows(
     json_schema: dict[str, Any] | None,
     pattern: re.Pattern[str] | None,
 ) -> list[float]:
+    """Each row's value of a metric that has one."""
     pairs = list(zip(predictions, references, strict=True))
     if name in _BY_REFERENCE:
-        if name == "numeric" and (bare := sum(all(number(r) is None for r in refs) for _, refs in pairs)):
-            log.warning("numeric: %d of %d references have no number; those rows count as wrong", bare, len(pairs))
-        return [_BY_REFERENCE[name](prediction, refs) for prediction, refs in pairs]
+        without = sum(all(number(r) is None for r in options) for options in references) if name == "numeric" else 0
+        if without:
+            log.warning("numeric: %d of %d references have no number; those rows count as wrong", without, len(pairs))
+        return [_BY_REFERENCE[name](*pair) for pair in pairs]
     if name in _BY_ANSWER:
         return [_BY_ANSWER[name](prediction) for prediction in predictions]
     if name == "format_adherence":
-        return [adherence(prediction, refs, pattern) for prediction, refs in pairs]
+        return [adherence(prediction, options, pattern) for prediction, options in pairs]
     if name == "json_schema":
-        if json_schema is None:
-            raise ConfigError("the metric json_schema has no schema", fix="set eval.json_schema to its file")
-        validator = Validator(json_schema)
-        return [validator(prediction) for prediction in predictions]
+        return _json_schema(predictions, json_schema)
     if name == "sari":
         if sources is None:
             raise DataError("sari compares with the source text, and there is none", fix='add "source" to every row')
         return [ngram.sari(source, *pair) for source, pair in zip(sources, pairs, strict=True)]
-    _warn_of_other_scripts(name, references, stemmer)
-    return [ngram.rouge(name, prediction, refs, stemmer=stemmer) for prediction, refs in pairs]
-
-
-def _warn_of_other_scripts(name: str, references: list[list[str]], stemmer: bool) -> None:
-    blind = sum(not ngram.tokens(refs[0], stemmer) and bool(refs[0].strip()) for refs in references)
-    if blind > len(references) / 2:
+    invisible = sum(not ngram.rouge_tokens(options[0], stemmer) and bool(options[0].strip()) for options in references)
+    if invisible > len(references) / 2:
         log.warning(
-            "%s sees only the letters a-z and digits, and %d of %d references have none: take chrf for this language",
-            name,
-            blind,
-            len(references),
-        )
+            "%s sees only the letters a-z and digits, and %d of %d references have none: use chrf for this language",
+            name, invisible, len(references),
+        )  # fmt: skip
+    return [ngram.rouge(name, prediction, options, stemmer=stemmer) for prediction, options in pairs]
 
 
-CANDIDATES = 200
-SAMPLE = 400
+def by_tag(
+    tags: Sequence[Sequence[str]],
+    scores: Scores,
+    predictions: Sequence[str],
+    references: Sequence[Sequence[str]],
+    more: Mapping[str, Sequence[float]] | None = None,
+) -> dict[str, dict[str, float]]:
+    """{tag: {"rows": how many, metric: its value over them}}; a row of several tags counts for each of them.
+
+    tags: those of each row. more: rows' values besides the scores. Corpus metrics count over the tag's rows.
+    """
+    rows = {name: values for name, values in scores.rows.items() if name not in _CORPUS} | dict(more or {})
+    result: dict[str, dict[str, float]] = {}
+    for tag, where in text.rows_by_tag(tags).items():
+        result[tag] = {"rows": len(where)}
+        result[tag] |= {name: mean([values[at] for at in where]) for name, values in rows.items()}
+        for name in _CORPUS:
+            if name in scores.means:
+                result[tag][name] = corpus_score(
+                    name, [predictions[at] for at in where], [references[at] for at in where]
+                )
+    return result
 
 
 @dataclass(frozen=True)
@@ -552,37 +491,27 @@ class Constant:
     scores: dict[str, float]
 
 
-def _candidates(answers: Sequence[str], most: int, seed: int) -> list[str]:
-    """Half the most frequent answers, half a seeded draw from the rest."""
-    counted = [answer for answer, _ in Counter(answers).most_common()]
-    if len(counted) <= most:
-        return counted
-    rest = counted[most // 2 :]
-    return counted[: most // 2] + random.Random(seed).sample(rest, most - most // 2)
-
-
-def best_constant(
-    training_answers: Sequence[str],
-    references: References,
-    *,
-    stemmer: bool = False,
-    most: int = CANDIDATES,
-    seed: int = 0,
+def constant_baseline(
+    training_answers: Sequence[str], references: References, *, stemmer: bool = False, seed: int = 0
 ) -> Constant | None:
-    """Tries up to `most` training answers against the references (chosen on at most 400 of them, scored on all).
+    """Scores the best constant answer: one training answer given to every question.
 
-    `scores` has rougeL of the answer that is best in it, and exact_match of the answer that is best in that: no one
-    answer can do better in either. None when there is nothing to choose from.
+    Tries up to 200 training answers, half of them the most frequent, half a seeded draw; ROUGE-L chooses on at most 400
+    references and is computed on all. exact_match is that of the best answer in it: no constant does better in either.
+    None when there is nothing to choose from.
     """
-    wanted = as_lists(references)
-    candidates = _candidates(training_answers, most, seed)
-    if not candidates or not wanted:
+    options = _as_lists(references)
+    candidates = [answer for answer, _ in Counter(training_answers).most_common()]
+    if not candidates or not options:
         return None
-    sample = wanted if len(wanted) <= SAMPLE else random.Random(seed).sample(wanted, SAMPLE)
-    by_rouge = [
-        mean([ngram.rouge("rougeL", answer, refs, stemmer=stemmer) for refs in sample]) for answer in candidates
-    ]
-    answer = candidates[by_rouge.index(max(by_rouge))]
-    exact = max(mean([exact_match(candidate, refs) for refs in wanted]) for candidate in candidates)
-    rouge_l = score(["rougeL"], [answer] * len(wanted), wanted, stemmer=stemmer)["rougeL"]
-    return Constant(answer, {"rougeL": rouge_l, "exact_match": exact})
+    draw = random.Random(seed)
+    if len(candidates) > 200:
+        candidates = candidates[:100] + draw.sample(candidates[100:], 100)
+    sample = options if len(options) <= 400 else random.Random(seed).sample(options, 400)
+
+    def rouge_l(answer: str, targets: Sequence[Sequence[str]]) -> float:
+        return mean([ngram.rouge("rougeL", answer, target, stemmer=stemmer) for target in targets])
+
+    best = max(candidates, key=lambda answer: rouge_l(answer, sample))
+    exact = max(mean([exact_match(answer, target) for target in options]) for answer in candidates)
+    return Constant(best, {"rougeL": rouge_l(best, options), "exact_match": exact})

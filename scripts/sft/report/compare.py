@@ -29,10 +29,10 @@ from sft.data import rows as records
 from sft.data import store
 from sft.errors import ConfigError, DataError, ModelError
 from sft.generation import evaluate, load
-from sft.generation.engine import Kind
 from sft.generation.load import LoadedModel, Target
 from sft.metrics import greater_is_better, text
 from sft.metrics.scoring import number
+from sft.model.files import Kind
 from sft.report import bootstrap, compare_page, judge, model_card
 from sft.report.bootstrap import Difference
 from sft.runs import Run
@@ -133,7 +133,7 @@ def measure_sides(
     targets: Sequence[Target], rows: Sequence[Row], general: Sequence[Row], root: Path, on_progress: Progress | None
 ) -> list[Side]:
     """The base first, then each target; the base is measured with the first adapter switched off where there is one."""
-    progress = _ProgressParts(on_progress, (len(targets) + 1) * 2 * (len(rows) + len(general)))
+    progress = _ProgressParts(on_progress, (len(targets) + 1) * (len(rows) + len(general)))
     sides: list[Side] = []
     base: Side | None = None
     for name, target in zip(unique_names(targets), targets, strict=True):
@@ -152,7 +152,7 @@ def measure_sides(
 
 
 class _ProgressParts:
-    """One progress bar over all answers and losses of all models."""
+    """One progress bar over all answers of all models."""
 
     def __init__(self, on_progress: Progress | None, total: int) -> None:
         self.on_progress, self.total, self.before = on_progress, total, 0
@@ -184,33 +184,23 @@ def _measure(
     values["repetition"] = [text.repetition(one["prediction"]) for one in samples]
     values["empty_rate"] = [text.empty(one["prediction"]) for one in samples]
     values["length_tokens"] = [float(one["tokens"]) for one in samples]
-    losses = _row_losses(model, rows, config, progress.part(len(rows)))
+    losses = evaluation.row_losses
     values[ROW_LOSS] = losses if config.eval.turns == "last" else _per_answer(rows, losses)
     if not general:
         return Side(name, model.kind, samples, values, [], {})
     plain = {"metrics": ["token_f1"], "json_schema": None, "shots": 0, "format": None, "turns": "last"}
     section = config.model_copy(update={"eval": config.eval.model_copy(update=plain)})
-    answers = evaluate.evaluate(model, general, section, root, progress.part(len(general))).samples
+    of_general = evaluate.evaluate(model, general, section, root, progress.part(len(general)))
+    answers = of_general.samples
     passed = [passes(one["prediction"], row.get("check", {})) for one, row in zip(answers, general, strict=True)]
-    general_losses = _row_losses(model, general, config, progress.part(len(general)))
-    return Side(name, model.kind, samples, values, answers, {ROW_LOSS: general_losses, "passed": passed})
-
-
-def _row_losses(model: LoadedModel, rows: Sequence[Row], config: Config, on_progress: Progress) -> list[float]:
-    """Each row's mean loss over its labelled tokens; nan where it has none (too long, no label left)."""
-    losses = []
-    for done, row in enumerate(rows, start=1):
-        usable = model.encoder.encode(row).dropped is None
-        losses.append(evaluate.losses(model, [row], config)["loss"] if usable else math.nan)
-        on_progress(done, len(rows))
-    return losses
+    return Side(name, model.kind, samples, values, answers, {ROW_LOSS: of_general.row_losses, "passed": passed})
 
 
 def _per_answer(rows: Sequence[Row], losses: Sequence[float]) -> list[float]:
     """A value an answer where every answer of a row is generated: the row's loss beside the last, else nan."""
     values: list[float] = []
     for row, loss in zip(rows, losses, strict=True):
-        earlier = 0 if records.is_rendered(row) else len(evaluate.answers(row)) - 1
+        earlier = 0 if records.is_rendered(row) else len(evaluate.answer_turns(row)) - 1
         values += [*[math.nan] * earlier, loss]
     return values
 

@@ -15,7 +15,7 @@ from sft.chat.encode import Encoder, encoder_for
 from sft.config import load
 from sft.config.schema import Config, GenerationSection, ModelSection
 from sft.errors import ModelError, RunError
-from sft.generation.load import Target, expected
+from sft.generation.load import Target, system_text
 from sft.model import hub
 from sft.model.files import ModelFiles
 from sft.model.tokenizer import load_tokenizer
@@ -252,7 +252,7 @@ def _gguf(
         told = go_template.translate(trainer.template, begin)
         stops = [str(trainer.tokenizer.convert_ids_to_tokens(token)) for token in sorted(trainer.stops.ids)]
         stops = list(dict.fromkeys([*stops, *trainer.stops.strings, *target.config.generation.stop]))
-        system = expected(target.config, target.folder, root)
+        system = system_text(target.config, target.folder, root)
         context = int(files.config["max_position_embeddings"])
         write(staged, name, told, stops, target.config, system, context)
         forms.append(routes.of_ollama(held, told, stops))

@@ -10,6 +10,7 @@ from sft.chat.encode import Encoder
 from sft.config.schema import Config
 from sft.generation import engine, evaluate
 from sft.generation.evaluate import Question
+from sft.generation.stop import Answer
 from sft.model.files import Kind
 from sft.training import distributed
 
@@ -39,9 +40,9 @@ class Answers:
         found = {index: answer for share in shares for index, answer in share.items()}
         answers = [found[index] for index in range(len(self.questions))]
         self.samples = self._as_text(answers)
-        return evaluate.scored(self.questions, answers, self.config, self.root).metrics
+        return evaluate.score_answers(self.questions, answers, self.config, self.root).metrics
 
-    def _as_text(self, answers: Sequence[engine.Answer]) -> str:
+    def _as_text(self, answers: Sequence[Answer]) -> str:
         shown = list(zip(self.questions, answers, strict=True))[: self.config.logging.samples]
         return "\n\n---\n\n".join(
             f"**question**\n\n{_quoted(question.source)}\n\n**answer**\n\n{_quoted(answer.text)}\n\n**reference**\n\n"

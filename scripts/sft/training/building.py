@@ -12,7 +12,7 @@ from typing import Any
 
 from sft import files, runs
 from sft.errors import EnvironmentProblem
-from sft.generation.engine import prompt_room, truncate_prompt
+from sft.generation.engine import max_prompt_tokens, truncate_prompt
 from sft.generation.evaluate import questions
 from sft.model import kernels
 from sft.runs import OpenRun, Run
@@ -91,7 +91,7 @@ def _with_questions(job: Job, made: Any, root: Path) -> Job:
     """The job with its sample of validation rows asked as `eval` asks them (`eval.shots`, `eval.turns`)."""
     if not job.rows.asked:
         return job
-    room = prompt_room(made, job.config.generation, job.files.kind)
+    room = max_prompt_tokens(made, job.config.generation, job.files.kind)
     asked = questions(lambda row: truncate_prompt(job.encoder, row, room), job.rows.asked, job.config, root)
     return replace(job, rows=replace(job.rows, questions=asked))
 

@@ -57,7 +57,7 @@ def read(
     """The training and validation rows, encoded, or as they are kept in `cache`. Raises DataError if none is left."""
     hashes = {path: files.sha256(path) for path in (stage.train, stage.val) if path is not None}
     tokenise = Tokeniser(encoder, cache)
-    train = tokenise(stage.train, hashes[stage.train], about=load.shared_by, on_progress=on_progress)
+    train = tokenise(stage.train, hashes[stage.train], about=load.shared_system_text, on_progress=on_progress)
     if not train.rows:
         raise train.ledger.nothing_left(encoder.template.name)
     held = NO_SPLIT if stage.val is None else tokenise(stage.val, hashes[stage.val])
