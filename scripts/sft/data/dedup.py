@@ -1,4 +1,8 @@
-"""Texts as numbers: each word a 64-bit hash, each run of words one more, so that texts are compared with numpy."""
+"""Near duplicates: MinHash and LSH over runs of five words find candidate pairs, their true similarity decides.
+
+Broder 1997, "On the resemblance and containment of documents"; bands as in Leskovec et al., "Mining of Massive
+Datasets", section 3.4.
+"""
 
 from __future__ import annotations
 
@@ -9,162 +13,125 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from sft.data.rows import Row, is_rendered, messages
-
 Hashes = NDArray[np.uint64]
-# A word is a run of letters and digits; a character is a word in scripts that put no space between words.
-_ALONE = "\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
-WORD = re.compile(rf"[{_ALONE}]|[^\W_{_ALONE}]+")
-STEP = np.uint64(0x9E3779B97F4A7C15)  # odd: an invertible multiplier, so no word's hash is lost
+# A word is a run of letters and digits; in scripts without spaces between words it is one character.
+_NO_SPACES = "\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+WORD = re.compile(rf"[{_NO_SPACES}]|[^\W_{_NO_SPACES}]+")
+SHINGLE = 5  # words
+SIGNATURE = 128  # hash functions
+RECALL = 0.995  # share of the pairs at the threshold that LSH must find
+MARGIN = 0.16  # below the threshold that an estimate may lie: over four standard deviations of 128 values at 0.8
+BUCKET = 64  # rows of an LSH bucket that are all compared; in larger ones with the 64 before, and the first
+BLOCK = 2_048  # texts hashed at a time
+_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd, so that the multiplication is invertible
 
 
-class Words:
-    """Hashes the words of texts; each different word is hashed once."""
+class WordHasher:
+    """Turns texts into 64-bit hashes of their words; each different word is hashed once."""
 
     def __init__(self) -> None:
-        self._known: dict[str, int] = {}
+        self._hashes: dict[str, int] = {}
 
-    def hashes(self, text: str) -> list[int]:
-        """One hash a word of `text`, capitals and punctuation aside."""
-        known = self._known
-        found = WORD.findall(text.lower())
+    def hashes(self, text: str) -> Hashes:
+        """One hash a word of `text`, ignoring case and punctuation."""
+        words = WORD.findall(text.lower())
+        known = self._hashes
         try:
-            return [known[word] for word in found]
+            return np.array([known[word] for word in words], np.uint64)
         except KeyError:
-            for word in found:
-                if word not in known:
-                    known[word] = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "big")
-            return [known[word] for word in found]
+            for word in set(words).difference(known):
+                known[word] = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "big")
+            return np.array([known[word] for word in words], np.uint64)
 
 
-def runs(words: Hashes, length: int) -> Hashes:
-    """A hash for each run of `length` words; for a text that is shorter, one for all of it."""
+def ngram_hashes(words: Hashes, length: int) -> Hashes:
+    """One hash for each run of `length` words; of a shorter text, one for all of it."""
     length = max(1, min(length, len(words)))
-    made = np.zeros(max(0, len(words) - length + 1), np.uint64)
+    values = np.zeros(max(0, len(words) - length + 1), np.uint64)
     for offset in range(length):
-        made = made * STEP + words[offset : offset + len(made)]
-    return mixed(made)
+        values = values * _MULTIPLIER + words[offset : offset + len(values)]
+    return _mix_bits(values)
 
 
-def mixed(values: Hashes) -> Hashes:
-    """Bits stirred (splitmix64's finaliser), so that any part of them serves as a hash."""
+def _mix_bits(values: Hashes) -> Hashes:
+    """splitmix64's finaliser: afterwards any part of the bits serves as a hash."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
 
 
-def text_of(row: Row) -> str:
-    """What a row is compared by: all its turns but the system text, which many rows share."""
-    if is_rendered(row):
-        return f"{row['input']}\n{row['target']}"
-    return "\n".join(str(turn["content"] or "") for turn in messages(row) if turn["role"] != "system")
+def lsh_bands(threshold: float) -> tuple[int, int]:
+    """The fewest bands, and signature values in each, that find RECALL of the pairs at `threshold`."""
+    for rows in range(SIGNATURE, 1, -1):
+        if 1 - (1 - threshold**rows) ** (SIGNATURE // rows) >= RECALL:
+            return SIGNATURE // rows, rows
+    return SIGNATURE, 1
 
 
-SHINGLE = 5  # words
-SIZE = 128  # values of a signature
-RECALL = 0.995  # of the pairs at the threshold, by LSH
-SLACK = 0.16  # below the threshold by which an estimate may lie: over four standard deviations of 128 values at 0.8
-BUCKET = 64  # rows of a bucket that are all compared with each other; in larger ones with so many before, and the first
-BLOCK = 2_048  # rows hashed at a time
-
-
-def bands(threshold: float) -> tuple[int, int]:
-    """Number of bands and values in each."""
-    for rows in range(SIZE, 1, -1):
-        if 1 - (1 - threshold**rows) ** (SIZE // rows) >= RECALL:
-            return SIZE // rows, rows
-    return SIZE, 1
-
-
-class Index:
-    """Takes texts one by one; `pairs` then tells which are near duplicates."""
+class MinHashIndex:
+    """Texts are added one by one; `pairs` then returns which of them are near duplicates."""
 
     def __init__(self, threshold: float) -> None:
         self.threshold = threshold
-        self._words = Words()
+        self._words = WordHasher()
         self._shingles: list[Hashes] = []
         self._signatures: list[NDArray[np.uint32]] = []
-        self._waiting: list[Hashes] = []
-        self._sets: dict[int, frozenset[int]] = {}
-        self._factors = mixed(np.arange(1, SIZE + 1, dtype=np.uint64)) | np.uint64(1)
-
-    def __len__(self) -> int:
-        return len(self._shingles)
+        self._factors = _mix_bits(np.arange(1, SIGNATURE + 1, dtype=np.uint64)) | np.uint64(1)
 
     def add(self, text: str) -> None:
         """The next text; its number is how many came before it."""
-        shingles = np.unique(runs(np.array(self._words.hashes(text) or [0], np.uint64), SHINGLE))
-        self._shingles.append(shingles)
-        self._waiting.append(shingles)
-        if len(self._waiting) == BLOCK:
-            self._sign()
+        words = self._words.hashes(text)
+        self._shingles.append(np.unique(ngram_hashes(words if len(words) else np.zeros(1, np.uint64), SHINGLE)))
+        if len(self._shingles) % BLOCK == 0:
+            self._sign(BLOCK)
 
     def pairs(self) -> Iterator[tuple[int, int]]:
         """(later, earlier) of every two texts at or above the threshold, in the order of the later one."""
-        self._sign()
-        if len(self) < 2:
+        self._sign(len(self._shingles) % BLOCK)
+        if len(self._shingles) < 2:
             return
-        signatures = np.concatenate(self._signatures)
-        found = _candidates(signatures, *bands(self.threshold))
-        near = np.zeros(len(found), bool)
-        for start in range(0, len(found), 1 << 16):
-            part = found[start : start + (1 << 16)]
-            same = (signatures[part[:, 0]] == signatures[part[:, 1]]).mean(axis=1)
-            near[start : start + (1 << 16)] = same >= self.threshold - SLACK
-        for later, earlier in found[near].tolist():
-            if self.similarity(later, earlier) >= self.threshold:
-                yield later, earlier
+        signatures, sets = np.concatenate(self._signatures), dict[int, frozenset[int]]()
+        candidates = _candidates(signatures, *lsh_bands(self.threshold))
+        for part in np.array_split(candidates, len(candidates) // 65_536 + 1):
+            estimates = (signatures[part[:, 0]] == signatures[part[:, 1]]).mean(axis=1)
+            for later, earlier in part[estimates >= self.threshold - MARGIN].tolist():
+                for number in {later, earlier}.difference(sets):
+                    sets[number] = frozenset(self._shingles[number].tolist())
+                shared = len(sets[later] & sets[earlier])  # over the union: Jaccard similarity
+                if shared >= self.threshold * (len(sets[later]) + len(sets[earlier]) - shared):
+                    yield later, earlier
 
-    def similarity(self, one: int, other: int) -> float:
-        """The Jaccard similarity of two texts by their shingles, 0-1."""
-        first, second = self._set(one), self._set(other)
-        both = len(first & second)
-        return both / (len(first) + len(second) - both)
-
-    def _set(self, number: int) -> frozenset[int]:
-        if number not in self._sets:
-            self._sets[number] = frozenset(self._shingles[number].tolist())
-        return self._sets[number]
-
-    def _sign(self) -> None:
-        """Signatures of the texts that wait: for each of SIZE hash functions the least value over the shingles."""
-        if not self._waiting:
+    def _sign(self, count: int) -> None:
+        """Signatures of the last `count` texts: for each hash function its least value over the shingles."""
+        if not count:
             return
-        values = np.concatenate(self._waiting)
-        starts = np.cumsum([0, *(len(one) for one in self._waiting[:-1])])
-        made = np.empty((len(self._waiting), SIZE), np.uint32)
+        shingles = self._shingles[-count:]
+        values = np.concatenate(shingles)
+        starts = np.cumsum([0, *(len(hashes) for hashes in shingles[:-1])])
+        signatures = np.empty((count, SIGNATURE), np.uint32)
         for column, factor in enumerate(self._factors):
             hashed = ((values * factor) >> np.uint64(32)).astype(np.uint32)
-            made[:, column] = np.minimum.reduceat(hashed, starts)
-        self._signatures.append(made)
-        self._waiting = []
+            signatures[:, column] = np.minimum.reduceat(hashed, starts)
+        self._signatures.append(signatures)
 
 
-def _candidates(signatures: NDArray[np.uint32], count: int, rows: int) -> NDArray[np.int64]:
-    """Pairs (later, earlier) that agree in a whole band, each once, sorted."""
+def _candidates(signatures: NDArray[np.uint32], bands: int, rows: int) -> NDArray[np.int64]:
+    """Pairs (later, earlier) that agree in a whole band, each once, sorted; shape (pairs, 2)."""
     size = len(signatures)
-    found: list[NDArray[np.int64]] = []
-    for band in range(count):
+    codes = [np.zeros(0, np.int64)]
+    for band in range(bands):
         keys = np.zeros(size, np.uint64)
         for column in range(band * rows, (band + 1) * rows):
-            keys = mixed(keys + signatures[:, column].astype(np.uint64) + np.uint64(1))
-        found.append(np.unique(_meetings(keys)))
-    codes = np.unique(np.concatenate(found))
-    return np.stack([codes // size, codes % size], axis=1)
-
-
-def _meetings(keys: Hashes) -> NDArray[np.int64]:
-    """Codes (later * size + earlier) of rows with equal keys."""
-    size = len(keys)
-    order = np.argsort(keys, kind="stable")
-    ordered = keys[order]
-    first = np.maximum.accumulate(np.where(np.r_[True, ordered[1:] != ordered[:-1]], np.arange(size), 0))
-    made = [np.zeros(0, np.int64)]
-    for step in range(1, min(size, BUCKET)):
-        meets = np.flatnonzero(first[step:] <= np.arange(size - step)) + step
-        if not len(meets):
-            break
-        made.append(order[meets] * size + order[meets - step])
-    far = np.flatnonzero(np.arange(size) - first >= BUCKET)
-    made.append(order[far] * size + order[first[far]])
-    return np.concatenate(made)
+            keys = _mix_bits(keys + signatures[:, column].astype(np.uint64) + np.uint64(1))
+        order = np.argsort(keys, kind="stable")
+        changes = np.r_[True, keys[order][1:] != keys[order][:-1]]
+        first = np.maximum.accumulate(np.where(changes, np.arange(size), 0))  # of the bucket of each, in this order
+        for step in range(1, min(size, BUCKET)):
+            later = np.flatnonzero(first[step:] <= np.arange(size - step)) + step
+            if not len(later):
+                break
+            codes.append(order[later] * size + order[later - step])
+        far = np.flatnonzero(np.arange(size) - first >= BUCKET)
+        codes.append(order[far] * size + order[first[far]])
+    unique = np.unique(np.concatenate(codes))
+    return np.stack([unique // size, unique % size], axis=1)

@@ -1,4 +1,4 @@
-"""Turns as people store them (messages, sharegpt, content in parts, tool calls in many spellings) to one kind:
+"""Turns as people store them (messages, sharegpt, content in parts, many spellings of tool calls), normalised to
 `{"role": system|user|assistant|tool, "content": str, "tool_calls"?, "reasoning_content"?, "name"?, ...}`.
 """
 
@@ -7,8 +7,17 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from sft.data import readers
-from sft.data.ledger import NOT_TEXT, OUT_OF_ORDER, UNKNOWN_FORMAT, UNKNOWN_ROLE, UNREADABLE, RowFault
+from sft.data.ledger import (
+    EMPTY_ANSWER,
+    NO_USER_TURN,
+    NOT_TEXT,
+    OUT_OF_ORDER,
+    UNKNOWN_FORMAT,
+    UNKNOWN_ROLE,
+    UNREADABLE,
+    RowFault,
+)
+from sft.data.readers import parse_json
 
 Message = dict[str, Any]
 
@@ -20,88 +29,85 @@ ROLES = {
     **dict.fromkeys(("function_call", "tool_call"), "function_call"),
 }
 REASONING = ("reasoning_content", "reasoning", "thinking")
-KEPT = ("name", "tool_call_id", "weight")
-KINDS = {dict: "an object", list: "a list", str: "a text", type(None): "null", bool: "true or false", bytes: "bytes"}
+COPIED = ("name", "tool_call_id", "weight")
+TYPES = {dict: "an object", list: "a list", str: "a text", type(None): "null", bool: "true or false", bytes: "bytes"}
 BEFORE = {  # role -> the roles that it may follow
     "system": (), "user": ("system", "assistant"), "assistant": ("user", "tool"), "tool": ("assistant", "tool"),
 }  # fmt: skip
 
 
-def text_of(value: Any, where: str) -> str:
-    """A text field's text: numbers and true/false as JSON writes them, None as nothing. Anything else is a fault."""
+def to_text(value: Any, where: str) -> str:
+    """The text of a field: numbers and booleans as JSON writes them, null is empty. Raises RowFault for the rest."""
     if isinstance(value, str):
         return value
     if value is None:
         return ""
     if isinstance(value, (bool, int, float)):
         return json.dumps(value)
-    raise RowFault(NOT_TEXT, f"{where} is {_kind(value)}, not text")
+    raise RowFault(NOT_TEXT, f"{where} is {_type(value)}, not text")
 
 
-def conversation(turns: Any, where: str) -> list[Message]:
-    """The turns of one row, each normalised; a call of a function joins the assistant turn before it."""
+def normalize_messages(turns: Any, where: str) -> list[Message]:
+    """The turns of one row. A function call as a turn of its own joins the assistant turn before it."""
     if not isinstance(turns, list):
-        raise RowFault(UNKNOWN_FORMAT, f"{where} is {_kind(turns)}, not a list of turns")
-    made: list[Message] = []
-    for number, turn in enumerate(turns, 1):
-        message = _message(turn, f"{where}[{number - 1}]")
-        if message.pop("joins", False) and made and made[-1]["role"] == "assistant":
-            made[-1]["tool_calls"] = [*made[-1].get("tool_calls", ()), *message["tool_calls"]]
+        raise RowFault(UNKNOWN_FORMAT, f"{where} is {_type(turns)}, not a list of turns")
+    messages: list[Message] = []
+    for number, turn in enumerate(turns):
+        message, is_call = _message(turn, f"{where}[{number}]")
+        if is_call and messages and messages[-1]["role"] == "assistant":
+            messages[-1]["tool_calls"] = [*messages[-1].get("tool_calls", ()), *message["tool_calls"]]
         else:
-            made.append(message)
-    return made
+            messages.append(message)
+    return messages
 
 
-def _message(turn: Any, where: str) -> Message:
+def _message(turn: Any, where: str) -> tuple[Message, bool]:
+    """The turn, and whether it is nothing but a function call."""
     if not isinstance(turn, dict):
-        raise RowFault(UNKNOWN_FORMAT, f"{where} is {_kind(turn)}, not a turn")
-    said = turn.get("role", turn.get("from"))
-    role = ROLES.get(said.strip().lower()) if isinstance(said, str) else None
+        raise RowFault(UNKNOWN_FORMAT, f"{where} is {_type(turn)}, not a turn")
+    name = turn.get("role", turn.get("from"))
+    role = ROLES.get(name.strip().lower()) if isinstance(name, str) else None
     if role is None:
-        raise RowFault(UNKNOWN_ROLE, f"{where} has the role {said!r}")
+        raise RowFault(UNKNOWN_ROLE, f"{where} has the role {name!r}")
     content = turn.get("content", turn.get("value", turn.get("text")))
     if role == "function_call":
-        return {"role": "assistant", "content": "", "tool_calls": calls(content, where), "joins": True}
+        return {"role": "assistant", "content": "", "tool_calls": normalize_tool_calls(content, where)}, True
     if role == "tool" and isinstance(content, dict):
         content = json.dumps(content, ensure_ascii=False)
-    parts: Message = _parts(content, where) if isinstance(content, list) else {"content": text_of(content, where)}
+    parts: Message = _parts(content, where) if isinstance(content, list) else {"content": to_text(content, where)}
     message: Message = {"role": role, "content": parts["content"]}
-    thoughts = (turn[key] for key in REASONING if turn.get(key) is not None)
-    if reasoning := text_of(next(thoughts, parts.get("reasoning_content")), where):
-        message["reasoning_content"] = reasoning
-    called = calls(turn.get("tool_calls"), where) or calls(turn.get("function_call"), where) or parts.get("tool_calls")
-    if called:
-        message["tool_calls"] = called
-    return message | {key: turn[key] for key in KEPT if turn.get(key) is not None}
+    reasoning = next((turn[key] for key in REASONING if turn.get(key) is not None), parts.get("reasoning_content"))
+    if text := to_text(reasoning, where):
+        message["reasoning_content"] = text
+    fields = (turn.get("tool_calls"), turn.get("function_call"))
+    if calls := next(filter(None, (normalize_tool_calls(field, where) for field in fields)), parts.get("tool_calls")):
+        message["tool_calls"] = calls
+    return message | {key: turn[key] for key in COPIED if turn.get(key) is not None}, False
 
 
 def _parts(parts: list[Any], where: str) -> Message:
-    """Content in parts: texts are joined as they stand, reasoning and tool calls go to their own keys."""
-    made: Message = {"content": ""}
-    for part in parts:
-        if isinstance(part, str):
-            made["content"] += part
-            continue
+    """Content in parts: texts are joined unchanged, reasoning and tool calls go to keys of their own."""
+    message: Message = {"content": ""}
+    for item in parts:
+        part = {"text": item} if isinstance(item, str) else item
         kind = part.get("type", "text") if isinstance(part, dict) else None
         if kind in ("text", "input_text", "output_text"):
-            made["content"] += text_of(part.get("text", part.get("value", part.get("content"))), where)
+            message["content"] += to_text(part.get("text", part.get("value", part.get("content"))), where)
         elif kind in ("reasoning", "thinking"):
-            thought = text_of(part.get("value", part.get("text", part.get(kind))), where)
-            made["reasoning_content"] = made.get("reasoning_content", "") + thought
+            thought = to_text(part.get("value", part.get("text", part.get(kind))), where)
+            message["reasoning_content"] = message.get("reasoning_content", "") + thought
         elif kind in ("tool_call", "function_call", "tool_calls"):
-            made["tool_calls"] = [*made.get("tool_calls", ()), *calls(part.get("value", part.get(kind)), where)]
+            calls = normalize_tool_calls(part.get("value", part.get(kind)), where)
+            message["tool_calls"] = [*message.get("tool_calls", ()), *calls]
         else:
             raise RowFault(NOT_TEXT, f"{where} has a part of the type {kind!r}")
-    return made
+    return message
 
 
-def calls(value: Any, where: str) -> list[Message]:
+def normalize_tool_calls(value: Any, where: str) -> list[Message]:
     """Tool calls as chat templates read them: `{"type": "function", "function": {"name", "arguments": {}}}`."""
-    value = _from_json(value, where, "tool call")
-    if value is None or value == []:
-        return []
-    made = []
-    for call in value if isinstance(value, list) else [value]:
+    calls = []
+    for call in _as_list(value, where, "tool call"):
         function = call.get("function", call) if isinstance(call, dict) else None
         if isinstance(function, str) and isinstance(call, dict):
             function = {"name": function, "arguments": call.get("arguments", {})}
@@ -109,65 +115,63 @@ def calls(value: Any, where: str) -> list[Message]:
             raise RowFault(UNREADABLE, f"{where} has a tool call without a function's name")
         arguments = function.get("arguments", function.get("parameters", {}))
         if isinstance(arguments, str):
-            arguments = _arguments(arguments)
-        if isinstance(arguments, dict):  # a typed table (Parquet) fills in None for keys that a row has not
+            arguments = _object_in(arguments)
+        if isinstance(arguments, dict):  # a typed table (Parquet) fills in null for keys that a row does not have
             arguments = {key: item for key, item in arguments.items() if item is not None}
-        made.append({"type": "function", "function": {"name": function["name"], "arguments": arguments}})
+        calls.append({"type": "function", "function": {"name": function["name"], "arguments": arguments}})
         if isinstance(call.get("id"), str):
-            made[-1] = {"id": call["id"], **made[-1]}
-    return made
+            calls[-1] = {"id": call["id"], **calls[-1]}
+    return calls
 
 
-def _arguments(text: str) -> Any:
-    try:
-        value = readers.parse(text)
-    except RowFault:
-        return text
-    return value if isinstance(value, dict) else text
-
-
-def tools(value: Any) -> list[Message]:
-    """Definitions of tools, as OpenAI writes them; bare function objects are wrapped, a JSON text is read."""
-    value = _from_json(value, "tools", "list of tools")
-    if value is None or value in ([], {}):
-        return []
-    made = []
-    for tool in value if isinstance(value, list) else [value]:
+def normalize_tools(value: Any) -> list[Message]:
+    """Definitions of tools, as OpenAI writes them: bare function objects are wrapped, JSON text is parsed."""
+    tools = [tool for tool in _as_list(value, "tools", "list of tools") if tool != {}]
+    for tool in tools:
         if not isinstance(tool, dict):
-            raise RowFault(UNREADABLE, f"tools holds {_kind(tool)}, not a tool")
-        made.append(tool if "function" in tool or "type" in tool else {"type": "function", "function": tool})
-    return made
+            raise RowFault(UNREADABLE, f"tools holds {_type(tool)}, not a tool")
+    return [tool if "function" in tool or "type" in tool else {"type": "function", "function": tool} for tool in tools]
 
 
-def _from_json(value: Any, where: str, what: str) -> Any:
-    if not isinstance(value, str):
-        return value
-    if not value.strip():
-        return None
-    try:
-        return readers.parse(value)
-    except RowFault as fault:
-        raise RowFault(UNREADABLE, f"{where}: the {what} is not JSON ({fault.detail})") from None
-
-
-def check(messages: list[Message]) -> None:
-    """Raises RowFault unless: system at most once and first, then user, answers after questions, an answer last."""
+def check_turns(messages: list[Message]) -> None:
+    """Raises RowFault unless: system at most once and first, a user turn, answers after questions, an answer last."""
     roles = [message["role"] for message in messages]
     if "user" not in roles:
-        raise RowFault("no user turn", "nobody asks anything")
+        raise RowFault(NO_USER_TURN, "there is no user turn")
     start = 1 if roles[0] == "system" else 0
     for number, message in enumerate(messages[start:], start):
         role, before = message["role"], roles[number - 1] if number > start else "system"
         if before not in BEFORE[role]:
             raise RowFault(OUT_OF_ORDER, f"turn {number + 1} is {role} after {before if number else 'nothing'}")
-        blank = not message["content"].strip()
-        if role == "user" and blank:
-            raise RowFault("no user turn", f"turn {number + 1} (user) is empty")
-        if role == "assistant" and blank and not message.get("tool_calls"):
-            raise RowFault("empty answer", f"turn {number + 1} (assistant) is empty")
+        empty = not message["content"].strip()
+        if role == "user" and empty:
+            raise RowFault(NO_USER_TURN, f"turn {number + 1} (user) is empty")
+        if role == "assistant" and empty and not message.get("tool_calls"):
+            raise RowFault(EMPTY_ANSWER, f"turn {number + 1} (assistant) is empty")
     if roles[-1] != "assistant":
-        raise RowFault("empty answer", f"the last turn is of the role {roles[-1]}: nobody answers")
+        raise RowFault(EMPTY_ANSWER, f"the last turn has the role {roles[-1]}: there is no answer")
 
 
-def _kind(value: Any) -> str:
-    return KINDS.get(type(value), f"a {type(value).__name__}")
+def _as_list(value: Any, where: str, what: str) -> list[Any]:
+    """A list, one item, or either of them as JSON text; null and empty text are no items."""
+    if isinstance(value, str):
+        try:
+            value = parse_json(value) if value.strip() else None
+        except RowFault as fault:
+            raise RowFault(UNREADABLE, f"{where}: the {what} is not JSON ({fault.detail})") from None
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
+
+
+def _object_in(text: str) -> Any:
+    """The JSON object in a text, else the text itself."""
+    try:
+        value = parse_json(text)
+    except RowFault:
+        return text
+    return value if isinstance(value, dict) else text
+
+
+def _type(value: Any) -> str:
+    return TYPES.get(type(value), f"a {type(value).__name__}")

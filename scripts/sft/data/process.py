@@ -1,4 +1,4 @@
-"""What process writes: the splits, the quarantine, and the counts that go with each row."""
+"""From raw rows to the processed folder: every row is checked, then written to its split or to the quarantine."""
 
 from __future__ import annotations
 
@@ -12,250 +12,27 @@ from typing import TYPE_CHECKING, Any
 from sft import files
 from sft.config.load import resolve_path
 from sft.config.schema import DataSection
-from sft.data import quality, readers, rows, sources, split, store
-from sft.data import rows as records
-from sft.data import rows as rows_module
-from sft.data.formats import MOST_KEYS
+from sft.data import split, store
+from sft.data.formats import MAX_KEYS, Formats
 from sft.data.ledger import DUPLICATE, LEAK, NEAR_DUPLICATE, Ledger, RowFault
-from sft.data.quality import Look, Profile
-from sft.data.readers import DECODER, Progress, Raw, sorted_dumps
-from sft.data.sources import Mix, find
+from sft.data.quality import DataProfile, RowStats, check_flags, row_stats
+from sft.data.readers import DECODER, Progress, RawRow, dump_json
+from sft.data.rows import Row, comparison_text, make_row, prompt_id, to_line
+from sft.data.sources import SourceMix, add_replay, find_sources
 from sft.errors import DataError
 
 if TYPE_CHECKING:
-    from sft.data.dedup import Index
-if TYPE_CHECKING:
     from sft.data.contamination import Contamination
+    from sft.data.dedup import MinHashIndex
 
-
-LONGEST_TEXT = 100_000  # characters of an unreadable row that are kept
-FEW = 10_000  # rows below which a split may come out empty, so that one must know which rows cannot be moved
-
-
-class Leaks:
-    """Counts rows of val and test that training rows give away: the same row, or the same question."""
-
-    def __init__(self) -> None:
-        self._trained = {"exact": array("Q"), "same question": array("Q")}
-        self._held: dict[str, dict[str, list[int]]] = {"exact": {}, "same question": {}}
-        self.near: Counter[str] | None = None  # split -> rows nearly the same as one of another; None: not looked for
-
-    def note(self, split: str, record: rows.Row, prompt: str) -> None:
-        """The next row that is written. prompt: its `records.prompt_id`."""
-        for kind, key in (("exact", int(record["id"], 16)), ("same question", int(prompt, 16))):
-            if split == "train":
-                self._trained[kind].append(key)
-            else:
-                self._held[kind].setdefault(split, []).append(key)
-
-    def asked(self) -> set[int]:
-        """The prompts of val and test."""
-        return {key for keys in self._held["same question"].values() for key in keys}
-
-    def count(self) -> dict[str, dict[str, int | None]]:
-        """Split -> kind -> rows of it that training gives away; None where that was not looked for."""
-        made: dict[str, dict[str, int | None]] = {}
-        for kind, held in self._held.items():
-            wanted = {key for keys in held.values() for key in keys}
-            given_away = {key for key in self._trained[kind] if key in wanted} if wanted else set()
-            for name, keys in held.items():
-                made.setdefault(name, {})[kind] = sum(key in given_away for key in keys)
-                made[name]["near"] = None if self.near is None else self.near[name]
-        return made
-
-
-class Writer(ExitStack):
-    """Open files of one run of process. bound: ids of rows that may not be moved to another split."""
-
-    def __init__(self, folder: Path, ledger: Ledger, splits: list[str], leaks: Leaks) -> None:
-        super().__init__()
-        self.ledger, self.leaks = ledger, leaks
-        self.bound = set[str]()
-        self._first: dict[str, str] = {}  # prompt -> id of its first row
-        ledger.splits = dict.fromkeys(splits, 0)
-        files = [*splits, "quarantine"]
-        self._outs = {name: self.enter_context((folder / f"{name}.jsonl").open("wb")) for name in files}
-
-    def write(self, split: str, record: rows.Row, line: bytes, format: str, copies: int, prompt: str) -> None:
-        """One row into its split, and into training as often as its source's weight says."""
-        self._outs[split].write(line)
-        self.ledger.count(record, format, split)
-        self.leaks.note(split, record, prompt)
-        if self.ledger.written < FEW and self._first.setdefault(prompt, record["id"]) != record["id"]:
-            self.bound |= {record["id"], self._first[prompt]}
-        if split != "train" or copies == 1:
-            return
-        for number in range(2, copies + 1):
-            again = {**record, "id": f"{record['id']}-{number}"}
-            self._outs[split].write(rows.line(again))
-            self.ledger.read += 1
-            self.ledger.repeated += 1
-            self.ledger.count(again, format, split)
-            if self.ledger.written < FEW:
-                self.bound |= {record["id"], again["id"]}
-
-    def quarantine(self, raw: Raw, fault: RowFault) -> None:
-        """One row that is not used: counted in the ledger, and whole in the quarantine with its reason and place."""
-        self.ledger.name(fault.reason, raw.origin, fault.detail)
-        entry: dict[str, Any] = {"reason": fault.reason, "detail": fault.detail, "origin": raw.origin}
-        try:
-            kept = {"text": raw.text[:LONGEST_TEXT]} if raw.text is not None else {"row": raw.value}
-            line = readers.dumps(entry | kept)
-        except (TypeError, ValueError):  # half surrogates, bytes: shown with escapes
-            shown = raw.text if raw.text is not None else repr(raw.value)
-            told = {"detail": _printable(fault.detail), "text": _printable(shown[:LONGEST_TEXT])}
-            line = readers.dumps(entry | told)
-        self._outs["quarantine"].write(line + b"\n")
-
-
-def _printable(text: str) -> str:
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-EXAMPLES = 5  # pairs of near duplicates shown in the ledger
-
-
-def wanted(data: DataSection) -> bool:
-    """Whether a row's fate depends on other rows."""
-    outliers = {"length_outliers", "script"} & set(data.drop)
-    return data.near_duplicates != "off" or data.split.group_by is not None or bool(outliers)
-
-
-def group_of(raw: Raw, key: str | None) -> str | None:
-    """The row's value under the key that rows are grouped by; None where it has none."""
-    value = raw.value.get(key) if key is not None else None
-    return None if value is None else sorted_dumps(value).decode()
-
-
-class Held:
-    """Rows that wait on disk, in their order, until all are known; then `place` writes each where it belongs."""
-
-    def __init__(self, folder: Path, data: DataSection) -> None:
-        self.data, self.path = data, folder / "waiting.part"
-        self._file = self.path.open("wb")
-        self._rows: list[tuple[str, int, str | None]] = []  # format, copies, group
-        self._looks: list[Look] = []
-        self._index: Index | None = None
-        if data.near_duplicates != "off":
-            from sft.data.dedup import Index
-
-            self._index = Index(data.near_duplicate_threshold)
-        self._homes: list[str | None] = []
-        self._of_key: dict[str, str] = {}  # a group, or what is asked -> its split
-
-    def add(self, record: rows.Row, line: bytes, format: str, copies: int, group: str | None, look: Look) -> None:
-        """The next row."""
-        self._looks.append(look)
-        self._file.write(line)
-        self._rows.append((format, copies, group))
-        if self._index is not None:
-            from sft.data.dedup import text_of
-
-            self._index.add(text_of(record))
-
-    def place(self, writer: Writer, profile: Profile) -> None:
-        """Writes all rows, or names them; then tells in the ledger what was found. profile: of all these rows."""
-        self._file.close()
-        pairs = list(self._index.pairs()) if self._index is not None else []
-        near: dict[int, list[int]] = {}
-        for later, earlier in pairs:
-            near.setdefault(later, []).append(earlier)
-        ids: list[str] = []
-        with self.path.open("rb") as waiting:
-            for number, line in enumerate(waiting):
-                record: rows.Row = DECODER.decode(line.decode("utf-8"))
-                ids.append(record["id"])
-                format, copies, group = self._rows[number]
-                prompt = rows.prompt_id(record)
-                try:
-                    profile.check(self._looks[number], self.data.drop)
-                    home = self._home(near.get(number, []), prompt if group is None else f"group {group}", ids)
-                except RowFault as fault:
-                    self._homes.append(None)
-                    writer.quarantine(Raw(record["origin"], record), fault)
-                    continue
-                self._homes.append(home)
-                writer.write(home, record, line, format, copies, prompt)
-        self.path.unlink()
-        self._tell(writer, pairs, ids)
-
-    def _home(self, near: list[int], key: str, ids: list[str]) -> str:
-        alike = [number for number in near if self._homes[number]]
-        if alike and self.data.near_duplicates == "drop":
-            raise RowFault(NEAR_DUPLICATE, f"nearly the same as an earlier row, id {ids[alike[0]]}")
-        homes = {home for number in alike if (home := self._homes[number])}
-        if key in self._of_key:
-            homes.add(self._of_key[key])
-        if len(homes) > 1:
-            shown = ", ".join(sorted({ids[number] for number in alike})[:3])
-            raise RowFault(LEAK, f"it bridges {' and '.join(sorted(homes))}: it is like rows of both (near: {shown})")
-        home = homes.pop() if homes else split.choose(key, self.data.split)
-        self._of_key[key] = home
-        return home
-
-    def _tell(self, writer: Writer, pairs: list[tuple[int, int]], ids: list[str]) -> None:
-        clusters = self._clusters([pair for pair in pairs if self._homes[pair[0]] and self._homes[pair[1]]])
-        writer.bound |= {ids[number] for cluster in clusters for number in cluster}
-        reports = writer.ledger.reports
-        if self.data.split.group_by is not None:
-            lonely = sum(group is None for _, _, group in self._rows)
-            groups = len({group for _, _, group in self._rows if group is not None})
-            reports["groups"] = {"by": self.data.split.group_by, "groups": groups, "without": lonely}
-            if lonely == len(self._rows):
-                writer.ledger.said.append(f"no row has the key data.split.group_by={self.data.split.group_by}")
-        if self._index is None:
-            return
-        homes = [(self._homes[later], self._homes[earlier]) for later, earlier in pairs]
-        crossing = [(one, other) for one, other in homes if one and other and (one == "train") != (other == "train")]
-        writer.leaks.near = Counter(home for pair in crossing for home in pair)
-        near_clusters = self._clusters(pairs, groups=False)
-        reports["near_duplicates"] = {
-            "mode": self.data.near_duplicates,
-            "threshold": self.data.near_duplicate_threshold,
-            "pairs": len(pairs),
-            "clusters": len(near_clusters),
-            "rows_in_clusters": sum(map(len, near_clusters)),
-            "largest_cluster": max(map(len, near_clusters), default=0),
-            "pairs_across_splits": len(crossing),
-            "examples": [[ids[later], ids[earlier]] for later, earlier in pairs[:EXAMPLES]],
-        }
-
-    def _clusters(self, pairs: list[tuple[int, int]], *, groups: bool = True) -> list[list[int]]:
-        """Numbers of rows that belong together, where there is more than one."""
-        parent = list(range(len(self._rows)))
-
-        def root(number: int) -> int:
-            while parent[number] != number:
-                parent[number] = number = parent[parent[number]]
-            return number
-
-        first: dict[str, int] = {}
-        for number, (_, _, group) in enumerate(self._rows if groups else ()):
-            if group is not None and self._homes[number]:
-                parent[root(number)] = root(first.setdefault(group, number))
-        for later, earlier in pairs:
-            parent[root(later)] = root(earlier)
-        made: dict[int, list[int]] = {}
-        for number in range(len(self._rows)):
-            made.setdefault(root(number), []).append(number)
-        return [members for members in made.values() if len(members) > 1]
-
-
-def summary(reports: dict[str, Any]) -> list[str]:
-    """What a person is told of it."""
-    found = reports.get("near_duplicates")
-    if not found or not found["pairs"]:
-        return []
-    how = "; each first row stays" if found["mode"] == "drop" else "; all stay, each cluster in one split"
-    alike = f"{found['rows_in_clusters']:,} rows are nearly the same as another ({found['clusters']:,} clusters)"
-    return [alike + how]
-
-
-OURS = {"train.jsonl", "val.jsonl", "test.jsonl", "ledger.json", "quarantine.jsonl", "rejected.jsonl"}
+FILES = {"train.jsonl", "val.jsonl", "test.jsonl", "ledger.json", "quarantine.jsonl", "rejected.jsonl"}
+MAX_TEXT = 100_000  # characters of an unreadable row in the quarantine
+SMALL = 10_000  # rows below which a split may come out empty, so that rows that may not be moved are remembered
+EXAMPLES = 5  # pairs of near duplicates in the ledger
 
 
 class Rejected(DataError):
-    """Too many faulty rows, or none left; `ledger` tells of all."""
+    """Too many rows have faults, or none is left; `ledger` accounts for all."""
 
     def __init__(self, what: str, ledger: Ledger, *, where: str, fix: str) -> None:
         super().__init__(what, where=where, fix=fix)
@@ -263,150 +40,332 @@ class Rejected(DataError):
 
 
 def process(data: DataSection, root: Path, raw_path: str | None = None, on_progress: Progress | None = None) -> Ledger:
-    """Processes one source into `data.processed_dir` and returns the account of its rows.
+    """Processes the sources of `data` into `data.processed_dir` and returns the account of their rows.
 
     raw_path counts from the working folder. Raises DataError (nothing to read, cannot write) or Rejected.
     """
-    mix = find(data, root, raw_path)
-    target = resolve_path(root, data.processed_dir)
-    ledger = Ledger(mix.name, mix.kind, mix.encoding, max_dropped=data.max_dropped, said=list(mix.said))
-    with store.replaced(target, OURS, "data.processed_dir") as staged:
-        checks = Checks(data, root)
-        bound = _write_rows(mix, checks, staged, ledger, on_progress)
-        ledger.sources = mix.account()
-        _judge(ledger, staged, target)
-        for name, row_id in split.fill_empty(staged, ledger.splits, data.split, bound).items():
-            ledger.said.append(
-                f"{name} had no row by its share of so few: the nearest one was moved to it (id {row_id})"
-            )
-        ledger.said += split.uneven(ledger.splits, data.split)
-        sources.mix_in(data, root, staged, ledger, checks.replayable)
-        _finish(ledger, staged)
+    mix = find_sources(data, root, raw_path)
+    ledger, target = mix.ledger(data.max_dropped), resolve_path(root, data.processed_dir)
+    with store.replace_dir(target, FILES, "data.processed_dir") as staged:
+        checks = RowChecks(data, root)
+        fixed = _write_rows(mix, checks, staged, ledger, on_progress)
+        _require_good_rows(ledger, staged, target)
+        for name, row_id in split.fill_empty(staged, ledger.splits, data.split, fixed).items():
+            ledger.warnings.append(f"{name} had no row by its share: the nearest one was moved to it (id {row_id})")
+        ledger.warnings += split.share_warnings(ledger.splits, data.split)
+        add_replay(data, root, staged, ledger, checks.check_replay)
+        for name in [name for name, count in ledger.splits.items() if count == 0]:
+            (staged / f"{name}.jsonl").unlink()
+            why = "its share is small, and rows with the same question, or that belong together, stay in one split"
+            if ledger.written < split.MIN_ROWS:
+                why = f"{ledger.written} rows are too few to split"
+            ledger.warnings.append(f"{name} is empty: {why}")
+        if not ledger.balanced():
+            raise AssertionError("the ledger does not add up")
+        files.write_json(staged / "ledger.json", ledger.to_json())
     return ledger
 
 
-class Checks:
-    """What a readable row must pass: not seen before, of no benchmark, without the marks that are dropped."""
-
-    def __init__(self, data: DataSection, root: Path) -> None:
-        self.data, self.profile = data, quality.Profile()
-        self.contamination: Contamination | None = None
-        self.leaks = Leaks()
-        self._asked: set[int] | None = None
-        self._seen: set[int] = set()
-        if data.contamination.against:
-            from sft.data import contamination
-
-            self.contamination = contamination.load(data.contamination, root)
-
-    def check(self, record: records.Row) -> quality.Look:
-        """Raises RowFault for a row that is not used."""
-        key = int(record["id"], 16)
-        if self.data.deduplicate and key in self._seen:
-            raise RowFault(DUPLICATE, f"the same as an earlier row, id {key:016x}")
-        if self.data.deduplicate or self.data.replay:
-            self._seen.add(key)
-        if self.contamination is not None:
-            self.contamination.check(record)
-        look = quality.look(record)
-        self.profile.flags.update(look.flags)  # the dropped are counted too
-        quality.drop_flags(look, self.data.drop)
-        self.profile.add(look)
-        return look
-
-    def replayable(self, record: records.Row) -> None:
-        """Raises RowFault for a replay row that is there already, asks what val or test asks, or is a benchmark's."""
-        if int(record["id"], 16) in self._seen:
-            raise RowFault(DUPLICATE, "among the rows already")
-        if self._asked is None:
-            self._asked = self.leaks.asked()
-        if int(records.prompt_id(record), 16) in self._asked:
-            raise RowFault(LEAK, "val or test asks the same")
-        if self.contamination is not None:
-            self.contamination.check(record)
-
-
-def _write_rows(mix: Mix, checks: Checks, staged: Path, ledger: Ledger, on_progress: Progress | None) -> set[str]:
-    """Writes every row to its split or the quarantine; returns the ids of rows that must stay where they are."""
+def _write_rows(
+    mix: SourceMix, checks: RowChecks, staged: Path, ledger: Ledger, on_progress: Progress | None
+) -> set[str]:
+    """Writes every row to its split or the quarantine; returns the ids of rows that may not change their split."""
     data = checks.data
-    formats = rows_module.formats(data)
-    with Writer(staged, ledger, list(split.ranges(data.split)), checks.leaks) as writer:
-        held = Held(staged, data) if wanted(data) else None
+    formats = Formats(data.format, {role: name for role, name in data.columns if name} if data.columns else None)
+    with SplitWriter(staged, ledger, list(split.ranges(data.split)), checks.leaks) as writer:
+        pending = PendingRows(staged, data) if PendingRows.needed(data) else None
         for raw in mix.rows(data.split.seed, on_progress):
             ledger.read += 1
             try:
-                record, format = rows_module.record(raw, formats, data.system_prompt)
-                line = rows_module.line(record)
-                look = checks.check(record)
+                row, format = make_row(raw, formats, data.system_prompt)
+                line = to_line(row)
+                stats = checks.check(row)
             except RowFault as fault:
                 writer.quarantine(raw, fault)
                 continue
-            if held is None:
-                prompt = records.prompt_id(record)
-                writer.write(split.choose(prompt, data.split), record, line, format, raw.copies, prompt)
+            if pending is not None:
+                pending.add(row, line, format, raw, stats)
             else:
-                held.add(record, line, format, raw.copies, group_of(raw, data.split.group_by), look)
-        if held is not None:
-            held.place(writer, checks.profile)
-        ledger.reports["leaks"] = checks.leaks.count()
+                prompt = prompt_id(row)
+                writer.write(split.choose_split(prompt, data.split), row, line, format, raw.copies, prompt)
+        if pending is not None:
+            pending.write_to(writer, checks.profile)
+    ledger.reports["leaks"] = checks.leaks.count()
     ledger.reports |= checks.profile.report()
-    if unread := {
-        key: rows_module for key, rows_module in formats.unread.most_common(MOST_KEYS) if key != data.split.group_by
-    }:
+    unread = {key: count for key, count in formats.unread.most_common(MAX_KEYS) if key != data.split.group_by}
+    if unread:
         ledger.reports["keys_not_read"] = unread
-    if weighted := formats.unread["weight"]:
-        ledger.said.append(
+    if checks.contamination is not None:
+        ledger.reports["contamination"] = checks.contamination.report()
+    ledger.warnings += _row_warnings(ledger.reports, formats.unread["weight"])
+    return writer.fixed
+
+
+def _row_warnings(reports: dict[str, Any], weighted: int) -> list[str]:
+    warnings = []
+    if weighted:
+        warnings.append(
             f"{weighted:,} rows have a `weight` of their own: it is stored, but training does not use it;"
             " weigh a whole source (data.sources) or a turn (`weight` in messages)"
         )
-    if checks.contamination is not None:
-        ledger.reports["contamination"] = checks.contamination.report()
-    ledger.said += [*summary(ledger.reports), *_leaks_said(ledger.reports["leaks"])]
-    return writer.bound
-
-
-def _leaks_said(leaks: dict[str, dict[str, int | None]]) -> list[str]:
-    told = []
-    for name, counts in leaks.items():
-        words = [f"{count:,} ({kind})" for kind, count in counts.items() if count]
-        if words:
+    near = reports.get("near_duplicates")
+    if near and near["pairs"]:
+        how = "the first of each stays" if near["mode"] == "drop" else "all stay, each cluster in one split"
+        rows = f"{near['rows_in_clusters']:,} rows are near duplicates of another ({near['clusters']:,} clusters)"
+        warnings.append(f"{rows}; {how}")
+    for name, counts in reports["leaks"].items():
+        if leaks := [f"{count:,} ({kind})" for kind, count in counts.items() if count]:
             fix = "keep such rows together: data.near_duplicates=report, or data.split.group_by=KEY"
-            told.append(f"rows of {name} that training rows give away: {', '.join(words)}; {fix}")
-    return told
+            warnings.append(f"rows of {name} that also occur in train: {', '.join(leaks)}; {fix}")
+    return warnings
 
 
-def _judge(ledger: Ledger, staged: Path, target: Path) -> None:
-    """Raises Rejected, with the faulty rows left in rejected.jsonl, when this is not data to train on."""
+def _require_good_rows(ledger: Ledger, staged: Path, target: Path) -> None:
+    """Raises Rejected, with the faulty rows in rejected.jsonl, where this is no data to train on."""
     if ledger.written and not ledger.too_many_faults:
         return
     rejected = target / "rejected.jsonl"
     with files.atomic_file(rejected) as part:
         shutil.copyfile(staged / "quarantine.jsonl", part)
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(ledger.named.items()))
-    worst = next(iter(sorted(ledger.examples, key=lambda reason: -ledger.named[reason])), None)
-    first = ledger.examples[worst][0] if worst else {"origin": ledger.source, "detail": "no rows"}
+    first = {"origin": ledger.source, "detail": "no rows"}
+    if ledger.examples:
+        first = ledger.examples[max(ledger.examples, key=lambda reason: ledger.named[reason])][0]
     what = f"{ledger.faults:,} of {ledger.read:,} rows are faulty ({reasons or 'no rows at all'})"
-    if ledger.written:
-        what += f", more than data.max_dropped={ledger.max_dropped:g} allows"
-    else:
-        what += ": nothing is left"
-    fix = f"all are listed in {rejected}, for example: {first['detail']}; "
+    what += f", more than data.max_dropped={ledger.max_dropped:g} allows" if ledger.written else ": nothing is left"
+    fix = "correct them, or raise --set data.max_dropped=SHARE; what was processed before is unchanged"
     if not ledger.written and "the keys are" in first["detail"]:
-        fix += "say which column is what: --set data.columns.user=NAME --set data.columns.assistant=NAME"
-    else:
-        fix += "fix them, or raise --set data.max_dropped=SHARE; what was processed before is unchanged"
+        fix = "say which column is what: --set data.columns.user=NAME --set data.columns.assistant=NAME"
+    fix = f"all are listed in {rejected}, for example: {first['detail']}; {fix}"
     raise Rejected(what, ledger, where=first["origin"], fix=fix)
 
 
-def _finish(ledger: Ledger, staged: Path) -> None:
-    """Says what a person must know, drops files without rows, writes the ledger."""
-    for name, count in ledger.splits.items():
-        if count == 0:
-            (staged / f"{name}.jsonl").unlink()
-            why = f"{ledger.written} rows are too few to split"
-            if ledger.written >= split.FEWEST:
-                why = "its share is small, and rows that ask the same, or belong together, stay in one split"
-            ledger.said.append(f"{name} is empty: {why}")
-    if not ledger.balanced():
-        raise AssertionError("the ledger does not add up")
-    files.write_json(staged / "ledger.json", ledger.to_json())
+class RowChecks:
+    """What every readable row must pass: not seen before, not of a benchmark, no flag that is to be dropped."""
+
+    def __init__(self, data: DataSection, root: Path) -> None:
+        self.data, self.profile, self.leaks = data, DataProfile(), LeakCounter()
+        self.contamination: Contamination | None = None
+        self._seen: set[int] = set()
+        self._held_out: set[int] | None = None
+        if data.contamination.against:
+            from sft.data.contamination import Contamination
+
+            self.contamination = Contamination(data.contamination, root)
+
+    def check(self, row: Row) -> RowStats:
+        """Raises RowFault for a row that is not used."""
+        key = int(row["id"], 16)
+        if self.data.deduplicate and key in self._seen:
+            raise RowFault(DUPLICATE, f"the same as an earlier row, id {key:016x}")
+        if self.data.deduplicate or self.data.replay:
+            self._seen.add(key)
+        if self.contamination is not None:
+            self.contamination.check(row)
+        stats = row_stats(row)
+        self.profile.flags.update(stats.flags)  # of dropped rows too
+        check_flags(stats, self.data.drop)
+        self.profile.add(stats)
+        return stats
+
+    def check_replay(self, row: Row) -> None:
+        """Raises RowFault for a replay row that is among the rows already, or is of val, test or a benchmark."""
+        if int(row["id"], 16) in self._seen:
+            raise RowFault(DUPLICATE, "among the rows already")
+        if self._held_out is None:
+            self._held_out = self.leaks.held_out_prompts()
+        if int(prompt_id(row), 16) in self._held_out:
+            raise RowFault(LEAK, "val or test has the same question")
+        if self.contamination is not None:
+            self.contamination.check(row)
+
+
+class LeakCounter:
+    """Counts rows of val and test that also occur in train: the same row, or the same question."""
+
+    def __init__(self) -> None:
+        self._train = {"exact": array("Q"), "same question": array("Q")}
+        self._held_out: dict[str, dict[str, list[int]]] = {"exact": {}, "same question": {}}
+        self.near: Counter[str] | None = None  # split -> near duplicates of rows in another; None: not searched
+
+    def add(self, name: str, row: Row, prompt: str) -> None:
+        """The next row that is written to the split `name`. prompt: its `prompt_id`."""
+        for kind, key in (("exact", int(row["id"], 16)), ("same question", int(prompt, 16))):
+            if name == "train":
+                self._train[kind].append(key)
+            else:
+                self._held_out[kind].setdefault(name, []).append(key)
+
+    def held_out_prompts(self) -> set[int]:
+        """The prompt ids of val and test."""
+        return {key for keys in self._held_out["same question"].values() for key in keys}
+
+    def count(self) -> dict[str, dict[str, int | None]]:
+        """Split -> kind -> its rows that occur in train; None where that was not searched."""
+        counts: dict[str, dict[str, int | None]] = {}
+        for kind, splits in self._held_out.items():
+            keys = {key for held in splits.values() for key in held}
+            leaked = keys.intersection(self._train[kind])
+            for name, held in splits.items():
+                counts.setdefault(name, {})[kind] = sum(key in leaked for key in held)
+                counts[name]["near"] = None if self.near is None else self.near[name]
+        return counts
+
+
+class SplitWriter(ExitStack):
+    """The open files of one run of process. fixed: ids of rows that may not be moved to another split."""
+
+    def __init__(self, folder: Path, ledger: Ledger, splits: list[str], leaks: LeakCounter) -> None:
+        super().__init__()
+        self.ledger, self.leaks, self.fixed = ledger, leaks, set[str]()
+        self._first: dict[str, str] = {}  # prompt id -> id of its first row
+        ledger.splits = dict.fromkeys(splits, 0)
+        names = [*splits, "quarantine"]
+        self._files = {name: self.enter_context((folder / f"{name}.jsonl").open("wb")) for name in names}
+
+    def write(self, name: str, row: Row, line: bytes, format: str, copies: int, prompt: str) -> None:
+        """One row into its split; into train as often as the weight of its source says."""
+        self._files[name].write(line)
+        self.ledger.count(row, format, name)
+        self.leaks.add(name, row, prompt)
+        if self.ledger.written < SMALL and self._first.setdefault(prompt, row["id"]) != row["id"]:
+            self.fixed |= {row["id"], self._first[prompt]}
+        for number in range(2, copies + 1 if name == "train" else 0):
+            copy = {**row, "id": f"{row['id']}-{number}"}
+            self._files[name].write(to_line(copy))
+            self.ledger.read += 1
+            self.ledger.repeated += 1
+            self.ledger.count(copy, format, name)
+            if self.ledger.written < SMALL:
+                self.fixed |= {row["id"], copy["id"]}
+
+    def quarantine(self, raw: RawRow, fault: RowFault) -> None:
+        """One row that is not used: counted in the ledger, and whole in the quarantine with its reason and origin."""
+        self.ledger.exclude(fault, raw.origin)
+        entry: dict[str, Any] = {"reason": fault.reason, "detail": fault.detail, "origin": raw.origin}
+        try:
+            content = {"text": raw.text[:MAX_TEXT]} if raw.text is not None else {"row": raw.value}
+            line = dump_json(entry | content)
+        except (TypeError, ValueError):  # half surrogates, bytes: with escapes
+            text = raw.text if raw.text is not None else repr(raw.value)
+            escaped = {"detail": fault.detail, "text": text[:MAX_TEXT]}
+            escaped = {key: value.encode("utf-8", "backslashreplace").decode() for key, value in escaped.items()}
+            line = dump_json(entry | escaped)
+        self._files["quarantine"].write(line + b"\n")
+
+
+class PendingRows:
+    """Rows that wait on disk, in order, because their split or their use depends on other rows."""
+
+    def __init__(self, folder: Path, data: DataSection) -> None:
+        self.data, self.path = data, folder / "pending.part"
+        self._file = self.path.open("wb")
+        self._rows: list[tuple[str, int, str | None, RowStats]] = []  # format, copies, group, stats
+        self._splits: list[str | None] = []  # of each row that was written, in order; None: not used
+        self._index: MinHashIndex | None = None
+        if data.near_duplicates != "off":
+            from sft.data.dedup import MinHashIndex
+
+            self._index = MinHashIndex(data.near_duplicate_threshold)
+
+    @staticmethod
+    def needed(data: DataSection) -> bool:
+        """Whether this config makes rows depend on other rows."""
+        profiled = {"length_outliers", "script"} & set(data.drop)
+        return data.near_duplicates != "off" or data.split.group_by is not None or bool(profiled)
+
+    def add(self, row: Row, line: bytes, format: str, raw: RawRow, stats: RowStats) -> None:
+        """The next row."""
+        key = self.data.split.group_by
+        value = raw.value.get(key) if key is not None else None
+        group = None if value is None else dump_json(value, sort_keys=True).decode()
+        self._file.write(line)
+        self._rows.append((format, raw.copies, group, stats))
+        if self._index is not None:
+            self._index.add(comparison_text(row))
+
+    def write_to(self, writer: SplitWriter, profile: DataProfile) -> None:
+        """Writes every row, or excludes it; then reports. profile: of all these rows."""
+        self._file.close()
+        pairs = list(self._index.pairs()) if self._index is not None else []
+        near: dict[int, list[int]] = {}
+        for later, earlier in pairs:
+            near.setdefault(later, []).append(earlier)
+        ids: list[str] = []
+        split_of_key: dict[str, str] = {}  # a group, or a prompt id -> its split
+        with self.path.open("rb") as file:
+            for number, line in enumerate(file):
+                row: Row = DECODER.decode(line.decode("utf-8"))
+                ids.append(row["id"])
+                format, copies, group, stats = self._rows[number]
+                prompt = prompt_id(row)
+                key = prompt if group is None else f"group {group}"
+                try:
+                    profile.check(stats, self.data.drop)
+                    name = self._choose(near.get(number, []), split_of_key.get(key), key, ids)
+                except RowFault as fault:
+                    self._splits.append(None)
+                    writer.quarantine(RawRow(row["origin"], row), fault)
+                    continue
+                split_of_key[key] = name
+                self._splits.append(name)
+                writer.write(name, row, line, format, copies, prompt)
+        self.path.unlink()
+        groups = [group if name else None for (_, _, group, _), name in zip(self._rows, self._splits, strict=True)]
+        used = [pair for pair in pairs if self._splits[pair[0]] and self._splits[pair[1]]]
+        writer.fixed |= {ids[number] for cluster in _clusters(used, groups) for number in cluster}
+        self._report(writer, pairs, ids)
+
+    def _choose(self, near: list[int], of_key: str | None, key: str, ids: list[str]) -> str:
+        """The split of a row: that of earlier rows that it belongs to, else by the hash of its key."""
+        alike = [number for number in near if self._splits[number]]
+        if alike and self.data.near_duplicates == "drop":
+            raise RowFault(NEAR_DUPLICATE, f"nearly the same as an earlier row, id {ids[alike[0]]}")
+        names = {name for name in (of_key, *(self._splits[number] for number in alike)) if name}
+        if len(names) > 1:
+            examples = ", ".join(sorted({ids[number] for number in alike})[:3])
+            raise RowFault(LEAK, f"it belongs to rows of both {' and '.join(sorted(names))} (near: {examples})")
+        return names.pop() if names else split.choose_split(key, self.data.split)
+
+    def _report(self, writer: SplitWriter, pairs: list[tuple[int, int]], ids: list[str]) -> None:
+        reports, by = writer.ledger.reports, self.data.split.group_by
+        if by is not None:
+            groups = [group for _, _, group, _ in self._rows if group is not None]
+            reports["groups"] = {"by": by, "groups": len(set(groups)), "without": len(self._rows) - len(groups)}
+            if not groups:
+                writer.ledger.warnings.append(f"no row has the key data.split.group_by={by}")
+        if self._index is None:
+            return
+        splits = [(self._splits[later], self._splits[earlier]) for later, earlier in pairs]
+        crossing = [(one, other) for one, other in splits if one and other and (one == "train") != (other == "train")]
+        writer.leaks.near = Counter(name for pair in crossing for name in pair)
+        clusters = _clusters(pairs, [None] * len(self._rows))
+        reports["near_duplicates"] = {
+            "mode": self.data.near_duplicates,
+            "threshold": self.data.near_duplicate_threshold,
+            "pairs": len(pairs),
+            "clusters": len(clusters),
+            "rows_in_clusters": sum(map(len, clusters)),
+            "largest_cluster": max(map(len, clusters), default=0),
+            "pairs_across_splits": len(crossing),
+            "examples": [[ids[later], ids[earlier]] for later, earlier in pairs[:EXAMPLES]],
+        }
+
+
+def _clusters(pairs: list[tuple[int, int]], groups: list[str | None]) -> list[list[int]]:
+    """Numbers of rows that belong together by a pair or an equal group, where there is more than one (union-find)."""
+    parent = list(range(len(groups)))
+
+    def root(number: int) -> int:
+        while parent[number] != number:
+            parent[number] = number = parent[parent[number]]
+        return number
+
+    first: dict[str, int] = {}
+    same_group = [(number, first.setdefault(group, number)) for number, group in enumerate(groups) if group is not None]
+    for later, earlier in [*same_group, *pairs]:
+        parent[root(later)] = root(earlier)
+    clusters: dict[int, list[int]] = {}
+    for number in range(len(groups)):
+        clusters.setdefault(root(number), []).append(number)
+    return [members for members in clusters.values() if len(members) > 1]

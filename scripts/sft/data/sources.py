@@ -1,8 +1,8 @@
-"""All raw rows of a run: one source, a folder of files, or several sources, each with a weight and a limit.
+"""All raw rows of a run: a file, a folder, a hub data set, or several of them with weights and limits; and replay.
 
-Which rows a weight below one or a limit takes is told by a seeded hash of the row, so that it is the same on every
-machine and a row appended moves few others. Weights count repetitions and not shares of the mix: 1 is every row once,
-so that a source says the same whatever stands beside it (docs/decisions/0008-weights-of-sources.md).
+A seeded hash of a row decides whether a weight below one or a limit takes it, so the choice is the same on every
+machine and an appended row changes little. Weights count repetitions and not shares of the mix
+(docs/decisions/0008-weights-of-sources.md).
 """
 
 from __future__ import annotations
@@ -10,17 +10,27 @@ from __future__ import annotations
 import hashlib
 import heapq
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
-from operator import itemgetter
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sft.config.load import display_path, resolve_path
 from sft.config.schema import DataSection, ReplaySection
-from sft.data import readers, rows, split
+from sft.data import rows
 from sft.data.formats import Formats
 from sft.data.ledger import Ledger, RowFault
-from sft.data.readers import COMPRESSED, SUFFIXES, Progress, Raw, Section, Source, is_data_file, local, named
+from sft.data.readers import (
+    COMPRESSED,
+    SUFFIXES,
+    Progress,
+    RawRow,
+    Section,
+    Source,
+    dump_json,
+    is_data_file,
+    open_file,
+    open_source,
+)  # fmt: skip
 from sft.data.split import position
 from sft.errors import DataError
 
@@ -28,8 +38,8 @@ DEFAULTS = ("data/raw/raw.jsonl", "data/raw/raw.json")
 
 
 @dataclass
-class Part:
-    """One entry of the mix. rows, taken: counted while it is read, of them `taken` came through weight and limit."""
+class SourcePart:
+    """One entry of data.sources. rows: counted while it is read; of them `taken` passed weight and limit."""
 
     name: str
     sources: list[Source]
@@ -38,202 +48,176 @@ class Part:
     rows: int = 0
     taken: int = 0
 
-    def read(self, seed: int, on_progress: Progress | None) -> Iterator[Raw]:
-        """The rows that weight and limit let through, in the order of the files."""
+    def read(self, seed: int, on_progress: Progress | None) -> Iterator[RawRow]:
+        """The rows that weight and limit let pass, in the order of the files."""
         self.rows = self.taken = 0
-        rows = _chosen(self._all(on_progress), self.limit, seed)
-        for raw in rows if self.weight == 1 else _weighted(rows, self.weight, seed):
-            self.taken += 1
-            yield raw
+        raws: Iterable[RawRow] = self._all(on_progress)
+        if self.limit is not None:  # the rows with the first hashes; never more than that many in memory
+            placed = ((_position(raw, f"limit {seed}"), number, raw) for number, raw in enumerate(raws))
+            first = heapq.nsmallest(self.limit, placed, key=lambda item: item[:2])
+            raws = [raw for _, _, raw in sorted(first, key=lambda item: item[1])]
+        whole, fraction = divmod(self.weight, 1)
+        for raw in raws:
+            copies = int(whole) + (fraction > 0 and _position(raw, f"weight {seed}") < fraction)
+            if copies:
+                self.taken += 1
+                yield raw if copies == 1 else raw._replace(copies=copies)
 
-    def _all(self, on_progress: Progress | None) -> Iterator[Raw]:
+    def _all(self, on_progress: Progress | None) -> Iterator[RawRow]:
         sizes = [source.path.stat().st_size if source.path else 0 for source in self.sources]
         for number, source in enumerate(self.sources):
             before = sum(sizes[:number])
-            for raw in source.rows(_shifted(on_progress, before, sum(sizes)) if before else on_progress):
+
+            def shifted(done: int, total: int, before: int = before) -> None:
+                if on_progress:
+                    on_progress(before + done, sum(sizes) or total)
+
+            for raw in source.rows(shifted):
                 self.rows += 1
                 yield raw
 
 
 @dataclass
-class Mix:
-    """Every part, in the order given. said: what a person should be told about the files."""
+class SourceMix:
+    """Every part, in order. warnings: about the files, for the user."""
 
-    parts: list[Part]
-    said: list[str] = field(default_factory=list)
+    parts: list[SourcePart]
+    warnings: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        for source in self._sources():
-            self.said += source.found.said if source.found else []
+        for part in self.parts:
+            for source in part.sources:
+                self.warnings += source.type.warnings if source.type else ()
+            if len(part.sources) > 1:
+                names = ", ".join(source.path.name for source in part.sources[:8] if source.path)
+                self.warnings.append(f"{part.name} is a folder of {len(part.sources)} files, all read as one: {names}")
 
-    def _sources(self) -> list[Source]:
-        return [source for part in self.parts for source in part.sources]
+    def ledger(self, max_dropped: float) -> Ledger:
+        """An empty account of these sources."""
+        sources = [source for part in self.parts for source in part.sources]
+        kinds = dict.fromkeys(source.kind for source in sources)
+        encodings = dict.fromkeys(source.type.encoding if source.type else "utf-8" for source in sources)
+        ledger = Ledger(self.name, ", ".join(kinds), ", ".join(encodings), max_dropped=max_dropped)
+        ledger.warnings += self.warnings
+        return ledger
 
     @property
     def name(self) -> str:
         return ", ".join(part.name for part in self.parts)
 
-    @property
-    def kind(self) -> str:
-        return ", ".join(dict.fromkeys(source.kind for source in self._sources()))
-
-    @property
-    def encoding(self) -> str:
-        found = (source.found.encoding if source.found else "utf-8" for source in self._sources())
-        return ", ".join(dict.fromkeys(found))
-
-    def rows(self, seed: int, on_progress: Progress | None = None) -> Iterator[Raw]:
-        """Every row of the mix, part after part; training shuffles them."""
+    def rows(self, seed: int, on_progress: Progress | None = None) -> Iterator[RawRow]:
+        """Every row, part after part; training shuffles them."""
         for part in self.parts:
             yield from part.read(seed, on_progress)
 
     def account(self) -> list[dict[str, Any]]:
-        """For the ledger: what each part held and gave."""
+        """For the ledger: how many rows each part had and gave."""
         keys = ("name", "rows", "taken", "weight", "limit")
         return [{key: getattr(part, key) for key in keys} for part in self.parts]
 
 
-def find(data: DataSection, root: Path, raw_path: str | None = None) -> Mix:
+def find_sources(data: DataSection, root: Path, raw_path: str | None = None) -> SourceMix:
     """What to process. raw_path: from the command line, so it counts from the working folder and wins.
 
-    Raises DataError: nothing there, not a data file, empty.
+    Raises DataError: nothing there, not rows, empty.
     """
     if raw_path:
-        return _mix([_part(raw_path, Path(raw_path), root, data)])
+        return SourceMix([_part(raw_path, Path(raw_path), root, data)])
     if data.raw_path:
-        return _mix([_part(data.raw_path, resolve_path(root, data.raw_path), root, data)])
+        return SourceMix([_part(data.raw_path, resolve_path(root, data.raw_path), root, data)])
     if data.sources:
-        made = [(_part(one.path, resolve_path(root, one.path), root, one), one) for one in data.sources]
-        return _mix([replace(part, weight=one.weight, limit=one.limit) for part, one in made])
+        parts = [_part(entry.path, resolve_path(root, entry.path), root, entry) for entry in data.sources]
+        for part, entry in zip(parts, data.sources, strict=True):
+            part.weight, part.limit = entry.weight, entry.limit
+        return SourceMix(parts)
     for default in DEFAULTS:
         if (root / default).exists():
-            return _mix([_part(default, root / default, root, data)])
+            return SourceMix([_part(default, root / default, root, data)])
     fix = f"put your rows there, or name the file: make process RAW=FILE; samples: {root / 'data/samples'}"
-    raise DataError(f"no raw data: neither {DEFAULTS[0]} nor {DEFAULTS[1]} is there", where=str(root), fix=fix)
+    raise DataError(f"no raw data: neither {DEFAULTS[0]} nor {DEFAULTS[1]} exists", where=str(root), fix=fix)
 
 
-def _mix(parts: list[Part]) -> Mix:
-    mix = Mix(parts)
-    for part in parts:
-        if len(part.sources) > 1:
-            names = ", ".join(source.path.name for source in part.sources[:8] if source.path)
-            mix.said.append(f"{part.name} is a folder of {len(part.sources)} files, all read as one: {names}")
-    return mix
+def _part(text: str, path: Path, root: Path, section: Section) -> SourcePart:
+    sources = expand_path(text, path, root, section)
+    return SourcePart(display_path(path, root) if path.is_dir() else sources[0].name, sources)
 
 
-def _part(text: str, path: Path, root: Path, section: Section) -> Part:
-    inside = expand(text, path, root, section)
-    return Part(display_path(path, root) if path.is_dir() else inside[0].name, inside)
-
-
-def expand(text: str, path: Path, root: Path, section: Section) -> list[Source]:
-    """The file at `path`, all files of rows in the folder at `path`, or the hub data set `text`."""
+def expand_path(text: str, path: Path, root: Path, section: Section) -> list[Source]:
+    """The file at `path`, all files of rows in and below the folder at `path`, or the hub data set `text`."""
     if not path.is_dir():
-        return [named(text, path, root, section)]
-    inside = sorted(found for found in path.rglob("*") if found.is_file() and _is_data(found, path))
+        return [open_source(text, path, root, section)]
+    inside = sorted(
+        file
+        for file in path.rglob("*")
+        if file.is_file()
+        and is_data_file(file)
+        and not any(name.startswith(".") for name in file.relative_to(path).parts)
+    )
     if not inside:
         fix = f"files of rows end in {', '.join(SUFFIXES)} (also {', '.join(COMPRESSED)}), see docs/DATA.md"
         raise DataError("the folder holds no file of rows", where=str(path), fix=fix)
-    return [local(found, root) for found in inside]
+    return [open_file(file, root) for file in inside]
 
 
-def _is_data(path: Path, folder: Path) -> bool:
-    hidden = any(name.startswith(".") for name in path.relative_to(folder).parts)
-    return is_data_file(path) and not hidden
-
-
-def _shifted(on_progress: Progress | None, before: int, total: int) -> Progress | None:
-    return (lambda done, _total: on_progress(before + done, total)) if on_progress else None
-
-
-def _chosen(rows: Iterable[Raw], limit: int | None, seed: int) -> Iterable[Raw]:
-    """The `limit` rows whose hashes come first, in their own order; never more than that many in memory."""
-    if limit is None:
-        return rows
-    placed = ((place(raw, f"limit {seed}"), number, raw) for number, raw in enumerate(rows))
-    first = heapq.nsmallest(limit, placed, key=itemgetter(0, 1))
-    return [raw for _, _, raw in sorted(first, key=itemgetter(1))]
-
-
-def _weighted(rows: Iterable[Raw], weight: float, seed: int) -> Iterator[Raw]:
-    whole, part = divmod(weight, 1)
-    for raw in rows:
-        copies = int(whole) + (place(raw, f"weight {seed}") < part)
-        if copies:
-            yield raw._replace(copies=copies)
-
-
-def place(raw: Raw, seed: str) -> float:
-    """Where in [0, 1) this raw row lies, by a hash of its content."""
+def _position(raw: RawRow, seed: str) -> float:
+    """The position in [0, 1) of a raw row, by a hash of its content."""
     try:
-        content = readers.sorted_dumps(raw.value if raw.fault is None else raw.text)
+        content = dump_json(raw.value if raw.fault is None else raw.text, sort_keys=True)
     except (TypeError, ValueError):  # bytes, dates and half surrogates have no JSON
         content = repr(raw.value or raw.text).encode("utf-8", "backslashreplace")
     return position(hashlib.blake2b(content, digest_size=8).hexdigest(), seed)
 
 
-Check = Callable[[rows.Row], None]
+def add_replay(data: DataSection, root: Path, staged: Path, ledger: Ledger, check: Callable[[rows.Row], None]) -> None:
+    """Adds general rows to the staged training file until they are `data.replay.ratio` of it, chosen by a seeded hash.
 
-
-def mix_in(data: DataSection, root: Path, staged: Path, ledger: Ledger, check: Check) -> None:
-    """Adds replay rows to the staged training file and tells it in the ledger; they count as read and written.
-
-    check: raises RowFault for a row that may not be trained on. Raises DataError for a file without a usable row.
+    They count as read and written. check: raises RowFault for a row that may not be trained on. Raises DataError for
+    a file without a usable row.
     """
     section, train = data.replay, ledger.splits.get("train", 0)
     if section is None or not train:
         return
-    wanted = max(1, round(train * section.ratio / (1 - section.ratio)))
-    chosen, read, usable = _choose(section, data, root, wanted, check)
+    target = max(1, round(train * section.ratio / (1 - section.ratio)))
+    counts = {"rows": 0, "usable": 0}
+    usable, seed = _replay_rows(section, root, counts, check), f"replay {data.split.seed}"
+    chosen = heapq.nsmallest(target, usable, key=lambda item: position(item[0]["id"], seed))
     if not chosen:
         fix = "give chat rows in any format of docs/DATA.md, or plain text as {text: ...}"
-        raise DataError("data.replay.path holds no row that can be used", where=section.path, fix=fix)
+        raise DataError("data.replay.path holds no usable row", where=section.path, fix=fix)
     with (staged / "train.jsonl").open("ab") as out:
-        for record, format in chosen:
-            out.write(rows.line(record))
+        for row, format in chosen:
+            out.write(rows.to_line(row))
             ledger.read += 1
             ledger.replayed += 1
-            ledger.count(record, format, "train")
+            ledger.count(row, format, "train")
     share = len(chosen) / ledger.splits["train"]
-    report = {"path": section.path, "ratio": section.ratio, "rows": read, "usable": usable, "taken": len(chosen)}
+    report = {"path": section.path, "ratio": section.ratio, **counts, "taken": len(chosen)}
     ledger.reports["replay"] = {**report, "share": round(share, 6)}
-    if len(chosen) < wanted:
-        ledger.said.append(
-            f"replay: {section.path} has {usable:,} rows, {wanted:,} were wanted: {share:.1%} of the mix"
-        )
+    if len(chosen) < target:
+        missing = f"has {counts['usable']:,} usable rows, fewer than the {target:,} of data.replay.ratio"
+        ledger.warnings.append(f"replay: {section.path} {missing}: {share:.1%} of the mix")
 
 
-def _choose(
-    section: ReplaySection, data: DataSection, root: Path, wanted: int, check: Check
-) -> tuple[list[tuple[rows.Row, str]], int, int]:
-    """The rows, how many were read, and how many of them could be used; never more than `wanted` in memory."""
-    formats, seen, read = Formats("auto", None), set[str](), 0
-
-    def usable() -> Iterator[tuple[rows.Row, str]]:
-        nonlocal read
-        for source in expand(section.path, resolve_path(root, section.path), root, section):
-            for raw in source.rows():
-                read += 1
+def _replay_rows(
+    section: ReplaySection, root: Path, counts: dict[str, int], check: Callable[[rows.Row], None]
+) -> Iterator[tuple[rows.Row, str]]:
+    """Usable rows with their format: chat rows, or plain text with an empty input, where all of it is in the loss."""
+    formats, seen = Formats("auto", None), set[str]()
+    for source in expand_path(section.path, resolve_path(root, section.path), root, section):
+        for raw in source.rows():
+            counts["rows"] += 1
+            text = raw.value.get("text") if isinstance(raw.value, dict) else None
+            try:
                 try:
-                    record, format = _record(raw, formats)
-                    check(record)
+                    row, format = rows.make_row(raw, formats, None)
                 except RowFault:
-                    continue
-                if record["id"] not in seen:
-                    seen.add(record["id"])
-                    yield {**record, "replay": True}, format
-
-    seed = f"replay {data.split.seed}"
-    first = heapq.nsmallest(wanted, usable(), key=lambda one: split.position(one[0]["id"], seed))
-    return first, read, len(seen)
-
-
-def _record(raw: Raw, formats: Formats) -> tuple[rows.Row, str]:
-    """A chat row, or plain text as a rendered row whose input is empty: loss is taken on all of it."""
-    try:
-        return rows.record(raw, formats, None)
-    except RowFault:
-        text: Any = raw.value.get("text") if isinstance(raw.value, dict) else None
-        if raw.fault is not None or not isinstance(text, str) or not text.strip():
-            raise
-        return rows.rendered_record("", text, origin=raw.origin), "plain text"
+                    if not isinstance(text, str) or not text.strip():
+                        raise
+                    row, format = rows.rendered_record("", text, origin=raw.origin), "plain text"
+                check(row)
+            except RowFault:
+                continue
+            if row["id"] not in seen:
+                seen.add(row["id"])
+                counts["usable"] += 1
+                yield {**row, "replay": True}, format

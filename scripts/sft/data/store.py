@@ -1,4 +1,4 @@
-"""A folder of ours that changes as a whole: written aside, then put in place; files that others laid there move on."""
+"""Stored rows on disk: folders that are replaced as a whole, files of rows, and which of them a stage means."""
 
 from __future__ import annotations
 
@@ -12,24 +12,26 @@ from typing import Any
 from sft import files
 from sft.config.load import resolve_path
 from sft.config.schema import DataSection
-from sft.data import rows
-from sft.data.readers import read_lines, sniff
-from sft.data.rows import Row
+from sft.data.readers import Source, detect_file_type
+from sft.data.rows import Row, row_id
 from sft.data.split import NAMES
 from sft.errors import DataError
 
+STYLE_RECORD = "source.json"  # beside styled rows: from which file each was made, with which content and style
+COMMANDS = {"processed": "make process", "styled": "make style", "rendered": "make render"}
+
 
 @contextmanager
-def replaced(target: Path, ours: set[str], key: str) -> Iterator[Path]:
-    """Yields an empty folder to fill, which takes the place of `target` on a clean exit; on an error nothing changes.
+def replace_dir(target: Path, own_files: set[str], key: str) -> Iterator[Path]:
+    """Yields an empty folder to fill, which replaces `target` on a clean exit; on an error nothing changes.
 
-    ours: names of files that are not carried over. key: the config key that names another folder. Raises DataError
-    when the folder holds folders (it is not ours to replace) or cannot be written.
+    own_files: names that are not carried over from the old folder, as all others are. key: the config key of the
+    folder. Raises DataError where `target` holds folders (somebody else's) or cannot be written.
     """
     target, fix = target.resolve(), f"name a folder of its own: --set {key}=DIR"
     if target.exists() and not target.is_dir():
         raise DataError("the folder to write to is a file", where=str(target), fix=fix)
-    others = [path for path in sorted(target.iterdir()) if path.name not in ours] if target.exists() else []
+    others = [path for path in sorted(target.iterdir()) if path.name not in own_files] if target.exists() else []
     for path in others:
         if path.is_dir() and not path.is_symlink():
             raise DataError(f"the folder to write to holds another folder, {path.name}", where=str(target), fix=fix)
@@ -43,20 +45,6 @@ def replaced(target: Path, ours: set[str], key: str) -> Iterator[Path]:
         raise DataError(what, where=where, fix=f"free space, or {fix}") from None
 
 
-STYLED_FROM = "source.json"  # beside styled rows: which file each was made from, with which content, by which style
-COMMANDS = {"processed": "make process", "styled": "make style", "rendered": "make render"}
-
-
-@dataclass(frozen=True)
-class Stage:
-    """The files of one stage; a split without rows has none. name: processed, styled, rendered, or given."""
-
-    name: str
-    train: Path
-    val: Path | None
-    test: Path | None
-
-
 def read_rows(path: Path | str) -> list[Row]:
     """All rows of a stored file, each with `id` and `origin`. Raises DataError with file:line at the first bad one."""
     return list(iter_rows(path))
@@ -66,74 +54,74 @@ def iter_rows(path: Path | str) -> Iterator[Row]:
     """The same, one at a time."""
     path = Path(path)
     if not path.exists():
-        raise DataError("no such file of rows", where=str(path), fix="make it: make process RAW=your_file")
-    found = sniff(path)
-    if found.kind != "jsonl":
+        raise DataError("no such file of rows", where=str(path), fix="create it: make process RAW=your_file")
+    file_type = detect_file_type(path)
+    if file_type.kind != "jsonl":
         raise DataError("not a file of JSON lines", where=str(path), fix=f"make process RAW={path}")
-    for raw in read_lines(path, str(path), found, None):
-        if fault := raw.fault or _fault(raw.value):
-            raise DataError(fault, where=raw.origin, fix=f"fix that line, or: make process RAW={path}")
+    for raw in Source(str(path), path, file_type).rows():
+        if fault := raw.fault or _shape_fault(raw.value):
+            raise DataError(fault, where=raw.origin, fix=f"correct that line, or: make process RAW={path}")
         row: Row = raw.value
         row.setdefault("origin", f"{path.name}:{raw.origin.rpartition(':')[2]}")
-        yield row if row.get("id") else {"id": rows.row_id(row), **row}
+        yield row if row.get("id") else {"id": row_id(row), **row}
 
 
-def count(path: Path) -> int:
-    """Lines with text in them: rows, if they can be read."""
+def count_rows(path: Path) -> int:
+    """The lines that are not blank: rows, if they can be read."""
     with path.open("rb") as file:
         return sum(1 for line in file if line.strip())
 
 
-def _fault(row: Any) -> str | None:
-    """What keeps a row from being one of the three stored shapes, with text where text belongs."""
+def _shape_fault(row: Any) -> str | None:
+    """Why a row has none of the three stored shapes, with text where text belongs; None if it has one."""
     keys = set(row) if isinstance(row, dict) else set()
     if "messages" in keys:
         turns = row["messages"]
         good = isinstance(turns, list) and turns and all(isinstance(turn, dict) and "role" in turn for turn in turns)
         return None if good else "messages is not a list of turns with a role"
-    wanted = ("user", "assistant") if "user" in keys else ("input", "target")
-    if not set(wanted) <= keys:
+    required = ("user", "assistant") if "user" in keys else ("input", "target")
+    if not set(required) <= keys:
         shapes = "{system,user,assistant}, {messages} or {input,target}"
         return f"not a processed row: it has {sorted(map(str, keys))[:8]} and not {shapes}"
-    for key in (*wanted, *({"system"} & keys)):
+    for key in (*required, *({"system"} & keys)):
         if not isinstance(row[key], str) and not (key == "system" and row[key] is None):
             return f"{key} is not text"
     return None
 
 
-def paths(data: DataSection, root: Path) -> Stage:
-    """The files to train and evaluate on, by `data.stage`; `data.train_path` and its like win.
+@dataclass(frozen=True)
+class Stage:
+    """The files of one stage; None for a split without rows. name: processed, styled, rendered, or given (paths)."""
 
-    auto: styled rows where there are any, else processed. Raises DataError for a stage that is not there, and for
-    styled rows whose source has changed since.
+    name: str
+    train: Path
+    val: Path | None
+    test: Path | None
+
+
+def resolve_stage(data: DataSection, root: Path) -> Stage:
+    """The files to train and evaluate on, by `data.stage`; `data.train_path`, `val_path` and `test_path` win.
+
+    auto: styled rows if there are any, else processed ones. val.jsonl and test.jsonl are looked for beside the training
+    file. Raises DataError for files that do not exist, and for styled rows whose source has changed.
     """
-    if data.train_path:
-        return _given(data, root)
-    name: str = data.stage
+    name: str = "given" if data.train_path else data.stage
     if name == "auto":
         name = "styled" if (resolve_path(root, data.styled_dir) / "train.jsonl").exists() else "processed"
-    folder = resolve_path(root, getattr(data, f"{name}_dir"))
-    if not (folder / "train.jsonl").exists():
-        fix = COMMANDS[name] + ("" if name == "processed" else ", or --set data.stage=auto")
-        raise DataError(f"there are no {name} rows", where=str(folder / "train.jsonl"), fix=fix)
+    if name == "given":
+        train = _existing(root, str(data.train_path), "data.train_path")
+    else:
+        train = resolve_path(root, getattr(data, f"{name}_dir")) / "train.jsonl"
+        if not train.exists():
+            fix = COMMANDS[name] + ("" if name == "processed" else ", or --set data.stage=auto")
+            raise DataError(f"there are no {name} rows", where=str(train), fix=fix)
     if name == "styled":
         check_styled(data, root)
-    found = {split: folder / f"{split}.jsonl" for split in NAMES}
-    for split, given in (("val", data.val_path), ("test", data.test_path)):
-        if given:
-            found[split] = _existing(root, given, f"data.{split}_path")
-    there = {split: path for split, path in found.items() if path.exists()}
-    return Stage(name, found["train"], there.get("val"), there.get("test"))
-
-
-def _given(data: DataSection, root: Path) -> Stage:
-    """Named files; val and test that are not named are looked for beside the training file, never in another folder."""
-    train = _existing(root, str(data.train_path), "data.train_path")
-    found: dict[str, Path | None] = {}
-    for split, given in (("val", data.val_path), ("test", data.test_path)):
-        path = _existing(root, given, f"data.{split}_path") if given else train.with_name(f"{split}.jsonl")
-        found[split] = path if path.exists() and path != train else None
-    return Stage("given", train, found["val"], found["test"])
+    paths: dict[str, Path | None] = {}
+    for split, text in (("val", data.val_path), ("test", data.test_path)):
+        path = _existing(root, text, f"data.{split}_path") if text else train.with_name(f"{split}.jsonl")
+        paths[split] = path if path.exists() and path != train else None
+    return Stage(name, train, paths["val"], paths["test"])
 
 
 def _existing(root: Path, text: str, key: str) -> Path:
@@ -145,35 +133,35 @@ def _existing(root: Path, text: str, key: str) -> Path:
 
 
 def check_styled(data: DataSection, root: Path) -> None:
-    """Raises DataError unless the styled rows were made from the processed rows as they are now."""
-    styled, processed = resolve_path(root, data.styled_dir), resolve_path(root, data.processed_dir)
-    kept = styles(styled)
+    """Raises DataError unless the styled rows were made from the processed rows in their current state."""
+    folder, processed = resolve_path(root, data.styled_dir), resolve_path(root, data.processed_dir)
+    records = style_records(folder)
     for name in (f"{split}.jsonl" for split in NAMES):
-        source, made = processed / name, styled / name
-        if not source.exists() and not made.exists():
+        source, styled = processed / name, folder / name
+        if not source.exists() and not styled.exists():
             continue
-        if name not in kept or not made.exists():
+        if not styled.exists():
             what = f"{name} is processed, but not styled"
-            if made.exists():
-                what = f"{STYLED_FROM} does not tell what {name} was made from"
+        elif name not in records:
+            what = f"{STYLE_RECORD} does not tell what {name} was made from"
         elif not source.exists():
             what = f"{name} is styled, but its source is gone"
-        elif files.sha256(source) != kept[name].get("sha256"):
+        elif files.sha256(source) != records[name].get("sha256"):
             what = f"{name} was styled before the processed rows changed"
         else:
             continue
         fix = "style again: make style STYLE=...; or train without style: --set data.stage=processed"
-        raise DataError(f"the styled rows are stale: {what}", where=str(styled), fix=fix)
+        raise DataError(f"the styled rows are stale: {what}", where=str(folder), fix=fix)
 
 
-def note_style(target: Path, source: Path, digest: str, **how: str) -> None:
+def record_style(target: Path, source: Path, digest: str, **style: str) -> None:
     """Writes beside `target` that it was made from `source`, whose bytes had the SHA-256 `digest`."""
-    entry = {"source": source.name, "sha256": digest, **how}
-    files.write_json(target.parent / STYLED_FROM, {"files": {**styles(target.parent), target.name: entry}})
+    entry = {"source": source.name, "sha256": digest, **style}
+    files.write_json(target.parent / STYLE_RECORD, {"files": {**style_records(target.parent), target.name: entry}})
 
 
-def styles(folder: Path) -> dict[str, dict[str, Any]]:
-    """File name -> its entry; nothing where there is no source.json or it cannot be read."""
-    entries = files.read_json(folder / STYLED_FROM).get("files")
-    known = entries.items() if isinstance(entries, dict) else ()
-    return {name: entry for name, entry in known if isinstance(entry, dict)}
+def style_records(folder: Path) -> dict[str, dict[str, Any]]:
+    """File name -> its record; nothing where source.json does not exist or cannot be read."""
+    entries = files.read_json(folder / STYLE_RECORD).get("files")
+    items = entries.items() if isinstance(entries, dict) else ()
+    return {name: entry for name, entry in items if isinstance(entry, dict)}

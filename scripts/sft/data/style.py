@@ -1,16 +1,16 @@
-"""Style: one system text over all rows (replaced, put before, put after, or filled in where there is none)."""
+"""Style: one system text over all rows; it replaces theirs, is put before or after it, or fills in."""
 
 from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any
 
 from sft import files
 from sft.config.load import resolve_path
 from sft.config.schema import DataSection
-from sft.data import readers, store
-from sft.data import rows as records
+from sft.data import store
+from sft.data.readers import dump_json
+from sft.data.rows import Row, is_rendered, messages
 from sft.data.split import NAMES
 from sft.errors import DataError
 
@@ -22,38 +22,38 @@ PRESETS = {
 }
 
 
-def text_of(style: str) -> str:
-    """The preset of that name, else the text itself. A word that is nearly a preset's name is a mistake."""
+def style_text(style: str) -> str:
+    """The preset of that name, else the text itself. Raises DataError for what is nearly a preset's name."""
     if style in PRESETS:
         return PRESETS[style]
     near = difflib.get_close_matches(style.lower(), PRESETS, 1, 0.75)
     if not style.strip() or near:
         what = f"there is no preset {style!r}" if near else "the style is empty"
-        near_one = f"did you mean {near[0]}? " if near else ""
-        raise DataError(what, fix=f"{near_one}presets: {', '.join(PRESETS)}; or a sentence of your own")
+        nearest = f"did you mean {near[0]}? " if near else ""
+        raise DataError(what, fix=f"{nearest}presets: {', '.join(PRESETS)}; or a sentence of your own")
     return style
 
 
-def styled(row: dict[str, Any], style: str, mode: str) -> dict[str, Any]:
-    """The row with the style in its system text; its id stays, so that it is known as the same row."""
-    turns = records.messages(row)
+def apply_style(row: Row, style: str, mode: str) -> Row:
+    """The row with the style in its system text; its id stays, since it is the same row."""
+    turns = messages(row)
     first = turns[0] if turns and turns[0]["role"] == "system" else None
     system = str(first["content"] or "") if first else ""
-    wanted = {
+    text = {
         "replace": style,
         "prepend": f"{style}\n\n{system}" if system else style,
         "append": f"{system}\n\n{style}" if system else style,
         "fill": system or style,
     }[mode]
     if "messages" not in row:
-        kept: dict[str, Any] = {key: row[key] for key in ("id", "origin") if key in row}
-        return {**kept, "system": wanted, **{key: value for key, value in row.items() if key not in {*kept, "system"}}}
-    head = {**(first or {"role": "system"}), "content": wanted}
+        start: Row = {key: row[key] for key in ("id", "origin") if key in row}
+        return {**start, "system": text, **{key: value for key, value in row.items() if key not in {*start, "system"}}}
+    head = {**(first or {"role": "system"}), "content": text}
     return {**row, "messages": [head, *(turns[1:] if first else turns)]}
 
 
 def style_file(source: Path, target: Path, style: str, mode: str) -> int:
-    """Styles one file of rows into another and notes beside it what it was made from; returns the number of rows."""
+    """Styles one file of rows into another and records its source beside it; returns the number of rows."""
     if source.resolve() == target.resolve():
         raise DataError("--in and --out are the same file", where=str(source), fix="name another --out")
     rows = 0
@@ -61,12 +61,12 @@ def style_file(source: Path, target: Path, style: str, mode: str) -> int:
         digest = files.sha256(source) if source.exists() else ""
         with files.atomic_file(target) as staged, staged.open("wb") as out:
             for row in store.iter_rows(source):
-                if records.is_rendered(row):
+                if is_rendered(row):
                     fix = "style the processed rows, then render again: make style render"
                     raise DataError("rendered rows have no system text to style", where=str(source), fix=fix)
-                out.write(readers.dumps(styled(row, style, mode)) + b"\n")
+                out.write(dump_json(apply_style(row, style, mode)) + b"\n")
                 rows += 1
-        store.note_style(target, source, digest, style=style, mode=mode)
+        store.record_style(target, source, digest, style=style, mode=mode)
     except OSError as error:
         where = str(error.filename or target)
         raise DataError(f"cannot write: {error.strerror or error}", where=where, fix="name another --out") from None
@@ -82,7 +82,7 @@ def style_folder(data: DataSection, root: Path, style: str, mode: str) -> dict[s
     if processed.resolve() == target.resolve():
         fix = "--set data.styled_dir=data/processed_with_style"
         raise DataError("data.styled_dir and data.processed_dir are one folder", where=str(target), fix=fix)
-    ours = {f"{name}.jsonl" for name in NAMES} | {store.STYLED_FROM}
-    with store.replaced(target, ours, "data.styled_dir") as staged:
+    own_files = {f"{name}.jsonl" for name in NAMES} | {store.STYLE_RECORD}
+    with store.replace_dir(target, own_files, "data.styled_dir") as staged:
         files_of = {name: (processed / f"{name}.jsonl", staged / f"{name}.jsonl") for name in present}
-        return {name: style_file(source, made, style, mode) for name, (source, made) in files_of.items()}
+        return {name: style_file(source, out, style, mode) for name, (source, out) in files_of.items()}
