@@ -54,7 +54,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         Path(args.config), args.set, adapters=args.adapters, merged=args.merged, base=args.base,
         is_default=args.config == console.default_config(), root=root,
     )  # fmt: skip
-    stage = store.paths(target.config.data, root)
+    stage = store.resolve_stage(target.config.data, root)
     path = stage.test if args.split == "test" else stage.val
     if path is None:
         raise DataError(f"there are no {args.split} rows", where=f"data.{args.split}_path", fix="make process")

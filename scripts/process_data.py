@@ -58,10 +58,10 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def show(ledger: Ledger) -> None:
-    """What was found, one example, and the account."""
+    """Shows the formats, one example, and the account of the rows."""
     import json
 
-    for line in ledger.said:
+    for line in ledger.warnings:
         console.warn(line)
     formats = ", ".join(f"{name} ({count:,})" for name, count in ledger.formats.items()) or "no usable row"
     console.say(f"{ledger.source}: {ledger.kind}, {ledger.encoding}; formats found: {formats}")
@@ -76,7 +76,7 @@ def show(ledger: Ledger) -> None:
     console.table("What became of the rows", ("", "rows"), [(name, f"{count:,}") for name, count in counts.items()])
     for reason, examples in ledger.examples.items():
         console.say(f"{reason}, for example: {examples[0]['origin']}: {examples[0]['detail']}")
-    for line in ledger.told():
+    for line in ledger.report_lines():
         console.say(line)
     share = f"{ledger.fault_share:.1%} faulty, {ledger.max_dropped:.0%} allowed"
     console.say(f"{share}; {ledger.verdict()}")

@@ -45,7 +45,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         pairs = {args.target: (Path(args.source), Path(args.target))}
     else:
         stage = "auto" if config.data.stage == "rendered" else config.data.stage
-        found = store.paths(config.data.model_copy(update={"stage": stage}), root)
+        found = store.resolve_stage(config.data.model_copy(update={"stage": stage}), root)
         folder = resolve_path(root, config.data.rendered_dir)
         splits = {"train": found.train, "val": found.val, "test": found.test}
         pairs = {name: (path, folder / f"{name}.jsonl") for name, path in splits.items() if path}

@@ -45,7 +45,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 
     root = console.project_root()
     config = load(args.config, args.set, root=root).config
-    stage = store.paths(config.data, root)
+    stage = store.resolve_stage(config.data, root)
     found, rows = data_report.figures(config, stage, resolve_path(root, config.data.processed_dir), max(0, args.limit))
     found["tokens"] = in_tokens(config, root, rows)
     out = args.out or root / "outputs" / "reports" / "data.html"

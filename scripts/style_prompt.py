@@ -46,7 +46,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         raise DataError("--in and --out go together", fix="give both, or neither to style every processed split")
     root = console.project_root()
     data = load(args.config, args.set, root=root).config.data
-    text = style.text_of(args.style)
+    text = style.style_text(args.style)
     if args.source:
         counts = {args.target: style.style_file(Path(args.source), Path(args.target), text, args.mode)}
     else:

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from sft.config.schema import DataSection, SplitSection
 from sft.data.process import Rejected, process
-from sft.data.readers import named
+from sft.data.readers import open_source
 from sft.errors import DataError
 
 NAMES = st.sampled_from(["a.json", "a.jsonl", "a.csv", "a.tsv", "a.parquet", "a.txt", "a.jsonl.gz", "a.json.zst", "a"])
@@ -100,7 +100,7 @@ def any_bytes_give_rows_or_one_error(folder: Path, name: str, content: bytes) ->
     path = folder / name
     path.write_bytes(gzip.compress(content) if name.endswith(".gz") and len(content) % 2 else content)
     try:
-        rows = list(named(str(path), path, folder, DataSection()).rows())
+        rows = list(open_source(str(path), path, folder, DataSection()).rows())
     except DataError as error:
         assert error.where
         return
@@ -148,7 +148,7 @@ def what_is_written_well_comes_back(folder: Path, kind: str, rows: list[tuple[st
         else:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in wanted)
     try:
-        assert [raw.value for raw in named(str(path), path, folder, DataSection()).rows()] == wanted
+        assert [raw.value for raw in open_source(str(path), path, folder, DataSection()).rows()] == wanted
     except DataError as error:  # texts of control characters only look like no text at all
         assert "binary" in str(error)
 

@@ -12,13 +12,13 @@ from sft.data import rows
 from sft.data.formats import Formats
 from sft.data.ledger import RowFault
 from sft.data.process import process
-from sft.data.readers import Raw
-from sft.data.rows import record as make_record
+from sft.data.readers import RawRow
+from sft.data.rows import make_row
 from sft.errors import DataError
 
 
 def stored(row: Any, format: str = "auto", **columns: str) -> tuple[str, dict[str, Any]]:
-    record, found = make_record(Raw("f:1", row), Formats(format, columns or None), None)
+    record, found = make_row(RawRow("f:1", row), Formats(format, columns or None), None)
     assert record.pop("origin") == "f:1" and record.pop("id") == rows.row_id(record)
     return found, record
 
@@ -108,7 +108,7 @@ def test_a_weight_of_a_row_is_stored_and_reported_as_unused(tmp_path: Path) -> N
     ledger = process(DataSection(), tmp_path, str(raw))
     assert ledger.example is not None and ledger.example["weight"] == 3
     assert ledger.reports["keys_not_read"] == {"weight": 1}
-    assert any("1 rows have a `weight`" in text for text in ledger.said)
+    assert any("1 rows have a `weight`" in text for text in ledger.warnings)
 
 
 def test_more_turns_stay_messages() -> None:
@@ -237,7 +237,7 @@ def test_a_format_that_is_named_holds_for_every_row() -> None:
 
 def test_what_the_user_gave_with_a_row_stays_with_it() -> None:
     row = {"id": "mine", "tags": ["x"], "weight": 2.0, "question": "q", "answer": "a", "url": "dropped"}
-    record, _ = make_record(Raw("f:1", row), Formats("auto", None), "be kind")
+    record, _ = make_row(RawRow("f:1", row), Formats("auto", None), "be kind")
     assert list(record) == ["id", "origin", "system", "user", "assistant", "tags", "weight", "source_id"]
     assert record["source_id"] == "mine" and record["system"] == "be kind"
 

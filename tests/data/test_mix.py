@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from sft.config.schema import DataSection, SourceSection, SplitSection
 from sft.data.process import process
-from sft.data.sources import find
+from sft.data.sources import find_sources
 from sft.errors import DataError
 
 ALL_TRAIN = SplitSection(train=1, val=0, test=0)
@@ -62,10 +62,10 @@ def test_a_folder_of_files_is_read_as_one(tmp_path: Path) -> None:
     assert asked(tmp_path) == ["q2", "q0", "q1", "q3"] and ledger.source == "in"
     assert ledger.example is not None and ledger.example["origin"] == "in/a/c.csv:2"
     assert told == sorted(told) and len({total for _, total in told[1:]}) == 1
-    assert any("a folder of 3 files" in said for said in ledger.said)
+    assert any("a folder of 3 files" in said for said in ledger.warnings)
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no file of rows"):
-        find(DataSection(), tmp_path, str(tmp_path / "empty"))
+        find_sources(DataSection(), tmp_path, str(tmp_path / "empty"))
 
 
 def test_sources_are_weighted_and_limited_by_hash(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from sft.config.schema import DataSection, SplitSection
-from sft.data.dedup import WORD, Index, bands
+from sft.data.dedup import WORD, MinHashIndex, lsh_bands
 from sft.data.process import process
 
 SPLITS = ("train", "val", "test")
@@ -52,7 +52,7 @@ def shingles(text: str) -> set[tuple[str, ...]]:
 
 
 def test_bands_find_what_lies_at_the_threshold() -> None:
-    assert (bands(0.8), bands(0.5), bands(1.0)) == ((21, 6), (42, 3), (1, 128))
+    assert (lsh_bands(0.8), lsh_bands(0.5), lsh_bands(1.0)) == ((21, 6), (42, 3), (1, 128))
 
 
 @pytest.mark.parametrize("threshold", [0.5, 0.8, 0.95])
@@ -63,7 +63,7 @@ def test_every_pair_by_brute_force_is_found_and_no_other(threshold: float) -> No
         pick = random.Random(seed)
         texts += [" ".join(changed(base, *pick.sample(range(len(base)), k=count))) for count in (0, 1, 2)]
     texts += ["", "!", "\u6211\u4eec\u8981\u8bad\u7ec3\u6a21\u578b", "\u6211\u4eec\u8981\u8bad\u7ec3\u6a21\u578b\u3002"]
-    index = Index(threshold)
+    index = MinHashIndex(threshold)
     for one in texts:
         index.add(one)
     made = [shingles(one) for one in texts]
@@ -83,7 +83,7 @@ def test_hundreds_of_equal_rows_are_one_cluster(tmp_path: Path) -> None:
     found = ledger.reports["near_duplicates"]
     assert (found["clusters"], found["largest_cluster"], found["pairs_across_splits"]) == (1, 400, 0)
     assert sorted(ledger.splits.values()) == [0, 400]
-    assert any("is empty" in said for said in ledger.said)
+    assert any("is empty" in said for said in ledger.warnings)
 
 
 def test_drop_keeps_the_first_of_each_and_off_does_not_look(tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_rows_are_grouped_by_a_key(tmp_path: Path) -> None:
     assert set(found.values()) == set(SPLITS)
     assert ledger.reports["groups"] == {"by": "page", "groups": 60, "without": 1}
     ledger = run(tmp_path, rows, split=SplitSection(group_by="pgae"))
-    assert any("no row has the key" in said for said in ledger.said)
+    assert any("no row has the key" in said for said in ledger.warnings)
 
 
 def test_a_group_is_not_torn_to_fill_an_empty_split(tmp_path: Path) -> None:
@@ -151,19 +151,19 @@ def test_rows_that_ask_the_same_never_stand_on_both_sides(tmp_path: Path, near: 
     found = homes_of_questions(tmp_path)
     assert len(found) == 100 and all(len(names) == 1 for names in found.values())
     assert set().union(*found.values()) == set(SPLITS)
-    assert ledger.written == 300 and not any("give away" in said for said in ledger.said)
+    assert ledger.written == 300 and not any("occur in train" in said for said in ledger.warnings)
     none = {"exact": 0, "same question": 0, "near": None if near == "off" else 0}
     assert ledger.reports["leaks"] == {"val": none, "test": none}
 
 
 def test_a_question_that_all_rows_share_is_split_with_a_word(tmp_path: Path) -> None:
     ledger = run(tmp_path, [qa(["Tell me a joke about animals."], f"joke {number}") for number in range(300)])
-    assert sorted(ledger.splits.values()) == [0, 0, 300] and sum("is empty" in said for said in ledger.said) == 2
-    assert any("of the rows, not" in said and "data.split.group_by" in said for said in ledger.said)
+    assert sorted(ledger.splits.values()) == [0, 0, 300] and sum("is empty" in said for said in ledger.warnings) == 2
+    assert any("of the rows, not" in said and "data.split.group_by" in said for said in ledger.warnings)
     rows = [qa(["Tell me a joke about animals."], f"joke {number}", number=number) for number in range(300)]
     ledger = run(tmp_path, rows, split=SplitSection(group_by="number"))
     assert min(ledger.splits.values()) > 15 and ledger.reports["leaks"]["val"]["same question"] == ledger.splits["val"]
-    assert any("training rows give away" in said for said in ledger.said)
+    assert any("also occur in train" in said for said in ledger.warnings)
 
 
 def test_short_questions_ask_what_their_system_text_says(tmp_path: Path) -> None:

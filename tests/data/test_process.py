@@ -13,7 +13,7 @@ import pytest
 from sft.config.schema import ColumnsSection, DataSection, SplitSection
 from sft.data.process import Rejected, process
 from sft.data.rows import prompt_id
-from sft.data.split import choose, position
+from sft.data.split import choose_split, position
 from sft.errors import DataError
 
 ALL_TRAIN = SplitSection(train=1, val=0, test=0)
@@ -151,8 +151,8 @@ def test_appended_rows_move_no_other_row(tmp_path: Path) -> None:
 
 def test_a_position_is_the_same_on_every_machine_and_version() -> None:
     assert position("0123456789abcdef", 42) == 0.7028428567059187
-    assert choose("0123456789abcdef", SplitSection()) == "train"
-    assert choose("0123456789abcdef", SplitSection(train=0.5, val=0.5, test=0)) == "val"
+    assert choose_split("0123456789abcdef", SplitSection()) == "train"
+    assert choose_split("0123456789abcdef", SplitSection(train=0.5, val=0.5, test=0)) == "val"
 
 
 @pytest.mark.parametrize("count", [3, 4, 5, 8])
@@ -165,15 +165,19 @@ def test_no_split_stays_empty_without_a_word(tmp_path: Path, count: int) -> None
     assert min(ledger.splits.values()) >= 1 and sum(ledger.splits.values()) == count
     assert sorted(user for users in kept.values() for user in users) == sorted(f"{count} {i}" for i in range(count))
     moved = [
-        name for name in ("train", "val", "test") if any(text.startswith(f"{name} had no row") for text in ledger.said)
+        name
+        for name in ("train", "val", "test")
+        if any(text.startswith(f"{name} had no row") for text in ledger.warnings)
     ]
-    natural = [choose(prompt_id(row), SplitSection()) for name in kept for row in rows_of(folder / f"{name}.jsonl")]
+    natural = [
+        choose_split(prompt_id(row), SplitSection()) for name in kept for row in rows_of(folder / f"{name}.jsonl")
+    ]
     assert set(moved) == {"train", "val", "test"} - set(natural)
 
 
 def test_too_few_rows_for_three_splits_are_said(tmp_path: Path) -> None:
     ledger = process(DataSection(), tmp_path, str(write(tmp_path / "a.jsonl", [qa("one")])))
-    assert sum("is empty: 1 rows are too few to split" in text for text in ledger.said) == 2
+    assert sum("is empty: 1 rows are too few to split" in text for text in ledger.warnings) == 2
     assert len([path for path in (tmp_path / "data/processed").glob("*.jsonl") if path.name != "quarantine.jsonl"]) == 1
 
 
@@ -243,7 +247,8 @@ def test_processing_never_loads_torch_or_transformers(tmp_path: Path) -> None:
         "import sys; from pathlib import Path; from sft.config.schema import DataSection;"
         "from sft.data.process import process; from sft.data import store, style;"
         f"root = Path({str(tmp_path)!r}); process(DataSection(), root, {str(raw)!r});"
-        "style.style_folder(DataSection(), root, 'x', 'fill'); store.read_rows(store.paths(DataSection(), root).train);"
+        "style.style_folder(DataSection(), root, 'x', 'fill');"
+        "store.read_rows(store.resolve_stage(DataSection(), root).train);"
         "heavy = {'torch', 'transformers', 'datasets', 'pyarrow', 'numpy'} & set(sys.modules); assert not heavy, heavy"
     )
     scripts = str(Path(__file__).resolve().parents[2] / "scripts")

@@ -53,7 +53,7 @@ def test_rows_of_a_benchmark_are_named_and_are_no_faults(tmp_path: Path) -> None
     files = [{"name": "bench.jsonl", "rows": 3, "hits": 4}]
     assert ledger.reports["contamination"] == {"ngram": 13, "against": files}
     quarantine = (tmp_path / "data/processed/quarantine.jsonl").read_text()
-    assert "asks the question of bench.jsonl:2" in quarantine and "shares 13 words in a row" in quarantine
+    assert "has the question of bench.jsonl:2" in quarantine and "shares 13 words in a row" in quarantine
     with pytest.raises(DataError, match="no such file"):
         run(tmp_path, rows, contamination=ContaminationSection(against=["gone.jsonl"]))
 
@@ -91,7 +91,7 @@ def test_marks_are_reported_and_stay_unless_asked(tmp_path: Path) -> None:
     assert found["scripts"] == {"latin": 44, "cyrillic": 1}
     assert found["lengths"]["answers"] == {"p5": 24, "median": 24, "p95": 38, "longest": 10_000}
     assert found["balance"].startswith("lengths are uneven")
-    assert ledger.told()[0].endswith("control characters 1, boilerplate 2, length outliers 1, script 1")
+    assert ledger.report_lines()[0].endswith("control characters 1, boilerplate 2, length outliers 1, script 1")
 
 
 def test_marks_are_dropped_when_asked_and_are_no_faults(tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_replay_leaves_out_rows_that_train_has_also_without_deduplication(tmp_pa
 def test_too_little_replay_is_said_and_none_is_an_error(tmp_path: Path) -> None:
     put(tmp_path / "general.jsonl", [qa("general")])
     ledger = run(tmp_path, [qa(f"own {i}") for i in range(90)], replay=ReplaySection(path="general.jsonl"))
-    assert ledger.replayed == 1 and any("10 were wanted" in said for said in ledger.said)
+    assert ledger.replayed == 1 and any("fewer than the 10" in said for said in ledger.warnings)
     put(tmp_path / "general.jsonl", [{"x": 1}])
-    with pytest.raises(DataError, match="no row that can be used"):
+    with pytest.raises(DataError, match="no usable row"):
         run(tmp_path, [qa("own")], replay=ReplaySection(path="general.jsonl"))

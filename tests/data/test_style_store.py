@@ -36,30 +36,30 @@ def make_processed(root: Path, count: int = 40, word: str = "q") -> None:
 def test_modes_on_short_rows_and_on_messages(mode: str, none: str, some: str) -> None:
     for system, wanted in (("", none), ("old", some)):
         short = {"id": "1", "origin": "o", "system": system, "user": "u", "assistant": "a", "tags": 1}
-        made = style.styled(short, "S", mode)
+        made = style.apply_style(short, "S", mode)
         assert made == {**short, "system": wanted} and list(made) == list(short)
         turns = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
         head = [{"role": "system", "content": system}] if system else []
         row = {"id": "1", "messages": head + turns, "tools": [{}]}
-        assert style.styled(row, "S", mode) == {**row, "messages": [{"role": "system", "content": wanted}, *turns]}
+        assert style.apply_style(row, "S", mode) == {**row, "messages": [{"role": "system", "content": wanted}, *turns]}
 
 
 def test_presets_are_texts_and_near_misses_are_mistakes() -> None:
-    assert style.text_of("concise") == style.PRESETS["concise"]
+    assert style.style_text("concise") == style.PRESETS["concise"]
     assert set(style.PRESETS) == {"concise", "json", "step-by-step", "structured"}
-    assert style.text_of("Be brief.") == "Be brief."
+    assert style.style_text("Be brief.") == "Be brief."
     for wrong in ("concize", "step by step", ""):
         with pytest.raises(DataError) as caught:
-            style.text_of(wrong)
+            style.style_text(wrong)
         assert "presets: concise, json, step-by-step, structured" in str(caught.value.fix)
 
 
 def test_styled_rows_are_taken_until_their_source_changes(tmp_path: Path) -> None:
     data = DataSection()
     make_processed(tmp_path)
-    assert store.paths(data, tmp_path).name == "processed"
+    assert store.resolve_stage(data, tmp_path).name == "processed"
     counts = style.style_folder(data, tmp_path, "S", "replace")
-    stage = store.paths(data, tmp_path)
+    stage = store.resolve_stage(data, tmp_path)
     assert (stage.name, stage.train) == ("styled", tmp_path / "data/processed_with_style/train.jsonl")
     assert {row["system"] for row in store.read_rows(stage.train)} == {"S"}
     plain = store.read_rows(tmp_path / "data/processed/train.jsonl")
@@ -74,11 +74,11 @@ def test_styled_rows_are_taken_until_their_source_changes(tmp_path: Path) -> Non
         with pytest.raises(
             DataError, match=r"stale: train\.jsonl was styled before the processed rows changed"
         ) as caught:
-            store.paths(DataSection(stage=name), tmp_path)
+            store.resolve_stage(DataSection(stage=name), tmp_path)
         assert "make style" in str(caught.value.fix) and "--set data.stage=processed" in str(caught.value.fix)
-    assert store.paths(DataSection(stage="processed"), tmp_path).name == "processed"
+    assert store.resolve_stage(DataSection(stage="processed"), tmp_path).name == "processed"
     style.style_folder(data, tmp_path, "S", "replace")
-    assert store.paths(data, tmp_path).name == "styled"
+    assert store.resolve_stage(data, tmp_path).name == "styled"
 
 
 def test_a_styled_folder_that_is_incomplete_or_tells_no_source_is_stale(tmp_path: Path) -> None:
@@ -86,20 +86,20 @@ def test_a_styled_folder_that_is_incomplete_or_tells_no_source_is_stale(tmp_path
     processed, styled = tmp_path / "data/processed", tmp_path / "data/processed_with_style"
     style.style_file(processed / "train.jsonl", styled / "train.jsonl", "S", "fill")
     with pytest.raises(DataError, match=r"val\.jsonl is processed, but not styled"):
-        store.paths(DataSection(), tmp_path)
+        store.resolve_stage(DataSection(), tmp_path)
     for name in ("val", "test"):
         style.style_file(processed / f"{name}.jsonl", styled / f"{name}.jsonl", "S", "fill")
-    assert store.paths(DataSection(), tmp_path).name == "styled"
+    assert store.resolve_stage(DataSection(), tmp_path).name == "styled"
     (styled / "source.json").write_text("{broken")
     with pytest.raises(DataError, match=r"source\.json does not tell"):
-        store.paths(DataSection(), tmp_path)
+        store.resolve_stage(DataSection(), tmp_path)
 
 
 def test_rendered_rows_are_taken_only_when_named_and_are_not_styled(tmp_path: Path) -> None:
     make_processed(tmp_path)
     rendered = write(tmp_path / "data/rendered/train.jsonl", {"input": "i", "target": "t"})
-    assert store.paths(DataSection(), tmp_path).name == "processed"
-    stage = store.paths(DataSection(stage="rendered"), tmp_path)
+    assert store.resolve_stage(DataSection(), tmp_path).name == "processed"
+    stage = store.resolve_stage(DataSection(stage="rendered"), tmp_path)
     assert (stage.train, stage.val, stage.test) == (rendered, None, None)
     with pytest.raises(DataError, match="rendered rows have no system text"):
         style.style_file(rendered, tmp_path / "out.jsonl", "S", "fill")
@@ -109,7 +109,7 @@ def test_rendered_rows_are_taken_only_when_named_and_are_not_styled(tmp_path: Pa
 def test_missing_stages_name_the_command(tmp_path: Path) -> None:
     for name, command in {"auto": "make process", "styled": "make style", "rendered": "make render"}.items():
         with pytest.raises(DataError) as caught:
-            store.paths(DataSection(stage=name), tmp_path)
+            store.resolve_stage(DataSection(stage=name), tmp_path)
         assert str(caught.value.fix).startswith(command)
     with pytest.raises(DataError, match="no processed rows"):
         style.style_folder(DataSection(), tmp_path, "S", "fill")
@@ -119,22 +119,22 @@ def test_a_training_path_that_is_given_wins_and_brings_its_neighbours(tmp_path: 
     make_processed(tmp_path)
     row = {"user": "u", "assistant": "a"}
     train, val = write(tmp_path / "mine/train.jsonl", row), write(tmp_path / "mine/val.jsonl", row)
-    stage = store.paths(DataSection(train_path="mine/train.jsonl"), tmp_path)
+    stage = store.resolve_stage(DataSection(train_path="mine/train.jsonl"), tmp_path)
     assert (stage.name, stage.train, stage.val, stage.test) == ("given", train, val, None)
-    other = store.paths(DataSection(train_path=str(train), test_path="mine/val.jsonl"), tmp_path)
+    other = store.resolve_stage(DataSection(train_path=str(train), test_path="mine/val.jsonl"), tmp_path)
     assert other.test == val
-    assert store.paths(DataSection(val_path="mine/val.jsonl"), tmp_path).val == val
+    assert store.resolve_stage(DataSection(val_path="mine/val.jsonl"), tmp_path).val == val
     for key in ("train_path", "val_path"):
         given = {"train_path": str(train), key: "gone.jsonl"}
         with pytest.raises(DataError, match=f"data.{key} does not exist"):
-            store.paths(DataSection(**given), tmp_path)
+            store.resolve_stage(DataSection(**given), tmp_path)
 
 
 @pytest.mark.parametrize("key", ["val_path", "test_path"])
 def test_a_mistyped_val_or_test_path_is_an_error_and_never_a_split_less(tmp_path: Path, key: str) -> None:
     make_processed(tmp_path)
     with pytest.raises(DataError, match=f"data.{key} does not exist") as caught:
-        store.paths(DataSection(**{key: "vall.jsonl"}), tmp_path)
+        store.resolve_stage(DataSection(**{key: "vall.jsonl"}), tmp_path)
     assert caught.value.where == str(tmp_path / "vall.jsonl")
 
 

@@ -62,7 +62,7 @@ def test_a_csv_with_a_mapping_of_columns(process: Run, tmp_path: Path) -> None:
     [
         (None, "", "no raw data"),
         ("gone.jsonl", None, "no such file"),
-        ("nobody/nothing", None, "cannot be had"),
+        ("nobody/nothing", None, "cannot be loaded"),
         ("a.json", "", "the file is empty"),
         ("a.parquet", "\x89PNG\r\n\x1a\n" + "x" * 50, "a PNG picture"),
         ("a.jsonl", '{"q": 1}\n' * 3, "nothing is left"),

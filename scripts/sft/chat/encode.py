@@ -22,7 +22,7 @@ from sft.chat.tokenize import Line, Tokens, Vocabulary
 from sft.config.schema import Config
 from sft.data import rows as records
 from sft.data.ledger import RowFault
-from sft.data.messages import Message, conversation
+from sft.data.messages import Message, normalize_messages
 from sft.errors import TemplateError
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ def _read(message: Message) -> Message:
     if not isinstance(message["content"], list):
         return dict(message)
     try:
-        (read,) = conversation([message], "messages")
+        (read,) = normalize_messages([message], "messages")
     except RowFault:
         return dict(message)
     return {**message, **read, "role": message["role"]}
@@ -327,7 +327,7 @@ class Encoder:
             if isinstance(row, dict) and records.is_rendered(row):
                 layout = source(row)
             else:
-                messages, tools = records.asked(row)
+                messages, tools = records.prompt_messages(row)
                 layout = self._layout("of the prompt", messages, tools, prompt=True)
             return self._labelled(layout, self.tokens.lines([layout.text])[0], messages).ids
         except Refused as refused:

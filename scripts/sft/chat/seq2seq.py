@@ -84,7 +84,7 @@ class Seq2SeqEncoder(Encoder):
     def _source(self, row: Row | list[Message]) -> str:
         if isinstance(row, dict) and records.is_rendered(row):
             return str(row["input"])
-        messages, tools = records.asked(row)
+        messages, tools = records.prompt_messages(row)
         if self.template.origin != "default":
             return self.template.render(messages, tools=tools, add_generation_prompt=True)
         if tools:

@@ -49,6 +49,7 @@ def process(data: DataSection, root: Path, raw_path: str | None = None, on_progr
     with store.replace_dir(target, FILES, "data.processed_dir") as staged:
         checks = RowChecks(data, root)
         fixed = _write_rows(mix, checks, staged, ledger, on_progress)
+        ledger.sources = mix.account()
         _require_good_rows(ledger, staged, target)
         for name, row_id in split.fill_empty(staged, ledger.splits, data.split, fixed).items():
             ledger.warnings.append(f"{name} had no row by its share: the nearest one was moved to it (id {row_id})")

@@ -342,7 +342,9 @@ def _is_json_lines(lines: list[str], *, may_be_one_line: bool) -> bool:
         return broken or (not second and may_be_one_line)
     if isinstance(value, dict) and not second:
         return not any(key in WRAPPERS and _holds_rows(item) for key, item in value.items())
-    return second.startswith("{" if isinstance(value, dict) else ("{", "[")) and second != "{"
+    if second == "{" and len(lines) > 2 and lines[2].lstrip().startswith('"'):
+        return False  # objects printed over many lines
+    return isinstance(value, dict) or second.startswith(("[", "{"))
 
 
 def _holds_rows(value: object) -> bool:
@@ -533,7 +535,8 @@ class _JsonText:
         return str(key)
 
     def _at_list_of_rows(self) -> bool:
-        while (start := LIST_START.match(self.buffer, self.at)) is None and self.peek() == "[" and self._more():
+        opening = self.peek() == "["
+        while (start := LIST_START.match(self.buffer, self.at)) is None and opening and self._more():
             pass
         return start is not None and start.group(1) in "{]"
 

@@ -94,12 +94,13 @@ class SourceMix:
 
     def ledger(self, max_dropped: float) -> Ledger:
         """An empty account of these sources."""
-        sources = [source for part in self.parts for source in part.sources]
-        kinds = dict.fromkeys(source.kind for source in sources)
-        encodings = dict.fromkeys(source.type.encoding if source.type else "utf-8" for source in sources)
-        ledger = Ledger(self.name, ", ".join(kinds), ", ".join(encodings), max_dropped=max_dropped)
-        ledger.warnings += self.warnings
-        return ledger
+        types = [source.type for part in self.parts for source in part.sources]
+        encodings = dict.fromkeys(file_type.encoding if file_type else "utf-8" for file_type in types)
+        return Ledger(self.name, self.kind, ", ".join(encodings), max_dropped=max_dropped, warnings=list(self.warnings))
+
+    @property
+    def kind(self) -> str:
+        return ", ".join(dict.fromkeys(source.kind for part in self.parts for source in part.sources))
 
     @property
     def name(self) -> str:

@@ -87,7 +87,7 @@ def answer_turns(row: Row) -> list[int]:
 
 def _shots(config: Config, root: Path) -> list[Row]:
     """Training rows as examples, drawn with `generation.seed`: conversations of one question, without tools."""
-    path = store.paths(config.data, root).train
+    path = store.resolve_stage(config.data, root).train
     rows = [row for row in store.iter_rows(path) if _is_single_exchange(row)]
     if len(rows) < config.eval.shots:
         raise ConfigError(

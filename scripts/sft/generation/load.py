@@ -171,7 +171,7 @@ def system_text(config: Config, folder: Path | None, root: Path) -> str | None:
     shared = None
     if folder is not None:
         with suppress(SftError, OSError):
-            shared = shared_system_text(store.iter_rows(store.paths(config.data, root).train))
+            shared = shared_system_text(store.iter_rows(store.resolve_stage(config.data, root).train))
     return shared or config.data.system_prompt
 
 

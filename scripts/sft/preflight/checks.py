@@ -118,12 +118,12 @@ def data(case: Case) -> Iterator[Finding]:
     data = case.config.data
     processed = paths.resolve_path(case.root, data.processed_dir) / "train.jsonl"
     if data.train_path is None and data.stage in ("auto", "processed") and not processed.exists():
-        raw = sources.find(data, case.root)
+        raw = sources.find_sources(data, case.root)
         yield Finding("warning", "data", f"{raw.name} is there ({raw.kind}), but not processed yet", "make process")
         return
-    stage = store.paths(data, case.root)
+    stage = store.resolve_stage(data, case.root)
     splits = (("train", stage.train), ("val", stage.val), ("test", stage.test))
-    counts = {name: store.count(path) for name, path in splits if path is not None}
+    counts = {name: store.count_rows(path) for name, path in splits if path is not None}
     said = ", ".join(f"{name} {rows}" for name, rows in counts.items())
     if not counts["train"]:
         yield Finding("error", "data", f"{paths.display_path(stage.train, case.root)} has no rows", "make process")

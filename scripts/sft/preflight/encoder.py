@@ -40,7 +40,7 @@ def encoder_of(config: Config, root: Path, *, tokenizer: str | None = None, temp
 
 def row_file(data: DataSection, root: Path, split: str) -> Path:
     """The config's rows of one split. Raises DataError where there are none."""
-    stage = store.paths(data, root)
+    stage = store.resolve_stage(data, root)
     found = {"train": stage.train, "val": stage.val, "test": stage.test}[split]
     if found is None:
         raise DataError(f"there are no {split} rows", where=f"data.{split}_path", fix="make process")

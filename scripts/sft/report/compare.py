@@ -98,7 +98,7 @@ def unique_names(targets: Sequence[Target]) -> list[str]:
 
 def held_out_rows(target: Target, split: str | None, limit: int | None, root: Path) -> tuple[str, list[Row], Path]:
     """The split's name, its rows, and the training file. Raises DataError where there are none."""
-    stage = store.paths(target.config.data, root)
+    stage = store.resolve_stage(target.config.data, root)
     split = split or ("test" if stage.test is not None else "val")
     path = stage.test if split == "test" else stage.val
     if path is None:

@@ -20,7 +20,7 @@ from sft.chat.loss_mask import IGNORED
 from sft.config.schema import Config
 from sft.data import rows as records
 from sft.data import store
-from sft.data.dedup import WORD, Index, text_of
+from sft.data.dedup import WORD, MinHashIndex
 from sft.data.ledger import SIZES
 from sft.data.quality import quantiles
 from sft.report import html
@@ -46,7 +46,7 @@ def figures(config: Config, stage: store.Stage, folder: Path, limit: int) -> tup
     result = {
         "stage": stage.name,
         "files": {name: path.name for name, path in {"train": stage.train, **held_out}.items()},
-        "rows": {"train": total, **{name: store.count(path) for name, path in held_out.items()}},
+        "rows": {"train": total, **{name: store.count_rows(path) for name, path in held_out.items()}},
         "ledger": ledger,
         "verdict": ledger.get("verdict") or size,
         "sample": {"rows": len(rows), "of": total, "seed": config.data.split.seed},
@@ -195,11 +195,14 @@ def duplicates(rows: Sequence[Row], threshold: float, ledger: Figures) -> Figure
     exact = ledger.get("named", {}).get("exact duplicate", 0)
     if near := ledger.get("near_duplicates"):
         return {"exact_dropped": exact, "near": {**near, "of": ledger.get("rows_written"), "from": "ledger"}}
-    index = Index(threshold)
+    index = MinHashIndex(threshold)
     for row in rows:
-        index.add(text_of(row))
+        index.add(records.comparison_text(row))
     pairs = list(index.pairs())
-    shown = [[_short(text_of(rows[later])), _short(text_of(rows[earlier]))] for later, earlier in pairs[:EXAMPLES]]
+    shown = [
+        [_short(records.comparison_text(rows[later])), _short(records.comparison_text(rows[earlier]))]
+        for later, earlier in pairs[:EXAMPLES]
+    ]
     clustered = len({number for pair in pairs for number in pair})
     near = {"threshold": threshold, "pairs": len(pairs), "rows_in_clusters": clustered, "of": len(rows), "shown": shown}
     return {"exact_dropped": exact, "near": {**near, "from": "sample"}}

@@ -106,7 +106,7 @@ def run_rows(config: Config, root: Path) -> tuple[str, list[Row]] | None:
     A file outside the project is named without its folder, since what is exported may be published.
     """
     try:
-        stage = store.paths(config.data, root)
+        stage = store.resolve_stage(config.data, root)
         for path in (stage.val, stage.train):
             if path is not None and (rows := store.read_rows(path)):
                 shown = load.display_path(path, root)

@@ -88,7 +88,7 @@ def prepare(
     config = fix_date(loaded.config, runs.run_of_adapter(checkpoint) if checkpoint else None)
     files = hub.find(config.model, root, weights=True)
     backend = backends.prepare(config.tuning, kind=files.kind)
-    stage = store.paths(config.data, root)
+    stage = store.resolve_stage(config.data, root)
 
     from sft import metrics
     from sft.chat import dataset
