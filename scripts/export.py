@@ -48,6 +48,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     from rich.filesize import decimal
 
     from sft.generation.load import resolve_model
+    from sft.report.model_card import export_card
     from sft.ship.export import export
 
     root = console.project_root()
@@ -55,8 +56,12 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     config = Path(args.config)
     target = resolve_model(config, args.set, adapters=args.adapters, merged=args.merged, is_default=default, root=root)
     out = args.out or root / "outputs" / "export" / f"{target.name}-{args.format}"
+    card = export_card(target, args.format)
     with console.progress(f"exporting as {args.format}") as advance:
-        report = export(target, args.format, args.type, out, root, lambda done, total, name: advance(done, total))
+        report = export(
+            target, args.format, args.type, out, root, card=card,
+            progress=lambda done, total, name: advance(done, total),
+        )  # fmt: skip
     certificate = report.parity
     rows = [(name, decimal(size)) for name, size in report.files.items() if size > 1e5]
     if report.tensors:

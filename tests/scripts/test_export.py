@@ -88,5 +88,5 @@ def test_what_no_export_may_replace(project, command):
     (project / "mine" / "thesis.txt").write_text("mine")
     done = command("export", "--out", project / "mine", SFT_ROOT=str(project))
     assert done.returncode == 2
-    assert "is in the way: it is no export" in done.stderr
+    assert "is not an export" in done.stderr
     assert [path.name for path in (project / "mine").iterdir()] == ["thesis.txt"]

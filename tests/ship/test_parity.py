@@ -49,29 +49,29 @@ def edit(folder: Path, *, template: str | None = None, **generation) -> Path:
     return folder
 
 
-def certify(encoder, folder: Path, rows=(*parity.ROWS, *SHIPPED)) -> parity.Certificate:
-    return parity.certify(encoder, [parity.of_folder(folder, trust_remote_code=False)], list(rows), ["golden"])
+def certify(encoder, folder: Path, rows=(*parity.GOLDEN_ROWS, *SHIPPED)) -> parity.Certificate:
+    return parity.certify(encoder, [parity.route_of_folder(folder, trust_remote_code=False)], list(rows), ["golden"])
 
 
 def in_llama(encoder, *, bos: str | None = None) -> tuple[gguf.Vocabulary, str]:
     tokenizer = load_tokenizer(DEMO)
     rows = int(read_config(DEMO, "demo")["vocab_size"])
-    return gguf.of_tokenizer(tokenizer, rows, [2, 0], adds_bos=False), portable_template(encoder.template)
+    return gguf.vocabulary_of_tokenizer(tokenizer, rows, [2, 0], adds_bos=False), portable_template(encoder.template)
 
 
 def test_an_unchanged_export_is_certified_on_every_row(folder):
     encoder = trained()
     vocabulary, source = in_llama(encoder)
-    told = parity.translate(encoder.template, "")
+    told = parity.go_template(encoder.template, "")
     forms = [
-        parity.of_folder(folder, trust_remote_code=False),
-        parity.of_gguf(vocabulary, source, encoder.tokenizer),
-        parity.of_ollama(vocabulary, told, ["<|im_end|>"]),
+        parity.route_of_folder(folder, trust_remote_code=False),
+        parity.route_of_gguf(vocabulary, source, encoder.tokenizer),
+        parity.route_of_ollama(vocabulary, told, ["<|im_end|>"]),
     ]
-    found = parity.certify(encoder, forms, [*parity.ROWS, *SHIPPED], ["golden", "data/samples"])
+    found = parity.certify(encoder, forms, [*parity.GOLDEN_ROWS, *SHIPPED], ["golden", "data/samples"])
     assert found.equal
     assert found.compared == {"safetensors": 47, "gguf": 47, "ollama": 46}
-    assert found.set_aside == {"golden-tools (ollama)": "tools are not told in an Ollama template of ours"}
+    assert found.set_aside == {"golden-tools (ollama)": "our Ollama templates do not support tools"}
     assert found.stops["training"] == [2]
 
 
@@ -91,7 +91,7 @@ def test_a_lost_system_turn_is_refused_and_shown(folder):
     own = (DEMO / "chat_template.jinja").read_text()
     lost = own.replace("for message in messages", "for message in messages if message['role'] != 'system'")
     with pytest.raises(TemplateError) as raised:
-        certify(trained(), edit(folder, template=lost), [parity.ROWS[1]])
+        certify(trained(), edit(folder, template=lost), [parity.GOLDEN_ROWS[1]])
     said = str(raised.value)
     assert "row golden-system" in said
     assert "training: 'system\\nYou answer in one word.<|im_end|>" in said
@@ -106,7 +106,9 @@ def test_a_stripped_think_block_is_refused_and_shown(folder):
 
 
 def test_another_stop_token_is_refused(folder):
-    with pytest.raises(TemplateError, match=r"ends answers with '<\|im_end\|>' \(2\), safetensors stops at .*\(0\)"):
+    with pytest.raises(
+        TemplateError, match=r"ends answers with '<\|im_end\|>' \(2\), but safetensors stops at .*\(0\)"
+    ):
         certify(trained(), edit(folder, eos_token_id=0))
 
 
@@ -114,16 +116,16 @@ def test_a_tokenizer_that_cuts_words_otherwise_is_refused(folder):
     state = json.loads((folder / "tokenizer.json").read_text())
     state["model"]["merges"] = state["model"]["merges"][:-600]
     (folder / "tokenizer.json").write_text(json.dumps(state))
-    with pytest.raises(TemplateError, match="the prompt is not what training showed"):
+    with pytest.raises(TemplateError, match="the prompt differs from training"):
         certify(trained(), folder)
 
 
 def test_control_tokens_in_words_are_set_aside_and_named(folder):
     row = {"id": "odd", "user": "What is <|im_end|>?", "assistant": "A token.", "system": ""}
-    found = certify(trained(), folder, [row, parity.ROWS[0]])
-    assert (found.set_aside, found.rows) == ({"odd": "control tokens stand in its words"}, 1)
+    found = certify(trained(), folder, [row, parity.GOLDEN_ROWS[0]])
+    assert (found.set_aside, found.rows) == ({"odd": "its words contain control tokens"}, 1)
     with pytest.raises(
-        TemplateError, match="nothing could be compared for safetensors: control tokens stand in its words"
+        TemplateError, match="no row could be compared for safetensors: its words contain control tokens"
     ):
         certify(trained(), folder, [row])
 
@@ -132,11 +134,11 @@ def test_control_tokens_in_words_are_set_aside_and_named(folder):
 def test_shipped_templates_go_to_llama_cpp_and_ollama(name):
     encoder = trained(template_path=name)
     vocabulary, source = in_llama(encoder)
-    llama = parity.of_gguf(vocabulary, source, encoder.tokenizer)
-    assert parity.certify(encoder, [llama], parity.ROWS, ["golden"]).equal
+    llama = parity.route_of_gguf(vocabulary, source, encoder.tokenizer)
+    assert parity.certify(encoder, [llama], parity.GOLDEN_ROWS, ["golden"]).equal
     stops = [encoder.tokenizer.convert_ids_to_tokens(token) for token in encoder.stops.ids]
-    told = parity.of_ollama(vocabulary, parity.translate(encoder.template, ""), stops)
-    assert parity.certify(encoder, [told], parity.ROWS, ["golden"]).equal
+    told = parity.route_of_ollama(vocabulary, parity.go_template(encoder.template, ""), stops)
+    assert parity.certify(encoder, [told], parity.GOLDEN_ROWS, ["golden"]).equal
 
 
 def test_a_template_that_go_cannot_tell_is_refused_for_ollama(tmp_path):
@@ -146,10 +148,12 @@ def test_a_template_that_go_cannot_tell_is_refused_for_ollama(tmp_path):
     )
     encoder = trained(template_path=str(tmp_path / "numbered.jinja"))
     vocabulary, source = in_llama(encoder)
-    assert parity.certify(encoder, [parity.of_gguf(vocabulary, source, encoder.tokenizer)], parity.ROWS, []).equal
-    told = parity.of_ollama(vocabulary, parity.translate(encoder.template, ""), ["<|im_end|>"])
-    with pytest.raises(TemplateError, match="in ollama, the prompt is not what training showed"):
-        parity.certify(encoder, [told], parity.ROWS, [])
+    assert parity.certify(
+        encoder, [parity.route_of_gguf(vocabulary, source, encoder.tokenizer)], parity.GOLDEN_ROWS, []
+    ).equal
+    told = parity.route_of_ollama(vocabulary, parity.go_template(encoder.template, ""), ["<|im_end|>"])
+    with pytest.raises(TemplateError, match="in ollama, the prompt differs from training"):
+        parity.certify(encoder, [told], parity.GOLDEN_ROWS, [])
 
 
 def test_a_template_of_turns_is_told_as_one_of_messages(folder, tmp_path):

@@ -7,6 +7,7 @@ from typing import Any
 
 from sft.config import load
 from sft.config.schema import Config
+from sft.generation.load import Target
 from sft.report.html import number
 
 
@@ -121,3 +122,37 @@ def _use(config: Config) -> str:
         'model = AutoPeftModelForCausalLM.from_pretrained("THIS_FOLDER")  # the adapter, on '
         f'{base}\ntokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")\n```\n'
     )
+
+
+def export_card(target: Target, form: str) -> str:
+    """README.md of an export: the run's own card where `make compare` wrote one, else a card without figures.
+
+    form: gguf, ollama or hf, which decides the library that the hub's header names.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    library = "transformers" if form == "hf" else "gguf"
+    measured = target.run.folder / "report" / "README.md" if target.run else None
+    if measured is not None and measured.is_file():
+        written = ModelCard(measured.read_text(encoding="utf-8"))
+        written.data["library_name"] = library
+        return str(written)
+    config, base = target.config, target.config.model.name
+    data = ModelCardData(
+        base_model=None if load.is_model_folder(base) else base,
+        library_name=library,
+        pipeline_tag="text-generation",
+        tags=["sft-play", "fine-tuned", *config.experiment.tags],
+        model_name=target.name,
+    )
+    lora = f"{config.tuning.mode} (r {config.tuning.lora.r}, alpha {config.tuning.lora.alpha})"
+    parts = [
+        f"---\n{data.to_yaml()}\n---\n",
+        f"# {config.experiment.name or target.name}\n",
+        f"{config.experiment.description}\n" if config.experiment.description else "",
+        f"Made with sft-play from `{load.model_name(base)}`: "
+        + ("a full fine-tune" if config.tuning.mode == "full" else lora)
+        + ", merged. Its quality was not measured before this export (`make compare` writes a card with figures).\n",
+        "`parity.json` proves that the exported form gets the same tokens as in training.\n",
+    ]
+    return "\n".join(part for part in parts if part)

@@ -1,118 +1,40 @@
-"""The model card of an export: the one that `make compare` wrote for the run, else a short one with what is known."""
+"""Exports a tuned model to a folder: weights as GGUF or safetensors, Ollama's Modelfile, a certificate of parity."""
 
 from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from gguf import GGUFReader
+
 from sft import files as disk
 from sft import runs
 from sft.chat.encode import Encoder, encoder_for
-from sft.config import load
 from sft.config.schema import Config, GenerationSection, ModelSection
 from sft.errors import ModelError, RunError
 from sft.generation.load import Target, system_text
 from sft.model import hub
 from sft.model.files import ModelFiles
 from sft.model.tokenizer import load_tokenizer
-from sft.ship import gguf as gguf_file
-from sft.ship import gguf as gguf_layout
-from sft.ship import gguf as gguf_vocabulary
-from sft.ship import merge, verify
-from sft.ship import parity as go_template
-from sft.ship import parity as golden
-from sft.ship import parity as parity_module
-from sft.ship import parity as routes
-from sft.ship.parity import GoTemplate
-
-
-def of(target: Target, form: str) -> str:
-    """README.md of an export with the hub's header. form: gguf, ollama or hf."""
-    from huggingface_hub import ModelCard, ModelCardData
-
-    written = target.run.folder / "report" / "README.md" if target.run else None
-    library = "transformers" if form == "hf" else "gguf"
-    if written is not None and written.is_file():
-        card = ModelCard(written.read_text(encoding="utf-8"))
-        card.data["library_name"] = library
-        return str(card)
-    base = target.config.model.name
-    data = ModelCardData(
-        base_model=None if load.is_model_folder(base) else base,
-        library_name=library,
-        pipeline_tag="text-generation",
-        tags=["sft-play", "fine-tuned", *target.config.experiment.tags],
-        model_name=target.name,
-    )
-    tuning = target.config.tuning
-    how = (
-        "a full fine-tune" if tuning.mode == "full" else f"{tuning.mode} (r {tuning.lora.r}, alpha {tuning.lora.alpha})"
-    )
-    about = f"{target.config.experiment.description}\n\n" if target.config.experiment.description else ""
-    return (
-        f"---\n{data.to_yaml()}\n---\n\n# {target.config.experiment.name or target.name}\n\n"
-        f"{about}Made with sft-play from `{load.model_name(base)}`: {how}, merged. How good it"
-        " is was not measured when this was exported (`make compare` writes a card with figures).\n\n"
-        "`parity.json` proves that the exported form is asked, token by token, as in training.\n"
-    )
-
+from sft.ship import EXPORT_REPORT, PARITY, gguf, merge, parity, verify
+from sft.ship.gguf import Progress
+from sft.ship.parity import GOLDEN_ROWS, GoTemplate, Route
 
 MODELFILE = "Modelfile"
-
-
-def write(
-    folder: Path, weights: str, template: GoTemplate, stops: list[str], config: Config, system: str | None, context: int
-) -> str:
-    """Writes `folder`/Modelfile; returns its text. weights: the GGUF file's name. context: tokens that
-    the model can see. Raises ModelError (see `_block`)."""
-    lines = [
-        f"FROM ./{weights}",
-        f"TEMPLATE {_block(template.text())}",
-        *(f"PARAMETER stop {_quoted(stop)}" for stop in stops),
-        *(f"PARAMETER {name} {value}" for name, value in parameters(config.generation).items()),
-        f"PARAMETER num_ctx {min(context, max(4096, config.model.max_seq_len + config.generation.max_new_tokens))}",
-        *([f"SYSTEM {_block(system)}"] if system else []),
-    ]
-    text = "\n".join(lines) + "\n"
-    (folder / MODELFILE).write_text(text, encoding="utf-8")
-    return text
-
-
-def parameters(section: GenerationSection) -> dict[str, float | int]:
-    """The run's own way of answering, in Ollama's words; greedy is temperature 0."""
-    found: dict[str, float | int] = {"num_predict": section.max_new_tokens, "seed": section.seed}
-    found["repeat_penalty"] = section.repetition_penalty
-    if not section.do_sample:
-        return {**found, "temperature": 0}
-    return {**found, "temperature": section.temperature, "top_p": section.top_p, "top_k": section.top_k}
-
-
-def _block(text: str) -> str:
-    if '"""' in text:
-        raise ModelError('a text with """ in it cannot stand in a Modelfile', fix="FORMAT=gguf")
-    return f'"""{text}"""'
-
-
-def _quoted(text: str) -> str:
-    escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-    return f'"{escaped}"'
-
-
-EXPORT = "export.json"
-_MERGED_AS = {"f16": "fp16", "q8_0": "fp16", "bf16": "bf16", "f32": "fp32"}
-_OWN_ROWS = 200
-Progress = Callable[[int, int, str], None]
+_MERGE_DTYPE = {"f16": "fp16", "q8_0": "fp16", "bf16": "bf16", "f32": "fp32"}
+_RUN_ROWS = 200  # of the run's own rows that parity compares
 
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was exported: the folder, its files with their bytes, how far it is from the weights, and the certificate.
+    """What was exported: the content of export.json.
 
-    largest_error: of a number, against the merged weights. trial: the model loaded again and asked (hf).
+    files: bytes by name. largest_error: of a number in the GGUF file, against the merged weights. parity: see
+    `parity.Certificate`. trial: the exported model answering (hf).
     """
 
     out: str
@@ -126,169 +48,187 @@ class ExportReport:
     seconds: float
 
 
-def export(target: Target, form: str, kind: str, out: Path, root: Path, progress: Progress) -> ExportReport:
-    """Exports `target` to the folder `out`, or leaves `out` as it was.
+def export(
+    target: Target,
+    form: str,
+    kind: str,
+    out: Path,
+    root: Path,
+    *,
+    card: str,
+    progress: Progress = lambda done, total, name: None,
+) -> ExportReport:
+    """Exports `target` to the folder `out`, or leaves `out` unchanged. card: the text of its README.md.
 
-    form: gguf, ollama or hf. kind: f16, q8_0, bf16 or f32. Raises ModelError (not covered, does not fit the type),
-    TemplateError (parity), EnvironmentProblem (disk), RunError (`out` is in the way).
+    form: gguf, ollama or hf. kind: f16, q8_0, bf16 or f32. Raises ModelError (not supported, does not fit the type),
+    TemplateError (parity), EnvironmentProblem (disk), RunError (`out` holds something else).
     """
     started = time.monotonic()
     if not target.tuned:
-        raise ModelError("there is nothing tuned to export", where="--base", fix="make train, or name --adapters")
+        raise ModelError("the base has nothing to export", where="--base", fix="make train, or --adapters DIR")
     if form == "hf" and kind == "q8_0":
-        raise ModelError("safetensors are not written as q8_0", where="--type", fix="TYPE=f16, bf16 or f32")
+        raise ModelError("safetensors cannot be written as q8_0", where="--type", fix="TYPE=f16, bf16 or f32")
     out = out.absolute()
-    _refuse_target(out)
-    merge.require_space(out, 0, "an export")
-    disk.sweep(out.parent, out.name)
-    trusted = target.config.model.trust_remote_code
-    if (before := _before(target, root)) is not None:  # a merge may take long
-        _refuse_uncovered(before, form, trusted)
+    if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / EXPORT_REPORT).is_file())):
+        raise RunError(f"{out} exists and is not an export; it was not replaced", where=str(out), fix="--out OTHER_DIR")
+    merge.require_space(out, 0, "the export")
+    own_config: Config | None = None
+    with suppress(RunError):  # an adapter without a config beside it: adapter_config.json names its base
+        own_config = runs.run_of_adapter(target.adapter) if target.adapter else None
+    base = target.config.model.name  # where --set says that the base is now
+    moved_base = base if own_config and base != own_config.model.name else None
+    if target.merged is not None:
+        _refuse_unsupported(_model_files(target, target.merged, root), form, target.config)
+    elif target.adapter is not None and own_config is not None:  # before a merge, which may take long
+        _refuse_unsupported(merge.find_base(own_config.model, moved_base, target.adapter, root), form, target.config)
     with disk.atomic_folder(out) as staged:
-        folder = _weights(target, form, _MERGED_AS[kind], staged, root, progress)
-        files = hub.find(ModelSection(name=str(folder), type=target.config.model.type), root)
-        _refuse_uncovered(files, form, trusted)
-        trainer = _encoder(target, files, root)
-        forms = [routes.of_folder(folder, trust_remote_code=trusted)]
-        tensors, error = 0, 0.0
+        folder = _whole_weights(target, form, _MERGE_DTYPE[kind], moved_base, staged, root, progress)
+        files = _model_files(target, folder, root)
+        _refuse_unsupported(files, form, target.config)
+        encoder = _training_encoder(target, files, root)
+        routes = [parity.route_of_folder(folder, trust_remote_code=target.config.model.trust_remote_code)]
+        tensors, largest_error = 0, 0.0
         if form != "hf":
-            tensors, error = _gguf(files, staged, kind, form, trainer, target, root, forms, progress)
-        certificate = asdict(_certify(trainer, forms, target.config, root))
-        asked = verify.smoke_test(folder, None, root) if form == "hf" else None
-        if folder.parent == staged and form == "hf":
-            _lift(folder, staged)
-        elif folder.parent == staged:
+            tensors, largest_error, gguf_routes = _write_gguf(
+                files, staged, kind, form, encoder, target, root, progress
+            )
+            routes += gguf_routes
+        own = verify.run_rows(target.config, root)
+        rows = [*GOLDEN_ROWS, *verify.shipped_rows(root), *(own[1][:_RUN_ROWS] if own else [])]
+        sources = ["golden", "data/samples", *([own[0]] if own else [])]
+        certificate = asdict(parity.certify(encoder, routes, rows, sources))
+        smoke_test = verify.smoke_test(folder, None, root) if form == "hf" else None
+        if folder.parent == staged:
+            for path in folder.iterdir() if form == "hf" else ():
+                path.replace(staged / path.name)
             shutil.rmtree(folder)
-        disk.write_json(staged / parity_module.PARITY, certificate)
-        disk.write_text(staged / "README.md", of(target, form))
-        listed = {path.name: path.stat().st_size for path in sorted(staged.iterdir()) if path.is_file()}
+        disk.write_json(staged / PARITY, certificate)
+        disk.write_text(staged / "README.md", card)
+        sizes = {path.name: path.stat().st_size for path in sorted(staged.iterdir()) if path.is_file()}
         seconds = round(time.monotonic() - started, 1)
-        report = ExportReport(str(out), form, kind, listed, tensors, error, certificate, asked, seconds)
-        disk.write_json(staged / EXPORT, asdict(report))
+        report = ExportReport(str(out), form, kind, sizes, tensors, largest_error, certificate, smoke_test, seconds)
+        disk.write_json(staged / EXPORT_REPORT, asdict(report))
     return report
 
 
-def _weights(target: Target, form: str, dtype: str, staged: Path, root: Path, progress: Progress) -> Path:
-    """The folder with the model's whole weights: merged into `staged`, or where a full run left them."""
-    if target.adapter is not None:
-        moved = _moved(target, _own_config(target.adapter))
-        merge.merge(target.adapter, staged / "weights", dtype, root, progress, base=moved)
-        return staged / "weights"
-    assert target.merged is not None
-    if form == "hf":
-        merge.convert_full_run(target.merged, staged / "weights", dtype, target.config, root, progress)
-        return staged / "weights"
-    return target.merged
+def _model_files(target: Target, folder: Path, root: Path) -> ModelFiles:
+    return hub.find(ModelSection(name=str(folder), type=target.config.model.type), root)
 
 
-def _before(target: Target, root: Path) -> ModelFiles | None:
-    """The model that the weights are made from; None for an adapter with no config beside it: its record says."""
-    if target.adapter is None:
-        return hub.find(target.config.model.model_copy(update={"name": str(target.merged), "revision": None}), root)
-    own = _own_config(target.adapter)
-    return merge.find_base(own.model, _moved(target, own), target.adapter, root) if own else None
-
-
-def _moved(target: Target, own: Config | None) -> str | None:
-    """Where --set says that the base is now; None where the run's own config says it."""
-    name = target.config.model.name
-    return name if own and name != own.model.name else None
-
-
-def _own_config(adapter: Path) -> Config | None:
-    try:
-        return runs.run_of_adapter(adapter)
-    except RunError:
-        return None
-
-
-def _refuse_uncovered(files: ModelFiles, form: str, trusted: bool) -> None:
+def _refuse_unsupported(files: ModelFiles, form: str, config: Config) -> None:
     if files.kind == "seq2seq":
         raise ModelError(
-            "export covers models that continue a conversation; this one is seq2seq",
+            "export supports decoder-only models; this one is seq2seq",
             where=files.name,
             fix="make merge: its folder is what any library loads",
         )
     if form != "hf":
-        gguf_layout.architecture(files.config, files.name)
-        gguf_vocabulary.refuse_other_kinds(load_tokenizer(files, trust_remote_code=trusted))
+        gguf.architecture(files.config, files.name)
+        gguf.byte_level_bpe(load_tokenizer(files, trust_remote_code=config.model.trust_remote_code))
 
 
-def _encoder(target: Target, files: ModelFiles, root: Path) -> Encoder:
-    """The encoder that the run was trained with: with the tokenizer kept beside the adapter, or the base's own."""
-    config, kept = target.config, target.folder
-    source: Any = kept if kept and (kept / "tokenizer_config.json").is_file() else hub.find(config.model, root)
+def _whole_weights(
+    target: Target, form: str, dtype: str, moved_base: str | None, staged: Path, root: Path, progress: Progress
+) -> Path:
+    """The folder with the model's whole weights: merged or converted into `staged`, or where a full run left them."""
+    if target.adapter is not None:
+        merge.merge(target.adapter, staged / "weights", dtype, root, progress, base=moved_base)
+        return staged / "weights"
+    assert target.merged is not None
+    if form != "hf":
+        return target.merged
+    merge.convert_full_run(target.merged, staged / "weights", dtype, target.config, root, progress)
+    return staged / "weights"
+
+
+def _training_encoder(target: Target, files: ModelFiles, root: Path) -> Encoder:
+    """The run's encoder for rows of any length: with the tokenizer saved beside the adapter, or the base's own."""
+    config, folder = target.config, target.folder
+    saved = folder is not None and (folder / "tokenizer_config.json").is_file()
+    source: Any = folder if saved else hub.find(config.model, root)
     tokenizer = load_tokenizer(source, trust_remote_code=config.model.trust_remote_code)
-    roomy = config.model.model_copy(update={"max_seq_len": 1 << 20})
-    return encoder_for(config.model_copy(update={"model": roomy}), tokenizer, files.kind, root)
+    any_length = config.model.model_copy(update={"max_seq_len": 1 << 20})
+    return encoder_for(config.model_copy(update={"model": any_length}), tokenizer, files.kind, root)
 
 
-def _gguf(
+def _write_gguf(
     files: ModelFiles,
     staged: Path,
     kind: str,
     form: str,
-    trainer: Encoder,
+    encoder: Encoder,
     target: Target,
     root: Path,
-    forms: list[parity_module.Route],
     progress: Progress,
-) -> tuple[int, float]:
-    """Writes and checks the GGUF file (and the Modelfile), adds their routes; returns tensors and the largest error."""
-    import gguf
-
-    merge.require_space(staged, int(files.parameters * gguf_file.BYTES[kind]), "the GGUF file")
-    vocabulary = _vocabulary(files, trainer, target)
-    name = f"{target.name}-{kind}.gguf"
+) -> tuple[int, float, list[Route]]:
+    """Writes and checks the GGUF file (and the Modelfile); returns its tensors, the largest error, and the routes."""
+    merge.require_space(staged, int(files.parameters * gguf.BYTES[kind]), "the GGUF file")
+    path = staged / f"{target.name}-{kind}.gguf"
     source = (files.path / "chat_template.jinja").read_text(encoding="utf-8")
-    tensors = gguf_file.write(files, staged / name, kind, vocabulary, source, progress)
-    error = gguf_file.check(files, staged / name, progress)
-    reader = gguf.GGUFReader(staged / name)
-    held = gguf_vocabulary.of_file(reader)
-    template = reader.get_field("tokenizer.chat_template")
-    forms.append(routes.of_gguf(held, str(template.contents()) if template else "", trainer.tokenizer))
+    tensors = gguf.write(files, path, kind, _vocabulary(files, encoder, target.config), source, progress)
+    largest_error = gguf.check(files, path, kind, progress)
+    reader = GGUFReader(path)
+    vocabulary = gguf.vocabulary_of_file(reader)
+    field = reader.get_field("tokenizer.chat_template")
+    routes = [parity.route_of_gguf(vocabulary, str(field.contents()) if field else "", encoder.tokenizer)]
     if form == "ollama":
-        begin = held.tokens[held.bos] if held.adds_bos and held.bos is not None else ""
-        told = go_template.translate(trainer.template, begin)
-        stops = [str(trainer.tokenizer.convert_ids_to_tokens(token)) for token in sorted(trainer.stops.ids)]
-        stops = list(dict.fromkeys([*stops, *trainer.stops.strings, *target.config.generation.stop]))
-        system = system_text(target.config, target.folder, root)
+        begin = vocabulary.tokens[vocabulary.bos] if vocabulary.adds_bos and vocabulary.bos is not None else ""
+        template = parity.go_template(encoder.template, begin)
+        stops = [str(encoder.tokenizer.convert_ids_to_tokens(token)) for token in sorted(encoder.stops.ids)]
+        stops = list(dict.fromkeys([*stops, *encoder.stops.strings, *target.config.generation.stop]))
         context = int(files.config["max_position_embeddings"])
-        write(staged, name, told, stops, target.config, system, context)
-        forms.append(routes.of_ollama(held, told, stops))
-    return tensors, error
+        system = system_text(target.config, target.folder, root)
+        disk.write_text(staged / MODELFILE, modelfile(path.name, template, stops, target.config, system, context))
+        routes.append(parity.route_of_ollama(vocabulary, template, stops))
+    return tensors, largest_error, routes
 
 
-def _vocabulary(files: ModelFiles, trainer: Encoder, target: Target) -> gguf_vocabulary.Vocabulary:
-    """The tokenizer for llama.cpp, its first end token the one that ends answers, begin tokens as training has them."""
-    tokenizer = load_tokenizer(files, trust_remote_code=target.config.model.trust_remote_code)
-    ended = [trainer.encode(row) for row in golden.ROWS]
-    last = [row.labels[-1] for row in ended if row.dropped is None and row.labels and row.labels[-1] >= 0]
-    last += [row.labels[-2] for row in ended if row.dropped is None and len(row.labels) > 1 and row.labels[-2] >= 0]
-    ends = [token for token in dict.fromkeys(last) if token in trainer.stops.ids]
-    ends = list(dict.fromkeys([*ends, *sorted(trainer.stops.ids)]))
-    begins = tokenizer.bos_token_id is not None and trainer.prompt(golden.ROWS[0])[:1] == [tokenizer.bos_token_id]
-    texts = [row["messages"][0]["content"] for row in golden.ROWS]
+def _vocabulary(files: ModelFiles, encoder: Encoder, config: Config) -> gguf.Vocabulary:
+    """The tokenizer for llama.cpp: first the end token that ends answers in training, begin tokens as in training."""
+    tokenizer = load_tokenizer(files, trust_remote_code=config.model.trust_remote_code)
+    labels = [row.labels for row in map(encoder.encode, GOLDEN_ROWS) if row.dropped is None]
+    last_two = [row[at] for at in (-1, -2) for row in labels if len(row) >= -at]
+    ends = [token for token in (*last_two, *sorted(encoder.stops.ids)) if token in encoder.stops.ids]
+    adds_bos = tokenizer.bos_token_id is not None and encoder.prompt(GOLDEN_ROWS[0])[:1] == [tokenizer.bos_token_id]
+    texts = [row["messages"][0]["content"] for row in GOLDEN_ROWS]
     rows = int(files.config["vocab_size"])
-    return gguf_vocabulary.of_tokenizer(tokenizer, rows, ends, adds_bos=begins, texts=texts)
+    return gguf.vocabulary_of_tokenizer(tokenizer, rows, list(dict.fromkeys(ends)), adds_bos=adds_bos, texts=texts)
 
 
-def _certify(
-    trainer: Encoder, forms: list[parity_module.Route], config: Config, root: Path
-) -> parity_module.Certificate:
-    own = verify.run_rows(config, root)
-    rows = [*golden.ROWS, *verify.shipped_rows(root), *(own[1][:_OWN_ROWS] if own else [])]
-    return parity_module.certify(trainer, forms, rows, ["golden", "data/samples", *([own[0]] if own else [])])
+# --- Ollama's Modelfile
 
 
-def _lift(folder: Path, staged: Path) -> None:
-    """Moves the files of a folder up into the folder that it stands in."""
-    for path in sorted(folder.iterdir()):
-        path.replace(staged / path.name)
-    folder.rmdir()
+def modelfile(
+    weights: str, template: GoTemplate, stops: list[str], config: Config, system: str | None, context: int
+) -> str:
+    """The Modelfile for the GGUF file `weights`. context: tokens that the model can see. Raises ModelError for a text
+    that a Modelfile cannot hold.
+    """
+
+    def block(text: str) -> str:
+        if '"""' in text:
+            raise ModelError('a Modelfile cannot hold a text with """ in it', fix="FORMAT=gguf")
+        return f'"""{text}"""'
+
+    def quoted(text: str) -> str:
+        escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+        return f'"{escaped}"'
+
+    lines = [
+        f"FROM ./{weights}",
+        f"TEMPLATE {block(template.text())}",
+        *(f"PARAMETER stop {quoted(stop)}" for stop in stops),
+        *(f"PARAMETER {name} {value}" for name, value in _ollama_parameters(config.generation).items()),
+        f"PARAMETER num_ctx {min(context, max(4096, config.model.max_seq_len + config.generation.max_new_tokens))}",
+        *([f"SYSTEM {block(system)}"] if system else []),
+    ]
+    return "\n".join(lines) + "\n"
 
 
-def _refuse_target(out: Path) -> None:
-    """`out` may be new, empty, or an earlier export."""
-    if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / EXPORT).is_file())):
-        raise RunError(f"{out} is in the way: it is no export", where=str(out), fix="name another folder: --out")
+def _ollama_parameters(section: GenerationSection) -> dict[str, float | int]:
+    """The run's generation settings under Ollama's names; greedy is temperature 0."""
+    parameters: dict[str, float | int] = {"num_predict": section.max_new_tokens, "seed": section.seed}
+    parameters["repeat_penalty"] = section.repetition_penalty
+    if not section.do_sample:
+        return {**parameters, "temperature": 0}
+    return {**parameters, "temperature": section.temperature, "top_p": section.top_p, "top_k": section.top_k}

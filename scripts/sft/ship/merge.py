@@ -20,11 +20,10 @@ from sft.errors import EnvironmentProblem, ModelError, RunError
 from sft.model import adapters, hub
 from sft.model.files import INDEX, ModelFiles, tensors
 from sft.model.tokenizer import load_tokenizer
-from sft.ship import lora_delta, verify
+from sft.ship import MERGE_REPORT, lora_delta, verify
 from sft.ship.lora_delta import BYTES, HEAD, TORCH_DTYPE, Progress
 
 log = logging.getLogger("sft.ship")
-MERGE_REPORT = "merge.json"
 FULL_PRECISION = "full precision"
 _TOKENIZER_FILES = (
     "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json vocab.txt merges.txt"

@@ -1,4 +1,9 @@
-"""Conversations whose ids every exported form must get right: systems, several turns, think blocks, tools, odd text."""
+"""Proof that an exported model gets the same token ids as in training: every route is compared on every row.
+
+A route is a way in which the exported model is used: the folder in transformers or vLLM, the GGUF file in llama.cpp,
+the Modelfile in Ollama. `golden_rows.jsonl` has rows that every export must get right: system texts, several turns,
+think blocks, tools, unusual text.
+"""
 
 from __future__ import annotations
 
@@ -8,199 +13,45 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from sft.chat.encode import Encoder
 from sft.chat.template import ChatTemplate, Message, Refused
 from sft.data import rows as records
-from sft.errors import TemplateError
+from sft.errors import TemplateError, one_line
+from sft.files import read_json
 from sft.ship.gguf import Vocabulary
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-
-Row = dict[str, Any]
-_WEATHER = {
-    "type": "function",
-    "function": {
-        "name": "weather",
-        "description": "The weather in a city.",
-        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
-    },
-}
-
-
-def _talk(name: str, *turns: tuple[str, str], tools: list[Any] | None = None) -> Row:
-    row: Row = {"id": f"golden-{name}", "messages": [{"role": role, "content": text} for role, text in turns]}
-    return {**row, "tools": tools} if tools else row
-
-
-ROWS: tuple[Row, ...] = (
-    _talk("plain", ("user", "What is the capital of France?"), ("assistant", "Paris.")),
-    _talk(
-        "system",
-        ("system", "You answer in one word."),
-        ("user", "What is the capital of France?"),
-        ("assistant", "Paris"),
-    ),
-    _talk(
-        "turns",
-        ("system", "Be brief."),
-        ("user", "Name a colour."),
-        ("assistant", "Blue."),
-        ("user", "Another one?"),
-        ("assistant", "Red, then."),
-        ("user", "And a number?"),
-        ("assistant", "7"),
-    ),
-    _talk(
-        "think",
-        ("user", "17 - 9?"),
-        ("assistant", "<think>\n17 minus 9 leaves 8.\n</think>\n\n8"),
-        ("user", "And twice that?"),
-        ("assistant", "<think>\nTwice 8 is 16.\n</think>\n\n16"),
-    ),
-    _talk(
-        "text",
-        ("user", "Ein Käse für Zoë, 東京 и Привет 🙂: 3 × €19.95?\n\n\tdef f(x):\n    return x  # twice  two"),
-        ("assistant", '{"a": [1, 2.5e-3], "b": null}\n\n- one\n- two'),
-    ),
-    _talk("digits", ("user", "Order 1234567, due 2024-07-31, I'm sure it's HE'S."), ("assistant", "0048213")),
-    _talk("tools", ("user", "Weather in Oslo?"), ("assistant", "I would have to look."), tools=[_WEATHER]),
-)
-
-
-_SYSTEM, _USER, _ANSWER, _AGAIN = "\ue000Wfgh", "\ue000Kquv", "\ue000Zbmt", "\ue000Rdxy"
-
-
-@dataclass(frozen=True)
-class GoTemplate:
-    """Text before a system message, before the first user's (with no system before it, with one), before a later one
-    (None: one turn is all), before an answer, at the end of a prompt, at the end of a conversation.
-    """
-
-    system: str | None
-    first: str
-    after_system: str
-    again: str | None
-    answer: str
-    prompt: str
-    end: str
-
-    def text(self) -> str:
-        """The Go template; every literal is quoted, so that no white space is trimmed or added."""
-        again = _say(self.again)
-        system = "" if self.system is None else f'{{{{ if eq .Role "system" }}}}{_say(self.system)}{{{{ .Content }}}}'
-        return (
-            '{{ $last := "" }}{{ range .Messages }}'
-            + (system + "{{ else " if system else "{{ ")
-            + f'if eq .Role "user" }}}}{{{{ if eq $last "" }}}}{_say(self.first)}{{{{ else if eq $last "system" }}}}'
-            + f"{_say(self.after_system)}{{{{ else }}}}{again}{{{{ end }}}}{{{{ .Content }}}}"
-            + f'{{{{ else if eq .Role "assistant" }}}}{_say(self.answer)}{{{{ .Content }}}}{{{{ end }}}}'
-            + "{{ $last = .Role }}{{ end }}"
-            + f'{{{{ if eq $last "user" }}}}{_say(self.prompt)}{{{{ end }}}}'
-        )
-
-    def render(self, messages: list[Message], *, prompt: bool) -> str:
-        """What Ollama makes of the messages; `prompt` false: with the end of the last answer. Raises Refused."""
-        made, last = "", ""
-        for message in messages:
-            role = str(message["role"])
-            before = {"system": self.system, "assistant": self.answer}.get(role)
-            if role == "user":
-                before = {"": self.first, "system": self.after_system}.get(last, self.again)
-            if before is None or (role == "system" and last):
-                raise Refused(f"an Ollama template of this one has no place for {role} after {last or 'the beginning'}")
-            made, last = made + before + str(message.get("content") or ""), role
-        return made + (self.prompt if last == "user" and prompt else "" if prompt else self.end)
-
-
-def translate(template: ChatTemplate, begin: str) -> GoTemplate:
-    """The pieces of a template. begin: the begin token that llama.cpp itself puts first, "" where it puts none.
-
-    Raises TemplateError where the template shows no plain turn piece by piece.
-    """
-    user: Message = {"role": "user", "content": _USER}
-    answer: Message = {"role": "assistant", "content": _ANSWER}
-    try:
-        asked = template.render([user], add_generation_prompt=True)
-        first, prompt = _around(asked, _USER)
-        once = template.render([user, answer])
-        between, end = _around(once[len(_around(once, _USER)[0]) + len(_USER) :], _ANSWER)
-    except (Refused, ValueError) as refused:
-        raise TemplateError(
-            f"{template.name} cannot be told as an Ollama template: {refused}",
-            where=template.name,
-            fix="FORMAT=gguf keeps the template as it is, and llama.cpp's server uses it",
-        ) from None
-    system, after = _system(template, user)
-    return GoTemplate(
-        None if system is None else system.removeprefix(begin),
-        first.removeprefix(begin),
-        after,
-        _again(template, user, answer),
-        between,
-        prompt,
-        end,
-    )
-
-
-def _system(template: ChatTemplate, user: Message) -> tuple[str | None, str]:
-    try:
-        text = template.render([{"role": "system", "content": _SYSTEM}, user], add_generation_prompt=True)
-        before, rest = _around(text, _SYSTEM)
-        return before, _around(rest, _USER)[0]
-    except (Refused, ValueError):
-        return None, ""
-
-
-def _again(template: ChatTemplate, user: Message, answer: Message) -> str | None:
-    try:
-        text = template.render([user, answer, {"role": "user", "content": _AGAIN}], add_generation_prompt=True)
-        return _around(_around(text, _ANSWER)[1], _AGAIN)[0]
-    except (Refused, ValueError):
-        return None
-
-
-def _around(text: str, mark: str) -> tuple[str, str]:
-    before, found, after = text.partition(mark)
-    if not found or mark in after:
-        raise ValueError("it does not show every message once")
-    return before, after
-
-
-def _say(text: str | None) -> str:
-    return f"{{{{ {_quoted(text)} }}}}" if text else ""
-
-
-def _quoted(text: str | None) -> str:
-    """A Go string: JSON's escapes are Go's where nothing is escaped that need not be."""
-    return json.dumps(text or "", ensure_ascii=False)
-
-
 log = logging.getLogger("sft.ship")
-PARITY = "parity.json"
-Messages = list[dict[str, Any]]
+Row = dict[str, Any]
+Messages = list[Message]
+Tools = list[Any] | None
+_GOLDEN = Path(__file__).with_name("golden_rows.jsonl")
+GOLDEN_ROWS: tuple[Row, ...] = tuple(json.loads(line) for line in _GOLDEN.read_text(encoding="utf-8").splitlines())
 
 
 @dataclass(frozen=True)
 class Route:
     """One way in which the exported model is used.
 
-    ids: of messages (with tools), ending with the prompt for an answer or not. text: ids of a rendered text. Either
-    raises Refused where it cannot hold a row. stops: the ids that end an answer.
+    ids: of messages (with tools), with the prompt for an answer at the end or not. text_ids: of a rendered text. Either
+    raises Refused where the route cannot express a row. stops: the ids that end an answer.
     """
 
     name: str
-    ids: Callable[[Messages, list[Any] | None, bool], list[int]]
-    text: Callable[[str], list[int]]
+    ids: Callable[[Messages, Tools, bool], list[int]]
+    text_ids: Callable[[str], list[int]]
     stops: frozenset[int]
 
 
 @dataclass
 class Certificate:
-    """What was compared. rows: of training; compared: of them, by route; tokens: for all routes together."""
+    """The content of parity.json. rows: compared with training; compared: of them, by route; tokens: over all routes.
+
+    set_aside: row (and route) -> why it cannot be compared.
+    """
 
     routes: list[str]
     sources: list[str]
@@ -216,115 +67,115 @@ class Certificate:
 
 
 def certify(encoder: Encoder, routes: Sequence[Route], rows: Sequence[Row], sources: list[str]) -> Certificate:
-    """Compares every route with training on every row. Raises TemplateError at the first difference, told in tokens.
+    """Compares every route with training on every row. encoder: the run's own, with room for any row.
 
-    encoder: the run's own, with room for any row.
+    Raises TemplateError at the first difference, shown in tokens, and where a route could not be compared at all.
     """
-    made = Certificate([route.name for route in routes], sources)
-    made.template, made.template_sha256 = encoder.template.name, encoder.template.digest
-    made.stops = {"training": sorted(encoder.stops.ids), **{route.name: sorted(route.stops) for route in routes}}
+    certificate = Certificate([route.name for route in routes], sources)
+    certificate.template, certificate.template_sha256 = encoder.template.name, encoder.template.digest
+    certificate.stops = {"training": sorted(encoder.stops.ids), **{r.name: sorted(r.stops) for r in routes}}
     digest = hashlib.sha256()
     for row in rows:
         name = records.row_id(row)
-        if reason := _unfit(encoder, row):
-            made.set_aside[name] = reason
-            continue
         try:
-            known = _row(encoder, routes, row, name, made)
+            ids = _compare_row(encoder, routes, row, name, certificate)
         except Refused as refused:
-            made.set_aside[name] = str(refused)
+            certificate.set_aside[name] = str(refused)
             continue
-        digest.update(json.dumps(known).encode())
-        made.rows += 1
-    made.ids_sha256 = digest.hexdigest()
-    if lacking := [route.name for route in routes if not made.compared.get(route.name)]:
-        reason = next(iter(made.set_aside.values()), "there are no rows")
-        raise TemplateError(f"parity: nothing could be compared for {', '.join(lacking)}: {reason}", where="the export")
-    made.equal = True
-    log.info(f"parity: {made.tokens:,} tokens of {made.rows} rows are equal in {', '.join(made.routes)}")
-    return made
+        digest.update(json.dumps(ids).encode())
+        certificate.rows += 1
+    certificate.ids_sha256 = digest.hexdigest()
+    if missing := [route.name for route in routes if not certificate.compared.get(route.name)]:
+        reason = next(iter(certificate.set_aside.values()), "there are no rows")
+        raise TemplateError(f"parity: no row could be compared for {', '.join(missing)}: {reason}", where="the export")
+    certificate.equal = True
+    log.info(f"parity: {certificate.tokens:,} tokens of {certificate.rows} rows are equal in {certificate.routes}")
+    return certificate
 
 
-def _row(encoder: Encoder, routes: Sequence[Route], row: Row, name: str, made: Certificate) -> list[int]:
-    """Compares one row; returns its training ids."""
+def _compare_row(encoder: Encoder, routes: Sequence[Route], row: Row, name: str, certificate: Certificate) -> list[int]:
+    """Compares one row over all routes; returns its training ids. Raises Refused where no route can express it."""
+    _refuse_plain_control_tokens(encoder, row)
     encoded = encoder.encode(row)
     if encoded.dropped:
         raise Refused(encoded.dropped)
     prompt = encoder.prompt(row)
     whole = encoded.input_ids if encoder.kind == "causal" else []
-    if whole and _asks_as_it_shows(encoder, row):
-        _same(encoder, "infer", name, "the prompt", whole[: len(prompt)], prompt)
-    ended = [label for label in encoded.labels if label >= 0][-1:]
+    if whole and _prompt_is_prefix(encoder, row):
+        _require_equal(encoder, "infer", name, "the prompt", whole[: len(prompt)], prompt)
+    end = next((label for label in reversed(encoded.labels) if label >= 0), None)
     for route in routes:
         try:
-            _one(encoder, route, row, name, whole, prompt)
+            _compare_route(encoder, route, row, name, whole, prompt)
         except Refused as refused:
-            made.set_aside[f"{name} ({route.name})"] = str(refused)
+            certificate.set_aside[f"{name} ({route.name})"] = str(refused)
             continue
-        if ended and ended[0] in encoder.stops.ids and ended[0] not in route.stops:
-            raise _other_stop(encoder, route, ended[0])
-        made.compared[route.name] = made.compared.get(route.name, 0) + 1
-        made.tokens += len(prompt) + len(whole)
+        if end in encoder.stops.ids and end not in route.stops:
+            stops = ", ".join(_token(encoder, [token], 0) for token in sorted(route.stops)) or "nothing"
+            raise TemplateError(
+                f"parity: training ends answers with {_token(encoder, [end], 0)}, but {route.name} stops at {stops}:"
+                " its answers would go on",
+                where=route.name,
+                fix="put the token into generation_config.json (eos_token_id); nothing was exported",
+            )
+        certificate.compared[route.name] = certificate.compared.get(route.name, 0) + 1
+        certificate.tokens += len(prompt) + len(whole)
     return whole or prompt
 
 
-def _one(encoder: Encoder, route: Route, row: Row, name: str, whole: list[int], prompt: list[int]) -> None:
-    """Compares a row's prompt, and the whole of it where training adds no end of its own."""
+def _compare_route(encoder: Encoder, route: Route, row: Row, name: str, whole: list[int], prompt: list[int]) -> None:
+    """Compares a row's prompt, and the whole conversation where training adds no end token of its own."""
     if records.is_rendered(row):
-        _same(encoder, route.name, name, "the prompt", prompt, route.text(str(row["input"])))
+        _require_equal(encoder, route.name, name, "the prompt", prompt, route.text_ids(str(row["input"])))
         return
-    turns, tools = records.messages(row), records.tools(row)
-    asked = turns[:-1] if turns[-1]["role"] == "assistant" else turns
-    _same(encoder, route.name, name, "the prompt", prompt, route.ids(asked, tools, True))
-    if whole and encoder.template.style == "messages":
-        shown = encoder.template.render(turns, tools=tools)
-        if encoder.tokens.ids(shown) == whole:
-            _same(encoder, route.name, name, "the conversation", whole, route.ids(turns, tools, False))
+    turns, (before_answer, tools) = records.messages(row), records.prompt_messages(row)
+    _require_equal(encoder, route.name, name, "the prompt", prompt, route.ids(before_answer, tools, True))
+    if not whole or encoder.template.style != "messages":
+        return
+    if encoder.tokens.ids(encoder.template.render(turns, tools=tools)) == whole:
+        _require_equal(encoder, route.name, name, "the conversation", whole, route.ids(turns, tools, False))
 
 
-def _unfit(encoder: Encoder, row: Row) -> str | None:
-    """Why a row cannot be compared: it holds control tokens as plain words, which no other program keeps plain."""
-    if row.get("plain_spans"):
-        return "control tokens stand in its words"
-    if records.is_rendered(row):
-        return None
-    for turn in records.messages(row):
-        pattern = encoder.vocabulary.controls(str(turn.get("role")))
-        content = turn.get("content")
+def _refuse_plain_control_tokens(encoder: Encoder, row: Row) -> None:
+    """Raises Refused for a row whose words contain control tokens: only sft-play keeps those plain text."""
+    contains = bool(row.get("plain_spans"))
+    for turn in [] if records.is_rendered(row) else records.messages(row):
+        pattern, content = encoder.vocabulary.controls(str(turn.get("role"))), turn.get("content")
         if not isinstance(content, str):
-            return "a turn of it is not text alone"
-        if pattern is not None and pattern.search(content):
-            return "control tokens stand in its words"
-    return None
+            raise Refused("one of its turns is not text alone")
+        contains |= pattern is not None and pattern.search(content) is not None
+    if contains:
+        raise Refused("its words contain control tokens")
 
 
-def _asks_as_it_shows(encoder: Encoder, row: Row) -> bool:
-    """Whether the template's prompt is the beginning of what it shows (not so for some think templates)."""
+def _prompt_is_prefix(encoder: Encoder, row: Row) -> bool:
+    """Whether the generation prompt is a prefix of the training text (not so for some think templates)."""
     if records.is_rendered(row) or encoder.template.style == "turn":
         return True
     turns, tools = records.messages(row), records.tools(row)
-    asked = encoder.template.render(turns[:-1], tools=tools, add_generation_prompt=True)
-    return encoder.template.render(turns, tools=tools).startswith(asked)
+    prompt = encoder.template.render(turns[:-1], tools=tools, add_generation_prompt=True)
+    return encoder.template.render(turns, tools=tools).startswith(prompt)
 
 
-def _same(encoder: Encoder, route: str, row: str, what: str, trained: list[int], found: list[int]) -> None:
-    if trained == found:
+def _require_equal(encoder: Encoder, route: str, row: str, what: str, trained: list[int], exported: list[int]) -> None:
+    if trained == exported:
         return
-    at = next(
-        (at for at, pair in enumerate(zip(trained, found, strict=False)) if pair[0] != pair[1]),
-        min(len(trained), len(found)),
-    )
-    before = encoder.tokenizer.decode(trained[max(0, at - 8) : at])
+    pairs = enumerate(zip(trained, exported, strict=False))
+    at = next((at for at, (one, other) in pairs if one != other), min(len(trained), len(exported)))
+
+    def shown(ids: list[int]) -> str:
+        return repr(encoder.tokenizer.decode(ids))
+
     error = TemplateError(
-        f"parity: in {route}, {what} is not what training showed; token {at} is {_token(encoder, found, at)},"
+        f"parity: in {route}, {what} differs from training; token {at} is {_token(encoder, exported, at)},"
         f" training has {_token(encoder, trained, at)}\n"
-        f"  before: ...{before!r}\n"
-        f"  training: {encoder.tokenizer.decode(trained[at : at + 12])!r}\n"
-        f"  {route}: {encoder.tokenizer.decode(found[at : at + 12])!r}",
+        f"  before: ...{shown(trained[max(0, at - 8) : at])}\n"
+        f"  training: {shown(trained[at : at + 12])}\n"
+        f"  {route}: {shown(exported[at : at + 12])}",
         where=f"row {row}",
-        fix="fix the exported template or tokenizer; nothing was exported. docs/SHIPPING.md tells the usual causes",
+        fix="correct the exported template or tokenizer; nothing was exported. docs/SHIPPING.md has the usual causes",
     )
-    error.details = {"route": route, "row": row, "token": at, "training": trained, "exported": found}
+    error.details = {"route": route, "row": row, "token": at, "training": trained, "exported": exported}
     raise error
 
 
@@ -332,76 +183,154 @@ def _token(encoder: Encoder, ids: list[int], at: int) -> str:
     return f"{encoder.tokenizer.decode([ids[at]])!r} ({ids[at]})" if at < len(ids) else "missing"
 
 
-def _other_stop(encoder: Encoder, route: Route, end: int) -> TemplateError:
-    named = ", ".join(_token(encoder, [token], 0) for token in sorted(route.stops)) or "nothing"
-    return TemplateError(
-        f"parity: training ends answers with {_token(encoder, [end], 0)}, {route.name} stops at {named}: it would talk"
-        " on",
-        where=route.name,
-        fix="put the token into generation_config.json (eos_token_id); nothing was exported",
-    )
+# --- the routes
 
 
-def of_folder(folder: Path, *, trust_remote_code: bool) -> Route:
+def route_of_folder(folder: Path, *, trust_remote_code: bool) -> Route:
     """A folder of safetensors as transformers, vLLM and TGI open it: AutoTokenizer and its `apply_chat_template`."""
-    from transformers import AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
-    settings = folder / "generation_config.json"
-    said = json.loads(settings.read_text(encoding="utf-8")).get("eos_token_id", []) if settings.is_file() else []
-    stops = frozenset(said if isinstance(said, list) else [said])
+    ends = read_json(folder / "generation_config.json").get("eos_token_id", [])
 
-    def ids(messages: Messages, tools: list[Any] | None, prompt: bool) -> list[int]:
+    def text_ids(rendered: str) -> list[int]:
+        return list(tokenizer.encode(rendered, add_special_tokens=False))
+
+    def ids(messages: Messages, tools: Tools, prompt: bool) -> list[int]:
         if tokenizer.chat_template is None:
             raise Refused("the folder has no chat template that other programs can use")
         try:
             text = tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=prompt, tokenize=False)
         except Exception as error:
-            raise TemplateError(
-                f"parity: the exported template fails where training's does not: {' '.join(str(error).split())[:200]}",
-                where=str(folder),
-            ) from None
-        made: list[int] = tokenizer.encode(text, add_special_tokens=False)
-        return made
+            reason = one_line(error)
+            raise TemplateError(f"parity: the exported template fails on a row: {reason}", where=str(folder)) from None
+        return text_ids(text)
 
-    def text(rendered: str) -> list[int]:
-        made: list[int] = tokenizer.encode(rendered, add_special_tokens=False)
-        return made
-
-    return Route("safetensors", ids, text, stops)
+    return Route("safetensors", ids, text_ids, frozenset(ends if isinstance(ends, list) else [ends]))
 
 
-def of_gguf(vocabulary: Vocabulary, source: str, tokenizer: PreTrainedTokenizerBase) -> Route:
-    """llama.cpp with the file's own template: a begin token that it adds itself is taken off the text first."""
+def route_of_gguf(vocabulary: Vocabulary, source: str, tokenizer: PreTrainedTokenizerBase) -> Route:
+    """llama.cpp with the file's own template. A begin token that it adds itself is removed from the text first."""
     special = {key: str(text) for key, text in tokenizer.special_tokens_map.items() if isinstance(text, str)}
     template = ChatTemplate("the template in the GGUF file", source, special)
-    text = _tokenised(vocabulary)
+    text_ids = _llama_cpp_ids(vocabulary)
 
-    def ids(messages: Messages, tools: list[Any] | None, prompt: bool) -> list[int]:
-        return text(template.render(messages, tools=tools, add_generation_prompt=prompt))
+    def ids(messages: Messages, tools: Tools, prompt: bool) -> list[int]:
+        return text_ids(template.render(messages, tools=tools, add_generation_prompt=prompt))
 
-    return Route("gguf", ids, text, frozenset(vocabulary.stops()))
+    return Route("gguf", ids, text_ids, frozenset(vocabulary.stop_ids()))
 
 
-def of_ollama(vocabulary: Vocabulary, template: GoTemplate, stops: list[str]) -> Route:
+def route_of_ollama(vocabulary: Vocabulary, template: GoTemplate, stops: list[str]) -> Route:
     """Ollama with the Modelfile's template and stop texts."""
-    text = _tokenised(vocabulary)
-    named = {at for at, token in enumerate(vocabulary.tokens) if token in stops}
+    text_ids = _llama_cpp_ids(vocabulary)
+    stop_ids = {at for at, token in enumerate(vocabulary.tokens) if token in stops}
 
-    def ids(messages: Messages, tools: list[Any] | None, prompt: bool) -> list[int]:
+    def ids(messages: Messages, tools: Tools, prompt: bool) -> list[int]:
         if tools:
-            raise Refused("tools are not told in an Ollama template of ours")
-        return text(template.render(messages, prompt=prompt))
+            raise Refused("our Ollama templates do not support tools")
+        return text_ids(template.render(messages, prompt=prompt))
 
-    return Route("ollama", ids, text, frozenset(vocabulary.stops() | named))
+    return Route("ollama", ids, text_ids, frozenset(vocabulary.stop_ids() | stop_ids))
 
 
-def _tokenised(vocabulary: Vocabulary) -> Callable[[str], list[int]]:
-    built = vocabulary.built()
-    begin = vocabulary.tokens[vocabulary.bos] if vocabulary.adds_bos and vocabulary.bos is not None else None
+def _llama_cpp_ids(vocabulary: Vocabulary) -> Callable[[str], list[int]]:
+    tokenizer = vocabulary.as_tokenizer()
+    begin = [vocabulary.bos] if vocabulary.adds_bos and vocabulary.bos is not None else []
+    begin_text = vocabulary.tokens[begin[0]] if begin else ""
+    return lambda text: begin + tokenizer.encode(text.removeprefix(begin_text), add_special_tokens=False).ids
 
-    def text(rendered: str) -> list[int]:
-        made: list[int] = built.encode(rendered.removeprefix(begin or ""), add_special_tokens=False).ids
-        return made if begin is None else [int(vocabulary.bos or 0), *made]
 
-    return text
+# --- Ollama's template
+
+
+_SYSTEM, _USER, _ANSWER, _NEXT_USER = "\ue000Wfgh", "\ue000Kquv", "\ue000Zbmt", "\ue000Rdxy"
+
+
+@dataclass(frozen=True)
+class GoTemplate:
+    """A chat template as the texts before each message; None where the template has no such message.
+
+    first_user: before the first user's message without a system text, after_system: with one, next_user: before a later
+    one. prompt: at the end of a prompt. end: after the last answer.
+    """
+
+    system: str | None
+    first_user: str
+    after_system: str
+    next_user: str | None
+    answer: str
+    prompt: str
+    end: str
+
+    def text(self) -> str:
+        """The Go template. Every literal is quoted, so that no white space is trimmed or added."""
+
+        def put(text: str | None) -> str:  # JSON's escapes are Go's where only what must be is escaped
+            return f"{{{{ {json.dumps(text, ensure_ascii=False)} }}}}" if text else ""
+
+        system = (
+            "" if self.system is None else f'if eq .Role "system" }}}}{put(self.system)}{{{{ .Content }}}}{{{{ else '
+        )
+        return (
+            '{{ $last := "" }}{{ range .Messages }}{{ ' + system + 'if eq .Role "user" }}'
+            f'{{{{ if eq $last "" }}}}{put(self.first_user)}{{{{ else if eq $last "system" }}}}{put(self.after_system)}'
+            f"{{{{ else }}}}{put(self.next_user)}{{{{ end }}}}{{{{ .Content }}}}"
+            f'{{{{ else if eq .Role "assistant" }}}}{put(self.answer)}{{{{ .Content }}}}{{{{ end }}}}'
+            f'{{{{ $last = .Role }}}}{{{{ end }}}}{{{{ if eq $last "user" }}}}{put(self.prompt)}{{{{ end }}}}'
+        )
+
+    def render(self, messages: Messages, *, prompt: bool) -> str:
+        """What Ollama renders; `prompt` false: with the end of the last answer. Raises Refused."""
+        text, last = "", ""
+        for message in messages:
+            role = str(message["role"])
+            before = {"system": self.system, "assistant": self.answer}.get(role)
+            if role == "user":
+                before = {"": self.first_user, "system": self.after_system}.get(last, self.next_user)
+            if before is None or (role == "system" and last):
+                raise Refused(f"this template has no place for {role} after {last or 'the beginning'} in Ollama")
+            text, last = text + before + str(message.get("content") or ""), role
+        return text + (self.prompt if last == "user" and prompt else "" if prompt else self.end)
+
+
+def go_template(template: ChatTemplate, begin: str) -> GoTemplate:
+    """The Go form of a template, from renderings of marked messages; parity then proves that nothing is missing.
+
+    begin: the begin token that llama.cpp itself puts first, "" where it puts none. Raises TemplateError where a message
+    is missing from its rendering or shown twice.
+    """
+
+    def split(text: str, mark: str) -> tuple[str, str]:
+        before, mark_in_text, after = text.partition(mark)
+        if not mark_in_text or mark in after:
+            raise Refused("it does not show every message once")
+        return before, after
+
+    user: Message = {"role": "user", "content": _USER}
+    answer: Message = {"role": "assistant", "content": _ANSWER}
+    try:
+        first_user, prompt = split(template.render([user], add_generation_prompt=True), _USER)
+        between, end = split(split(template.render([user, answer]), _USER)[1], _ANSWER)
+    except Refused as refused:
+        raise TemplateError(
+            f"{template.name} has no form as an Ollama template: {refused}",
+            where=template.name,
+            fix="FORMAT=gguf keeps the template as it is, and llama.cpp's server uses it",
+        ) from None
+    system: str | None = None
+    next_user: str | None = None
+    after_system = ""
+    try:
+        with_system = template.render([{"role": "system", "content": _SYSTEM}, user], add_generation_prompt=True)
+        system, rest = split(with_system, _SYSTEM)
+        after_system = split(rest, _USER)[0]
+    except Refused:
+        system = None
+    try:
+        turns = [user, answer, {"role": "user", "content": _NEXT_USER}]
+        next_user = split(split(template.render(turns, add_generation_prompt=True), _ANSWER)[1], _NEXT_USER)[0]
+    except Refused:
+        next_user = None
+    return GoTemplate(
+        None if system is None else system.removeprefix(begin), first_user.removeprefix(begin), after_system, next_user,
+        between, prompt, end,
+    )  # fmt: skip

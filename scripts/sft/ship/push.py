@@ -11,12 +11,10 @@ from pathlib import Path
 from sft import runs
 from sft.errors import ModelError, RunError, redact
 from sft.model.hub import find_token, offline
-from sft.ship.export import EXPORT
-from sft.ship.merge import MERGE_REPORT
-from sft.ship.parity import PARITY
+from sft.ship import EXPORT_REPORT, MERGE_REPORT, PARITY
 
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
-_STAYS = (EXPORT, MERGE_REPORT, runs.RESOLVED)  # they hold paths of this machine
+_STAYS = (EXPORT_REPORT, MERGE_REPORT, runs.RESOLVED)  # they hold paths of this machine
 _FIXS = {
     401: "the token is not valid, or has no right to write: make another (HF_TOKEN=..., or hf auth login),",
     403: "the token may not write there: push to a name of your own, or give it the right,",
@@ -94,7 +92,7 @@ def _listed(folder: Path, repo: str) -> dict[str, int]:
     """The files that go. Raises RunError, ModelError."""
     if not _NAME.fullmatch(repo):
         raise ModelError(f"{repo!r} is no repository's name", where="--repo", fix="make push REPO=name/model (--repo)")
-    if not (folder / EXPORT).is_file() or not (folder / PARITY).is_file():
+    if not (folder / EXPORT_REPORT).is_file() or not (folder / PARITY).is_file():
         raise RunError(
             f"there is no export in {folder}", where=str(folder), fix="make export FORMAT=hf (or gguf, ollama)"
         )
@@ -116,7 +114,7 @@ def _listed(folder: Path, repo: str) -> dict[str, int]:
 
 def newest(root: Path) -> Path:
     """The export that was made last. Raises RunError where there is none."""
-    made = sorted((root / "outputs" / "export").glob(f"*/{EXPORT}"), key=lambda path: path.stat().st_mtime)
+    made = sorted((root / "outputs" / "export").glob(f"*/{EXPORT_REPORT}"), key=lambda path: path.stat().st_mtime)
     if not made:
         raise RunError("nothing was exported yet", where=str(root / "outputs" / "export"), fix="make export FORMAT=hf")
     return made[-1].parent
