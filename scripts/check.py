@@ -1,10 +1,10 @@
-"""Looks over everything a run needs, without loading a model: each line ok, a warning or an error, with its fix.
+"""Checks everything a run needs without loading a model: each line is ok, a warning or an error, with its fix.
 
     python scripts/check.py
     python scripts/check.py --config configs/demo_cpu.yaml --json
 
-Reads the config, the data files' first rows, the model's file headers, the template, the machine. Writes nothing.
-Exit 2 where anything is an error.
+Reads the config, the first rows of the data, the headers of the model's files, the template, the machine; writes
+nothing. Exit 2 where anything is an error.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from sft import console
 
 def parser() -> argparse.ArgumentParser:
     """The command's flags."""
-    made = console.parser(
+    result = console.parser(
         "Check environment, config, data, template, model, disk, memory and ports; no model is loaded.",
         """python scripts/check.py
 python scripts/check.py --config configs/demo_cpu.yaml
 make check TB_PORT=6007""",
     )
-    made.add_argument("--port", type=int, default=6006, help="TensorBoard's port (default 6006)")
-    return made
+    result.add_argument("--port", type=int, default=6006, help="TensorBoard's port (default 6006)")
+    return result
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
@@ -34,19 +34,19 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     from sft.errors import EnvironmentProblem
     from sft.preflight import checks
 
-    case = checks.Case(console.project_root(), Path(args.config), args.set, args.port)
-    findings = checks.run(case)
-    for found in findings:
-        console.say(f"{found.level:8} {found.name:12} {found.said}")
-        if found.fix:
-            console.say(f"{'':21} fix: {found.fix}")
-    errors = [found for found in findings if found.level == "error"]
-    warnings = sum(found.level == "warning" for found in findings)
-    result = {"ok": not errors, "findings": [asdict(found) for found in findings]}
+    context = checks.CheckContext(console.project_root(), Path(args.config), args.set, args.port)
+    findings = checks.run(context)
+    for each in findings:
+        console.say(f"{each.level:8} {each.name:12} {each.message}")
+        if each.fix:
+            console.say(f"{'':21} fix: {each.fix}")
+    errors = [each for each in findings if each.level == "error"]
+    warnings = sum(each.level == "warning" for each in findings)
+    result = {"ok": not errors, "findings": [asdict(each) for each in findings]}
     if errors:
         failed = EnvironmentProblem(
             f"{len(errors)} of {len(findings)} checks failed: {', '.join(dict.fromkeys(e.name for e in errors))}",
-            fix="the lines marked error say how",
+            fix="follow the fix of each line marked error",
         )
         failed.details = result
         raise failed

@@ -19,34 +19,36 @@ GENERATED = ("data/processed", "data/processed_with_style", "data/rendered", "ou
 
 def parser() -> argparse.ArgumentParser:
     """The command's flags."""
-    made = console.parser("Remove generated files, never data/raw.", "python scripts/clean.py --force", config=False)
-    made.add_argument("--force", action="store_true", help="do not ask")
-    return made
+    result = console.parser("Remove generated files, never data/raw.", "python scripts/clean.py --force", config=False)
+    result.add_argument("--force", action="store_true", help="do not ask first")
+    return result
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
-    """Lists what is there, asks, removes it."""
+    """Lists the generated folders, asks, removes them."""
     from sft.report import tensorboard
 
     root = console.project_root()
-    found = [root / name for name in GENERATED if (root / name).exists()]
-    if not found:
+    paths = [root / name for name in GENERATED if (root / name).exists()]
+    if not paths:
         console.say("nothing to remove")
         return {"removed": []}
-    for path in found:
+    for path in paths:
         files = [file for file in path.rglob("*") if file.is_file()]
         console.say(f"  {path.relative_to(root)}: {len(files)} files, {sum(f.stat().st_size for f in files) >> 20} MiB")
     if not args.force:
         if not sys.stdin.isatty():
-            raise EnvironmentProblem("these would be removed, trained adapters too", fix="say so: make clean FORCE=1")
+            raise EnvironmentProblem(
+                "this would remove the folders above, trained adapters too", fix="make clean FORCE=1"
+            )
         if input("remove all of these? trained adapters go too [y/N] ").strip().lower() != "y":
-            console.say("left as they are")
+            console.say("nothing was removed")
             return {"removed": []}
     tensorboard.stop(root / "outputs" / "tb")
-    for path in found:
+    for path in paths:
         shutil.rmtree(path)
     console.say("removed; data/raw, configs and models were not touched")
-    return {"removed": [str(path.relative_to(root)) for path in found]}
+    return {"removed": [str(path.relative_to(root)) for path in paths]}
 
 
 if __name__ == "__main__":

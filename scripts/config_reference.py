@@ -1,7 +1,7 @@
 """Writes docs/CONFIG.md, the table of every configuration key, from the schema.
 
 python scripts/config_reference.py            # writes the page
-python scripts/config_reference.py --check    # exit 2 when the page is not what the schema says
+python scripts/config_reference.py --check    # exit 2 when the page does not match the schema
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ python scripts/config_reference.py --check
 
 
 def build_parser() -> argparse.ArgumentParser:
-    made = console.parser("Write docs/CONFIG.md from the configuration's schema.", EXAMPLES, config=False)
-    made.add_argument("--out", metavar="FILE", help="where to write (default: docs/CONFIG.md of the project)")
-    made.add_argument("--check", action="store_true", help="write nothing; exit 2 when the file is out of date")
-    return made
+    result = console.parser("Write docs/CONFIG.md from the configuration's schema.", EXAMPLES, config=False)
+    result.add_argument("--out", metavar="FILE", help="where to write (default: docs/CONFIG.md of the project)")
+    result.add_argument("--check", action="store_true", help="write nothing; exit 2 when the file is out of date")
+    return result
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     text = reference.markdown()
     current = path.exists() and path.read_text(encoding="utf-8") == text
     if args.check and not current:
-        raise ConfigError(f"{path} is not what the schema says", fix="python scripts/config_reference.py")
+        raise ConfigError(f"{path} does not match the schema", fix="python scripts/config_reference.py")
     if not current:
         files.write_text(path, text)
     keys = sum(1 for field in reference.table().values() if not field.section)

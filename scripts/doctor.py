@@ -1,4 +1,4 @@
-"""Doctor: all that a bug report needs as one text without secrets: versions, machine, checks, last run, last error.
+"""Doctor: what a bug report needs as one text without secrets: versions, machine, checks, last run, last error.
 
     python scripts/doctor.py
     python scripts/doctor.py > report.txt
@@ -28,17 +28,17 @@ def build_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> dict[str, Any]:
     from sft.model.hub import find_token
     from sft.preflight import doctor
-    from sft.preflight.checks import Case
+    from sft.preflight.checks import CheckContext
 
     root = console.project_root()
     find_token(root)  # registers the token, so that `redact` replaces it
-    told = {}
-    for title, lines in doctor.sections(Case(root, Path(args.config), args.set, 6006)):
-        told[title] = [redact(line) for line in lines]
+    report = {}
+    for title, lines in doctor.sections(CheckContext(root, Path(args.config), args.set, 6006)):
+        report[title] = [redact(line) for line in lines]
         console.say(f"## {title}")
-        for line in told[title]:
+        for line in report[title]:
             console.say(f"    {line}")
-    return told
+    return report
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def test_the_reference_command_writes_and_checks(command, tmp_path: Path) -> Non
     page = tmp_path / "CONFIG.md"
     page.write_text("old", encoding="utf-8")
     stale = command("config_reference", "--check", "--out", page)
-    assert stale.returncode == 2 and "is not what the schema says" in stale.stderr and page.read_text() == "old"
+    assert stale.returncode == 2 and "does not match the schema" in stale.stderr and page.read_text() == "old"
     assert command("config_reference", "--out", page).returncode == 0
     assert page.read_text(encoding="utf-8") == reference.markdown()
     assert command("config_reference", "--check", "--out", page).returncode == 0

@@ -1,4 +1,4 @@
-"""Room on the disk for all that a run writes, asked for before a weight is loaded."""
+"""The disk space that a run needs, checked before weights are loaded."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ LOGS = 32 * 2**20  # log.jsonl, event files, ledger, settings
 _TABLES = ("embed", "wte", "wpe", "shared", "lm_head")  # 2-D tensors that "all-linear" leaves alone
 
 
-def trained(config: Config, model: ModelFiles) -> int:
-    """Numbers that training changes: all of a model, or r * (rows + columns) of every linear layer."""
+def _trained_numbers(config: Config, model: ModelFiles) -> int:
+    """How many numbers training changes: all of a model, or r * (rows + columns) of every linear layer."""
     if config.tuning.mode == "full":
         return model.parameters
     shapes = {name: entry["shape"] for path in model.weights for name, entry in tensors(path).items()}
@@ -21,11 +21,11 @@ def trained(config: Config, model: ModelFiles) -> int:
 
 
 def parts(config: Config, model: ModelFiles) -> dict[str, int]:
-    """Bytes of each thing that stays on the disk at the worst moment: while a checkpoint is written beside the others.
+    """Bytes of each part at the moment of the greatest need: while a checkpoint is written beside the others.
 
     A checkpoint is the trained weights and AdamW's two moments in float32 (8-bit optimizers: a byte a moment).
     """
-    train, numbers = config.train, trained(config, model)
+    train, numbers = config.train, _trained_numbers(config, model)
     beside = sum(path.stat().st_size for path in model.path.glob("*") if "token" in path.name or "vocab" in path.name)
     checkpoint = numbers * (4 + (2 if "8bit" in train.optim else 8)) + 2**20
     kept = train.save_total_limit if train.save_strategy != "no" else 0

@@ -1,4 +1,4 @@
-"""Everything that a bug report needs, as sections of lines: versions, machine, checks, the last run, the last error."""
+"""`make doctor`: everything that a bug report needs, as sections of lines. Nothing here loads a model or writes."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sft import files, runs
-from sft.config import load
+from sft.config.load import PROJECT
+from sft.files import format_bytes
 from sft.model import hardware
 from sft.preflight import checks
-from sft.preflight.checks import Case, requirements
+from sft.preflight.checks import CheckContext, requirements
 
-Section = tuple[str, list[str]]
-LAST_ERROR = "last_error.txt"  # written by the frame of every command, below outputs/
-_TELLING = tuple("CUDA_ HF_ HUGGING TRANSFORMERS_ PYTORCH_ TORCH_ OMP_ SFT_ LD_LIBRARY WORLD_SIZE".split())
+LAST_ERROR = "last_error.txt"  # written by `console.run`, below outputs/
+_VARIABLES = tuple("CUDA_ HF_ HUGGING TRANSFORMERS_ PYTORCH_ TORCH_ OMP_ SFT_ LD_LIBRARY WORLD_SIZE".split())
 
 
-def sections(case: Case) -> Iterator[Section]:
-    """Title and lines of each; nothing in here loads a model or changes anything. The home folder is written as ~."""
+def sections(context: CheckContext) -> Iterator[tuple[str, list[str]]]:
+    """Title and lines of each section: kit, packages, machine, checks, last run, last error; the home folder as ~."""
+    home = str(Path.home())
     for title, lines in (
-        ("kit", _kit(case.root)),
+        ("kit", _kit(context.root)),
         ("packages", _packages()),
-        ("machine", _machine(case)),
-        ("environment", sorted(f"{k}={_secret(k, v)}" for k, v in os.environ.items() if k.startswith(_TELLING))),
-        ("checks", [_finding(found) for found in checks.run(case)]),
-        ("last run", _last_run(case.root)),
-        ("last error", _last_error(case.root)),
+        ("machine", _machine(context.root)),
+        ("environment", _environment()),
+        ("checks", [f"{each.level:8} {each.name:12} {each.message}" for each in checks.run(context)]),
+        ("last run", _last_run(context.root)),
+        ("last error", _last_error(context.root)),
     ):
-        home = str(Path.home())
         yield title, [line.replace(home, "~") if len(home) > 1 else line for line in lines]
 
 
 def _kit(root: Path) -> list[str]:
-    git = ["git", "-C", str(load.PROJECT), "log", "-1", "--format=%h %cs"]
+    git = ["git", "-C", str(PROJECT), "log", "-1", "--format=%h %cs"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
@@ -48,50 +48,46 @@ def _kit(root: Path) -> list[str]:
 
 
 def _packages() -> list[str]:
-    names = [*(wanted.name for wanted in requirements()), "unsloth"]
-    found = runs.versions(names)
-    return [", ".join(f"{name} {found.get(name, 'missing')}" for name in names)]
+    names = [*(requirement.name for requirement in requirements()), "unsloth"]
+    installed = runs.versions(names)
+    return [", ".join(f"{name} {installed.get(name, 'missing')}" for name in names)]
 
 
-def _machine(case: Case) -> list[str]:
+def _machine(root: Path) -> list[str]:
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    total, free = hardware.memory()
-    lines = [
-        f"{platform.platform()}, {os.cpu_count()} cores",
-        f"memory {files.format_bytes(free)} free of {files.format_bytes(total)}",
-    ]
+    def free(what: str, free_bytes: int, total_bytes: int) -> str:
+        return f"{what}: {format_bytes(free_bytes)} free of {format_bytes(total_bytes)}"
+
+    total, available = hardware.memory()
+    lines = [f"{platform.platform()}, {os.cpu_count()} cores", free("memory", available, total)]
     cards = hardware.gpus()
-    lines += [
-        f"GPU {c.index}: {c.name}, {files.format_bytes(c.free_bytes)} free of {files.format_bytes(c.total_bytes)}"
-        for c in cards
-    ]
+    lines += [free(f"GPU {card.index} ({card.name})", card.free_bytes, card.total_bytes) for card in cards]
     lines += [f"driver {hardware.driver() or 'unknown'}"] if cards else ["no GPU"]
-    for name, place in (("project", case.root), ("outputs", case.root / "outputs"), ("hub cache", Path(HF_HUB_CACHE))):
+    for name, place in (("project", root), ("outputs", root / "outputs"), ("hub cache", Path(HF_HUB_CACHE))):
         usage = shutil.disk_usage(files.existing(place))
-        lines.append(f"disk of {name}: {files.format_bytes(usage.free)} free of {files.format_bytes(usage.total)}")
+        lines.append(free(f"disk of {name}", usage.free, usage.total))
     return lines
 
 
-def _secret(name: str, value: str) -> str:
-    return "(set, not shown)" if "TOKEN" in name or "KEY" in name else value
+def _environment() -> list[str]:
+    def value(name: str) -> str:
+        return "(set, not shown)" if "TOKEN" in name or "KEY" in name else os.environ[name]
 
-
-def _finding(found: checks.Finding) -> str:
-    return f"{found.level:8} {found.name:12} {found.said}"
+    return [f"{name}={value(name)}" for name in sorted(os.environ) if name.startswith(_VARIABLES)]
 
 
 def _last_run(root: Path) -> list[str]:
-    """The run that was written to last: its state, its checkpoints, its last lines."""
+    """The run that was written to last: its state, its checkpoints, its last log lines."""
     folders = [path.parent for path in (root / "outputs").glob(f"*/{runs.RESOLVED}") if not path.parent.is_symlink()]
     if not folders:
         return ["none"]
     run = runs.at(max(folders, key=lambda folder: folder.stat().st_mtime), root)
-    going_on = run.name in {one.name for one in runs.running(root)}
-    lines = [f"{run.name}: {'finished' if run.finished else 'running' if going_on else 'not finished'}"]
+    is_running = run.name in {each.name for each in runs.running(root)}
+    lines = [f"{run.name}: {'finished' if run.finished else 'running' if is_running else 'not finished'}"]
     for checkpoint in run.checkpoints():
-        problem = files.manifest_problem(checkpoint) or "whole"
-        lines.append(f"{checkpoint.name}: {problem}, {files.format_bytes(files.size(checkpoint))}")
+        problem = files.manifest_problem(checkpoint) or "complete"
+        lines.append(f"{checkpoint.name}: {problem}, {format_bytes(files.size(checkpoint))}")
     log = run.folder / "log.jsonl"
     logged = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
     return lines + [line for line in logged if '"eval/samples"' not in line][-3:]  # answers quote the user's rows
