@@ -1,4 +1,4 @@
-"""`make check`: everything that a run needs, looked at before it starts, without loading a model or writing anything."""
+"""`make check`: everything that a run needs, checked before it starts, without loading a model or writing a file."""
 
 from __future__ import annotations
 
