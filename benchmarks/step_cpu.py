@@ -184,7 +184,7 @@ def _judged(many: list[Any], tokens: int, usual: float, least_seconds_a_token: f
 
 def _work(rows: list[Any], labelled: float) -> float:
     """FLOP a real token that training cannot do without; padding and unlabelled logits are no work."""
-    from sft.step.flops import Shape, a_token
+    from benchmarks.flops import Shape, a_token
 
     heads = SHAPES["hidden_size"] // SHAPES["num_attention_heads"]
     keys = heads * SHAPES["num_key_value_heads"]

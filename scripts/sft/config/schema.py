@@ -347,9 +347,9 @@ class TrainSection(Section):
     )
     kernels: Auto | Literal["plain", "liger", "compiled"] = Field(
         "auto",
-        description="How layers are computed: plainly, by Liger's kernels (where installed, on CUDA), or by"
-        " torch.compile; proven equal before it is used. `auto`: the fastest that the rehearsal on a GPU measures,"
-        " compiled only in runs of half an hour and more; plain on the CPU.",
+        description="How layers are computed: `plain`; `liger`, Liger's kernels for norms and MLPs (pip install"
+        " liger-kernel, CUDA); `compiled`, torch.compile. Loss and gradients are checked on the model first, and"
+        " kernels that change them are an error. `auto` means plain.",
     )
     logits: Literal["chunked", "full"] = Field(
         "chunked", description="`chunked` computes the head on labelled positions in tiles; `full` all at once."

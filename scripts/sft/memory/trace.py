@@ -545,7 +545,7 @@ def choose(device: str, description: Mapping[str, Any]) -> tuple[str, bool]:
 
     description: the model's config.json. An Ampere card or newer is assumed where the device is a GPU.
     """
-    if not rows.serves(description):
+    if not rows.supports(description):
         return rows.fallback(description), False
     from transformers import AttentionInterface, AttentionMaskInterface
 

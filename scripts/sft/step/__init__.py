@@ -1,4 +1,4 @@
-"""One training step: the window cut into micro-batches, attention that keeps rows apart, the head and its loss."""
+"""One training step: the batch and its micro-batches, attention that keeps rows apart, loss, forward and backward."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     """The transformers model inside DDP and peft wrappers."""
     while isinstance(inner := getattr(model, "module", None), nn.Module):
         model = inner
-    get = getattr(model, "get_base_model", None)
-    found = get() if callable(get) else model
-    assert isinstance(found, nn.Module)
-    return found
+    get_base = getattr(model, "get_base_model", None)
+    base = get_base() if callable(get_base) else model
+    assert isinstance(base, nn.Module)
+    return base

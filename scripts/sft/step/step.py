@@ -171,7 +171,7 @@ def forward_backward(
                 "out of memory: replaying this step in micro-batches of at most %d tokens", config.micro_batch_tokens
             )
         else:
-            kernels.give_back(model)
+            kernels.restore_plain_layers(model)
             log.warning("torch.compile failed: replaying this step with plain layers (%s)", message)
 
 
@@ -204,6 +204,46 @@ def evaluate_loss(model: nn.Module, rows: Sequence[Mapping[str, Any]], config: S
         config = replace(config, eval_tokens=smaller_budget(micros, tokens))
         log.warning("out of memory in evaluation: going on in micro-batches of at most %d tokens", config.eval_tokens)
     return EvaluationLoss(sums, counts, replace(config, label_smoothing=smoothing))
+
+
+def use_kernels(
+    model: nn.Module,
+    name: Literal["auto", "plain", "liger", "compiled"],
+    config: StepConfig,
+    *,
+    backend: Literal["bnb", "unsloth"] = "bnb",
+) -> None:
+    """Computes layers with these kernels after a check on two short rows; see `model.kernels.apply_kernels`.
+
+    Raises EnvironmentProblem where the kernels are not available or give another loss or other gradients.
+    """
+    if backend == "unsloth" and name not in ("auto", kernels.PLAIN):
+        raise EnvironmentProblem(
+            f"train.kernels is {name}, but unsloth has kernels of its own",
+            where="train.kernels",
+            fix="--set train.kernels=plain, or --set tuning.backend=bnb",
+        )
+    dtype = config.autocast or next(weight.dtype for weight in model.parameters() if weight.is_floating_point())
+    kernels.apply_kernels(
+        model, name, device=config.device, dtype=dtype, loss_and_gradients=lambda: _sample_gradients(model, config)
+    )
+    release_memory()
+
+
+def _sample_gradients(model: nn.Module, config: StepConfig) -> tuple[Tensor, Tensor]:
+    """Loss and gradients of two short rows with fixed dropout, on the CPU; of each weight the first 65,536 numbers."""
+    device = torch.device(config.device)
+    rows = [{"input_ids": ids, "labels": ids} for ids in (list(range(3, 10)), list(range(14, 2, -1)))]
+    batch = {name: tensor.to(device) for name, tensor in Collator(config.kind)(rows).items()}
+    config = replace(config, micro_batch_tokens=64, max_rows=None)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        try:
+            loss, _ = forward_backward(model, batch, config, replay=False)
+            gradients = [weight.grad.flatten()[: 1 << 16] for weight in model.parameters() if weight.grad is not None]
+            return loss.double().cpu(), torch.cat([gradient.double().cpu() for gradient in gradients])
+        finally:
+            model.zero_grad(set_to_none=True)
 
 
 def _accumulate(

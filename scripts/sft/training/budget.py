@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from sft.runs import Run
 from sft.step.step import StepConfig
 from sft.training import checkpoint as checkpoints
 from sft.training import checkpoint as weights
-from sft.training import distributed, measured, rehearsal, ways
+from sft.training import distributed, measured, rehearsal
 from sft.training.preparation import Job
 from sft.training.rehearsal import Rehearsed, Scene
 
@@ -61,7 +60,6 @@ def settle(
         session = checkpoints.read_state(checkpoint, checkpoints.SESSION)
         checkpointing = bool(session.get("checkpointing", rehearsal.is_checkpointing(model)))
         rehearsal.set_checkpointing(model, checkpointing)
-        _compute(job, model, session.get("kernels", kernels.PLAIN), step_config)
         return Settled(int(session["asked_budget"][0]), checkpointing, "as in the checkpoint")
     path = root / CACHE / f"{key(job)}.json"
     found = _kept(path)
@@ -74,19 +72,10 @@ def settle(
     else:
         log.info("rehearsed before on this GPU: %s", found.said)
     rehearsal.set_checkpointing(model, found.checkpointing)
-    everywhere = set(distributed.all_gather(found.kernels))
-    _compute(job, model, found.kernels if len(everywhere) == 1 else kernels.PLAIN, step_config)
-    how = kernels.way_of(model)
     tokens = -distributed.largest(-found.tokens)  # the least over ranks
     recomputed = "with" if found.checkpointing else "without"
-    why = f"rehearsed, {recomputed} gradient checkpointing, layers {how}"
+    why = f"rehearsed, {recomputed} gradient checkpointing"
     return Settled(tokens, found.checkpointing, why, found.evaluating)
-
-
-def _compute(job: Job, model: Any, way: kernels.Way, step_config: StepConfig) -> None:
-    """Layers as they were found to be fastest, where the config leaves that open."""
-    if job.asked.kernels == "auto":
-        ways.ask(model, way, step_config, backend=job.backend.name, found=True)
 
 
 def scene(job: Job, model: Any, step_config: StepConfig, run: Run, gauge: Gauge) -> Scene:
@@ -102,8 +91,6 @@ def scene(job: Job, model: Any, step_config: StepConfig, run: Run, gauge: Gauge)
         validation=job.rows.validation,
         most_rows=-(-int(train.effective_batch) // distributed.world()),
         gauge=gauge,
-        ways=(kernels.LIGER, kernels.COMPILED) if job.asked.kernels == "auto" and job.backend.name == "bnb" else (),
-        run_tokens=job.plan.total_steps * int(train.effective_batch) / distributed.world() * mean(lengths),
         fixed=None if is_open(job.asked) else int(train.micro_batch_tokens),
         free=job.asked.gradient_checkpointing == "auto",
         state_bytes=0 if optim.startswith("paged") else 2 if "8bit" in optim else 8,
@@ -131,7 +118,6 @@ def key(job: Job) -> str:
             job.asked.kernels,
         ],
         "asked": [job.asked.gradient_checkpointing, *(train.micro_batch_tokens,) * (not is_open(job.asked))],
-        "run": job.asked.kernels == "auto" and job.plan.total_steps.bit_length(),  # a long one may be compiled
         "answers": [job.config.eval.batch_size, job.config.generation.max_new_tokens, len(job.rows.questions)],
         "versions": measured.versions(),
     }
@@ -149,7 +135,7 @@ def _remember(root: Path, path: Path, job: Job, found: Rehearsed) -> None:
     """Keeps it for the next start, shows it beside the plan, and tells the planner what was measured."""
     training, now = found.stages[0], measured.settled(job, found.tokens, found.checkpointing)
     made = measured.planned(job, now, None)
-    planned = None if made is None or found.kernels != kernels.PLAIN else made.estimate.allocated
+    planned = None if made is None or job.asked.kernels not in ("auto", kernels.PLAIN) else made.estimate.allocated
     allocated = training.allocated_bytes / 2**30
     log.info("a step's tensors: %.2f GiB at most%s", allocated, f", planned {planned:.2f}" if planned else "")
     measured.record(

@@ -16,8 +16,8 @@ from sft.generation.engine import max_prompt_tokens, truncate_prompt
 from sft.generation.evaluate import questions
 from sft.model import kernels
 from sft.runs import OpenRun, Run
-from sft.step.step import StepConfig, make_step_config
-from sft.training import budget, checkpoint, distributed, loggers, model, ways
+from sft.step.step import StepConfig, make_step_config, use_kernels
+from sft.training import budget, checkpoint, distributed, loggers, model
 from sft.training.answers import Answers
 from sft.training.checkpoint import CheckpointManager
 from sft.training.flow import Flow
@@ -57,8 +57,7 @@ def build(job: Job, opened: OpenRun, root: Path, report: Report | None) -> Windo
     given = (job.asked.batch_size, job.asked.grad_accum) != ("auto", "auto")
     rows = int(config.train.batch_size) if given else None
     step_config = make_step_config(config.train, made, job.files.kind, job.device.device, max_rows=rows)
-    if job.asked.kernels != "auto":
-        ways.ask(made, job.asked.kernels, step_config, backend=job.backend.name)
+    use_kernels(made, job.asked.kernels, step_config, backend=job.backend.name)
     job, step_config = _with_budget(_with_questions(job, made, root), made, step_config, opened, root)
     config = job.config
     answers = Answers(config, root, job.tokenizer, job.encoder, job.rows.questions, job.files.kind)
@@ -106,7 +105,7 @@ def _with_budget(job: Job, made: Any, step_config: StepConfig, opened: OpenRun, 
     effective, length = int(job.config.train.effective_batch), job.config.model.max_seq_len
     rows = min(effective, max(1, tokens // length))
     now: dict[str, Any] = {"micro_batch_tokens": tokens, "gradient_checkpointing": settled.checkpointing}
-    now["kernels"] = kernels.way_of(made)
+    now["kernels"] = kernels.kernels_of(made)
     if budget.is_open(job.asked):
         now |= {"batch_size": rows, "grad_accum": -(-effective // rows)}
     train = job.config.train.model_copy(update=now)

@@ -11,7 +11,7 @@ from sft import runs
 from sft.errors import SftError
 from sft.memory import estimate, plan, shapes
 from sft.memory.devices import Device
-from sft.model.kernels import PLAIN, way_of
+from sft.model.kernels import PLAIN, kernels_of
 from sft.training import distributed
 from sft.training.preparation import Job
 from sft.training.rehearsal import is_checkpointing
@@ -38,7 +38,7 @@ def record_run(job: Job, trainer: WindowTrainer, summary: Mapping[str, Any], roo
 
         peaks["allocated_gib"] = torch.cuda.max_memory_allocated() / GIB
         peaks["reserved_gib"] = torch.cuda.max_memory_reserved() / GIB
-        if way_of(trainer.model) == PLAIN and (made := planned(job, settings, root)):
+        if kernels_of(trainer.model) == PLAIN and (made := planned(job, settings, root)):
             peaks["planned_gib"] = max(phase.allocated for phase in made.phases.values())
     labelled = summary["labelled_tokens"] / summary["tokens"]
     record(

@@ -2,8 +2,7 @@
 
 Training (with the optimizer's state standing in its place), the evaluation loss, answers and a save: a run that would
 run out of memory in its third hour does so now, where it costs a minute. On the way the micro-batch is settled: raised
-until speed stops growing or memory says stop; gradient checkpointing is left off where memory allows. Last, faster ways
-to compute a layer are tried against the plain one.
+until speed stops growing or memory says stop; gradient checkpointing is left off where memory allows.
 """
 
 from __future__ import annotations
@@ -12,19 +11,16 @@ import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
 
 from sft.memory import probe
 from sft.memory.probe import DoesNotFitError, Found, Gauge, Measured
-from sft.model import adapters, kernels
-from sft.model.kernels import Way
+from sft.model import adapters
 from sft.step import unwrap
 from sft.step.batch import Collator
 from sft.step.step import StepConfig, evaluate_loss, forward_backward, out_of_memory, release_memory
-from sft.training import ways
 
 LIMIT = 60.0  # seconds for all of it but the compiler; growing the micro-batch stops at half
 WORTH = 2048  # tokens: where that much fits without checkpointing, nothing is gained by trying with it
@@ -50,7 +46,6 @@ class Rehearsed:
     tokens_per_second: float
     stages: list[Stage] = field(default_factory=list)
     evaluating: int | None = None
-    kernels: Way = "plain"
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -70,9 +65,8 @@ class Scene:
     """What is rehearsed with. rows, validation: real ones, with their lengths in tokens.
 
     most_rows: of a step, on this rank. fixed: the micro-batch in tokens where the config gives it. free: whether
-    checkpointing may be chosen. state_bytes: of the optimizer, for each trained number. ways: to compute layers, to be
-    tried. run_tokens: of the whole run, on this rank. answer, save: what the run calls between its steps, None where it
-    never does.
+    checkpointing may be chosen. state_bytes: of the optimizer, for each trained number. answer, save: what
+    the run calls between its steps, None where it never does.
     """
 
     model: Any
@@ -85,8 +79,6 @@ class Scene:
     fixed: int | None = None
     free: bool = True
     state_bytes: int = 8
-    ways: Sequence[Way] = ()
-    run_tokens: float = 0.0
     answer: Callable[[], object] | None = None
     save: Callable[[], object] | None = None
     backward: Callable[[torch.Tensor], object] = torch.Tensor.backward
@@ -115,13 +107,7 @@ def rehearse(scene: Scene) -> Rehearsed:
         for name, act in rest.items():
             if act is not None and time.monotonic() - began < scene.limit:
                 stages.append(_stage(scene, name, act))
-        best = ways.fastest(
-            scene.model, scene.step_config, scene.ways, partial(_tried, scene, tokens), scene.run_tokens
-        )
-        best = best or found.best
-        stages[0] = Stage("training", best.allocated_bytes, best.peak_bytes, best.seconds)
-    evaluating, way = scene.step_config.eval_tokens, kernels.way_of(scene.model)
-    return Rehearsed(tokens, checkpointing, best.speed, stages, evaluating, way)
+    return Rehearsed(tokens, checkpointing, found.best.speed, stages, scene.step_config.eval_tokens)
 
 
 def set_checkpointing(model: Any, on: bool) -> None:
@@ -173,32 +159,19 @@ def _search(scene: Scene, began: float) -> Found:
     length = max(scene.lengths)
     if scene.fixed is not None:
         try:
-            measured = ways.or_plainly(scene.model, partial(_measure, scene, scene.fixed))
+            measured = _measure(scene, scene.fixed)
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
             raise DoesNotFitError(f"a micro-batch of {scene.fixed} tokens does not fit") from None
         return Found(max(1, scene.fixed // length), scene.fixed, (measured,), measured)
     return probe.search(
-        lambda rows: ways.or_plainly(scene.model, partial(_measure, scene, rows * length)),
+        lambda rows: _measure(scene, rows * length),
         length=length,
         most_rows=scene.most_rows,
         total_bytes=scene.gauge.total,
         time_left=lambda: time.monotonic() - began < scene.limit / 2,
     )
-
-
-def _tried(scene: Scene, tokens: int) -> Measured | None:
-    """Measured the way it computes now; None where it runs out of memory or into the margin, or does not compile."""
-    try:
-        seen = _measure(scene, tokens)
-    except (RuntimeError, MemoryError) as error:
-        if not (out_of_memory(error) or kernels.compiler_failed(error)):
-            raise
-        seen = None
-    if seen is None:
-        release_memory()
-    return seen if seen and seen.peak_bytes <= scene.gauge.total * (1 - probe.MARGIN) else None
 
 
 def _measure(scene: Scene, tokens: int) -> Measured:

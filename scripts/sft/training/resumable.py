@@ -115,7 +115,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
             "budget": self.step_config.budget,
             "evaluating": self.step_config.eval_tokens,
             "checkpointing": is_checkpointing(self.model),
-            "kernels": kernels.way_of(self.model),
+            "kernels": kernels.kernels_of(self.model),
             "skipped": self.numbers.skipped,
             "last_loss": self.numbers.last,
             "unlogged": [float(self._tr_loss), self._globalstep_last_logged],
@@ -131,7 +131,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
             )
         else:
             log.info("the micro-batches are cut otherwise than before: same steps, last bits may differ from here on")
-        was, now = session.get("kernels", kernels.PLAIN), kernels.way_of(self.model)
+        was, now = session.get("kernels", kernels.PLAIN), kernels.kernels_of(self.model)
         if was != now:
             log.info("layers were computed %s and are now %s: same steps, last bits may differ from here on", was, now)
 
