@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 from typing import Any
@@ -126,11 +127,12 @@ A = "auto"
         (A, 2, A, 64, (16, 2, 8)),
         (A, 6, A, None, (16, 6, 3)),
         (A, 32, A, None, (32, 32, 1)),
-        (8, 32, A, None, (8, 8, 1)),
+        (8, 32, A, None, (8, 32, 1)),
+        (A, A, 5, None, (20, 4, 5)),
+        (16, 6, 3, None, (16, 6, 3)),
         (A, A, 4, 64, (16, 4, 4)),
         (10, A, 4, None, (10, 3, 4)),
         (A, A, 32, None, (32, 1, 32)),
-        (8, A, 32, None, (8, 1, 8)),
         (A, 3, 5, 1, (15, 3, 5)),
         (15, 3, 5, 1, (15, 3, 5)),
     ],
@@ -139,19 +141,25 @@ def test_batch_and_accumulation(effective: Any, batch: Any, accum: Any, measured
     assert batch_plan(effective, batch, accum, measured) == plan
 
 
-def test_every_plan_covers_its_step_with_no_micro_batch_to_spare() -> None:
+def test_every_plan_covers_its_step_and_changes_no_explicit_value() -> None:
     parts: list[Any] = [A, 1, 2, 3, 5, 8, 16, 40]
-    for effective, batch, accum, measured in itertools.product(parts, parts, parts, [None, 1, 3, 64]):
-        if A not in (effective, batch, accum) and batch * accum != effective:
-            continue
-        rows, most, times = batch_plan(effective, batch, accum, measured)
-        assert rows <= most * times < rows + most
+    for asked in itertools.product(parts, parts, parts):
+        for measured in (None, 1, 3, 64):
+            with contextlib.suppress(ConfigError):
+                plan = batch_plan(*asked, measured)
+                effective, batch, accum = plan
+                assert effective <= batch * accum < effective + batch
+                assert all(value in (A, resolved) for value, resolved in zip(asked, plan, strict=True))
 
 
-def test_three_unequal_batch_numbers_are_an_error() -> None:
-    with pytest.raises(ConfigError, match=r"batch_size 2 \* train.grad_accum 4 is 8, but train.effective_batch is 16"):
-        batch_plan(16, 2, 4, None)
-    with pytest.raises(ConfigError):
+@pytest.mark.parametrize("asked", [(16, 2, 4), (8, A, 32), (8, A, 5)])
+def test_batch_numbers_that_cannot_all_hold_are_an_error(asked: Any) -> None:
+    with pytest.raises(ConfigError, match=f"micro-batches, but train.grad_accum is {asked[2]}"):
+        batch_plan(*asked, None)
+
+
+def test_three_unequal_batch_numbers_are_refused_by_the_schema_too() -> None:
+    with pytest.raises(ValueError, match=r"batch_size 2 \* train.grad_accum 4 is 8, but train.effective_batch is 16"):
         settled(CPU, effective_batch=16, batch_size=2, grad_accum=4)
 
 

@@ -7,12 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sft.config import load as layers
-from sft.config import load as yaml_dialect
-from sft.config.load import Loaded, Mapping, Node, dump_config, load, plain, read_resolved
+from sft.config.load import (
+    Loaded,
+    Node,
+    Problems,
+    Tree,
+    dump_config,
+    dump_yaml,
+    load,
+    merge,
+    parse,
+    plain,
+    read_resolved,
+)
 from sft.errors import ConfigError
 
 Write = Callable[..., Path]
@@ -50,10 +61,10 @@ def test_an_include_is_below_the_file_and_set_is_above_both(write: Write) -> Non
 def test_given_tells_what_somebody_said_from_a_default(write: Write) -> None:
     loaded = read(write("run.yaml", "train:\n  seed: 42\nexperiment:\n"), "eval.limit=3")
     assert loaded.config.train.seed == 42
-    assert loaded.given("train.seed") and loaded.given("eval.limit") and loaded.given("train")
-    assert not loaded.given("train.epochs") and not loaded.given("experiment")
+    assert loaded.is_set("train.seed") and loaded.is_set("eval.limit") and loaded.is_set("train")
+    assert not loaded.is_set("train.epochs") and not loaded.is_set("experiment")
     with pytest.raises(KeyError):
-        loaded.given("train.sede")
+        loaded.is_set("train.sede")
 
 
 def test_lists_replace_whole_and_later_includes_win(write: Write) -> None:
@@ -94,7 +105,7 @@ def test_a_file_may_be_included_by_two_others(write: Write) -> None:
 
 def test_shipped_configurations_can_be_included_from_another_root(write: Write) -> None:
     loaded = read(write("run.yaml", "include: configs/config_base.yaml\n"))
-    assert loaded.config.train.warmup_ratio == 0.03 and loaded.given("train.warmup_ratio")
+    assert loaded.config.train.warmup_ratio == 0.03 and loaded.is_set("train.warmup_ratio")
 
 
 @pytest.mark.parametrize("text", ["", "# nothing\n", "train:\n", "train:\n  # seed: 3\ndata:\n", "include:\n"])
@@ -172,6 +183,13 @@ def test_a_resolved_configuration_reads_back_equal(write: Write) -> None:
         read_resolved(write("edited.yaml", "train: {speed: 3}"))
 
 
+def test_the_resolved_configuration_of_an_earlier_version_still_loads() -> None:
+    path = Path(__file__).with_name("resolved") / "5f54d53.yaml"  # written by `train` of that commit
+    written, config = yaml.safe_load(path.read_text()), read_resolved(path).model_dump()
+    for section, values in written.items():
+        assert {key: config[section][key] for key in values} == values
+
+
 # The same examples every time, however busy the machine is.
 CALM = settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 LEAVES = st.integers() | st.text(max_size=3) | st.lists(st.integers(), max_size=2)
@@ -182,8 +200,8 @@ TREES = st.recursive(
 )
 
 
-def nodes(tree: Any, where: str = "") -> Mapping:
-    node = yaml_dialect.parse(yaml_dialect.dump_yaml(tree), where, [])
+def nodes(tree: Any, where: str = "") -> Tree:
+    node = parse(dump_yaml(tree), where, Problems())
     return {} if node is None else node.value  # type: ignore[no-any-return]
 
 
@@ -199,23 +217,23 @@ def merged(*trees: Any) -> Any:
 
 @CALM
 @given(st.lists(TREES, min_size=1, max_size=4))
-def test_layers_merge_in_order(trees: list[Any]) -> None:
-    result: Mapping = {}
+def test_merge_in_order(trees: list[Any]) -> None:
+    result: Tree = {}
     for tree in trees:
-        result = layers.merge(result, nodes(tree))
+        result = merge(result, nodes(tree))
     assert plain(Node(result, "")) == merged(*trees)
 
 
 @CALM
 @given(TREES, TREES)
 def test_every_value_of_the_last_layer_survives_with_its_place(below: Any, above: Any) -> None:
-    result = layers.merge(nodes(below, "below"), nodes(above, "above"))
+    result = merge(nodes(below, "below"), nodes(above, "above"))
 
-    def check(tree: Any, mapping: Mapping) -> None:
+    def check(tree: Any, mapping: Tree) -> None:
         for key, value in tree.items():
             assert mapping[key].where.startswith("above:")
             if isinstance(value, dict):
                 check(value, mapping[key].value)
 
     check(above, result)
-    assert layers.merge(result, nodes(above, "above")) == result
+    assert merge(result, nodes(above, "above")) == result

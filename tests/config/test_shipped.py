@@ -31,8 +31,8 @@ def test_the_promised_configurations_are_there() -> None:
 @pytest.mark.parametrize("facts", [Facts("cpu"), Facts("cuda", (7, 5))], ids=["cpu", "old-gpu"])
 def test_every_shipped_configuration_loads_and_leaves_the_step_to_the_machine(path: Path, facts: Facts) -> None:
     loaded = load(path, root=ROOT)
-    assert not loaded.given("train.batch_size") and not loaded.given("train.grad_accum")
-    assert path.stem == "demo_cpu" or not (loaded.given("train.bf16") or loaded.given("train.fp16"))
+    assert not loaded.is_set("train.batch_size") and not loaded.is_set("train.grad_accum")
+    assert path.stem == "demo_cpu" or not (loaded.is_set("train.bf16") or loaded.is_set("train.fp16"))
     assert "auto" not in resolve(loaded.config, facts).config.train.model_dump().values()
 
 

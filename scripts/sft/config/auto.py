@@ -1,59 +1,27 @@
-"""How the rows of one optimizer step are shared out over micro-batches."""
+"""The written rules behind `auto`: what each value becomes on this machine, for this model and these rows, and why.
+
+`RULES` is the list; a rule sees the values that earlier rules have resolved. An explicit value is never changed.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from sft.config.load import unequal_batches
 from sft.config.schema import Config, TrainSection
-
-EFFECTIVE_BATCH = 16
-
-
-def batch_plan(
-    effective_batch: int | Literal["auto"],
-    batch_size: int | Literal["auto"],
-    grad_accum: int | Literal["auto"],
-    measured: int | None,
-) -> tuple[int, int, int]:
-    """(rows of a step, most rows of a micro-batch, micro-batches of a step), from what is given.
-
-    Both given: their product is the step. grad_accum alone: ceil(effective / grad_accum). batch_size alone: it caps a
-    micro-batch. Neither: `measured` rows caps it, evened out over the micro-batches. A part alone that is larger than
-    an `auto` step makes the step as large.
-    Raises ConfigError when all three are given and unequal.
-    """
-    if batch_size != "auto" and grad_accum != "auto":
-        product = batch_size * grad_accum
-        if effective_batch not in ("auto", product):
-            raise unequal_batches(int(effective_batch), batch_size, grad_accum, where="the section train")
-        return product, batch_size, grad_accum
-    given = [part for part in (batch_size, grad_accum) if part != "auto"]
-    effective = max([EFFECTIVE_BATCH, *given]) if effective_batch == "auto" else effective_batch
-    if grad_accum != "auto":
-        batch = math.ceil(effective / grad_accum)
-    elif batch_size != "auto":
-        batch = min(batch_size, effective)
-    else:
-        batch = math.ceil(effective / math.ceil(effective / max(1, min(measured or 1, effective))))
-    return effective, batch, math.ceil(effective / batch)
-
-
-def agree(effective: int, batch: int, accum: int) -> bool:
-    """Whether three settled numbers fit together, where the last micro-batch of a step may be smaller."""
-    return batch * accum == effective or accum == math.ceil(effective / batch)
-
+from sft.errors import ConfigError
 
 log = logging.getLogger("sft.config")
 
-MOST_MICRO_TOKENS = 4096
+EFFECTIVE_BATCH = 16
+MAX_MICRO_BATCH_TOKENS = 4096
 # Full fine-tuning, by the model's nominal size in billions of parameters (guide seed, "guidelines by model size").
 FULL_RATES = {1: 1e-4, 7: 2e-5, 13: 1e-5, 70: 5e-6}
 ADAPTER_RATE_SMALL, ADAPTER_RATE_LARGE, ADAPTER_LARGE_FROM = 2e-4, 1e-4, 3e9
-FALLING = ("loss", "perplexity", "repetition", "empty_rate", "wer", "cer", "ter")
+LOWER_IS_BETTER = ("loss", "perplexity", "repetition", "empty_rate", "wer", "cer", "ter")
 
 
 @dataclass(frozen=True)
@@ -61,7 +29,7 @@ class Facts:
     """What is known about the machine, the model and the rows; None for what is not.
 
     capability: the GPU's compute capability. parameters: of the base model. train_rows: rows to train on.
-    measured_batch: rows at max_seq_len that a micro-batch was measured to hold. bf16_supported: torch's word,
+    measured_batch: rows at max_seq_len that a micro-batch was measured to hold. bf16_supported: torch's answer,
     which can rule bfloat16 out but not in where the capability is known: torch counts emulation on older cards.
     """
 
@@ -95,9 +63,9 @@ class Facts:
 
 @dataclass(frozen=True)
 class Resolved:
-    """A configuration without `auto` in `train`, and the reason of every value that was settled or fixed.
+    """A configuration without `auto` in `train`, and the reason of every value that a rule chose.
 
-    warnings: what the user asked for and should know more about; they have been logged.
+    warnings: consequences of explicit values that the user should know; they have been logged.
     """
 
     config: Config
@@ -105,145 +73,172 @@ class Resolved:
     warnings: tuple[str, ...] = ()
 
 
-@dataclass
-class _Work:
-    train: TrainSection
-    facts: Facts
-    values: dict[str, Any] = field(default_factory=dict)
-    reasons: dict[str, str] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
-
-    def settle(self, name: str, value: Any, reason: str) -> None:
-        if getattr(self.train, name) != value or type(getattr(self.train, name)) is not type(value):
-            self.values[name] = value
-            self.reasons[f"train.{name}"] = reason
-
-
 def resolve(config: Config, facts: Facts) -> Resolved:
-    """Settles every `auto` of `train`; an explicit value is never changed.
+    """Replaces every `auto` of `train` by the value of its rule.
 
-    data.template_path, tuning.lora.target_modules and the `auto`s of `model` are found in the model itself, later.
-    Raises ConfigError when batch_size, grad_accum and effective_batch contradict each other.
+    data.template_path, tuning.lora.target_modules and the `auto`s of `model` depend on the model and are resolved when
+    it is loaded. Raises ConfigError when batch_size, grad_accum and effective_batch contradict each other.
     """
-    work = _Work(config.train, facts)
-    _precision(work)
-    _hardware(work)
-    _rate(work, config.tuning.mode)
-    _epochs(work)
-    _batch(work, config.model.max_seq_len)
-    _strategies(work)
-    _watched_metric(work)
-    for warning in work.warnings:
+    reasons, warnings = {}, _warnings(config.train, facts)
+    for name, rule in RULES.items():
+        if getattr(config.train, name) in ("auto", None):
+            value, reasons[f"train.{name}"] = rule(config, facts)
+            config = config.model_copy(update={"train": config.train.model_copy(update={name: value})})
+    if facts.seq2seq and config.train.fp16 is True and facts.device == "cuda":
+        warnings.append("fp16 overflows in some encoder-decoder models: --set train.fp16=false if the loss is NaN")
+    for warning in warnings:
         log.warning(warning)
-    settled = config.model_copy(update={"train": config.train.model_copy(update=work.values)})
-    return Resolved(settled, work.reasons, tuple(work.warnings))
+    return Resolved(config, reasons, tuple(warnings))
 
 
-def _precision(work: _Work) -> None:
-    train, facts = work.train, work.facts
-    bf16, fp16 = train.bf16, train.fp16
-    has = "has" if facts.has_bf16 else "has no"
-    if bf16 == "auto":
-        wanted = fp16 is not True and facts.has_bf16
-        work.settle("bf16", wanted, "fp16 is on" if fp16 is True else f"{facts.name} {has} bfloat16")
-        bf16 = wanted
-    if fp16 == "auto":
-        wanted = bf16 is False and facts.device == "cuda"
-        why = "bf16 is on" if bf16 else "16-bit on a GPU without bf16" if wanted else "bf16 is off: fp32 on the CPU"
-        work.settle("fp16", wanted, why)
+def _warnings(train: TrainSection, facts: Facts) -> list[str]:
     if train.bf16 is True and not facts.has_bf16:
-        work.warnings.append(f"train.bf16 is true, but {facts.name} has no bfloat16: it is emulated and slow")
+        return [f"train.bf16 is true, but {facts.name} has no bfloat16: it is emulated and slow"]
     if train.fp16 is True and facts.device == "cpu":
-        work.warnings.append("train.fp16 is true on the CPU, where it is slow and may overflow: bf16 is the better one")
-    elif facts.seq2seq and work.values.get("fp16", train.fp16) is True:
-        work.warnings.append("fp16 overflows in some encoder-decoder models: --set train.fp16=false if the loss is NaN")
+        return ["train.fp16 is true on the CPU, where it is slow and may overflow: bf16 is better there"]
+    return []
 
 
-def _hardware(work: _Work) -> None:
-    train, facts = work.train, work.facts
+def _bf16(config: Config, facts: Facts) -> tuple[bool, str]:
+    if config.train.fp16 is True:
+        return False, "fp16 is on"
+    return facts.has_bf16, f"{facts.name} {'has' if facts.has_bf16 else 'has no'} bfloat16"
+
+
+def _fp16(config: Config, facts: Facts) -> tuple[bool, str]:
+    if config.train.bf16:
+        return False, "bf16 is on"
+    return (
+        facts.device == "cuda",
+        "16-bit on a GPU without bf16" if facts.device == "cuda" else "bf16 is off: fp32 on the CPU",
+    )
+
+
+def _gradient_checkpointing(config: Config, facts: Facts) -> tuple[bool, str]:
     gpu = facts.device == "cuda"
-    if train.tf32 == "auto":
-        work.settle("tf32", facts.ampere, f"{facts.name} {'has' if facts.ampere else 'has no'} TF32")
-    if train.gradient_checkpointing == "auto":
-        why = "saves most of a GPU's activation memory" if gpu else "on the CPU time is dearer than memory"
-        work.settle("gradient_checkpointing", gpu, why)
-    if train.kernels == "auto":
-        work.settle("kernels", "plain", "faster kernels are used only where the config names them")
-    if train.optim == "auto":
-        work.settle("optim", "adamw_torch_fused" if gpu else "adamw_torch", f"AdamW on {facts.name}")
+    return gpu, "saves most activation memory" if gpu else "on CPU, recomputation costs more than it saves"
 
 
-def _rate(work: _Work, mode: str) -> None:
-    if work.train.learning_rate != "auto":
-        return
-    parameters = work.facts.parameters
+def _learning_rate(config: Config, facts: Facts) -> tuple[float, str]:
+    mode, parameters = config.tuning.mode, facts.parameters
     size = "a model of unknown size" if parameters is None else f"{parameters / 1e9:.2f}B parameters"
     if mode == "full":
         # The nearest nominal size by ratio: 7.6B counts as 7B, 14.8B as 13B.
         billions = 7.0 if parameters is None else max(parameters / 1e9, 1e-3)
         nominal = min(FULL_RATES, key=lambda known: abs(math.log(billions / known)))
-        work.settle("learning_rate", FULL_RATES[nominal], f"full tuning of {size}: the rate of the {nominal}B class")
-        return
-    small = parameters is not None and parameters < ADAPTER_LARGE_FROM
+        return FULL_RATES[nominal], f"full tuning of {size}: the rate of the {nominal}B class"
+    if parameters is None:
+        return ADAPTER_RATE_LARGE, f"{mode} on {size}, which may be 3B or more"
+    small = parameters < ADAPTER_LARGE_FROM
     rate = ADAPTER_RATE_SMALL if small else ADAPTER_RATE_LARGE
-    work.settle("learning_rate", rate, f"{mode} on {size}: {'below' if small else 'not known to be below'} 3B")
-    if parameters is not None and not small:
-        work.reasons["train.learning_rate"] = f"{mode} on {size}: 3B or more"
+    return rate, f"{mode} on {size}: {'below 3B' if small else '3B or more'}"
 
 
-def _epochs(work: _Work) -> None:
-    if work.train.epochs != "auto":
-        return
-    rows = work.facts.train_rows
+def _epochs(config: Config, facts: Facts) -> tuple[float, str]:
+    rows = facts.train_rows
     epochs = 3.0 if rows is None else 5.0 if rows < 1_000 else 3.0 if rows < 10_000 else 1.0
-    why = "the number of rows is not known" if rows is None else f"{rows:,} training rows"
-    if work.train.max_steps is not None:
-        why += "; max_steps decides anyway"
-    work.settle("epochs", epochs, why)
+    reason = "the number of rows is not known" if rows is None else f"{rows:,} training rows"
+    return epochs, reason + ("; max_steps ends the run" if config.train.max_steps is not None else "")
 
 
-def _batch(work: _Work, max_seq_len: int) -> None:
-    train, facts = work.train, work.facts
-    measured, asked = facts.measured_batch, (train.effective_batch, train.batch_size, train.grad_accum)
+Number = int | Literal["auto"]
+
+
+def batch_plan(
+    effective_batch: Number, batch_size: Number, grad_accum: Number, measured: int | None
+) -> tuple[int, int, int]:
+    """(rows of a step, most rows of a micro-batch, micro-batches of a step), each explicit value unchanged.
+
+    Both parts explicit: their product is the step. An `auto` step has 16 rows, or more where batch_size is larger or to
+    be a multiple of grad_accum. `auto` batch_size: ceil(effective / grad_accum), or `measured` rows, evened out over
+    the micro-batches. Raises ConfigError where explicit values cannot all hold.
+    """
+    if isinstance(effective_batch, int):
+        effective = effective_batch
+    elif isinstance(batch_size, int) and isinstance(grad_accum, int):
+        effective = batch_size * grad_accum
+    else:
+        effective = max(EFFECTIVE_BATCH, batch_size if isinstance(batch_size, int) else 1)
+        effective = math.ceil(effective / grad_accum) * grad_accum if isinstance(grad_accum, int) else effective
+    if isinstance(batch_size, int):
+        rows = batch_size
+    else:
+        limit = max(1, min(measured or 1, effective))
+        rows = math.ceil(effective / (grad_accum if isinstance(grad_accum, int) else math.ceil(effective / limit)))
+    micro_batches = math.ceil(effective / rows)
+    if grad_accum not in ("auto", micro_batches):
+        raise ConfigError(
+            f"{effective} rows (train.effective_batch) in micro-batches of {rows} (train.batch_size) are"
+            f" {micro_batches} micro-batches, but train.grad_accum is {grad_accum}",
+            where="train.grad_accum",
+            fix="remove one of the three, so that it follows from the others",
+        )
+    return effective, rows, micro_batches
+
+
+def _batch(config: Config, facts: Facts) -> tuple[int, int, int]:
+    train, measured = config.train, facts.measured_batch
     if facts.device == "cpu" and measured is None:
         measured = 1 << 30
-    if "auto" in asked or not agree(*map(int, asked)):
-        effective, batch, accum = batch_plan(*asked, measured)
-        free = train.batch_size == "auto" and train.grad_accum == "auto"
-        work.settle("effective_batch", effective, _why_effective(train, effective))
-        work.settle("batch_size", batch, _why_batch(facts) if free else f"{effective} rows in {accum} micro-batches")
-        work.settle("grad_accum", accum, f"{effective} rows a step, at most {batch} in a micro-batch")
-    else:
-        batch = int(asked[1])
-    if train.micro_batch_tokens == "auto":
-        budget = max(max_seq_len, min(batch * max_seq_len, MOST_MICRO_TOKENS))
-        work.settle("micro_batch_tokens", budget, f"{batch} rows of {max_seq_len}, at most {MOST_MICRO_TOKENS}")
+    return batch_plan(train.effective_batch, train.batch_size, train.grad_accum, measured)
 
 
-def _why_effective(train: TrainSection, effective: int) -> str:
+def _effective_batch(config: Config, facts: Facts) -> tuple[int, str]:
+    effective, train = _batch(config, facts)[0], config.train
     if train.batch_size != "auto" and train.grad_accum != "auto":
-        return "batch_size * grad_accum"
-    return "the default" if effective == EFFECTIVE_BATCH else "as large as the part of it that is given"
+        return effective, "batch_size * grad_accum"
+    return effective, "the default" if effective == EFFECTIVE_BATCH else "follows batch_size or grad_accum"
 
 
-def _why_batch(facts: Facts) -> str:
-    if facts.measured_batch is not None:
-        return f"{facts.measured_batch} rows at max_seq_len were measured to fit"
-    return "the whole step; micro_batch_tokens cuts it" if facts.device == "cpu" else "not measured on the GPU yet"
+def _batch_size(config: Config, facts: Facts) -> tuple[int, str]:
+    if config.train.grad_accum != "auto":
+        reason = f"{config.train.effective_batch} rows in {config.train.grad_accum} micro-batches"
+    elif facts.measured_batch is not None:
+        reason = f"{facts.measured_batch} rows at max_seq_len were measured to fit"
+    else:
+        reason = "the whole step; micro_batch_tokens splits it" if facts.device == "cpu" else "not measured yet"
+    return _batch(config, facts)[1], reason
 
 
-def _strategies(work: _Work) -> None:
-    train = work.train
-    if train.eval_steps is None:
-        work.settle("eval_steps", train.save_steps, "follows save_steps")
-    if train.save_strategy == "auto":
-        without = train.eval_strategy == "no"
-        reason = "eval_strategy is no" if without else "follows eval_strategy"
-        work.settle("save_strategy", "epoch" if without else train.eval_strategy, reason)
+def _grad_accum(config: Config, facts: Facts) -> tuple[int, str]:
+    train = config.train
+    return _batch(config, facts)[2], f"{train.effective_batch} rows a step, at most {train.batch_size} in a micro-batch"
 
 
-def _watched_metric(work: _Work) -> None:
-    if work.train.greater_is_better == "auto":
-        name = work.train.metric_for_best_model.removeprefix("eval_").removeprefix("evaluate:").removeprefix("eval/")
-        falls = name in FALLING or name.endswith(("_loss", "/loss"))
-        work.settle("greater_is_better", not falls, f"{name} is better when {'lower' if falls else 'higher'}")
+def _micro_batch_tokens(config: Config, facts: Facts) -> tuple[int, str]:
+    effective, rows, _ = _batch(config, facts)
+    rows, length = min(rows, effective), config.model.max_seq_len
+    tokens = max(length, min(rows * length, MAX_MICRO_BATCH_TOKENS))
+    return tokens, f"{rows} rows of {length}, at most {MAX_MICRO_BATCH_TOKENS}"
+
+
+def _save_strategy(config: Config, facts: Facts) -> tuple[str, str]:
+    evaluate = config.train.eval_strategy
+    return ("epoch", "eval_strategy is no") if evaluate == "no" else (evaluate, "follows eval_strategy")
+
+
+def _greater_is_better(config: Config, facts: Facts) -> tuple[bool, str]:
+    name = config.train.metric_for_best_model.removeprefix("eval_").removeprefix("evaluate:").removeprefix("eval/")
+    lower = name in LOWER_IS_BETTER or name.endswith(("_loss", "/loss"))
+    return not lower, f"{name} is better when {'lower' if lower else 'higher'}"
+
+
+RULES: dict[str, Callable[[Config, Facts], tuple[Any, str]]] = {
+    "bf16": _bf16,
+    "fp16": _fp16,
+    "tf32": lambda config, facts: (facts.ampere, f"{facts.name} {'has' if facts.ampere else 'has no'} TF32"),
+    "gradient_checkpointing": _gradient_checkpointing,
+    "kernels": lambda config, facts: ("plain", "faster kernels are used only where the config names them"),
+    "optim": lambda config, facts: (
+        "adamw_torch_fused" if facts.device == "cuda" else "adamw_torch", f"AdamW on {facts.name}"
+    ),
+    "learning_rate": _learning_rate,
+    "epochs": _epochs,
+    "effective_batch": _effective_batch,
+    "batch_size": _batch_size,
+    "grad_accum": _grad_accum,
+    "micro_batch_tokens": _micro_batch_tokens,
+    "eval_steps": lambda config, facts: (config.train.save_steps, "follows save_steps"),
+    "save_strategy": _save_strategy,
+    "greater_is_better": _greater_is_better,
+}  # fmt: skip

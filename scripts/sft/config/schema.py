@@ -1,16 +1,22 @@
-"""What every section of the schema has in common: frozen, strict, no unknown keys; and the types that keys share."""
+"""Every key of a configuration: type, limits, default and meaning. docs/CONFIG.md is written from here.
+
+Sections are frozen and strict and take no unknown key; `load` reads files into them, `auto` resolves what is `auto`.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Mapping
 from datetime import date
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Auto = Literal["auto"]
 Count = Annotated[int, Ge(1)]
 Positive = Annotated[float, Gt(0)]
+RENAMED = {"train.evaluation_strategy": "train.eval_strategy"}  # other accepted spellings of a key -> the key
 
 
 class Section(BaseModel):
@@ -73,7 +79,7 @@ class TuningSection(Section):
     mode: Literal["qlora", "lora", "full"] = Field(
         "qlora", description="4-bit base with adapters, 16-bit base with adapters, or every weight."
     )
-    lora: LoraSection = Field(default_factory=LoraSection, description="The adapter's shape.")
+    lora: LoraSection = Field(default_factory=LoraSection)
     quant_type: Literal["nf4", "fp4"] = Field("nf4", description="4-bit number format of a QLoRA base.")
     double_quant: bool = Field(True, description="Quantise the quantisation constants too (saves 0.4 bit a weight).")
 
@@ -165,15 +171,13 @@ class DataSection(Section):
     near_duplicate_threshold: float = Field(
         0.8, gt=0, le=1, description="Jaccard similarity of the runs of five words from which rows are nearly the same."
     )
-    contamination: ContaminationSection = Field(
-        default_factory=ContaminationSection, description="Benchmarks to keep out of training."
-    )
+    contamination: ContaminationSection = Field(default_factory=ContaminationSection)
     drop: list[Literal["control_characters", "boilerplate", "length_outliers", "script"]] = Field(
         default_factory=list, description="What the ledger reports that is dropped too."
     )
     replay: ReplaySection | None = Field(None, description="General rows mixed into training: {path: P, ratio: 0.1}.")
     max_dropped: float = Field(0.1, ge=0, le=1, description="Share of faulty rows above which process fails.")
-    split: SplitSection = Field(default_factory=SplitSection, description="Shares of the splits.")
+    split: SplitSection = Field(default_factory=SplitSection)
     stage: Literal["auto", "processed", "styled", "rendered"] = Field(
         "auto", description="Which rows to train on; `auto`: styled where there are any, else processed."
     )
@@ -359,9 +363,7 @@ class TrainSection(Section):
         "stop", description="A loss or gradient that is not finite: `stop` with the row ids, or `skip` the step."
     )
     eval_strategy: Literal["no", "steps", "epoch"] = Field(
-        "epoch",
-        validation_alias=AliasChoices("eval_strategy", "evaluation_strategy"),
-        description="When to evaluate (`evaluation_strategy` is an accepted spelling).",
+        "epoch", description="When to evaluate (`evaluation_strategy` is an accepted spelling)."
     )
     eval_steps: int | None = Field(None, ge=1, description="Steps between evaluations; null takes `save_steps`.")
     save_strategy: Auto | Literal["no", "steps", "epoch"] = Field(
@@ -382,7 +384,7 @@ class TrainSection(Section):
         description="A checkpoint whose sample answers stop less often than this is never the best one.",
     )
     greater_is_better: Auto | bool = Field("auto", description="`auto`: false for losses and perplexity, else true.")
-    early_stopping: EarlyStoppingSection = Field(default_factory=EarlyStoppingSection, description="When to stop.")
+    early_stopping: EarlyStoppingSection = Field(default_factory=EarlyStoppingSection)
     merge_at_end: bool = Field(False, description="Merge the adapter into 16-bit weights when training ends.")
 
 
@@ -398,27 +400,30 @@ class LoggingSection(Section):
 class Config(Section):
     """One run, as merged from its files."""
 
-    experiment: ExperimentSection = Field(
-        default_factory=ExperimentSection, description="What the run is called in reports."
-    )
-    model: ModelSection = Field(
-        default_factory=ModelSection, description="Which base model, and how long its rows may be."
-    )
-    tuning: TuningSection = Field(
-        default_factory=TuningSection, description="How its weights are changed, and by whose kernels."
-    )
-    data: DataSection = Field(default_factory=DataSection, description="Where rows come from and where they go.")
-    train: TrainSection = Field(
-        default_factory=TrainSection, description="How long, how fast, how large a step, what is kept."
-    )
-    eval: EvalSection = Field(default_factory=EvalSection, description="What is measured, on how many rows.")
-    generation: GenerationSection = Field(
-        default_factory=GenerationSection, description="How answers are made, in eval, infer and compare alike."
-    )
-    logging: LoggingSection = Field(default_factory=LoggingSection, description="What is written while a run goes on.")
+    experiment: ExperimentSection = Field(default_factory=ExperimentSection)
+    model: ModelSection = Field(default_factory=ModelSection)
+    tuning: TuningSection = Field(default_factory=TuningSection)
+    data: DataSection = Field(default_factory=DataSection)
+    train: TrainSection = Field(default_factory=TrainSection)
+    eval: EvalSection = Field(default_factory=EvalSection)
+    generation: GenerationSection = Field(default_factory=GenerationSection)
+    logging: LoggingSection = Field(default_factory=LoggingSection)
 
     @model_validator(mode="after")
-    def _one_precision(self) -> Config:
-        if self.train.bf16 is True and self.train.fp16 is True:
-            raise ValueError("train.bf16 and train.fp16 are both true: choose one, or `auto` for both")
+    def _is_consistent(self) -> Config:
+        for message, _ in train_conflicts(self.train.model_dump()):
+            raise ValueError(message)
         return self
+
+
+def train_conflicts(train: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Settings of `train` that contradict each other: a message, and the dotted keys that it is about."""
+    if train.get("bf16") is True and train.get("fp16") is True:
+        yield "train.bf16 and train.fp16 are both true, and a run has one precision", ("train.bf16", "train.fp16")
+    names = ("effective_batch", "batch_size", "grad_accum")
+    numbers: list[Any] = [train.get(name) for name in names]
+    effective, batch, accum = numbers
+    whole = all(type(number) is int and number > 0 for number in numbers)
+    if whole and accum != math.ceil(effective / batch):  # the last micro-batch of a step may be smaller
+        message = f"train.batch_size {batch} * train.grad_accum {accum} is {batch * accum}"
+        yield f"{message}, but train.effective_batch is {effective}", tuple(f"train.{name}" for name in names)

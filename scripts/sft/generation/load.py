@@ -147,7 +147,7 @@ def _settings(config: Path, sets: Sequence[str], home: Path, is_default: bool, r
     stem = Path(current.config.train.output_dir).name
     if is_default and not any(_of_series(stem, run) for run in (home.name, Path(resolved.train.output_dir).name)):
         return resolved
-    update = {name: getattr(current.config, name) for name in ("eval", "generation") if current.given(name)}
+    update = {name: getattr(current.config, name) for name in ("eval", "generation") if current.is_set(name)}
     return resolved.model_copy(update=update)
 
 
