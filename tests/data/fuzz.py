@@ -100,7 +100,7 @@ def any_bytes_give_rows_or_one_error(folder: Path, name: str, content: bytes) ->
     path = folder / name
     path.write_bytes(gzip.compress(content) if name.endswith(".gz") and len(content) % 2 else content)
     try:
-        rows = list(open_source(str(path), path, folder, DataSection()).rows())
+        rows = list(open_source(path, folder).rows())
     except DataError as error:
         assert error.where
         return
@@ -148,7 +148,7 @@ def what_is_written_well_comes_back(folder: Path, kind: str, rows: list[tuple[st
         else:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in wanted)
     try:
-        assert [raw.value for raw in open_source(str(path), path, folder, DataSection()).rows()] == wanted
+        assert [raw.value for raw in open_source(path, folder).rows()] == wanted
     except DataError as error:  # texts of control characters only look like no text at all
         assert "binary" in str(error)
 

@@ -16,7 +16,7 @@ from sft.errors import DataError
 
 
 def read(path: Path, **data: Any) -> list[Any]:
-    return list(open_source(str(path), path, path.parent, DataSection(**data)).rows())
+    return list(open_source(path, path.parent, str(path), DataSection(**data)).rows())
 
 
 def values(path: Path) -> list[Any]:
@@ -158,7 +158,7 @@ def test_encodings_are_recognised(tmp_path: Path, encoding: str, kind: str) -> N
         "csv": "question,answer\r\n" + "".join(f"{row['question']},{row['answer']}\r\n" for row in rows),
     }[kind]
     path = put(tmp_path / f"a.{kind}", text, encoding)
-    source = open_source(str(path), path, tmp_path, DataSection())
+    source = open_source(path, tmp_path)
     assert [raw.value for raw in source.rows()] == rows
     assert source.type is not None and bool(source.type.warnings) == (encoding != "utf-8-sig")
 
@@ -168,7 +168,7 @@ def test_a_few_bytes_that_are_not_utf8_cost_their_rows_only(tmp_path: Path) -> N
     path = put(tmp_path / "a.jsonl", good * 3 + b'{"q": "\xff\xfe\x81"}\n' + good)
     assert [raw.fault for raw in read(path)] == [None, None, None, "not UTF-8 at column 8", None]
     table = put(tmp_path / "a.csv", "q,a\nKöln,ja\n".encode() * 1 + b"x,\xff\n" + "schön,ß\n".encode())
-    assert [raw.fault for raw in read(table)] == [None, "not UTF-8", None]
+    assert [raw.fault for raw in read(table)] == [None, "not UTF-8 at column 3", None]
 
 
 def test_csv_cells_of_any_size_with_newlines_quotes_and_unicode(tmp_path: Path) -> None:
@@ -259,7 +259,7 @@ def test_what_is_no_data_is_named(tmp_path: Path, name: str, content: bytes, sai
 @pytest.mark.parametrize("name", ["a.json", "a.csv", "a.parquet", "a.txt"])
 def test_the_content_decides_and_a_wrong_name_is_said(tmp_path: Path, name: str) -> None:
     path = put(tmp_path / name, '{"q": 1}\n{"q": 2}\n')
-    source = open_source(str(path), path, tmp_path, DataSection())
+    source = open_source(path, tmp_path)
     assert [raw.value for raw in source.rows()] == [{"q": 1}, {"q": 2}]
     assert source.type is not None
     assert source.type.warnings == (
@@ -278,28 +278,25 @@ def test_where_raw_rows_are_looked_for(tmp_path: Path, monkeypatch: pytest.Monke
         sources.find_sources(DataSection(), tmp_path)
     (tmp_path / "data/raw").mkdir(parents=True)
     put(tmp_path / "data/raw/raw.json", '[{"q": "json"}]')
-    assert sources.find_sources(DataSection(), tmp_path).name == "data/raw/raw.json"
+    assert sources.find_sources(DataSection(), tmp_path)[0].name == "data/raw/raw.json"
     put(tmp_path / "data/raw/raw.jsonl", '{"q": "jsonl"}\n')
-    assert sources.find_sources(DataSection(), tmp_path).name == "data/raw/raw.jsonl"
+    assert sources.find_sources(DataSection(), tmp_path)[0].name == "data/raw/raw.jsonl"
     put(tmp_path / "mine.csv", "q,a\n1,2\n")
-    assert (
-        sources.find_sources(DataSection(raw_path="mine.csv"), tmp_path).parts[0].sources[0].path
-        == tmp_path / "mine.csv"
-    )
+    assert sources.find_sources(DataSection(raw_path="mine.csv"), tmp_path)[0].sources[0].path == tmp_path / "mine.csv"
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     put(tmp_path / "here/own.jsonl", '{"q": 1}\n')
-    assert sources.find_sources(DataSection(raw_path="mine.csv"), tmp_path, "own.jsonl").name == "here/own.jsonl"
+    assert sources.find_sources(DataSection(raw_path="mine.csv"), tmp_path, "own.jsonl")[0].name == "here/own.jsonl"
 
 
 def test_a_name_that_is_no_file_is_a_hub_data_set_or_an_error(tmp_path: Path) -> None:
-    source = open_source("owner/name", Path("owner/name"), tmp_path, DataSection(hub_config="main", hub_split="test"))
+    source = open_source(Path("owner/name"), tmp_path, "owner/name", DataSection(hub_config="main", hub_split="test"))
     assert (source.kind, source.path) == ("hub data set, split test", None)
     with pytest.raises(DataError, match="cannot be loaded") as caught:
         list(source.rows())
     assert "owner/name" in str(caught.value.where) and "--raw_path" in str(caught.value.fix)
     with pytest.raises(DataError, match="no such file"):
-        open_source("folder/gone.jsonl", Path("folder/gone.jsonl"), tmp_path, DataSection())
+        open_source(Path("folder/gone.jsonl"), tmp_path, "folder/gone.jsonl", DataSection())
 
 
 def test_hub_rows_come_through_the_datasets_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -333,6 +330,6 @@ def test_where_a_block_ends_changes_nothing(tmp_path: Path, monkeypatch: pytest.
     listed = "[" + " ,\n ".join(pieces) + "\n]\n"
     for text in (listed, f'{{"v": "1,2", "w": [{{}}], "data": {listed}, "z": {{"data": []}} }}', "\n".join(pieces)):
         path = put(tmp_path / "a.json", ("\n" + text) if text[0] == "[" else text)
-        found = list(open_source(str(path), path, tmp_path, DataSection()).rows())
+        found = list(open_source(path, tmp_path).rows())
         assert [raw.value for raw in found] == [rows[0], None, rows[1], rows[2]]
         assert found[1].text == bad and "given twice" in str(found[1].fault)

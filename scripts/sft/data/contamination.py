@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from sft.config.load import display_path, resolve_path
+from sft.config.load import resolve_path
 from sft.config.schema import ContaminationSection, SourceSection
 from sft.data import rows
 from sft.data.dedup import WordHasher, ngram_hashes
 from sft.data.formats import Formats
 from sft.data.ledger import CONTAMINATION, RowFault
 from sft.data.readers import Source
-from sft.data.sources import expand_path
+from sft.data.sources import open_part
 
 COMMON = 10  # benchmark rows that may share a run of words before it counts as boilerplate
 MIN_WORDS = 3  # of a question that is compared as a whole: "why" belongs to no benchmark
@@ -47,8 +47,9 @@ class Contamination:
         self._runs: dict[int, tuple[Benchmark, str]] = {}  # hash of a run -> benchmark, origin of the row
         self._questions: dict[int, tuple[Benchmark, str]] = {}
         for path in section.against:
-            for source in expand_path(path, resolve_path(root, path), root, SourceSection(path=path, hub_split="test")):
-                self._add(Benchmark(source.name if source.path is None else display_path(source.path, root)), source)
+            entry = SourceSection(path=path, hub_split="test")
+            for source in open_part(path, resolve_path(root, path), root, entry).sources:
+                self._add(Benchmark(source.name), source)
         self._sorted = np.array(sorted(self._runs) or [0], np.uint64)
 
     def _add(self, benchmark: Benchmark, source: Source) -> None:

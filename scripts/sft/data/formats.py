@@ -253,90 +253,58 @@ FORMATS: dict[str, Format] = {
 }
 
 
-class TextTemplate(NamedTuple):
-    """A chat template that `{"text": ...}` rows are rendered with, known by its control tokens.
-
-    turn: starts a turn; its group is the role. end: closes a turn. strip: whether white space around a turn's text
-    belongs to the template.
-    """
-
-    name: str
-    turn: re.Pattern[str]
-    end: re.Pattern[str]
-    strip: bool = False
-
-
-TEXT_TEMPLATES = (
-    TextTemplate("chatml", re.compile(r"<\|im_start\|>\s*(\w+)[ \t]*\n"), re.compile(r"<\|im_end\|>")),
-    TextTemplate(
-        "llama3",
-        re.compile(r"<\|start_header_id\|>\s*(\w+)\s*<\|end_header_id\|>(?:\n\n)?"),
-        re.compile(r"<\|e(?:ot_id|om_id|nd_of_text)\|>"),
-    ),
-    TextTemplate("gemma", re.compile(r"<start_of_turn>(\w+)\n"), re.compile(r"<end_of_turn>")),
-    TextTemplate(
-        "phi3", re.compile(r"<\|(system|user|assistant)\|>[ \t]*\n?"), re.compile(r"<\|end\|>|</s>"), strip=True
-    ),
-)
+# Templates that `{"text": ...}` rows are rendered with: the start of a turn, with its role as the group, and its end.
+TEXT_TEMPLATES = {
+    name: (re.compile(start), re.compile(end))
+    for name, start, end in (
+        ("chatml", r"<\|im_start\|>\s*(\w+)[ \t]*\n", r"<\|im_end\|>"),
+        ("llama3", r"<\|start_header_id\|>\s*(\w+)\s*<\|end_header_id\|>(?:\n\n)?",
+         r"<\|e(?:ot_id|om_id|nd_of_text)\|>"),
+        ("gemma", r"<start_of_turn>(\w+)\n", r"<end_of_turn>"),
+        ("phi3", r"<\|(system|user|assistant)\|>\s*", r"\s*(?:<\|end\|>|</s>)"),
+        ("llama2", r"\[INST\]()\s*", r"\s*</s>"),
+    )
+}  # fmt: skip
 TEXT_BEGIN = re.compile(r"^(?:\s|<\|begin_of_text\|>|<\|endoftext\|>|<s>|<bos>|\[gMASK\]|<sop>)+")
 TEXT_END = re.compile(r"(?:\s|<\|end_of_text\|>|<\|endoftext\|>|<\|eot_id\|>|<\|im_end\|>|</s>|<eos>)+$")
 LLAMA2_SYSTEM = re.compile(r"<<SYS>>\s*(.*?)\s*<</SYS>>\s*(.*)", re.DOTALL)
 
 
 def parse_text(text: str) -> tuple[str, list[Message]]:
-    """The template's name and the turns of a text rendered with control tokens.
+    """The template's name and the turns of a text that begins with a template's control tokens.
 
-    Raises RowFault (unknown format) for any other text: where one turn ends and the next begins would be a guess.
+    Raises RowFault (unknown format) for any other text, and where a turn is not closed: the turns would be a guess.
     """
     text = TEXT_BEGIN.sub("", text)
-    if text.startswith("[INST]"):
-        return "llama2", _llama2_turns(text)
-    for template in TEXT_TEMPLATES:
-        if template.turn.match(text):
-            return template.name, _template_turns(template, text)
-    names = ", ".join(["llama2", *(template.name for template in TEXT_TEMPLATES)])
-    what = f"a text that does not begin with the control tokens of a chat template ({names}): {text.strip()[:60]!r}"
-    raise RowFault(UNKNOWN_FORMAT, f"{what}; plain text can be mixed in with data.replay.path")
-
-
-def _template_turns(template: TextTemplate, text: str) -> list[Message]:
+    name = next((name for name, (start, _) in TEXT_TEMPLATES.items() if start.match(text)), None)
+    if name is None:
+        what = f"a text that does not begin with the control tokens of a chat template ({', '.join(TEXT_TEMPLATES)})"
+        fix = "plain text can be mixed in with data.replay.path"
+        raise RowFault(UNKNOWN_FORMAT, f"{what}: {text.strip()[:60]!r}; {fix}")
+    start, end = TEXT_TEMPLATES[name]
+    matches = list(start.finditer(text))
     turns: list[Message] = []
-    starts = list(template.turn.finditer(text))
-    bounds = [*(start.start() for start in starts[1:]), len(text)]
-    for start, bound in zip(starts, bounds, strict=True):
-        content, end, rest = _split_at(template.end, text[start.end() : bound])
-        rest = TEXT_END.sub("", TEXT_BEGIN.sub("", rest)).strip()
-        if rest or (not end and bound < len(text)):
-            what = f"text between two turns: {rest[:60]!r}" if rest else f"turn {len(turns) + 1} is not closed"
-            raise RowFault(UNKNOWN_FORMAT, f"{template.name} template: {what}")
-        content = content if end else TEXT_END.sub("", content)
-        role = start.group(1).lower()
-        turns.append({"role": ROLES.get(role, role), "content": content.strip() if template.strip else content})
+    for number, match in enumerate(matches, 1):
+        last = number == len(matches)
+        content, *after = end.split(text[match.end() : len(text) if last else matches[number].start()], maxsplit=1)
+        rest = TEXT_END.sub("", TEXT_BEGIN.sub("", after[0])).strip() if after else ""
+        if rest or not (after or last):
+            what = f"text after turn {number}: {rest[:60]!r}" if rest else f"turn {number} is not closed"
+            raise RowFault(UNKNOWN_FORMAT, f"{name} template: {what}")
+        content = content if after else TEXT_END.sub("", content)
+        role = match.group(1).lower()
+        turns += [{"role": ROLES.get(role, role), "content": content}] if role else _llama2_exchange(content, number)
     if turns[-1]["role"] == "user" and not turns[-1]["content"].strip():
         turns.pop()
-    return turns
+    return name, turns
 
 
-def _split_at(pattern: re.Pattern[str], text: str) -> tuple[str, str, str]:
-    match = pattern.search(text)
-    return (text[: match.start()], match.group(), text[match.end() :]) if match else (text, "", "")
-
-
-def _llama2_turns(text: str) -> list[Message]:
-    """`<s>[INST] <<SYS>> system <</SYS>> question [/INST] answer </s>`, as Llama 2 and Mistral write it."""
-    turns: list[Message] = []
-    rounds = text.split("[INST]")[1:]
-    for number, exchange in enumerate(rounds, 1):
-        user, closed, answer = exchange.partition("[/INST]")
-        ended = re.search(r"</s>(?:\s|<s>)*$", answer)
-        if not closed or "[/INST]" in answer or (number < len(rounds) and not ended):
-            raise RowFault(UNKNOWN_FORMAT, f"llama2 template: exchange {number} is not closed by [/INST] and </s>")
-        system = LLAMA2_SYSTEM.match(user.strip()) if number == 1 else None
-        if system:
-            turns.append({"role": "system", "content": system.group(1)})
-            user = system.group(2)
-        turns.append({"role": "user", "content": user.strip()})
-        answer = re.sub(r"(?:\s|</s>|<s>)+$", "", answer).strip()
-        if answer or number < len(rounds):
-            turns.append({"role": "assistant", "content": answer})
-    return turns
+def _llama2_exchange(text: str, number: int) -> list[Message]:
+    """`<<SYS>> system <</SYS>> question [/INST] answer`, as Llama 2 and Mistral write it."""
+    user, closed, answer = (part.strip() for part in text.partition("[/INST]"))
+    if not closed or "[/INST]" in answer:
+        raise RowFault(UNKNOWN_FORMAT, f"llama2 template: exchange {number} has not one [/INST]")
+    system = LLAMA2_SYSTEM.match(user) if number == 1 else None
+    turns = [{"role": "system", "content": system.group(1)}] if system else []
+    turns.append({"role": "user", "content": system.group(2) if system else user})
+    return [*turns, {"role": "assistant", "content": answer}] if answer else turns

@@ -18,7 +18,7 @@ from sft.data.ledger import DUPLICATE, LEAK, NEAR_DUPLICATE, Ledger, RowFault
 from sft.data.quality import DataProfile, RowStats, check_flags, row_stats
 from sft.data.readers import DECODER, Progress, RawRow, dump_json
 from sft.data.rows import Row, comparison_text, make_row, prompt_id, to_line
-from sft.data.sources import SourceMix, add_replay, find_sources
+from sft.data.sources import SourcePart, add_replay, find_sources
 from sft.errors import DataError
 
 if TYPE_CHECKING:
@@ -44,12 +44,17 @@ def process(data: DataSection, root: Path, raw_path: str | None = None, on_progr
 
     raw_path counts from the working folder. Raises DataError (nothing to read, cannot write) or Rejected.
     """
-    mix = find_sources(data, root, raw_path)
-    ledger, target = mix.ledger(data.max_dropped), resolve_path(root, data.processed_dir)
+    parts, target = find_sources(data, root, raw_path), resolve_path(root, data.processed_dir)
+    name, kind, encoding = (
+        ", ".join(dict.fromkeys(getattr(part, key) for part in parts)) for key in ("name", "kind", "encoding")
+    )
+    warnings = [line for part in parts for line in part.warnings()]
+    ledger = Ledger(name, kind, encoding, max_dropped=data.max_dropped, warnings=warnings)
     with store.replace_dir(target, FILES, "data.processed_dir") as staged:
         checks = RowChecks(data, root)
-        fixed = _write_rows(mix, checks, staged, ledger, on_progress)
-        ledger.sources = mix.account()
+        fixed = _write_rows(parts, checks, staged, ledger, on_progress)
+        keys = ("name", "rows", "taken", "weight", "limit")
+        ledger.sources = [{key: getattr(part, key) for key in keys} for part in parts]
         _require_good_rows(ledger, staged, target)
         for name, row_id in split.fill_empty(staged, ledger.splits, data.split, fixed).items():
             ledger.warnings.append(f"{name} had no row by its share: the nearest one was moved to it (id {row_id})")
@@ -68,14 +73,14 @@ def process(data: DataSection, root: Path, raw_path: str | None = None, on_progr
 
 
 def _write_rows(
-    mix: SourceMix, checks: RowChecks, staged: Path, ledger: Ledger, on_progress: Progress | None
+    parts: list[SourcePart], checks: RowChecks, staged: Path, ledger: Ledger, on_progress: Progress | None
 ) -> set[str]:
     """Writes every row to its split or the quarantine; returns the ids of rows that may not change their split."""
     data = checks.data
     formats = Formats(data.format, {role: name for role, name in data.columns if name} if data.columns else None)
     with SplitWriter(staged, ledger, list(split.ranges(data.split)), checks.leaks) as writer:
         pending = PendingRows(staged, data) if PendingRows.needed(data) else None
-        for raw in mix.rows(data.split.seed, on_progress):
+        for raw in (raw for part in parts for raw in part.read(data.split.seed, on_progress)):
             ledger.read += 1
             try:
                 row, format = make_row(raw, formats, data.system_prompt)

@@ -135,6 +135,7 @@ CONTROL = re.compile("[\0-\x08\x0e-\x1f\ufffe\uffff]")
 BYTE_ORDER_MARKS = {"utf-32": (b"\xff\xfe\0\0", b"\0\0\xfe\xff"), "utf-16": (b"\xff\xfe", b"\xfe\xff")}
 BELOW_UTF8_LEAD = bytes(range(0xC0))  # bytes that begin no UTF-8 character beyond ASCII
 UNUSED_IN_CP1252 = {0x81, 0x8D, 0x8F, 0x90, 0x9D, 0xFE, 0xFF}  # or hardly ever written
+SURROGATE = re.compile("[\ud800-\udfff]")
 SPACE = re.compile(r"[ \t\r\n]*")
 LIST_START = re.compile(r"\[[ \t\r\n]*([^ \t\r\n])")
 SPLITS = ("train", "val", "valid", "validation", "dev", "eval", "test")
@@ -192,19 +193,14 @@ class Source:
         )
 
 
-def open_source(text: str, path: Path, root: Path, section: Section) -> Source:
+def open_source(path: Path, root: Path, text: str = "", section: Section | None = None) -> Source:
     """The file at `path`; if there is none, the hub data set `text`, of which `section` names config and split.
 
     Raises DataError: no such file, not rows, empty.
     """
     named_as_file = is_data_file(path) or path.suffix.lower() in (".txt", *COMPRESSED)
-    if not path.exists() and HUB_NAME.match(text) and not named_as_file:
+    if section is not None and not path.exists() and HUB_NAME.match(text) and not named_as_file:
         return Source(text, None, None, section.hub_config, section.hub_split)
-    return open_file(path, root)
-
-
-def open_file(path: Path, root: Path) -> Source:
-    """The source in the file at `path`. Raises DataError as `detect_file_type` does."""
     return Source(display_path(path, root), path, detect_file_type(path))
 
 
@@ -297,7 +293,7 @@ def _encoding(path: Path, head: bytes, stream: BinaryIO) -> tuple[str, str, bool
             text = decoder.decode(block, not following)
             leading += len(block.translate(None, BELOW_UTF8_LEAD))
             if not _encodable(text):
-                invalid += "".join(re.findall("[\udc80-\udcff]", text)).encode("utf-8", "surrogateescape")
+                invalid += "".join(SURROGATE.findall(text)).encode("utf-8", "surrogateescape")
         block = following
     if not invalid:
         return "utf-8", "surrogateescape", False, ()
@@ -317,11 +313,8 @@ def _kind(path: Path, text: str) -> tuple[Kind, str]:
     if first[0] in "[{":
         return ("jsonl" if _is_json_lines(lines, may_be_one_line=named == "jsonl" and not cut) else "json"), ","
     header = re.sub(r'"[^"]*"', "", lines[0])
-    delimiter = max(
-        ",\t;|", key=lambda mark: header.count(mark) * (cut or not rest or any(mark in row for row in rest))
-    )
-    if not header.count(delimiter) or not (cut or not rest or any(delimiter in row for row in rest)):
-        delimiter = ""
+    marks = [mark for mark in ",\t;|" if mark in header and (cut or not rest or any(mark in row for row in rest))]
+    delimiter = max(marks, key=header.count, default="")
     objects = sum(line.lstrip().startswith("{") for line in lines[:50])
     if objects * 2 > min(len(lines), 50) or (named == "jsonl" and (objects or not delimiter)):
         return "jsonl", ","
@@ -340,15 +333,14 @@ def _is_json_lines(lines: list[str], *, may_be_one_line: bool) -> bool:
         # A broken first line among lines of objects, or one value that runs over many lines.
         broken = second.startswith("{") and first.startswith("{") and first[-1] not in "{[,"
         return broken or (not second and may_be_one_line)
-    if isinstance(value, dict) and not second:
-        return not any(key in WRAPPERS and _holds_rows(item) for key, item in value.items())
+    if not second:
+        wrapped = (value[key] for key in WRAPPERS if key in value)
+        return isinstance(value, dict) and not any(
+            isinstance(rows, list) and (not rows or isinstance(rows[0], dict)) for rows in wrapped
+        )
     if second == "{" and len(lines) > 2 and lines[2].lstrip().startswith('"'):
         return False  # objects printed over many lines
     return isinstance(value, dict) or second.startswith(("[", "{"))
-
-
-def _holds_rows(value: object) -> bool:
-    return isinstance(value, list) and (not value or isinstance(value[0], dict))
 
 
 @contextmanager
@@ -418,17 +410,20 @@ def _json_lines(source: Source, on_progress: Progress | None) -> Iterator[RawRow
 
 
 def _json_row(source: Source, origin: str, text: str) -> RawRow:
-    if len(text) > MAX_ROW:
-        return RawRow(origin, None, f"longer than {MAX_ROW >> 20} million characters", text)
-    try:
-        if source.type and source.type.invalid_bytes:
-            text.encode("utf-8")
-        return RawRow(origin, parse_json(text))
-    except UnicodeEncodeError as error:
-        encoding = source.type.encoding.upper() if source.type else ""
-        return RawRow(origin, None, f"not {encoding} at column {error.start + 1}", text)
-    except RowFault as fault:
-        return RawRow(origin, None, fault.detail, text)
+    fault = f"longer than {MAX_ROW >> 20} million characters" if len(text) > MAX_ROW else _invalid_text(source, text)
+    if fault is None:
+        try:
+            return RawRow(origin, parse_json(text))
+        except RowFault as error:
+            fault = error.detail
+    return RawRow(origin, None, fault, text)
+
+
+def _invalid_text(source: Source, text: str) -> str | None:
+    """Where `text` holds a byte that is no text in the encoding of its file."""
+    if source.type and source.type.invalid_bytes and (match := SURROGATE.search(text)):
+        return f"not {source.type.encoding.upper()} at column {match.start() + 1}"
+    return None
 
 
 def _json(source: Source, on_progress: Progress | None) -> Iterator[RawRow]:
@@ -469,7 +464,7 @@ class _JsonText:
         self.buffer, self.at, self.start, self._line = "", 0, 0, 1
 
     def line(self) -> int:
-        """The line at the cursor. What lies before it may be dropped from now on."""
+        """The line at the cursor. The text before it may be dropped from now on."""
         self._line += self.buffer.count("\n", self.start, self.at)
         self.start = self.at
         return self._line
@@ -509,18 +504,16 @@ class _JsonText:
         """Moves to the list inside {"version": 1, "data": [...]}; False, and not moved, if this object is a row."""
         self.accept("{")
         while self.peek() == '"':
-            key = self._key()
-            if key in WRAPPERS and self._at_list_of_rows():
+            if self._enter_list():
                 return True
-            self._skip_value(key)
             self.accept(",")
         self.at = self.start
         return False
 
     def leave_wrapper(self) -> None:
         """Moves over the keys after the list, to the end of the object around it."""
-        while self.accept(","):
-            self._skip_value(self._key())
+        while self.accept(",") and self.peek() == '"':
+            self._enter_list(wrappers=())
         if not self.accept("}"):
             raise self.broken("the object around the list of rows is not closed")
 
@@ -528,24 +521,22 @@ class _JsonText:
         where = f"{self.source.path}:{self.line()}"
         return DataError(f"broken JSON: {problem}", where=where, fix="correct the file at that line")
 
-    def _key(self) -> str:
+    def _enter_list(self, wrappers: tuple[str, ...] = WRAPPERS) -> bool:
+        """Moves over a key, then to its value if this is a list of rows under one of `wrappers`, else over it too."""
         key = json.loads(self.value())
         if not self.accept(":"):
             raise self.broken("':' is missing after a key")
-        return str(key)
-
-    def _at_list_of_rows(self) -> bool:
-        opening = self.peek() == "["
-        while (start := LIST_START.match(self.buffer, self.at)) is None and opening and self._more():
-            pass
-        return start is not None and start.group(1) in "{]"
-
-    def _skip_value(self, key: str) -> None:
-        if self.peek() == "[" and key in SPLITS:  # its rows would be lost without notice
-            what = f"the file holds more than one list of rows: {key!r} too"
-            where = f"{self.source.path}:{self.line()}"
-            raise DataError(what, where=where, fix="put each list of rows into a file of its own")
+        if self.peek() == "[":
+            while (start := LIST_START.match(self.buffer, self.at)) is None and self._more():
+                pass
+            if key in wrappers and start and start.group(1) in "{]":
+                return True
+            if key in SPLITS:  # its rows would be lost without notice
+                what = f"the file holds more than one list of rows: {key!r} too"
+                where = f"{self.source.path}:{self.line()}"
+                raise DataError(what, where=where, fix="put each list of rows into a file of its own")
         self.value()
+        return False
 
     def _more(self) -> bool:
         """Drops what was read and doubles the rest of the buffer, so that a long row is decoded a few times only."""
@@ -609,13 +600,13 @@ def _csv(source: Source, on_progress: Progress | None) -> Iterator[RawRow]:
             if not fault and len(cells) != len(header):
                 fault = f"{len(cells)} cells where the header has {len(header)}"
             number, text = lines.row[0]
-            origin, row_text = f"{source.name}:{number}", "".join(line for _, line in lines.row)
             if fault:
-                yield RawRow(origin, None, f"bad CSV: {fault}", text.strip("\r\n"))
-            elif source.type.invalid_bytes and not _encodable(row_text):
-                yield RawRow(origin, None, f"not {source.type.encoding.upper()}", row_text)
+                fault, text = f"bad CSV: {fault}", text.strip("\r\n")
+                yield RawRow(f"{source.name}:{number}", None, fault, text)
+            elif invalid := _invalid_text(source, text := "".join(line for _, line in lines.row)):
+                yield RawRow(f"{source.name}:{number}", None, invalid, text)
             else:
-                yield RawRow(origin, dict(zip(header, cells, strict=True)))
+                yield RawRow(f"{source.name}:{number}", dict(zip(header, cells, strict=True)))
         lines.start_row(again=bool(fault))
 
 
@@ -661,15 +652,12 @@ def _hub(source: Source) -> Iterator[RawRow]:
     except huggingface_hub.errors.GatedRepoError:
         fix = f"request access on https://huggingface.co/datasets/{name}, then: hf auth login"
         raise DataError("the data set is gated", where=where, fix=fix) from None
-    except (datasets.exceptions.DatasetNotFoundError, ConnectionError, OSError) as error:
+    except Exception as error:  # the library raises a dozen kinds for a wrong name, config, split or file
         fix = (
-            "check the name (no file has that name here either); if there is no network, or HF_HUB_OFFLINE is set,"
-            " fetch it once online, or give a file with --raw_path"
+            "check the name (no file has it here either), or name config and split: --set data.hub_config=... --set"
+            " data.hub_split=train; without a network, or with HF_HUB_OFFLINE, give a file with --raw_path"
         )
         raise DataError(f"the data set cannot be loaded: {_first_line(error)}", where=where, fix=fix) from None
-    except Exception as error:  # the library raises a dozen kinds for a wrong config, split or file
-        fix = "name config and split: --set data.hub_config=... --set data.hub_split=train"
-        raise DataError(f"the data set cannot be read: {_first_line(error)}", where=where, fix=fix) from None
     for index, value in enumerate(data_set):
         yield RawRow(f"{name}[{index}]", value)
 

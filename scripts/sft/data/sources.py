@@ -10,9 +10,9 @@ from __future__ import annotations
 import hashlib
 import heapq
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from sft.config.load import display_path, resolve_path
 from sft.config.schema import DataSection, ReplaySection
@@ -28,7 +28,6 @@ from sft.data.readers import (
     Source,
     dump_json,
     is_data_file,
-    open_file,
     open_source,
 )  # fmt: skip
 from sft.data.split import position
@@ -39,7 +38,7 @@ DEFAULTS = ("data/raw/raw.jsonl", "data/raw/raw.json")
 
 @dataclass
 class SourcePart:
-    """One entry of data.sources. rows: counted while it is read; of them `taken` passed weight and limit."""
+    """A file, folder or hub data set. rows: counted while it is read; of them `taken` passed weight and limit."""
 
     name: str
     sources: list[Source]
@@ -47,6 +46,23 @@ class SourcePart:
     limit: int | None = None
     rows: int = 0
     taken: int = 0
+
+    @property
+    def kind(self) -> str:
+        """For the user: "JSON lines, CSV"."""
+        return ", ".join(dict.fromkeys(source.kind for source in self.sources))
+
+    @property
+    def encoding(self) -> str:
+        return ", ".join(dict.fromkeys(source.type.encoding if source.type else "utf-8" for source in self.sources))
+
+    def warnings(self) -> list[str]:
+        """About the files, for the user."""
+        lines = [line for source in self.sources if source.type for line in source.type.warnings]
+        if len(self.sources) > 1:
+            names = ", ".join(source.path.name for source in self.sources[:8] if source.path)
+            lines.append(f"{self.name} is a folder of {len(self.sources)} files, all read as one: {names}")
+        return lines
 
     def read(self, seed: int, on_progress: Progress | None) -> Iterator[RawRow]:
         """The rows that weight and limit let pass, in the order of the files."""
@@ -66,98 +82,47 @@ class SourcePart:
     def _all(self, on_progress: Progress | None) -> Iterator[RawRow]:
         sizes = [source.path.stat().st_size if source.path else 0 for source in self.sources]
         for number, source in enumerate(self.sources):
-            before = sum(sizes[:number])
-
-            def shifted(done: int, total: int, before: int = before) -> None:
-                if on_progress:
-                    on_progress(before + done, sum(sizes) or total)
-
-            for raw in source.rows(shifted):
+            before, total = sum(sizes[:number]), sum(sizes)
+            for raw in source.rows(on_progress and partial(_report_after, on_progress, before, total)):
                 self.rows += 1
                 yield raw
 
 
-@dataclass
-class SourceMix:
-    """Every part, in order. warnings: about the files, for the user."""
-
-    parts: list[SourcePart]
-    warnings: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        for part in self.parts:
-            for source in part.sources:
-                self.warnings += source.type.warnings if source.type else ()
-            if len(part.sources) > 1:
-                names = ", ".join(source.path.name for source in part.sources[:8] if source.path)
-                self.warnings.append(f"{part.name} is a folder of {len(part.sources)} files, all read as one: {names}")
-
-    def ledger(self, max_dropped: float) -> Ledger:
-        """An empty account of these sources."""
-        types = [source.type for part in self.parts for source in part.sources]
-        encodings = dict.fromkeys(file_type.encoding if file_type else "utf-8" for file_type in types)
-        return Ledger(self.name, self.kind, ", ".join(encodings), max_dropped=max_dropped, warnings=list(self.warnings))
-
-    @property
-    def kind(self) -> str:
-        return ", ".join(dict.fromkeys(source.kind for part in self.parts for source in part.sources))
-
-    @property
-    def name(self) -> str:
-        return ", ".join(part.name for part in self.parts)
-
-    def rows(self, seed: int, on_progress: Progress | None = None) -> Iterator[RawRow]:
-        """Every row, part after part; training shuffles them."""
-        for part in self.parts:
-            yield from part.read(seed, on_progress)
-
-    def account(self) -> list[dict[str, Any]]:
-        """For the ledger: how many rows each part had and gave."""
-        keys = ("name", "rows", "taken", "weight", "limit")
-        return [{key: getattr(part, key) for key in keys} for part in self.parts]
+def _report_after(on_progress: Progress, before: int, total: int, done: int, _size: int) -> None:
+    on_progress(before + done, total)
 
 
-def find_sources(data: DataSection, root: Path, raw_path: str | None = None) -> SourceMix:
+def find_sources(data: DataSection, root: Path, raw_path: str | None = None) -> list[SourcePart]:
     """What to process. raw_path: from the command line, so it counts from the working folder and wins.
 
     Raises DataError: nothing there, not rows, empty.
     """
     if raw_path:
-        return SourceMix([_part(raw_path, Path(raw_path), root, data)])
-    if data.raw_path:
-        return SourceMix([_part(data.raw_path, resolve_path(root, data.raw_path), root, data)])
-    if data.sources:
-        parts = [_part(entry.path, resolve_path(root, entry.path), root, entry) for entry in data.sources]
-        for part, entry in zip(parts, data.sources, strict=True):
-            part.weight, part.limit = entry.weight, entry.limit
-        return SourceMix(parts)
-    for default in DEFAULTS:
-        if (root / default).exists():
-            return SourceMix([_part(default, root / default, root, data)])
+        return [open_part(raw_path, Path(raw_path), root, data)]
+    if data.sources and not data.raw_path:
+        parts = [open_part(entry.path, resolve_path(root, entry.path), root, entry) for entry in data.sources]
+        return [replace(part, weight=e.weight, limit=e.limit) for part, e in zip(parts, data.sources, strict=True)]
+    default = next((default for default in DEFAULTS if (root / default).exists()), None)
+    if path := data.raw_path or default:
+        return [open_part(path, resolve_path(root, path), root, data)]
     fix = f"put your rows there, or name the file: make process RAW=FILE; samples: {root / 'data/samples'}"
     raise DataError(f"no raw data: neither {DEFAULTS[0]} nor {DEFAULTS[1]} exists", where=str(root), fix=fix)
 
 
-def _part(text: str, path: Path, root: Path, section: Section) -> SourcePart:
-    sources = expand_path(text, path, root, section)
-    return SourcePart(display_path(path, root) if path.is_dir() else sources[0].name, sources)
+def open_part(text: str, path: Path, root: Path, section: Section) -> SourcePart:
+    """The file at `path`, all files of rows in and below the folder at `path`, or the hub data set `text`.
 
-
-def expand_path(text: str, path: Path, root: Path, section: Section) -> list[Source]:
-    """The file at `path`, all files of rows in and below the folder at `path`, or the hub data set `text`."""
+    Raises DataError: nothing there, not rows, empty.
+    """
     if not path.is_dir():
-        return [open_source(text, path, root, section)]
-    inside = sorted(
-        file
-        for file in path.rglob("*")
-        if file.is_file()
-        and is_data_file(file)
-        and not any(name.startswith(".") for name in file.relative_to(path).parts)
-    )
-    if not inside:
+        source = open_source(path, root, text, section)
+        return SourcePart(source.name, [source])
+    files = [file for file in sorted(path.rglob("*")) if file.is_file() and is_data_file(file)]
+    files = [file for file in files if not any(name.startswith(".") for name in file.relative_to(path).parts)]
+    if not files:
         fix = f"files of rows end in {', '.join(SUFFIXES)} (also {', '.join(COMPRESSED)}), see docs/DATA.md"
         raise DataError("the folder holds no file of rows", where=str(path), fix=fix)
-    return [open_file(file, root) for file in inside]
+    return SourcePart(display_path(path, root), [open_source(file, root) for file in files])
 
 
 def _position(raw: RawRow, seed: str) -> float:
@@ -204,7 +169,7 @@ def _replay_rows(
 ) -> Iterator[tuple[rows.Row, str]]:
     """Usable rows with their format: chat rows, or plain text with an empty input, where all of it is in the loss."""
     formats, seen = Formats("auto", None), set[str]()
-    for source in expand_path(section.path, resolve_path(root, section.path), root, section):
+    for source in open_part(section.path, resolve_path(root, section.path), root, section).sources:
         for raw in source.rows():
             counts["rows"] += 1
             text = raw.value.get("text") if isinstance(raw.value, dict) else None

@@ -117,7 +117,7 @@ def check_data(context: CheckContext) -> Iterator[Finding]:
     data = context.config.data
     processed = resolve_path(context.root, data.processed_dir) / "train.jsonl"
     if data.train_path is None and data.stage in ("auto", "processed") and not processed.exists():
-        raw = sources.find_sources(data, context.root)
+        raw = sources.find_sources(data, context.root)[0]
         yield Finding("warning", "data", f"{raw.name} ({raw.kind}) is not processed yet", "make process")
         return
     stage = store.resolve_stage(data, context.root)
