@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import statistics
 from concurrent.futures import Executor, Future
+from dataclasses import asdict
 from typing import Any
 
 from benchmarks.gpu_bench import CONTEXT, GIB, Bench, window
@@ -29,7 +30,7 @@ def trials(bench: Bench) -> dict[str, Any]:
         lowered += [fitted] if fitted < budget else []
         budget, done = fitted, done + 1
     found = {"model": size, "card_gib": card, "trials": done, "out_of_memory": len(lowered), "budget": budget}
-    found |= {"rehearsed": rehearsed.to_json(), **bench.peaks()}
+    found |= {"rehearsed": asdict(rehearsed), **bench.peaks()}
     del made, optimizer
     bench.cap(None)
     return found
@@ -49,16 +50,15 @@ class _NoGauge:
 
 def _rehearsed(bench: Bench, model: Any, lengths: list[int]) -> Any:
     """The rehearsal that a run has before its first step, on made rows of these lengths."""
-    from sft.memory.probe import CudaGauge
     from sft.step import attention
     from sft.step.step import StepConfig
-    from sft.training.rehearsal import Scene, rehearse
+    from sft.training.autobatch import CudaGauge, Rehearsal
 
     packed = attention.keeps_rows_apart(model)
     config = StepConfig(device=bench.device, packed=packed, autocast=bench.torch.bfloat16)
     rows = [{"id": str(n), "input_ids": [5] * length, "labels": [5] * length} for n, length in enumerate(lengths)]
     gauge = CudaGauge(bench.torch.device("cuda", 0)) if bench.cuda else _NoGauge()
-    return rehearse(Scene(model, config, rows, lengths, rows, len(rows), gauge, limit=30.0))
+    return Rehearsal(model, config, rows, lengths, rows, gauge, most_rows=len(rows), time_limit=30.0).run()
 
 
 def planner(bench: Bench) -> dict[str, Any]:

@@ -21,12 +21,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 
 def measure(rows: list[dict[str, Any]], *, budget: int, effective: int, apart: bool) -> dict[str, Any]:
-    """Real over computed tokens, and over the budgets that were opened, of an epoch's windows."""
+    """Real over computed tokens, and over the budgets that were opened, of an epoch's steps."""
     from sft.step.batch import Collator, split_micro_batches
-    from sft.training.windows import Windows
+    from sft.training.loop import step_batches
 
     real = computed = micros = fullest = 0
-    for indices in Windows(len(rows), effective, 42):
+    for indices in step_batches(len(rows), effective, 42, 0):
         batch = Collator("causal")([dict(rows[index]) for index in indices])
         parts = split_micro_batches(batch, tokens=budget, packed=apart)
         real += int(batch["lengths"].sum())

@@ -25,7 +25,6 @@ sys.path[:0] = [str(HOME / "scripts"), str(HOME)]
 from tests.training import bench
 
 from sft import files
-from sft.training import checkpoint
 
 SAVES = 12
 
@@ -34,24 +33,20 @@ def measure(mode: str, folder: Path) -> dict[str, Any]:
     """Seconds of each save but the first (which imports), and the size of a checkpoint."""
     train = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2, "max_steps": SAVES + 1}
     settings = bench.config(HOME / "models" / "demo", folder / "outputs" / mode, tuning={"mode": mode}, train=train)
-    trainer, seconds = bench.trainer(settings, validation=0), []
-    real = checkpoint.save_checkpoint
+    loop, seconds = bench.make_loop(settings, validation=0), []
+    save = loop.save
 
-    def timed(*args: Any) -> Path:
+    def timed() -> None:
         began = time.perf_counter()
-        made = real(*args)
+        save()
         seconds.append(time.perf_counter() - began)
-        return made
 
-    checkpoint.save_checkpoint = timed
-    try:
-        trainer.fit(None)
-    finally:
-        checkpoint.save_checkpoint = real
+    loop.save = timed
+    loop.fit()
     kept = seconds[1:]
     return {
         "mode": mode,
-        "mib": round(files.size(trainer.keeper.run.checkpoints()[-1]) / 2**20, 2),
+        "mib": round(files.size(loop.checkpoints.run.checkpoints()[-1]) / 2**20, 2),
         "median_s": round(statistics.median(kept), 3),
         "worst_s": round(max(kept), 3),
         "share_of_100_steps_of_1_s": round(statistics.median(kept) / 100, 5),

@@ -1,7 +1,7 @@
 """Who is measured: our trainer, plain transformers, TRL. Each trains the same model on the same rows for one epoch.
 
-A side's clock runs from the trainer's `on_train_begin` to the end of its last step: data loading, collation and every
-callback are in it, building the trainer and saving are not.
+A side's clock runs from the start of training to the end of its last step: data loading, collation and every callback
+are in it, building the trainer and saving are not.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
@@ -28,11 +29,9 @@ from sft.config.schema import Config
 from sft.model import hardware
 from sft.step import attention
 from sft.step.step import evaluate_loss, make_step_config
-from sft.training import plan
 from sft.training.checkpoint import CheckpointManager
-from sft.training.flow import Flow
-from sft.training.signals import SignalHandler
-from sft.training.trainer import WindowTrainer
+from sft.training.job import make_schedule
+from sft.training.loop import TrainingLoop
 
 
 @dataclass(frozen=True)
@@ -74,6 +73,23 @@ class Clock(TrainerCallback):
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self.ended = self._now()
 
+    def time(self, loop: TrainingLoop) -> None:
+        """Trains our loop, with the same figures taken at the same moments."""
+        after_step = loop.after_step
+
+        def timed_after_step(grad_norm: float, learning_rate: float) -> bool:
+            stop = after_step(grad_norm, learning_rate)
+            self.ended = self._now()
+            return stop
+
+        loop.after_step = timed_after_step  # type: ignore[method-assign]
+        hook = loop.optimizer.optimizer.register_step_pre_hook(
+            lambda *_: self.on_pre_optimizer_step(None, None, None, model=loop.model)
+        )
+        self.on_train_begin()
+        loop.fit()
+        hook.remove()
+
 
 @dataclass(frozen=True)
 class Took:
@@ -89,7 +105,11 @@ class Side:
     """One way of training, with a model of its own whose adapter starts each round as it was made."""
 
     def __init__(
-        self, name: str, model: Any, settings: Settings, make: Callable[[Any, list[Row], Settings], Trainer]
+        self,
+        name: str,
+        model: Any,
+        settings: Settings,
+        make: Callable[[Any, list[Row], Settings], Trainer | TrainingLoop],
     ) -> None:
         self.name, self.model, self.settings, self.make = name, model, settings, make
         self.start = {key: p.detach().clone() for key, p in model.named_parameters() if p.requires_grad}
@@ -102,10 +122,13 @@ class Side:
         clock = Clock(self.settings.device)
         with _quiet():
             trainer = self.make(self.model, rows, self.settings)
-            trainer.remove_callback(PrinterCallback)
-            trainer.add_callback(clock)
             memory = Memory(self.settings.device)
-            trainer.train()
+            if isinstance(trainer, TrainingLoop):
+                clock.time(trainer)
+            else:
+                trainer.remove_callback(PrinterCallback)
+                trainer.add_callback(clock)
+                trainer.train()
         return Took(clock.ended - clock.began, memory.risen(), clock.norms, self._loss(rows))
 
     def _loss(self, rows: list[Row]) -> float:
@@ -138,20 +161,19 @@ def config(settings: Settings) -> Config:
     return auto.resolve(Config.model_validate(raw), facts).config
 
 
-def ours(model: Any, rows: list[Row], settings: Settings) -> Trainer:
+def ours(model: Any, rows: list[Row], settings: Settings) -> TrainingLoop:
     resolved = config(settings)
     run = runs.at(Path(resolved.train.output_dir), settings.folder)
     run.folder.mkdir(parents=True, exist_ok=True)
-    steps = plan.make(resolved, len(rows), validation=False)
-    return WindowTrainer(
+    AcceleratorState._reset_state()  # of a peer's other precision
+    return TrainingLoop(
         model,
-        steps.arguments(resolved.train, run, device=settings.device),
         rows,
         [],
-        effective_batch=settings.rows,
-        step_config=make_step_config(resolved.train, model, "causal", settings.device),
-        keeper=CheckpointManager(run, 1, lambda _: None),
-        flow=Flow(steps, SignalHandler(run.folder), resolved.train.early_stopping),
+        config=resolved,
+        schedule=make_schedule(resolved, len(rows), validation=False),
+        step=make_step_config(resolved.train, model, "causal", settings.device),
+        checkpoints=CheckpointManager(run, 1, lambda _: None),
     )
 
 

@@ -4,7 +4,7 @@
     accelerate launch --config_file env/accelerate_config.yaml scripts/train.py --config configs/run_bnb.yaml
 
 Reads data/processed (or what data.stage says); writes outputs/<run>, outputs/tb/<run> and adapters/<run>, or
-outputs/<run>/model in full mode. Unfinished runs are taken up by themselves.
+outputs/<run>/model in full mode. Unfinished runs resume automatically.
 """
 
 from __future__ import annotations
@@ -26,62 +26,78 @@ python scripts/train.py --resume outputs/run/checkpoint-200
 
 
 def build_parser() -> argparse.ArgumentParser:
-    made = console.parser("Fine-tune a model on your rows.", EXAMPLES)
-    made.add_argument(
+    parser = console.parser("Fine-tune a model on your rows.", EXAMPLES)
+    parser.add_argument(
         "--resume",
         metavar="auto|never|PATH",
         default="auto",
-        help="auto (the default) takes up the newest run if it is unfinished; never starts a new one; or a folder",
+        help="auto (the default) resumes the newest run if it is unfinished; never starts a new one; or a folder",
     )
-    made.add_argument("--dry-run", action="store_true", help="show settings and steps; load no weights, make no run")
-    made.add_argument("--force", action="store_true", help="try it though the plan says that it does not fit")
-    made.add_argument(
-        "--allow-change", metavar="KEY", action="append", default=[], help="resume though KEY of the stamp has changed"
+    parser.add_argument("--dry-run", action="store_true", help="show settings and steps; load no weights, start no run")
+    parser.add_argument("--force", action="store_true", help="train even if the memory plan says that it does not fit")
+    parser.add_argument(
+        "--allow-change",
+        metavar="KEY",
+        action="append",
+        default=[],
+        help="resume although this setting of the run has changed (the refusal names the keys)",
     )
-    return made
+    return parser
 
 
 def main(args: argparse.Namespace) -> dict[str, Any] | None:
     from sft import runs
     from sft.config.load import load
+    from sft.memory import plan
     from sft.preflight import disk_space
-    from sft.training import preparation
+    from sft.training import distributed
+    from sft.training import job as jobs
 
     if os.environ.get("RANK", "0") != "0":
-        logging.getLogger("sft").setLevel(logging.ERROR)  # what is to be said, the first process says
+        logging.getLogger("sft").setLevel(logging.ERROR)  # warnings are for the first process to give
     root = console.project_root()
+
+    # 1. the config and the run
     loaded = load(args.config, args.set, root=root)
-    runs.check_place(loaded.config.train.output_dir, root)
-    resumed = runs.open_run(loaded.config.train.output_dir, root, args.resume)
-    with console.progress("reading rows") as report:
-        job = preparation.prepare(loaded, root, report, resumed.checkpoint)
-
-    from sft.memory import plan
-    from sft.training import building, distributed, finish, measured, overview
-
+    output_dir = loaded.config.train.output_dir
+    runs.check_place(output_dir, root)
     distributed.start()
-    opened = distributed.on_rank0(lambda: runs.open_run(loaded.config.train.output_dir, root, args.resume))
-    say(overview.before(job, opened))
+    opened = distributed.on_rank0(lambda: runs.open_run(output_dir, root, args.resume))
+
+    # 2. the rows, and every setting resolved
+    with console.progress("reading rows") as report:
+        job = jobs.prepare(loaded, root, report, opened.checkpoint)
+    say(jobs.describe(job, opened))
+
+    # 3. whether disk and memory suffice
     distributed.on_rank0(lambda: disk_space.require_disk_space(job.config, job.files, opened.run))
-    asked = job.config.model_copy(update={"train": job.asked})
+    unresolved = job.config.model_copy(update={"train": job.unresolved})
     distributed.on_rank0(
-        lambda: plan.memory_check(asked, job.files, job.device, root, longest=job.rows.longest, force=args.force)
+        lambda: plan.memory_check(unresolved, job.files, job.device, root, longest=job.rows.longest, force=args.force)
     )
     if args.dry_run:
-        return overview.as_json(job, opened)
-    with building.hold(job, opened, args.allow_change) as accepted:
+        return jobs.as_json(job, opened)
+
+    with jobs.hold_run(job, opened, args.allow_change) as accepted:
         say([f"accepted, though changed since the run began: {change}" for change in accepted])
+        # 4. the model, 5. the training loop
         with console.progress("training") as report:
-            trainer = building.build(job, opened, root, report if sys.stderr.isatty() else None)
-            trainer.fit(opened.checkpoint)
-        finish.stop_if_asked(trainer, opened.run)
-        summary = finish.finish(job, trainer, opened.run, root)
+            job, loop = jobs.make_loop(job, opened, root, report if sys.stderr.isatty() else None)
+            loop.fit(opened.checkpoint)
+        jobs.require_finished(loop, opened.run)
+        # 6. the adapter or model, the summary
+        summary = jobs.finish(job, loop, opened.run, root)
     if distributed.rank() != 0:
         return None
-    measured.record_run(job, trainer, summary, root)
-    say(overview.after(job, summary, opened.run, root))
+    say(jobs.describe_result(job, summary, root))
+
+    # 7. merged weights, where the config asks for them
     if job.config.train.merge_at_end and job.config.tuning.mode != "full":
-        say([f"merged into {finish.merge(job, opened.run, root)}"])
+        from sft.ship.merge import merge
+
+        merged = opened.run.folder / "merged"
+        merge(opened.run.adapter_dir, merged, "bf16" if job.device.bf16 else "fp16", root)
+        say([f"merged into {merged}"])
     return summary
 
 

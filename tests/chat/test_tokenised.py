@@ -17,7 +17,7 @@ from sft.chat.dataset import RunLedger, Split, Tokenised, Tokeniser, fingerprint
 from sft.chat.encode import Encoded
 from sft.data import rows, store
 from sft.generation.load import shared_system_text
-from sft.training import rows as training_rows
+from sft.training import job
 from tests.chat import words
 from tests.chat.making import all_of, named
 from tests.test_architecture import imports
@@ -205,11 +205,11 @@ def test_a_run_reads_its_rows_with_the_right_questions_and_says_what_is_given_aw
     train = put(tmp_path / "train.jsonl", [row(number) for number in range(40)])
     held = [row(2, id="v0"), row(50, id="v1", references=["Bob.", "Ann."]), row(51, id="v2", assistant="Ann " * 90)]
     stage = store.Stage("given", train, put(tmp_path / "val.jsonl", held), None)
-    for kept in ([], ["train", "val"]):
-        found = training_rows.read(stage, encoder(), questions=5, cache=tmp_path / "c")
-        assert found.kept == kept and found.system == "Be brief." and found.leaks == 1
-        assert [rows.row_id(row) for row in found.asked] == ["v0", "v1"]
-        assert rows.references(found.asked[1]) == ["Bob.", "Ann."]
-        assert found.ledger()["val"]["reasons"] == {"over length": 1} and "loss flatters" in caplog.text
+    for _ in ("encoded", "from the cache"):
+        found = job.read_rows(stage, encoder(), answered=5, cache=tmp_path / "c")
+        assert found.system == "Be brief." and found.leaks == 1
+        assert [rows.row_id(row) for row in found.answer_rows] == ["v0", "v1"]
+        assert rows.references(found.answer_rows[1]) == ["Bob.", "Ann."]
+        assert found.ledger()["val"]["reasons"] == {"over length": 1} and "validation loss is optimistic" in caplog.text
         assert found.longest == max(len(one["input_ids"]) for one in found.train) and len(found.train) > 20
     assert len(Tokenised()) == 0 and list(Tokenised()) == []

@@ -23,7 +23,7 @@ from tests.faults.faulty_disk import FaultyDisk
 from tests.training import project
 
 MODES = ("lora", "qlora", "full", "seq2seq")
-HEAVY = ("sft.training.building", "sft.training.finish", "sft.ship.merge")
+HEAVY = ("sft.training.job", "sft.training.loop", "sft.training.autobatch", "sft.ship.merge")
 SETTINGS = (
     "eval.train_sample=0",
     "train.save_total_limit=1",

@@ -19,11 +19,9 @@ from sft.data import store
 from sft.errors import DataError, ModelError, RunError
 from sft.generation import decode, engine, evaluate
 from sft.generation import load as serving
-from sft.generation.engine import truncate_prompt
-from sft.generation.evaluate import questions
 from sft.model import hardware
 from sft.model import load as model_load
-from sft.training.answers import Answers
+from sft.training.job import SampleAnswers
 from tests import tiny_models
 from tests.generation import tiny_runs
 
@@ -110,11 +108,9 @@ def test_chat_batch_evaluation_and_training_give_the_same_text(
     chat = ["".join(served.stream(records.messages(row)[:-1], config.generation)) for row in rows]
     measured = [sample["prediction"] for sample in evaluate.evaluate(served, rows, config, root).samples]
     assert len(set(batch)) > 1 and batch == chat == measured
-    room = engine.max_prompt_tokens(served.model, config.generation, "causal")
-    asked = questions(lambda row: truncate_prompt(served.encoder, row, room), rows, config, root)
-    training = Answers(config, root, served.tokenizer, served.encoder, asked, "causal")
-    training(served.model.train())
-    assert training.samples is not None and batch[0] in training.samples
+    answers = SampleAnswers(config, root, served.model, served.tokenizer, served.encoder, "causal", rows)
+    _, samples = answers(served.model.train())
+    assert batch[0] in samples
 
 
 def test_an_adapter_of_another_base_is_refused(project: Path, tmp_path: Path) -> None:

@@ -7,11 +7,8 @@ from pathlib import Path
 
 import pytest
 
-import plan as plan_command
 import train as command
 from sft.errors import EnvironmentProblem
-from sft.memory import plan
-from sft.training import measured
 from tests.training import project
 
 
@@ -19,23 +16,6 @@ from tests.training import project
 def root(tmp_path: Path, tiny_qwen2: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("SFT_ROOT", str(tmp_path))
     return project.make(tmp_path, tiny_qwen2)
-
-
-def test_a_run_leaves_its_speed_for_the_next_plan(
-    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    project.run(root)
-    assert plan.read(root) == []  # seconds of steps say nothing of a device
-    monkeypatch.setattr(measured, "ENOUGH", 0.0)
-    summary = project.run(root, "train.eval_strategy=no", "train.load_best_model_at_end=false")
-    (ran,) = plan.read(root)
-    assert (ran.gpu, ran.stage, ran.allocated_gib) == ("cpu", "run", None)
-    assert ran.tokens_per_second == summary["tokens_per_second"]
-    line = ["--config", str(root / "config.yaml"), "--gpu", "cpu"]
-    time = plan_command.main(plan_command.build_parser().parse_args(line))["time"]
-    assert time["speed"] == "measured here: 1 earlier run of this model"
-    assert time["tokens_per_second"] == pytest.approx(ran.tokens_per_second, rel=0.5)
-    assert "measured here: 1 earlier run of this model" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""A trainer on made-up token rows: the loop, checkpoints and resuming without files of rows or templates."""
+"""A training loop on made-up token rows: no files of rows, no templates."""
 
 from __future__ import annotations
 
@@ -11,15 +11,13 @@ from sft.config import auto
 from sft.config.schema import Config
 from sft.model import hub
 from sft.step.step import make_step_config
-from sft.training import model, plan
+from sft.training import job
 from sft.training.checkpoint import CheckpointManager
-from sft.training.flow import Flow
-from sft.training.signals import SignalHandler
-from sft.training.trainer import WindowTrainer
+from sft.training.loop import TrainingLoop
 
 
 def features(count: int, *, seed: int = 0, kind: str = "causal") -> list[dict[str, Any]]:
-    """Rows of 6 to 20 tokens, the last half labelled; the labels follow a rule that can be learnt."""
+    """Rows of 6 to 20 tokens, the last half labelled; the labels follow a rule that a model can learn."""
     draw = random.Random(seed)
     rows = []
     for index in range(count):
@@ -44,34 +42,35 @@ def config(folder: Path, out: Path, **sections: dict[str, Any]) -> Config:
     return auto.resolve(parsed, auto.Facts(device="cpu", parameters=100_000, train_rows=10)).config
 
 
-def trainer(settings: Config, *, rows: int = 10, validation: int = 4, callbacks: Any = ()) -> WindowTrainer:
-    """The trainer of `settings` on made-up rows; 10 rows in steps of 4 are 3 windows an epoch, the last one smaller."""
-    files = hub.find(settings.model, Path("/"))
-    made = model.build(settings, files, "bnb", device="cpu")
+def make_loop(settings: Config, *, rows: int = 10, validation: int = 4, **more: Any) -> TrainingLoop:
+    """The training loop of `settings` on made-up rows; 10 rows in steps of 4 are 3 steps an epoch.
+
+    more: further arguments of TrainingLoop.
+    """
+    model_files = hub.find(settings.model, Path("/"))
+    model = job.load_model(settings, model_files, "bnb", device="cpu")
     out = Path(settings.train.output_dir)
     run = runs.at(out, out.parent.parent)
     run.folder.mkdir(parents=True, exist_ok=True)
-    steps = plan.make(settings, rows, validation=validation > 0)
-    flow = Flow(steps, SignalHandler(run.folder), settings.train.early_stopping)
-    return WindowTrainer(
-        made,
-        steps.arguments(settings.train, run, device="cpu"),
-        features(rows, kind=files.kind),
-        features(validation, seed=1, kind=files.kind),
-        effective_batch=int(settings.train.effective_batch),
-        step_config=make_step_config(settings.train, made, files.kind, "cpu"),
-        keeper=CheckpointManager(
+    return TrainingLoop(
+        model,
+        features(rows, kind=model_files.kind),
+        features(validation, seed=1, kind=model_files.kind),
+        config=settings,
+        schedule=job.make_schedule(settings, rows, validation=validation > 0),
+        step=make_step_config(settings.train, model, model_files.kind, "cpu"),
+        checkpoints=CheckpointManager(
             run, settings.train.save_total_limit, lambda folder: runs.write_resolved(folder, settings)
         ),
-        flow=flow,
-        callbacks=callbacks,
-        on_nan=settings.train.on_nan,
+        **more,
     )
 
 
-def trained(trainer: WindowTrainer) -> dict[str, Any]:
+def trained(loop: TrainingLoop) -> dict[str, Any]:
     """The trained weights by name, copied."""
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    return {name: p.detach().clone() for name, p in loop.model.named_parameters() if p.requires_grad}
 
 
-__all__ = ["config", "features", "trained", "trainer"]
+def logged(loop: TrainingLoop, key: str) -> list[float]:
+    """The values of `key` in the loop's history, in order."""
+    return [entry[key] for entry in loop.progress.log_history if key in entry]

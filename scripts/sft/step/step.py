@@ -365,19 +365,6 @@ def _versions(optimizer: Any, weights: Sequence[nn.Parameter]) -> list[int]:
     return [tensor._version for tensor in (*weights, *state) if isinstance(tensor, Tensor)]
 
 
-class CarefulOptimizer:
-    """An optimizer whose `step` is `optimizer_step`; otherwise the optimizer as it is."""
-
-    def __init__(self, optimizer: Any, on_retry: Callable[[], None]) -> None:
-        self.optimizer, self._on_retry = optimizer, on_retry
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["optimizer"], name)
-
-    def step(self, closure: Any = None) -> None:
-        optimizer_step(self.optimizer, self._on_retry)
-
-
 SMALL = 2**20  # bytes: smaller tensors stay on the GPU, where the transfer would cost more than they do
 MOST_GAPS = 1.25  # a tensor whose strides span more than this times its numbers is stored without its strides
 

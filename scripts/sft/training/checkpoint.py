@@ -1,4 +1,9 @@
-"""The weights that training changes, to and from safetensors: an adapter's, or the whole model's."""
+"""Checkpoints: what a resumed run needs, written so that a folder is either whole or absent.
+
+A checkpoint holds the trained weights (safetensors), the optimizer, the learning-rate schedule, the random state of
+every rank, the loop's progress, the resolved config and the fingerprint of the run's settings. It is written to a
+staged folder, synced, listed in its manifest and renamed; only then are older checkpoints removed.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +11,7 @@ import json
 import logging
 import random
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +23,157 @@ from sft import files, runs
 from sft.errors import EnvironmentProblem, RunError
 from sft.model import adapters
 from sft.runs import Run, step_of
+from sft.step.step import out_of_memory, release_memory
+
+log = logging.getLogger("sft.training")
+OPTIMIZER, RNG, SCHEDULER, SCALER = "optimizer.pt", "rng.pt", "scheduler.json", "scaler.json"
+PROGRESS, SESSION, FINGERPRINT = "trainer_state.json", runs.SESSION, "backend.json"
+
+
+@dataclass
+class Progress:
+    """How far a run has come, as trainer_state.json; the keys are those of transformers' Trainer.
+
+    log_history: every logged entry, with its step. best_global_step, best_metric: of the best evaluation so far.
+    """
+
+    global_step: int = 0
+    max_steps: int = 0
+    epoch: float = 0.0
+    best_global_step: int | None = None
+    best_metric: float | None = None
+    log_history: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, checkpoint: Path) -> Progress:
+        """The progress in a checkpoint; keys that only transformers' Trainer writes are ignored."""
+        stored = read_state(checkpoint, PROGRESS)
+        return cls(**{each.name: stored[each.name] for each in fields(cls) if each.name in stored})
+
+
+@dataclass
+class TrainState:
+    """All that the next step depends on, at a step boundary.
+
+    session: counts so far and the settings in force (see `TrainingLoop`). rng: one state for each rank.
+    """
+
+    progress: Progress
+    model: Any
+    optimizer: Any
+    scheduler: Any
+    rng: list[dict[str, Any]]
+    session: dict[str, Any] = field(default_factory=dict)
+    scaler: Any = None
+
+
+@dataclass(frozen=True)
+class CheckpointManager:
+    """Writes a run's checkpoints and keeps the newest `limit` of them, besides the best.
+
+    write_settings: writes the resolved config and the run's fingerprint into a folder.
+    """
+
+    run: Run
+    limit: int
+    write_settings: Callable[[Path], None]
+
+    def folder(self, step: int) -> Path:
+        """The folder of the checkpoint at `step`."""
+        return self.run.folder / f"checkpoint-{step}"
+
+    def save(self, state: TrainState) -> Path:
+        """Writes a checkpoint, once more if memory runs out meanwhile, then removes old ones.
+
+        Raises EnvironmentProblem when the disk refuses; older checkpoints then stay.
+        """
+        try:
+            return self._save(state)
+        except (EnvironmentProblem, RuntimeError, MemoryError) as error:
+            if not (out_of_memory(error) or out_of_memory(error.__cause__)):
+                raise
+        release_memory()
+        log.warning("out of memory while saving: trying once more")
+        return self._save(state)
+
+    def _save(self, state: TrainState) -> Path:
+        target = self.folder(state.progress.global_step)
+        try:
+            with files.atomic_folder(target) as staged:
+                self._fill(staged, state)
+                files.write_manifest(staged)
+        except EnvironmentProblem as error:
+            older = [path.name for path in self.run.checkpoints()]
+            raise EnvironmentProblem(
+                f"{error.what}; a checkpoint takes about {checkpoint_bytes(state) / 2**20:,.1f} MiB",
+                where=error.where,
+                fix="free disk space and run the same command: it resumes from "
+                + (older[-1] if older else "the start of the run"),
+            ) from error
+        if problem := files.manifest_problem(target, hashes=False):
+            raise RunError(f"{target.name} was not written completely: {problem}", fix="check the disk")
+        self._remove_old(state.progress)
+        return target
+
+    def _fill(self, folder: Path, state: TrainState) -> None:
+        save_weights(state.model, folder)
+        files.put(folder / OPTIMIZER, lambda path: torch.save(state.optimizer.state_dict(), path))
+        files.put(folder / RNG, lambda path: torch.save(state.rng, path))
+        parts = {SCHEDULER: state.scheduler.state_dict(), SESSION: state.session, PROGRESS: asdict(state.progress)}
+        if state.scaler is not None:
+            parts[SCALER] = state.scaler.state_dict()
+        for name, value in parts.items():
+            files.put(folder / name, json.dumps(value, indent=1) + "\n")
+        self.write_settings(folder)
+
+    def _remove_old(self, progress: Progress) -> None:
+        """Removes the oldest checkpoints up to this step; never the best one, nor one of a later step."""
+        keep = {self.folder(progress.best_global_step or 0), self.folder(progress.global_step)}
+        past = [path for path in self.run.checkpoints() if step_of(path) <= progress.global_step]
+        for path in past[: -self.limit]:
+            if path not in keep:
+                try:
+                    files.remove(path)
+                except EnvironmentProblem as error:
+                    log.warning("%s is no longer needed but could not be removed: %s", path.name, error.what)
+
+    def archive_newer(self, step: int) -> None:
+        """Renames checkpoints of later steps than the one that is resumed."""
+        for path in self.run.checkpoints():
+            if step_of(path) > step:
+                archived = path.with_name(f"set-aside-{path.name}")
+                files.remove(archived)
+                files.rename(path, archived)
+                log.info("%s is newer than the checkpoint being resumed; renamed to %s", path.name, archived.name)
+
+
+def checkpoint_bytes(state: TrainState) -> int:
+    """Bytes of the trained weights and of the optimizer's state for them."""
+    moments = [value for moments in state.optimizer.state.values() for value in moments.values()]
+    tensors = [tensor for tensor in moments if isinstance(tensor, torch.Tensor)]
+    tensors += [weight for weight in state.model.parameters() if weight.requires_grad]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def read_state(checkpoint: Path, name: str) -> Any:
+    """One of the checkpoint's state files."""
+    if name.endswith(".pt"):
+        return torch.load(checkpoint / name, map_location="cpu", weights_only=True)
+    return json.loads((checkpoint / name).read_text(encoding="utf-8"))
 
 
 def is_adapter(model: torch.nn.Module) -> bool:
-    """True for a model whose adapter alone is trained."""
+    """Whether only an adapter of this model is trained."""
     return hasattr(model, "peft_config")
 
 
 def save_weights(model: Any, folder: Path) -> None:
-    """Writes the trained weights into `folder`: the adapter with its config, or the model as transformers keeps it."""
+    """Writes the trained weights into `folder`: the adapter with its config, or the whole model."""
     files.put(folder, (lambda to: adapters.save(model, to)) if is_adapter(model) else model.save_pretrained)
 
 
 def load_weights(model: Any, folder: Path) -> None:
-    """Puts the weights that `save` wrote into the model in place, bit for bit. Raises RunError if they do not fit."""
+    """Loads what `save_weights` wrote into the model, bit for bit. Raises RunError where the names differ."""
     if is_adapter(model):
         from peft import set_peft_model_state_dict
 
@@ -39,11 +181,11 @@ def load_weights(model: Any, folder: Path) -> None:
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         missing = [name for name in result.missing_keys if name in trained]
     else:
-        parts = sorted(folder.glob("model*.safetensors"))
-        state = {name: tensor for part in parts for name, tensor in load_file(part).items()}
+        parts = [load_file(part) for part in sorted(folder.glob("model*.safetensors"))]
+        state = {name: tensor for part in parts for name, tensor in part.items()}
         result = model.load_state_dict(state, strict=False)
-        kept = {id(parameter) for name, parameter in model.named_parameters() if name in state}
-        tied = {name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in kept}
+        loaded = {id(parameter) for name, parameter in model.named_parameters() if name in state}
+        tied = {name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in loaded}
         missing = [name for name in result.missing_keys if name not in tied]
     if missing or result.unexpected_keys:
         wrong = [*missing, *result.unexpected_keys]
@@ -54,167 +196,22 @@ def load_weights(model: Any, folder: Path) -> None:
         )
 
 
-STAMP = "backend.json"
-FOLLOWS = {
-    "data": "rows that were learnt may come again, others not in this epoch",
-    "seed": "the order of rows is another from here on",
-    "effective_batch": "the epoch goes on at the row that this many steps of the new size reach",
-    "world_size": "dropout draws other numbers",
-    "template": "what was learnt so far was written otherwise",
-    "weights": "the adapter was made for other weights",
-    "revision": "the adapter goes on over that revision's weights",
-    "max_seq_len": "other rows may be left out, or cut otherwise",
-    "labels": "other tokens are learnt from here on",
-    "total_steps": "the rate jumps to where the new plan has it",
-    "learning_rate": "the rate jumps to where the new plan has it",
-    "lr_scheduler_type": "the rate jumps to where the new plan has it",
-    "warmup_steps": "the rate jumps to where the new plan has it",
-    "weight_decay": "it holds from the next step",
-    "max_grad_norm": "it holds from the next step",
-    "label_smoothing": "it holds from the next step, and losses before and after do not compare",
-}
-FIXED = {"backend", "mode", "kind", "base_model", "precision", "lora", "optim"}
+def restore_optimizer(checkpoint: Path, optimizer: Any, scheduler: Any) -> None:
+    """Loads the state of both. Each parameter group keeps the peak rate and weight decay of the current config.
 
-
-def write_fingerprint(folder: Path, stamp: dict[str, Any]) -> None:
-    """Records the stamp in a run's or a checkpoint's folder."""
-    files.write_json(folder / STAMP, stamp)
-
-
-def check_fingerprint(folder: Path, stamp: dict[str, Any], allowed: Iterable[str] = ()) -> list[str]:
-    """Compares with the stamp in `folder`; returns the changes that `allowed` accepts, as text.
-
-    Raises RunError with every other difference (was, is). A change of what is FIXED can never be accepted: the
-    weights would not fit, or would be others.
+    These differ from the stored ones only where --allow-change accepted that.
     """
-    try:
-        old = json.loads((folder / STAMP).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunError(
-            f"{STAMP} cannot be read ({type(error).__name__}), so nobody knows what the checkpoint belongs to",
-            where=str(folder / STAMP),
-            fix="--resume never starts a new run",
-        ) from None
-    new = json.loads(json.dumps(stamp, default=str))
-    changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
-    lines = {key: f"{key}: was {old.get(key)}, is {new.get(key)}" for key in changed}
-    refused = [key for key in changed if key in FIXED or key not in set(allowed)]
-    if not refused:
-        return [line + (f" ({FOLLOWS[key]})" if key in FOLLOWS else "") for key, line in lines.items()]
-    fix = "--resume never starts a new run; or set them back"
-    if not FIXED & set(refused):
-        fix += "; or accept what follows: " + " ".join(f"--allow-change {key}" for key in refused)
-    raise RunError(
-        "this run was started with other settings, so it cannot be taken up:\n"
-        + "\n".join(f"  {lines[key]}" for key in refused),
-        where=str(folder / STAMP),
-        fix=fix,
-    )
-
-
-log = logging.getLogger("sft.training")
-OPTIMIZER, RNG, SCHEDULER, SCALER = "optimizer.pt", "rng.pt", "scheduler.json", "scaler.json"
-STATE, SESSION = "trainer_state.json", runs.SESSION
-
-
-@dataclass(frozen=True)
-class CheckpointManager:
-    """Where checkpoints go, how many stay besides the best, and what goes into each besides the state."""
-
-    run: Run
-    limit: int
-    beside: Callable[[Path], None]  # writes the resolved config and the stamp into the staged folder
-
-
-@dataclass
-class TrainState:
-    """All that a resumed run needs, at a step boundary."""
-
-    step: int
-    model: Any
-    optimizer: Any
-    scheduler: dict[str, Any]
-    rng: list[dict[str, Any]]  # one for each rank
-    trainer_state: Callable[[Path], None]  # writes the trainer's own state as JSON
-    session: dict[str, Any] = field(default_factory=dict)  # tokens and seconds so far, the budget in force
-    scaler: dict[str, Any] | None = None
-
-
-def folder_of(run: Run, step: int) -> Path:
-    """The folder of the checkpoint at `step`."""
-    return run.folder / f"checkpoint-{step}"
-
-
-def save_checkpoint(keeper: CheckpointManager, snapshot: TrainState, best_step: int | None) -> Path:
-    """Writes, verifies, then rotates. Raises EnvironmentProblem when the disk refuses; older checkpoints then stay."""
-    target = folder_of(keeper.run, snapshot.step)
-    try:
-        with files.atomic_folder(target) as staged:
-            _fill(staged, keeper, snapshot)
-            files.write_manifest(staged)
-    except EnvironmentProblem as error:
-        older = [path.name for path in keeper.run.checkpoints()]
-        raise EnvironmentProblem(
-            f"{error.what}; a checkpoint takes about {checkpoint_bytes(snapshot) / 2**20:,.1f} MiB",
-            where=error.where,
-            fix=f"make room and run the same command: it takes up {older[-1] if older else 'the run from its start'}",
-        ) from error
-    if problem := files.manifest_problem(target):
-        raise RunError(f"{target.name} did not survive being written: {problem}", fix="check the disk")
-    _rotate(keeper, snapshot.step, best_step)
-    return target
-
-
-def checkpoint_bytes(snapshot: TrainState) -> int:
-    """Bytes of the trained weights and of what the optimizer keeps for them."""
-    moments = [value for kept in snapshot.optimizer.state.values() for value in kept.values()]
-    tensors = [tensor for tensor in moments if isinstance(tensor, torch.Tensor)]
-    tensors += [weight for weight in snapshot.model.parameters() if weight.requires_grad]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def _fill(folder: Path, keeper: CheckpointManager, snapshot: TrainState) -> None:
-    save_weights(snapshot.model, folder)
-    files.put(folder / OPTIMIZER, lambda path: torch.save(snapshot.optimizer.state_dict(), path))
-    files.put(folder / RNG, lambda path: torch.save(snapshot.rng, path))
-    _write(folder / SCHEDULER, snapshot.scheduler)
-    if snapshot.scaler is not None:
-        _write(folder / SCALER, snapshot.scaler)
-    _write(folder / SESSION, snapshot.session)
-    files.put(folder / STATE, snapshot.trainer_state)
-    keeper.beside(folder)
-
-
-def _write(path: Path, value: dict[str, Any]) -> None:
-    files.put(path, json.dumps(value, indent=1) + "\n")
-
-
-def read_state(checkpoint: Path, name: str) -> Any:
-    """One of the checkpoint's state files, as it was saved."""
-    if name.endswith(".pt"):
-        return torch.load(checkpoint / name, map_location="cpu", weights_only=True)
-    return json.loads((checkpoint / name).read_text(encoding="utf-8"))
-
-
-def restore_optimizer(checkpoint: Path, optimizer: Any, scheduler: Any, learning_rate: float) -> None:
-    """Puts both back as they were saved; rate and weight decay are those of now, which differ only if that was allowed.
-
-    scheduler: a LambdaLR, as all that the config offers are.
-    """
-    decays = [group["weight_decay"] for group in optimizer.param_groups]
+    decays, base_rates = [group["weight_decay"] for group in optimizer.param_groups], list(scheduler.base_lrs)
     optimizer.load_state_dict(read_state(checkpoint, OPTIMIZER))
     scheduler.load_state_dict(read_state(checkpoint, SCHEDULER))
-    scheduler.base_lrs = [learning_rate] * len(decays)
-    was = [group["lr"] for group in optimizer.param_groups]
-    now = [
-        base * factor(scheduler.last_epoch)
-        for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
-    ]
-    if now != was:
-        log.warning("the learning rate jumps from %.3g to %.3g: the plan of before had another", was[0], now[0])
-    for group, rate, decay in zip(optimizer.param_groups, now, decays, strict=True):
-        group.update(lr=rate, initial_lr=learning_rate, weight_decay=decay)
-    scheduler._last_lr = now
+    scheduler.base_lrs = base_rates
+    stored = [group["lr"] for group in optimizer.param_groups]
+    factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+    for group, base_rate, factor, decay in zip(optimizer.param_groups, base_rates, factors, decays, strict=True):
+        group.update(lr=base_rate * factor, initial_lr=base_rate, weight_decay=decay)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    if rates != stored:
+        log.warning("the learning rate changes from %.3g to %.3g, as the settings do", stored[0], rates[0])
 
 
 def random_state() -> dict[str, Any]:
@@ -229,34 +226,77 @@ def random_state() -> dict[str, Any]:
     }
 
 
-def restore_random(saved: dict[str, Any]) -> None:
-    """Puts the generators back to a state that `random_state` gave."""
+def restore_random_state(saved: dict[str, Any]) -> None:
+    """Restores what `random_state` returned; warns where the GPUs are not those of then."""
     version, numbers, gauss = saved["python"]
     random.setstate((version, tuple(numbers), gauss))
     name, keys, position, has_gauss, cached = saved["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
     torch.set_rng_state(saved["torch"])
-    if saved["cuda"] and torch.cuda.device_count() == len(saved["cuda"]):
-        torch.cuda.set_rng_state_all(saved["cuda"])
+    visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    for device, state in enumerate(saved["cuda"][:visible]):
+        torch.cuda.set_rng_state(state, device)
+    if visible != len(saved["cuda"]):
+        log.warning(
+            "the checkpoint was written with %d visible GPUs, now there are %d: dropout may draw other numbers from"
+            " here on, so the result may differ in its last bits",
+            len(saved["cuda"]),
+            visible,
+        )
 
 
-def archive_newer(run: Run, step: int) -> None:
-    """Gives checkpoints of later steps another name: they belong to a past that is being left."""
-    for path in run.checkpoints():
-        if step_of(path) > step:
-            aside = path.with_name(f"set-aside-{path.name}")
-            files.remove(aside)
-            files.rename(path, aside)
-            log.info("%s belongs to a past that is left behind: kept as %s", path.name, aside.name)
+CONSEQUENCES = {
+    "data": "some rows may be trained twice this epoch and others skipped",
+    "seed": "the order of rows changes from here on",
+    "effective_batch": "the epoch continues at the row that this many steps of the new size reach",
+    "world_size": "dropout draws other numbers",
+    "template": "the rows trained on so far were formatted differently",
+    "weights": "the adapter was trained on other weights",
+    "revision": "the adapter continues on the weights of that revision",
+    "max_seq_len": "other rows may be dropped or truncated",
+    "labels": "other tokens are trained on from here on",
+    "total_steps": "the learning rate jumps to that of the new schedule",
+    "learning_rate": "the learning rate jumps to that of the new schedule",
+    "lr_scheduler_type": "the learning rate jumps to that of the new schedule",
+    "warmup_steps": "the learning rate jumps to that of the new schedule",
+    "weight_decay": "takes effect with the next step",
+    "max_grad_norm": "takes effect with the next step",
+    "label_smoothing": "takes effect with the next step; losses before and after cannot be compared",
+}
+NEVER_ALLOWED = {"backend", "mode", "kind", "base_model", "precision", "lora", "optim"}
 
 
-def _rotate(keeper: CheckpointManager, step: int, best_step: int | None) -> None:
-    """Removes the oldest checkpoints up to this step; never the best one, nor one of a later step."""
-    names = {f"checkpoint-{best_step}", f"checkpoint-{step}"}
-    mine = [path for path in keeper.run.checkpoints() if int(path.name.split("-")[1]) <= step]
-    for path in mine[: -keeper.limit]:
-        if path.name not in names:
-            try:
-                files.remove(path)
-            except EnvironmentProblem as error:
-                log.warning("%s is no longer needed, but could not be removed: %s", path.name, error.what)
+def write_fingerprint(folder: Path, fingerprint: dict[str, Any]) -> None:
+    """Records the settings that checkpoints depend on in a run's or a checkpoint's folder."""
+    files.write_json(folder / FINGERPRINT, fingerprint)
+
+
+def check_fingerprint(folder: Path, fingerprint: dict[str, Any], allowed: Iterable[str] = ()) -> list[str]:
+    """Compares with the fingerprint in `folder`; returns the changes that `allowed` accepts, as text.
+
+    Raises RunError with every other difference (was, is). NEVER_ALLOWED changes cannot be accepted: the weights would
+    not fit, or would mean something else.
+    """
+    try:
+        stored = {"objective": "response", **json.loads((folder / FINGERPRINT).read_text(encoding="utf-8"))}
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"{FINGERPRINT} cannot be read ({type(error).__name__}), so the settings of this checkpoint are unknown",
+            where=str(folder / FINGERPRINT),
+            fix="--resume never starts a new run",
+        ) from None
+    current = json.loads(json.dumps(fingerprint, default=str))
+    changed = [key for key in sorted({*stored, *current}) if stored.get(key) != current.get(key)]
+    lines = {key: f"{key}: was {stored.get(key)}, is {current.get(key)}" for key in changed}
+    refused = [key for key in changed if key in NEVER_ALLOWED or key not in set(allowed)]
+    if not refused:
+        return [line + (f" ({CONSEQUENCES[key]})" if key in CONSEQUENCES else "") for key, line in lines.items()]
+    fix = "--resume never starts a new run; or restore these settings"
+    if not NEVER_ALLOWED & set(refused):
+        fix += "; or accept the change: " + " ".join(f"--allow-change {key}" for key in refused)
+    raise RunError(
+        "this run was started with other settings, so it cannot be resumed:\n"
+        + "\n".join(f"  {lines[key]}" for key in refused),
+        where=str(folder / FINGERPRINT),
+        fix=fix,
+    )

@@ -1,103 +1,129 @@
-"""What the processes of one run tell each other; in a single process every function is the identity."""
+"""Communication between the processes of one run; with a single process every function is the identity."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from sft.errors import SftError
+from sft.errors import RunError, SftError
 
 T = TypeVar("T")
-_LOST = (
-    "closed by peer",
-    "reset by peer",
-    "Broken pipe",
-    "Timed out",
-    "timed out",
-    "NCCL",
-    "Gloo",
-    "gloo",
-    "recvValue",
-)
+BUCKET_BYTES = 25 * 2**20  # of gradients that are reduced together, as DistributedDataParallel does
+_LOST_PEER = "closed by peer|reset by peer|Broken pipe|Timed out|timed out|NCCL|Gloo|gloo|recvValue".split("|")
 
 
 def world() -> int:
-    """How many processes train together."""
+    """The number of processes that train together."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:
-    """This process's number; 0 is the one that writes and prints."""
+    """The number of this process; 0 is the one that writes and prints."""
     return int(os.environ.get("RANK", "0")) if world() > 1 else 0
 
 
 def start() -> None:
-    """Brings the processes together, where a launcher has started several."""
+    """Connects the processes where a launcher has started several."""
     if world() > 1 and not dist.is_initialized():
         from accelerate import PartialState
 
         PartialState(cpu=not torch.cuda.is_available())
 
 
-def on_rank0(make: Callable[[], T]) -> T:
-    """What rank 0 makes of it, on every rank; an SftError is raised on every rank too."""
-    made: list[Any] = [None, None]
+def on_rank0(function: Callable[[], T]) -> T:
+    """Calls `function` on rank 0 and returns its result on every rank.
+
+    An exception is raised on every rank, so that none waits for a process that has ended: the same SftError, or a
+    RunError that names any other exception of rank 0.
+    """
+    if world() == 1:
+        return function()
+    result: list[Any] = [None, None]
+    raised: Exception | None = None
     if rank() == 0:
         try:
-            made[0] = make()
+            result[0] = function()
         except SftError as error:
-            made[1] = error
-    value, fault = all_gather(tuple(made))[0]
-    if fault is not None:
-        raise fault
-    return value  # type: ignore[no-any-return]
+            raised = result[1] = error
+        except Exception as error:
+            raised = error
+            result[1] = RunError(f"the first process failed ({type(error).__name__}: {' '.join(str(error).split())})")
+    dist.broadcast_object_list(result)
+    if raised is not None:
+        raise raised
+    if result[1] is not None:
+        raise result[1]
+    return result[0]  # type: ignore[no-any-return]
 
 
 def all_reduce(values: torch.Tensor) -> torch.Tensor:
-    """The sum over ranks, on every rank; of a tensor on the device that they train on."""
+    """The sum over ranks, in place; `values` must be on the device that is trained on."""
     if world() > 1:
         dist.all_reduce(values)
     return values
 
 
-def largest(value: int) -> int:
-    """The largest value over ranks, on every rank."""
-    return max(all_gather(value)) if world() > 1 else value
+def largest(values: Sequence[int], device: torch.device | str = "cpu") -> list[int]:
+    """The largest of each value over ranks. device: the one that is trained on."""
+    if world() == 1:
+        return list(values)
+    shared = torch.tensor(values, dtype=torch.long, device=device)
+    dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+    return [int(value) for value in shared.tolist()]
 
 
 def all_gather(value: T) -> list[T]:
-    """Each rank's value, on every rank."""
+    """The value of each rank, in order of rank."""
     if world() == 1:
         return [value]
-    found: list[Any] = [None] * world()
-    dist.all_gather_object(found, value)
-    return found
+    values: list[Any] = [None] * world()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Adds up the ranks' gradients: exact however many micro-batches, none included, each rank's share was cut into."""
+    """Adds up the gradients of all ranks, in buckets.
+
+    Done once a step, after the backward passes: ranks may have run different numbers of micro-batches, or none.
+    """
     if world() == 1:
         return
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     for parameter in trained:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    waiting = [dist.all_reduce(parameter.grad, async_op=True) for parameter in trained]
-    for handle in waiting:
-        handle.wait()
+    for bucket in _buckets([parameter.grad for parameter in trained if parameter.grad is not None]):
+        flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
+        dist.all_reduce(flat)
+        totals = torch.split(flat, [gradient.numel() for gradient in bucket])
+        for gradient, total in zip(bucket, totals, strict=True):
+            gradient.copy_(total.view_as(gradient))
 
 
-def lost(error: BaseException) -> bool:
-    """Whether it means that another process of the run is gone."""
-    said = str(error)
-    return world() > 1 and isinstance(error, RuntimeError) and any(text in said for text in _LOST)
+def _buckets(gradients: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Consecutive gradients of one type, at most BUCKET_BYTES together (or a single larger one)."""
+    bucket: list[torch.Tensor] = []
+    size = 0
+    for gradient in gradients:
+        if bucket and (gradient.dtype != bucket[0].dtype or size + gradient.nbytes > BUCKET_BYTES):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(gradient)
+        size += gradient.nbytes
+    if bucket:
+        yield bucket
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether the error means that another process of the run has ended."""
+    return world() > 1 and isinstance(error, RuntimeError) and any(text in str(error) for text in _LOST_PEER)
 
 
 def barrier() -> None:
-    """Until every rank is here."""
+    """Waits until every rank has called it."""
     if world() > 1:
         dist.barrier()

@@ -1,23 +1,23 @@
-"""What a run writes down while it goes on: outputs/<run>/log.jsonl, and the same numbers for TensorBoard.
+"""Where a run's numbers go: outputs/<run>/log.jsonl, TensorBoard's event files, and the terminal.
 
-On a resume, lines of steps after the checkpoint are taken out, and TensorBoard is told to forget those steps: no curve
-overlaps itself.
+On a resume, lines of steps after the checkpoint are removed and TensorBoard is told to purge those steps, so that no
+curve overlaps itself.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
-
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from typing import Any, Protocol
 
 from sft import files
 
 log = logging.getLogger("sft.training")
-# names in the trainer's log -> names in ours
+# keys of the loop's history -> keys of log.jsonl and tags of TensorBoard
 NAMES = {
     "loss": "train/loss",
     "learning_rate": "train/lr",
@@ -27,35 +27,42 @@ NAMES = {
     "epoch": "train/epoch",
     "windows_skipped": "train/windows_skipped",
 }
-Entry = dict[str, Any]
+Report = Callable[[int, int, str], None]  # steps done, steps in all, what to show beside them
 
 
-def named(logs: Mapping[str, Any]) -> dict[str, float]:
-    """The trainer's log line under our names; `eval_x` is `eval/x`."""
-    found = {NAMES[key]: value for key, value in logs.items() if key in NAMES}
-    found |= {f"eval/{key[5:]}": value for key, value in logs.items() if key.startswith("eval_")}
-    return {key: float(value) for key, value in found.items()}
+def public_names(entry: Mapping[str, Any]) -> dict[str, float]:
+    """An entry of the loop's history under the public names; `eval_x` is `eval/x`."""
+    values = {NAMES[key]: value for key, value in entry.items() if key in NAMES}
+    values |= {f"eval/{key[5:]}": value for key, value in entry.items() if key.startswith("eval_")}
+    return {key: float(value) for key, value in values.items()}
+
+
+class Logger(Protocol):
+    """Receives the numbers and sample answers of a run."""
+
+    def numbers(self, step: int, values: Mapping[str, float]) -> None: ...
+    def text(self, step: int, name: str, text: str) -> None: ...
+    def sync(self) -> None: ...  # a checkpoint is about to be written
+    def close(self) -> None: ...
 
 
 class JsonLines:
-    """log.jsonl: one object a line, `step` first."""
+    """log.jsonl: one JSON object a line, `step` first; a number that is not finite is null."""
 
     def __init__(self, path: Path, after_step: int) -> None:
         self.path = path
         kept = [entry for entry in read(path) if entry["step"] <= after_step]
-        files.write_text(path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in kept))
+        files.write_text(path, "".join(_json_line(entry) for entry in kept))
 
     def numbers(self, step: int, values: Mapping[str, float]) -> None:
-        self._append({"step": step, **values})
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        files.append(self.path, _json_line({"step": step, **finite}))
 
     def text(self, step: int, name: str, text: str) -> None:
-        self._append({"step": step, name: text})
+        files.append(self.path, _json_line({"step": step, name: text}))
 
-    def _append(self, entry: Entry) -> None:
-        files.append(self.path, json.dumps(entry, ensure_ascii=False) + "\n")
-
-    def keep(self) -> None:
-        """Puts the lines on the disk: a checkpoint never knows more than the log beside it."""
+    def sync(self) -> None:
+        """Flushes the lines to the disk: a checkpoint never knows more than the log beside it."""
         if self.path.exists():
             files.sync(self.path)
 
@@ -63,7 +70,24 @@ class JsonLines:
         """Nothing is held open."""
 
 
-class Board:
+def _json_line(entry: Mapping[str, Any]) -> str:
+    return json.dumps(entry, ensure_ascii=False) + "\n"
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The entries of a log.jsonl, without lines that a crash left incomplete."""
+    entries = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+            entries.append(entry)
+    return entries
+
+
+class TensorBoard:
     """TensorBoard's event files, one folder a run, for every step after `after_step`."""
 
     def __init__(self, folder: Path, after_step: int) -> None:
@@ -80,98 +104,123 @@ class Board:
         self.writer.add_text(name, text, step)
 
     def settings(self, values: Mapping[str, Any], results: Mapping[str, float]) -> None:
-        """The HParams tab: what was set, and what came of it; in the run's own folder."""
-        from torch.utils.tensorboard.summary import hparams
-
-        flat = {
+        """The HParams tab: the settings and the results, in the run's own folder."""
+        plain = {
             key: value if isinstance(value, bool | int | float | str) else str(value) for key, value in values.items()
         }
-        parts: Any = hparams(flat, dict(results))  # type: ignore[no-untyped-call]
-        events: Any = self.writer._get_file_writer()  # type: ignore[no-untyped-call]
-        for part in parts:
-            events.add_summary(part)
-        for name, value in results.items():
-            self.writer.add_scalar(name, value)
-        self.writer.flush()
+        self.writer.add_hparams(plain, dict(results), run_name=".")  # type: ignore[no-untyped-call]
 
-    def keep(self) -> None:
+    def sync(self) -> None:
         self.writer.flush()
 
     def close(self) -> None:
         self.writer.close()
 
 
-class Logbook(TrainerCallback):  # type: ignore[misc]
-    """Writes each of the trainer's log lines to every book.
+class Progress:
+    """Reports each step to `report`, for a progress bar; without one (no terminal), logs a line for each log entry."""
 
-    gauges: further numbers at that moment (memory, utilisation). samples: the answers of the last evaluation, as text.
-    """
+    def __init__(self, report: Report | None, total_steps: int) -> None:
+        self.report, self.total_steps = report, total_steps
+        self.shown = ""
+        self._first: tuple[float, int] | None = None  # when the first step of this process ended, and its number
 
-    def __init__(
-        self, books: list[Any], gauges: Callable[[], dict[str, float]], samples: Callable[[], str | None]
-    ) -> None:
-        self.books, self.gauges, self.samples = books, gauges, samples
+    def step(self, step: int) -> None:
+        self._first = self._first or (time.monotonic(), step)
+        if self.report is not None:
+            self.report(step, self.total_steps, self.shown)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if not state.is_world_process_zero or not logs:
+    def numbers(self, step: int, values: Mapping[str, float]) -> None:
+        if "eval/loss" in values:
+            shown = {
+                key[5:]: value for key, value in values.items() if key.startswith("eval/") and key != "eval/seconds"
+            }
+            log.info("step %d: eval %s", step, "  ".join(f"{name} {value:.4f}" for name, value in shown.items()))
+        if "train/loss" not in values:
             return
-        values = named(logs) | (self.gauges() if "loss" in logs else {})
-        self._each(state.global_step, lambda book: book.numbers(state.global_step, values))
+        self.shown = f"loss {values['train/loss']:.4f}  {values['train/tokens_per_second']:,.0f} tok/s"
+        if self.report is not None:
+            self.report(step, self.total_steps, self.shown)
+        else:
+            log.info(
+                "step %d/%d  %s  lr %.2e%s", step, self.total_steps, self.shown, values["train/lr"], self._left(step)
+            )
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        text = self.samples()
-        if state.is_world_process_zero and text:
-            self._each(state.global_step, lambda book: book.text(state.global_step, "eval/samples", text))
+    def _left(self, step: int) -> str:
+        if self._first is None or step <= self._first[1]:
+            return ""
+        pace = (time.monotonic() - self._first[0]) / (step - self._first[1])
+        return f"  {clock(pace * (self.total_steps - step))} left"
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            self._each(state.global_step, lambda book: book.keep())
+    def text(self, step: int, name: str, text: str) -> None:
+        """Sample answers are not shown."""
 
-    def _each(self, step: int, do: Callable[[Any], object]) -> None:
-        """`do` with every book. The curves are given up where their disk refuses; log.jsonl's refusal ends the run."""
-        for book in list(self.books):
-            try:
-                do(book)
-            except OSError as error:
-                self.books.remove(book)
-                log.warning("TensorBoard's curves end at step %d (%s); log.jsonl has the numbers", step, error)
+    def sync(self) -> None:
+        """Nothing is held back."""
 
     def close(self) -> None:
-        self._each(0, lambda book: book.close())
+        """Nothing is held open."""
 
 
-def read(path: Path) -> list[Entry]:
-    """The entries of a log.jsonl; what a crash cut short or left as rubbish is passed over."""
-    entries = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []:
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
-            entries.append(entry)
-    return entries
+class Loggers:
+    """All loggers of rank 0 as one. gauges: further numbers for each training entry (GPU memory, utilisation)."""
+
+    def __init__(
+        self, loggers: list[Logger], gauges: Callable[[], dict[str, float]] = dict, progress: Progress | None = None
+    ) -> None:
+        self.loggers, self.gauges, self.progress = [*loggers, *([progress] if progress else [])], gauges, progress
+
+    def entry(self, step: int, entry: Mapping[str, Any]) -> None:
+        """Logs an entry of the loop's history."""
+        values = public_names(entry) | (self.gauges() if "loss" in entry else {})
+        self._each(step, lambda logger: logger.numbers(step, values))
+
+    def text(self, step: int, name: str, text: str) -> None:
+        self._each(step, lambda logger: logger.text(step, name, text))
+
+    def step(self, step: int) -> None:
+        if self.progress is not None:
+            self.progress.step(step)
+
+    def sync(self, step: int) -> None:
+        self._each(step, lambda logger: logger.sync())
+
+    def close(self, settings: Mapping[str, Any], results: Mapping[str, float]) -> None:
+        """Writes the run's settings and results where a logger takes them, and closes all."""
+        for logger in self.loggers:
+            if isinstance(logger, TensorBoard):
+                logger.settings(settings, results)
+        self._each(0, lambda logger: logger.close())
+
+    def _each(self, step: int, call: Callable[[Logger], object]) -> None:
+        """Calls every logger. TensorBoard's is dropped where its disk refuses; log.jsonl's refusal ends the run."""
+        for logger in list(self.loggers):
+            try:
+                call(logger)
+            except OSError as error:
+                self.loggers.remove(logger)
+                log.warning("TensorBoard's curves end at step %d (%s); log.jsonl has the numbers", step, error)
+
+
+def clock(seconds: float) -> str:
+    """h:mm:ss, or m:ss below an hour."""
+    whole = int(seconds)
+    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def gpu_gauges() -> dict[str, float]:
-    """Peak memory of this process and utilisation of its GPU; nothing where there is none."""
+    """Peak memory of this process and utilisation of its GPU; {} without a GPU."""
     import torch
 
     if not torch.cuda.is_available():
         return {}
     from sft.model.hardware import gpu_stats
 
-    found = {"gpu/memory_gib": torch.cuda.max_memory_allocated() / 2**30}
+    values = {"gpu/memory_gib": torch.cuda.max_memory_allocated() / 2**30}
     stats = gpu_stats() or {}
     if "memory_used" in stats:
-        found["gpu/memory_used_gib"] = stats["memory_used"] / 2**30
+        values["gpu/memory_used_gib"] = stats["memory_used"] / 2**30
     if "utilisation" in stats:
-        found["gpu/utilisation"] = stats["utilisation"]
-    return found
+        values["gpu/utilisation"] = stats["utilisation"]
+    return values

@@ -1,4 +1,4 @@
-"""A run is not taken up under settings that it was not started with."""
+"""A run is not resumed under settings that it was not started with."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from sft.errors import RunError
 from sft.training import checkpoint
 
 WAS = {"backend": "bnb", "base_model": "a/b", "precision": "bf16", "seed": 42, "data": {"train.jsonl": "00"}}
+WAS |= {"objective": "response"}
 
 
 def test_the_same_settings_are_accepted(tmp_path: Path) -> None:
@@ -35,11 +36,18 @@ def test_every_difference_is_shown_and_other_changes_can_be_accepted(tmp_path: P
     assert "--allow-change data" in str(caught.value) and "seed" not in str(caught.value)
     assert checkpoint.check_fingerprint(tmp_path, now, allowed=["seed", "data"]) == [
         "data: was {'train.jsonl': '00'}, is {'train.jsonl': '11'}"
-        " (rows that were learnt may come again, others not in this epoch)",
-        "seed: was 42, is 1 (the order of rows is another from here on)",
+        " (some rows may be trained twice this epoch and others skipped)",
+        "seed: was 42, is 1 (the order of rows changes from here on)",
     ]
 
 
-def test_a_missing_stamp_is_refused(tmp_path: Path) -> None:
+def test_a_missing_fingerprint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"backend\.json cannot be read"):
         checkpoint.check_fingerprint(tmp_path, WAS)
+
+
+def test_a_run_from_before_objectives_existed_has_the_default_one(tmp_path: Path) -> None:
+    checkpoint.write_fingerprint(tmp_path, {key: value for key, value in WAS.items() if key != "objective"})
+    assert checkpoint.check_fingerprint(tmp_path, WAS) == []
+    with pytest.raises(RunError, match="objective: was response, is other"):
+        checkpoint.check_fingerprint(tmp_path, {**WAS, "objective": "other"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -16,23 +17,23 @@ def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
 
 
 def write(tmp_path: Path, after: int, steps: range, offset: float) -> None:
-    books = [loggers.JsonLines(tmp_path / "log.jsonl", after), loggers.Board(tmp_path / "tb", after)]
+    outputs = [loggers.JsonLines(tmp_path / "log.jsonl", after), loggers.TensorBoard(tmp_path / "tb", after)]
     for step in steps:
-        for book in books:
-            book.numbers(step, {"train/loss": step + offset})
-    for book in books:
-        book.close()
+        for output in outputs:
+            output.numbers(step, {"train/loss": step + offset})
+    for output in outputs:
+        output.close()
 
 
 def test_a_resumed_run_leaves_one_curve_without_overlap(tmp_path: Path) -> None:
     write(tmp_path, 0, range(1, 6), 0.0)
-    write(tmp_path, 3, range(4, 7), 0.5)  # taken up at checkpoint-3
+    write(tmp_path, 3, range(4, 7), 0.5)  # resumed at checkpoint-3
     expected = [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.5), (5, 5.5), (6, 6.5)]
     assert scalars(tmp_path / "tb", "train/loss") == expected
     assert [(entry["step"], entry["train/loss"]) for entry in loggers.read(tmp_path / "log.jsonl")] == expected
 
 
-def test_a_line_that_a_crash_cut_short_is_passed_over(tmp_path: Path) -> None:
+def test_an_incomplete_line_of_a_crash_is_ignored(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     path.write_text('{"step": 1, "train/loss": 2.0}\n{"step": 2, "train/lo', encoding="utf-8")
     assert loggers.read(path) == [{"step": 1, "train/loss": 2.0}]
@@ -40,12 +41,22 @@ def test_a_line_that_a_crash_cut_short_is_passed_over(tmp_path: Path) -> None:
     assert [entry["step"] for entry in loggers.read(path)] == [1, 3]
 
 
-def test_the_trainers_names_become_ours() -> None:
+def test_entries_are_logged_under_their_public_names() -> None:
     logs = {"loss": 1.0, "learning_rate": 0.1, "grad_norm": 2.0, "eval_rougeL": 0.5, "epoch": 1, "other": 3}
-    assert loggers.named(logs) == {
+    assert loggers.public_names(logs) == {
         "train/loss": 1.0,
         "train/lr": 0.1,
         "train/grad_norm": 2.0,
         "train/epoch": 1.0,
         "eval/rougeL": 0.5,
     }
+
+
+def test_log_jsonl_is_valid_json_where_a_number_is_not_finite(tmp_path: Path) -> None:
+    def refuse(constant: str) -> float:
+        raise AssertionError(f"{constant} is no JSON")
+
+    path = tmp_path / "log.jsonl"
+    loggers.JsonLines(path, 0).numbers(1, {"train/loss": 2.0, "train/grad_norm": float("inf"), "x": float("nan")})
+    (line,) = path.read_text(encoding="utf-8").splitlines()
+    assert json.loads(line, parse_constant=refuse) == {"step": 1, "train/loss": 2.0, "train/grad_norm": None, "x": None}

@@ -12,11 +12,11 @@ from sft.training.signals import SignalHandler
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 143)])
-def test_a_signal_is_remembered_with_its_exit_code(tmp_path: Path, number: int, code: int) -> None:
-    with SignalHandler(tmp_path) as watch:
-        assert not watch.asked_to_stop()
+def test_a_signal_is_noted_with_its_exit_code(tmp_path: Path, number: int, code: int) -> None:
+    with SignalHandler(tmp_path) as handler:
+        assert not handler.poll()[0]
         os.kill(os.getpid(), number)
-        assert watch.asked_to_stop() and watch.code == code
+        assert handler.poll()[0] and handler.exit_code == code
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
@@ -30,19 +30,19 @@ def test_a_second_interrupt_stops_at_once(tmp_path: Path) -> None:
 def test_a_signal_ignored_at_the_start_stays_ignored(tmp_path: Path) -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with SignalHandler(tmp_path) as watch:
+        with SignalHandler(tmp_path) as handler:
             os.kill(os.getpid(), signal.SIGHUP)
-            assert not watch.asked_to_stop()
+            assert not handler.poll()[0]
     finally:
         signal.signal(signal.SIGHUP, before)
 
 
-def test_the_files_pause_and_save_are_obeyed_once(tmp_path: Path) -> None:
-    (tmp_path / "pause").touch()  # from before the run: not for it
-    with SignalHandler(tmp_path) as watch:
-        assert not watch.asked_to_stop()
+def test_the_files_pause_and_save_take_effect_once(tmp_path: Path) -> None:
+    (tmp_path / "pause").touch()  # from before the run: ignored
+    with SignalHandler(tmp_path) as handler:
+        assert not handler.poll()[0]
         (tmp_path / "save").touch()
-        assert watch.asked_to_save() and not watch.asked_to_save()
+        assert handler.poll()[1] and not handler.poll()[1]
         (tmp_path / "pause").touch()
-        assert watch.asked_to_stop() and watch.code == 130
+        assert handler.poll()[0] and handler.exit_code == 130
         assert not (tmp_path / "pause").exists()

@@ -1,0 +1,649 @@
+"""A training job: from a config to everything that the loop needs, and from the trained model to the run's result.
+
+`prepare` reads, checks and resolves; it loads no weights. `hold_run` locks the run's folder. `make_loop` loads the
+model and builds the loop; `finish` writes the adapter (or the model) and the summary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import resource
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sft import files, runs
+from sft.config import auto
+from sft.config.load import Loaded, display_path
+from sft.config.schema import Config, GenerationSection, TrainSection
+from sft.data import store
+from sft.errors import ConfigError, Stopped
+from sft.model import backends, hardware, hub
+from sft.runs import OpenRun, Run
+from sft.training import distributed
+
+if TYPE_CHECKING:
+    from sft.model.backends import Backend
+    from sft.model.files import Kind, ModelFiles
+    from sft.training.loggers import Loggers, Report
+    from sft.training.loop import Feature, Schedule, TrainingLoop
+
+# unsloth must be imported before transformers: `prepare` sees to that, and whatever imports transformers comes after it
+log = logging.getLogger("sft.training")
+ANSWER_METRICS = ("format_adherence", "stop_rate", "repetition", "empty_rate", "length_words", "length_tokens")
+SHOWN = (
+    "epochs learning_rate lr_scheduler_type effective_batch batch_size grad_accum micro_batch_tokens bf16 fp16 optim"
+    " gradient_checkpointing kernels eval_strategy save_strategy"
+).split()
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a run, tokenised and labelled, and what became of each row that was read.
+
+    answer_rows: validation rows that are answered at each evaluation. hashes: SHA-256 of each file read. ledgers: one a
+    split. system: the system text that every training row shares. longest: tokens of the longest training row. leaks:
+    validation rows whose prompt also occurs in training.
+    """
+
+    stage: str
+    train: Sequence[Feature]
+    validation: Sequence[Feature]
+    answer_rows: list[dict[str, Any]] = field(default_factory=list)
+    hashes: dict[str, str] = field(default_factory=dict)
+    ledgers: dict[str, Any] = field(default_factory=dict)
+    system: str | None = None
+    longest: int = 0
+    leaks: int = 0
+
+    def ledger(self) -> dict[str, Any]:
+        """outputs/<run>/ledger.json: rows read = rows trained on + rows named, in each split."""
+        splits = {split: ledger.to_dict() for split, ledger in self.ledgers.items()}
+        return {"stage": self.stage, **splits, "validation_rows_given_away": self.leaks}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that is ready to begin: the resolved config, its rows and its schedule.
+
+    unresolved: the section `train` before its `auto` values were resolved. reasons: of each resolved value.
+    """
+
+    config: Config
+    unresolved: TrainSection
+    reasons: dict[str, str]
+    files: ModelFiles
+    backend: Backend
+    device: hardware.Hardware
+    tokenizer: Any
+    encoder: Any
+    rows: Rows
+    schedule: Schedule
+
+    def fingerprint(self) -> dict[str, Any]:
+        """The settings that checkpoints of this run depend on; see `checkpoint.check_fingerprint`."""
+        train, tuning = self.config.train, self.config.tuning
+        names = (
+            "seed effective_batch learning_rate lr_scheduler_type weight_decay optim max_grad_norm label_smoothing"
+            " labels objective"
+        ).split()
+        return {
+            "backend": self.backend.name,
+            "base_model": self.files.name,
+            "revision": self.files.revision,
+            "weights": self.files.fingerprint(),
+            "kind": self.files.kind,
+            "mode": tuning.mode,
+            "lora": tuning.lora.model_dump() if tuning.mode != "full" else None,
+            "precision": "bf16" if train.bf16 else "fp16" if train.fp16 else "fp32",
+            "template": self.encoder.template.digest,
+            "data": self.rows.hashes,
+            "max_seq_len": self.config.model.max_seq_len,
+            "world_size": distributed.world(),
+            "total_steps": self.schedule.total_steps,
+            "warmup_steps": self.schedule.warmup_steps,
+            **{name: getattr(train, name) for name in names},
+        }
+
+    def write_settings(self, folder: Path) -> None:
+        """Writes the resolved config and the fingerprint, which stand beside weights wherever they are."""
+        from sft.training.checkpoint import write_fingerprint
+
+        runs.write_resolved(folder, self.config)
+        write_fingerprint(folder, self.fingerprint())
+
+
+# -- before the weights are loaded -------------------------------------------------------------------------------------
+
+
+def prepare(
+    loaded: Loaded,
+    root: Path,
+    on_progress: Callable[[int, int], None] | None = None,
+    checkpoint: Path | None = None,
+) -> Job:
+    """Reads the rows and resolves the config; loads no weights, writes only the cache. Raises SftError.
+
+    checkpoint: the one that training resumes from; its date is used again in templates that print the date.
+    """
+    from sft.chat.template import fix_date
+
+    config = fix_date(loaded.config, runs.run_of_adapter(checkpoint) if checkpoint else None)
+    model_files = hub.find(config.model, root, weights=True)
+    backend = backends.prepare(config.tuning, kind=model_files.kind)
+
+    from sft import metrics
+    from sft.chat.dataset import FOLDER
+    from sft.chat.encode import encoder_for
+    from sft.model.tokenizer import load_tokenizer
+
+    metrics.check_names(config.eval.metrics)
+    tokenizer = load_tokenizer(model_files, trust_remote_code=config.model.trust_remote_code)
+    encoder = encoder_for(config, tokenizer, model_files.kind, root)
+    answered = config.eval.train_sample if config.train.eval_strategy != "no" else 0
+    rows = read_rows(
+        store.resolve_stage(config.data, root), encoder, answered=answered, cache=root / FOLDER, on_progress=on_progress
+    )
+    device = _find_device(config)
+    facts = auto.Facts(
+        device=device.device,
+        capability=device.capability,
+        parameters=model_files.parameters,
+        train_rows=len(rows.train),
+        seq2seq=model_files.kind == "seq2seq",
+        bf16_supported=device.bf16,
+    )
+    resolved = auto.resolve(config, facts)
+    return Job(
+        config=resolved.config,
+        unresolved=config.train,
+        reasons=resolved.reasons,
+        files=model_files,
+        backend=backend,
+        device=device,
+        tokenizer=tokenizer,
+        encoder=encoder,
+        rows=rows,
+        schedule=make_schedule(resolved.config, len(rows.train), validation=bool(rows.validation)),
+    )
+
+
+def read_rows(
+    stage: store.Stage,
+    encoder: Any,
+    *,
+    answered: int,
+    cache: Path | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Rows:
+    """The training and validation rows, encoded or from `cache`. Raises DataError if none can be trained on.
+
+    answered: validation rows to answer at each evaluation.
+    """
+    import numpy as np
+
+    from sft.chat.dataset import RunLedger, Tokenised, Tokeniser
+    from sft.data.rows import row_id
+    from sft.generation.evaluate import answerable
+    from sft.generation.load import shared_system_text
+
+    hashes = {path: files.sha256(path) for path in (stage.train, stage.val) if path is not None}
+    tokenise = Tokeniser(encoder, cache)
+    train = tokenise(stage.train, hashes[stage.train], about=shared_system_text, on_progress=on_progress)
+    if not train.rows:
+        raise train.ledger.nothing_left(encoder.template.name)
+    validation, validation_ledger, answer_rows = Tokenised(), RunLedger(), []
+    if stage.val is not None:
+        split = tokenise(stage.val, hashes[stage.val])
+        validation, validation_ledger = split.rows, split.ledger
+        dropped = {name for names in validation_ledger.dropped.values() for name in names}
+        usable = (row for row in store.iter_rows(stage.val) if row_id(row) not in dropped and answerable(row))
+        answer_rows = list(islice(usable, answered))
+    if validation_ledger.rows_read and not validation:
+        reason = validation_ledger.nothing_left(encoder.template.name).what
+        log.warning("no validation row can be used, so nothing is evaluated while training: %s", reason)
+    leaks = int(np.isin(validation.asks(), train.rows.asks()).sum())
+    if leaks:
+        log.warning(
+            "%d of %d validation prompts also occur in training; validation loss is optimistic", leaks, len(validation)
+        )
+    return Rows(
+        stage=stage.name,
+        train=train.rows,
+        validation=validation,
+        answer_rows=answer_rows,
+        hashes={path.name: digest for path, digest in hashes.items()},
+        ledgers={"train": train.ledger, "val": validation_ledger},
+        system=train.about,
+        longest=int(train.rows.lengths().max()),
+        leaks=leaks,
+    )
+
+
+def _find_device(config: Config) -> hardware.Hardware:
+    """The machine's device, or the one that `model.device_map` names. Raises ConfigError where it does not exist."""
+    found = hardware.probe()
+    name = config.model.device_map
+    if name == "cpu":
+        return replace(found, device="cpu", name="the CPU", capability=None, bf16=True, count=1)
+    if name.startswith("cuda") and found.device != "cuda":
+        raise ConfigError(
+            f"model.device_map is {name}, and there is no CUDA GPU",
+            where="model.device_map",
+            fix="--set model.device_map=auto",
+        )
+    return found
+
+
+def make_schedule(config: Config, rows: int, *, validation: bool) -> Schedule:
+    """The schedule of a resolved config for `rows` training rows. Raises ConfigError."""
+    from sft.training.loop import Schedule
+
+    train, notes = config.train, []
+    per_epoch = math.ceil(rows / int(train.effective_batch))
+    total = train.max_steps or max(1, math.ceil(float(train.epochs) * per_epoch))
+    evaluates = train.eval_strategy != "no" and validation
+    if train.eval_strategy != "no" and not validation:
+        notes.append("no evaluation while training: there are no validation rows")
+    if train.load_best_model_at_end and not evaluates:
+        notes.append("the last checkpoint is the result: without evaluation there is no best one")
+    if train.early_stopping.enabled is True and not evaluates:
+        raise ConfigError(
+            "train.early_stopping needs an evaluation while training, and there is none",
+            where="train.early_stopping.enabled",
+            fix="--set train.eval_strategy=epoch with validation rows, or switch early stopping off",
+        )
+    return Schedule(
+        steps_per_epoch=per_epoch,
+        total_steps=total,
+        warmup_steps=math.ceil(train.warmup_ratio * total) if train.warmup_steps is None else train.warmup_steps,
+        log_every=config.logging.log_interval,
+        evaluate=train.eval_strategy if evaluates else "no",
+        eval_steps=train.eval_steps or train.save_steps,
+        save=train.save_strategy if train.save_strategy != "auto" else "no",
+        save_steps=train.save_steps,
+        metric=_best_metric(config) if evaluates else None,
+        greater_is_better=bool(train.greater_is_better),
+        load_best=train.load_best_model_at_end and evaluates,
+        min_stop_rate=train.min_stop_rate if evaluates else 0.0,
+        notes=tuple(notes),
+    )
+
+
+def _best_metric(config: Config) -> str:
+    """The metric that chooses the best checkpoint. Raises ConfigError where it is not measured while training."""
+    from sft.metrics import check_names
+
+    name = config.train.metric_for_best_model.removeprefix("eval_").removeprefix("eval/")
+    known = ["loss", "perplexity", *check_names(config.eval.metrics), *ANSWER_METRICS]
+    known += ["json_schema"] if config.eval.json_schema else []
+    if name not in known:
+        raise ConfigError(
+            f"train.metric_for_best_model is {name!r}, which is not measured while training",
+            where="train.metric_for_best_model",
+            fix=f"one of {', '.join(known)}; or add {name} to eval.metrics",
+        )
+    gated = config.train.min_stop_rate > 0
+    if (gated or name not in {"loss", "perplexity"}) and config.eval.train_sample == 0:
+        setting = f"min_stop_rate is {config.train.min_stop_rate}" if gated else f"metric_for_best_model is {name!r}"
+        raise ConfigError(
+            f"train.{setting}, but eval.train_sample is 0, so no answers are generated",
+            where="eval.train_sample",
+            fix="--set eval.train_sample=32",
+        )
+    return name
+
+
+def describe(job: Job, opened: OpenRun) -> list[str]:
+    """What a user sees before training: the run, the model, the rows, the steps, the settings with their reasons."""
+    config, rows, schedule, tuning = job.config, job.rows, job.schedule, job.config.tuning
+    template = job.encoder.template
+    dated = f", dated {template.day}" if template.prints_date else ""
+    adapter = f", LoRA r {tuning.lora.r} alpha {tuning.lora.alpha}" if tuning.mode != "full" else ""
+    lines = [
+        opened.message,
+        f"model   {job.files.name} ({job.files.parameters / 1e6:,.1f}M parameters, {job.files.kind}),"
+        f" {tuning.mode} with {job.backend.name}{adapter}, on {job.device.name or job.device.device}",
+        f"rows    {len(rows.train):,} to train on, {len(rows.validation):,} to evaluate on ({rows.stage} rows,"
+        f" template {template.name}{dated})",
+        *(f"        {split}: {line}" for split, ledger in rows.ledgers.items() for line in ledger.sentences()),
+        f"steps   {schedule.total_steps:,} ({schedule.steps_per_epoch:,} an epoch, {schedule.warmup_steps} of warm-up),"
+        f" seed {config.train.seed}",
+        "settings",
+    ]
+    for name in SHOWN:
+        reason = job.reasons.get(f"train.{name}", "")
+        lines.append(f"  {name:<24}{getattr(config.train, name)!s:<14}  {reason}")
+    return [line.rstrip() for line in lines] + [f"note: {note}" for note in schedule.notes]
+
+
+def as_json(job: Job, opened: OpenRun) -> dict[str, Any]:
+    """The same for --dry-run --json."""
+    return {
+        "run": opened.run.name,
+        "checkpoint": str(opened.checkpoint) if opened.checkpoint else None,
+        "model": job.files.name,
+        "kind": job.files.kind,
+        "backend": job.backend.name,
+        "rows": len(job.rows.train),
+        "validation_rows": len(job.rows.validation),
+        "steps": job.schedule.total_steps,
+        "train": job.config.train.model_dump(),
+        "reasons": job.reasons,
+    }
+
+
+# -- the run -----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def hold_run(job: Job, opened: OpenRun, allowed: list[str]) -> Iterator[list[str]]:
+    """Locks the run's folder for the time of the block, after checking the fingerprint, and writes its settings.
+
+    Yields the changed settings that `allowed` accepts. Raises RunError.
+    """
+    from sft.training.checkpoint import check_fingerprint
+
+    run = opened.run
+    with contextlib.ExitStack() as stack:
+
+        def begin() -> list[str]:
+            runs.make_folders(run)
+            stack.enter_context(files.lock(run.folder / runs.LOCK, f"the run {run.name}"))
+            files.sweep(run.folder)
+            files.sweep(run.adapter_dir.parent, run.adapter_dir.name)
+            checkpoint = opened.checkpoint
+            accepted = check_fingerprint(checkpoint, job.fingerprint(), allowed) if checkpoint else []
+            job.write_settings(run.folder)
+            files.write_json(run.folder / "ledger.json", job.rows.ledger())
+            return accepted
+
+        yield distributed.on_rank0(begin)
+
+
+def make_loop(job: Job, opened: OpenRun, root: Path, report: Report | None) -> tuple[Job, TrainingLoop]:
+    """Loads the model, chooses the micro-batch and builds the loop; the job's config has the chosen values.
+
+    report: called with each step, for a progress bar. Raises ModelError, EnvironmentProblem.
+    """
+    from sft.step.step import make_step_config, use_kernels
+    from sft.training import autobatch
+    from sft.training.checkpoint import CheckpointManager
+    from sft.training.loop import TrainingLoop
+
+    run, train = opened.run, job.config.train
+    model = load_model(job.config, job.files, job.backend.name, device=job.device.device)
+    rows_given = (job.unresolved.batch_size, job.unresolved.grad_accum) != ("auto", "auto")
+    step = make_step_config(
+        train, model, job.files.kind, job.device.device, max_rows=int(train.batch_size) if rows_given else None
+    )
+    use_kernels(model, train.kernels, step, backend=job.backend.name)
+    answer = None
+    if answer_rows := job.rows.answer_rows:
+        kind = job.files.kind
+        answer = SampleAnswers(job.config, root, model, job.tokenizer, job.encoder, kind, answer_rows)
+    step, settings = autobatch.choose(job, model, step, run, opened.checkpoint, root, answer)
+    if settings:
+        job = replace(job, config=job.config.model_copy(update={"train": train.model_copy(update=settings)}))
+        if distributed.rank() == 0:
+            job.write_settings(run.folder)
+    loop = TrainingLoop(
+        model,
+        job.rows.train,
+        job.rows.validation,
+        config=job.config,
+        schedule=job.schedule,
+        step=step,
+        checkpoints=CheckpointManager(run, train.save_total_limit, job.write_settings),
+        answer=answer,
+        loggers=_make_loggers(job, opened, report),
+    )
+    return job, loop
+
+
+def load_model(config: Config, model_files: ModelFiles, backend: str, *, device: str) -> Any:
+    """Loads the base and attaches what is trained, seeded. Raises ModelError, EnvironmentProblem.
+
+    A frozen base has the type that is computed in, a full fine-tune fp32 weights: at a rate of 1e-5 an update is
+    smaller than what bf16 can add to a weight (docs/decisions/0020-our-own-training-loop.md).
+    """
+    import torch
+    from transformers import set_seed
+
+    from sft.model import adapters
+    from sft.model.load import load_base
+    from sft.step import attention
+    from sft.step.step import compute_dtype
+
+    train, tuning = config.train, config.tuning
+    set_seed(train.seed)
+    checkpointing = bool(train.gradient_checkpointing)
+    dtype = torch.float32 if tuning.mode == "full" else compute_dtype(train)
+    if backend == "unsloth":
+        return backends.load_unsloth(model_files, config.model, tuning, dtype, gradient_checkpointing=checkpointing)
+    implementation = attention.implementation(device, model_files.config) or attention.fallback(model_files.config)
+    model = load_base(model_files, config.model, tuning, dtype, device=device, train=True, attention=implementation)
+    if tuning.mode == "full":
+        adapters.set_checkpointing(model, checkpointing)
+        return model
+    return adapters.attach(model, tuning, gradient_checkpointing=checkpointing)
+
+
+def _make_loggers(job: Job, opened: OpenRun, report: Report | None) -> Loggers | None:
+    """log.jsonl, TensorBoard and the terminal, from the step that is resumed on; None on other ranks than 0."""
+    from sft.training import loggers
+
+    if distributed.rank() != 0:
+        return None
+    step = runs.step_of(opened.checkpoint) if opened.checkpoint else 0
+    section = job.config.logging
+    outputs: list[loggers.Logger] = [loggers.JsonLines(opened.run.folder / "log.jsonl", step)]
+    if section.backend == "tensorboard":
+        try:
+            outputs.append(loggers.TensorBoard(opened.run.tb_dir, step))
+        except OSError as error:
+            log.warning("no TensorBoard curves (%s); log.jsonl has the numbers", error)
+    progress = loggers.Progress(report, job.schedule.total_steps)
+    return loggers.Loggers(outputs, loggers.gpu_gauges if section.gpu_stats else dict, progress)
+
+
+class SampleAnswers:
+    """Answers a fixed sample of validation rows at each evaluation, as `eval` does (`eval.shots`, `eval.turns`)."""
+
+    def __init__(
+        self,
+        config: Config,
+        root: Path,
+        model: Any,
+        tokenizer: Any,
+        encoder: Any,
+        kind: Kind,
+        rows: list[dict[str, Any]],
+    ) -> None:
+        from sft.generation.engine import max_prompt_tokens, truncate_prompt
+        from sft.generation.evaluate import questions
+
+        self.config, self.root, self.tokenizer, self.encoder, self.kind = config, root, tokenizer, encoder, kind
+        longest = max_prompt_tokens(model, config.generation, kind)
+        self.questions = questions(lambda row: truncate_prompt(encoder, row, longest), rows, config, root)
+
+    def __call__(self, model: Any) -> tuple[dict[str, float], str]:
+        """The metrics of all answers, over all ranks, and the first `logging.samples` of them as Markdown."""
+        from sft.generation import evaluate
+
+        mine = range(distributed.rank(), len(self.questions), distributed.world())
+        generated = self._generate(model, [self.questions[index].ids for index in mine], self.config.generation)
+        shares = distributed.all_gather(dict(zip(mine, generated, strict=True)))
+        by_index = {index: answer for share in shares for index, answer in share.items()}
+        answers = [by_index[index] for index in range(len(self.questions))]
+        samples = "\n\n---\n\n".join(
+            f"**question**\n\n{_quoted(question.source)}\n\n**answer**\n\n{_quoted(answer.text)}\n\n**reference**\n\n"
+            f"{_quoted(question.reference)}"
+            for question, answer in list(zip(self.questions, answers, strict=True))[: self.config.logging.samples]
+        )
+        return evaluate.score_answers(self.questions, answers, self.config, self.root).metrics, samples
+
+    def rehearse(self, model: Any) -> None:
+        """Takes the memory of the longest answers without generating them: the prompt is as long as prompt and answer
+        will be, and two tokens follow it.
+        """
+        section = self.config.generation
+        longest = sorted((question.ids for question in self.questions), key=len)[-self.config.eval.batch_size :]
+        prompts = [list(ids) + [ids[-1]] * section.max_new_tokens for ids in longest if ids]
+        self._generate(model, prompts, section.model_copy(update={"max_new_tokens": 2}))
+
+    def _generate(self, model: Any, prompts: list[list[int]], section: GenerationSection) -> list[Any]:
+        from sft.generation import engine
+
+        batch_size, stops = self.config.eval.batch_size, self.encoder.stops
+        return engine.generate(model, self.tokenizer, prompts, section, stops, batch_size=batch_size, kind=self.kind)
+
+
+def _quoted(text: str) -> str:
+    return "\n".join("> " + line for line in text.split("\n"))
+
+
+# -- after training ----------------------------------------------------------------------------------------------------
+
+
+def require_finished(loop: TrainingLoop, run: Run) -> None:
+    """Raises Stopped, with the command that resumes the run, where it was stopped before its end."""
+    code, progress = loop.signals.exit_code, loop.progress
+    if code is None or loop.complete:
+        return
+    raise Stopped(
+        f"{run.name} was stopped after step {progress.global_step} of {progress.max_steps}, with a checkpoint of it",
+        exit_code=code,
+        fix="the same command resumes it (make train or make resume, or python scripts/train.py)",
+    )
+
+
+def finish(job: Job, loop: TrainingLoop, run: Run, root: Path) -> dict[str, Any]:
+    """Writes the adapter or the model, marks the run finished and returns its summary. Every rank calls it."""
+    from sft.generation.load import SERVING
+    from sft.training.checkpoint import is_adapter, save_weights
+
+    best = loop.load_best()
+    if distributed.rank() != 0:
+        distributed.barrier()
+        return {}
+    target = run.adapter_dir if is_adapter(loop.model) else run.model_dir
+    with files.atomic_folder(target) as staged:
+        save_weights(loop.model, staged)
+        files.put(staged, partial(_save_tokenizer, job))
+        job.write_settings(staged)
+        files.write_json(staged / SERVING, {"system": job.rows.system})
+        files.write_manifest(staged)
+    if loop.skipped:
+        files.write_json(run.folder / "ledger.json", {**job.rows.ledger(), "skipped_windows": loop.skipped})
+    summary = summarize(job, loop, run, best, target)
+    results = {f"hparam/{name}": float(value) for name, value in summary["eval"].items()}
+    results["hparam/train_loss"] = float(summary["train_loss_last"] or 0.0)
+    loop.loggers.close(_main_settings(job), results)
+    runs.point_last(run, root)
+    runs.finish(run, summary)
+    distributed.barrier()
+    return summary
+
+
+def _save_tokenizer(job: Job, folder: Path) -> None:
+    """Saves the tokenizer with the very template that was trained on. A template over turns, which other libraries
+    cannot use, is saved beside it as template.jinja.
+    """
+    tokenizer, template = job.tokenizer, job.encoder.template
+    own_template, over_messages = tokenizer.chat_template, template.style == "messages"
+    if over_messages and template.tool_source is None:
+        tokenizer.chat_template = template.source
+    try:
+        tokenizer.save_pretrained(folder)
+    finally:
+        tokenizer.chat_template = own_template
+    if not over_messages:
+        (folder / "template.jinja").write_text(template.source, encoding="utf-8")
+
+
+def summarize(job: Job, loop: TrainingLoop, run: Run, best: int | None, target: Path) -> dict[str, Any]:
+    """The run's finished.json. Losses are means over labelled tokens; seconds are those of training steps alone."""
+    history, throughput = loop.progress.log_history, loop.throughput
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    evaluations = [entry for entry in history if "eval_loss" in entry]
+    shown = next((entry for entry in evaluations if entry["step"] == best), evaluations[-1] if evaluations else {})
+    names = sorted(key[5:] for key in shown if key.startswith("eval_") and key not in ("eval_seconds", "eval_loss"))
+    damaged = loop.damaged_best
+    return {
+        "run": run.name,
+        "steps": loop.progress.global_step,
+        "planned_steps": job.schedule.total_steps,
+        "train_loss_first": losses[0] if losses else None,
+        "train_loss_last": losses[-1] if losses else None,
+        "best_step": best,
+        "best_lost": {"step": damaged[0], "value": damaged[1]} if damaged else None,
+        "skipped_windows": len(loop.skipped),
+        "eval": {name: shown[f"eval_{name}"] for name in (["loss"] if shown else []) + names},
+        "tokens": throughput.tokens,
+        "labelled_tokens": throughput.labelled,
+        "seconds": round(throughput.seconds, 3),
+        "tokens_per_second": round(throughput.tokens / max(throughput.seconds, 1e-9), 1),
+        "peak_memory_gib": round(peak_bytes() / 2**30, 3),
+        "device": job.device.name,
+        "output": str(target),
+    }
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has used: of the GPU where there is one, else of the system."""
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _main_settings(job: Job) -> dict[str, Any]:
+    """The settings of TensorBoard's HParams tab."""
+    train, tuning = job.config.train, job.config.tuning
+    return {
+        "model": job.files.name,
+        "mode": tuning.mode,
+        "backend": job.backend.name,
+        "learning_rate": train.learning_rate,
+        "effective_batch": train.effective_batch,
+        "epochs": train.epochs,
+        "rows": len(job.rows.train),
+        **({"lora_r": tuning.lora.r, "lora_alpha": tuning.lora.alpha} if tuning.mode != "full" else {}),
+    }
+
+
+def describe_result(job: Job, summary: dict[str, Any], root: Path) -> list[str]:
+    """What a user sees after training, and what to do next."""
+    from sft.training.loggers import clock
+
+    loss = ""
+    if summary["train_loss_first"] is not None:
+        loss = f", loss {summary['train_loss_first']:.4f} -> {summary['train_loss_last']:.4f}"
+    lines = [
+        f"{summary['run']} is finished: {summary['steps']:,} steps in {clock(summary['seconds'])}{loss},"
+        f" {summary['tokens_per_second']:,.0f} tokens/s, peak memory {summary['peak_memory_gib']:.2f} GiB",
+    ]
+    if summary["steps"] < summary["planned_steps"]:
+        lines.append(f"stopped early, of {summary['planned_steps']:,} planned steps: evaluation no longer improved")
+    if summary["eval"]:
+        chosen = "the best checkpoint" if summary["best_step"] else "the last evaluation"
+        if lost := summary["best_lost"]:
+            chosen = f"the best checkpoint (step {lost['step']}, {lost['value']:.4f}) was damaged; what is left"
+        metrics = "  ".join(f"{name} {value:.4f}" for name, value in summary["eval"].items())
+        lines.append(f"{chosen} (step {summary['best_step'] or summary['steps']}): {metrics}")
+    lines += [
+        f"written to {display_path(Path(summary['output']), root)}",
+        "next:   make eval    (scores it on the validation rows; make eval-test for the test rows)",
+        "next:   make infer   (talk to it)",
+    ]
+    if job.config.tuning.mode != "full" and not job.config.train.merge_at_end:
+        lines.append("next:   make merge   (one model, without the adapter)")
+    return lines

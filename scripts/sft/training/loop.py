@@ -1,0 +1,494 @@
+"""The training loop: epochs, steps, evaluation, logging, saving and resuming.
+
+Read `TrainingLoop.fit` first, then `train_step` and `after_step`: they call everything else, in the order in which it
+stands here. A step is a batch of `train.effective_batch` rows; `sft.step` splits it into micro-batches. accelerate has
+the device, the gradient scaler and clipping, transformers the learning-rate schedules and the choice of optimizers.
+Everything that happens after a step happens at its end (log, evaluate, save, stop, in this order), so a checkpoint
+always knows the evaluation of its own step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from sft import files
+from sft.config.schema import Config, TrainSection
+from sft.errors import ConfigError, EnvironmentProblem, RunError
+from sft.model import kernels
+from sft.runs import step_of
+from sft.step import unwrap
+from sft.step.batch import Collator, count_labels
+from sft.step.step import StepConfig, evaluate_loss, forward_backward, optimizer_step
+from sft.training import checkpoint as ckpt
+from sft.training import distributed
+from sft.training.checkpoint import CheckpointManager, Progress, TrainState
+from sft.training.loggers import Loggers
+from sft.training.monitor import LossMonitor, Throughput
+from sft.training.signals import SignalHandler
+
+log = logging.getLogger("sft.training")
+Feature = Mapping[str, Any]
+Cadence = Literal["no", "steps", "epoch"]
+Answer = Callable[[Any], tuple[dict[str, float], str]]  # the model -> metrics of generated answers, a few as Markdown
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The steps of a run and what happens at which of them.
+
+    metric: the metric that chooses the best checkpoint, None where the last one is the result. notes: for the user.
+    """
+
+    steps_per_epoch: int
+    total_steps: int
+    warmup_steps: int
+    log_every: int
+    evaluate: Cadence
+    eval_steps: int
+    save: Cadence
+    save_steps: int
+    metric: str | None
+    greater_is_better: bool
+    load_best: bool
+    min_stop_rate: float = 0.0
+    notes: tuple[str, ...] = ()
+
+    def is_due(self, cadence: Cadence, every: int, step: int) -> bool:
+        """Whether something of this cadence happens after `step`; after the last step it always does."""
+        if cadence == "no":
+            return False
+        return step >= self.total_steps or step % (every if cadence == "steps" else self.steps_per_epoch) == 0
+
+
+def step_batches(
+    rows: int, effective_batch: int, seed: int, epoch: int, *, rank: int = 0, world: int = 1
+) -> list[list[int]]:
+    """The row indices of each step of an epoch that one rank computes.
+
+    The order depends on seed and epoch alone, so that resuming is exact. Every rank draws the same order and takes
+    every world-th row of a step. No row is dropped or repeated: the last step is smaller, and a share may be empty.
+    """
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    order = torch.randperm(rows, generator=generator).tolist()
+    return [order[start : start + effective_batch][rank::world] for start in range(0, rows, effective_batch)]
+
+
+class TrainingLoop:
+    """Trains `model` on `rows` (features with `id`, `input_ids`, `labels`).
+
+    config: resolved. step: how a step is computed; lowered when memory runs out. answer: generates from a sample of
+    validation rows at each evaluation, None for losses only. loggers: of rank 0, None for none.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        rows: Sequence[Feature],
+        validation: Sequence[Feature],
+        *,
+        config: Config,
+        schedule: Schedule,
+        step: StepConfig,
+        checkpoints: CheckpointManager,
+        answer: Answer | None = None,
+        loggers: Loggers | None = None,
+    ) -> None:
+        from transformers import get_scheduler
+
+        self.model, self.rows, self.validation = model, rows, validation
+        self.settings, self.schedule, self.step, self.initial_step = config.train, schedule, step, step
+        self.checkpoints, self.answer, self.loggers = checkpoints, answer, loggers or Loggers([])
+        self.device = next(model.parameters()).device
+        optimizer = create_optimizer(model, self.settings)
+        self.accelerator = make_accelerator(self.settings, step.device)
+        self.optimizer = self.accelerator.prepare_optimizer(optimizer)
+        self.scheduler = get_scheduler(
+            self.settings.lr_scheduler_type, self.optimizer, schedule.warmup_steps, schedule.total_steps
+        )
+        self.signals = SignalHandler(checkpoints.run.folder, partial(distributed.largest, device=self.device))
+        self.progress = Progress(max_steps=schedule.total_steps)
+        self.monitor = LossMonitor(schedule.metric, schedule.greater_is_better, self.settings.early_stopping)
+        self.throughput = Throughput()
+        self.collate = Collator(step.kind)
+        self.skipped: list[dict[str, Any]] = []  # steps that were dropped: {"step", "what", "rows"}
+        self.last_loss = 0.0
+        self.unlogged = (0.0, 0)  # sum of losses since the last log entry, and the step of that entry
+        self.damaged_best: tuple[int, float] | None = None  # the best evaluation, where its checkpoint was damaged
+
+    # -- the loop ------------------------------------------------------------------------------------------------------
+
+    def fit(self, checkpoint: Path | None = None) -> None:
+        """Trains until the schedule ends, early stopping does, or a stop is requested; from `checkpoint` if given."""
+        from transformers import set_seed
+
+        set_seed(self.settings.seed)
+        with self.signals, self._lost_peers_explained():
+            if checkpoint is not None:
+                self.resume(checkpoint)
+            stop = self.complete
+            for epoch, indices in self._remaining_steps():
+                if stop:
+                    break
+                batch = self._load_batch(indices)
+                grad_norm, learning_rate = self.train_step(batch)
+                self.progress.global_step += 1
+                steps_in_epoch = self.progress.global_step - epoch * self.schedule.steps_per_epoch
+                self.progress.epoch = epoch + steps_in_epoch / self.schedule.steps_per_epoch
+                self.throughput.end_step()
+                stop = self.after_step(grad_norm, learning_rate) or self.complete
+
+    @property
+    def complete(self) -> bool:
+        """Whether no step is left to take."""
+        return self.progress.global_step >= self.schedule.total_steps or self.monitor.stop_early
+
+    def _remaining_steps(self) -> Iterator[tuple[int, list[int]]]:
+        """(epoch, this rank's row indices) of every step from the current one on, without end."""
+        first_epoch, skip = divmod(self.progress.global_step, self.schedule.steps_per_epoch)
+        rank, world = distributed.rank(), distributed.world()
+        for epoch in itertools.count(first_epoch):
+            batches = step_batches(
+                len(self.rows), int(self.settings.effective_batch), self.settings.seed, epoch, rank=rank, world=world
+            )
+            yield from ((epoch, indices) for indices in batches[skip if epoch == first_epoch else 0 :])
+
+    def _load_batch(self, indices: Sequence[int]) -> dict[str, Any]:
+        """The step batch of these rows on the CPU, with their ids under "ids"; without tensors for an empty share."""
+        with self.throughput.waiting():
+            features = [self.rows[index] for index in indices]
+            batch: dict[str, Any] = dict(self.collate(features)) if features else {}
+            if self.device.type == "cuda":
+                batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
+            return {**batch, "ids": [str(feature["id"]) for feature in features]}
+
+    def train_step(self, batch: dict[str, Any]) -> tuple[float, float]:
+        """One optimizer step; returns its gradient norm (before clipping) and the learning rate that it used."""
+        self.model.train()
+        self.throughput.begin_step()
+        ids = batch.pop("ids")
+        batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+        tokens = sum(int(batch[name].sum()) for name in ("lengths", "source_lengths") if name in batch)
+        counts = torch.tensor([count_labels(batch) if batch else 0, tokens], device=self.device)
+        labels, tokens = (int(count) for count in distributed.all_reduce(counts))
+        self.throughput.count(tokens, labels)
+        if not labels:
+            log.warning("step %d has no labelled token: it trains nothing", self.progress.global_step + 1)
+
+        loss = torch.zeros((), device=self.device)
+        if batch:
+            backward = self.accelerator.backward
+            loss, self.step = forward_backward(
+                self.model, batch, self.step, normalizer=max(1, labels), backward=backward
+            )
+        distributed.sum_gradients(self.model.parameters())
+        mean_loss = float(distributed.all_reduce(loss.detach().float()))
+
+        grad_norm, learning_rate = 0.0, float(self.optimizer.param_groups[0]["lr"])
+        usable = self._check_finite(mean_loss, "loss", ids)
+        if usable:
+            self.last_loss = mean_loss
+            max_norm = self.settings.max_grad_norm or math.inf
+            grad_norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), max_norm))
+            if self.accelerator.scaler is None:  # a gradient scaler detects and skips infinite gradients itself
+                self.monitor.gradient(grad_norm)
+                usable = self._check_finite(grad_norm, "gradient norm", ids)
+                grad_norm = grad_norm if usable else 0.0
+        if usable:
+            optimizer_step(self.optimizer, self._halve_micro_batches)
+        if not (usable and self.accelerator.optimizer_step_was_skipped):
+            self.scheduler.step()
+        self.model.zero_grad(set_to_none=True)
+        self.unlogged = (self.unlogged[0] + self.last_loss, self.unlogged[1])
+        return grad_norm, learning_rate
+
+    def after_step(self, grad_norm: float, learning_rate: float) -> bool:
+        """Logs, evaluates and saves as the schedule, the signals and early stopping say; returns whether to stop."""
+        step, schedule = self.progress.global_step, self.schedule
+        stop, save = self.signals.poll()
+        if stop or step in (1, schedule.total_steps) or step % schedule.log_every == 0:
+            loss_sum, last_logged = self.unlogged
+            entry = {"loss": loss_sum / (step - last_logged), "grad_norm": grad_norm, "learning_rate": learning_rate}
+            if self.skipped:
+                entry["windows_skipped"] = len(self.skipped)
+            self.log({**entry, **self.throughput.since_last_entry()})
+            self.unlogged = (0.0, step)
+        if schedule.is_due(schedule.evaluate, schedule.eval_steps, step):
+            is_best = self._update_best(self.evaluate())
+            save = save or (is_best and schedule.load_best) or self.monitor.stop_early
+        if save or stop or schedule.is_due(schedule.save, schedule.save_steps, step):
+            self.save()
+        self.loggers.step(step)
+        return stop
+
+    # -- logging and evaluation ----------------------------------------------------------------------------------------
+
+    def log(self, entry: dict[str, float]) -> None:
+        """Adds an entry to the history and sends it to the loggers."""
+        entry = {**entry, "epoch": self.progress.epoch}
+        self.progress.log_history.append({**entry, "step": self.progress.global_step})
+        for warning in self.monitor.add(self.progress.log_history[-1]):
+            log.warning(warning)
+        self.loggers.entry(self.progress.global_step, entry)
+
+    def evaluate(self) -> dict[str, float]:
+        """The exact mean loss over the validation rows' labelled tokens, and the metrics of generated answers.
+
+        Restores the random state, so that evaluating never changes what is trained.
+        """
+        start, samples = time.monotonic(), ""
+        self.model.eval()
+        with torch.random.fork_rng():
+            share = list(self.validation)[distributed.rank() :: distributed.world()]
+            result = evaluate_loss(self.model, share, self.step)
+            self.step = result.config
+            sums = torch.tensor([result.loss_sum, result.count], dtype=torch.float64, device=self.device)
+            loss_sum, labels = distributed.all_reduce(sums).tolist()
+            loss = loss_sum / max(1.0, labels)
+            metrics = {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0)), **self.monitor.gap(loss)}
+            if self.answer is not None:
+                with self.step.forward_context():
+                    scores, samples = self.answer(self.model)
+                metrics |= {f"eval_{name}": value for name, value in scores.items()}
+        self.model.train()
+        self.log({**metrics, "eval_seconds": time.monotonic() - start})
+        if samples:
+            self.loggers.text(self.progress.global_step, "eval/samples", samples)
+        return metrics
+
+    def _update_best(self, metrics: Mapping[str, float]) -> bool:
+        """Whether this evaluation is the best so far; notes it."""
+        if self.schedule.metric is None:
+            return False
+        if metrics.get("eval_stop_rate", 1.0) < self.schedule.min_stop_rate:
+            log.warning("too few answers end by themselves (train.min_stop_rate): this is not a best checkpoint")
+            return False
+        value, best = metrics[f"eval_{self.schedule.metric}"], self.progress.best_metric
+        better = value > best if best is not None and self.schedule.greater_is_better else best is None or value < best
+        if better and math.isfinite(value):
+            self.progress.best_metric, self.progress.best_global_step = value, self.progress.global_step
+            return True
+        return False
+
+    # -- when something goes wrong -------------------------------------------------------------------------------------
+
+    def _check_finite(self, value: float, what: str, ids: list[str]) -> bool:
+        """Whether `value` is finite; if not, the step is dropped under `on_nan: skip`, else RunError names its rows."""
+        if math.isfinite(value):
+            return True
+        self.model.zero_grad(set_to_none=True)
+        step = self.progress.global_step + 1
+        rows = [name for share in distributed.all_gather(ids) for name in share]
+        alone = [name for share in distributed.all_gather(self._not_finite_alone(ids)) for name in share]
+        where = f"the rows of this step: {', '.join(rows)}"
+        if alone and len(alone) < len(rows):
+            where += f"; not finite by themselves: {', '.join(alone)}"
+        if self.settings.on_nan == "skip":
+            self.skipped.append({"step": step, "what": f"{what} is {value}", "rows": rows})
+            count = len(self.skipped)
+            log.warning("skipping step %d, %d skipped so far: the %s is %s (%s)", step, count, what, value, where)
+            return False
+        older = [path.name for path in self.checkpoints.run.checkpoints()]
+        raise RunError(
+            f"the {what} is {value} at step {step}: training cannot go on from here",
+            where=where,
+            fix="look at those rows (make preview), lower train.learning_rate, use bf16 instead of fp16, or"
+            " --set train.on_nan=skip; " + (f"{older[-1]} is from before" if older else "there is no checkpoint yet"),
+        )
+
+    def _not_finite_alone(self, ids: Sequence[str]) -> list[str]:
+        """The ids of those rows whose loss is not finite when they are computed alone."""
+        wanted, training = set(ids), self.model.training
+        self.model.eval()
+        rows = [row for row in self.rows if row["id"] in wanted]
+        sums = {str(row["id"]): evaluate_loss(self.model, [row], self.step).loss_sum for row in rows}
+        self.model.train(training)
+        return [name for name, loss_sum in sums.items() if not math.isfinite(loss_sum)]
+
+    def _halve_micro_batches(self) -> None:
+        self.step = replace(self.step, micro_batch_tokens=max(1, self.step.micro_batch_tokens // 2))
+        log.warning("micro-batches have at most %d tokens from here on", self.step.micro_batch_tokens)
+
+    @contextlib.contextmanager
+    def _lost_peers_explained(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            if not distributed.is_lost_peer(error):
+                raise
+            raise RunError(
+                f"another process of this run has ended ({' '.join(str(error).split())[:120]})",
+                where=f"after step {self.progress.global_step}",
+                fix="run the same command: it resumes from the newest checkpoint",
+            ) from error
+
+    # -- saving and resuming -------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Writes a checkpoint of this step. A disk that refuses rank 0 stops every rank."""
+        state = TrainState(
+            progress=self.progress,
+            model=self.model,
+            optimizer=self.optimizer,
+            scheduler=self.scheduler,
+            rng=distributed.all_gather(ckpt.random_state()),
+            session=self._session(),
+            scaler=self.accelerator.scaler,
+        )
+        self.loggers.sync(self.progress.global_step)
+        distributed.on_rank0(lambda: str(self.checkpoints.save(state)))
+
+    def _session(self) -> dict[str, Any]:
+        """session.json: counts so far, and the settings in force that the config does not fix."""
+        return {
+            **self.throughput.state(),
+            "asked_budget": self.initial_step.budget,
+            "budget": self.step.budget,
+            "evaluating": self.step.eval_tokens,
+            "checkpointing": bool(getattr(unwrap(self.model), "is_gradient_checkpointing", False)),
+            "kernels": kernels.kernels_of(self.model),
+            "skipped": self.skipped,
+            "last_loss": self.last_loss,
+            "unlogged": list(self.unlogged),
+            "best": self.progress.best_global_step if self.schedule.load_best else None,
+        }
+
+    def resume(self, checkpoint: Path) -> None:
+        """Restores everything that the next step depends on; checkpoints of later steps are renamed."""
+        distributed.on_rank0(lambda: self.checkpoints.archive_newer(step_of(checkpoint)))
+        read = partial(ckpt.read_state, checkpoint)
+        ckpt.load_weights(self.model, checkpoint)
+        ckpt.restore_optimizer(checkpoint, self.optimizer, self.scheduler)
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(read(ckpt.SCALER))
+        self.progress = replace(Progress.read(checkpoint), max_steps=self.schedule.total_steps)
+        for entry in self.progress.log_history:
+            self.monitor.add(entry)
+        self._restore_session(read(ckpt.SESSION))
+        if self.schedule.load_best:  # later evaluations must beat what can still be loaded
+            self.progress.best_global_step, self.progress.best_metric = self._best_available() or (None, None)
+        ckpt.restore_random_state(read(ckpt.RNG)[distributed.rank()])
+
+    def _restore_session(self, session: Mapping[str, Any]) -> None:
+        self.throughput.restore(session)
+        self.skipped, self.last_loss = session.get("skipped", []), session.get("last_loss", 0.0)
+        self.unlogged = tuple(session.get("unlogged", (0.0, self.progress.global_step)))  # type: ignore[assignment]
+        if session["asked_budget"] == self.initial_step.budget:  # then the budget that fitted when memory ran out
+            tokens, eval_tokens = session["budget"][0], session.get("evaluating")
+            self.step = replace(self.step, micro_batch_tokens=tokens, eval_tokens=eval_tokens)
+        else:
+            log.info("micro-batches are split differently than before: same steps, but the last bits may differ")
+        stored, current = session.get("kernels", kernels.PLAIN), kernels.kernels_of(self.model)
+        if stored != current:
+            log.info("kernels were %s and are now %s: same steps, but the last bits may differ", stored, current)
+
+    def load_best(self) -> int | None:
+        """Loads the best weights that are available; returns their step, None where the last weights are the result."""
+        best = self._best_available() if self.schedule.load_best else None
+        if best is not None and best[0] != self.progress.global_step:
+            ckpt.load_weights(self.model, self.checkpoints.folder(best[0]))
+        return best[0] if best else None
+
+    def _best_available(self) -> tuple[int, float] | None:
+        """(step, value) of the best evaluation whose checkpoint is whole, or which the model has now; of equal ones the
+        oldest. Warns where a better one is damaged.
+        """
+        key, sign = f"eval_{self.schedule.metric}", -1 if self.schedule.greater_is_better else 1
+        ranked = sorted(
+            (
+                (entry["step"], float(entry[key]))
+                for entry in self.progress.log_history
+                if math.isfinite(entry.get(key, math.nan))
+                and entry.get("eval_stop_rate", 1.0) >= self.schedule.min_stop_rate
+            ),
+            key=lambda best: (sign * best[1], best[0]),
+        )
+
+        def problem(step: int) -> str | None:
+            here = step == self.progress.global_step
+            return None if here else files.manifest_problem(self.checkpoints.folder(step))
+
+        def first_whole() -> tuple[int, float] | None:
+            return next((best for best in ranked if not problem(best[0])), None)
+
+        best = distributed.on_rank0(first_whole)
+        self.damaged_best = None if not ranked or best == ranked[0] else ranked[0]
+        if self.damaged_best is not None:
+            step, value = self.damaged_best
+            left = f"The best one left is step {best[0]} ({best[1]:.4f})" if best else "No other one is left"
+            log.warning(
+                "the best checkpoint, checkpoint-%d (%s %.4f), cannot be used: %s. %s",
+                step, self.schedule.metric, value, problem(step), left,
+            )  # fmt: skip
+        return best
+
+
+def make_accelerator(train: TrainSection, device: str) -> Any:
+    """The accelerator for one step batch a step; sets TF32. Raises EnvironmentProblem under FSDP and DeepSpeed.
+
+    bf16 is not left to it: the step computes under autocast itself. fp16 is, because the gradient scaler belongs to it.
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedType, GradientAccumulationPlugin
+
+    accelerator = Accelerator(
+        cpu=not device.startswith("cuda"),
+        mixed_precision="fp16" if train.fp16 is True else "no",
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+    )
+    supported = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+    if accelerator.distributed_type not in supported:
+        raise EnvironmentProblem(
+            "sharded training (FSDP, DeepSpeed) is not supported: its checkpoints could not be resumed exactly",
+            where="the accelerate config",
+            fix="accelerate launch --config_file env/accelerate_ddp_2.yaml scripts/train.py",
+        )
+    if device.startswith("cuda"):
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = bool(train.tf32)
+    return accelerator
+
+
+def create_optimizer(model: nn.Module, train: TrainSection) -> torch.optim.Optimizer:
+    """The optimizer that `train.optim` names (see transformers' OptimizerNames); no weight decay on biases and norms.
+
+    Raises ConfigError where the name is unknown, or its library is missing.
+    """
+    from transformers import Trainer, TrainingArguments
+    from transformers.trainer_pt_utils import get_parameter_names
+
+    no_decay = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
+    decayed = set(get_parameter_names(model, [nn.LayerNorm], no_decay))
+    trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+    groups = [
+        {"params": [weight for name, weight in trained if name in decayed], "weight_decay": train.weight_decay},
+        {"params": [weight for name, weight in trained if name not in decayed], "weight_decay": 0.0},
+    ]
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    try:
+        settings = TrainingArguments(
+            optim=train.optim, learning_rate=float(train.learning_rate), weight_decay=train.weight_decay, use_cpu=on_cpu
+        )
+        optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(settings, model)  # type: ignore[arg-type]
+        optimizer: torch.optim.Optimizer = optimizer_class(groups, **options)
+    except (ValueError, TypeError, ImportError) as error:
+        raise ConfigError(
+            f"train.optim is {train.optim}, which cannot be used: {' '.join(str(error).split())[:300]}",
+            where="train.optim",
+            fix="--set train.optim=auto",
+        ) from error
+    if options.get("optim_bits") == 8 and (manager := getattr(optimizer, "mng", None)) is not None:
+        for module in model.modules():  # bitsandbytes: 8-bit states of embeddings are unstable
+            if isinstance(module, nn.Embedding):
+                manager.register_module_override(module, "weight", {"optim_bits": 32})
+    return optimizer
