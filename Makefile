@@ -47,7 +47,7 @@ help: ## list every command
 quick-start: ## the guided set-up, from nothing to a model you can talk to
 	./workflows/quick_start.sh
 
-install: .venv/.ready ## make .venv with the exact set in requirements.lock (uv where it is, else pip)
+install: .venv/.ready ## create .venv with the exact set in requirements.lock (with uv where it is installed, else pip)
 install-dev: .venv/.ready-dev ## the same, with what tests and lint need
 install-unsloth: ## add the optional unsloth backend (NVIDIA GPUs)
 	env/install.sh unsloth
@@ -55,26 +55,26 @@ install-unsloth: ## add the optional unsloth backend (NVIDIA GPUs)
 	env/install.sh base
 .venv/.ready-dev: requirements.txt requirements-dev.txt requirements.lock env/install.sh
 	env/install.sh dev
-lock: ## resolve requirements*.txt anew into requirements.lock (needs uv)
+lock: ## resolve requirements*.txt into requirements.lock again (needs uv)
 	env/lock.sh
 
-setup-dirs: ## make the folders that the pipeline writes to
+setup-dirs: ## create the folders that the pipeline writes to
 	mkdir -p data/raw data/processed data/processed_with_style data/rendered outputs adapters
-download-model: $(ENV) ## fetch a model into the hub's cache, resumable (MODEL=Qwen/Qwen2.5-3B-Instruct)
+download-model: $(ENV) ## download a model into the hub's cache, resumable (MODEL=Qwen/Qwen2.5-3B-Instruct)
 	$(RUN)/download_model.py $(WITH) $(if $(MODEL),--model $(MODEL))
-demo-model: $(ENV) ## build models/demo again from generated text (up to 90 minutes on 2 cores)
+demo-model: $(ENV) ## build models/demo from generated text (up to 90 minutes on 2 cores)
 	$(PYTHON) dev/make_demo_model.py
 
 process: $(ENV) ## raw data -> data/processed/{train,val,test}.jsonl (RAW=file)
 	$(RUN)/process_data.py $(WITH) $(if $(RAW),--raw_path "$$RAW")
-style: $(ENV) ## put a style into the system text of every split (STYLE="Answer in JSON" or a preset)
+style: $(ENV) ## add a style to the system text of every split (STYLE="Answer in JSON" or a preset)
 	$(RUN)/style_prompt.py $(WITH) --style "$$STYLE"
-render: $(ENV) ## write out input and target as the chat template renders them
+render: $(ENV) ## write input and target as the chat template renders them
 	$(RUN)/render_template.py $(WITH)
 full-pipeline: setup-dirs process style-if-asked render ## setup-dirs, process, style (with STYLE=), render
 style-if-asked: $(ENV)
-	$(if $(STYLE),$(RUN)/style_prompt.py $(WITH) --style "$$STYLE",@echo "no STYLE= given: passing over style")
-preview: $(ENV) ## show rows token by token: what is learnt, what is masked
+	$(if $(STYLE),$(RUN)/style_prompt.py $(WITH) --style "$$STYLE",@echo "no STYLE=: skipping style")
+preview: $(ENV) ## show rows token by token: what is trained on, what is masked
 	$(RUN)/preview.py $(WITH)
 report-data: $(ENV) ## a page with plots about the training rows (outputs/reports/data.html)
 	$(RUN)/report_data.py $(WITH)
@@ -87,7 +87,7 @@ check: $(ENV) ## environment, config, data, template, model, disk, memory, ports
 doctor: $(ENV) ## versions, machine, checks, last run, last error: one redacted text for a bug report
 	@$(RUN)/doctor.py $(WITH)
 
-train: $(ENV) ## train, or take up an unfinished run
+train: $(ENV) ## train, or resume an unfinished run
 	$(RUN)/train.py $(WITH)
 train-bnb: $(ENV) ## train with the bitsandbytes backend
 	$(RUN)/train.py $(WITH) --set tuning.backend=bnb
@@ -96,7 +96,7 @@ train-unsloth: $(ENV) ## train with the unsloth backend (falls back to bnb and s
 train-with-tb: tensorboard train ## train, with TensorBoard in the background
 train-bnb-tb: tensorboard train-bnb ## train-bnb, with TensorBoard in the background
 train-unsloth-tb: tensorboard train-unsloth ## train-unsloth, with TensorBoard in the background
-resume: $(ENV) ## take up the newest unfinished run at its newest whole checkpoint, and say which
+resume: $(ENV) ## resume the newest unfinished run at its newest valid checkpoint
 	$(RUN)/train.py $(WITH) --resume auto
 pause: $(ENV) ## stop the run at the next step, with a checkpoint
 	$(RUN)/pause.py
@@ -133,24 +133,24 @@ merge: $(ENV) ## merge the newest adapter into fp16 weights (outputs/merged_fp16
 	$(RUN)/merge_lora.py $(WITH) $(FROM) --out outputs/merged_fp16 --dtype fp16
 merge-bf16: $(ENV) ## the same in bf16 (outputs/merged_bf16)
 	$(RUN)/merge_lora.py $(WITH) $(FROM) --out outputs/merged_bf16 --dtype bf16
-merge-test: $(ENV) ## load the merged model and let it answer
+merge-test: $(ENV) ## load the merged model and generate answers
 	$(RUN)/merge_lora.py $(WITH) --out outputs/merged_fp16 --test
 export: $(ENV) ## the newest run as GGUF, for Ollama or as safetensors, proven (FORMAT=gguf|ollama|hf TYPE=f16|q8_0)
 	$(RUN)/export.py $(WITH) $(FROM) --format $(or $(FORMAT),gguf) --type $(or $(TYPE),f16)
-push: $(ENV) ## send the newest export to the hub with its model card (REPO=me/model, DRY=1 shows what would go)
+push: $(ENV) ## upload the newest export to the hub with its model card (REPO=me/model, DRY=1 only shows what)
 	$(RUN)/push.py --repo "$(REPO)" $(if $(DRY),--dry-run)
 
 config-docs: $(ENV) ## write docs/CONFIG.md from the schema
 	$(RUN)/config_reference.py
-test: $(DEV) ## every test but the slow ones, at most 10 minutes
+test: $(DEV) ## every test but the slow ones, at most 6 minutes on 2 quiet cores
 	$(PYTHON) -m pytest -n 2 -m "not slow"
 coverage: $(DEV) ## the same tests, with the share of scripts/ that they reach (half as long again)
 	$(PYTHON) -m pytest -n 2 -m "not slow" --cov --cov-report=term:skip-covered
 test-all: $(DEV) ## the slow tests too, at most 60 minutes
 	$(PYTHON) -m pytest -n 2 --timeout 3000 --cov --cov-report=term:skip-covered
-test-faults: $(DEV) ## break a run in every way and take it up again; about an hour; writes benchmarks/results/faults-DATE.json
+test-faults: $(DEV) ## break a run in every way and resume it; about an hour; writes benchmarks/results/faults-DATE.json
 	$(PYTHON) tests/faults/sweep.py --all --tensorboard --jobs 2 --out benchmarks/results/faults-$$(date +%F).json
-fuzz: $(DEV) ## five minutes of bytes and rows that nobody would write, for the readers
+fuzz: $(DEV) ## five minutes of random bytes and rows for the readers
 	PYTHONPATH=scripts $(PYTHON) -m tests.data.fuzz 300
 lint: $(DEV) ## ruff, mypy, and pip-audit where the network answers
 	$(PYTHON) -m ruff check .

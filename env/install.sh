@@ -5,9 +5,9 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 kind=${1:-base}
 case $kind in
-  base) wanted=requirements.txt ;;
-  dev) wanted=requirements-dev.txt ;;
-  unsloth) wanted=requirements-unsloth.txt ;;
+  base) requirements=requirements.txt ;;
+  dev) requirements=requirements-dev.txt ;;
+  unsloth) requirements=requirements-unsloth.txt ;;
   *) echo "error: unknown set '$kind'; one of: base, dev, unsloth" >&2; exit 2 ;;
 esac
 
@@ -23,16 +23,16 @@ find_python() { # the first Python between 3.10 and 3.13
 started=$SECONDS
 if command -v uv >/dev/null; then
   [ -x .venv/bin/python ] || uv venv --quiet --python '>=3.10,<3.14' .venv
-  echo "installing $wanted into .venv with uv ..."
-  uv pip install --quiet --python .venv/bin/python -r "$wanted" -c requirements.lock
+  echo "installing $requirements into .venv with uv ..."
+  uv pip install --quiet --python .venv/bin/python -r "$requirements" -c requirements.lock
 else
   if [ ! -x .venv/bin/python ]; then
     python=$(find_python)
     "$python" -m venv .venv 2>/dev/null || {
       echo "error: '$python -m venv' failed; on Debian or Ubuntu: sudo apt install python3-venv" >&2; exit 2; }
   fi
-  echo "installing $wanted into .venv with pip (a few minutes the first time) ..."
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$wanted" -c requirements.lock
+  echo "installing $requirements into .venv with pip (a few minutes the first time) ..."
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements" -c requirements.lock
 fi
 case $kind in
   base) touch .venv/.ready ;;

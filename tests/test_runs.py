@@ -1,4 +1,4 @@
-"""Which run a command takes up, under which name, and what is refused."""
+"""Which run and checkpoint `train` resumes, run names, and what is refused."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from sft.errors import ConfigError, RunError
 
 
 def checkpoint(folder: Path, step: int) -> Path:
-    made = folder / f"checkpoint-{step}"
-    made.mkdir(parents=True)
-    (made / "weights").write_text(f"weights of step {step}")
-    (made / runs.SESSION).write_text("{}")
-    files.write_manifest(made)
-    return made
+    path = folder / f"checkpoint-{step}"
+    path.mkdir(parents=True)
+    (path / "weights").write_text(f"weights of step {step}")
+    (path / runs.SESSION).write_text("{}")
+    files.write_manifest(path)
+    return path
 
 
 def finished(folder: Path) -> None:
@@ -33,7 +33,7 @@ def test_the_first_run_takes_the_name_of_its_folder(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_auto_takes_up_the_newest_unfinished_run_at_its_newest_checkpoint(tmp_path: Path) -> None:
+def test_auto_resumes_the_newest_unfinished_run_at_its_newest_checkpoint(tmp_path: Path) -> None:
     finished(tmp_path / "outputs/chat")
     finished(tmp_path / "outputs/chat-2")
     for step in (20, 100, 30):
@@ -97,7 +97,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path: Path
     assert f"skipped checkpoint-2: {reason}" in opened.message
 
 
-def test_none_whole_where_some_exist_is_an_error_and_no_fresh_start(tmp_path: Path) -> None:
+def test_checkpoints_that_are_all_damaged_are_an_error_and_no_restart(tmp_path: Path) -> None:
     (checkpoint(tmp_path / "outputs/chat", 1) / "weights").unlink()
     with pytest.raises(RunError, match="all checkpoints of chat are damaged: checkpoint-1: weights is missing"):
         runs.open_run("outputs/chat", tmp_path, "auto")

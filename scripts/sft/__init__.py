@@ -1,1 +1,1 @@
-"""The rooms that the commands in scripts/ share. docs/ARCHITECTURE.md says what each owns and may import."""
+"""The packages that the commands in scripts/ share. docs/ARCHITECTURE.md says what each owns and may import."""

@@ -20,7 +20,7 @@ ADA = Facts("cuda", (8, 9))
 TURING = Facts("cuda", (7, 5))
 
 
-def settled(facts: Facts, mode: str = "qlora", max_seq_len: int = 512, **train: Any) -> auto.Resolved:
+def resolve_with(facts: Facts, mode: str = "qlora", max_seq_len: int = 512, **train: Any) -> auto.Resolved:
     return resolve(
         Config.model_validate({"train": train, "tuning": {"mode": mode}, "model": {"max_seq_len": max_seq_len}}), facts
     )
@@ -51,26 +51,26 @@ def settled(facts: Facts, mode: str = "qlora", max_seq_len: int = 512, **train: 
     ],
 )
 def test_precision(facts: Facts, bf16: Any, fp16: Any, expected: tuple[bool, bool]) -> None:
-    train = settled(facts, bf16=bf16, fp16=fp16).config.train
+    train = resolve_with(facts, bf16=bf16, fp16=fp16).config.train
     assert (train.bf16, train.fp16) == expected
 
 
-def test_an_explicit_precision_that_the_hardware_lacks_is_honoured_and_warned_of(
+def test_an_explicit_precision_that_the_hardware_lacks_is_used_with_a_warning(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger("sft"), "propagate", True)
-    resolved = settled(TURING, bf16=True)
+    resolved = resolve_with(TURING, bf16=True)
     assert resolved.config.train.bf16 is True
     message = "train.bf16 is true, but a GPU of compute capability 7.5 has no bfloat16: it is emulated and slow"
     assert resolved.warnings == (message,) and message in caplog.messages
-    assert "fp16 is true on the CPU" in settled(CPU, fp16=True).warnings[0]
-    assert "encoder-decoder" in settled(Facts("cuda", (7, 5), seq2seq=True)).warnings[0]
-    assert settled(ADA, bf16=True).warnings == settled(CPU, bf16=True).warnings == ()
+    assert "fp16 is true on the CPU" in resolve_with(CPU, fp16=True).warnings[0]
+    assert "encoder-decoder" in resolve_with(Facts("cuda", (7, 5), seq2seq=True)).warnings[0]
+    assert resolve_with(ADA, bf16=True).warnings == resolve_with(CPU, bf16=True).warnings == ()
 
 
 def test_both_precisions_are_refused_by_the_schema_too() -> None:
     with pytest.raises(ValueError, match="both true"):
-        settled(ADA, bf16=True, fp16=True)
+        resolve_with(ADA, bf16=True, fp16=True)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_both_precisions_are_refused_by_the_schema_too() -> None:
     ],
 )
 def test_learning_rate(mode: str, parameters: int | None, rate: float) -> None:
-    resolved = settled(Facts("cpu", parameters=parameters), mode)
+    resolved = resolve_with(Facts("cpu", parameters=parameters), mode)
     assert resolved.config.train.learning_rate == rate
     assert mode in resolved.reasons["train.learning_rate"]
 
@@ -108,7 +108,7 @@ def test_learning_rate(mode: str, parameters: int | None, rate: float) -> None:
     ("rows", "epochs"), [(1, 5), (999, 5), (1_000, 3), (9_999, 3), (10_000, 1), (52_002, 1), (None, 3)]
 )
 def test_epochs_by_rows(rows: int | None, epochs: float) -> None:
-    assert settled(Facts("cpu", train_rows=rows)).config.train.epochs == epochs
+    assert resolve_with(Facts("cpu", train_rows=rows)).config.train.epochs == epochs
 
 
 A = "auto"
@@ -143,24 +143,24 @@ def test_batch_and_accumulation(effective: Any, batch: Any, accum: Any, measured
 
 def test_every_plan_covers_its_step_and_changes_no_explicit_value() -> None:
     parts: list[Any] = [A, 1, 2, 3, 5, 8, 16, 40]
-    for asked in itertools.product(parts, parts, parts):
+    for numbers in itertools.product(parts, parts, parts):
         for measured in (None, 1, 3, 64):
             with contextlib.suppress(ConfigError):
-                plan = batch_plan(*asked, measured)
+                plan = batch_plan(*numbers, measured)
                 effective, batch, accum = plan
                 assert effective <= batch * accum < effective + batch
-                assert all(value in (A, resolved) for value, resolved in zip(asked, plan, strict=True))
+                assert all(value in (A, resolved) for value, resolved in zip(numbers, plan, strict=True))
 
 
-@pytest.mark.parametrize("asked", [(16, 2, 4), (8, A, 32), (8, A, 5)])
-def test_batch_numbers_that_cannot_all_hold_are_an_error(asked: Any) -> None:
-    with pytest.raises(ConfigError, match=f"micro-batches, but train.grad_accum is {asked[2]}"):
-        batch_plan(*asked, None)
+@pytest.mark.parametrize("numbers", [(16, 2, 4), (8, A, 32), (8, A, 5)])
+def test_batch_numbers_that_cannot_all_hold_are_an_error(numbers: Any) -> None:
+    with pytest.raises(ConfigError, match=f"micro-batches, but train.grad_accum is {numbers[2]}"):
+        batch_plan(*numbers, None)
 
 
 def test_three_unequal_batch_numbers_are_refused_by_the_schema_too() -> None:
     with pytest.raises(ValueError, match=r"batch_size 2 \* train.grad_accum 4 is 8, but train.effective_batch is 16"):
-        settled(CPU, effective_batch=16, batch_size=2, grad_accum=4)
+        resolve_with(CPU, effective_batch=16, batch_size=2, grad_accum=4)
 
 
 @pytest.mark.parametrize(
@@ -181,8 +181,8 @@ def test_three_unequal_batch_numbers_are_refused_by_the_schema_too() -> None:
 def test_step_size_on_a_machine(
     facts: Facts, max_seq_len: int, train: dict[str, Any], expected: tuple[int, ...]
 ) -> None:
-    found = settled(facts, max_seq_len=max_seq_len, **train).config.train
-    assert (found.effective_batch, found.batch_size, found.grad_accum, found.micro_batch_tokens) == expected
+    train = resolve_with(facts, max_seq_len=max_seq_len, **train).config.train
+    assert (train.effective_batch, train.batch_size, train.grad_accum, train.micro_batch_tokens) == expected
 
 
 @pytest.mark.parametrize(
@@ -194,14 +194,14 @@ def test_step_size_on_a_machine(
     ],
 )
 def test_what_follows_the_hardware(facts: Facts, optim: str, tf32: bool, checkpointing: bool) -> None:
-    train = settled(facts).config.train
+    train = resolve_with(facts).config.train
     assert (train.optim, train.tf32, train.gradient_checkpointing) == (optim, tf32, checkpointing)
-    kept = settled(facts, optim="sgd", tf32=False, gradient_checkpointing=False).config.train
-    assert (kept.optim, kept.tf32, kept.gradient_checkpointing) == ("sgd", False, False)
+    explicit = resolve_with(facts, optim="sgd", tf32=False, gradient_checkpointing=False).config.train
+    assert (explicit.optim, explicit.tf32, explicit.gradient_checkpointing) == ("sgd", False, False)
 
 
 @pytest.mark.parametrize(
-    ("given", "save_strategy", "eval_steps"),
+    ("settings", "save_strategy", "eval_steps"),
     [
         ({}, "epoch", 100),
         ({"eval_strategy": "steps"}, "steps", 100),
@@ -211,9 +211,9 @@ def test_what_follows_the_hardware(facts: Facts, optim: str, tf32: bool, checkpo
     ],
 )
 def test_saving_follows_evaluating_where_it_is_left_to_auto(
-    given: dict[str, Any], save_strategy: str, eval_steps: int
+    settings: dict[str, Any], save_strategy: str, eval_steps: int
 ) -> None:
-    resolved = settled(CPU, **given)
+    resolved = resolve_with(CPU, **settings)
     train = resolved.config.train
     assert (train.save_strategy, train.eval_steps) == (save_strategy, eval_steps)
     assert "eval_strategy" in resolved.reasons["train.save_strategy"]
@@ -223,13 +223,13 @@ def test_saving_follows_evaluating_where_it_is_left_to_auto(
 @pytest.mark.parametrize("evaluate", ["no", "steps", "epoch"])
 @pytest.mark.parametrize("best", [True, False])
 def test_explicit_values_about_saving_are_never_changed(save: str, evaluate: str, best: bool) -> None:
-    given = {
+    settings = {
         "save_strategy": save, "eval_strategy": evaluate, "load_best_model_at_end": best, "save_steps": 100,
         "eval_steps": 30, "early_stopping": {"enabled": True, "patience": 7},
     }  # fmt: skip
-    resolved = settled(CPU, **given).config.train.model_dump()
-    assert {key: resolved[key] for key in given} == {
-        **given,
+    resolved = resolve_with(CPU, **settings).config.train.model_dump()
+    assert {key: resolved[key] for key in settings} == {
+        **settings,
         "early_stopping": {**resolved["early_stopping"], "enabled": True, "patience": 7},
     }
 
@@ -248,14 +248,16 @@ def test_explicit_values_about_saving_are_never_changed(save: str, evaluate: str
     ],
 )
 def test_the_direction_of_a_metric(metric: str, greater: bool) -> None:
-    assert settled(CPU, metric_for_best_model=metric).config.train.greater_is_better is greater
-    assert settled(CPU, metric_for_best_model=metric, greater_is_better=True).config.train.greater_is_better is True
+    assert resolve_with(CPU, metric_for_best_model=metric).config.train.greater_is_better is greater
+    assert (
+        resolve_with(CPU, metric_for_best_model=metric, greater_is_better=True).config.train.greater_is_better is True
+    )
 
 
 @pytest.mark.parametrize("facts", [CPU, ADA, TURING, Facts("cuda", (9, 0), 7_000_000_000, 240, 6)])
-@pytest.mark.parametrize("given", [{}, {"batch_size": 6}, {"grad_accum": 5}, {"eval_strategy": "no"}, {"max_steps": 9}])
-def test_nothing_is_left_open_and_a_second_time_changes_nothing(facts: Facts, given: dict[str, Any]) -> None:
-    resolved = settled(facts, **given)
+@pytest.mark.parametrize("train", [{}, {"batch_size": 6}, {"grad_accum": 5}, {"eval_strategy": "no"}, {"max_steps": 9}])
+def test_no_auto_is_left_and_resolving_again_changes_nothing(facts: Facts, train: dict[str, Any]) -> None:
+    resolved = resolve_with(facts, **train)
     values = resolved.config.train.model_dump()
     assert "auto" not in values.values()
     assert Config.model_validate(resolved.config.model_dump(), strict=True) == resolved.config
@@ -263,8 +265,8 @@ def test_nothing_is_left_open_and_a_second_time_changes_nothing(facts: Facts, gi
     assert again.config == resolved.config and again.reasons == {}
 
 
-def test_every_settled_value_has_its_reason() -> None:
-    before, resolved = Config().train, settled(ADA)
+def test_every_resolved_value_has_its_reason() -> None:
+    before, resolved = Config().train, resolve_with(ADA)
     for name in type(before).model_fields:
         changed = getattr(before, name) != getattr(resolved.config.train, name)
         assert (f"train.{name}" in resolved.reasons) == changed

@@ -58,7 +58,7 @@ def test_an_include_is_below_the_file_and_set_is_above_both(write: Write) -> Non
     assert [path.name for path in loaded.files] == ["base.yaml", "run.yaml"]
 
 
-def test_given_tells_what_somebody_said_from_a_default(write: Write) -> None:
+def test_is_set_tells_an_explicit_value_from_a_default(write: Write) -> None:
     loaded = read(write("run.yaml", "train:\n  seed: 42\nexperiment:\n"), "eval.limit=3")
     assert loaded.config.train.seed == 42
     assert loaded.is_set("train.seed") and loaded.is_set("eval.limit") and loaded.is_set("train")
@@ -109,7 +109,7 @@ def test_shipped_configurations_can_be_included_from_another_root(write: Write) 
 
 
 @pytest.mark.parametrize("text", ["", "# nothing\n", "train:\n", "train:\n  # seed: 3\ndata:\n", "include:\n"])
-def test_what_says_nothing_leaves_the_defaults(write: Write, text: str) -> None:
+def test_empty_files_and_sections_leave_the_defaults(write: Write, text: str) -> None:
     loaded = read(write("run.yaml", text))
     assert set(loaded.origin.values()) == {"default"}
 
@@ -121,7 +121,7 @@ def test_an_empty_section_does_not_wipe_what_was_included(write: Write) -> None:
     assert loaded.config.data.columns is None and loaded.origin["data.columns"] == "run.yaml:3"
 
 
-def test_either_spelling_of_the_evaluation_strategy_will_do(write: Write) -> None:
+def test_both_spellings_of_the_evaluation_strategy_work(write: Write) -> None:
     write("base.yaml", "train: {evaluation_strategy: steps}\n")
     assert read(write("a.yaml", "include: base.yaml\n")).config.train.eval_strategy == "steps"
     loaded = read(write("b.yaml", "include: base.yaml\ntrain: {eval_strategy: NO}\n"), "train.evaluation_strategy=no")
@@ -206,7 +206,7 @@ def nodes(tree: Any, where: str = "") -> Tree:
 
 
 def merged(*trees: Any) -> Any:
-    """What merging means, said a second time: every path of the last tree that has it."""
+    """What merging means, written independently: every path of the last tree that has it."""
     result: Any = {}
     for tree in trees:
         for key, value in tree.items():

@@ -20,7 +20,7 @@ Mistakes = Callable[..., list[tuple[str, str | None, str | None]]]
 
 @pytest.fixture
 def mistakes(tmp_path: Path) -> Mistakes:
-    """What is said about a configuration of these files: (what, where, fix) of each mistake."""
+    """The problems of a configuration of these files: (what, where, fix) of each mistake."""
 
     def of(text: str, *sets: str, **others: str) -> list[tuple[str, str | None, str | None]]:
         (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
@@ -28,9 +28,9 @@ def mistakes(tmp_path: Path) -> Mistakes:
             (tmp_path / f"{name}.yaml").write_text(content, encoding="utf-8")
         with pytest.raises(ConfigError) as raised:
             load(tmp_path / "run.yaml", list(sets), root=tmp_path)
-        found = raised.value.problems or [raised.value]
-        assert all(str(problem) in str(raised.value) for problem in found)
-        return [(problem.what, problem.where, problem.fix) for problem in found]
+        problems = raised.value.problems or [raised.value]
+        assert all(str(problem) in str(raised.value) for problem in problems)
+        return [(problem.what, problem.where, problem.fix) for problem in problems]
 
     return of
 
@@ -129,9 +129,9 @@ def test_a_missing_include_names_who_included_it(mistakes: Mistakes, tmp_path: P
 
 
 def test_an_include_cycle_prints_its_chain(mistakes: Mistakes) -> None:
-    found = mistakes("include: a.yaml\n", a="train: {seed: 1}\ninclude:\n  - b.yaml\n", b="include: run.yaml\n")
+    problems = mistakes("include: a.yaml\n", a="train: {seed: 1}\ninclude:\n  - b.yaml\n", b="include: run.yaml\n")
     chain = "run.yaml -> a.yaml -> b.yaml -> run.yaml"
-    assert found == [(f"the includes form a cycle: {chain}", "b.yaml:1", "remove one of these includes")]
+    assert problems == [(f"the includes form a cycle: {chain}", "b.yaml:1", "remove one of these includes")]
 
 
 def test_a_file_that_includes_itself_is_a_cycle(mistakes: Mistakes) -> None:
@@ -139,27 +139,27 @@ def test_a_file_that_includes_itself_is_a_cycle(mistakes: Mistakes) -> None:
 
 
 def test_both_precisions_name_both_places(mistakes: Mistakes) -> None:
-    found = mistakes("include: base.yaml\ntrain:\n  fp16: true\n", base="train:\n  bf16: true\n")
+    problems = mistakes("include: base.yaml\ntrain:\n  fp16: true\n", base="train:\n  bf16: true\n")
     what = "train.bf16 and train.fp16 are both true, and a run has one precision"
     where = "base.yaml:2 (train.bf16), run.yaml:3 (train.fp16)"
-    assert found == [(what, where, "remove one of them, so that it takes its default")]
+    assert problems == [(what, where, "remove one of them, so that it takes its default")]
 
 
 def test_both_spellings_in_one_file_are_a_key_given_twice(mistakes: Mistakes) -> None:
-    found = mistakes("train:\n  eval_strategy: steps\n  evaluation_strategy: steps\n")
+    problems = mistakes("train:\n  eval_strategy: steps\n  evaluation_strategy: steps\n")
     what = "the key `train.eval_strategy` is given twice: run.yaml:2 and run.yaml:3"
-    assert found == [(what, "run.yaml:3", "remove one of the two lines")]
+    assert problems == [(what, "run.yaml:3", "remove one of the two lines")]
 
 
 def test_three_batch_numbers_that_contradict_each_other(mistakes: Mistakes) -> None:
-    found = mistakes("train:\n  effective_batch: 16\n  batch_size: 2\n", "train.grad_accum=4")
+    problems = mistakes("train:\n  effective_batch: 16\n  batch_size: 2\n", "train.grad_accum=4")
     places = (
         "run.yaml:2 (train.effective_batch)",
         "run.yaml:3 (train.batch_size)",
         "--set train.grad_accum=4 (train.grad_accum)",
     )
     what = "train.batch_size 2 * train.grad_accum 4 is 8, but train.effective_batch is 16"
-    assert found == [(what, ", ".join(places), "remove one of them, so that it takes its default")]
+    assert problems == [(what, ", ".join(places), "remove one of them, so that it takes its default")]
 
 
 @pytest.mark.parametrize(
@@ -181,16 +181,16 @@ def test_three_batch_numbers_that_contradict_each_other(mistakes: Mistakes) -> N
     ],
 )  # fmt: skip
 def test_a_bad_set_is_named(mistakes: Mistakes, item: str, what: str) -> None:
-    assert [(said, where) for said, where, _ in mistakes("", item)] == [(what, f"--set {item}")]
+    assert [(message, where) for message, where, _ in mistakes("", item)] == [(what, f"--set {item}")]
 
 
 def test_all_mistakes_are_said_at_once_in_the_order_of_their_lines(mistakes: Mistakes) -> None:
-    found = mistakes(
+    problems = mistakes(
         "train:\n  seed: x\n  sped: 1\n  seed: 3\ninclude: gone.yaml\nmodel: 3\neval:\n  limit: 0\n",
         "logging.samples=-1",
         "x",
     )
-    assert [(what.split(":")[0], where) for what, where, _ in found] == [
+    assert [(what.split(":")[0], where) for what, where, _ in problems] == [
         ("`train.seed`", "run.yaml:2"),
         ("unknown key `train.sped`", "run.yaml:3"),
         ("the key `train.seed` is given twice", "run.yaml:4"),
@@ -255,7 +255,7 @@ def run(folder: Path, text: str, *flags: str) -> subprocess.CompletedProcess[str
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         (
             "train: {sede: 1}",
@@ -267,17 +267,17 @@ def run(folder: Path, text: str, *flags: str) -> subprocess.CompletedProcess[str
         ("train: [", "error: not valid YAML: "),
     ],
 )
-def test_a_command_ends_with_2_and_one_clear_message(tmp_path: Path, text: str, said: str) -> None:
+def test_a_command_ends_with_2_and_one_clear_message(tmp_path: Path, text: str, message: str) -> None:
     done = run(tmp_path, text)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(said) and "Traceback" not in done.stderr
+    assert done.stderr.startswith(message) and "Traceback" not in done.stderr
 
 
 def test_json_output_holds_every_mistake(tmp_path: Path) -> None:
     done = run(tmp_path, "train: {sede: 1}\neval: 3\n", "--json")
-    told = json.loads(done.stdout)
-    assert done.returncode == 2 and told["error"] == "2 mistakes in the settings of run.yaml:"
-    assert [(one["error"], one["where"]) for one in told["problems"]] == [
+    output = json.loads(done.stdout)
+    assert done.returncode == 2 and output["error"] == "2 mistakes in the settings of run.yaml:"
+    assert [(problem["error"], problem["where"]) for problem in output["problems"]] == [
         ("unknown key `train.sede`", "run.yaml:1"),
         ("`eval`: expected a mapping of keys, not 3", "run.yaml:2"),
     ]

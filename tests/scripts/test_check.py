@@ -27,7 +27,7 @@ def project(tiny_qwen2: Path, tmp_path: Path) -> Path:
 
 def findings(project: Path, *sets: str, config: str = "run_bnb.yaml") -> dict[str, checks.Finding]:
     context = checks.CheckContext(project, project / "configs" / config, list(sets), free_port())
-    return {found.name: found for found in checks.run(context)}
+    return {finding.name: finding for finding in checks.run(context)}
 
 
 def free_port() -> int:
@@ -40,7 +40,7 @@ def test_a_project_that_is_ready_passes(project, command):
     done = command("check", "--port", free_port(), "--json", SFT_ROOT=str(project))
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(done.stdout)
-    levels = {found["name"]: found["level"] for found in result["findings"]}
+    levels = {finding["name"]: finding["level"] for finding in result["findings"]}
     assert result["ok"]
     assert set(levels) >= {"system", "python", "packages", "config", "data", "model", "template", "disk", "memory"}
     assert {levels[name] for name in ("config", "data", "model", "template", "outputs")} == {"ok"}
@@ -51,8 +51,8 @@ def test_every_mistake_is_a_line_with_its_fix_and_exit_2(project, command):
     done = command("check", "--json", SFT_ROOT=str(project))
     assert done.returncode == 2
     result = json.loads(done.stdout)
-    errors = [found for found in result["findings"] if found["level"] == "error"]
-    assert [found["name"] for found in errors] == ["config", "config"]
+    errors = [finding for finding in result["findings"] if finding["level"] == "error"]
+    assert [finding["name"] for finding in errors] == ["config", "config"]
     assert "run_bnb.yaml:2" in errors[0]["message"]
     assert "run_bnb.yaml:4" in errors[1]["message"]
     assert "Traceback" not in done.stderr
@@ -66,8 +66,8 @@ def test_raw_rows_that_are_not_processed_yet_are_a_warning(project):
     shutil.rmtree(project / "data" / "processed")
     (project / "data" / "raw").mkdir()
     (project / "data" / "raw" / "raw.jsonl").write_text('{"question": "a?", "answer": "b"}\n')
-    found = findings(project)["data"]
-    assert (found.level, found.fix) == ("warning", "make process")
+    finding = findings(project)["data"]
+    assert (finding.level, finding.fix) == ("warning", "make process")
     (project / "data" / "raw" / "raw.jsonl").unlink()
     assert findings(project)["data"].level == "error"
 
@@ -75,9 +75,9 @@ def test_raw_rows_that_are_not_processed_yet_are_a_warning(project):
 def test_a_row_that_is_no_row_is_an_error_with_its_line(project):
     path = project / "data" / "processed" / "train.jsonl"
     path.write_text('{"question": 1}\n' + path.read_text())
-    found = findings(project)["data"]
-    assert found.level == "error"
-    assert "train.jsonl:1" in found.message
+    finding = findings(project)["data"]
+    assert finding.level == "error"
+    assert "train.jsonl:1" in finding.message
 
 
 def test_models_that_are_not_here_or_not_whole_are_errors(project):
@@ -90,12 +90,12 @@ def test_models_that_are_not_here_or_not_whole_are_errors(project):
 
 def test_a_template_that_never_shows_the_answer_is_an_error(project):
     (project / "t.jinja").write_text("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}")
-    found = findings(project, "data.template_path=t.jinja")["template"]
-    assert (found.level, "never shows" in found.message or "no answer" in found.message) == ("error", True)
+    finding = findings(project, "data.template_path=t.jinja")["template"]
+    assert (finding.level, "never shows" in finding.message or "no answer" in finding.message) == ("error", True)
     (project / "t.jinja").write_text("{% for m in messages %}\n{{ m.content }")
-    found = findings(project, "data.template_path=t.jinja")["template"]
-    assert found.level == "error"
-    assert "2" in found.message
+    finding = findings(project, "data.template_path=t.jinja")["template"]
+    assert finding.level == "error"
+    assert "2" in finding.message
 
 
 def test_a_template_of_the_kit_is_found_from_any_project(project):
@@ -108,8 +108,8 @@ def test_a_port_in_use_is_a_warning(project):
         other.listen()
         port = other.getsockname()[1]
         context = checks.CheckContext(project, project / "configs" / "run_bnb.yaml", [], port)
-        found = {finding.name: finding for finding in checks.run(context)}["tensorboard"]
-    assert (found.level, found.fix) == ("warning", f"another port: TB_PORT={port + 1}")
+        finding = {finding.name: finding for finding in checks.run(context)}["tensorboard"]
+    assert (finding.level, finding.fix) == ("warning", f"another port: TB_PORT={port + 1}")
 
 
 def test_an_outputs_folder_that_is_a_file_is_an_error(project):
@@ -118,6 +118,6 @@ def test_an_outputs_folder_that_is_a_file_is_an_error(project):
 
 
 def test_a_disk_too_small_is_an_error(project):
-    found = findings(project, "tuning.mode=full", "train.save_total_limit=1000000000")["disk"]
-    assert found.level == "error"
-    assert "save_total_limit" in str(found.fix)
+    finding = findings(project, "tuning.mode=full", "train.save_total_limit=1000000000")["disk"]
+    assert finding.level == "error"
+    assert "save_total_limit" in str(finding.fix)

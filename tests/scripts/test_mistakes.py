@@ -40,11 +40,11 @@ def fingerprint(root: Path) -> dict[str, str]:
     }
 
 
-def refused(done: CompletedProcess[str], *said: str) -> None:
+def refused(done: CompletedProcess[str], *parts: str) -> None:
     assert done.returncode == 2, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     assert "Traceback" not in done.stderr + done.stdout
     assert done.stderr.count("error:") == 1
-    for part in said:
+    for part in parts:
         assert part in done.stderr, f"{part!r} not in:\n{done.stderr}"
 
 
@@ -60,13 +60,13 @@ CONFIGS = {
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_wrong_config_is_refused_with_its_line(command: Command, project: Path, name: str) -> None:
-    text, said = CONFIGS[name]
+    text, parts = CONFIGS[name]
     mine = project / "configs" / "mine.yaml"
     mine.write_text(text)
     raw = project / "raw.jsonl"
     raw.write_text(ROW)
     before = fingerprint(project)
-    refused(command("process_data", "--config", mine, "--raw_path", raw, SFT_ROOT=str(project)), *said)
+    refused(command("process_data", "--config", mine, "--raw_path", raw, SFT_ROOT=str(project)), *parts)
     assert fingerprint(project) == before
 
 
@@ -79,13 +79,13 @@ FILES = {
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_wrong_data_file_is_refused_and_the_old_rows_stay(command: Command, project: Path, name: str) -> None:
-    content, said = FILES[name]
+    content, parts = FILES[name]
     raw = project / "raw.jsonl"
     if content is not None:
         raw.write_bytes(content)
     before = fingerprint(project)
     config = project / "configs" / "run.yaml"
-    refused(command("process_data", "--config", config, "--raw_path", raw, SFT_ROOT=str(project)), said)
+    refused(command("process_data", "--config", config, "--raw_path", raw, SFT_ROOT=str(project)), parts)
     assert fingerprint(project) == before
 
 

@@ -46,10 +46,10 @@ class ModelSection(Section):
         " answer's tail (its end token stays), drop the row and name it, cut a conversation between its turns into rows"
         " that fit, or stop with an error.",
     )
-    trust_remote_code: bool = Field(False, description="Run code that comes with the model. Said loudly when true.")
+    trust_remote_code: bool = Field(False, description="Run code that comes with the model; a warning says so.")
     device_map: str = Field("auto", description="`auto`: the GPU where there is one, else the CPU; or `cpu`, `cuda:0`.")
     attn_implementation: str = Field(
-        "auto", description="`auto`: rows kept apart without padding where the hardware has it, else `sdpa`; or a name."
+        "auto", description="`auto`: rows packed without padding where the hardware can, else `sdpa`; or a name."
     )
 
 
@@ -60,7 +60,7 @@ class LoraSection(Section):
     alpha: int = Field(32, ge=1, description="Scale: the adapter's output is multiplied by alpha / r.")
     dropout: float = Field(0.05, ge=0, lt=1, description="Dropout in front of the adapter.")
     target_modules: Auto | list[str] = Field(
-        "auto", description="`auto`: every linear layer but the head, found in the model; or a list of module names."
+        "auto", description="`auto`: every linear layer of the model but the head; or a list of module names."
     )
     bias: Literal["none", "all", "lora_only"] = Field("none", description="Which biases are trained.")
     use_rslora: bool = Field(False, description="Rank-stabilised LoRA: scale alpha / sqrt(r).")
@@ -71,7 +71,7 @@ class LoraSection(Section):
 
 
 class TuningSection(Section):
-    """How the weights are changed, and by whose kernels."""
+    """How the weights are changed, and with which backend."""
 
     backend: Literal["bnb", "unsloth"] = Field(
         "bnb", description="`unsloth` falls back to `bnb`, and says why, where it cannot be used."
@@ -85,14 +85,14 @@ class TuningSection(Section):
 
 
 class SplitSection(Section):
-    """Shares of the rows, by a seeded hash of what each row asks: appending rows moves none of the old ones."""
+    """Shares of the rows, by a seeded hash of each row's question: appending rows moves none of the old ones."""
 
     train: float = Field(0.8, ge=0, le=1, description="Share for training.")
     val: float = Field(0.1, ge=0, le=1, description="Share for evaluation while training.")
     test: float = Field(0.1, ge=0, le=1, description="Share that is never trained on or selected by.")
     seed: int = Field(42, description="Another seed, another split.")
     group_by: str | None = Field(
-        None, description="Key of raw rows; rows with the same value stay in one split. Null: rows that ask the same."
+        None, description="Key of raw rows; rows with the same value stay in one split. Null: rows with one question."
     )
 
     @model_validator(mode="after")
@@ -186,10 +186,10 @@ class DataSection(Section):
     rendered_dir: str = Field("data/rendered", description="Where render writes.")
     train_path: str | None = Field(None, description="Training rows; null follows `stage`.")
     val_path: str | None = Field(
-        None, description="Validation rows; null follows `stage`, or stands beside `train_path` where that is given."
+        None, description="Validation rows; null follows `stage`, or is beside `train_path` where that is set."
     )
     test_path: str | None = Field(
-        None, description="Test rows; null follows `stage`, or stands beside `train_path` where that is given."
+        None, description="Test rows; null follows `stage`, or is beside `train_path` where that is set."
     )
     template_path: str = Field(
         "auto",
@@ -227,7 +227,7 @@ class DataSection(Section):
     @model_validator(mode="after")
     def _one_way_in(self) -> DataSection:
         if self.raw_path and self.sources:
-            raise ValueError("raw_path and sources are both given: name the file among the sources")
+            raise ValueError("raw_path and sources are both set: name the file among the sources")
         return self
 
 
@@ -241,7 +241,7 @@ class EvalSection(Section):
     limit: int | None = Field(None, ge=1, description="Most rows that `eval` scores; null is all.")
     batch_size: int = Field(32, ge=1, description="Answers generated side by side; halved when memory runs out.")
     turns: Literal["last", "all"] = Field(
-        "last", description="Of a row with several answers: the last given its history, or every one."
+        "last", description="Of a row with several answers: the last one with its history, or every one."
     )
     shots: int = Field(0, ge=0, description="Training rows shown as earlier turns before each question of `eval`.")
     format: str | None = Field(
@@ -253,7 +253,7 @@ class EvalSection(Section):
 
 
 class GenerationSection(Section):
-    """How answers are made, in eval, infer and compare alike."""
+    """How answers are generated, in eval, infer and compare alike."""
 
     max_new_tokens: int = Field(256, ge=1, description="Longest answer in tokens.")
     do_sample: bool = Field(False, description="False is greedy; true draws with the three settings below.")
@@ -286,7 +286,7 @@ class EarlyStoppingSection(Section):
 
 
 class TrainSection(Section):
-    """One run: how long, how fast, how large a step, what is kept."""
+    """One run: how long, how fast, how large a step, which checkpoints."""
 
     output_dir: str = Field(
         "outputs/run", min_length=1, description="The run's folder; its last part is the run's name."
@@ -316,18 +316,18 @@ class TrainSection(Section):
     )
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="Share of the target spread over the vocabulary.")
     labels: Literal["all_assistant", "last_assistant", "all_tokens"] = Field(
-        "all_assistant", description="Which tokens are learnt: every answer, the last answer, or everything."
+        "all_assistant", description="Which tokens are in the loss: every answer, the last answer, or everything."
     )
     effective_batch: Auto | Count = Field(
         "auto",
         description="Rows of one optimizer step over all devices; `auto` is batch_size * grad_accum where both are"
-        " given, else 16 (or more, where one of them alone is more).",
+        " set, else 16, or more to be at least batch_size or a multiple of grad_accum.",
     )
     batch_size: Auto | Count = Field(
         "auto",
         description="Most rows in one micro-batch; `auto` sets no limit and is the number of rows at max_seq_len that"
         " was measured to fit on a GPU, the whole step on the CPU, or ceil(effective_batch / grad_accum) where"
-        " grad_accum is given.",
+        " grad_accum is set.",
     )
     grad_accum: Auto | Count = Field("auto", description="Micro-batches a step; `auto` follows from the other two.")
     micro_batch_tokens: Auto | Count = Field(
@@ -372,7 +372,7 @@ class TrainSection(Section):
         " `epoch` where that is `no`.",
     )
     save_steps: int = Field(100, ge=1, description="Steps between checkpoints.")
-    save_total_limit: int = Field(2, ge=1, description="Checkpoints kept, besides the best one.")
+    save_total_limit: int = Field(2, ge=1, description="How many checkpoints stay, besides the best one.")
     load_best_model_at_end: bool = Field(True, description="End with the best checkpoint, not the last one.")
     metric_for_best_model: str = Field(
         "loss", description="`loss`, or any metric of `eval.metrics`, measured on the validation sample."

@@ -28,11 +28,11 @@ def parts(config: Config, model: ModelFiles) -> dict[str, int]:
     train, numbers = config.train, _trained_numbers(config, model)
     beside = sum(path.stat().st_size for path in model.path.glob("*") if "token" in path.name or "vocab" in path.name)
     checkpoint = numbers * (4 + (2 if "8bit" in train.optim else 8)) + 2**20
-    kept = train.save_total_limit if train.save_strategy != "no" else 0
+    checkpoints = train.save_total_limit if train.save_strategy != "no" else 0
     best = train.load_best_model_at_end and train.eval_strategy != "no"
     merged = model.parameters * 2 if train.merge_at_end and config.tuning.mode != "full" else 0
     return {
-        "checkpoints": checkpoint * (kept + 1),
+        "checkpoints": checkpoint * (checkpoints + 1),
         "best checkpoint": checkpoint if best else 0,
         "model" if config.tuning.mode == "full" else "adapter": numbers * 4 + beside,
         "merged model": merged,
