@@ -138,17 +138,17 @@ def _lines(path: Path) -> int:
 def what_is_written_well_comes_back(folder: Path, kind: str, rows: list[tuple[str, str]]) -> None:
     """Every text survives JSON lines, JSON and CSV exactly."""
     clean = [tuple(text.encode("utf-8", "ignore").decode().replace("\0", "") + "!" for text in row) for row in rows]
-    wanted = [{"question": question, "answer": answer} for question, answer in clean]
+    expected = [{"question": question, "answer": answer} for question, answer in clean]
     path = folder / f"a.{kind}"
     with path.open("w", encoding="utf-8", newline="") as file:
         if kind == "csv":
             csv.writer(file, quoting=csv.QUOTE_ALL).writerows([("question", "answer"), *clean])
         elif kind == "json":
-            json.dump(wanted, file, ensure_ascii=False)
+            json.dump(expected, file, ensure_ascii=False)
         else:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in wanted)
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in expected)
     try:
-        assert [raw.value for raw in open_source(path, folder).rows()] == wanted
+        assert [raw.value for raw in open_source(path, folder).rows()] == expected
     except DataError as error:  # texts of control characters only look like no text at all
         assert "binary" in str(error)
 

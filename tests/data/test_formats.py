@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from sft.config.schema import DataSection
 from sft.data import rows
-from sft.data.formats import Formats
+from sft.data.formats import Formats, parse_text
 from sft.data.ledger import RowFault
 from sft.data.process import process
 from sft.data.readers import RawRow
@@ -18,9 +19,9 @@ from sft.errors import DataError
 
 
 def stored(row: Any, format: str = "auto", **columns: str) -> tuple[str, dict[str, Any]]:
-    record, found = make_row(RawRow("f:1", row), Formats(format, columns or None), None)
+    record, format_read = make_row(RawRow("f:1", row), Formats(format, columns or None), None)
     assert record.pop("origin") == "f:1" and record.pop("id") == rows.row_id(record)
-    return found, record
+    return format_read, record
 
 
 def fault(row: Any, format: str = "auto", **columns: str) -> str:
@@ -86,12 +87,12 @@ def short(user: str, assistant: str, system: str = "") -> dict[str, str]:
         ({"input": "i", "target": "t"}, "rendered", {"input": "i", "target": "t"}),
     ],
 )
-def test_each_format_is_told_by_its_keys(row: dict[str, Any], format: str, record: dict[str, Any]) -> None:
+def test_each_format_is_detected_by_its_keys(row: dict[str, Any], format: str, record: dict[str, Any]) -> None:
     assert stored(row) == (format, record)
     assert stored(row, format.partition(" ")[0]) == (format, record)
 
 
-def test_keys_that_nobody_reads_are_counted() -> None:
+def test_unread_keys_are_counted() -> None:
     formats = Formats("auto", None)
     for number in range(3):
         formats.parse({"Question": "q", "answer": "a", "id": number, "hint": "h", "System Prompt": "s", "tags": "t"})
@@ -162,12 +163,12 @@ def test_openai_rows_with_parts_reasoning_weights_and_calls() -> None:
         ],
         "tools": [{"type": "function", "function": {"name": "f"}}],
     }
-    made = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    call_read = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
     assert stored(row)[1] == {
         "messages": [
             {"role": "system", "content": "s"},
             {"role": "user", "content": "ab"},
-            {"role": "assistant", "content": "", "tool_calls": [made], "weight": 0},
+            {"role": "assistant", "content": "", "tool_calls": [call_read], "weight": 0},
             {"role": "tool", "content": "1", "name": "f", "tool_call_id": "c1"},
             {"role": "assistant", "content": "one", "reasoning_content": "hm"},
         ],
@@ -185,8 +186,8 @@ def test_columns_are_mapped_by_name() -> None:
         Formats("auto", {"user": "Question"})
 
 
-def turns(*given: tuple[str, Any]) -> dict[str, Any]:
-    return {"messages": [{"role": role, "content": content} for role, content in given]}
+def turns(*pairs: tuple[str, Any]) -> dict[str, Any]:
+    return {"messages": [{"role": role, "content": content} for role, content in pairs]}
 
 
 @pytest.mark.parametrize(
@@ -231,18 +232,18 @@ def test_each_fault_has_its_reason(row: Any, reason: str) -> None:
     assert fault(row) == reason
 
 
-def test_a_format_that_is_named_holds_for_every_row() -> None:
+def test_a_named_format_applies_to_every_row() -> None:
     assert fault({"question": "q", "answer": "a"}, "alpaca") == "unknown format"
 
 
-def test_what_the_user_gave_with_a_row_stays_with_it() -> None:
+def test_ids_tags_and_weights_of_a_row_are_stored() -> None:
     row = {"id": "mine", "tags": ["x"], "weight": 2.0, "question": "q", "answer": "a", "url": "dropped"}
     record, _ = make_row(RawRow("f:1", row), Formats("auto", None), "be kind")
     assert list(record) == ["id", "origin", "system", "user", "assistant", "tags", "weight", "source_id"]
     assert record["source_id"] == "mine" and record["system"] == "be kind"
 
 
-def test_the_id_is_told_by_content_alone_in_either_shape() -> None:
+def test_the_id_depends_on_the_content_alone_in_either_shape() -> None:
     one = rows.to_record([{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}], origin="x:1")
     same = rows.to_record(
         [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}], origin="y:9", tag=1
@@ -259,3 +260,101 @@ def test_the_schema_knows_the_formats() -> None:
         assert Formats(DataSection(format=name).format, None) is not None  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="format"):
         DataSection(format="nobody's")  # type: ignore[arg-type]
+
+
+ONE = [("user", "Hi"), ("assistant", "Hello!")]
+TWO = [("system", "Be brief."), ("user", "Hi\nthere"), ("assistant", "Hello!"), ("user", "Bye"), ("assistant", "Bye!")]
+
+
+@pytest.mark.parametrize(
+    "name, text, turns",
+    [
+        ("chatml", "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello!<|im_end|>\n", ONE),
+        (
+            "chatml",
+            "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi\nthere<|im_end|>\n<|im_start|>assistant\n"
+            "Hello!<|im_end|>\n<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\nBye!<|im_end|>",
+            TWO,
+        ),
+        ("chatml", "<|im_start|>user\nQ: 1? A: 2<|im_end|>\n<|im_start|>assistant\n A: x \n<|im_end|>", [
+            ("user", "Q: 1? A: 2"), ("assistant", " A: x \n")]),
+        (
+            "llama3",
+            "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\nHello!<|eot_id|>",
+            ONE,
+        ),
+        ("gemma", "<bos><start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\nHello!<end_of_turn>\n", ONE),
+        ("phi3", "<|user|>\nHi<|end|>\n<|assistant|>\nHello!<|end|>\n<|endoftext|>", ONE),
+        ("llama2", "<s>[INST] Hi [/INST] Hello! </s>", ONE),
+        (
+            "llama2",
+            "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nHi\nthere [/INST] Hello! </s><s>[INST] Bye [/INST] Bye! </s>",
+            TWO,
+        ),
+        ("llama2", "<s>[INST] Hi [/INST]Hello!</s>", ONE),
+        ("phi3", "<|user|>\nHi</s>\n<|assistant|>\nHello!</s>\n", ONE),
+        ("llama2", "[INST] Hi [/INST] Hello!</s>[INST] Bye [/INST] Bye!</s>", [*ONE, *TWO[3:]]),
+    ],
+)  # fmt: skip
+def test_text_rows_are_split_by_control_tokens(name: str, text: str, turns: list[tuple[str, str]]) -> None:
+    name_read, messages = parse_text(text)
+    assert (name_read, [(message["role"], message["content"]) for message in messages]) == (name, turns)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Once upon a time.",
+        "",
+        "### Instruction:\nHi\n\n### Response:\nHello!",
+        "USER: Hi ASSISTANT: Hello!",
+        "User: Hi\nAssistant: Hello!",
+        "Q: Hi\nA: Hello!",
+        "a chat about [INST] and <|im_start|>user\nHi",
+        "<|im_start|>user\nHi<|im_start|>assistant\nHello!<|im_end|>",
+        "[INST] What does [INST] mean? [/INST] It starts a question.</s>",
+        "[INST] Hi [/INST] Write [INST] question [/INST] answer.</s>",
+        "before<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello!<|im_end|>",
+        "<|im_start|>user\nHi<|im_end|>between<|im_start|>assistant\nHello!<|im_end|>",
+    ],
+)
+def test_a_text_without_control_tokens_is_a_fault_and_never_a_guess(text: str) -> None:
+    with pytest.raises(RowFault, match="unknown format"):
+        parse_text(text)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "Write:\n### Instruction:\nx\n\n### Response:\ny",
+        "Assistant: Sure.\nUser: hi",
+        "Q: 1\nA: 2",
+        "USER: a ASSISTANT: b",
+    ],
+)
+def test_an_answer_that_quotes_another_template_stays_whole(answer: str) -> None:
+    text = f"<|im_start|>user\nShow me.<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>"
+    assert [message["content"] for message in parse_text(text)[1]] == ["Show me.", answer]
+    with pytest.raises(RowFault, match="unknown format"):
+        parse_text(f"### Instruction:\nShow me.\n\n### Response:\n{answer}")
+
+
+@pytest.mark.parametrize(
+    "answers, references",
+    [
+        (["a", "b", "a"], ["a", "b"]),
+        ({"text": ["a", "b"], "answer_start": [1, 2]}, ["a", "b"]),
+        ({"value": "a", "aliases": ["a", "A"]}, ["a", "A"]),
+        (["a"], None),
+        ("a", None),
+    ],
+)
+def test_of_many_answers_the_first_is_trained_on_and_all_are_stored(
+    tmp_path: Path, answers: Any, references: Any
+) -> None:
+    raw = tmp_path / "a.jsonl"
+    raw.write_text(json.dumps({"question": "q", "answers": answers}) + "\n", encoding="utf-8")
+    row = process(DataSection(), tmp_path, str(raw)).example
+    assert row is not None and row["assistant"] == "a" and row.get("references") == references
+    assert rows.references(row) == (references or ["a"])

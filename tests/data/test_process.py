@@ -65,7 +65,7 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line] if path.exists() else []
 
 
-def test_every_kind_of_bad_row_is_counted_and_kept_with_its_line(tmp_path: Path) -> None:
+def test_every_kind_of_bad_row_is_counted_and_quarantined_with_its_line(tmp_path: Path) -> None:
     raw = write(tmp_path / "bad.jsonl", [line for line, _ in BAD_ROWS])
     ledger = process(DataSection(max_dropped=1, split=ALL_TRAIN), tmp_path, str(raw))
     assert ledger.named == {
@@ -90,14 +90,14 @@ def test_every_kind_of_bad_row_is_counted_and_kept_with_its_line(tmp_path: Path)
     ]
     assert all(row["detail"] and ("row" in row) != ("text" in row) for row in quarantine)
     assert next(row for row in quarantine if row["reason"] == "not text")["row"]["question"] == {"nested": 1}
-    kept = json.loads((out / "ledger.json").read_text())
+    account = json.loads((out / "ledger.json").read_text())
     assert (
-        kept["rows_read"]
-        == kept["rows_written"] + kept["rows_named"]
-        == kept["rows_written"] + sum(kept["named"].values())
+        account["rows_read"]
+        == account["rows_written"] + account["rows_named"]
+        == account["rows_written"] + sum(account["named"].values())
     )
-    assert kept["formats"] == {"qa": 2, "messages": 1, "rendered": 1} and kept["splits"] == {"train": 4}
-    assert kept["shapes"] == {"one turn": 2, "messages": 1, "rendered": 1} and kept["accepted"] is True
+    assert account["formats"] == {"qa": 2, "messages": 1, "rendered": 1} and account["splits"] == {"train": 4}
+    assert account["shapes"] == {"one turn": 2, "messages": 1, "rendered": 1} and account["accepted"] is True
 
 
 def test_the_threshold_counts_faults_and_never_duplicates(tmp_path: Path) -> None:
@@ -156,32 +156,32 @@ def test_a_position_is_the_same_on_every_machine_and_version() -> None:
 
 
 @pytest.mark.parametrize("count", [3, 4, 5, 8])
-def test_no_split_stays_empty_without_a_word(tmp_path: Path, count: int) -> None:
+def test_no_split_stays_empty_without_a_warning(tmp_path: Path, count: int) -> None:
     raw = write(tmp_path / "a.jsonl", [qa(f"{count} {i}") for i in range(count)])
     ledger = process(DataSection(), tmp_path, str(raw))
     folder = tmp_path / "data/processed"
-    kept = {name: [row["user"] for row in rows_of(folder / f"{name}.jsonl")] for name in ("train", "val", "test")}
-    assert {name: len(users) for name, users in kept.items()} == ledger.splits
+    users_of = {name: [row["user"] for row in rows_of(folder / f"{name}.jsonl")] for name in ("train", "val", "test")}
+    assert {name: len(users) for name, users in users_of.items()} == ledger.splits
     assert min(ledger.splits.values()) >= 1 and sum(ledger.splits.values()) == count
-    assert sorted(user for users in kept.values() for user in users) == sorted(f"{count} {i}" for i in range(count))
+    assert sorted(user for users in users_of.values() for user in users) == sorted(f"{count} {i}" for i in range(count))
     moved = [
         name
         for name in ("train", "val", "test")
         if any(text.startswith(f"{name} had no row") for text in ledger.warnings)
     ]
     natural = [
-        choose_split(prompt_id(row), SplitSection()) for name in kept for row in rows_of(folder / f"{name}.jsonl")
+        choose_split(prompt_id(row), SplitSection()) for name in users_of for row in rows_of(folder / f"{name}.jsonl")
     ]
     assert set(moved) == {"train", "val", "test"} - set(natural)
 
 
-def test_too_few_rows_for_three_splits_are_said(tmp_path: Path) -> None:
+def test_too_few_rows_for_three_splits_give_a_warning(tmp_path: Path) -> None:
     ledger = process(DataSection(), tmp_path, str(write(tmp_path / "a.jsonl", [qa("one")])))
     assert sum("is empty: 1 rows are too few to split" in text for text in ledger.warnings) == 2
     assert len([path for path in (tmp_path / "data/processed").glob("*.jsonl") if path.name != "quarantine.jsonl"]) == 1
 
 
-def test_duplicates_stay_when_asked_to(tmp_path: Path) -> None:
+def test_deduplicate_false_leaves_duplicates(tmp_path: Path) -> None:
     raw = write(tmp_path / "a.jsonl", [qa("same")] * 3)
     assert process(DataSection(deduplicate=False), tmp_path, str(raw)).written == 3
     assert process(DataSection(), tmp_path, str(raw)).named == {"exact duplicate": 2}
@@ -200,7 +200,7 @@ def test_files_of_others_survive_and_folders_of_others_are_refused(tmp_path: Pat
         process(DataSection(processed_dir="file"), tmp_path, str(raw))
 
 
-def test_a_folder_that_cannot_be_written_is_an_error_of_one_message(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_one_error(tmp_path: Path) -> None:
     raw = write(tmp_path / "a.jsonl", [qa("q")])
     (tmp_path / "file").write_text("x")
     with pytest.raises(DataError, match="cannot write"):

@@ -1,4 +1,4 @@
-"""Files of every kind, whole and broken: which rows come out, from where, and what is said of the others."""
+"""Files of every kind, whole and broken: which rows come out, from where, and which faults the others have."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_lines_end_at_the_newline_only(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "line, said",
+    "line, message",
     [
         ('{"a": 1', "broken JSON"),
         ('{"a": NaN}', "NaN is not JSON"),
@@ -58,18 +58,18 @@ def test_lines_end_at_the_newline_only(tmp_path: Path) -> None:
         ('{"a": "tab\there"}', "broken JSON"),
     ],
 )
-def test_a_faulty_line_is_one_faulty_row_and_its_neighbours_are_read(tmp_path: Path, line: str, said: str) -> None:
+def test_a_faulty_line_is_one_faulty_row_and_its_neighbours_are_read(tmp_path: Path, line: str, message: str) -> None:
     for name, text in {
         "lines.jsonl": f'{{"ok": 1}}\n{line}\n{{"ok": 2}}\n',
         "array.json": f'[{{"ok": 1}},\n{line},\n{{"ok": 2}}]',
     }.items():
-        if name == "array.json" and (said == "broken JSON" or len(line) > 100_000):
+        if name == "array.json" and (message == "broken JSON" or len(line) > 100_000):
             with pytest.raises(DataError, match=r"broken JSON"):  # the next row could begin anywhere
                 read(put(tmp_path / name, text))
             continue
         first, bad, last = read(put(tmp_path / name, text))
         assert (first.value, last.value) == ({"ok": 1}, {"ok": 2})
-        assert bad.origin == f"{name}:2" and bad.value is None and said in str(bad.fault)
+        assert bad.origin == f"{name}:2" and bad.value is None and message in str(bad.fault)
         assert bad.text
 
 
@@ -125,7 +125,7 @@ def test_an_array_that_breaks_off_names_the_line(tmp_path: Path, text: str, line
     assert caught.value.where == f"{path}:{line}"
 
 
-def test_a_table_of_one_column_and_chinese_utf16_without_a_mark_are_known(tmp_path: Path) -> None:
+def test_a_table_of_one_column_and_chinese_utf16_without_a_mark_are_recognised(tmp_path: Path) -> None:
     path = put(tmp_path / "a.csv", 'text\n"Q: one\nA: two"\nthree\n')
     assert values(path) == [{"text": "Q: one\nA: two"}, {"text": "three"}]
     row = {"question": "\u4f60\u597d\u5417" * 30, "answer": "\u5f88\u597d\u3002" * 30}
@@ -134,7 +134,7 @@ def test_a_table_of_one_column_and_chinese_utf16_without_a_mark_are_known(tmp_pa
 
 
 @pytest.mark.parametrize("cell", ["x" * 300_000, "line\n" * 60, "x" * 300_000 + "\n,y"])
-def test_the_first_cells_may_be_larger_than_what_a_file_is_told_by(tmp_path: Path, cell: str) -> None:
+def test_the_first_cells_may_be_larger_than_the_head_that_is_detected_by(tmp_path: Path, cell: str) -> None:
     path = put(tmp_path / "a.csv", f'question,answer\n"{cell}",yes\nq,a\n')
     assert values(path) == [{"question": cell, "answer": "yes"}, {"question": "q", "answer": "a"}]
 
@@ -228,7 +228,7 @@ def test_parquet_rows_and_a_broken_parquet_file(tmp_path: Path) -> None:
         read(broken)
 
 
-def test_gzip_is_unpacked_on_the_way(tmp_path: Path) -> None:
+def test_gzip_is_decompressed_while_reading(tmp_path: Path) -> None:
     path = put(tmp_path / "a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 1_000))
     assert values(path) == [{"a": 1}] * 1_000
     with pytest.raises(DataError, match="gzip"):
@@ -236,7 +236,7 @@ def test_gzip_is_unpacked_on_the_way(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name, content, said",
+    "name, content, message",
     [
         ("a.parquet", b"\x89PNG\r\n\x1a\n" + bytes(100), "PARQUET by its name, but a PNG picture"),
         ("a.json", b"<!DOCTYPE html><html></html>", "a web page"),
@@ -251,13 +251,13 @@ def test_gzip_is_unpacked_on_the_way(tmp_path: Path) -> None:
         ("a.csv", b'question,answer\nq,"a\0b"\nr,s\n', "binary"),
     ],
 )
-def test_what_is_no_data_is_named(tmp_path: Path, name: str, content: bytes, said: str) -> None:
-    with pytest.raises(DataError, match=said):
+def test_files_that_are_no_rows_are_refused_by_name(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    with pytest.raises(DataError, match=message):
         read(put(tmp_path / name, content))
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.csv", "a.parquet", "a.txt"])
-def test_the_content_decides_and_a_wrong_name_is_said(tmp_path: Path, name: str) -> None:
+def test_the_content_decides_and_a_wrong_name_is_a_warning(tmp_path: Path, name: str) -> None:
     path = put(tmp_path / name, '{"q": 1}\n{"q": 2}\n')
     source = open_source(path, tmp_path)
     assert [raw.value for raw in source.rows()] == [{"q": 1}, {"q": 2}]
@@ -273,7 +273,7 @@ def test_the_first_line_may_be_broken_and_the_file_is_still_json_lines(tmp_path:
         assert [raw.value for raw in rows][1:] == [{"q": 1}, {"q": 2}]
 
 
-def test_where_raw_rows_are_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_order_in_which_raw_rows_are_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match="no raw data"):
         sources.find_sources(DataSection(), tmp_path)
     (tmp_path / "data/raw").mkdir(parents=True)
@@ -330,6 +330,16 @@ def test_where_a_block_ends_changes_nothing(tmp_path: Path, monkeypatch: pytest.
     listed = "[" + " ,\n ".join(pieces) + "\n]\n"
     for text in (listed, f'{{"v": "1,2", "w": [{{}}], "data": {listed}, "z": {{"data": []}} }}', "\n".join(pieces)):
         path = put(tmp_path / "a.json", ("\n" + text) if text[0] == "[" else text)
-        found = list(open_source(path, tmp_path).rows())
-        assert [raw.value for raw in found] == [rows[0], None, rows[1], rows[2]]
-        assert found[1].text == bad and "given twice" in str(found[1].fault)
+        raws = list(open_source(path, tmp_path).rows())
+        assert [raw.value for raw in raws] == [rows[0], None, rows[1], rows[2]]
+        assert raws[1].text == bad and "given twice" in str(raws[1].fault)
+
+
+def test_a_file_that_does_not_exist_gets_a_suggestion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data/raw").mkdir(parents=True)
+    put(tmp_path / "data/raw/mine.jsonl", "{}")
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine.jsonl", "data/raw/mein.jsonl"):
+        with pytest.raises(DataError) as caught:
+            open_source(Path(name), tmp_path)
+        assert caught.value.fix == "did you mean data/raw/mine.jsonl?"

@@ -27,13 +27,13 @@ def test_styles_all_splits_or_one_file_and_names_presets(command: Run, tmp_path:
 
     done = command("style_prompt", *CONFIG, "--style", "Answer like a clerk.", "--json", **root)
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
-    assert sum(told["rows"].values()) == 50 and set(told["rows"]) == {"train", "val", "test"}
+    result = json.loads(done.stdout)
+    assert sum(result["rows"].values()) == 50 and set(result["rows"]) == {"train", "val", "test"}
     first = json.loads((tmp_path / "data/processed_with_style/train.jsonl").read_text().splitlines()[0])
     assert first["system"] == "Answer like a clerk."
 
     one = ("--in", "data/processed/val.jsonl", "--out", "styled.jsonl", "--mode", "append", "--style", "concise")
     assert command("style_prompt", *CONFIG, *one, **root).returncode == 0
-    assert len((tmp_path / "styled.jsonl").read_text().splitlines()) == told["rows"]["val"]
+    assert len((tmp_path / "styled.jsonl").read_text().splitlines()) == result["rows"]["val"]
     half = command("style_prompt", *CONFIG, "--style", "concise", "--in", "x.jsonl", **root)
     assert half.returncode == 2 and "--in and --out go together" in half.stderr

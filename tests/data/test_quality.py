@@ -1,4 +1,4 @@
-"""What is told of the rows and dropped when asked: benchmarks, marks, lengths, scripts; and replay mixed in."""
+"""Benchmarks, flags, lengths and scripts of rows: reported, and dropped by config; and replay."""
 
 from __future__ import annotations
 
@@ -83,22 +83,22 @@ MARKED = [
 ]
 
 
-def test_marks_are_reported_and_stay_unless_asked(tmp_path: Path) -> None:
+def test_flagged_rows_are_reported_and_stay_by_default(tmp_path: Path) -> None:
     ledger = run(tmp_path, MARKED)
-    found = ledger.to_json()
+    report = ledger.to_json()
     assert ledger.written == 45 and ledger.named == {}
-    assert found["quality"] == {"control_characters": 1, "boilerplate": 2, "length_outliers": 1, "script": 1}
-    assert found["scripts"] == {"latin": 44, "cyrillic": 1}
-    assert found["lengths"]["answers"] == {"p5": 24, "median": 24, "p95": 38, "longest": 10_000}
-    assert found["balance"].startswith("lengths are uneven")
+    assert report["quality"] == {"control_characters": 1, "boilerplate": 2, "length_outliers": 1, "script": 1}
+    assert report["scripts"] == {"latin": 44, "cyrillic": 1}
+    assert report["lengths"]["answers"] == {"p5": 24, "median": 24, "p95": 38, "longest": 10_000}
+    assert report["balance"].startswith("lengths are uneven")
     assert ledger.report_lines()[0].endswith("control characters 1, boilerplate 2, length outliers 1, script 1")
 
 
-def test_marks_are_dropped_when_asked_and_are_no_faults(tmp_path: Path) -> None:
+def test_flagged_rows_are_dropped_by_config_and_are_no_faults(tmp_path: Path) -> None:
     drop = ["control_characters", "boilerplate", "length_outliers", "script"]
     ledger = run(tmp_path, MARKED, drop=drop, max_dropped=0)
-    wanted = {"control characters": 1, "boilerplate": 2, "length outlier": 1, "other script": 1}
-    assert ledger.named == wanted and ledger.written == 40 and ledger.faults == 0
+    expected = {"control characters": 1, "boilerplate": 2, "length outlier": 1, "other script": 1}
+    assert ledger.named == expected and ledger.written == 40 and ledger.faults == 0
     assert ledger.to_json()["quality"]["boilerplate"] == 2
     assert run(tmp_path, MARKED, drop=["boilerplate"]).named == {"boilerplate": 2}
 
@@ -122,7 +122,7 @@ def test_the_former_name_of_the_script_check_is_an_error_that_names_its_successo
         ("\u0645\u0631\u062d\u0628\u0627", "arabic"),
     ],
 )
-def test_a_script_is_told_by_most_letters(text: str, script: str) -> None:
+def test_the_script_is_that_of_most_letters(text: str, script: str) -> None:
     assert script_of(text) == script
 
 
@@ -144,7 +144,7 @@ def test_replay_is_a_share_of_the_mix_seeded_and_in_training_alone(tmp_path: Pat
     assert train(tmp_path) == rows
 
 
-def test_replay_never_asks_what_val_or_test_asks(tmp_path: Path) -> None:
+def test_replay_has_no_question_of_val_or_test(tmp_path: Path) -> None:
     own = [qa(f"own question {i}") for i in range(300)]
     put(tmp_path / "general.jsonl", [qa(f"Own question {i}", "another answer") for i in range(300)])
     ledger = run(tmp_path, own, replay=ReplaySection(path="general.jsonl", ratio=0.45), split=SplitSection())
@@ -152,17 +152,17 @@ def test_replay_never_asks_what_val_or_test_asks(tmp_path: Path) -> None:
     assert ledger.reports["leaks"]["test"]["same question"] == 0
 
 
-def test_replay_leaves_out_rows_that_train_has_also_without_deduplication(tmp_path: Path) -> None:
+def test_replay_leaves_out_rows_of_train_without_deduplication_too(tmp_path: Path) -> None:
     own = [qa(f"own {i}") for i in range(60)]
     put(tmp_path / "general.jsonl", [*own, qa("general")])
     ledger = run(tmp_path, own + own[:1], replay=ReplaySection(path="general.jsonl", ratio=0.4), deduplicate=False)
     assert ledger.reports["replay"]["usable"] == ledger.replayed == 1 and ledger.written == 62
 
 
-def test_too_little_replay_is_said_and_none_is_an_error(tmp_path: Path) -> None:
+def test_too_little_replay_is_a_warning_and_none_an_error(tmp_path: Path) -> None:
     put(tmp_path / "general.jsonl", [qa("general")])
     ledger = run(tmp_path, [qa(f"own {i}") for i in range(90)], replay=ReplaySection(path="general.jsonl"))
-    assert ledger.replayed == 1 and any("fewer than the 10" in said for said in ledger.warnings)
+    assert ledger.replayed == 1 and any("fewer than the 10" in line for line in ledger.warnings)
     put(tmp_path / "general.jsonl", [{"x": 1}])
     with pytest.raises(DataError, match="no usable row"):
         run(tmp_path, [qa("own")], replay=ReplaySection(path="general.jsonl"))

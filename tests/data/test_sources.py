@@ -29,7 +29,7 @@ def put(path: Path, content: bytes) -> Path:
     return path
 
 
-def asked(folder: Path, name: str = "train") -> list[str]:
+def questions(folder: Path, name: str = "train") -> list[str]:
     path = folder / f"data/processed/{name}.jsonl"
     return [json.loads(line)["user"] for line in path.read_bytes().splitlines()] if path.exists() else []
 
@@ -38,15 +38,15 @@ def zstd(content: bytes) -> bytes:
     return bytes(pyarrow.compress(content, codec="zstd", asbytes=True))
 
 
-def sources(root: Path, *given: dict[str, Any], **data: Any) -> Any:
-    made = [SourceSection(**source) for source in given]
-    return process(DataSection(sources=made, split=data.pop("split", ALL_TRAIN), **data), root)
+def sources(root: Path, *entries: dict[str, Any], **data: Any) -> Any:
+    sections = [SourceSection(**source) for source in entries]
+    return process(DataSection(sources=sections, split=data.pop("split", ALL_TRAIN), **data), root)
 
 
-def test_zstd_is_unpacked_on_the_way_and_a_broken_file_is_said(tmp_path: Path) -> None:
+def test_zstd_is_decompressed_while_reading_and_a_broken_file_is_an_error(tmp_path: Path) -> None:
     whole = put(tmp_path / "a.jsonl.zst", zstd(lines(0, 900)) + zstd(lines(900, 1_000)))
     assert process(DataSection(split=ALL_TRAIN), tmp_path, str(whole)).read == 1_000
-    assert asked(tmp_path) == [f"q{i}" for i in range(1_000)]
+    assert questions(tmp_path) == [f"q{i}" for i in range(1_000)]
     with pytest.raises(DataError, match=r"broken|breaks off"):
         process(DataSection(), tmp_path, str(put(tmp_path / "b.jsonl.zst", whole.read_bytes()[:-20])))
 
@@ -57,12 +57,12 @@ def test_a_folder_of_files_is_read_as_one(tmp_path: Path) -> None:
     put(tmp_path / "in/d.jsonl.gz", gzip.compress(lines(3, 4)))
     put(tmp_path / "in/README.md", b"# not rows")
     put(tmp_path / "in/.hidden.jsonl", lines(9, 10))
-    told: list[tuple[int, int]] = []
-    ledger = process(DataSection(split=ALL_TRAIN), tmp_path, str(tmp_path / "in"), lambda *done: told.append(done))
-    assert asked(tmp_path) == ["q2", "q0", "q1", "q3"] and ledger.source == "in"
+    progress: list[tuple[int, int]] = []
+    ledger = process(DataSection(split=ALL_TRAIN), tmp_path, str(tmp_path / "in"), lambda *done: progress.append(done))
+    assert questions(tmp_path) == ["q2", "q0", "q1", "q3"] and ledger.source == "in"
     assert ledger.example is not None and ledger.example["origin"] == "in/a/c.csv:2"
-    assert told == sorted(told) and len({total for _, total in told[1:]}) == 1
-    assert any("a folder of 3 files" in said for said in ledger.warnings)
+    assert progress == sorted(progress) and len({total for _, total in progress[1:]}) == 1
+    assert any("a folder of 3 files" in line for line in ledger.warnings)
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no file of rows"):
         find_sources(DataSection(), tmp_path, str(tmp_path / "empty"))
@@ -72,9 +72,9 @@ def test_sources_are_weighted_and_limited_by_hash(tmp_path: Path) -> None:
     put(tmp_path / "a.jsonl", lines(0, 100))
     put(tmp_path / "b.jsonl", lines(100, 1_100))
     put(tmp_path / "c.jsonl", lines(2_000, 2_010))
-    given = ({"path": "a.jsonl", "limit": 30}, {"path": "b.jsonl", "weight": 0.25}, {"path": "c.jsonl", "weight": 2})
-    ledger = sources(tmp_path, *given)
-    first = asked(tmp_path)
+    entries = ({"path": "a.jsonl", "limit": 30}, {"path": "b.jsonl", "weight": 0.25}, {"path": "c.jsonl", "weight": 2})
+    ledger = sources(tmp_path, *entries)
+    first = questions(tmp_path)
     kept_a, kept_b = [q for q in first if len(q) < 4], [q for q in first if 100 <= int(q[1:]) < 1_100]
     assert len(kept_a) == 30 and kept_a == sorted(kept_a, key=lambda q: int(q[1:])) and kept_a != first[:0]
     assert 200 <= len(kept_b) <= 300
@@ -83,30 +83,30 @@ def test_sources_are_weighted_and_limited_by_hash(tmp_path: Path) -> None:
     assert [(part["rows"], part["taken"]) for part in ledger.sources] == [(100, 30), (1_000, len(kept_b)), (10, 10)]
     ids = [json.loads(line)["id"] for line in (tmp_path / "data/processed/train.jsonl").read_bytes().splitlines()]
     assert len(set(ids)) == len(ids)
-    sources(tmp_path, *given)
-    assert asked(tmp_path) == first
-    sources(tmp_path, *given, split=SplitSection(train=1, val=0, test=0, seed=7))
-    assert asked(tmp_path) != first
+    sources(tmp_path, *entries)
+    assert questions(tmp_path) == first
+    sources(tmp_path, *entries, split=SplitSection(train=1, val=0, test=0, seed=7))
+    assert questions(tmp_path) != first
 
 
-def test_a_row_appended_leaves_the_weighted_choice_as_it_was(tmp_path: Path) -> None:
+def test_an_appended_row_does_not_change_the_weighted_choice(tmp_path: Path) -> None:
     put(tmp_path / "b.jsonl", lines(0, 400))
     sources(tmp_path, {"path": "b.jsonl", "weight": 0.5})
-    before = asked(tmp_path)
+    before = questions(tmp_path)
     put(tmp_path / "b.jsonl", lines(0, 500))
     sources(tmp_path, {"path": "b.jsonl", "weight": 0.5})
-    assert [q for q in asked(tmp_path) if int(q[1:]) < 400] == before
+    assert [q for q in questions(tmp_path) if int(q[1:]) < 400] == before
 
 
 def test_only_training_rows_are_repeated(tmp_path: Path) -> None:
     put(tmp_path / "b.jsonl", lines(0, 200))
     ledger = sources(tmp_path, {"path": "b.jsonl", "weight": 3}, split=SplitSection())
-    train, val = asked(tmp_path), asked(tmp_path, "val")
+    train, val = questions(tmp_path), questions(tmp_path, "val")
     assert len(train) == 3 * len(set(train)) and len(val) == len(set(val)) > 0
     assert ledger.balanced() and ledger.read == 200 + 2 * len(set(train))
 
 
-def test_one_way_in() -> None:
+def test_raw_path_and_sources_exclude_each_other() -> None:
     with pytest.raises(ValidationError, match="raw_path and sources are both given"):
         DataSection(raw_path="a.jsonl", sources=[SourceSection(path="b.jsonl")])
     with pytest.raises(ValidationError):

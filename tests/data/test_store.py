@@ -34,14 +34,17 @@ def make_processed(root: Path, count: int = 40, word: str = "q") -> None:
     [("replace", "S", "S"), ("prepend", "S", "S\n\nold"), ("append", "S", "old\n\nS"), ("fill", "S", "old")],
 )
 def test_modes_on_short_rows_and_on_messages(mode: str, none: str, some: str) -> None:
-    for system, wanted in (("", none), ("old", some)):
+    for system, expected in (("", none), ("old", some)):
         short = {"id": "1", "origin": "o", "system": system, "user": "u", "assistant": "a", "tags": 1}
-        made = style.apply_style(short, "S", mode)
-        assert made == {**short, "system": wanted} and list(made) == list(short)
+        styled_row = style.apply_style(short, "S", mode)
+        assert styled_row == {**short, "system": expected} and list(styled_row) == list(short)
         turns = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
         head = [{"role": "system", "content": system}] if system else []
         row = {"id": "1", "messages": head + turns, "tools": [{}]}
-        assert style.apply_style(row, "S", mode) == {**row, "messages": [{"role": "system", "content": wanted}, *turns]}
+        assert style.apply_style(row, "S", mode) == {
+            **row,
+            "messages": [{"role": "system", "content": expected}, *turns],
+        }
 
 
 def test_presets_are_texts_and_near_misses_are_mistakes() -> None:
@@ -54,7 +57,7 @@ def test_presets_are_texts_and_near_misses_are_mistakes() -> None:
         assert "presets: concise, json, step-by-step, structured" in str(caught.value.fix)
 
 
-def test_styled_rows_are_taken_until_their_source_changes(tmp_path: Path) -> None:
+def test_styled_rows_are_used_until_their_source_changes(tmp_path: Path) -> None:
     data = DataSection()
     make_processed(tmp_path)
     assert store.resolve_stage(data, tmp_path).name == "processed"
@@ -81,7 +84,7 @@ def test_styled_rows_are_taken_until_their_source_changes(tmp_path: Path) -> Non
     assert store.resolve_stage(data, tmp_path).name == "styled"
 
 
-def test_a_styled_folder_that_is_incomplete_or_tells_no_source_is_stale(tmp_path: Path) -> None:
+def test_a_styled_folder_that_is_incomplete_or_has_no_source_record_is_stale(tmp_path: Path) -> None:
     make_processed(tmp_path)
     processed, styled = tmp_path / "data/processed", tmp_path / "data/processed_with_style"
     style.style_file(processed / "train.jsonl", styled / "train.jsonl", "S", "fill")
@@ -95,7 +98,7 @@ def test_a_styled_folder_that_is_incomplete_or_tells_no_source_is_stale(tmp_path
         store.resolve_stage(DataSection(), tmp_path)
 
 
-def test_rendered_rows_are_taken_only_when_named_and_are_not_styled(tmp_path: Path) -> None:
+def test_rendered_rows_are_used_only_by_name_and_are_not_styled(tmp_path: Path) -> None:
     make_processed(tmp_path)
     rendered = write(tmp_path / "data/rendered/train.jsonl", {"input": "i", "target": "t"})
     assert store.resolve_stage(DataSection(), tmp_path).name == "processed"
@@ -115,7 +118,7 @@ def test_missing_stages_name_the_command(tmp_path: Path) -> None:
         style.style_folder(DataSection(), tmp_path, "S", "fill")
 
 
-def test_a_training_path_that_is_given_wins_and_brings_its_neighbours(tmp_path: Path) -> None:
+def test_train_path_wins_and_the_files_beside_it_are_used(tmp_path: Path) -> None:
     make_processed(tmp_path)
     row = {"user": "u", "assistant": "a"}
     train, val = write(tmp_path / "mine/train.jsonl", row), write(tmp_path / "mine/val.jsonl", row)
@@ -125,20 +128,20 @@ def test_a_training_path_that_is_given_wins_and_brings_its_neighbours(tmp_path: 
     assert other.test == val
     assert store.resolve_stage(DataSection(val_path="mine/val.jsonl"), tmp_path).val == val
     for key in ("train_path", "val_path"):
-        given = {"train_path": str(train), key: "gone.jsonl"}
+        paths = {"train_path": str(train), key: "gone.jsonl"}
         with pytest.raises(DataError, match=f"data.{key} does not exist"):
-            store.resolve_stage(DataSection(**given), tmp_path)
+            store.resolve_stage(DataSection(**paths), tmp_path)
 
 
 @pytest.mark.parametrize("key", ["val_path", "test_path"])
-def test_a_mistyped_val_or_test_path_is_an_error_and_never_a_split_less(tmp_path: Path, key: str) -> None:
+def test_a_mistyped_val_or_test_path_is_an_error(tmp_path: Path, key: str) -> None:
     make_processed(tmp_path)
     with pytest.raises(DataError, match=f"data.{key} does not exist") as caught:
         store.resolve_stage(DataSection(**{key: "vall.jsonl"}), tmp_path)
     assert caught.value.where == str(tmp_path / "vall.jsonl")
 
 
-def test_the_reader_takes_the_three_shapes_and_gives_ids_and_origins(tmp_path: Path) -> None:
+def test_stored_rows_of_three_shapes_have_ids_and_origins(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
     path = write(
         tmp_path / "a.jsonl",
@@ -153,7 +156,7 @@ def test_the_reader_takes_the_three_shapes_and_gives_ids_and_origins(tmp_path: P
 
 
 @pytest.mark.parametrize(
-    "line, said",
+    "line, message",
     [
         ("{", "broken JSON"),
         ('{"user": "u", "assistant": NaN}', "NaN"),
@@ -167,9 +170,9 @@ def test_the_reader_takes_the_three_shapes_and_gives_ids_and_origins(tmp_path: P
         ("7", "not a processed row"),
     ],
 )
-def test_the_reader_stops_at_the_first_bad_line_and_names_it(tmp_path: Path, line: str, said: str) -> None:
+def test_the_reader_stops_at_the_first_bad_line_and_names_it(tmp_path: Path, line: str, message: str) -> None:
     path = write(tmp_path / "a.jsonl", {"user": "u", "assistant": "a"}, line)
-    with pytest.raises(DataError, match=said) as caught:
+    with pytest.raises(DataError, match=message) as caught:
         store.read_rows(path)
     assert caught.value.where == f"{path}:2" and "make process" in str(caught.value.fix)
 

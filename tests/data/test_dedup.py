@@ -1,4 +1,4 @@
-"""Near duplicates found, verified, kept on one side of a split; groups by a key; leaks counted."""
+"""Near duplicates are found, verified and stay in one split; groups by a key; leaks counted."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def qa(words: list[str], answer: str = "yes", **more: Any) -> dict[str, Any]:
 
 
 def splits(root: Path) -> dict[str, str]:
-    found = {}
+    result = {}
     for name in SPLITS:
         path = root / f"data/processed/{name}.jsonl"
         for line in path.read_bytes().splitlines() if path.exists() else []:
-            found[json.loads(line)["user"]] = name
-    return found
+            result[json.loads(line)["user"]] = name
+    return result
 
 
 def shingles(text: str) -> set[tuple[str, ...]]:
@@ -51,7 +51,7 @@ def shingles(text: str) -> set[tuple[str, ...]]:
     return {tuple(words[at : at + length]) for at in range(len(words) - length + 1)}
 
 
-def test_bands_find_what_lies_at_the_threshold() -> None:
+def test_the_bands_of_some_thresholds() -> None:
     assert (lsh_bands(0.8), lsh_bands(0.5), lsh_bands(1.0)) == ((21, 6), (42, 3), (1, 128))
 
 
@@ -66,27 +66,27 @@ def test_every_pair_by_brute_force_is_found_and_no_other(threshold: float) -> No
     index = MinHashIndex(threshold)
     for one in texts:
         index.add(one)
-    made = [shingles(one) for one in texts]
-    wanted = {
+    sets = [shingles(one) for one in texts]
+    expected = {
         (later, earlier)
         for later in range(len(texts))
         for earlier in range(later)
-        if len(made[later] & made[earlier]) >= threshold * len(made[later] | made[earlier])
+        if len(sets[later] & sets[earlier]) >= threshold * len(sets[later] | sets[earlier])
     }
-    assert set(index.pairs()) == wanted and len(wanted) > 60
+    assert set(index.pairs()) == expected and len(expected) > 60
 
 
 def test_hundreds_of_equal_rows_are_one_cluster(tmp_path: Path) -> None:
     base = text(100)
     rows = [qa(changed(base, number % 100), str(number)) for number in range(400)]
     ledger = run(tmp_path, rows, near_duplicates="report", split=SplitSection(train=0.5, val=0.5, test=0))
-    found = ledger.reports["near_duplicates"]
-    assert (found["clusters"], found["largest_cluster"], found["pairs_across_splits"]) == (1, 400, 0)
+    result = ledger.reports["near_duplicates"]
+    assert (result["clusters"], result["largest_cluster"], result["pairs_across_splits"]) == (1, 400, 0)
     assert sorted(ledger.splits.values()) == [0, 400]
-    assert any("is empty" in said for said in ledger.warnings)
+    assert any("is empty" in line for line in ledger.warnings)
 
 
-def test_drop_keeps_the_first_of_each_and_off_does_not_look(tmp_path: Path) -> None:
+def test_drop_leaves_the_first_of_each_and_off_does_not_search(tmp_path: Path) -> None:
     bases = [text() for _ in range(50)]
     rows = [qa(base) for base in bases] + [qa(changed(base, 0)) for base in bases[:20]]
     ledger = run(tmp_path, rows, near_duplicates="drop", max_dropped=0)
@@ -121,51 +121,53 @@ def test_no_cluster_crosses_splits_and_appended_rows_move_nothing(tmp_path: Path
 def test_rows_are_grouped_by_a_key(tmp_path: Path) -> None:
     rows = [qa(text(), page=number % 60) for number in range(300)] + [qa(text())]
     ledger = run(tmp_path, rows, split=SplitSection(group_by="page"))
-    found = splits(tmp_path)
+    result = splits(tmp_path)
     for page in range(60):
-        assert len({found[row["question"]] for row in rows if row.get("page") == page}) == 1
-    assert set(found.values()) == set(SPLITS)
+        assert len({result[row["question"]] for row in rows if row.get("page") == page}) == 1
+    assert set(result.values()) == set(SPLITS)
     assert ledger.reports["groups"] == {"by": "page", "groups": 60, "without": 1}
     ledger = run(tmp_path, rows, split=SplitSection(group_by="pgae"))
-    assert any("no row has the key" in said for said in ledger.warnings)
+    assert any("no row has the key" in line for line in ledger.warnings)
 
 
-def test_a_group_is_not_torn_to_fill_an_empty_split(tmp_path: Path) -> None:
+def test_a_group_is_not_divided_to_fill_an_empty_split(tmp_path: Path) -> None:
     ledger = run(tmp_path, [qa(text(), page=1) for _ in range(6)], split=SplitSection(group_by="page"))
     assert sorted(ledger.splits.values()) == [0, 0, 6]
 
 
 def homes_of_questions(folder: Path) -> dict[str, set[str]]:
-    made: dict[str, set[str]] = {}
+    homes: dict[str, set[str]] = {}
     for name in SPLITS:
         for line in (folder / f"data/processed/{name}.jsonl").read_text().splitlines():
-            made.setdefault(" ".join(json.loads(line)["user"].lower().split()), set()).add(name)
-    return made
+            homes.setdefault(" ".join(json.loads(line)["user"].lower().split()), set()).add(name)
+    return homes
 
 
 @pytest.mark.parametrize("near", ["off", "report"])
-def test_rows_that_ask_the_same_never_stand_on_both_sides(tmp_path: Path, near: str) -> None:
-    asked = [f"What  is the capital of land {number % 100}?" for number in range(300)]
-    rows = [{**qa([ask if n % 2 else ask.upper()], str(n)), "system": f"style {n % 3}"} for n, ask in enumerate(asked)]
+def test_rows_with_the_same_question_share_a_split(tmp_path: Path, near: str) -> None:
+    questions = [f"What  is the capital of land {number % 100}?" for number in range(300)]
+    rows = [
+        {**qa([ask if n % 2 else ask.upper()], str(n)), "system": f"style {n % 3}"} for n, ask in enumerate(questions)
+    ]
     ledger = run(tmp_path, rows, near_duplicates=near, near_duplicate_threshold=0.95)
-    found = homes_of_questions(tmp_path)
-    assert len(found) == 100 and all(len(names) == 1 for names in found.values())
-    assert set().union(*found.values()) == set(SPLITS)
-    assert ledger.written == 300 and not any("occur in train" in said for said in ledger.warnings)
+    result = homes_of_questions(tmp_path)
+    assert len(result) == 100 and all(len(names) == 1 for names in result.values())
+    assert set().union(*result.values()) == set(SPLITS)
+    assert ledger.written == 300 and not any("occur in train" in line for line in ledger.warnings)
     none = {"exact": 0, "same question": 0, "near": None if near == "off" else 0}
     assert ledger.reports["leaks"] == {"val": none, "test": none}
 
 
-def test_a_question_that_all_rows_share_is_split_with_a_word(tmp_path: Path) -> None:
+def test_a_question_that_all_rows_share_leaves_splits_empty_with_a_warning(tmp_path: Path) -> None:
     ledger = run(tmp_path, [qa(["Tell me a joke about animals."], f"joke {number}") for number in range(300)])
-    assert sorted(ledger.splits.values()) == [0, 0, 300] and sum("is empty" in said for said in ledger.warnings) == 2
-    assert any("of the rows, not" in said and "data.split.group_by" in said for said in ledger.warnings)
+    assert sorted(ledger.splits.values()) == [0, 0, 300] and sum("is empty" in line for line in ledger.warnings) == 2
+    assert any("of the rows, not" in line and "data.split.group_by" in line for line in ledger.warnings)
     rows = [qa(["Tell me a joke about animals."], f"joke {number}", number=number) for number in range(300)]
     ledger = run(tmp_path, rows, split=SplitSection(group_by="number"))
     assert min(ledger.splits.values()) > 15 and ledger.reports["leaks"]["val"]["same question"] == ledger.splits["val"]
-    assert any("also occur in train" in said for said in ledger.warnings)
+    assert any("also occur in train" in line for line in ledger.warnings)
 
 
-def test_short_questions_ask_what_their_system_text_says(tmp_path: Path) -> None:
+def test_the_system_text_counts_with_a_short_question(tmp_path: Path) -> None:
     run(tmp_path, [{**qa(["Go on."]), "system": f"text {number}"} for number in range(300)])
     assert set(homes_of_questions(tmp_path)["go on."]) == set(SPLITS)
