@@ -111,7 +111,7 @@ def _planned(case: Case, kind: Any, card: tuple[str, float]) -> float:
     from sft.memory import plan
     from sft.memory.devices import Device
 
-    return plan.make_plan(_settings(case), case[1], Device(kind, *card)).estimate.allocated
+    return plan.make_plan(_settings(case), case[1], Device(kind, *card)).training.allocated
 
 
 def _settings(case: Case) -> Any:

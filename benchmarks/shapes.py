@@ -58,7 +58,7 @@ def build(
     attention.register()
     full = config.tuning.mode == "full"
     dtype = torch.float32 if full else torch.bfloat16
-    model = shapes.draw(description, "-", config.tuning, dtype, attention=chosen, checkpointing=checkpointing)
+    model = shapes.meta_model(description, "-", config.tuning, dtype, attention=chosen, checkpointing=checkpointing)
     torch.manual_seed(0)
     made: dict[int, Any] = {}
     for module in model.modules():

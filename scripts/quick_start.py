@@ -89,7 +89,7 @@ def choose_model(demo: bool, interactive: bool) -> Choice:
     gpu = hardware.name if hardware.device == "cuda" else None
     gib = hardware.total_bytes / 2**30 if gpu else 0.0
     reachable = gpu is not None and hub.reachable(timeout=2.0)
-    offers = choices(gpu, gib, reachable, estimate.that_fit(gib) if gpu else [])
+    offers = choices(gpu, gib, reachable, estimate.models_that_fit(gib) if gpu else [])
     if not interactive or len(offers) == 1:
         return offers[0]
     for number, offer in enumerate(offers, 1):

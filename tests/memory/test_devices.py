@@ -30,33 +30,33 @@ from sft.memory import devices, estimate
         ("MX450 2GB", "a card of 2 GiB", 2),
     ],
 )
-def test_a_card_is_found(text: str, name: str, gib: float) -> None:
+def test_a_card_is_recognised_by_name_or_memory(text: str, name: str, gib: float) -> None:
     assert devices.parse(text) == devices.Device("cuda", name, gib)
 
 
 def test_cpu_is_this_machines_memory() -> None:
-    found = devices.parse("CPU")
-    assert (found.kind, found.gib > 0.5) == ("cpu", True)
+    device = devices.parse("CPU")
+    assert (device.kind, device.gib > 0.5) == ("cpu", True)
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("RTX 4061", 'did you mean --gpu "RTX 40'),
         ("RTX 4050", 'did you mean --gpu "RTX 4050 Laptop"'),
         ("24", 'did you mean --gpu "24GiB"'),
-        ("banana", "no card of this name is known: banana"),
-        ("1e3GiB", "no card of this name is known"),
-        ("-4GiB", "-4GiB is no card's memory"),
-        ("0 GB", "0 GB is no card's memory"),
-        ("RX 7900 XTX 24GB", "a card of NVIDIA or for the CPU"),
-        ("Apple M3 Max", "a card of NVIDIA or for the CPU"),
+        ("banana", "unknown card: banana"),
+        ("1e3GiB", "unknown card"),
+        ("-4GiB", "-4GiB is not a memory size"),
+        ("0 GB", "0 GB is not a memory size"),
+        ("RX 7900 XTX 24GB", "only NVIDIA GPUs and the CPU"),
+        ("Apple M3 Max", "only NVIDIA GPUs and the CPU"),
     ],
 )
-def test_what_is_no_card_is_an_error_with_a_fix(text: str, told: str) -> None:
+def test_an_unknown_card_is_an_error_with_a_fix(text: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         devices.parse(text)
-    assert told in str(caught.value)
+    assert message in str(caught.value)
     assert "--gpu 8GiB" in str(caught.value)
 
 
@@ -70,6 +70,6 @@ def test_the_smallest_card_that_would_do() -> None:
     [("Tesla T4", 65), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA GeForce RTX 4060 Laptop GPU", 29.1)],
 )
 def test_the_speed_of_a_card_is_known_by_the_drivers_name(driver: str, teraflops: float) -> None:
-    found = estimate.rate(devices.Device("cuda", driver, 16), None)
-    assert found is not None and found[0] == pytest.approx(0.4 * teraflops * 1e12)
-    assert estimate.rate(devices.Device("cuda", "Some Other Card", 16), None) is None
+    flops = estimate.presumed_flops(devices.Device("cuda", driver, 16))
+    assert flops is not None and flops[0] == pytest.approx(0.4 * teraflops * 1e12)
+    assert estimate.presumed_flops(devices.Device("cuda", "Some Other Card", 16)) is None

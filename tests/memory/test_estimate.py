@@ -1,98 +1,73 @@
-"""The closed form against traced peaks, its exact counts, and what it proposes for a card."""
+"""What the quick start offers for a card, the upper bound, RAM and operations per token."""
 
 from __future__ import annotations
-
-import json
-from pathlib import Path
-from typing import Any
 
 import pytest
 
 from sft.config.schema import Config
-from sft.errors import ModelError
 from sft.memory import estimate, shapes
-from tests.memory.table import CASES, TRACED
-
-DEFAULTS = Config()
-TUNING = estimate.changed(DEFAULTS.tuning, lora=estimate.changed(DEFAULTS.tuning.lora, dropout=0.0))
+from sft.memory.devices import Device
+from sft.memory.estimate import ModelSize
+from sft.memory.plan import make_plan
+from tests.memory.cases import changed, description
 
 
 def _name(size: str) -> str:
     return f"Qwen/Qwen2.5-{size}-Instruct"
 
 
-def _step(size: str, tokens: int, tuning: Any = TUNING, device: str = "cuda", **train: Any) -> estimate.Estimate:
-    section = estimate.changed(DEFAULTS.train, **train)
-    return estimate.step(shapes.of_known(_name(size), tuning), tuning, section, tokens=tokens, device=device)
-
-
-@pytest.mark.parametrize("size", TRACED)
-def test_it_meets_the_traced_peaks_within_two_percent(size: str) -> None:
-    for (tokens, logits), traced in zip(CASES, TRACED[size], strict=True):
-        found = _step(size, tokens, logits=logits)
-        assert found.allocated == pytest.approx(traced, rel=0.02)
-        assert sum(found.parts.values()) == pytest.approx(found.allocated)
-        assert found.peak > found.allocated + 0.6
-
-
-def test_parameters_are_counted_exactly() -> None:
-    counted = shapes.of_known(_name("0.5B"), TUNING)
-    assert counted.total == 494_032_768  # as in the model's safetensors
-    assert counted.linear == 24 * (2 * 896 * 896 + 2 * 896 * 128 + 3 * 896 * 4864)
-    assert counted.adapted == 24 * (2 * 1792 + 2 * 1024 + 3 * 5760)
-    assert shapes.of_known(_name("7B"), TUNING).total == 7_615_616_512
-
-
-def test_adapters_are_counted_as_peft_makes_them(tiny_qwen2: Path, tiny_gpt2: Path, tiny_t5: Path) -> None:
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
-
-    from sft.model.adapters import targets
-
-    for folder, maker in (
-        (tiny_qwen2, AutoModelForCausalLM),
-        (tiny_gpt2, AutoModelForCausalLM),
-        (tiny_t5, AutoModelForSeq2SeqLM),
-    ):
-        counted = shapes.count(json.loads((folder / "config.json").read_text()), TUNING)
-        model = maker.from_pretrained(folder)
-        assert counted.total == sum(p.numel() for p in model.parameters())
-        adapted = get_peft_model(model, LoraConfig(r=4, target_modules=targets(model, TUNING), fan_in_fan_out=False))
-        assert 4 * counted.adapted == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-
-
-def test_every_setting_moves_the_peak_its_own_way() -> None:
-    at = _step("1.5B", 2048).peak
-    assert _step("1.5B", 2048, logits="full").peak > at + 3
-    assert _step("1.5B", 2048, gradient_checkpointing=False).peak > at + 3
-    assert _step("1.5B", 4096).peak > at
-    assert _step("1.5B", 2048, logits_tile=2048).peak > at
-    for mode in ("lora", "full"):
-        assert _step("1.5B", 2048, tuning=estimate.changed(TUNING, mode=mode)).peak > at + 1.5
-    full = _step("0.5B", 512, tuning=estimate.changed(TUNING, mode="full"))
-    assert full.parts["weights"] + full.parts["optimizer"] == pytest.approx(12 * 494_032_768 / 2**30)
-    assert _step("1.5B", 2048, tuning=DEFAULTS.tuning).peak > at  # dropout keeps its inputs and masks
-
-
-def test_the_seeds_cases_fit_their_cards() -> None:
-    assert _step("3B", 512).peak <= 6.5
-    assert _step("7B", 2048).peak <= 22
-
-
 def test_a_card_is_offered_the_default_model_first_and_only_what_fits() -> None:
-    assert estimate.that_fit(1) == []
-    assert estimate.largest_that_fits(1) is None
-    assert estimate.that_fit(7) == [_name("3B"), _name("1.5B"), _name("0.5B")]
-    assert estimate.that_fit(3) == [_name("1.5B"), _name("0.5B")]
-    assert estimate.that_fit(24) == [_name(size) for size in ("3B", "1.5B", "0.5B", "7B", "14B")]
-    assert estimate.largest_that_fits(24) == _name("14B")
+    assert estimate.models_that_fit(1) == []
+    assert estimate.models_that_fit(7) == [_name("3B"), _name("1.5B"), _name("0.5B")]
+    assert estimate.models_that_fit(3) == [_name("1.5B"), _name("0.5B")]
+    assert estimate.models_that_fit(24) == [_name(size) for size in ("3B", "1.5B", "0.5B", "7B", "14B")]
 
 
-def test_a_family_without_attention_is_counted() -> None:
-    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 300, "state_size": 8}
-    assert shapes.count({"model_type": "mamba", **sizes}, TUNING).attention == 0
+OFFERED = [
+    pytest.param(name, marks=[] if name == _name("0.5B") else pytest.mark.slow) for name in estimate.QUICK_START_MODELS
+]
 
 
-def test_a_family_that_transformers_has_not_is_said() -> None:
-    with pytest.raises(ModelError, match="cannot build my/model"):
-        shapes.count({"model_type": "never-heard-of"}, TUNING, name="my/model")
+@pytest.mark.parametrize("name", OFFERED)
+def test_the_quick_starts_table_holds_what_the_planner_traces(name: str) -> None:
+    base = Config()
+    config = changed(base, model=changed(base.model, name=name), train=changed(base.train, micro_batch_tokens=512))
+    plan = make_plan(config, shapes.shipped_models()[name], Device("cuda", "a card", 80), suggest=False)
+    assert plan.training.peak == pytest.approx(estimate.QUICK_START_MODELS[name], abs=0.02)
+
+
+def test_the_upper_bound_is_above_the_trace_and_infinite_where_a_size_is_missing() -> None:
+    base = Config()
+    config = changed(
+        base,
+        tuning=changed(base.tuning, mode="full"),
+        model=changed(base.model, max_seq_len=1024),
+        eval=changed(base.eval, batch_size=2),
+    )
+    model = description("qwen2")
+    plan = make_plan(config, model, Device("cpu", "cpu", 1000))
+    bound = estimate.upper_bound(model, config, plan.size.parameters, 1024)
+    assert max(phase.allocated for phase in plan.phases.values()) < bound < 20
+    assert estimate.upper_bound({"model_type": "strange"}, config, 10, 10) == float("inf")
+
+
+def test_on_a_cpu_the_weights_are_in_ram_and_full_tuning_has_four_copies() -> None:
+    gib = 2**30 // 4  # parameters of a GiB in fp32
+    assert estimate.ram_needed(gib, "qlora", "cuda") == 2.0
+    assert estimate.ram_needed(gib, "lora", "cpu") == 1.5
+    assert estimate.ram_needed(gib, "full", "cpu") == 4.5
+
+
+def test_operations_per_token_by_mode() -> None:
+    config = Config()
+    size = ModelSize(0, 0, 0, 0, active=1000, adapted=50, attention=20, head=300)
+    checkpointed, plain = (changed(config.train, gradient_checkpointing=on) for on in (True, False))
+    lora = changed(config.tuning, mode="lora")
+    full = changed(config.tuning, mode="full")
+
+    def flops(tuning: object, train: object) -> float:
+        return estimate.flops_per_token(size, tuning, train, length=10)  # type: ignore[arg-type]
+
+    assert flops(lora, checkpointed) == 6 * 1000 + 8 * 16 * 50 + 9 * 10 * 20 + 4 * 300
+    assert flops(lora, plain) == 4 * 1000 + 6 * 16 * 50 + 7 * 10 * 20 + 4 * 300
+    assert flops(full, plain) == 6 * 1000 + 7 * 10 * 20 + 6 * 300

@@ -242,3 +242,11 @@ RULES: dict[str, Callable[[Config, Facts], tuple[Any, str]]] = {
     "save_strategy": _save_strategy,
     "greater_is_better": _greater_is_better,
 }  # fmt: skip
+
+
+def optimizer_state(optim: str) -> tuple[int, int]:
+    """(numbers, bytes of each) that the optimizer `train.optim` keeps for every trained weight.
+
+    AdamW and its relatives keep two moments, of a byte each in the 8-bit variants; SGD and Adafactor almost nothing.
+    """
+    return 0 if "sgd" in optim or "adafactor" in optim else 2, 1 if "8bit" in optim else 4

@@ -1,4 +1,4 @@
-"""How much memory a card has, by its name, or by what the user says: `8GiB`, `RTX 4060`, `cpu`."""
+"""GPUs by name or by memory, as people write them (`8GiB`, `RTX 4060`, `cpu`), and what this machine has."""
 
 from __future__ import annotations
 
@@ -9,175 +9,116 @@ from typing import Literal
 
 from sft.errors import ConfigError
 
-CONTEXT = {"cuda": 0.6, "cpu": 0.5}  # GiB that the driver (or Python with torch) takes before the first tensor
-LIBRARIES = {"cuda": 2.0, "cpu": CONTEXT["cpu"]}  # GiB of RAM of Python with torch: presumed with CUDA's, else measured
-# Memory of each card in GiB, as sold; more than one where there are several versions, the smallest first.
-CARDS: dict[str, tuple[float, ...]] = {
-    "RTX 2060": (6, 12),
-    "RTX 2060 Super": (8,),
-    "RTX 2070": (8,),
-    "RTX 2070 Super": (8,),
-    "RTX 2080": (8,),
-    "RTX 2080 Super": (8,),
-    "RTX 2080 Ti": (11,),
-    "RTX 3050": (8, 6),
-    "RTX 3050 Laptop": (4, 6),
-    "RTX 3060": (12, 8),
-    "RTX 3060 Laptop": (6,),
-    "RTX 3060 Ti": (8,),
-    "RTX 3070": (8,),
-    "RTX 3070 Laptop": (8,),
-    "RTX 3070 Ti": (8,),
-    "RTX 3070 Ti Laptop": (8,),
-    "RTX 3080": (10, 12),
-    "RTX 3080 Laptop": (8, 16),
-    "RTX 3080 Ti": (12,),
-    "RTX 3080 Ti Laptop": (16,),
-    "RTX 3090": (24,),
-    "RTX 3090 Ti": (24,),
-    "RTX 4050 Laptop": (6,),
-    "RTX 4060": (8,),
-    "RTX 4060 Laptop": (8,),
-    "RTX 4060 Ti": (8, 16),
-    "RTX 4070": (12,),
-    "RTX 4070 Laptop": (8,),
-    "RTX 4070 Super": (12,),
-    "RTX 4070 Ti": (12,),
-    "RTX 4070 Ti Super": (16,),
-    "RTX 4080": (16,),
-    "RTX 4080 Laptop": (12,),
-    "RTX 4080 Super": (16,),
-    "RTX 4090": (24,),
-    "RTX 4090 Laptop": (16,),
-    "RTX 5050": (8,),
-    "RTX 5060": (8,),
-    "RTX 5060 Laptop": (8,),
-    "RTX 5060 Ti": (8, 16),
-    "RTX 5070": (12,),
-    "RTX 5070 Laptop": (8,),
-    "RTX 5070 Ti": (16,),
-    "RTX 5070 Ti Laptop": (12,),
-    "RTX 5080": (16,),
-    "RTX 5080 Laptop": (16,),
-    "RTX 5090": (32,),
-    "RTX 5090 Laptop": (24,),
-    "RTX A2000": (6, 12),
-    "RTX A4000": (16,),
-    "RTX A4500": (20,),
-    "RTX A5000": (24,),
-    "RTX A6000": (48,),
-    "RTX 2000 Ada": (16,),
-    "RTX 4000 Ada": (20,),
-    "RTX 4500 Ada": (24,),
-    "RTX 5000 Ada": (32,),
-    "RTX 6000 Ada": (48,),
-    "RTX Pro 6000": (96,),
-    "Quadro RTX 6000": (24,),
-    "Titan RTX": (24,),
-    "T4": (16,),
-    "V100": (16, 32),
-    "P100": (16,),
-    "P40": (24,),
-    "L4": (24,),
-    "L40": (48,),
-    "L40S": (48,),
-    "A10": (24,),
-    "A10G": (24,),
-    "A30": (24,),
-    "A40": (48,),
-    "A100": (40, 80),
-    "H100": (80,),
-    "H200": (141,),
-    "GTX 1060": (6, 3),
-    "GTX 1070": (8,),
-    "GTX 1070 Ti": (8,),
-    "GTX 1080": (8,),
-    "GTX 1080 Ti": (11,),
-    "GTX 1650": (4,),
-    "GTX 1650 Super": (4,),
-    "GTX 1660": (6,),
-    "GTX 1660 Super": (6,),
-    "GTX 1660 Ti": (6,),
-}
-SIZE = re.compile(r"(?<![\d.e])(\d+(?:\.\d+)?)\s*(gib|gb|g|mib|mb)\b", re.IGNORECASE)
-OTHERS = re.compile(r"\b(amd|radeon|rocm|instinct|rx ?\d{3,4}|mi\d{2,3}x?|apple|m[1-5]|mps|metal|intel|arc)\b")
+# Memory in GiB as sold, one number per version with the most common first; and dense 16-bit TFLOP/s with fp32
+# accumulation as the makers publish them (laptop cards at full power), None where not looked up.
+CARDS: dict[str, tuple[tuple[float, ...], float | None]] = {
+    "RTX 2060": ((6, 12), 25.8), "RTX 2060 Super": ((8,), None), "RTX 2070": ((8,), 29.9),
+    "RTX 2070 Super": ((8,), None), "RTX 2080": ((8,), 40.3), "RTX 2080 Super": ((8,), None),
+    "RTX 2080 Ti": ((11,), 53.8),
+    "RTX 3050": ((8, 6), 18.2), "RTX 3050 Laptop": ((4, 6), None), "RTX 3060": ((12, 8), 25.5),
+    "RTX 3060 Laptop": ((6,), None), "RTX 3060 Ti": ((8,), 32.4), "RTX 3070": ((8,), 40.6),
+    "RTX 3070 Laptop": ((8,), None), "RTX 3070 Ti": ((8,), 43.5), "RTX 3070 Ti Laptop": ((8,), None),
+    "RTX 3080": ((10, 12), 59.5), "RTX 3080 Laptop": ((8, 16), None), "RTX 3080 Ti": ((12,), 68.2),
+    "RTX 3080 Ti Laptop": ((16,), None), "RTX 3090": ((24,), 71.2), "RTX 3090 Ti": ((24,), 80),
+    "RTX 4050 Laptop": ((6,), None), "RTX 4060": ((8,), 30.2), "RTX 4060 Laptop": ((8,), 29.1),
+    "RTX 4060 Ti": ((8, 16), 44.1), "RTX 4070": ((12,), 58.3), "RTX 4070 Laptop": ((8,), 31.2),
+    "RTX 4070 Super": ((12,), 71), "RTX 4070 Ti": ((12,), 80.2), "RTX 4070 Ti Super": ((16,), 88.2),
+    "RTX 4080": ((16,), 97.5), "RTX 4080 Laptop": ((12,), 49.5), "RTX 4080 Super": ((16,), 104.4),
+    "RTX 4090": ((24,), 165.2), "RTX 4090 Laptop": ((16,), 66),
+    "RTX 5050": ((8,), 26.3), "RTX 5060": ((8,), 38.4), "RTX 5060 Laptop": ((8,), None),
+    "RTX 5060 Ti": ((8, 16), 47.4), "RTX 5070": ((12,), 61.7), "RTX 5070 Laptop": ((8,), None),
+    "RTX 5070 Ti": ((16,), 87.9), "RTX 5070 Ti Laptop": ((12,), None), "RTX 5080": ((16,), 112.6),
+    "RTX 5080 Laptop": ((16,), None), "RTX 5090": ((32,), 209.5), "RTX 5090 Laptop": ((24,), None),
+    "RTX A2000": ((6, 12), 31.9), "RTX A4000": ((16,), 76.7), "RTX A4500": ((20,), None),
+    "RTX A5000": ((24,), 111), "RTX A6000": ((48,), 154.8),
+    "RTX 2000 Ada": ((16,), None), "RTX 4000 Ada": ((20,), None), "RTX 4500 Ada": ((24,), None),
+    "RTX 5000 Ada": ((32,), None), "RTX 6000 Ada": ((48,), None), "RTX Pro 6000": ((96,), None),
+    "Quadro RTX 6000": ((24,), None), "Titan RTX": ((24,), None),
+    "T4": ((16,), 65), "V100": ((16, 32), 112), "P100": ((16,), 18.7), "P40": ((24,), None), "L4": ((24,), 121),
+    "L40": ((48,), None), "L40S": ((48,), 362), "A10": ((24,), 125), "A10G": ((24,), 70), "A30": ((24,), None),
+    "A40": ((48,), None), "A100": ((40, 80), 312), "H100": ((80,), 989), "H200": ((141,), 989),
+    "GTX 1060": ((6, 3), None), "GTX 1070": ((8,), None), "GTX 1070 Ti": ((8,), None), "GTX 1080": ((8,), None),
+    "GTX 1080 Ti": ((11,), None), "GTX 1650": ((4,), None), "GTX 1650 Super": ((4,), None),
+    "GTX 1660": ((6,), None), "GTX 1660 Super": ((6,), None), "GTX 1660 Ti": ((6,), None),
+}  # fmt: skip
+_SIZE = re.compile(r"(?<![\d.e])(\d+(?:\.\d+)?)\s*(gib|gb|g|mib|mb)\b", re.IGNORECASE)
+_OTHER_MAKERS = re.compile(r"\b(amd|radeon|rocm|instinct|rx ?\d{3,4}|mi\d{2,3}x?|apple|m[1-5]|mps|metal|intel|arc)\b")
 
 
 @dataclass(frozen=True)
 class Device:
-    """Where a step is to fit. gib: its memory (GiB = 2^30 bytes; a card sold with 8 GB has 8 GiB)."""
+    """What to plan for. gib: its memory (GiB = 2^30 bytes; a card sold with 8 GB has 8 GiB)."""
 
     kind: Literal["cuda", "cpu"]
     name: str
     gib: float
 
+    @property
+    def flops(self) -> float | None:
+        """Published dense 16-bit operations per second; None for a card that is not in the table, and for a CPU."""
+        tflops = {normalize_name(card): peak for card, (_, peak) in CARDS.items()}.get(normalize_name(self.name))
+        return None if tflops is None else tflops * 1e12
+
 
 def parse(text: str) -> Device:
-    """The device that `text` means. `cpu` is this machine's memory. A name with several sizes takes the first unless
-    one is named (`RTX 3080 12GB`), and a name that is not known needs one. Raises ConfigError with the nearest name."""
+    """The device that `--gpu text` names.
+
+    `cpu` is this machine's memory. A card with several memory sizes counts with its first unless a size is given as
+    well (`RTX 3080 12GB`); an unknown card needs a size. Raises ConfigError with the nearest known name.
+    """
     if text.strip().lower() == "cpu":
         return this_cpu()
-    said = SIZE.search(text)
-    gib = None if said is None else float(said[1]) / (1024 if said[2].lower().startswith("m") else 1)
-    name, size = plain(text), "its memory does as well: --gpu 8GiB"
-    if OTHERS.search(name):
+    match = _SIZE.search(text)
+    gib = None if match is None else float(match[1]) / (1024 if match[2].lower().startswith("m") else 1)
+    name, size_hint = normalize_name(text), "or give its memory: --gpu 8GiB"
+    if _OTHER_MAKERS.search(name):
         raise ConfigError(
-            f"a plan is made for a card of NVIDIA or for the CPU, and {text.strip()} is neither",
+            f"only NVIDIA GPUs and the CPU can be planned for, and {text.strip()} is neither",
             where="--gpu",
-            fix=f"--gpu cpu plans for this machine's own memory; {size}",
+            fix="--gpu cpu plans for this machine's own memory; an NVIDIA card may be given by its memory: --gpu 8GiB",
         )
     if gib is not None and (gib == 0 or text.strip().startswith("-")):
-        raise ConfigError(f"{text.strip()} is no card's memory", where="--gpu", fix="say it so: --gpu 8GiB")
-    known = {plain(card): card for card in CARDS}
+        raise ConfigError(f"{text.strip()} is not a memory size", where="--gpu", fix="write it like this: --gpu 8GiB")
+    known = {normalize_name(card): card for card in CARDS}
     if name in known:
         card = known[name]
-        return Device("cuda", card, gib or CARDS[card][0])
+        return Device("cuda", card, gib or CARDS[card][0][0])
     if gib is not None:
         return Device("cuda", f"a card of {gib:g} GiB", gib)
     near = [card for card in known if name and card.startswith(name)] or difflib.get_close_matches(name, known, 1, 0.5)
     guess = f"{name}GiB" if re.fullmatch(r"[\d.]+", name) else known[near[0]] if near else ""
     raise ConfigError(
-        f"no card of this name is known: {text}" if name else "--gpu names no card",
+        f"unknown card: {text}" if name else "--gpu names no card",
         where="--gpu",
-        fix=(f'did you mean --gpu "{guess}"? ' if guess else "") + f"{size}; without --gpu it is this machine",
+        fix=(f'did you mean --gpu "{guess}"? ' if guess else "")
+        + f"Name a known card, {size_hint}; without --gpu the plan is for this machine",
     )
 
 
 def this_cpu() -> Device:
-    """This machine's memory (a container's limit respected)."""
+    """This machine's memory, or the container's limit where there is one."""
     from sft.model.hardware import memory
 
     return Device("cpu", "the CPU of this machine", memory()[0] / 2**30)
 
 
-def here() -> Device:
-    """The GPU of this machine as its driver tells, else its CPU. Imports no torch."""
+def this_machine() -> Device:
+    """The GPU of this machine as its driver reports it, else its CPU. Imports no torch."""
     from sft.model.hardware import gpus
 
-    found = gpus()
-    return Device("cuda", found[0].name, found[0].total_bytes / 2**30) if found else this_cpu()
+    visible = gpus()
+    return Device("cuda", visible[0].name, visible[0].total_bytes / 2**30) if visible else this_cpu()
 
 
 def smallest_card(gib: float) -> str | None:
-    """The smallest card of the table with at least this much memory, e.g. `RTX 3060 (12 GiB)`."""
-    sizes = sorted((size, index, card) for index, (card, all_) in enumerate(CARDS.items()) for size in all_)
-    for size, _, card in sizes:
-        if size >= gib:
-            return f"{card} ({size:g} GiB)"
-    return None
+    """The smallest known card with at least this much memory, e.g. `RTX 3060 (12 GiB)`; None where there is none."""
+    sizes = sorted((size, rank, card) for rank, (card, (all_, _)) in enumerate(CARDS.items()) for size in all_)
+    return next((f"{card} ({size:g} GiB)" for size, _, card in sizes if size >= gib), None)
 
 
-def plain(text: str) -> str:
-    """A card's name without its maker and in one spelling, so that a person's and the driver's are the same."""
-    words = re.sub(r"nvidia|geforce|tesla|gpu", " ", SIZE.sub(" ", text).lower()).replace("mobile", "laptop")
+def normalize_name(text: str) -> str:
+    """A card's name in lower case, without maker, memory size or form factor: the driver's spelling equals a user's."""
+    words = re.sub(r"nvidia|geforce|tesla|gpu", " ", _SIZE.sub(" ", text).lower()).replace("mobile", "laptop")
     words = re.sub(r"(?<=\d)(ti|super|laptop)", r" \1", re.sub(r"[-_]", " ", words))
     words = re.sub(r"\b(sxm\d?|pcie|nvl|hbm\d\w?|sff|blackwell)\b", " ", re.sub(r"\b(rtx|gtx)(?=\d)", r"\1 ", words))
     return re.sub(r"^(?=a?\d{4}\b)", "rtx ", " ".join(words.split()))
-
-
-def ram(parameters: int, mode: str, device: str) -> float:
-    """GiB of the machine's own memory that a run takes, roughly: the libraries and, on a CPU, what stands there in fp32
-    all the time: weights, and in full mode gradients and two moments of each.
-    """
-    numbers = 0 if device == "cuda" else 4 if mode == "full" else 1
-    return LIBRARIES[device] + 4 * numbers * parameters / 2**30

@@ -247,7 +247,7 @@ def check_disk(context: CheckContext) -> Iterator[Finding]:
 
 def check_memory(context: CheckContext) -> Iterator[Finding]:
     """The machine's memory against a rough need: the libraries, and on a CPU the weights."""
-    from sft.memory import devices
+    from sft.memory import estimate
     from sft.model import hardware
 
     total, free = hardware.memory()
@@ -256,7 +256,7 @@ def check_memory(context: CheckContext) -> Iterator[Finding]:
         yield Finding("ok", "memory", message)
         return
     device = "cpu" if context.gpu_bytes is None else "cuda"
-    needed = devices.ram(context.model.parameters, context.config.tuning.mode, device)
+    needed = estimate.ram_needed(context.model.parameters, context.config.tuning.mode, device)
     message += f", a run needs {needed:.1f} for libraries{' and weights' if device == 'cpu' else ''}"
     short = needed * GIB > free
     fix = "close other programs, or choose a smaller model (make plan)" if short else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sft import files
+from sft.config.auto import optimizer_state
 from sft.config.schema import Config
 from sft.model.files import ModelFiles, tensors
 from sft.runs import Run
@@ -23,11 +24,12 @@ def _trained_numbers(config: Config, model: ModelFiles) -> int:
 def parts(config: Config, model: ModelFiles) -> dict[str, int]:
     """Bytes of each part at the moment of the greatest need: while a checkpoint is written beside the others.
 
-    A checkpoint is the trained weights and AdamW's two moments in float32 (8-bit optimizers: a byte a moment).
+    A checkpoint is the trained weights in float32 and the optimizer's state.
     """
     train, numbers = config.train, _trained_numbers(config, model)
     beside = sum(path.stat().st_size for path in model.path.glob("*") if "token" in path.name or "vocab" in path.name)
-    checkpoint = numbers * (4 + (2 if "8bit" in train.optim else 8)) + 2**20
+    moments, size = optimizer_state(train.optim)
+    checkpoint = numbers * (4 + moments * size) + 2**20
     checkpoints = train.save_total_limit if train.save_strategy != "no" else 0
     best = train.load_best_model_at_end and train.eval_strategy != "no"
     merged = model.parameters * 2 if train.merge_at_end and config.tuning.mode != "full" else 0
