@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from sft import files, runs
+from sft.config.auto import optimizer_state
 from sft.errors import EnvironmentProblem, SftError
 from sft.model import adapters
 from sft.runs import Run
@@ -171,7 +173,7 @@ def _measure_now(job: Job, model: Any, step: StepConfig, run: Run, root: Path, a
         most_rows=-(-int(train.effective_batch) // distributed.world()),
         fixed_tokens=None if _is_free(job) else int(train.micro_batch_tokens),
         checkpointing_is_free=job.unresolved.gradient_checkpointing == "auto",
-        state_bytes=0 if optim.startswith("paged") else 2 if "8bit" in optim else 8,
+        state_bytes=0 if optim.startswith("paged") else math.prod(optimizer_state(optim)),
         answer=partial(answer.rehearse, model) if answer else None,
         save=partial(_trial_save, model, run) if adapter else None,
     ).run()
