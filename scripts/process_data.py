@@ -1,10 +1,10 @@
-"""Raw rows to processed ones: any format in, checked and split rows out, with an account of every row.
+"""Processes raw rows: reads any format, checks and splits the rows, and accounts for every one.
 
     python scripts/process_data.py --raw_path my_rows.json
     python scripts/process_data.py --raw_path owner/name --set data.hub_split=train
 
-Reads JSON, JSONL, CSV, TSV or Parquet, packed or not, a folder of them, a hub data set, or several (data.sources);
-writes data/processed/{train,val,test}.jsonl, ledger.json and quarantine.jsonl. With more faults than data.max_dropped
+Reads JSON, JSONL, CSV, TSV or Parquet, compressed or not, a folder of them, a hub data set, or several (data.sources).
+Writes data/processed/{train,val,test}.jsonl, ledger.json and quarantine.jsonl. With more faults than data.max_dropped
 it changes nothing and writes rejected.jsonl.
 """
 
@@ -29,10 +29,10 @@ python scripts/process_data.py --raw_path owner/name --set data.hub_split=train
 
 
 def build_parser() -> argparse.ArgumentParser:
-    made = console.parser("Turn raw rows into checked, split rows to train on.", EXAMPLES)
-    made.add_argument("--raw_path", metavar="P", help="file, or hub data set as owner/name (default: data.raw_path)")
-    made.add_argument("--format", choices=FORMATS, help="format of the rows (default: data.format, which is auto)")
-    return made
+    parser = console.parser("Turn raw rows into checked, split rows to train on.", EXAMPLES)
+    parser.add_argument("--raw_path", metavar="P", help="file, or hub data set as owner/name (default: data.raw_path)")
+    parser.add_argument("--format", choices=FORMATS, help="format of the rows (default: data.format, which is auto)")
+    return parser
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def show(ledger: Ledger) -> None:
     for line in ledger.warnings:
         console.warn(line)
     formats = ", ".join(f"{name} ({count:,})" for name, count in ledger.formats.items()) or "no usable row"
-    console.say(f"{ledger.source}: {ledger.kind}, {ledger.encoding}; formats found: {formats}")
+    console.say(f"{ledger.source}: {ledger.kind}, {ledger.encoding}; formats: {formats}")
     if ledger.example:
         text = json.dumps(ledger.example, ensure_ascii=False)
         console.say(f"the first row became: {text if len(text) < 400 else text[:400] + ' ...'}")

@@ -4,7 +4,7 @@
     python scripts/style_prompt.py --style "Answer like a pirate." --mode append --in a.jsonl --out b.jsonl
 
 Without --in and --out it reads every split of data/processed and writes data/processed_with_style, which training then
-takes by itself, with source.json to tell what it was made from.
+uses by default, with source.json, the record of what it was made from.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ python scripts/style_prompt.py --style json --in data/processed/train.jsonl --ou
 
 
 def build_parser() -> argparse.ArgumentParser:
-    made = console.parser("Put a style into the system text of rows.", EXAMPLES)
-    made.add_argument("--style", metavar="TEXT", help="a sentence of your own, or a preset's name")
-    made.add_argument("--mode", choices=MODES, default="replace", help="what happens to the system text that is there")
-    made.add_argument("--in", dest="source", metavar="F", help="one file of rows (default: every processed split)")
-    made.add_argument("--out", dest="target", metavar="F", help="where its styled rows go; needed with --in")
-    return made
+    parser = console.parser("Put a style into the system text of rows.", EXAMPLES)
+    parser.add_argument("--style", metavar="TEXT", help="a sentence of your own, or a preset's name")
+    parser.add_argument("--mode", choices=MODES, default="replace", help="what happens to a system text that a row has")
+    parser.add_argument("--in", dest="source", metavar="F", help="one file of rows (default: every processed split)")
+    parser.add_argument("--out", dest="target", metavar="F", help="where its styled rows go; needed with --in")
+    return parser
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     if not args.style:
         presets = "\n".join(f"    {name}: {text}" for name, text in style.PRESETS.items())
         fix = f'make style STYLE="a sentence of your own", or one of the presets:\n{presets}'
-        raise DataError("no style is given", fix=fix)
+        raise DataError("--style is missing", fix=fix)
     if bool(args.source) != bool(args.target):
         raise DataError("--in and --out go together", fix="give both, or neither to style every processed split")
     root = console.project_root()
@@ -54,7 +54,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     console.say(f"style ({args.mode}): {text}")
     console.table("Rows styled", ("", "rows"), [(name, f"{count:,}") for name, count in counts.items()])
     if not args.source:
-        console.say(f"written to {root / data.styled_dir}; make train takes these rows now, unless data.stage says no")
+        console.say(f"written to {root / data.styled_dir}; make train uses these rows, unless data.stage names others")
     return {"style": text, "mode": args.mode, "rows": counts}
 
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Runs several data sets through the pipeline, each into folders of its own; goes on after a failure, ends with a table.
+# Runs several data sets through the pipeline, each in folders of its own; continues after a failure, ends with a table.
 #   ./workflows/batch_process.sh data/raw/a.jsonl data/raw/b.csv      process each
 #   ./workflows/batch_process.sh --train data/raw/*.jsonl             process, train and evaluate each
 #   CONFIG=configs/demo_cpu.yaml ./workflows/batch_process.sh ...     with another config
-# Exit code: 0 when all went through, else 2.
+# Exit code: 0 if every data set succeeded, else 2.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 train=0
@@ -18,7 +18,7 @@ mkdir -p outputs/batch
 declare -a table
 failed=0
 for file in "$@"; do
-  name=$(basename "$file" | sed 's/\.[^.]*$//; s/[^A-Za-z0-9_-]/-/g')
+  name=$(basename "$file" | sed -E 's/\.(gz|zst)$//I; s/\.[^.]*$//; s/[^A-Za-z0-9_-]/-/g')
   sets="--set data.processed_dir=data/processed/$name --set data.stage=processed --set train.output_dir=outputs/$name"
   log=outputs/batch/$name.log
   started=$SECONDS
@@ -32,10 +32,10 @@ for file in "$@"; do
       stage=eval; "$python" scripts/eval.py $config $sets --split test >>"$log" 2>&1 || code=$?
     fi
   fi
-  if [ $code -eq 0 ]; then verdict=done; else verdict="failed at $stage (exit $code)"; failed=1; fi
+  if [ $code -eq 0 ]; then result=done; else result="failed at $stage (exit $code)"; failed=1; fi
   rows=$(cat "${SFT_ROOT:-.}/data/processed/$name/train.jsonl" 2>/dev/null | wc -l)
-  table+=("$(printf '%-28s %-26s %8s %6ss  %s' "$name" "$verdict" "$rows" "$((SECONDS - started))" "$log")")
-  echo "$name: $verdict"
+  table+=("$(printf '%-28s %-26s %8s %6ss  %s' "$name" "$result" "$rows" "$((SECONDS - started))" "$log")")
+  echo "$name: $result"
 done
 printf '\n%-28s %-26s %8s %7s  %s\n' "data set" result "train" time log
 printf '%s\n' "${table[@]}"

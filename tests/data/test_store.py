@@ -94,7 +94,7 @@ def test_a_styled_folder_that_is_incomplete_or_has_no_source_record_is_stale(tmp
         style.style_file(processed / f"{name}.jsonl", styled / f"{name}.jsonl", "S", "fill")
     assert store.resolve_stage(DataSection(), tmp_path).name == "styled"
     (styled / "source.json").write_text("{broken")
-    with pytest.raises(DataError, match=r"source\.json does not tell"):
+    with pytest.raises(DataError, match=r"source\.json has no record"):
         store.resolve_stage(DataSection(), tmp_path)
 
 

@@ -31,7 +31,7 @@ def test_default_raw_file_to_splits_with_a_table_and_an_example(process: Run, tm
     done = process()
     assert done.returncode == 0, done.stderr
     for message in (
-        "formats found: qa (60)",
+        "formats: qa (60)",
         '"user": "q0"',
         "rows read",
         "unreadable",

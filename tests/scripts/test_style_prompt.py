@@ -21,7 +21,7 @@ def test_styles_all_splits_or_one_file_and_names_presets(command: Run, tmp_path:
     assert command("process_data", *CONFIG, "--raw_path", "raw.jsonl", **root).returncode == 0
 
     without = command("style_prompt", *CONFIG, **root)
-    assert without.returncode == 2 and "no style is given" in without.stderr
+    assert without.returncode == 2 and "--style is missing" in without.stderr
     assert all(preset in without.stderr for preset in ("concise", "json", "step-by-step", "structured"))
     assert not (tmp_path / "data/processed_with_style").exists()
 

@@ -457,7 +457,7 @@ def _json(source: Source, on_progress: Progress | None) -> Iterator[RawRow]:
 
 
 class _JsonText:
-    """A cursor over JSON text that arrives in blocks: `buffer[at:]` is not read yet, `start` is the last line asked."""
+    """A cursor over JSON text that arrives in blocks: `buffer[at:]` is not read yet, `start` is where `line` counted to."""
 
     def __init__(self, source: Source, blocks: Iterator[str]) -> None:
         self.source, self.blocks = source, blocks

@@ -95,7 +95,7 @@ def _report_after(on_progress: Progress, before: int, total: int, done: int, _si
 def find_sources(data: DataSection, root: Path, raw_path: str | None = None) -> list[SourcePart]:
     """What to process. raw_path: from the command line, so it counts from the working folder and wins.
 
-    Raises DataError: nothing there, not rows, empty.
+    Raises DataError: no such file, not rows, empty.
     """
     if raw_path:
         return [open_part(raw_path, Path(raw_path), root, data)]
@@ -112,7 +112,7 @@ def find_sources(data: DataSection, root: Path, raw_path: str | None = None) -> 
 def open_part(text: str, path: Path, root: Path, section: Section) -> SourcePart:
     """The file at `path`, all files of rows in and below the folder at `path`, or the hub data set `text`.
 
-    Raises DataError: nothing there, not rows, empty.
+    Raises DataError: no such file, not rows, empty.
     """
     if not path.is_dir():
         source = open_source(path, root, text, section)

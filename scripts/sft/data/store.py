@@ -17,7 +17,7 @@ from sft.data.rows import Row, row_id
 from sft.data.split import NAMES
 from sft.errors import DataError
 
-STYLE_RECORD = "source.json"  # beside styled rows: from which file each was made, with which content and style
+STYLE_RECORD = "source.json"  # beside styled rows: the source, content and style of each
 COMMANDS = {"processed": "make process", "styled": "make style", "rendered": "make render"}
 
 
@@ -91,7 +91,7 @@ def _shape_fault(row: Any) -> str | None:
 
 @dataclass(frozen=True)
 class Stage:
-    """The files of one stage; None for a split without rows. name: processed, styled, rendered, or given (paths)."""
+    """The files of one stage; None for a split without rows. name: processed, styled, rendered, or given (data.train_path)."""
 
     name: str
     train: Path
@@ -143,7 +143,7 @@ def check_styled(data: DataSection, root: Path) -> None:
         if not styled.exists():
             what = f"{name} is processed, but not styled"
         elif name not in records:
-            what = f"{STYLE_RECORD} does not tell what {name} was made from"
+            what = f"{STYLE_RECORD} has no record of {name}"
         elif not source.exists():
             what = f"{name} is styled, but its source is gone"
         elif files.sha256(source) != records[name].get("sha256"):
