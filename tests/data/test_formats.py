@@ -10,11 +10,10 @@ import pytest
 
 from sft.config.schema import DataSection
 from sft.data import rows
-from sft.data.formats import Formats, parse_text
-from sft.data.ledger import RowFault
+from sft.data.formats import Formats, make_row, parse_text
 from sft.data.process import process
 from sft.data.readers import RawRow
-from sft.data.rows import make_row
+from sft.data.rows import RowFault
 from sft.errors import DataError
 
 

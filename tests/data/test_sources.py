@@ -107,7 +107,7 @@ def test_only_training_rows_are_repeated(tmp_path: Path) -> None:
 
 
 def test_raw_path_and_sources_exclude_each_other() -> None:
-    with pytest.raises(ValidationError, match="raw_path and sources are both given"):
+    with pytest.raises(ValidationError, match="raw_path and sources are both"):
         DataSection(raw_path="a.jsonl", sources=[SourceSection(path="b.jsonl")])
     with pytest.raises(ValidationError):
         SourceSection(path="a.jsonl", weight=0)

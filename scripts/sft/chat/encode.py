@@ -21,8 +21,8 @@ from sft.chat.template_probe import Facts, Stops, learn
 from sft.chat.tokenize import Line, Tokens, Vocabulary
 from sft.config.schema import Config
 from sft.data import rows as records
-from sft.data.ledger import RowFault
-from sft.data.messages import Message, normalize_messages
+from sft.data.messages import normalize_messages
+from sft.data.rows import Message, RowFault
 from sft.errors import TemplateError
 
 if TYPE_CHECKING:

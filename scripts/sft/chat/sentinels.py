@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from sft.chat.template import GENERATION, ChatTemplate, Refused
 from sft.chat.template import Message as template_Message
-from sft.data.messages import Message
+from sft.data.rows import Message
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from sft.config.load import resolve_path
 from sft.config.schema import ContaminationSection, SourceSection
 from sft.data import rows
 from sft.data.dedup import WordHasher, ngram_hashes
-from sft.data.formats import Formats
-from sft.data.ledger import CONTAMINATION, RowFault
+from sft.data.formats import Formats, make_row
 from sft.data.readers import Source
+from sft.data.rows import CONTAMINATION, RowFault
 from sft.data.sources import open_part
 
 COMMON = 10  # benchmark rows that may share a run of words before it counts as boilerplate
@@ -96,7 +96,7 @@ def _texts(source: Source) -> Iterator[tuple[str, str, str]]:
     formats = Formats("auto", None)
     for raw in source.rows():
         try:
-            row, _ = rows.make_row(raw, formats, None)
+            row, _ = make_row(raw, formats, None)
             yield raw.origin, rows.question(row), rows.comparison_text(row)
         except RowFault:
             if texts := list(_strings(raw.value)):

@@ -7,11 +7,22 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from sft.data.ledger import EMPTY_ANSWER, NO_USER_TURN, UNKNOWN_FORMAT, RowFault
-from sft.data.messages import ROLES, Message, normalize_messages, normalize_tools, to_text
+from sft.data.messages import ROLES, check_turns, normalize_messages, normalize_tools, to_text
+from sft.data.readers import RawRow
+from sft.data.rows import (
+    EMPTY_ANSWER,
+    NO_USER_TURN,
+    NOT_TEXT,
+    UNKNOWN_FORMAT,
+    UNREADABLE,
+    Message,
+    Row,
+    RowFault,
+    rendered_record,
+    to_record,
+)  # fmt: skip
 from sft.errors import DataError
 
-Row = dict[str, Any]
 Names = dict[str, str]  # plain spelling of a key (`best_answer`) -> the key in the row (`Best Answer`)
 SYSTEM = ("system", "system_prompt", "system_message")
 QUESTIONS = ("question", "query", "problem", "instruction")
@@ -116,6 +127,37 @@ class Formats:
         if answer and not question:
             raise RowFault(NO_USER_TURN, f"no question beside {answer!r}: the keys are {listed}")
         raise RowFault(UNKNOWN_FORMAT, f"no format has these keys: the keys are {listed}")
+
+
+def make_row(raw: RawRow, formats: Formats, system_prompt: str | None) -> tuple[Row, str]:
+    """The stored row and the format it was read in. system_prompt: for rows that have none. Raises RowFault."""
+    if raw.fault is not None:
+        raise RowFault(UNREADABLE, raw.fault)
+    parsed = formats.parse(raw.value)
+    extra = {key: raw.value[key] for key in STORED if raw.value.get(key) is not None}
+    if raw.value.get("id") is not None:
+        extra["source_id"] = raw.value["id"]
+    if parsed.references:
+        extra["references"] = list(parsed.references)
+    try:
+        return _stored(parsed, raw.origin, system_prompt, extra), parsed.format
+    except TypeError as error:
+        raise RowFault(NOT_TEXT, str(error)) from None
+
+
+def _stored(parsed: Parsed, origin: str, system_prompt: str | None, extra: Row) -> Row:
+    if parsed.pair:
+        source, target = parsed.pair
+        if not source.strip():
+            raise RowFault(NO_USER_TURN, "input is empty")
+        if not target.strip():
+            raise RowFault(EMPTY_ANSWER, "target is empty")
+        return rendered_record(source, target, origin=origin, **extra)
+    turns = parsed.messages
+    if system_prompt and turns and turns[0]["role"] != "system":
+        turns = [{"role": "system", "content": system_prompt}, *turns]
+    check_turns(turns)
+    return to_record(turns, parsed.tools, origin=origin, **extra)
 
 
 def alpaca_user(instruction: str, context: str) -> str:

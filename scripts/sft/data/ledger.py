@@ -5,25 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-UNREADABLE = "unreadable"
-UNKNOWN_FORMAT = "unknown format"
-NOT_TEXT = "not text"
-NO_USER_TURN = "no user turn"
-EMPTY_ANSWER = "empty answer"
-UNKNOWN_ROLE = "unknown role"
-OUT_OF_ORDER = "roles out of order"
-DUPLICATE = "exact duplicate"
-NEAR_DUPLICATE = "near duplicate"
-LEAK = "leak into val or test"
-CONTAMINATION = "contamination"
-DROPS = {  # a name in data.drop -> the reason in the ledger
-    "control_characters": "control characters",
-    "boilerplate": "boilerplate",
-    "length_outliers": "length outlier",
-    "script": "other script",
-}
-FAULTS = (UNREADABLE, UNKNOWN_FORMAT, NOT_TEXT, NO_USER_TURN, EMPTY_ANSWER, UNKNOWN_ROLE, OUT_OF_ORDER)
-FILTERS = (DUPLICATE, NEAR_DUPLICATE, LEAK, CONTAMINATION, *DROPS.values())  # by the config: no faults of the rows
+from sft.data.rows import FAULTS, FILTERS, RowFault
+
 EXAMPLES = 3  # of each reason
 # Training rows -> what to expect of a fine-tune on them.
 SIZES = (
@@ -33,14 +16,6 @@ SIZES = (
     (100, "the least that teaches a pattern: watch for overfitting, and read the answers yourself"),
     (0, "too few to learn from: expect the model to repeat them; 100 is the least, 500 is better"),
 )
-
-
-class RowFault(Exception):
-    """One row cannot be used. reason: one of FAULTS or FILTERS. detail: for the reader of the quarantine."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason, self.detail = reason, detail
 
 
 @dataclass

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from sft.data.ledger import (
+from sft.data.rows import (
     EMPTY_ANSWER,
     NO_USER_TURN,
     NOT_TEXT,
@@ -15,11 +15,10 @@ from sft.data.ledger import (
     UNKNOWN_FORMAT,
     UNKNOWN_ROLE,
     UNREADABLE,
+    Message,
     RowFault,
-)
-from sft.data.readers import parse_json
-
-Message = dict[str, Any]
+    parse_json,
+)  # fmt: skip
 
 ROLES = {
     **dict.fromkeys(("user", "human", "prompter", "usr"), "user"),

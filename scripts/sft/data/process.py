@@ -13,11 +13,22 @@ from sft import files
 from sft.config.load import resolve_path
 from sft.config.schema import DataSection
 from sft.data import split, store
-from sft.data.formats import MAX_KEYS, Formats
-from sft.data.ledger import DUPLICATE, LEAK, NEAR_DUPLICATE, Ledger, RowFault
+from sft.data.formats import MAX_KEYS, Formats, make_row
+from sft.data.ledger import Ledger
 from sft.data.quality import DataProfile, RowStats, check_flags, row_stats
-from sft.data.readers import DECODER, Progress, RawRow, dump_json
-from sft.data.rows import Row, comparison_text, make_row, prompt_id, to_line
+from sft.data.readers import Progress, RawRow
+from sft.data.rows import (
+    DECODER,
+    DUPLICATE,
+    LEAK,
+    NEAR_DUPLICATE,
+    Row,
+    RowFault,
+    comparison_text,
+    dump_json,
+    prompt_id,
+    to_line,
+)  # fmt: skip
 from sft.data.sources import SourcePart, add_replay, find_sources
 from sft.errors import DataError
 

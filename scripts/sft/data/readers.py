@@ -9,26 +9,21 @@ from __future__ import annotations
 import codecs
 import csv
 import difflib
-import gzip
 import io
 import json
-import math
 import os
 import re
 import sys
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple, cast
-
-import orjson
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 from sft.config.load import display_path
 from sft.config.schema import DataSection, ReplaySection, SourceSection
-from sft.data.ledger import UNREADABLE, RowFault
+from sft.data.rows import MAX_DEPTH, RowFault, parse_json
+from sft.data.store import BROKEN, open_bytes
 from sft.errors import DataError
 
 Kind = Literal["jsonl", "json", "csv", "parquet"]
@@ -42,8 +37,6 @@ COMPRESSED = (".gz", ".zst")
 KIND_NAMES = {"jsonl": "JSON lines", "json": "JSON", "csv": "a table in text (CSV)", "parquet": "Parquet"}
 READABLE = "rows are read from JSON, JSONL, CSV, TSV and Parquet"
 MAX_ROW = 64 << 20  # characters
-MAX_DIGITS = 4_300  # of an integer: what every version of Python parses
-MAX_DEPTH = 128  # levels of lists and objects; orjson writes up to 254
 HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 HEAD = 1 << 18  # bytes from which the kind of a file is detected
 BLOCK = 1 << 20  # bytes or characters read at a time
@@ -63,74 +56,7 @@ class RawRow(NamedTuple):
     copies: int = 1
 
 
-def parse_json(text: str) -> Any:
-    """The one JSON value in `text`. Raises RowFault (unreadable) with the problem and its column."""
-    try:
-        value = DECODER.decode(text)
-    except json.JSONDecodeError as error:
-        raise RowFault(UNREADABLE, f"broken JSON: {error.msg} at column {error.pos + 1}") from None
-    except RecursionError:
-        raise RowFault(UNREADABLE, f"nested deeper than {MAX_DEPTH} levels") from None
-    if text.count("{") + text.count("[") > MAX_DEPTH and _deeper_than(value, MAX_DEPTH):
-        raise RowFault(UNREADABLE, f"nested deeper than {MAX_DEPTH} levels")
-    if re.search(r"\\[uU][dD]", text) and not _encodable(json.dumps(value, ensure_ascii=False)):
-        raise RowFault(UNREADABLE, "half a surrogate pair (\\ud800-\\udfff): the text was cut inside a character")
-    return value
-
-
-def dump_json(value: Any, *, sort_keys: bool = False) -> bytes:
-    """`value` as one line of UTF-8 JSON. sort_keys: for hashing, so that equal values give equal bytes."""
-    try:
-        return orjson.dumps(value, option=orjson.OPT_SORT_KEYS if sort_keys else None)
-    except TypeError:  # an integer over 64 bits
-        return json.dumps(value, ensure_ascii=False, separators=(",", ":"), sort_keys=sort_keys).encode("utf-8")
-
-
-def _deeper_than(value: Any, levels: int) -> bool:
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
-    return items is not None and (levels == 0 or any(_deeper_than(item, levels - 1) for item in items))
-
-
-def _encodable(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) != len(pairs):
-        keys = [key for key, _ in pairs]
-        repeated = next(key for index, key in enumerate(keys) if key in keys[:index])
-        raise RowFault(UNREADABLE, f"the key {repeated[:80]!r} is given twice")
-    return row
-
-
-def _constant(name: str) -> Any:
-    raise RowFault(UNREADABLE, f"{name} is not JSON")
-
-
-def _integer(digits: str) -> int:
-    if len(digits) > MAX_DIGITS:
-        raise RowFault(UNREADABLE, f"an integer of {len(digits):,} digits")
-    return int(digits)
-
-
-def _float(text: str) -> float:
-    if not math.isfinite(value := float(text)):
-        raise RowFault(UNREADABLE, f"the number {text[:40]} is too large")
-    return value
-
-
-DECODER = json.JSONDecoder(
-    object_pairs_hook=_unique_keys, parse_constant=_constant, parse_int=_integer, parse_float=_float
-)
 LENIENT_DECODER = json.JSONDecoder(parse_int=str, parse_float=str)  # finds where a value ends, whatever its faults
-
-
-BROKEN = (OSError, EOFError, zlib.error)  # what reading a damaged compressed file raises
 CONTROL = re.compile("[\0-\x08\x0e-\x1f\ufffe\uffff]")
 BYTE_ORDER_MARKS = {"utf-32": (b"\xff\xfe\0\0", b"\0\0\xfe\xff"), "utf-16": (b"\xff\xfe", b"\xfe\xff")}
 BELOW_UTF8_LEAD = bytes(range(0xC0))  # bytes that begin no UTF-8 character beyond ASCII
@@ -225,7 +151,7 @@ def detect_file_type(path: Path) -> FileType:
     try:
         if path.is_dir():
             raise DataError("this is a folder, not a file", where=str(path), fix="name one file in it")
-        with _open_bytes(path) as (stream, _):
+        with open_bytes(path) as (stream, _):
             head = stream.read(HEAD)
             for opening, what, fix in OTHER_FILES:
                 if head.startswith(opening):
@@ -292,7 +218,7 @@ def _encoding(path: Path, head: bytes, stream: BinaryIO) -> tuple[str, str, bool
         if not block.isascii() or decoder.getstate()[0]:
             text = decoder.decode(block, not following)
             leading += len(block.translate(None, BELOW_UTF8_LEAD))
-            if not _encodable(text):
+            if SURROGATE.search(text):
                 invalid += "".join(SURROGATE.findall(text)).encode("utf-8", "surrogateescape")
         block = following
     if not invalid:
@@ -343,23 +269,6 @@ def _is_json_lines(lines: list[str], *, may_be_one_line: bool) -> bool:
     return isinstance(value, dict) or second.startswith(("[", "{"))
 
 
-@contextmanager
-def _open_bytes(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """The decompressed content of `path`, and the file below it, whose `tell` shows the progress."""
-    with path.open("rb") as raw:
-        head = raw.read(4)
-        raw.seek(0)
-        stream: Any = raw
-        if head[:2] == b"\x1f\x8b":
-            stream = io.BufferedReader(cast(Any, gzip.GzipFile(fileobj=raw)))
-        elif head == b"\x28\xb5\x2f\xfd":
-            import pyarrow
-
-            stream = io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), "zstd"))
-        with stream:
-            yield stream, raw
-
-
 def _pieces(
     source: Source, read: Callable[[io.TextIOWrapper], str], every: int, on_progress: Progress | None
 ) -> Iterator[str]:
@@ -370,7 +279,7 @@ def _pieces(
     assert source.path is not None and source.type is not None
     encoding = "utf-8-sig" if source.type.encoding == "utf-8" else source.type.encoding
     with (
-        _open_bytes(source.path) as (stream, raw),
+        open_bytes(source.path) as (stream, raw),
         io.TextIOWrapper(stream, encoding, source.type.errors, newline="\n") as text,
     ):
         total, count = os.fstat(raw.fileno()).st_size, 0
@@ -457,7 +366,7 @@ def _json(source: Source, on_progress: Progress | None) -> Iterator[RawRow]:
 
 
 class _JsonText:
-    """A cursor over JSON text that arrives in blocks: `buffer[at:]` is not read yet, `start` is where `line` counted to."""
+    """A cursor over JSON text that arrives in blocks: `buffer[at:]` is not read yet; `start`: lines counted so far."""
 
     def __init__(self, source: Source, blocks: Iterator[str]) -> None:
         self.source, self.blocks = source, blocks

@@ -1,51 +1,119 @@
-"""Stored rows: short (`system`, `user`, `assistant`), `messages` (with `tools`), or rendered (`input`, `target`); each
-with `id`, a hash of its content, and `origin`.
+"""Stored rows and what they are made of: strict JSON, reasons to exclude a row, and the three shapes.
+
+A row is short (`system`, `user`, `assistant`), `messages` (with `tools`), or rendered (`input`, `target`); each has
+`id`, a hash of its content, and `origin`, the file and line that it was read from.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
+import math
+import re
 from typing import Any
 
-from sft.data.formats import STORED, Formats, Parsed
-from sft.data.ledger import EMPTY_ANSWER, NO_USER_TURN, NOT_TEXT, UNREADABLE, RowFault
-from sft.data.messages import Message, check_turns
-from sft.data.readers import RawRow, dump_json
+import orjson
 
 Row = dict[str, Any]
+Message = dict[str, Any]
 ID_BYTES = 8
 SHORT_QUESTION = 16  # characters below which ("Go on.") rows with other system texts are other questions
+MAX_DIGITS = 4_300  # of an integer: what every version of Python parses
+MAX_DEPTH = 128  # levels of lists and objects; orjson writes up to 254
+
+UNREADABLE = "unreadable"
+UNKNOWN_FORMAT = "unknown format"
+NOT_TEXT = "not text"
+NO_USER_TURN = "no user turn"
+EMPTY_ANSWER = "empty answer"
+UNKNOWN_ROLE = "unknown role"
+OUT_OF_ORDER = "roles out of order"
+DUPLICATE = "exact duplicate"
+NEAR_DUPLICATE = "near duplicate"
+LEAK = "leak into val or test"
+CONTAMINATION = "contamination"
+DROPS = {  # a name in data.drop -> the reason in the ledger
+    "control_characters": "control characters",
+    "boilerplate": "boilerplate",
+    "length_outliers": "length outlier",
+    "script": "other script",
+}
+FAULTS = (UNREADABLE, UNKNOWN_FORMAT, NOT_TEXT, NO_USER_TURN, EMPTY_ANSWER, UNKNOWN_ROLE, OUT_OF_ORDER)
+FILTERS = (DUPLICATE, NEAR_DUPLICATE, LEAK, CONTAMINATION, *DROPS.values())  # by the config: no faults of the rows
 
 
-def make_row(raw: RawRow, formats: Formats, system_prompt: str | None) -> tuple[Row, str]:
-    """The stored row and the format it was read in. system_prompt: for rows that have none. Raises RowFault."""
-    if raw.fault is not None:
-        raise RowFault(UNREADABLE, raw.fault)
-    parsed = formats.parse(raw.value)
-    extra = {key: raw.value[key] for key in STORED if raw.value.get(key) is not None}
-    if raw.value.get("id") is not None:
-        extra["source_id"] = raw.value["id"]
-    if parsed.references:
-        extra["references"] = list(parsed.references)
+class RowFault(Exception):
+    """One row cannot be used. reason: one of FAULTS or FILTERS. detail: for the reader of the quarantine."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail = reason, detail
+
+
+def parse_json(text: str) -> Any:
+    """The one JSON value in `text`. Raises RowFault (unreadable) with the problem and its column."""
     try:
-        return _stored(parsed, raw.origin, system_prompt, extra), parsed.format
-    except TypeError as error:
-        raise RowFault(NOT_TEXT, str(error)) from None
+        value = DECODER.decode(text)
+    except json.JSONDecodeError as error:
+        raise RowFault(UNREADABLE, f"broken JSON: {error.msg} at column {error.pos + 1}") from None
+    except RecursionError:
+        raise RowFault(UNREADABLE, f"nested deeper than {MAX_DEPTH} levels") from None
+    if text.count("{") + text.count("[") > MAX_DEPTH and _deeper_than(value, MAX_DEPTH):
+        raise RowFault(UNREADABLE, f"nested deeper than {MAX_DEPTH} levels")
+    if re.search(r"\\[uU][dD]", text) and not _encodable(json.dumps(value, ensure_ascii=False)):
+        raise RowFault(UNREADABLE, "half a surrogate pair (\\ud800-\\udfff): the text was cut inside a character")
+    return value
 
 
-def _stored(parsed: Parsed, origin: str, system_prompt: str | None, extra: Row) -> Row:
-    if parsed.pair:
-        source, target = parsed.pair
-        if not source.strip():
-            raise RowFault(NO_USER_TURN, "input is empty")
-        if not target.strip():
-            raise RowFault(EMPTY_ANSWER, "target is empty")
-        return rendered_record(source, target, origin=origin, **extra)
-    turns = parsed.messages
-    if system_prompt and turns and turns[0]["role"] != "system":
-        turns = [{"role": "system", "content": system_prompt}, *turns]
-    check_turns(turns)
-    return to_record(turns, parsed.tools, origin=origin, **extra)
+def dump_json(value: Any, *, sort_keys: bool = False) -> bytes:
+    """`value` as one line of UTF-8 JSON. sort_keys: for hashing, so that equal values give equal bytes."""
+    try:
+        return orjson.dumps(value, option=orjson.OPT_SORT_KEYS if sort_keys else None)
+    except TypeError:  # an integer over 64 bits
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":"), sort_keys=sort_keys).encode("utf-8")
+
+
+def _deeper_than(value: Any, levels: int) -> bool:
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return items is not None and (levels == 0 or any(_deeper_than(item, levels - 1) for item in items))
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) != len(pairs):
+        keys = [key for key, _ in pairs]
+        repeated = next(key for index, key in enumerate(keys) if key in keys[:index])
+        raise RowFault(UNREADABLE, f"the key {repeated[:80]!r} is given twice")
+    return row
+
+
+def _constant(name: str) -> Any:
+    raise RowFault(UNREADABLE, f"{name} is not JSON")
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise RowFault(UNREADABLE, f"an integer of {len(digits):,} digits")
+    return int(digits)
+
+
+def _float(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise RowFault(UNREADABLE, f"the number {text[:40]} is too large")
+    return value
+
+
+DECODER = json.JSONDecoder(
+    object_pairs_hook=_unique_keys, parse_constant=_constant, parse_int=_integer, parse_float=_float
+)
 
 
 def to_record(messages: list[Message], tools: list[Message] | None = None, *, origin: str = "", **extra: Any) -> Row:

@@ -17,8 +17,8 @@ from pathlib import Path
 from sft.config.load import display_path, resolve_path
 from sft.config.schema import DataSection, ReplaySection
 from sft.data import rows
-from sft.data.formats import Formats
-from sft.data.ledger import Ledger, RowFault
+from sft.data.formats import Formats, make_row
+from sft.data.ledger import Ledger
 from sft.data.readers import (
     COMPRESSED,
     SUFFIXES,
@@ -26,10 +26,10 @@ from sft.data.readers import (
     RawRow,
     Section,
     Source,
-    dump_json,
     is_data_file,
     open_source,
 )  # fmt: skip
+from sft.data.rows import RowFault, dump_json
 from sft.data.split import position
 from sft.errors import DataError
 
@@ -175,7 +175,7 @@ def _replay_rows(
             text = raw.value.get("text") if isinstance(raw.value, dict) else None
             try:
                 try:
-                    row, format = rows.make_row(raw, formats, None)
+                    row, format = make_row(raw, formats, None)
                 except RowFault:
                     if not isinstance(text, str) or not text.strip():
                         raise

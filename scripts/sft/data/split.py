@@ -6,10 +6,9 @@ import hashlib
 from pathlib import Path
 
 from sft.config.schema import SplitSection
-from sft.data.readers import DECODER
-from sft.data.rows import prompt_id
+from sft.data.rows import DECODER, prompt_id
+from sft.data.store import SPLITS
 
-NAMES = ("train", "val", "test")
 MIN_ROWS = 3  # below which a split may stay empty
 MIN_JUDGED = 50  # rows that a split should have, and the others too, before its share is judged
 
@@ -23,7 +22,7 @@ def position(key: str, seed: int | str) -> float:
 def ranges(split: SplitSection) -> dict[str, tuple[float, float]]:
     """The part of [0, 1) that belongs to each split; splits without a share are left out."""
     parts, start = {}, 0.0
-    for name, share in zip(NAMES, (split.train, split.val, split.test), strict=True):
+    for name, share in zip(SPLITS, (split.train, split.val, split.test), strict=True):
         if share > 0:
             parts[name] = (start, start + share)
         start += share

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import codecs
+import gzip
+import io
 import shutil
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from sft import files
 from sft.config.load import resolve_path
 from sft.config.schema import DataSection
-from sft.data.readers import Source, detect_file_type
-from sft.data.rows import Row, row_id
-from sft.data.split import NAMES
+from sft.data.rows import Row, RowFault, parse_json, row_id
 from sft.errors import DataError
 
+SPLITS = ("train", "val", "test")
+BROKEN = (OSError, EOFError, zlib.error)  # what reading a damaged compressed file raises
 STYLE_RECORD = "source.json"  # beside styled rows: the source, content and style of each
 COMMANDS = {"processed": "make process", "styled": "make style", "rendered": "make render"}
 
@@ -45,6 +49,23 @@ def replace_dir(target: Path, own_files: set[str], key: str) -> Iterator[Path]:
         raise DataError(what, where=where, fix=f"free space, or {fix}") from None
 
 
+@contextmanager
+def open_bytes(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+    """The decompressed content of `path`, and the file below it, whose `tell` shows the progress."""
+    with path.open("rb") as raw:
+        head = raw.read(4)
+        raw.seek(0)
+        stream: Any = raw
+        if head[:2] == b"\x1f\x8b":
+            stream = io.BufferedReader(cast(Any, gzip.GzipFile(fileobj=raw)))
+        elif head == b"\x28\xb5\x2f\xfd":
+            import pyarrow
+
+            stream = io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), "zstd"))
+        with stream:
+            yield stream, raw
+
+
 def read_rows(path: Path | str) -> list[Row]:
     """All rows of a stored file, each with `id` and `origin`. Raises DataError with file:line at the first bad one."""
     return list(iter_rows(path))
@@ -52,18 +73,39 @@ def read_rows(path: Path | str) -> list[Row]:
 
 def iter_rows(path: Path | str) -> Iterator[Row]:
     """The same, one at a time."""
-    path = Path(path)
+    path, fix = Path(path), f"correct that line, or: make process RAW={path}"
     if not path.exists():
         raise DataError("no such file of rows", where=str(path), fix="create it: make process RAW=your_file")
-    file_type = detect_file_type(path)
-    if file_type.kind != "jsonl":
-        raise DataError("not a file of JSON lines", where=str(path), fix=f"make process RAW={path}")
-    for raw in Source(str(path), path, file_type).rows():
-        if fault := raw.fault or _shape_fault(raw.value):
-            raise DataError(fault, where=raw.origin, fix=f"correct that line, or: make process RAW={path}")
-        row: Row = raw.value
-        row.setdefault("origin", f"{path.name}:{raw.origin.rpartition(':')[2]}")
-        yield row if row.get("id") else {"id": row_id(row), **row}
+    empty = True
+    try:
+        with open_bytes(path) as (file, _):
+            for number, line in enumerate(file, 1):
+                text = line.strip() if number > 1 else line.removeprefix(codecs.BOM_UTF8).strip()
+                if not text:
+                    continue
+                if empty and not text.startswith(b"{"):
+                    raise DataError("not a file of JSON lines", where=str(path), fix=f"make process RAW={path}")
+                empty = False
+                row = _parse_row(text, where=f"{path}:{number}", fix=fix)
+                row.setdefault("origin", f"{path.name}:{number}")
+                yield row if row.get("id") else {"id": row_id(row), **row}
+    except BROKEN as error:
+        raise DataError(f"the file cannot be read: {error}", where=str(path), fix=f"make process RAW={path}") from None
+    if empty:
+        raise DataError("the file is empty", where=str(path), fix="create it: make process RAW=your_file")
+
+
+def _parse_row(text: bytes, *, where: str, fix: str) -> Row:
+    try:
+        row = parse_json(text.decode("utf-8"))
+        fault = _shape_fault(row)
+    except UnicodeDecodeError as error:
+        fault = f"not UTF-8 at byte {error.start + 1}"
+    except RowFault as error:
+        fault = error.detail
+    if fault is not None:
+        raise DataError(fault, where=where, fix=fix)
+    return dict(row)
 
 
 def count_rows(path: Path) -> int:
@@ -91,7 +133,7 @@ def _shape_fault(row: Any) -> str | None:
 
 @dataclass(frozen=True)
 class Stage:
-    """The files of one stage; None for a split without rows. name: processed, styled, rendered, or given (data.train_path)."""
+    """The files of one stage; None for a split without rows. name: processed, styled, rendered or given."""
 
     name: str
     train: Path
@@ -136,7 +178,7 @@ def check_styled(data: DataSection, root: Path) -> None:
     """Raises DataError unless the styled rows were made from the processed rows in their current state."""
     folder, processed = resolve_path(root, data.styled_dir), resolve_path(root, data.processed_dir)
     records = style_records(folder)
-    for name in (f"{split}.jsonl" for split in NAMES):
+    for name in (f"{split}.jsonl" for split in SPLITS):
         source, styled = processed / name, folder / name
         if not source.exists() and not styled.exists():
             continue

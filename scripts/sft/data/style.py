@@ -9,9 +9,7 @@ from sft import files
 from sft.config.load import resolve_path
 from sft.config.schema import DataSection
 from sft.data import store
-from sft.data.readers import dump_json
-from sft.data.rows import Row, is_rendered, messages
-from sft.data.split import NAMES
+from sft.data.rows import Row, dump_json, is_rendered, messages
 from sft.errors import DataError
 
 PRESETS = {
@@ -76,13 +74,13 @@ def style_file(source: Path, target: Path, style: str, mode: str) -> int:
 def style_folder(data: DataSection, root: Path, style: str, mode: str) -> dict[str, int]:
     """Styles every processed split; the styled folder changes as a whole. Returns split -> rows."""
     processed, target = resolve_path(root, data.processed_dir), resolve_path(root, data.styled_dir)
-    present = [name for name in NAMES if (processed / f"{name}.jsonl").exists()]
+    present = [name for name in store.SPLITS if (processed / f"{name}.jsonl").exists()]
     if "train" not in present:
         raise DataError("there are no processed rows", where=str(processed / "train.jsonl"), fix="make process")
     if processed.resolve() == target.resolve():
         fix = "--set data.styled_dir=data/processed_with_style"
         raise DataError("data.styled_dir and data.processed_dir are one folder", where=str(target), fix=fix)
-    own_files = {f"{name}.jsonl" for name in NAMES} | {store.STYLE_RECORD}
+    own_files = {f"{name}.jsonl" for name in store.SPLITS} | {store.STYLE_RECORD}
     with store.replace_dir(target, own_files, "data.styled_dir") as staged:
         files_of = {name: (processed / f"{name}.jsonl", staged / f"{name}.jsonl") for name in present}
         return {name: style_file(source, out, style, mode) for name, (source, out) in files_of.items()}
