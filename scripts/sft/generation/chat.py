@@ -8,6 +8,7 @@ import sys
 import time
 import unicodedata
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,32 +37,26 @@ HELP = """\
 Ctrl-C stops an answer. A line that ends in \\ continues on the next one (so does Alt-Enter)."""
 
 
+@dataclass
 class ChatSession:
     """A conversation and its commands.
 
     answer, base: stream the tuned model's and the base's answers. write: shows text. count_tokens: of a conversation.
-    side_by_side: shows a base and a tuned answer. markdown: renders a finished answer; None where nothing can.
+    side_by_side: shows a base and a tuned answer. markdown: renders a finished answer. None: not available.
     """
 
-    def __init__(
-        self,
-        answer: Answerer,
-        write: Callable[[str], None],
-        *,
-        settings: GenerationSection,
-        system: str | None = None,
-        save_path: Path = Path("outputs/chat.jsonl"),
-        count_tokens: Callable[[list[Message]], int] | None = None,
-        base: Answerer | None = None,
-        side_by_side: Callable[[str, str], None] | None = None,
-        markdown: Callable[[str], None] | None = None,
-    ) -> None:
-        self.answer, self.write, self.settings, self.save_path = answer, write, settings, save_path
-        self.system, self.count_tokens = system, count_tokens
-        self.base, self.side_by_side, self.markdown = base, side_by_side, markdown
-        self.turns: list[Message] = []
-        self.attempt = 0
-        self.as_markdown = False
+    answer: Answerer
+    write: Callable[[str], None]
+    settings: GenerationSection
+    system: str | None = None
+    save_path: Path = Path("outputs/chat.jsonl")
+    count_tokens: Callable[[list[Message]], int] | None = None
+    base: Answerer | None = None
+    side_by_side: Callable[[str, str], None] | None = None
+    markdown: Callable[[str], None] | None = None
+    turns: list[Message] = field(default_factory=list)
+    attempt: int = 0
+    as_markdown: bool = False
 
     @property
     def messages(self) -> list[Message]:
@@ -84,7 +79,7 @@ class ChatSession:
             except SftError as error:
                 self.write(f"error: {error}\n")
             except KeyboardInterrupt:  # outside of an answer's own handling
-                self._drop_question()
+                self._drop_last("user")
                 self.write("\n[stopped]\n")
 
     def handle(self, line: str) -> bool:
@@ -117,7 +112,7 @@ class ChatSession:
             self.write(note)
             self.turns.append({"role": "assistant", "content": "".join(pieces)})
         except SftError:
-            self._drop_question()
+            self._drop_last("user")
             raise
         finally:
             self.write("\n")
@@ -150,11 +145,11 @@ class ChatSession:
         self.write("(conversation cleared)\n")
 
     def _do_system(self, text: str) -> None:
-        if not text:
+        if text:
+            self.system, self.turns = None if text == "none" else text, []
+            self.write("(system text set; the conversation starts over)\n")
+        else:
             self.write(f"system: {self.system or '(none)'}\n")
-            return
-        self.system, self.turns = None if text == "none" else text, []
-        self.write("(system text set; the conversation starts over)\n")
 
     def _do_set(self, argument: str) -> None:
         key, _, value = argument.partition(" ")
@@ -178,7 +173,7 @@ class ChatSession:
         self.write(f"{key} = {json.dumps(parsed)}{' (answers are sampled now)' if sampling else ''}\n")
 
     def _do_retry(self, _: str) -> None:
-        if not self._drop_answer():
+        if not self._drop_last("assistant"):
             self.write("(there is no question to answer again)\n")
             return
         self.attempt += 1
@@ -187,29 +182,21 @@ class ChatSession:
         self._answer()
 
     def _do_undo(self, _: str) -> None:
-        if self._drop_answer():
-            self.turns.pop()
-            self.write("(removed)\n")
-        else:
-            self.write("(there is nothing to remove)\n")
+        has_question = self._drop_last("assistant")
+        self._drop_last("user")
+        self.write("(removed)\n" if has_question else "(there is nothing to remove)\n")
 
-    def _drop_answer(self) -> bool:
-        if self.turns and self.turns[-1]["role"] == "assistant":
+    def _drop_last(self, role: str) -> bool:
+        """Removes the last turn if it has the role, such as a question without an answer; false for no turns left."""
+        if self.turns and self.turns[-1]["role"] == role:
             self.turns.pop()
         return bool(self.turns)
 
-    def _drop_question(self) -> None:
-        """Removes a question without an answer, so that turns keep alternating."""
-        if self.turns and self.turns[-1]["role"] == "user":
-            self.turns.pop()
-
     def _do_save(self, file: str) -> None:
-        if not self.turns:
-            self.write("(there is nothing to save)\n")
-            return
         path = Path(file).expanduser() if file else self.save_path
-        save(path, self.messages, append=not file)
-        self.write(f"(saved: {path})\n")
+        if self.turns:
+            save(path, self.messages, append=not file)
+        self.write(f"(saved: {path})\n" if self.turns else "(there is nothing to save)\n")
 
     def _do_load(self, file: str) -> None:
         messages = last_conversation(Path(file).expanduser() if file else self.save_path)
@@ -220,18 +207,13 @@ class ChatSession:
         self.write(f"(loaded {len(self.turns)} turns)\n")
 
     def _do_tokens(self, _: str) -> None:
-        if self.count_tokens is None or not self.turns:
-            self.write("(the conversation is empty)\n")
-        else:
-            self.write(f"{self.count_tokens(self.messages)} tokens in {len(self.turns)} turns\n")
+        tokens = self.count_tokens(self.messages) if self.count_tokens and self.turns else 0
+        self.write(f"{tokens} tokens in {len(self.turns)} turns\n" if tokens else "(the conversation is empty)\n")
 
     def _do_markdown(self, _: str) -> None:
-        if self.markdown is None:
-            self.write("(Markdown needs a terminal)\n")
-            return
-        self.as_markdown = not self.as_markdown
-        on, off = "answers appear as Markdown once they are complete", "answers stream as raw text"
-        self.write(f"({on if self.as_markdown else off})\n")
+        self.as_markdown = self.markdown is not None and not self.as_markdown
+        state = "answers appear as Markdown once they are complete" if self.as_markdown else "answers are raw text"
+        self.write(f"({state if self.markdown else 'Markdown needs a terminal'})\n")
 
     def _do_compare(self, question: str) -> None:
         messages = [*self.messages, *([{"role": "user", "content": question}] if question else [])]
