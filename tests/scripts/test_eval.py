@@ -1,7 +1,8 @@
-"""eval.py as a user runs it: a file of answers, a finished run, its base, and what cannot be evaluated."""
+"""eval.py: a finished run and its base as a user runs it, a file of answers, and what cannot be evaluated."""
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,9 +10,11 @@ from typing import Any
 
 import pytest
 
+from sft.errors import SftError
 from tests.generation import tiny_runs
 
 Command = Callable[..., Any]
+evaluate = importlib.import_module("eval")
 
 
 @pytest.fixture(scope="module")
@@ -21,11 +24,28 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_qwen2: Path) -> Path:
     return root
 
 
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    """Runs the command's own main in this process; errors are raised."""
+
+    def call(root: Path, *flags: str) -> dict[str, Any]:
+        monkeypatch.setenv("SFT_ROOT", str(root))
+        monkeypatch.chdir(root)
+        args = evaluate.parser().parse_args(list(flags))
+        args.config = args.config or evaluate.console.default_config()
+        result: dict[str, Any] = evaluate.main(args)
+        return result
+
+    return call
+
+
 def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_a_run_and_its_base_are_measured_and_kept(command: Command, project: Path) -> None:
+def test_a_run_and_its_base_are_evaluated_and_written(
+    command: Command, project: Path, run: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
     done = command("eval", "--split", "test", "--both", "--samples", "1", "--json", SFT_ROOT=str(project))
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
@@ -48,17 +68,13 @@ def test_a_run_and_its_base_are_measured_and_kept(command: Command, project: Pat
     names = {"rougeL", "sari", "exact_match", "format_adherence"}
     assert set(samples[0]["scores"]) == names == set(samples[0]["base"]["scores"])
 
-    again = command(
-        "eval", "--split", "test", "--base", "--limit", "3", "--json", "--metrics", "rougeL", SFT_ROOT=str(project)
-    )
-    assert again.returncode == 0, again.stderr
-    after = json.loads(again.stdout)
+    after = run(project, "--split", "test", "--base", "--limit", "3", "--metrics", "rougeL")
     assert after["tuned"] == result["tuned"] and after["rows"] == 3
     assert "sari" not in after["base"]
-    assert "measured on different rows" in again.stderr
+    assert "evaluated on different rows" in capsys.readouterr().err
 
 
-def test_answers_made_elsewhere_are_scored_and_nothing_is_touched(command: Command, tmp_path: Path) -> None:
+def test_answers_from_elsewhere_are_scored_and_no_file_is_written(command: Command, tmp_path: Path) -> None:
     tiny_runs.project(tmp_path, Path("no-model-is-needed"))
     (tmp_path / "answers.jsonl").write_text(
         '{"prediction": "About 95 you now get in.", "source": "About 95 species are currently accepted.",'
@@ -78,14 +94,20 @@ def test_answers_made_elsewhere_are_scored_and_nothing_is_touched(command: Comma
     assert "did you mean rougeL?" in unknown.stderr and "Traceback" not in unknown.stderr
 
 
-def test_what_cannot_be_evaluated_is_told_at_once(command: Command, tmp_path: Path, project: Path) -> None:
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "make train"),
+        (["--adapters", "adapters/none"], "no adapter folder adapters/none"),
+        (["--predictions", "configs/run_bnb.yaml"], "run_bnb.yaml:2"),
+        (["--base", "--set", "data.processed_dir=elsewhere"], "make process"),
+        (["--base", "--both"], "--base is one side"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused_before_a_model_is_opened(
+    flags: list[str], message: str, run: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
     tiny_runs.project(tmp_path, Path("models/none"))
-    no_run = command("eval", SFT_ROOT=str(tmp_path))
-    assert no_run.returncode == 2 and "make train" in no_run.stderr
-    gone = command("eval", "--adapters", "adapters/none", SFT_ROOT=str(tmp_path))
-    assert gone.returncode == 2 and "there is no adapter folder adapters/none" in gone.stderr
-    broken = command("eval", "--predictions", "configs/run_bnb.yaml", SFT_ROOT=str(tmp_path), cwd=tmp_path)
-    assert broken.returncode == 2 and "run_bnb.yaml:2" in broken.stderr
-    no_split = command("eval", "--set", "data.processed_dir=elsewhere", SFT_ROOT=str(project))
-    assert no_split.returncode == 2 and "make process" in no_split.stderr
-    assert not any("Traceback" in done.stderr for done in (no_run, gone, broken, no_split))
+    with pytest.raises(SftError) as error:
+        run(tmp_path, *flags)
+    assert message in str(error.value) and error.value.exit_code == 2

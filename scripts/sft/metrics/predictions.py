@@ -222,7 +222,7 @@ def unequal_rows(result: Mapping[str, Any]) -> str | None:
     if len(set(counts.values())) < 2:
         return None
     each = ", ".join(f"{side} on {rows}" for side, rows in counts.items())
-    return f"the sides were measured on different rows ({each}): evaluate both again (--both) to compare them"
+    return f"the sides were evaluated on different rows ({each}): evaluate both again (--both) to compare them"
 
 
 def sample_text(sample: Mapping[str, Any]) -> str:
