@@ -2,8 +2,8 @@
 
     python benchmarks/generation_cpu.py [--adapters adapters/demo] [--rounds 5] [--sizes 8,32]
 
-The loop is transformers' own `generate`, greedy, with its KV cache and the template's end tokens; the engine's own
-batch of one stands beside it. Prompts: the first rows of data/samples/support_desk.jsonl through the demo's template.
+The loop is transformers' own `generate`, greedy, with its KV cache and the template's end tokens; the engine's batch
+of one is measured too. Prompts: the first rows of data/samples/support_desk.jsonl through the demo's template.
 Medians over interleaved rounds; the texts of both must be equal, or the command fails.
 """
 
@@ -31,31 +31,31 @@ from sft.generation.stop import StopCriteria
 Texts = Callable[[], list[str]]
 
 
-def one_by_one(served: Any, prompts: list[list[int]], most: int) -> list[str]:
-    base, stops = served.model, served.encoder.stops
+def one_by_one(loaded: Any, prompts: list[list[int]], most: int) -> list[str]:
+    base, stops = loaded.model, loaded.encoder.stops
     texts = []
     for prompt in prompts:
         ids = torch.tensor([prompt])
         with torch.no_grad():
-            made = base.generate(
+            tokens = base.generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=most, do_sample=False,
-                eos_token_id=sorted(stops.ids), pad_token_id=engine.pad_id(served.tokenizer, stops),
+                eos_token_id=sorted(stops.ids), pad_token_id=engine.pad_id(loaded.tokenizer, stops),
             )  # fmt: skip
-        texts.append(StopCriteria(served.tokenizer, stops).answer(made[0, len(prompt) :].tolist()).text)
+        texts.append(StopCriteria(loaded.tokenizer, stops).answer(tokens[0, len(prompt) :].tolist()).text)
     return texts
 
 
-def measured(ways: dict[str, Texts], rounds: int) -> dict[str, float]:
-    """Seconds of each way: the median over rounds in which they take turns."""
-    texts = {name: way() for name, way in ways.items()}  # warm-up, and the proof
-    if len({tuple(said) for said in texts.values()}) != 1:
+def measure(variants: dict[str, Texts], rounds: int) -> dict[str, float]:
+    """Seconds of each variant: the median over rounds in which they take turns."""
+    texts = {name: variant() for name, variant in variants.items()}  # warm-up; all texts must be equal
+    if len({tuple(answers) for answers in texts.values()}) != 1:
         raise SystemExit("the texts differ: nothing to compare")
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds):
-        for name, way in ways.items():
-            began = time.perf_counter()
-            way()
-            seconds[name].append(time.perf_counter() - began)
+        for name, variant in variants.items():
+            started = time.perf_counter()
+            variant()
+            seconds[name].append(time.perf_counter() - started)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
@@ -67,21 +67,21 @@ def main() -> None:
     parser.add_argument("--sizes", default="8,32", help="answers side by side")
     args = parser.parse_args()
     config = load(ROOT / "configs" / "demo_cpu.yaml", root=ROOT).config
-    served = serving.open_model(config, adapter=args.adapters and args.adapters.resolve(), root=ROOT)
+    loaded = serving.open_model(config, adapter=args.adapters and args.adapters.resolve(), root=ROOT)
     requests = batch_io.read(ROOT / "data" / "samples" / "support_desk.jsonl", None)[: args.rows]
-    prompts = [served.encoder.prompt(request.row) for request in requests if request.row is not None]
+    prompts = [loaded.encoder.prompt(request.row) for request in requests if request.row is not None]
 
     def ours(size: int) -> list[str]:
         return [
             answer.text
             for answer in engine.generate(
-                served.model, served.tokenizer, prompts, config.generation, served.encoder.stops, batch_size=size
+                loaded.model, loaded.tokenizer, prompts, config.generation, loaded.encoder.stops, batch_size=size
             )
         ]
 
-    ways: dict[str, Texts] = {"loop": lambda: one_by_one(served, prompts, config.generation.max_new_tokens)}
-    ways |= {f"engine, {size}": lambda size=size: ours(size) for size in (1, *map(int, args.sizes.split(",")))}
-    seconds = measured(ways, args.rounds)
+    variants: dict[str, Texts] = {"loop": lambda: one_by_one(loaded, prompts, config.generation.max_new_tokens)}
+    variants |= {f"engine, {size}": lambda size=size: ours(size) for size in (1, *map(int, args.sizes.split(",")))}
+    seconds = measure(variants, args.rounds)
     for name, median in seconds.items():
         answers = len(prompts) / median
         print(f"{name:12} {answers:8.1f} answers/s   {seconds['loop'] / median:5.2f} x")

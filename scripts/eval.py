@@ -2,7 +2,7 @@
 
 python scripts/eval.py --split test              the newest run on the test split
 python scripts/eval.py --split test --both       its base too, in one go
-python scripts/eval.py --predictions FILE        scores answers made elsewhere; loads no model
+python scripts/eval.py --predictions FILE        scores a file of answers; loads no model
 Writes outputs/metrics.json, outputs/samples.jsonl and the run's own copies.
 """
 

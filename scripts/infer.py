@@ -22,7 +22,7 @@ python scripts/infer.py --mode batch --input_file questions.jsonl --output_file 
 def parser() -> argparse.ArgumentParser:
     """The command's flags."""
     flags = console.parser("Chat with a model, or answer a file of questions.", EXAMPLES)
-    flags.add_argument("--mode", choices=["interactive", "batch"], help="default: batch where --input_file is given")
+    flags.add_argument("--mode", choices=["interactive", "batch"], help="default: batch with --input_file")
     flags.add_argument("--input_file", type=Path, metavar="F", help="questions: .txt (lines) or .jsonl (rows)")
     flags.add_argument("--output_file", type=Path, metavar="F", help="answers: .txt or .jsonl")
     flags.add_argument("--adapters", type=Path, metavar="DIR", help="an adapter (default: the newest run's)")

@@ -47,13 +47,13 @@ SOME = Stops(frozenset(range(3, 400, 9)))
 
 def by_hand(model: Any, ids: list[int], ends: frozenset[int], most: int) -> list[int]:
     """Greedy decoding with no cache, no padding and no library."""
-    made: list[int] = []
+    tokens: list[int] = []
     with torch.no_grad():
-        while len(made) < most:
-            made.append(int(model(torch.tensor([ids + made])).logits[0, -1].argmax()))
-            if made[-1] in ends:
-                return made[:-1]
-    return made
+        while len(tokens) < most:
+            tokens.append(int(model(torch.tensor([ids + tokens])).logits[0, -1].argmax()))
+            if tokens[-1] in ends:
+                return tokens[:-1]
+    return tokens
 
 
 def test_a_batch_answers_as_one_by_one_and_as_decoding_by_hand(qwen2: Any) -> None:
@@ -117,12 +117,12 @@ def test_the_models_own_generation_config_does_not_speak(qwen2: Any) -> None:
         do_sample=True, temperature=3.0, top_k=5, repetition_penalty=3.0, no_repeat_ngram_size=1, min_new_tokens=20,
         num_beams=2, eos_token_id=[1], forced_eos_token_id=9, suppress_tokens=[liked],
     )  # fmt: skip
-    kept, model.generation_config = model.generation_config, surprise
+    original, model.generation_config = model.generation_config, surprise
     try:
         assert engine.generate(model, tokenizer, prompts, GREEDY, SOME, batch_size=4) == expected
         assert model.generation_config is surprise
     finally:
-        model.generation_config = kept
+        model.generation_config = original
 
 
 def test_a_model_in_training_comes_back_in_training(tiny_qwen2: Path, qwen2: Any) -> None:

@@ -37,9 +37,9 @@ def rows(count: int, start: int = 0) -> list[dict[str, Any]]:
     ]
 
 
-def write_rows(path: Path, given: list[dict[str, Any]]) -> None:
+def write_rows(path: Path, row_list: list[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in given), encoding="utf-8")
+    path.write_text("".join(json.dumps(row) + "\n" for row in row_list), encoding="utf-8")
 
 
 def project(root: Path, model: Path, *, mode: str = "lora") -> Path:

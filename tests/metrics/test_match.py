@@ -28,7 +28,7 @@ def test_normalised_match_follows_squad() -> None:
 
 
 def test_token_f1_counts_shared_words() -> None:
-    # found: red car here (3), wanted: red big car (3), shared 2
+    # answer: red car here (3), reference: red big car (3), shared 2
     assert one("token_f1", "the red car here", "a red big car") == pytest.approx(2 / 3)
     assert one("token_f1", "x", "y", "x z") == pytest.approx(2 / 3)
     assert one("token_f1", "", "") == 1

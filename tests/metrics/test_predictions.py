@@ -67,14 +67,14 @@ def test_a_predictions_file_is_read_with_the_line_of_every_fault(tmp_path: Path)
     )
     answers = predictions.read(path)
     assert (answers.predictions, answers.references, answers.sources) == (["a", ""], [["a", "b"], ["c"]], None)
-    for line, said in [
+    for line, problem in [
         ("{", "not JSON"),
         ("[1]", "not a JSON object"),
         ('{"prediction": "a"}', '"reference" is missing'),
         ('{"prediction": 4, "reference": "a"}', '"prediction" is int'),
     ]:
         path.write_text('{"prediction": "a", "reference": "b"}\n' + line)
-        with pytest.raises(DataError, match=said) as error:
+        with pytest.raises(DataError, match=problem) as error:
             predictions.read(path)
         assert error.value.where == f"{path}:2"
 
@@ -86,9 +86,9 @@ def test_a_file_is_scored_by_tag_too(tmp_path: Path) -> None:
         '{"prediction": "b", "reference": "c", "tag": "x"}\n'
         '{"prediction": "c", "reference": "c", "tags": ["y"]}\n'
     )
-    found = predictions.score_file(path, ["exact_match", "bleu"], strict=True)
-    assert (found.rows, found.metrics["exact_match"]) == (3, pytest.approx(2 / 3))
+    scores = predictions.score_file(path, ["exact_match", "bleu"], strict=True)
+    assert (scores.rows, scores.metrics["exact_match"]) == (3, pytest.approx(2 / 3))
     alone = score(["bleu"], ["a", "b"], [["b", "a"], ["c"]])["bleu"]  # of the tag's rows as a corpus
-    assert found.by_tag == {
+    assert scores.by_tag == {
         "x": {"rows": 2, "exact_match": 0.5, "bleu": alone}, "y": {"rows": 1, "exact_match": 1.0, "bleu": 0.0},
     }  # fmt: skip

@@ -28,11 +28,11 @@ def test_a_schema_is_satisfied_or_not() -> None:
 
 
 def test_fields_are_scored_one_by_one() -> None:
-    wanted = '{"name": "Mara", "age": 4, "tags": [1, true]}'
-    answers = [wanted, '{"tags": [1, 1], "age": 4.0, "name": "Mara"}', "not json", '{"age": 5}']
-    got = score_rows(["json_fields"], answers, [wanted] * 4)
+    reference = '{"name": "Mara", "age": 4, "tags": [1, true]}'
+    answers = [reference, '{"tags": [1, 1], "age": 4.0, "name": "Mara"}', "not json", '{"age": 5}']
+    got = score_rows(["json_fields"], answers, [reference] * 4)
     assert got.rows["json_fields"] == pytest.approx([1, 2 / 3, 0, 0])
-    assert scoring.by_field(answers, [[wanted]] * 4) == {"name": 0.5, "age": 0.5, "tags": 0.25}
+    assert scoring.by_field(answers, [[reference]] * 4) == {"name": 0.5, "age": 0.5, "tags": 0.25}
 
 
 def test_a_schema_file_is_checked_when_it_is_read(tmp_path: Path) -> None:
@@ -41,6 +41,10 @@ def test_a_schema_file_is_checked_when_it_is_read(tmp_path: Path) -> None:
     broken.write_text("{")
     wrong.write_text('{"type": "thing"}')
     assert scoring.read_schema(good) == SCHEMA
-    for path, said in [(broken, "one JSON object"), (wrong, "not a JSON schema"), (tmp_path / "no.json", "cannot be")]:
-        with pytest.raises(ConfigError, match=said):
+    for path, problem in [
+        (broken, "one JSON object"),
+        (wrong, "not a JSON schema"),
+        (tmp_path / "no", "cannot be"),
+    ]:
+        with pytest.raises(ConfigError, match=problem):
             scoring.read_schema(path)

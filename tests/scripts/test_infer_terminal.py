@@ -1,4 +1,4 @@
-"""The chat on a terminal: line editing, an answer that Ctrl-C stops, history of lines, and a clean end."""
+"""The chat on a terminal: line editing, Ctrl-C during an answer, the line history, and a clean end."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.generation import tiny_runs
 
 
 class Terminal:
-    """A program on a pseudo-terminal that answers what terminals are asked."""
+    """A program on a pseudo-terminal that answers cursor position requests."""
 
     def __init__(self, *args: str, **env: str) -> None:
         self.pid, self.fd = pty.fork()

@@ -94,7 +94,7 @@ def choose_tokens(
 
 def _penalise(scores: Tensor, sequences: Sequence[DecodingSequence], penalty: float, end_ids: frozenset[int]) -> Tensor:
     """The repetition penalty of Keskar et al. 2019 (CTRL) as in transformers, with two differences: padding is not
-    counted (a batch answers as one row does), and end tokens are never made less likely (answers still stop)."""
+    counted (a batch answers as one row does), and end tokens never become less likely (answers still stop)."""
     pairs = [(row, token) for row, sequence in enumerate(sequences) for token in sequence.seen - end_ids]
     if not pairs:
         return scores

@@ -130,7 +130,7 @@ def stream(
     *,
     kind: Kind = "causal",
 ) -> Generator[str, None, Answer]:
-    """Yields the text of the answer that `generate` would give while it is made, and returns the whole `Answer`.
+    """Yields the text of the answer that `generate` would give piece by piece, and returns the whole `Answer`.
 
     Closing the generator, or an exception in its consumer (Ctrl-C), ends the model's work at its next token.
     """
@@ -211,7 +211,7 @@ class _Engine:
             yield order[at : at + rows_together]
 
     def tokens_before_end(self, sequence: DecodingSequence) -> Iterator[int]:
-        """Each token of one sequence as it is made, but for the one that ends it."""
+        """Each token of one sequence at once, except the one that ends it."""
         if self.own_loop:
             for _ in self.steps([sequence], 1):
                 if not sequence.done:

@@ -30,7 +30,7 @@ Row = dict[str, Any]
 Message = dict[str, Any]
 Prompt = Callable[[Row], tuple[list[int], int]]  # a row's prompt ids, and how many oldest turns were removed
 Progress = Callable[[int, int], None]
-SPARE_SHOTS = 8  # examples beyond `eval.shots`: some may ask what the row itself asks
+SPARE_SHOTS = 8  # examples beyond `eval.shots`: some may have the row's own question
 LOSS_TOKENS = 4096
 
 
@@ -113,8 +113,8 @@ def _of_row(prompt: Prompt, row: Row, config: Config, shots: Sequence[Row]) -> I
         yield Question(row, prompt(row)[0], str(row["input"]), records.reference(row))
         return
     messages, places, tools = records.messages(row), answer_turns(row), records.tools(row)
-    asks = records.question(row).strip()
-    others = [shot for shot in shots if records.question(shot).strip() != asks][: config.eval.shots]
+    question = records.question(row).strip()
+    others = [shot for shot in shots if records.question(shot).strip() != question][: config.eval.shots]
     examples = [turn for shot in others for turn in records.messages(shot) if turn["role"] != "system"]
     for number, at in enumerate(places):
         is_last = at == places[-1]
@@ -277,7 +277,7 @@ def evaluate_base_and_tuned(
 
 
 def constant_baseline(target: Target, train: Path | None, rows: Sequence[Row]) -> dict[str, Any] | None:
-    """The scores of one training answer given to every question, the best one for these rows; None without rows."""
+    """The scores of the best constant answer: one training answer to every question; None without rows."""
     if train is None:
         return None
     try:

@@ -269,7 +269,7 @@ def open_model(
     dtype: torch.dtype | None = None,
     low_memory: LowMemory | None = None,
 ) -> LoadedModel:
-    """The tuned model (`adapter` on its base, or the whole weights in `merged`), or the base when neither is given.
+    """The tuned model (`adapter` on its base, or the whole weights in `merged`), or the base without either.
 
     config: the run's resolved one. A 4-bit run is opened in 4 bits, its base alone too; merged weights as they are.
     dtype: of the weights; None: the run's on a GPU; on the CPU fp32, or bf16 where fp32 would not fit.

@@ -75,8 +75,8 @@ def _ngrams(words: Sequence[str], n: int) -> Counter[Any]:
     return Counter(zip(*(words[i:] for i in range(n)), strict=False) if n > 1 else words)
 
 
-def _f1(common: int, predicted: int, wanted: int) -> float:
-    return _harmonic(common / max(predicted, 1), common / max(wanted, 1))
+def _f1(common: int, predicted: int, expected: int) -> float:
+    return _harmonic(common / max(predicted, 1), common / max(expected, 1))
 
 
 def _harmonic(precision: float, recall: float) -> float:
@@ -130,7 +130,7 @@ def _keep_and_delete(
     """The F1 of kept and the precision of deleted n-grams. `references` sums `count` texts, so the source's and the
     answer's n-grams count as often."""
     precision_sum = delete_sum = 0.0
-    kept = correct = possible = deleted = 0
+    keep_count = correct = possible = deleted = 0
     for gram, occurrences in source.items():
         in_source, in_answer = occurrences * count, answer.get(gram, 0) * count
         in_references = references.get(gram, 0)
@@ -139,16 +139,16 @@ def _keep_and_delete(
         if in_answer:
             both = in_answer if in_answer < in_source else in_source
             right = in_references if in_references < both else both
-            kept, correct, precision_sum = kept + 1, correct + right, precision_sum + right / both
+            keep_count, correct, precision_sum = keep_count + 1, correct + right, precision_sum + right / both
         if in_source > in_answer:
             deleted += 1
             if in_source - in_answer > in_references:
                 delete_sum += (in_source - in_answer - in_references) / (in_source - in_answer)
-    keep = _harmonic(precision_sum / kept if kept else 1.0, correct / possible if possible else 1.0)
+    keep = _harmonic(precision_sum / keep_count if keep_count else 1.0, correct / possible if possible else 1.0)
     return keep, delete_sum / deleted if deleted else 1.0
 
 
 def _add(source: Mapping[Any, int], answer: Mapping[Any, int], references: Mapping[Any, int]) -> float:
-    added, wanted = answer.keys() - source.keys(), references.keys() - source.keys()
+    added, expected = answer.keys() - source.keys(), references.keys() - source.keys()
     correct = len(added & references.keys())
-    return _harmonic(correct / len(added) if added else 1.0, correct / len(wanted) if wanted else 1.0)
+    return _harmonic(correct / len(added) if added else 1.0, correct / len(expected) if expected else 1.0)

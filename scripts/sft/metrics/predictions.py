@@ -1,4 +1,4 @@
-"""Predictions and their scores as files and tables: rows of answers made elsewhere, metrics.json, samples.jsonl."""
+"""Predictions and their scores as files and tables: a file of predictions, metrics.json, samples.jsonl."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Values = Mapping[str, float]
 _SHAPE = 'a row is {"prediction": "...", "reference": "..." or ["...", "..."], "source": "..."} on one line'
 
 
-# --- reading answers that were made elsewhere
+# --- a file of predictions
 
 
 @dataclass

@@ -494,7 +494,7 @@ class Constant:
 def constant_baseline(
     training_answers: Sequence[str], references: References, *, stemmer: bool = False, seed: int = 0
 ) -> Constant | None:
-    """Scores the best constant answer: one training answer given to every question.
+    """Scores the best constant answer: one training answer to every question.
 
     Tries up to 200 training answers, half of them the most frequent, half a seeded draw; ROUGE-L chooses on at most 400
     references and is computed on all. exact_match is that of the best answer in it: no constant does better in either.

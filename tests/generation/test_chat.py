@@ -18,15 +18,15 @@ from sft.generation.stop import Answer
 
 
 class Scripted:
-    """Answers with the number of turns it was shown and the attempt; remembers what it was asked."""
+    """Answers with the number of messages and the attempt; records its calls."""
 
     def __init__(self) -> None:
-        self.asked: list[tuple[list[dict[str, Any]], GenerationSection, int]] = []
+        self.calls: list[tuple[list[dict[str, Any]], GenerationSection, int]] = []
         self.interrupt = self.fail = False
         self.closed = 0
 
     def __call__(self, messages: list[dict[str, Any]], settings: GenerationSection, attempt: int) -> Iterator[str]:
-        self.asked.append((messages, settings, attempt))
+        self.calls.append((messages, settings, attempt))
         try:
             yield "answer "
             if self.interrupt:
@@ -41,13 +41,13 @@ class Scripted:
 def chat(
     tmp_path: Path, *lines: Any, model: Scripted | None = None, **kwargs: Any
 ) -> tuple[str, ChatSession, Scripted]:
-    said: list[str] = []
+    output: list[str] = []
     model = model or Scripted()
     session = ChatSession(
-        model, said.append, settings=GenerationSection(), save_path=tmp_path / "outputs" / "chat.jsonl", **kwargs
+        model, output.append, settings=GenerationSection(), save_path=tmp_path / "outputs" / "chat.jsonl", **kwargs
     )
     session.run(fed(*lines))
-    return "".join(said), session, model
+    return "".join(output), session, model
 
 
 def fed(*lines: Any) -> Callable[[], str]:
@@ -65,32 +65,32 @@ def fed(*lines: Any) -> Callable[[], str]:
 
 
 def test_a_conversation_keeps_its_history_and_its_system_text(tmp_path: Path) -> None:
-    said, session, model = chat(tmp_path, "hello", "", "and then?", "/exit", "never read", system="Be brief.")
-    assert said == "answer 2.0\nanswer 4.0\n"
-    assert [message["role"] for message in model.asked[1][0]] == ["system", "user", "assistant", "user"]
+    output, session, model = chat(tmp_path, "hello", "", "and then?", "/exit", "never read", system="Be brief.")
+    assert output == "answer 2.0\nanswer 4.0\n"
+    assert [message["role"] for message in model.calls[1][0]] == ["system", "user", "assistant", "user"]
     assert session.turns[-1] == {"role": "assistant", "content": "answer 4.0"}
 
 
-def test_an_unknown_command_says_so_and_nothing_is_asked(tmp_path: Path) -> None:
-    said, _, model = chat(tmp_path, "/hlep", "/ask()", "/help")
-    assert said.startswith("there is no command /hlep: /help lists them\nthere is no command /ask()")
-    assert "/retry" in said and not model.asked
+def test_an_unknown_command_asks_the_model_nothing(tmp_path: Path) -> None:
+    output, _, model = chat(tmp_path, "/hlep", "/ask()", "/help")
+    assert output.startswith("there is no command /hlep: /help lists them\nthere is no command /ask()")
+    assert "/retry" in output and not model.calls
 
 
 def test_reset_and_system_start_over(tmp_path: Path) -> None:
-    said, session, model = chat(
+    output, session, model = chat(
         tmp_path, "/system", "hello", "/reset", "hello", "/system Speak French.", "hello", "/system none", "hello"
     )
-    assert said.startswith("system: (none)\n")
-    assert [len(messages) for messages, _, _ in model.asked] == [1, 1, 2, 1]
+    assert output.startswith("system: (none)\n")
+    assert [len(messages) for messages, _, _ in model.calls] == [1, 1, 2, 1]
     assert session.system is None
 
 
 def test_retry_answers_again_with_another_attempt_and_undo_removes(tmp_path: Path) -> None:
-    said, session, model = chat(tmp_path, "/retry", "/undo", "one", "two", "/retry", "/retry", "/undo", "three")
-    assert said.startswith("(there is no question to answer again)\n(there is nothing to remove)\n")
-    assert "greedy: the answer will be the same" in said
-    assert [(len(messages), attempt) for messages, _, attempt in model.asked] == [
+    output, session, model = chat(tmp_path, "/retry", "/undo", "one", "two", "/retry", "/retry", "/undo", "three")
+    assert output.startswith("(there is no question to answer again)\n(there is nothing to remove)\n")
+    assert "greedy: the answer will be the same" in output
+    assert [(len(messages), attempt) for messages, _, attempt in model.calls] == [
         (1, 0), (3, 0), (3, 1), (3, 2), (3, 0),
     ]  # fmt: skip
     assert [turn["content"] for turn in session.turns if turn["role"] == "user"] == ["one", "three"]
@@ -99,8 +99,8 @@ def test_retry_answers_again_with_another_attempt_and_undo_removes(tmp_path: Pat
 def test_ctrl_c_stops_the_answer_and_not_the_program(tmp_path: Path) -> None:
     model = Scripted()
     model.interrupt = True
-    said, session, _ = chat(tmp_path, KeyboardInterrupt(), "one", "two", model=model)
-    assert said == "\n(/exit or Ctrl-D leaves)\nanswer  [stopped]\nanswer  [stopped]\n"
+    output, session, _ = chat(tmp_path, KeyboardInterrupt(), "one", "two", model=model)
+    assert output == "\n(/exit or Ctrl-D leaves)\nanswer  [stopped]\nanswer  [stopped]\n"
     assert [turn["content"] for turn in session.turns] == ["one", "answer ", "two", "answer "]
     assert model.closed == 2
 
@@ -108,39 +108,39 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(tmp_path: Path) -> None:
 def test_an_error_is_shown_and_its_question_removed(tmp_path: Path) -> None:
     model = Scripted()
     model.fail = True
-    said, session, _ = chat(tmp_path, "one", "/help", model=model)
-    assert "error: the model is gone" in said and "/retry" in said
+    output, session, _ = chat(tmp_path, "one", "/help", model=model)
+    assert "error: the model is gone" in output and "/retry" in output
     assert session.turns == []
 
 
 def test_settings_are_checked_and_sampling_follows_from_a_temperature(tmp_path: Path) -> None:
-    said, session, model = chat(
+    output, session, model = chat(
         tmp_path, "/set temperature 0.4", "one", "/set temperature -1", "/set heat 3", "/set top_k x", "/set"
     )
-    assert (model.asked[0][1].temperature, model.asked[0][1].do_sample) == (0.4, True)
-    assert "temperature = 0.4 (answers are sampled now)" in said
-    assert "temperature: Input should be greater than 0" in said and "/set takes one of max_new_tokens" in said
+    assert (model.calls[0][1].temperature, model.calls[0][1].do_sample) == (0.4, True)
+    assert "temperature = 0.4 (answers are sampled now)" in output
+    assert "temperature: Input should be greater than 0" in output and "/set takes one of max_new_tokens" in output
     assert session.settings.temperature == 0.4
 
 
 def test_a_conversation_is_saved_as_a_row_and_loaded_again(tmp_path: Path) -> None:
     other = tmp_path / "mine.jsonl"
-    said, _, _ = chat(tmp_path, "/save", "one", "/save", "two", "/save", f"/save {other}", system="S")
-    assert said.startswith("(there is nothing to save)\n")
+    output, _, _ = chat(tmp_path, "/save", "one", "/save", "two", "/save", f"/save {other}", system="S")
+    assert output.startswith("(there is nothing to save)\n")
     rows = [json.loads(line) for line in (tmp_path / "outputs/chat.jsonl").read_text().splitlines()]
     assert [len(row["messages"]) for row in rows] == [3, 5]
     assert last_conversation(other) == rows[1]["messages"]
-    assert "(loaded 4 turns)" in chat(tmp_path, "/load")[0]  # where /save writes unless told
-    said, session, model = chat(tmp_path, f"/load {other}", "three", "/load nowhere.jsonl", "/save /proc/no/file")
-    assert session.system == "S" and len(model.asked[0][0]) == 6
-    assert "no saved conversation in this file" in said and "cannot be written" in said
+    assert "(loaded 4 turns)" in chat(tmp_path, "/load")[0]  # where /save writes by default
+    output, session, model = chat(tmp_path, f"/load {other}", "three", "/load nowhere.jsonl", "/save /proc/no/file")
+    assert session.system == "S" and len(model.calls[0][0]) == 6
+    assert "no saved conversation in this file" in output and "cannot be written" in output
 
 
 def test_tokens_are_counted_and_a_backslash_continues_a_line(tmp_path: Path) -> None:
-    said, session, _ = chat(
+    output, session, _ = chat(
         tmp_path, "/tokens", "one\\", "two", "/tokens", count_tokens=lambda m: sum(len(x["content"]) for x in m)
     )
-    assert said == "(the conversation is empty)\nanswer 1.0\n17 tokens in 2 turns\n"
+    assert output == "(the conversation is empty)\nanswer 1.0\n17 tokens in 2 turns\n"
     assert session.turns[0]["content"] == "one\ntwo"
 
 
@@ -159,10 +159,10 @@ def test_a_pipe_of_odd_bytes_is_read_and_a_closed_one_is_the_end(
     monkeypatch.setattr("sys.stdin", odd)
     session, model = chat(tmp_path)[1:]
     session.run(line_reader(tmp_path / "history"))
-    assert model.asked[0][0][-1]["content"] == "caf\ufffd"
+    assert model.calls[0][0][-1]["content"] == "caf\ufffd"
     monkeypatch.setattr("sys.stdin", None)
     session.run(line_reader(tmp_path / "history"))
-    assert len(model.asked) == 1
+    assert len(model.calls) == 1
 
 
 def test_an_answer_cannot_steer_the_terminal() -> None:
@@ -170,21 +170,21 @@ def test_an_answer_cannot_steer_the_terminal() -> None:
 
 
 def test_base_and_tuned_are_compared_outside_of_the_conversation(tmp_path: Path) -> None:
-    asked: list[list[dict[str, Any]]] = []
+    calls: list[list[dict[str, Any]]] = []
     shown: list[tuple[str, str]] = []
 
     def base(messages: list[dict[str, Any]], settings: GenerationSection, attempt: int) -> Iterator[str]:
-        asked.append(messages)
+        calls.append(messages)
         yield "of the "
         yield "base"
 
-    said, session, _ = chat(
+    output, session, _ = chat(
         tmp_path, "/compare", "one", "/compare", "/compare other?", base=base,
         side_by_side=lambda *sides: shown.append(sides),
     )  # fmt: skip
-    assert said.startswith("(there is no question)\n")
+    assert output.startswith("(there is no question)\n")
     assert shown == [("of the base", "answer 1.0"), ("of the base", "answer 3.0")]
-    assert [messages[-1]["content"] for messages in asked] == ["one", "other?"] and len(session.turns) == 2
+    assert [messages[-1]["content"] for messages in calls] == ["one", "other?"] and len(session.turns) == 2
     assert "no adapter to compare" in chat(tmp_path, "one", "/compare")[0]
 
 
@@ -193,8 +193,8 @@ def test_the_speed_is_shown_after_an_answer(tmp_path: Path) -> None:
         yield "words"
         return Answer([], "words", True, 7)
 
-    said = chat(tmp_path, "one", model=answer)[0]  # type: ignore[arg-type]
-    assert re.fullmatch(r"words\n\(7 tokens, [0-9.]+ tokens/s\)\n", said)
+    output = chat(tmp_path, "one", model=answer)[0]  # type: ignore[arg-type]
+    assert re.fullmatch(r"words\n\(7 tokens, [0-9.]+ tokens/s\)\n", output)
 
 
 RAW = "1. 1. 1. 2.\n<div>x</div> <!-- --> <think>hm</think> __init__.py\nsingle\nline breaks"

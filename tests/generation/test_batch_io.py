@@ -32,7 +32,7 @@ def test_every_line_of_a_text_file_is_a_question_and_empty_lines_keep_their_plac
 
 def test_rows_of_every_shape_are_understood(tmp_path: Path) -> None:
     path = tmp_path / "q.jsonl"
-    given = [
+    rows = [
         {"user": "a", "assistant": "b", "system": "own"},
         {"prompt": "a"},
         {"question": "a", "answer": "b"},
@@ -42,7 +42,7 @@ def test_rows_of_every_shape_are_understood(tmp_path: Path) -> None:
         {"messages": [{"role": "system", "content": "own"}, user("a")], "tools": [{"name": "t"}]},
         {"input": "a", "target": "b"},
     ]
-    path.write_text("\n\n".join(json.dumps(row) for row in given))
+    path.write_text("\n\n".join(json.dumps(row) for row in rows))
     own, common = {"role": "system", "content": "own"}, {"role": "system", "content": "S"}
     assert rows_of(path, "S") == [
         {"messages": [own, user("a")]},
@@ -57,7 +57,7 @@ def test_rows_of_every_shape_are_understood(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "message"),
     [
         ("q.csv", "a", "neither .txt nor .jsonl"),
         ("q.txt", " \n", "is empty"),
@@ -67,16 +67,18 @@ def test_rows_of_every_shape_are_understood(tmp_path: Path) -> None:
         ("q.jsonl", '{"user": "a"}\n{"messages": [{"role": "system", "content": "x"}]}', "has no question"),
     ],
 )
-def test_what_cannot_be_asked_is_told_with_its_line(tmp_path: Path, name: str, content: str, said: str) -> None:
+def test_a_file_without_questions_is_refused_with_the_line(
+    tmp_path: Path, name: str, content: str, message: str
+) -> None:
     path = tmp_path / name
     path.write_text(content)
-    with pytest.raises(DataError, match=said) as error:
+    with pytest.raises(DataError, match=message) as error:
         batch_io.read(path, None)
     if "\n{" in content or "\n[" in content:
         assert error.value.where == f"{path}:2"
 
 
-def test_a_missing_or_binary_file_is_told(tmp_path: Path) -> None:
+def test_a_missing_or_binary_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such input file"):
         batch_io.read(tmp_path / "q.txt", None)
     (tmp_path / "q.txt").write_bytes(b"\xff\xfe\x00x")

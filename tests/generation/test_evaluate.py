@@ -1,4 +1,4 @@
-"""Rows as questions: which answers are asked for, examples in front, several right answers, tags, and too long ones."""
+"""Rows as questions: which answers are evaluated, examples in front, several correct answers, tags, long prompts."""
 
 from __future__ import annotations
 
@@ -67,15 +67,15 @@ def test_the_last_answer_is_asked_for_or_every_one(project: Path, served: load.L
 
 def test_examples_stand_in_front_and_are_never_the_row_itself(project: Path, served: load.LoadedModel) -> None:
     train = tiny_runs.rows(12)
-    asked = questions(served, train, config(project, "eval.shots=4"), project)
-    for row, question in zip(train, asked, strict=True):
-        said = text(served, question.ids)
-        assert said.count("<|im_start|>user") == 5 and said.count("<|im_start|>system") == 1
-        assert said.count(f"user\n{row['user']}<|im_end|>") == 1  # as the question, and not as an example
+    built = questions(served, train, config(project, "eval.shots=4"), project)
+    for row, question in zip(train, built, strict=True):
+        prompt = text(served, question.ids)
+        assert prompt.count("<|im_start|>user") == 5 and prompt.count("<|im_start|>system") == 1
+        assert prompt.count(f"user\n{row['user']}<|im_end|>") == 1  # as the question, and not as an example
     again = questions(served, train, config(project, "eval.shots=4"), project)
-    assert [one.ids for one in again] == [one.ids for one in asked]
+    assert [one.ids for one in again] == [one.ids for one in built]
     other = questions(served, train, config(project, "eval.shots=4", "generation.seed=5"), project)
-    assert [one.ids for one in other] != [one.ids for one in asked]
+    assert [one.ids for one in other] != [one.ids for one in built]
     with pytest.raises(ConfigError, match="has 12 rows of one question"):
         questions(served, train, config(project, "eval.shots=13"), project)
 
@@ -94,13 +94,13 @@ def test_what_is_too_long_loses_examples_and_turns_first_and_it_is_said(
 def test_several_right_answers_and_tags_reach_the_scores(project: Path, served: load.LoadedModel) -> None:
     rows = [conversation(f"q{i}", "ref", references=["ref", "else"], tags=["even"][: 1 - i % 2]) for i in range(3)]
     rows.append(conversation("q3", "ref", category="other"))
-    asked = questions(served, rows, config(project))
-    assert [one.options for one in asked] == [["ref", "else"]] * 3 + [["ref"]]
+    built = questions(served, rows, config(project))
+    assert [one.options for one in built] == [["ref", "else"]] * 3 + [["ref"]]
     answers = load.answer_all(served, rows, config(project))
-    told = [replace(answer, text="else") for answer in answers if answer is not None]
-    found = evaluate.score_answers(asked, told, config(project), project)
-    assert found.metrics["exact_match"] == 0.75
-    assert {tag: (values["rows"], values["exact_match"]) for tag, values in found.by_tag.items()} == {
+    else_answers = [replace(answer, text="else") for answer in answers if answer is not None]
+    evaluation = evaluate.score_answers(built, else_answers, config(project), project)
+    assert evaluation.metrics["exact_match"] == 0.75
+    assert {tag: (values["rows"], values["exact_match"]) for tag, values in evaluation.by_tag.items()} == {
         "even": (2, 1.0), "other": (1, 0.0),
     }  # fmt: skip
-    assert found.samples[0]["references"] == ["ref", "else"] and found.samples[0]["tags"] == ["even"]
+    assert evaluation.samples[0]["references"] == ["ref", "else"] and evaluation.samples[0]["tags"] == ["even"]

@@ -1,4 +1,4 @@
-"""What a run made, opened again: adapters on their base, the base alone, whole weights; and its rows answered."""
+"""The model of a run opened again: adapters on their base, the base alone, whole weights; and its rows answered."""
 
 from __future__ import annotations
 
@@ -87,8 +87,8 @@ def test_a_conversation_too_long_loses_its_oldest_turns(project: Path) -> None:
     ]
     messages = [{"role": "system", "content": "S"}, *turns, {"role": "user", "content": "last"}]
     ids, lost = served.prompt(messages, target.config.generation)
-    room = engine.max_prompt_tokens(served.model, target.config.generation, "causal")
-    assert room == 512 and len(ids) <= room and 0 < lost < 12
+    limit = engine.max_prompt_tokens(served.model, target.config.generation, "causal")
+    assert limit == 512 and len(ids) <= limit and 0 < lost < 12
     text = served.tokenizer.decode(ids)
     assert "<|im_start|>system\nS<|im_end|>" in text and "last" in text
     assert "user 0 " not in text and f"user {lost} " in text and f"user {lost - 1} " not in text
@@ -129,8 +129,8 @@ def test_a_full_fine_tune_is_served_from_its_own_weights(tmp_path: Path, tiny_qw
     runs.point_last(run, root)
     target = chosen(root)
     assert (target.adapter, target.merged, target.name) == (None, run.model_dir, "tiny")
-    found = evaluate.evaluate_base_and_tuned(target, ["tuned", "base"], rows_of(root), root)
-    assert found["tuned"].metrics["loss"] != found["base"].metrics["loss"]
+    evaluations = evaluate.evaluate_base_and_tuned(target, ["tuned", "base"], rows_of(root), root)
+    assert evaluations["tuned"].metrics["loss"] != evaluations["base"].metrics["loss"]
     assert chosen(root, merged=run.model_dir).run == run
 
 
@@ -138,9 +138,9 @@ def test_a_full_fine_tune_is_served_from_its_own_weights(tmp_path: Path, tiny_qw
 def test_other_families_are_evaluated(family: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     root = tiny_runs.project(tmp_path, request.getfixturevalue(family))
     target = chosen(root, base=True)
-    found = evaluate.evaluate_base_and_tuned(target, ["base"], rows_of(root), root)["base"]
-    assert 0 < found.metrics["loss"] < 20 and 0 <= found.metrics["stop_rate"] <= 1
-    assert len(found.samples) == 7
+    evaluations = evaluate.evaluate_base_and_tuned(target, ["base"], rows_of(root), root)["base"]
+    assert 0 < evaluations.metrics["loss"] < 20 and 0 <= evaluations.metrics["stop_rate"] <= 1
+    assert len(evaluations.samples) == 7
 
 
 def test_a_four_bit_run_is_served_in_four_bits_on_its_base(tmp_path: Path, tiny_qwen2: Path) -> None:
@@ -170,11 +170,11 @@ def test_merged_weights_larger_than_the_free_gpu_memory_are_opened_in_four_bits_
 ) -> None:
     card = dataclasses.replace(hardware.probe(), device="cuda", free_bytes=100_000)
     monkeypatch.setattr(hardware, "probe", lambda: card)
-    asked: list[dict[str, Any]] = []
+    calls: list[dict[str, Any]] = []
     real = model_load.load_base
 
     def load_base(*args: Any, **kwargs: Any) -> Any:
-        asked.append({"device": kwargs["device"], "quantise": kwargs["quantise"]})
+        calls.append({"device": kwargs["device"], "quantise": kwargs["quantise"]})
         return real(*args, **{**kwargs, "device": "cpu"})
 
     monkeypatch.setattr(model_load, "load_base", load_base)
@@ -182,10 +182,10 @@ def test_merged_weights_larger_than_the_free_gpu_memory_are_opened_in_four_bits_
     logging.getLogger("sft").propagate = True
     target = chosen(project, merged=tiny_qwen2)
     quantised = serving.open_model(target.config, merged=target.merged, root=project)
-    assert asked == [{"device": "cuda:0", "quantise": True}] and quantised.model.is_loaded_in_4bit
+    assert calls == [{"device": "cuda:0", "quantise": True}] and quantised.model.is_loaded_in_4bit
     assert "it is loaded in 4 bits" in caplog.text
     whole = serving.open_model(target.config, merged=tiny_qwen2, root=project, dtype=torch.float16, low_memory="cpu")
-    assert asked[1:] == [{"device": "cpu", "quantise": False}] and whole.device == "cpu"
+    assert calls[1:] == [{"device": "cpu", "quantise": False}] and whole.device == "cpu"
     assert whole.model.dtype == torch.float16 and "it is loaded on the CPU" in caplog.text
 
 
@@ -223,12 +223,12 @@ def test_without_a_run_only_the_base_can_be_had(tmp_path: Path, tiny_qwen2: Path
         chosen(root)
     base = chosen(root, base=True)
     assert (base.name, base.tuned, base.run) == ("base", False, None)
-    for flags, said in [
+    for flags, problem in [
         ({"adapters": tmp_path}, "there is no adapter in"),
         ({"merged": tmp_path / "x"}, "there is no model folder"),
         ({"adapters": tmp_path, "merged": tmp_path}, "name two models"),
     ]:
-        with pytest.raises(ModelError, match=said):
+        with pytest.raises(ModelError, match=problem):
             chosen(root, **flags)
 
 
@@ -240,8 +240,8 @@ def test_the_system_text_that_all_training_rows_share_is_the_default(project: Pa
     assert serving.shared_system_text([rows[0], {**rows[1], "system": "else"}]) is None
     assert serving.shared_system_text([rows[0], {**rows[1], "system": ""}]) is None
     assert serving.shared_system_text([]) is None
-    (tmp_path / "serving.json").write_text('{"system": "told"}')
-    assert serving.system_text(config, tmp_path, project) == "told"
+    (tmp_path / "serving.json").write_text('{"system": "other"}')
+    assert serving.system_text(config, tmp_path, project) == "other"
     (tmp_path / "serving.json").write_text("[")
     with pytest.raises(ModelError, match="not a JSON object"):
         serving.system_text(config, tmp_path, project)

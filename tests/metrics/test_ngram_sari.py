@@ -71,25 +71,29 @@ def published(source: str, prediction: str, references: list[str]) -> float:
 
     total = 0.0
     for n in range(1, 5):
-        said, asked = grams(prediction, n), grams(source, n)
-        wanted = [gram for reference in references for gram in grams(reference, n)]
+        in_answer, in_source = grams(prediction, n), grams(source, n)
+        in_references = [gram for reference in references for gram in grams(reference, n)]
         r = len(references)
-        kept_good, kept_recall, kept, should = 0.0, 0, 0, 0
+        keep_precision, keep_correct, keep_count, should = 0.0, 0, 0, 0
         gone_good, gone = 0.0, 0
-        for gram in set(asked):
-            of_source, of_said, of_wanted = asked.count(gram) * r, said.count(gram) * r, wanted.count(gram)
-            keeps, drops = min(of_source, of_said), max(0, of_source - of_said)
+        for gram in set(in_source):
+            of_source, of_answer, of_reference = (
+                in_source.count(gram) * r,
+                in_answer.count(gram) * r,
+                in_references.count(gram),
+            )
+            keeps, drops = min(of_source, of_answer), max(0, of_source - of_answer)
             if keeps:
-                kept += 1
-                kept_good += min(keeps, of_wanted) / keeps
-                kept_recall += min(keeps, of_wanted)
-            should += min(of_source, of_wanted)
+                keep_count += 1
+                keep_precision += min(keeps, of_reference) / keeps
+                keep_correct += min(keeps, of_reference)
+            should += min(of_source, of_reference)
             if drops:
                 gone += 1
-                gone_good += max(0, drops - of_wanted) / drops
-        keep = f1(kept_good / kept if kept else 1.0, kept_recall / should if should else 1.0)
+                gone_good += max(0, drops - of_reference) / drops
+        keep = f1(keep_precision / keep_count if keep_count else 1.0, keep_correct / should if should else 1.0)
         delete = gone_good / gone if gone else 1.0
-        new, due = set(said) - set(asked), set(wanted) - set(asked)
+        new, due = set(in_answer) - set(in_source), set(in_references) - set(in_source)
         add = f1(len(new & due) / len(new) if new else 1.0, len(new & due) / len(due) if due else 1.0)
         total += (keep + delete + add) / 3
     return 100 * total / 4
