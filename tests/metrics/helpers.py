@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sft.metrics import score_rows
+from sft.metrics.scoring import score_rows
 
 
 def score(*args: Any, **options: Any) -> dict[str, float]:

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rouge_score import rouge_scorer
 
-from sft.metrics import ngram, score_rows
+from sft.metrics import ngram
+from sft.metrics.scoring import score_rows
 from tests.metrics.helpers import score
 
 FOX = "The quick brown fox jumps over the lazy dog"

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
 from sft.errors import DataError
-from sft.metrics import score_rows
+from sft.metrics.scoring import score_rows
 from tests.metrics.helpers import score
 
 REFERENCES = [

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from sft.errors import ConfigError
-from sft.metrics import score_rows, scoring
+from sft.metrics import scoring
+from sft.metrics.scoring import score_rows
 
 SCHEMA = {"type": "object", "required": ["name", "age"], "properties": {"age": {"type": "integer"}}}
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from sft.errors import ConfigError, DataError, EnvironmentProblem
-from sft.metrics import check_names, constant_baseline, greater_is_better, score_rows, text_stats
+from sft.metrics.scoring import check_names, constant_baseline, greater_is_better, score_rows
+from sft.metrics.text import text_stats
 from tests.metrics.helpers import score
 
 

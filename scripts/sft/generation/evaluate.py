@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sft import metrics
 from sft.config.load import resolve_path
 from sft.config.schema import Config
 from sft.data import rows as records
@@ -201,7 +200,7 @@ def score_answers(
     names, schema = metric_names(config, root)
     texts, references = [answer.text for answer in answers], [question.options for question in of_rows]
     stopped = [answer.stopped for answer in answers]
-    scores = metrics.score_rows(
+    scores = scoring.score_rows(
         names, texts, references, [question.source for question in of_rows],
         stemmer=config.eval.rouge_stemmer, json_schema=schema, pattern=scoring.compiled(config.eval.format),
     )  # fmt: skip
@@ -236,7 +235,7 @@ def score_answers(
 
 def metric_names(config: Config, root: Path) -> tuple[list[str], dict[str, Any] | None]:
     """The metrics by name, `format_adherence` always and `json_schema` where a schema is set, and that schema."""
-    names = metrics.check_names([*config.eval.metrics, "format_adherence"])
+    names = scoring.check_names([*config.eval.metrics, "format_adherence"])
     if config.eval.json_schema is None:
         return names, None
     schema = scoring.read_schema(resolve_path(root, config.eval.json_schema))
@@ -285,5 +284,5 @@ def constant_baseline(target: Target, train: Path | None, rows: Sequence[Row]) -
     except DataError:
         return None
     references = [records.reference(row) for row in rows]
-    best = metrics.constant_baseline(answers, references, stemmer=target.config.eval.rouge_stemmer)
+    best = scoring.constant_baseline(answers, references, stemmer=target.config.eval.rouge_stemmer)
     return None if best is None else {"answer": best.answer, **best.scores}

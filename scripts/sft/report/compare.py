@@ -30,8 +30,8 @@ from sft.data import store
 from sft.errors import ConfigError, DataError, ModelError
 from sft.generation import evaluate, load
 from sft.generation.load import LoadedModel, Target
-from sft.metrics import greater_is_better, text
-from sft.metrics.scoring import number
+from sft.metrics import text
+from sft.metrics.scoring import greater_is_better, number
 from sft.model.files import Kind
 from sft.report import bootstrap, compare_page, judge, model_card
 from sft.report.bootstrap import Difference

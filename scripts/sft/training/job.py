@@ -138,12 +138,12 @@ def prepare(
     model_files = hub.find(config.model, root, weights=True)
     backend = backends.prepare(config.tuning, kind=model_files.kind)
 
-    from sft import metrics
     from sft.chat.dataset import FOLDER
     from sft.chat.encode import encoder_for
+    from sft.metrics.scoring import check_names
     from sft.model.tokenizer import load_tokenizer
 
-    metrics.check_names(config.eval.metrics)
+    check_names(config.eval.metrics)
     tokenizer = load_tokenizer(model_files, trust_remote_code=config.model.trust_remote_code)
     encoder = encoder_for(config, tokenizer, model_files.kind, root)
     answered = config.eval.train_sample if config.train.eval_strategy != "no" else 0
@@ -278,7 +278,7 @@ def make_schedule(config: Config, rows: int, *, validation: bool) -> Schedule:
 
 def _best_metric(config: Config) -> str:
     """The metric that chooses the best checkpoint. Raises ConfigError where it is not measured while training."""
-    from sft.metrics import check_names
+    from sft.metrics.scoring import check_names
 
     name = config.train.metric_for_best_model.removeprefix("eval_").removeprefix("eval/")
     known = ["loss", "perplexity", *check_names(config.eval.metrics), *ANSWER_METRICS]
