@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
 FILES = {"train.jsonl", "val.jsonl", "test.jsonl", "ledger.json", "quarantine.jsonl", "rejected.jsonl"}
 MAX_TEXT = 100_000  # characters of an unreadable row in the quarantine
-SMALL = 10_000  # rows below which a split may come out empty, so that rows that may not be moved are remembered
 EXAMPLES = 5  # pairs of near duplicates in the ledger
 
 
@@ -230,12 +229,11 @@ class LeakCounter:
 
 
 class SplitWriter(ExitStack):
-    """The open files of one run of process. fixed: ids of rows that may not be moved to another split."""
+    """The open files of one run of process. fixed: ids of rows that a group or near duplicates hold in their split."""
 
     def __init__(self, folder: Path, ledger: Ledger, splits: list[str], leaks: LeakCounter) -> None:
         super().__init__()
         self.ledger, self.leaks, self.fixed = ledger, leaks, set[str]()
-        self._first: dict[str, str] = {}  # prompt id -> id of its first row
         ledger.splits = dict.fromkeys(splits, 0)
         names = [*splits, "quarantine"]
         self._files = {name: self.enter_context((folder / f"{name}.jsonl").open("wb")) for name in names}
@@ -245,16 +243,12 @@ class SplitWriter(ExitStack):
         self._files[name].write(line)
         self.ledger.count(row, format, name)
         self.leaks.add(name, row, prompt)
-        if self.ledger.written < SMALL and self._first.setdefault(prompt, row["id"]) != row["id"]:
-            self.fixed |= {row["id"], self._first[prompt]}
         for number in range(2, copies + 1 if name == "train" else 0):
             copy = {**row, "id": f"{row['id']}-{number}"}
             self._files[name].write(to_line(copy))
             self.ledger.read += 1
             self.ledger.repeated += 1
             self.ledger.count(copy, format, name)
-            if self.ledger.written < SMALL:
-                self.fixed |= {row["id"], copy["id"]}
 
     def quarantine(self, raw: RawRow, fault: RowFault) -> None:
         """One row that is not used: counted in the ledger, and whole in the quarantine with its reason and origin."""

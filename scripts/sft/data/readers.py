@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, Literal, NamedTuple
 
 from sft.config.load import display_path
 from sft.config.schema import DataSection, ReplaySection, SourceSection
-from sft.data.rows import MAX_DEPTH, RowFault, parse_json
+from sft.data.rows import MAX_DEPTH, RowFault, is_encodable, parse_json
 from sft.data.store import BROKEN, open_bytes
 from sft.errors import DataError
 
@@ -218,7 +218,7 @@ def _encoding(path: Path, head: bytes, stream: BinaryIO) -> tuple[str, str, bool
         if not block.isascii() or decoder.getstate()[0]:
             text = decoder.decode(block, not following)
             leading += len(block.translate(None, BELOW_UTF8_LEAD))
-            if SURROGATE.search(text):
+            if not is_encodable(text):
                 invalid += "".join(SURROGATE.findall(text)).encode("utf-8", "surrogateescape")
         block = following
     if not invalid:
@@ -299,16 +299,8 @@ def _pieces(
 
 
 def _lines(source: Source, on_progress: Progress | None) -> Iterator[tuple[int, str]]:
-    """Line number from 1 and the line with its end; a line over MAX_ROW is cut to MAX_ROW + 1 characters."""
-
-    def read(text: io.TextIOWrapper) -> str:
-        line = text.readline(MAX_ROW + 1)
-        if len(line) > MAX_ROW and not line.endswith("\n"):
-            while (rest := text.readline(BLOCK)) and not rest.endswith("\n"):
-                pass
-        return line
-
-    return enumerate(_pieces(source, read, 1_000, on_progress), 1)
+    """Line number from 1 and the line with its end."""
+    return enumerate(_pieces(source, io.TextIOWrapper.readline, 1_000, on_progress), 1)
 
 
 def _json_lines(source: Source, on_progress: Progress | None) -> Iterator[RawRow]:

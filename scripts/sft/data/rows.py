@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
 from typing import Any
 
 import orjson
@@ -60,7 +59,7 @@ def parse_json(text: str) -> Any:
         raise RowFault(UNREADABLE, f"nested deeper than {MAX_DEPTH} levels") from None
     if text.count("{") + text.count("[") > MAX_DEPTH and _deeper_than(value, MAX_DEPTH):
         raise RowFault(UNREADABLE, f"nested deeper than {MAX_DEPTH} levels")
-    if re.search(r"\\[uU][dD]", text) and not _encodable(json.dumps(value, ensure_ascii=False)):
+    if ("\\ud" in text or "\\uD" in text) and not is_encodable(json.dumps(value, ensure_ascii=False)):
         raise RowFault(UNREADABLE, "half a surrogate pair (\\ud800-\\udfff): the text was cut inside a character")
     return value
 
@@ -78,7 +77,8 @@ def _deeper_than(value: Any, levels: int) -> bool:
     return items is not None and (levels == 0 or any(_deeper_than(item, levels - 1) for item in items))
 
 
-def _encodable(text: str) -> bool:
+def is_encodable(text: str) -> bool:
+    """Whether UTF-8 can hold `text`: it has no half surrogate pair."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 from sft.config.schema import SplitSection
@@ -38,30 +40,35 @@ def choose_split(key: str, split: SplitSection) -> str:
 def fill_empty(folder: Path, counts: dict[str, int], split: SplitSection, fixed: set[str]) -> dict[str, str]:
     """Gives each empty split with a share the row whose hash is nearest to it, from a split that has two.
 
-    fixed: ids of rows that may not move. Changes the files in `folder` and `counts`; returns split -> id of its row.
+    fixed: ids of rows that may not move; nor do rows that share their question. Changes the files in `folder` and
+    `counts`; returns split -> id of its row.
     """
     moved: dict[str, str] = {}
-    if sum(counts.values()) < MIN_ROWS:
-        return moved
-    for name, (start, end) in ranges(split).items():
-        if counts[name]:
-            continue
-        nearest: tuple[float, str, int, str] | None = None
-        for donor in (other for other in counts if counts[other] > 1):
-            with (folder / f"{donor}.jsonl").open("rb") as file:
-                for number, line in enumerate(file):
-                    row = DECODER.decode(line.decode("utf-8"))
-                    at = position(prompt_id(row), split.seed)
-                    candidate = (max(start - at, at - end), donor, number, row["id"])
-                    if row["id"] not in fixed and (nearest is None or candidate < nearest):
-                        nearest = candidate
-        if nearest is not None:
-            _, donor, number, row_id = nearest
+    empty = [name for name in ranges(split) if not counts[name]]
+    for name in empty if sum(counts.values()) >= MIN_ROWS else ():
+        start, end = ranges(split)[name]
+        rows = [(donor, number, *ids) for donor in counts for number, ids in enumerate(_ids(folder / f"{donor}.jsonl"))]
+        prompts = Counter(prompt for _, _, _, prompt in rows)
+        candidates = [
+            (max(start - at, at - end), donor, number, row_id)
+            for donor, number, row_id, prompt in rows
+            if counts[donor] > 1 and prompts[prompt] == 1 and row_id not in fixed
+            for at in [position(prompt, split.seed)]
+        ]
+        if candidates:
+            _, donor, number, row_id = min(candidates)
             lines = (folder / f"{donor}.jsonl").read_bytes().splitlines(keepends=True)
             (folder / f"{name}.jsonl").write_bytes(lines.pop(number))
             (folder / f"{donor}.jsonl").write_bytes(b"".join(lines))
             counts[donor], counts[name], moved[name] = counts[donor] - 1, 1, row_id
     return moved
+
+
+def _ids(path: Path) -> Iterator[tuple[str, str]]:
+    with path.open("rb") as file:
+        for line in file:
+            row = DECODER.decode(line.decode("utf-8"))
+            yield row["id"], prompt_id(row)
 
 
 def share_warnings(counts: dict[str, int], split: SplitSection) -> list[str]:
