@@ -1,11 +1,11 @@
-"""Exports what a run made, checked: GGUF for llama.cpp, a folder for Ollama, safetensors for transformers and vLLM.
+"""Exports what a run trained: GGUF for llama.cpp, a folder for Ollama, safetensors for transformers and vLLM.
 
     python scripts/export.py --format gguf                         # the newest run -> outputs/export/<run>-gguf
     python scripts/export.py --format ollama --type q8_0
     python scripts/export.py --format hf --adapters adapters/run --out DIR
 
 Adapters are merged first, tensor by tensor. Every tensor is read back and compared; parity.json proves that the
-exported form is asked, token by token, as training did, and stops where its answers ended. A difference refuses it.
+exported form gets the same tokens as in training and stops where its answers ended. A difference refuses the export.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sft import console
 
 NEXT = {
     "gguf": """next: llama-server -m {out}/{name}-{type}.gguf --jinja
-      (llama.cpp; llama-cli talks in the terminal; LM Studio: lms import FILE; Ollama: make export FORMAT=ollama)""",
+      (llama.cpp; llama-cli chats in the terminal; LM Studio: lms import FILE; Ollama: make export FORMAT=ollama)""",
     "ollama": "next: cd {out} && ollama create {name} -f Modelfile && ollama run {name}",
     "hf": """next: python scripts/infer.py --merged {out}
       vllm serve {out}""",
@@ -28,23 +28,23 @@ NEXT = {
 
 def parser() -> argparse.ArgumentParser:
     """The command's flags."""
-    made = console.parser(
+    flags = console.parser(
         "Export a tuned model as GGUF, for Ollama, or as safetensors; checked, with a parity certificate.",
         """python scripts/export.py --format gguf --type f16
 python scripts/export.py --format ollama --type q8_0 --adapters adapters/last
 python scripts/export.py --format hf --out outputs/export/mine""",
     )
-    made.add_argument("--format", choices=["gguf", "ollama", "hf"], default="gguf", help="what for (default: gguf)")
-    made.add_argument("--type", choices=["f16", "q8_0", "bf16", "f32"], default="f16", help="of the weights")
-    source = made.add_mutually_exclusive_group()
+    flags.add_argument("--format", choices=["gguf", "ollama", "hf"], default="gguf", help="default: gguf")
+    flags.add_argument("--type", choices=["f16", "q8_0", "bf16", "f32"], default="f16", help="of the weights")
+    source = flags.add_mutually_exclusive_group()
     source.add_argument("--adapters", metavar="DIR", type=Path, help="an adapter (default: the newest run's)")
     source.add_argument("--merged", metavar="DIR", type=Path, help="whole weights: a merged model, or a full run's")
-    made.add_argument("--out", metavar="DIR", type=Path, help="default: outputs/export/RUN-FORMAT")
-    return made
+    flags.add_argument("--out", metavar="DIR", type=Path, help="default: outputs/export/RUN-FORMAT")
+    return flags
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
-    """Chooses the model, exports it with a progress bar, and says what was checked."""
+    """Resolves the model, exports it with a progress bar, and prints what was checked."""
     from rich.filesize import decimal
 
     from sft.generation.load import resolve_model
@@ -69,7 +69,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     rows += [
         ("parity", f"{certificate['tokens']:,} tokens of {certificate['rows']} rows are equal"),
         ("  in", ", ".join(certificate["routes"])),
-        ("  set aside", f"{len(certificate['set_aside'])} rows (parity.json says why)"),
+        ("  not compared", f"{len(certificate['set_aside'])} rows (parity.json says why)"),
         ("time", f"{report.seconds:.0f} s"),
     ]
     console.table(f"exported to {report.out}", ["", "value"], rows)

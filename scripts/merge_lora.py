@@ -2,10 +2,10 @@
 
     python scripts/merge_lora.py                                          # adapters/last -> outputs/merged_fp16
     python scripts/merge_lora.py --adapters adapters/run --out DIR --dtype bf16
-    python scripts/merge_lora.py --out DIR --test                         # load DIR and let it answer
+    python scripts/merge_lora.py --out DIR --test                         # load DIR and ask it a question
 
-Reads the adapter and the config beside it (which names base and template) and the base's own weights tensor by tensor,
-never 4-bit ones; writes safetensors, tokenizer, chat template, stop tokens and merge.json with the figures.
+Reads the adapter, the config beside it (which names base and template) and the base's full-precision weights, tensor by
+tensor; writes safetensors, tokenizer, chat template, stop tokens and merge.json with the figures.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from sft import console
 
 def parser() -> argparse.ArgumentParser:
     """The command's flags."""
-    made = console.parser(
+    flags = console.parser(
         "Merge an adapter into its full-precision base and check the result.",
         """python scripts/merge_lora.py --adapters adapters/last --out outputs/merged_fp16 --dtype fp16
 python scripts/merge_lora.py --out outputs/merged_fp16 --test
 python scripts/merge_lora.py --set model.name=/new/place/of/the/base""",
     )
-    made.add_argument("--adapters", metavar="DIR", type=Path, help="the adapter's folder (default: adapters/last)")
-    made.add_argument("--out", metavar="DIR", type=Path, help="the new model (default: outputs/merged_DTYPE)")
-    made.add_argument("--dtype", choices=["fp16", "bf16", "fp32"], default="fp16", help="its type (default: fp16)")
-    made.add_argument("--test", action="store_true", help="merge nothing: load --out and let it answer")
-    made.add_argument("--prompt", help="the question for --test (default: the first held-out row of its run)")
-    return made
+    flags.add_argument("--adapters", metavar="DIR", type=Path, help="the adapter's folder (default: adapters/last)")
+    flags.add_argument("--out", metavar="DIR", type=Path, help="the new model (default: outputs/merged_DTYPE)")
+    flags.add_argument("--dtype", choices=["fp16", "bf16", "fp32"], default="fp16", help="its type (default: fp16)")
+    flags.add_argument("--test", action="store_true", help="merge nothing: load --out and ask it a question")
+    flags.add_argument("--prompt", help="the question for --test (default: the first held-out row of its run)")
+    return flags
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
-    """Merges with a progress bar and prints the figures; or, with --test, lets the merged model answer."""
+    """Merges with a progress bar and prints the figures; or, with --test, asks the merged model a question."""
     root = console.project_root()
     out = args.out or root / "outputs" / f"merged_{args.dtype}"
     return _test(out, args.prompt, root) if args.test else _merge(args, out, root)
@@ -58,18 +58,21 @@ def _merge(args: argparse.Namespace, out: Path, root: Path) -> dict[str, Any]:
             lambda done, total, name: advance(done, total),
             base=base,
         )
+    sampled = f"all {report.held_out_rows} rows of {report.held_out}"
+    if report.held_out_rows < report.held_out_of:
+        sampled = f"{report.held_out_rows} rows, a sample of the {report.held_out_of} in {report.held_out}"
     rows = [
         ("base", report.base),
         ("adapter", report.adapter),
         ("tensors changed", f"{report.tensors}, {report.changed_share:.1%} of their numbers"),
         (
             "adapter on the full-precision base -> merged model, on",
-            f"{report.held_out_tokens:,} tokens of {_sampled(report)}",
+            f"{report.held_out_tokens:,} tokens of {sampled}",
         ),
         ("  loss", f"{report.loss_adapter:.4f} -> {report.loss_merged:.4f}"),
-        ("  same first choice", f"{report.top1_agreement:.2%}"),
-        ("  KL divergence", f"{report.mean_kl:.2g} nats a token"),
-        ("  largest difference of logits", f"{report.max_logit_difference:.2g}"),
+        ("  same most likely token", f"{report.top1_agreement:.2%}"),
+        ("  KL divergence", f"{report.mean_kl:.2g} nats per token"),
+        ("  largest logit difference", f"{report.max_logit_difference:.2g}"),
         ("size", f"{decimal(report.bytes)}, {report.dtype}"),
         ("time", f"{report.seconds:.0f} s"),
     ]
@@ -82,16 +85,6 @@ def _merge(args: argparse.Namespace, out: Path, root: Path) -> dict[str, Any]:
     console.say(f"next: python scripts/merge_lora.py --test --out {report.out}")
     console.say(f"      python scripts/infer.py --merged {report.out}")
     return asdict(report)
-
-
-def _sampled(report: Any) -> str:
-    """The held-out rows in words: all of a file's, or so many of them."""
-    rows, of = report.held_out_rows, report.held_out_of
-    return (
-        f"all {rows} rows of {report.held_out}"
-        if rows == of
-        else f"{rows} rows, a sample of the {of} in {report.held_out}"
-    )
 
 
 def _test(out: Path, prompt: str | None, root: Path) -> dict[str, Any]:

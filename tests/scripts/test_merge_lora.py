@@ -1,4 +1,4 @@
-"""`merge_lora` as a user runs it: merge what training left, let it answer, refuse what cannot be."""
+"""`merge_lora` as a user runs it: merge what training left, let it answer, refuse another base."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ def test_the_newest_adapter_is_merged_and_answers(project, command):
         "chat_template.jinja",
         "config.resolved.yaml",
     } <= names
-    said = command("merge_lora", "--dtype", "fp32", "--test", "--json", SFT_ROOT=str(project))
-    assert said.returncode == 0, said.stderr
-    found = json.loads(said.stdout)
-    assert (found["question"], found["reference"]) == ("How many are 0 and 1?", "1")
-    assert found["source"] == "from data/processed/val.jsonl"
-    assert 0 < found["tokens"] <= 8
+    answered = command("merge_lora", "--dtype", "fp32", "--test", "--json", SFT_ROOT=str(project))
+    assert answered.returncode == 0, answered.stderr
+    answer = json.loads(answered.stdout)
+    assert (answer["question"], answer["reference"]) == ("How many are 0 and 1?", "1")
+    assert answer["source"] == "from data/processed/val.jsonl"
+    assert 0 < answer["tokens"] <= 8
 
 
 def test_a_base_that_is_not_the_adapters_own_is_refused(project, command):
@@ -69,12 +69,3 @@ def test_a_base_that_is_not_the_adapters_own_is_refused(project, command):
     assert "models/other" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (project / "outputs" / "merged_fp16").exists()
-
-
-def test_where_there_is_no_adapter_or_no_merged_model_it_is_said(tmp_path, command):
-    (tmp_path / "configs").mkdir()
-    (tmp_path / "configs" / "run_bnb.yaml").write_text("{}\n")
-    done = command("merge_lora", SFT_ROOT=str(tmp_path))
-    assert (done.returncode, "there is no adapter in" in done.stderr) == (2, True)
-    done = command("merge_lora", "--test", "--out", tmp_path / "m", SFT_ROOT=str(tmp_path))
-    assert (done.returncode, "there is no merged model in" in done.stderr) == (2, True)

@@ -1,4 +1,4 @@
-"""Run by an interpreter that has llama_cpp: {"model", "prompts", "texts", "tokens"} on stdin, what it makes on stdout.
+"""Run by an interpreter that has llama_cpp: {"model", "prompts", "texts", "tokens"} on stdin, the reply on stdout.
 
 For each prompt its ids and the greedy answer (up to `tokens` tokens or an end token); for each text its ids. The cache
 is float32 (type 0), so that only the weights are of the file's type.
@@ -9,8 +9,8 @@ import sys
 
 import llama_cpp
 
-asked = json.load(sys.stdin)
-model = llama_cpp.Llama(asked["model"], n_ctx=1024, n_threads=2, verbose=False, type_k=0, type_v=0)
+request = json.load(sys.stdin)
+model = llama_cpp.Llama(request["model"], n_ctx=1024, n_threads=2, verbose=False, type_k=0, type_v=0)
 
 
 def ids(text):
@@ -19,22 +19,22 @@ def ids(text):
 
 def answer(prompt):
     model.reset()
-    made = []
+    tokens = []
     for token in model.generate(prompt, temp=0.0, top_k=1, repeat_penalty=1.0):
-        if llama_cpp.llama_vocab_is_eog(model._model.vocab, token) or len(made) == asked["tokens"]:
+        if llama_cpp.llama_vocab_is_eog(model._model.vocab, token) or len(tokens) == request["tokens"]:
             break
-        made.append(token)
-    return made
+        tokens.append(token)
+    return tokens
 
 
-prompts = [ids(text) for text in asked["prompts"]]
+prompts = [ids(text) for text in request["prompts"]]
 answers = [answer(prompt) for prompt in prompts]
-said = {
+reply = {
     "version": llama_cpp.__version__,
     "prompts": prompts,
     "answers": answers,
-    "texts": [model.detokenize(made).decode("utf-8", "replace") for made in answers],
-    "ids": [ids(text) for text in asked["texts"]],
+    "texts": [model.detokenize(tokens).decode("utf-8", "replace") for tokens in answers],
+    "ids": [ids(text) for text in request["texts"]],
     "template": model.metadata.get("tokenizer.chat_template"),
 }
-print(json.dumps(said))
+print(json.dumps(reply))

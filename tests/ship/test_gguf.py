@@ -18,7 +18,7 @@ import torch
 
 from sft import runs
 from sft.config.schema import Config, ModelSection, TuningSection
-from sft.errors import ModelError
+from sft.errors import ModelError, RunError
 from sft.generation.load import Target
 from sft.model import hub
 from sft.model.tokenizer import load_tokenizer
@@ -29,27 +29,27 @@ from tests.conftest import ROOT
 
 DEMO = ROOT / "models" / "demo"
 NO_LLAMA = (
-    "llama_cpp is not there: pip install llama-cpp-python (built from source, minutes), or SFT_LLAMA_PYTHON=python"
+    "llama_cpp is not installed: pip install llama-cpp-python (built from source, minutes), or SFT_LLAMA_PYTHON=python"
 )
 
 
-def found(folder: Path):
+def model_files(folder: Path):
     return hub.find(ModelSection(name=str(folder)), folder)
 
 
 def vocabulary(folder: Path) -> ship_gguf.Vocabulary:
-    rows = found(folder).config["vocab_size"]
+    rows = model_files(folder).config["vocab_size"]
     tokenizer = load_tokenizer(folder)
     return ship_gguf.vocabulary_of_tokenizer(tokenizer, rows, [tokenizer.eos_token_id], adds_bos=False)
 
 
 def written(folder: Path, path: Path, kind: str) -> float:
-    ship_gguf.write(found(folder), path, kind, vocabulary(folder), "{{ messages }}", lambda *_: None)
-    return ship_gguf.check(found(folder), path, kind, lambda *_: None)
+    ship_gguf.write(model_files(folder), path, kind, vocabulary(folder), "{{ messages }}", lambda *_: None)
+    return ship_gguf.check(model_files(folder), path, kind, lambda *_: None)
 
 
 def tiny(folder: Path, family: str) -> Path:
-    """A random model of one of the families that are covered."""
+    """A random model of one of the supported families."""
     import transformers
 
     tiny_models.byte_level_tokenizer(folder)
@@ -85,27 +85,27 @@ def tiny(folder: Path, family: str) -> Path:
 @pytest.mark.parametrize(("kind", "most"), [("f16", 1e-3), ("q8_0", 0.05), ("bf16", 0.01), ("f32", 0.0)])
 def test_every_number_is_read_back_within_its_type(tmp_path, kind, most):
     assert written(DEMO, tmp_path / "m.gguf", kind) <= most
-    held = ship_gguf.vocabulary_of_file(gguf.GGUFReader(tmp_path / "m.gguf"))
-    assert held == vocabulary(DEMO)
+    stored = ship_gguf.vocabulary_of_file(gguf.GGUFReader(tmp_path / "m.gguf"))
+    assert stored == vocabulary(DEMO)
 
 
-def test_a_number_that_is_off_is_found(tmp_path):
+def test_a_number_that_is_off_is_model_files(tmp_path):
     written(DEMO, tmp_path / "m.gguf", "q8_0")
     reader = gguf.GGUFReader(tmp_path / "m.gguf", "r+")
     tensor = next(tensor for tensor in reader.tensors if tensor.name == "blk.2.ffn_up.weight")
     tensor.data[5, 40] ^= 0x40
     reader.data.flush()
     with pytest.raises(ModelError, match=r"blk\.2\.ffn_up\.weight in m\.gguf differs from the model's by up to"):
-        ship_gguf.check(found(DEMO), tmp_path / "m.gguf", "q8_0", lambda *_: None)
+        ship_gguf.check(model_files(DEMO), tmp_path / "m.gguf", "q8_0", lambda *_: None)
 
 
-def test_an_architecture_that_is_not_covered_is_refused_by_name(tiny_gpt2, tmp_path):
+def test_an_unsupported_architecture_is_refused_by_name(tiny_gpt2, tmp_path):
     with pytest.raises(ModelError, match=r"is a GPT2LMHeadModel; .* supports Qwen2ForCausalLM, .*LlamaForCausalLM"):
         written(tiny_gpt2, tmp_path / "m.gguf", "f16")
     assert not (tmp_path / "m.gguf").exists()
 
 
-def test_what_gguf_does_not_cover_is_refused_before_anything_is_merged(tiny_gpt2, tmp_path):
+def test_what_gguf_does_not_support_is_refused_before_merging(tiny_gpt2, tmp_path):
     config = Config(model=ModelSection(name=str(tiny_gpt2)))
     runs.write_resolved(tmp_path / "a", config)  # no adapter in it: a merge would say so
     target = Target(config, None, adapter=tmp_path / "a")
@@ -137,6 +137,14 @@ def test_a_tokenizer_with_its_own_code_is_exported_where_that_is_trusted(tmp_pat
     assert ship_gguf.vocabulary_of_file(reader).bos == load_tokenizer(DEMO).convert_tokens_to_ids("<|im_start|>")
 
 
+def test_an_export_replaces_only_an_earlier_export(tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    target = Target(Config(), None, merged=DEMO)
+    with pytest.raises(RunError, match="is not an export"):
+        export(target, "gguf", "f16", tmp_path, tmp_path, card="")
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
 def test_numbers_too_large_for_f16_are_refused(tmp_path):
     tiny(tmp_path / "m", "qwen2")
     from safetensors.torch import load_file, save_file
@@ -156,7 +164,7 @@ def test_llama_3_frequencies_are_transformers_own(tmp_path):
     config = LlamaConfig.from_pretrained(tiny(tmp_path / "m", "llama3"))
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
     plain = 1.0 / 10000.0 ** (np.arange(0, 32, 2) / 32)
-    assert np.allclose(plain / ship_gguf.rope_factors(found(tmp_path / "m").config), scaled.numpy(), rtol=1e-5)
+    assert np.allclose(plain / ship_gguf.rope_factors(model_files(tmp_path / "m").config), scaled.numpy(), rtol=1e-5)
 
 
 @pytest.mark.parametrize(("pattern", "pre"), [(r"\p{N}", "qwen2"), (r"\p{N}{1,3}", "llama-bpe")])
@@ -223,7 +231,7 @@ def test_a_blank_line_before_a_digit_separates_smollm_from_gpt_2():
     assert "8" in str(ship_gguf.first_difference(tokenizer, as_gpt2, ship_gguf.PROBES))
 
 
-def test_a_tokenizer_that_llama_cpp_cannot_do_is_refused_with_the_text(tmp_path):
+def test_a_tokenizer_that_llama_cpp_cannot_express_is_refused_with_the_text(tmp_path):
     folder = tmp_path / "m"
     shutil.copytree(DEMO, folder, ignore=shutil.ignore_patterns("build*"))
     state = json.loads((folder / "tokenizer.json").read_text())
@@ -240,15 +248,15 @@ def test_a_tokenizer_that_llama_cpp_cannot_do_is_refused_with_the_text(tmp_path)
 def llama() -> list[str]:
     """The interpreter that has llama_cpp, with the script that it runs."""
     python = os.environ.get("SFT_LLAMA_PYTHON", sys.executable)
-    there = subprocess.run([python, "-c", "import llama_cpp"], capture_output=True, check=False)
-    if there.returncode:
+    installed = subprocess.run([python, "-c", "import llama_cpp"], capture_output=True, check=False)
+    if installed.returncode:
         pytest.skip(NO_LLAMA)
     return [python, str(Path(__file__).with_name("llama_answers.py"))]
 
 
 def ask(llama: list[str], model: Path, prompts: list[str], texts: list[str], tokens: int) -> dict:
-    asked = {"model": str(model), "prompts": prompts, "texts": texts, "tokens": tokens}
-    done = subprocess.run(llama, input=json.dumps(asked), capture_output=True, text=True, check=False)
+    request = {"model": str(model), "prompts": prompts, "texts": texts, "tokens": tokens}
+    done = subprocess.run(llama, input=json.dumps(request), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -258,10 +266,10 @@ def greedy(folder: Path, prompt: list[int], tokens: int, stops: set[int]) -> lis
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    made = model.generate(
+    generated = model.generate(
         torch.tensor([prompt]), max_new_tokens=tokens, do_sample=False, eos_token_id=sorted(stops), pad_token_id=0
     )[0, len(prompt) :].tolist()  # fmt: skip
-    return made[: next((at for at, token in enumerate(made) if token in stops), len(made))]
+    return generated[: next((at for at, token in enumerate(generated) if token in stops), len(generated))]
 
 
 @pytest.mark.slow
@@ -270,10 +278,10 @@ def test_llama_cpp_answers_as_transformers_does_in_every_family(llama, tmp_path,
     folder = tiny(tmp_path / "m", family)
     written(folder, tmp_path / "m.gguf", "f32")
     prompt = "<|im_start|>user\n" + " ".join(tiny_models.TEXT[:2]) + "<|im_end|>\n<|im_start|>assistant\n"
-    said = ask(llama, tmp_path / "m.gguf", [prompt], [], 24)
+    answered = ask(llama, tmp_path / "m.gguf", [prompt], [], 24)
     stops = vocabulary(folder).stop_ids()
-    assert said["prompts"] == [load_tokenizer(folder).encode(prompt)]
-    assert said["answers"] == [greedy(folder, said["prompts"][0], 24, stops)]
+    assert answered["prompts"] == [load_tokenizer(folder).encode(prompt)]
+    assert answered["answers"] == [greedy(folder, answered["prompts"][0], 24, stops)]
 
 
 @pytest.mark.slow
@@ -302,9 +310,9 @@ def test_llama_cpp_gives_the_tuned_demo_s_text_for_20_prompts_in_f16(llama, tmp_
     turns = [[{"role": role, "content": row[role]} for role in ("system", "user")] for row in rows]
     prompts = [encoder.template.render(one, add_generation_prompt=True) for one in turns]
     texts = [*ship_gguf.PROBES, *(turn["content"] for row in GOLDEN_ROWS for turn in row["messages"])]
-    said = ask(llama, tmp_path / "outputs" / "export" / "demo-gguf" / "demo-f16.gguf", prompts, texts, 64)
-    assert said["ids"] == [tokenizer.encode(text) for text in texts]
-    assert said["prompts"] == [encoder.prompt(one) for one in turns]
-    assert said["template"] == encoder.template.source
-    expected = [tokenizer.decode(greedy(folder, prompt, 64, set(encoder.stops.ids))) for prompt in said["prompts"]]
-    assert said["texts"] == expected
+    answered = ask(llama, tmp_path / "outputs" / "export" / "demo-gguf" / "demo-f16.gguf", prompts, texts, 64)
+    assert answered["ids"] == [tokenizer.encode(text) for text in texts]
+    assert answered["prompts"] == [encoder.prompt(one) for one in turns]
+    assert answered["template"] == encoder.template.source
+    expected = [tokenizer.decode(greedy(folder, prompt, 64, set(encoder.stops.ids))) for prompt in answered["prompts"]]
+    assert answered["texts"] == expected

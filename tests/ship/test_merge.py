@@ -142,7 +142,7 @@ def test_shards_stay_shards(tiny_qwen2, tmp_path):
     assert index["metadata"]["total_size"] == found.parameters * 2
 
 
-def test_the_folder_has_all_that_serving_needs(tiny_qwen2, tmp_path):
+def test_the_merged_folder_has_everything_for_serving(tiny_qwen2, tmp_path):
     from transformers import AutoTokenizer, GenerationConfig
 
     merge(adapter(tiny_qwen2, tmp_path / "a"), tmp_path / "m", "fp32", tmp_path)
@@ -152,14 +152,14 @@ def test_the_folder_has_all_that_serving_needs(tiny_qwen2, tmp_path):
     assert tokenizer.encode("Order 48213: café") == original.encode("Order 48213: café")
     ends = GenerationConfig.from_pretrained(tmp_path / "m").eos_token_id
     assert original.convert_tokens_to_ids("<|im_end|>") in (ends if isinstance(ends, list) else [ends])
-    found = verify.smoke_test(tmp_path / "m", None, tmp_path)
-    assert 0 < found.tokens <= 256
-    assert (found.question, found.reference) == (verify.GREETING, None)
+    answer = verify.smoke_test(tmp_path / "m", None, tmp_path)
+    assert 0 < answer.tokens <= 256
+    assert (answer.question, answer.reference) == (verify.GREETING, None)
 
 
-def refused(call, kind: type[Exception], said: str, out: Path) -> None:
+def refused(call, kind: type[Exception], message: str, out: Path) -> None:
     before = sorted(out.rglob("*")) if out.exists() else None
-    with pytest.raises(kind, match=said):
+    with pytest.raises(kind, match=message):
         call()
     assert (sorted(out.rglob("*")) if out.exists() else None) == before
     assert not list(out.parent.glob(".*.part"))
@@ -225,7 +225,7 @@ def test_a_quantised_base_is_refused(tiny_qwen2, tmp_path):
     )
 
 
-def test_nothing_that_is_no_merge_is_overwritten(tiny_qwen2, tmp_path):
+def test_only_an_earlier_merge_is_overwritten(tiny_qwen2, tmp_path):
     adapter(tiny_qwen2, tmp_path / "a")
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "thesis.txt").write_text("mine")
@@ -233,6 +233,13 @@ def test_nothing_that_is_no_merge_is_overwritten(tiny_qwen2, tmp_path):
         refused(lambda out=out: merge(tmp_path / "a", out, "fp32", tmp_path), RunError, "is not a merged model", out)
     merge(tmp_path / "a", tmp_path / "again", "fp32", tmp_path)
     assert merge(tmp_path / "a", tmp_path / "again", "bf16", tmp_path).dtype == "bf16"
+
+
+def test_a_missing_adapter_or_merged_model_is_an_error(tmp_path):
+    with pytest.raises(ModelError, match="there is no adapter in"):
+        merge(tmp_path / "a", tmp_path / "m", "fp16", tmp_path)
+    with pytest.raises(ModelError, match="there is no merged model in"):
+        verify.smoke_test(tmp_path / "m", None, tmp_path)
 
 
 def test_a_full_run_has_nothing_to_merge(tiny_qwen2, tmp_path):

@@ -1,4 +1,4 @@
-"""`push` with the real client against a hub on loopback: what arrives, what breaks off, and what is sent again."""
+"""`push` with the real client against a hub on loopback: what arrives, what is interrupted, and what is sent again."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sft.ship.push import _failed
+from sft.ship.push import upload_error
 
 TOKEN = "hf_" + "testtoken0123456789"
 SIGNED = "letsanybodyin"
@@ -27,7 +27,7 @@ class Hub:
         self.repos: dict[str, bool] = {"lab/seen": False}
         self.objects: dict[str, bytes] = {}
         self.commits: dict[str, dict[str, bytes | str]] = {}
-        self.asked: list[str] = []
+        self.requests: list[str] = []
         self.lose: str | None = None
         self.refuse: tuple[str, int] | None = None
         hub = self
@@ -36,7 +36,7 @@ class Hub:
             protocol_version = "HTTP/1.1"
 
             def log_message(self, *args: object) -> None:
-                """Says nothing."""
+                """Logs nothing."""
 
             def do_GET(self) -> None:
                 hub.answer(self, b"")
@@ -51,30 +51,30 @@ class Hub:
 
     def answer(self, request: BaseHTTPRequestHandler, body: bytes) -> None:
         path = request.path
-        self.asked.append(f"{request.command} {path}")
+        self.requests.append(f"{request.command} {path}")
         if self.lose and self.lose in path:
             self.lose = None
             request.close_connection = True
             return
-        status, made = self.made(request, path, body)
-        text = json.dumps(made).encode()
+        status, reply = self.reply(request, path, body)
+        text = json.dumps(reply).encode()
         request.send_response(status)
         request.send_header("Content-Length", str(len(text)))
         request.end_headers()
         request.wfile.write(text)
 
-    def made(self, request: BaseHTTPRequestHandler, path: str, body: bytes) -> tuple[int, object]:
+    def reply(self, request: BaseHTTPRequestHandler, path: str, body: bytes) -> tuple[int, object]:
         if not path.startswith("/store/") and request.headers.get("Authorization") != f"Bearer {TOKEN}":
             return 401, {"error": "Invalid username or password."}
         if self.refuse and self.refuse[0] in path:
             status, self.refuse = self.refuse[1], None
             return status, {"error": "no"}
         if path == "/api/repos/create":
-            asked = json.loads(body)
-            name = f"{asked['organization']}/{asked['name']}"
+            request_body = json.loads(body)
+            name = f"{request_body['organization']}/{request_body['name']}"
             if name in self.repos:
                 return 409, {"url": f"{self.address}/{name}"}
-            self.repos[name] = asked["visibility"] == "private"
+            self.repos[name] = request_body["visibility"] == "private"
             return 200, {"url": f"{self.address}/{name}"}
         if path == "/api/validate-yaml":
             return 200, {"warnings": []}
@@ -106,11 +106,11 @@ class Hub:
 
 @pytest.fixture
 def hub():
-    made = Hub()
-    threading.Thread(target=made.server.serve_forever, daemon=True).start()
-    yield made
-    made.server.shutdown()
-    made.server.server_close()
+    server = Hub()
+    threading.Thread(target=server.server.serve_forever, daemon=True).start()
+    yield server
+    server.server.shutdown()
+    server.server.server_close()
 
 
 @pytest.fixture
@@ -125,51 +125,55 @@ def export(tmp_path: Path) -> Path:
     return folder
 
 
-def test_an_upload_that_breaks_off_is_taken_up_again(hub, export, command):
+def test_an_interrupted_upload_continues_and_no_token_is_shown(hub, export, command):
     env = {"HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN}
 
     def push(repo: str, *more: str, **other: str) -> tuple[int, str]:
-        hub.asked.clear()
+        hub.requests.clear()
         done = command("push", "--repo", repo, "--folder", export, *more, **{**env, **other})
         assert "Traceback" not in done.stderr
         assert TOKEN not in done.stdout + done.stderr and SIGNED not in done.stdout + done.stderr
         return done.returncode, " ".join((done.stdout + done.stderr).split())
 
     hub.refuse = ("/store/", 403)
-    code, said = push("lab/run")
+    code, output = push("lab/run")
     assert code == 2
-    assert "the hub refused: Error while uploading 'run" in said
-    assert "push again: files that have arrived are not sent twice" in said
+    assert "the hub refused: Error while uploading 'run" in output
+    assert "push again: files that have arrived are not sent twice" in output
     assert len(hub.objects) == 1
 
     hub.lose = "/commit/"
-    code, said = push("lab/run")
-    assert (code, "the upload broke off" in said) == (2, True)
-    assert len([line for line in hub.asked if line.startswith("PUT")]) == 1
+    code, output = push("lab/run")
+    assert (code, "the upload broke off" in output) == (2, True)
+    assert len([line for line in hub.requests if line.startswith("PUT")]) == 1
     assert hub.commits == {}
 
-    code, said = push("lab/run")
-    assert (code, f"it is at {hub.address}/lab/run" in said) == (0, True)
-    assert not [line for line in hub.asked if line.startswith("PUT")]
+    code, output = push("lab/run")
+    assert (code, f"it is at {hub.address}/lab/run" in output) == (0, True)
+    assert not [line for line in hub.requests if line.startswith("PUT")]
     assert hub.repos["lab/run"] is True
     sent = hub.commits["lab/run"]
     assert sent.keys() == {"README.md", "parity.json", "run-q8_0.gguf", "run[1]-f16.gguf"}
-    for name, found in sent.items():
-        assert (hub.objects[found] if isinstance(found, str) else found) == (export / name).read_bytes()
+    for name, content in sent.items():
+        assert (hub.objects[content] if isinstance(content, str) else content) == (export / name).read_bytes()
 
-    assert "gone to lab/run (private)" in push("lab/run", "--public")[1]  # what it is, not what was asked
+    assert "sent to lab/run (private)" in push("lab/run", "--public")[1]  # the repository's own
     (export / "notes.md").write_text("the key is opensesame-42")
-    code, said = push("lab/run", HF_TOKEN="opensesame-42")
-    assert (code, "seems to hold a token" in said, hub.asked) == (2, True, [])
+    code, output = push("lab/run", HF_TOKEN="opensesame-42")
+    assert (code, "seems to contain a token" in output, hub.requests) == (2, True, [])
     (export / "notes.md").unlink()
-    code, said = push("lab/run", HF_TOKEN="hf_" + "revoked000000000")
-    assert (code, "the token is not valid" in said) == (2, True)
-    code, said = push("lab/seen")
-    assert (code, "everybody can see it; nothing was sent" in said, "lab/seen" in hub.commits) == (2, True, False)
+    code, output = push("lab/run", HF_TOKEN="hf_" + "revoked000000000")
+    assert (code, "the token is not valid" in output) == (2, True)
+    code, output = push("lab/seen")
+    assert (code, "exists already and is public; nothing was sent" in output, "lab/seen" in hub.commits) == (
+        2,
+        True,
+        False,
+    )
 
 
 def test_a_token_is_hidden_before_a_long_message_is_cut() -> None:
-    said = str(_failed(OSError("x " * 144 + f"Bearer {TOKEN}"), "lab/run"))
-    assert "Bearer hf_" in said
-    assert TOKEN[:4] not in said
-    assert str(_failed(RuntimeError("the store is full"), "lab/run")).count("the store is full") == 1
+    message = str(upload_error(OSError("x " * 144 + f"Bearer {TOKEN}"), "lab/run"))
+    assert "Bearer hf_" in message
+    assert TOKEN[:4] not in message
+    assert str(upload_error(RuntimeError("the store is full"), "lab/run")).count("the store is full") == 1
