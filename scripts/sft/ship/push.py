@@ -1,4 +1,4 @@
-"""Uploads an export to the model hub with its model card; a dry run lists what would be sent. No token is never shown."""
+"""Uploads an export and its model card to the model hub; a dry run lists the files. No token is ever shown."""
 
 from __future__ import annotations
 

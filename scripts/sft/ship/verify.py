@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from peft import PeftModel
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
@@ -232,6 +231,8 @@ def open_streamed(
     model.config.use_cache = False
     stored = _replace_by_placeholders(model, files)
     if adapter is not None:
+        from peft import PeftModel  # a second to import
+
         model = PeftModel.from_pretrained(
             model, str(adapter), use_safetensors=True, local_files_only=True, low_cpu_mem_usage=True
         )
