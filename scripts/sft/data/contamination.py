@@ -20,8 +20,9 @@ from sft.config.schema import ContaminationSection, SourceSection
 from sft.data import rows
 from sft.data.dedup import WordHasher, ngram_hashes
 from sft.data.formats import Formats, make_row
+from sft.data.ledger import CONTAMINATION
 from sft.data.readers import Source
-from sft.data.rows import CONTAMINATION, RowFault
+from sft.data.rows import RowFault
 from sft.data.sources import open_part
 
 COMMON = 10  # benchmark rows that may share a run of words before it counts as boilerplate

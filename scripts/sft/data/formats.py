@@ -18,8 +18,9 @@ from sft.data.rows import (
     Message,
     Row,
     RowFault,
-    rendered_record,
-    to_record,
+    content_hash,
+    content_id,
+    dump_json,
 )  # fmt: skip
 from sft.errors import DataError
 
@@ -158,6 +159,36 @@ def _stored(parsed: Parsed, origin: str, system_prompt: str | None, extra: Row) 
         turns = [{"role": "system", "content": system_prompt}, *turns]
     check_turns(turns)
     return to_record(turns, parsed.tools, origin=origin, **extra)
+
+
+def to_record(messages: list[Message], tools: list[Message] | None = None, *, origin: str = "", **extra: Any) -> Row:
+    """The stored row of these turns: short if it is one plain exchange without tools, else `messages`.
+
+    extra: more keys, such as `tags`.
+    """
+    row: Row = {"id": content_id(messages, tools)} | ({"origin": origin} if origin else {})
+    texts = {message["role"]: message["content"] for message in messages}
+    roles = [message["role"] for message in messages]
+    plain = all(len(message) == 2 and isinstance(message["content"], str) for message in messages)
+    if plain and not tools and roles in (["user", "assistant"], ["system", "user", "assistant"]):
+        row |= {"system": texts.get("system", ""), "user": texts["user"], "assistant": texts["assistant"]}
+    else:
+        row |= {"messages": messages} | ({"tools": tools} if tools else {})
+    return row | extra
+
+
+def rendered_record(source: str, target: str, *, origin: str = "", **extra: Any) -> Row:
+    """The stored row of a text that no template is applied to."""
+    content = {"input": source, "target": target}
+    return {"id": content_hash(content)} | ({"origin": origin} if origin else {}) | content | extra
+
+
+def to_line(row: Row) -> bytes:
+    """The row as a line of JSON. Raises RowFault for what JSON cannot hold."""
+    try:
+        return dump_json(row) + b"\n"
+    except (TypeError, ValueError) as error:
+        raise RowFault(NOT_TEXT, str(error)) from None
 
 
 def alpaca_user(instruction: str, context: str) -> str:

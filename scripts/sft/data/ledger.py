@@ -5,8 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from sft.data.rows import FAULTS, FILTERS, RowFault
+from sft.data.rows import FAULTS, RowFault
 
+DUPLICATE = "exact duplicate"
+NEAR_DUPLICATE = "near duplicate"
+LEAK = "leak into val or test"
+CONTAMINATION = "contamination"
+DROPS = {  # a name in data.drop -> the reason in the ledger
+    "control_characters": "control characters",
+    "boilerplate": "boilerplate",
+    "length_outliers": "length outlier",
+    "script": "other script",
+}
+FILTERS = (DUPLICATE, NEAR_DUPLICATE, LEAK, CONTAMINATION, *DROPS.values())  # by the config: no faults of the rows
 EXAMPLES = 3  # of each reason
 # Training rows -> what to expect of a fine-tune on them.
 SIZES = (

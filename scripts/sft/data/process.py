@@ -13,22 +13,11 @@ from sft import files
 from sft.config.load import resolve_path
 from sft.config.schema import DataSection
 from sft.data import split, store
-from sft.data.formats import MAX_KEYS, Formats, make_row
-from sft.data.ledger import Ledger
+from sft.data.formats import MAX_KEYS, Formats, make_row, to_line
+from sft.data.ledger import DUPLICATE, LEAK, NEAR_DUPLICATE, Ledger
 from sft.data.quality import DataProfile, RowStats, check_flags, row_stats
 from sft.data.readers import Progress, RawRow
-from sft.data.rows import (
-    DECODER,
-    DUPLICATE,
-    LEAK,
-    NEAR_DUPLICATE,
-    Row,
-    RowFault,
-    comparison_text,
-    dump_json,
-    prompt_id,
-    to_line,
-)  # fmt: skip
+from sft.data.rows import DECODER, Row, RowFault, comparison_text, dump_json, prompt_id
 from sft.data.sources import SourcePart, add_replay, find_sources
 from sft.errors import DataError
 
@@ -88,7 +77,7 @@ def _write_rows(
     """Writes every row to its split or the quarantine; returns the ids of rows that may not change their split."""
     data = checks.data
     formats = Formats(data.format, {role: name for role, name in data.columns if name} if data.columns else None)
-    with SplitWriter(staged, ledger, list(split.ranges(data.split)), checks.leaks) as writer:
+    with SplitWriter(staged, ledger, list(split.ranges(data.split))) as writer:
         pending = PendingRows(staged, data) if PendingRows.needed(data) else None
         for raw in (raw for part in parts for raw in part.read(data.split.seed, on_progress)):
             ledger.read += 1
@@ -106,7 +95,8 @@ def _write_rows(
                 writer.write(split.choose_split(prompt, data.split), row, line, format, raw.copies, prompt)
         if pending is not None:
             pending.write_to(writer, checks.profile)
-    ledger.reports["leaks"] = checks.leaks.count()
+    ledger.reports["leaks"] = writer.count_leaks()
+    checks.held_out_prompts = writer.held_out_prompts()
     ledger.reports |= checks.profile.report()
     unread = {key: count for key, count in formats.unread.most_common(MAX_KEYS) if key != data.split.group_by}
     if unread:
@@ -160,10 +150,10 @@ class RowChecks:
     """What every readable row must pass: not seen before, not of a benchmark, no flag that is to be dropped."""
 
     def __init__(self, data: DataSection, root: Path) -> None:
-        self.data, self.profile, self.leaks = data, DataProfile(), LeakCounter()
+        self.data, self.profile = data, DataProfile()
         self.contamination: Contamination | None = None
         self._seen: set[int] = set()
-        self._held_out: set[int] | None = None
+        self.held_out_prompts: set[int] = set()  # of val and test, when all rows are written
         if data.contamination.against:
             from sft.data.contamination import Contamination
 
@@ -188,52 +178,20 @@ class RowChecks:
         """Raises RowFault for a replay row that is among the rows already, or is of val, test or a benchmark."""
         if int(row["id"], 16) in self._seen:
             raise RowFault(DUPLICATE, "among the rows already")
-        if self._held_out is None:
-            self._held_out = self.leaks.held_out_prompts()
-        if int(prompt_id(row), 16) in self._held_out:
+        if int(prompt_id(row), 16) in self.held_out_prompts:
             raise RowFault(LEAK, "val or test has the same question")
         if self.contamination is not None:
             self.contamination.check(row)
 
 
-class LeakCounter:
-    """Counts rows of val and test that also occur in train: the same row, or the same question."""
-
-    def __init__(self) -> None:
-        self._train = {"exact": array("Q"), "same question": array("Q")}
-        self._held_out: dict[str, dict[str, list[int]]] = {"exact": {}, "same question": {}}
-        self.near: Counter[str] | None = None  # split -> near duplicates of rows in another; None: not searched
-
-    def add(self, name: str, row: Row, prompt: str) -> None:
-        """The next row that is written to the split `name`. prompt: its `prompt_id`."""
-        for kind, key in (("exact", int(row["id"], 16)), ("same question", int(prompt, 16))):
-            if name == "train":
-                self._train[kind].append(key)
-            else:
-                self._held_out[kind].setdefault(name, []).append(key)
-
-    def held_out_prompts(self) -> set[int]:
-        """The prompt ids of val and test."""
-        return {key for keys in self._held_out["same question"].values() for key in keys}
-
-    def count(self) -> dict[str, dict[str, int | None]]:
-        """Split -> kind -> its rows that occur in train; None where that was not searched."""
-        counts: dict[str, dict[str, int | None]] = {}
-        for kind, splits in self._held_out.items():
-            keys = {key for held in splits.values() for key in held}
-            leaked = keys.intersection(self._train[kind])
-            for name, held in splits.items():
-                counts.setdefault(name, {})[kind] = sum(key in leaked for key in held)
-                counts[name]["near"] = None if self.near is None else self.near[name]
-        return counts
-
-
 class SplitWriter(ExitStack):
     """The open files of one run of process. fixed: ids of rows that a group or near duplicates hold in their split."""
 
-    def __init__(self, folder: Path, ledger: Ledger, splits: list[str], leaks: LeakCounter) -> None:
+    def __init__(self, folder: Path, ledger: Ledger, splits: list[str]) -> None:
         super().__init__()
-        self.ledger, self.leaks, self.fixed = ledger, leaks, set[str]()
+        self.ledger, self.fixed = ledger, set[str]()
+        self.near: Counter[str] | None = None  # split -> near duplicates of rows in another; None: not searched
+        self._keys = {name: {"exact": array("Q"), "same question": array("Q")} for name in splits}
         ledger.splits = dict.fromkeys(splits, 0)
         names = [*splits, "quarantine"]
         self._files = {name: self.enter_context((folder / f"{name}.jsonl").open("wb")) for name in names}
@@ -242,13 +200,29 @@ class SplitWriter(ExitStack):
         """One row into its split; into train as often as the weight of its source says."""
         self._files[name].write(line)
         self.ledger.count(row, format, name)
-        self.leaks.add(name, row, prompt)
+        self._keys[name]["exact"].append(int(row["id"], 16))
+        self._keys[name]["same question"].append(int(prompt, 16))
         for number in range(2, copies + 1 if name == "train" else 0):
             copy = {**row, "id": f"{row['id']}-{number}"}
             self._files[name].write(to_line(copy))
             self.ledger.read += 1
             self.ledger.repeated += 1
             self.ledger.count(copy, format, name)
+
+    def count_leaks(self) -> dict[str, dict[str, int | None]]:
+        """Held-out split -> kind -> its rows that also occur in train; None where that was not searched."""
+        leaks: dict[str, dict[str, int | None]] = {}
+        for name, kinds in self._keys.items():
+            if name != "train" and kinds["exact"]:
+                leaks[name] = {"near": None if self.near is None else self.near[name]}
+                for kind, keys in kinds.items():
+                    shared = set(keys).intersection(self._keys["train"][kind] if "train" in self._keys else ())
+                    leaks[name][kind] = sum(key in shared for key in keys)
+        return leaks
+
+    def held_out_prompts(self) -> set[int]:
+        """The prompt ids of val and test."""
+        return {key for name, keys in self._keys.items() if name != "train" for key in keys["same question"]}
 
     def quarantine(self, raw: RawRow, fault: RowFault) -> None:
         """One row that is not used: counted in the ledger, and whole in the quarantine with its reason and origin."""
@@ -349,7 +323,7 @@ class PendingRows:
             return
         splits = [(self._splits[later], self._splits[earlier]) for later, earlier in pairs]
         crossing = [(one, other) for one, other in splits if one and other and (one == "train") != (other == "train")]
-        writer.leaks.near = Counter(name for pair in crossing for name in pair)
+        writer.near = Counter(name for pair in crossing for name in pair)
         clusters = _clusters(pairs, [None] * len(self._rows))
         reports["near_duplicates"] = {
             "mode": self.data.near_duplicates,

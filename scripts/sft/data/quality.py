@@ -10,7 +10,8 @@ from functools import cached_property
 from typing import Any
 
 from sft.data import rows
-from sft.data.rows import DROPS, RowFault
+from sft.data.ledger import DROPS
+from sft.data.rows import RowFault
 
 CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ufffd]")
 BOILERPLATE = (

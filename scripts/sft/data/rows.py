@@ -27,22 +27,11 @@ NO_USER_TURN = "no user turn"
 EMPTY_ANSWER = "empty answer"
 UNKNOWN_ROLE = "unknown role"
 OUT_OF_ORDER = "roles out of order"
-DUPLICATE = "exact duplicate"
-NEAR_DUPLICATE = "near duplicate"
-LEAK = "leak into val or test"
-CONTAMINATION = "contamination"
-DROPS = {  # a name in data.drop -> the reason in the ledger
-    "control_characters": "control characters",
-    "boilerplate": "boilerplate",
-    "length_outliers": "length outlier",
-    "script": "other script",
-}
 FAULTS = (UNREADABLE, UNKNOWN_FORMAT, NOT_TEXT, NO_USER_TURN, EMPTY_ANSWER, UNKNOWN_ROLE, OUT_OF_ORDER)
-FILTERS = (DUPLICATE, NEAR_DUPLICATE, LEAK, CONTAMINATION, *DROPS.values())  # by the config: no faults of the rows
 
 
 class RowFault(Exception):
-    """One row cannot be used. reason: one of FAULTS or FILTERS. detail: for the reader of the quarantine."""
+    """One row cannot be used. reason: one of FAULTS, or of ledger.FILTERS. detail: for the reader of the quarantine."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
@@ -116,36 +105,6 @@ DECODER = json.JSONDecoder(
 )
 
 
-def to_record(messages: list[Message], tools: list[Message] | None = None, *, origin: str = "", **extra: Any) -> Row:
-    """The stored row of these turns: short if it is one plain exchange without tools, else `messages`.
-
-    extra: more keys, such as `tags`.
-    """
-    row: Row = {"id": content_id(messages, tools)} | ({"origin": origin} if origin else {})
-    texts = {message["role"]: message["content"] for message in messages}
-    roles = [message["role"] for message in messages]
-    plain = all(len(message) == 2 and isinstance(message["content"], str) for message in messages)
-    if plain and not tools and roles in (["user", "assistant"], ["system", "user", "assistant"]):
-        row |= {"system": texts.get("system", ""), "user": texts["user"], "assistant": texts["assistant"]}
-    else:
-        row |= {"messages": messages} | ({"tools": tools} if tools else {})
-    return row | extra
-
-
-def rendered_record(source: str, target: str, *, origin: str = "", **extra: Any) -> Row:
-    """The stored row of a text that no template is applied to."""
-    content = {"input": source, "target": target}
-    return {"id": _hash(content)} | ({"origin": origin} if origin else {}) | content | extra
-
-
-def to_line(row: Row) -> bytes:
-    """The row as a line of JSON. Raises RowFault for what JSON cannot hold."""
-    try:
-        return dump_json(row) + b"\n"
-    except (TypeError, ValueError) as error:
-        raise RowFault(NOT_TEXT, str(error)) from None
-
-
 def is_rendered(row: Row) -> bool:
     """Whether this is `{"input", "target"}`: text that no template is applied to."""
     return "input" in row and "target" in row and "messages" not in row and "user" not in row
@@ -175,7 +134,7 @@ def row_id(row: Row) -> str:
     if row.get("id"):
         return str(row["id"])
     if is_rendered(row):
-        return _hash({"input": row["input"], "target": row["target"]})
+        return content_hash({"input": row["input"], "target": row["target"]})
     return content_id(messages(row), tools(row))
 
 
@@ -223,8 +182,9 @@ def comparison_text(row: Row) -> str:
 
 def content_id(messages: list[Message], tools: list[Message] | None = None) -> str:
     """Equal turns and tools have an equal id; nothing else counts."""
-    return _hash([messages, tools or None])
+    return content_hash([messages, tools or None])
 
 
-def _hash(content: Any) -> str:
+def content_hash(content: Any) -> str:
+    """16 hex digits, equal for equal JSON values."""
     return hashlib.blake2b(dump_json(content, sort_keys=True), digest_size=ID_BYTES).hexdigest()

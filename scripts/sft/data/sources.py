@@ -17,17 +17,10 @@ from pathlib import Path
 from sft.config.load import display_path, resolve_path
 from sft.config.schema import DataSection, ReplaySection
 from sft.data import rows
-from sft.data.formats import Formats, make_row
+from sft.data.formats import Formats, make_row, rendered_record, to_line
 from sft.data.ledger import Ledger
 from sft.data.readers import (
-    COMPRESSED,
-    SUFFIXES,
-    Progress,
-    RawRow,
-    Section,
-    Source,
-    is_data_file,
-    open_source,
+    COMPRESSED, SUFFIXES, Progress, RawRow, Section, Source, is_data_file, open_source,
 )  # fmt: skip
 from sft.data.rows import RowFault, dump_json
 from sft.data.split import position
@@ -152,7 +145,7 @@ def add_replay(data: DataSection, root: Path, staged: Path, ledger: Ledger, chec
         raise DataError("data.replay.path holds no usable row", where=section.path, fix=fix)
     with (staged / "train.jsonl").open("ab") as out:
         for row, format in chosen:
-            out.write(rows.to_line(row))
+            out.write(to_line(row))
             ledger.read += 1
             ledger.replayed += 1
             ledger.count(row, format, "train")
@@ -179,7 +172,7 @@ def _replay_rows(
                 except RowFault:
                     if not isinstance(text, str) or not text.strip():
                         raise
-                    row, format = rows.rendered_record("", text, origin=raw.origin), "plain text"
+                    row, format = rendered_record("", text, origin=raw.origin), "plain text"
                 check(row)
             except RowFault:
                 continue
