@@ -21,7 +21,7 @@ from sft.data.rows import (
     content_hash,
     content_id,
     dump_json,
-)  # fmt: skip
+)
 from sft.errors import DataError
 
 Names = dict[str, str]  # plain spelling of a key (`best_answer`) -> the key in the row (`Best Answer`)

@@ -18,7 +18,7 @@ from sft.data.rows import (
     Message,
     RowFault,
     parse_json,
-)  # fmt: skip
+)
 
 ROLES = {
     **dict.fromkeys(("user", "human", "prompter", "usr"), "user"),

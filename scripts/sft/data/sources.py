@@ -20,8 +20,15 @@ from sft.data import rows
 from sft.data.formats import Formats, make_row, rendered_record, to_line
 from sft.data.ledger import Ledger
 from sft.data.readers import (
-    COMPRESSED, SUFFIXES, Progress, RawRow, Section, Source, is_data_file, open_source,
-)  # fmt: skip
+    COMPRESSED,
+    SUFFIXES,
+    Progress,
+    RawRow,
+    Section,
+    Source,
+    is_data_file,
+    open_source,
+)
 from sft.data.rows import RowFault, dump_json
 from sft.data.split import position
 from sft.errors import DataError
