@@ -9,7 +9,6 @@ Results go to outputs/<run>/lm_eval/{tuned,base}; the tasks' data come from the 
 from __future__ import annotations
 
 import argparse
-import difflib
 import gc
 import importlib
 import inspect
@@ -101,7 +100,7 @@ def parse_options(options: list[str], harness: Any) -> dict[str, Any]:
     """`["--num_fewshot", "0"]` as keyword arguments of `simple_evaluate`. Raises ConfigError for an unknown one."""
     import yaml
 
-    from sft.errors import ConfigError
+    from sft.errors import ConfigError, nearest
 
     known = inspect.signature(harness.simple_evaluate).parameters
     values: dict[str, Any] = {}
@@ -109,8 +108,8 @@ def parse_options(options: list[str], harness: Any) -> dict[str, Any]:
     for flag in pairs:
         name, _, value = flag.removeprefix("--").partition("=")
         if not flag.startswith("--") or name not in known:
-            nearest = difflib.get_close_matches(name, known, 1)
-            fix = f"did you mean --{nearest[0]}?" if nearest else f"one of: {', '.join(known)}"
+            close = nearest(name, known)
+            fix = f"did you mean --{close}?" if close else f"one of: {', '.join(known)}"
             raise ConfigError(f"the harness has no option {flag}", where="after --", fix=fix)
         values[name] = yaml.safe_load(value or next(pairs, "true"))
     return values

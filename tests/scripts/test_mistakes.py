@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import subprocess
@@ -12,9 +13,11 @@ from subprocess import CompletedProcess
 
 import pytest
 
+from sft.errors import SftError
 from tests.conftest import ROOT
 
 Command = Callable[..., CompletedProcess[str]]
+Refused = Callable[..., None]
 ROW = '{"user": "What is 2 + 2?", "assistant": "4"}\n'
 
 
@@ -40,12 +43,22 @@ def fingerprint(root: Path) -> dict[str, str]:
     }
 
 
-def refused(done: CompletedProcess[str], *parts: str) -> None:
-    assert done.returncode == 2, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
-    assert "Traceback" not in done.stderr + done.stdout
-    assert done.stderr.count("error:") == 1
-    for part in parts:
-        assert part in done.stderr, f"{part!r} not in:\n{done.stderr}"
+@pytest.fixture
+def refused(project: Path, monkeypatch: pytest.MonkeyPatch) -> Refused:
+    """Runs a command in this process: it must end with an error that names every one of `parts`, and write nothing."""
+
+    def check(name: str, flags: list[object], *parts: str) -> None:
+        monkeypatch.setenv("SFT_ROOT", str(project))
+        before, module = fingerprint(project), importlib.import_module(name)
+        parser = getattr(module, "build_parser", None) or module.parser
+        arguments = parser().parse_args([*map(str, flags)])
+        with pytest.raises(SftError) as raised:
+            module.main(arguments)
+        assert raised.value.exit_code == 2
+        assert [part for part in parts if part not in str(raised.value)] == [], str(raised.value)
+        assert fingerprint(project) == before
+
+    return check
 
 
 CONFIGS = {
@@ -59,15 +72,20 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_wrong_config_is_refused_with_its_line(command: Command, project: Path, name: str) -> None:
+def test_a_wrong_config_is_refused_with_its_line(refused: Refused, project: Path, name: str) -> None:
     text, parts = CONFIGS[name]
     mine = project / "configs" / "mine.yaml"
     mine.write_text(text)
-    raw = project / "raw.jsonl"
-    raw.write_text(ROW)
-    before = fingerprint(project)
-    refused(command("process_data", "--config", mine, "--raw_path", raw, SFT_ROOT=str(project)), *parts)
-    assert fingerprint(project) == before
+    (project / "raw.jsonl").write_text(ROW)
+    refused("process_data", ["--config", mine, "--raw_path", project / "raw.jsonl"], *parts)
+
+
+def test_a_command_ends_with_2_one_error_and_no_traceback(command: Command, project: Path) -> None:
+    mine = project / "configs" / "mine.yaml"
+    mine.write_text(CONFIGS["unknown key"][0])
+    done = command("process_data", "--config", mine, SFT_ROOT=str(project))
+    assert done.returncode == 2 and done.stderr.count("error:") == 1
+    assert "Traceback" not in done.stderr + done.stdout
 
 
 FILES = {
@@ -78,15 +96,12 @@ FILES = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_wrong_data_file_is_refused_and_the_old_rows_stay(command: Command, project: Path, name: str) -> None:
-    content, parts = FILES[name]
+def test_a_wrong_data_file_is_refused_and_the_old_rows_stay(refused: Refused, project: Path, name: str) -> None:
+    content, part = FILES[name]
     raw = project / "raw.jsonl"
     if content is not None:
         raw.write_bytes(content)
-    before = fingerprint(project)
-    config = project / "configs" / "run.yaml"
-    refused(command("process_data", "--config", config, "--raw_path", raw, SFT_ROOT=str(project)), parts)
-    assert fingerprint(project) == before
+    refused("process_data", ["--config", project / "configs" / "run.yaml", "--raw_path", raw], part)
 
 
 def test_faulty_rows_are_quarantined_and_counted(command: Command, project: Path) -> None:
@@ -103,64 +118,47 @@ def test_faulty_rows_are_quarantined_and_counted(command: Command, project: Path
     assert ledger["rows_read"] == 42 and ledger["rows_written"] == 40
 
 
-def dry(command: Command, project: Path, *sets: str) -> CompletedProcess[str]:
-    flags = [flag for pair in sets for flag in ("--set", pair)]
-    return command("train", "--config", project / "configs" / "run.yaml", *flags, SFT_ROOT=str(project))
+def train_with(project: Path, *sets: str) -> list[object]:
+    return ["--config", project / "configs" / "run.yaml", *(flag for pair in sets for flag in ("--set", pair))]
 
 
-def test_a_template_with_a_syntax_error_is_refused_with_its_line(command: Command, project: Path) -> None:
-    path = project / "bad.jinja"
-    path.write_text("{% for m in messages %}\n{{ m.content }\n{% endfor %}\n")
-    before = fingerprint(project)
-    refused(dry(command, project, "data.template_path=bad.jinja"), "bad.jinja", ":2")
-    assert fingerprint(project) == before
+def test_a_template_with_a_syntax_error_is_refused_with_its_line(refused: Refused, project: Path) -> None:
+    (project / "bad.jinja").write_text("{% for m in messages %}\n{{ m.content }\n{% endfor %}\n")
+    refused("train", train_with(project, "data.template_path=bad.jinja"), "bad.jinja", ":2")
 
 
-def test_a_template_that_never_shows_the_answer_is_refused(command: Command, project: Path) -> None:
-    path = project / "mute.jinja"
-    path.write_text("{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}")
-    before = fingerprint(project)
-    refused(dry(command, project, "data.template_path=mute.jinja"), "mute.jinja")
-    assert fingerprint(project) == before
+def test_a_template_that_never_shows_the_answer_is_refused(refused: Refused, project: Path) -> None:
+    template = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
+    (project / "mute.jinja").write_text(template)
+    refused("train", train_with(project, "data.template_path=mute.jinja"), "mute.jinja")
 
 
-def test_a_model_that_is_not_here_is_refused_offline(command: Command, project: Path) -> None:
-    before = fingerprint(project)
-    refused(dry(command, project, "model.name=nobody/nothing"), "nobody/nothing")
-    assert fingerprint(project) == before
+def test_a_model_that_is_not_here_is_refused_offline(refused: Refused, project: Path) -> None:
+    refused("train", train_with(project, "model.name=nobody/nothing"), "nobody/nothing")
 
 
-def test_an_encoder_cannot_be_tuned_to_answer(command: Command, project: Path) -> None:
+def test_an_encoder_cannot_be_tuned_to_answer(refused: Refused, project: Path) -> None:
     encoder = project / "encoder"
     encoder.mkdir()
     (encoder / "config.json").write_text(json.dumps({"model_type": "bert", "architectures": ["BertForMaskedLM"]}))
-    before = fingerprint(project)
-    refused(dry(command, project, "model.name=encoder", "tuning.mode=qlora"), "encoder")
-    assert fingerprint(project) == before
+    refused("train", train_with(project, "model.name=encoder", "tuning.mode=qlora"), "encoder")
 
 
-def test_an_output_folder_that_cannot_be_made_is_refused(command: Command, project: Path) -> None:
+def test_an_output_folder_that_cannot_be_made_is_refused(refused: Refused, project: Path) -> None:
     (project / "outputs").write_text("a file where the folder should be")
-    before = fingerprint(project)
-    refused(dry(command, project), "outputs")
-    assert fingerprint(project) == before
+    refused("train", train_with(project), "outputs")
 
 
-def test_an_adapter_for_another_base_is_refused(command: Command, project: Path, tiny_gpt2: Path) -> None:
+def test_an_adapter_for_another_base_is_refused(refused: Refused, project: Path, tiny_gpt2: Path) -> None:
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(tiny_gpt2)
-    get_peft_model(model, LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)).save_pretrained(
-        project / "foreign"
-    )
-    before = fingerprint(project)
-    config = project / "configs" / "run.yaml"
-    done = command("infer", "--config", config, "--adapters", project / "foreign", stdin="hi\n", SFT_ROOT=str(project))
-    refused(done, "foreign")
-    assert fingerprint(project) == before
+    settings = LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)
+    get_peft_model(model, settings).save_pretrained(project / "foreign")
+    refused("infer", [*train_with(project), "--adapters", project / "foreign"], "foreign")
 
 
 def test_make_refuses_a_variable_that_it_does_not_know() -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import codecs
 import csv
-import difflib
 import io
 import json
 import os
@@ -24,7 +23,7 @@ from sft.config.load import display_path
 from sft.config.schema import DataSection, ReplaySection, SourceSection
 from sft.data.rows import MAX_DEPTH, RowFault, is_encodable, parse_json
 from sft.data.store import BROKEN, open_bytes
-from sft.errors import DataError
+from sft.errors import DataError, nearest
 
 Kind = Literal["jsonl", "json", "csv", "parquet"]
 Progress = Callable[[int, int], None]  # bytes read, bytes in total
@@ -183,8 +182,8 @@ def _similar_file(path: Path) -> str:
     if (raw := Path("data/raw") / path.name).is_file():
         return f"did you mean {raw}?"
     names = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, names, 1)
-    return f"did you mean {path.parent / near[0]}?" if near else "name a file that exists, see docs/DATA.md"
+    close = nearest(path.name, names)
+    return f"did you mean {path.parent / close}?" if close else "name a file that exists, see docs/DATA.md"
 
 
 def _not_rows(path: Path, what: str, fix: str) -> DataError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 
 from sft import files
@@ -10,7 +9,7 @@ from sft.config.load import resolve_path
 from sft.config.schema import DataSection
 from sft.data import store
 from sft.data.rows import Row, dump_json, is_rendered, messages
-from sft.errors import DataError
+from sft.errors import DataError, nearest
 
 PRESETS = {
     "concise": "Answer in at most two short sentences. Leave out introductions, lists and headings.",
@@ -24,11 +23,11 @@ def style_text(style: str) -> str:
     """The preset of that name, else the text itself. Raises DataError for what is nearly a preset's name."""
     if style in PRESETS:
         return PRESETS[style]
-    near = difflib.get_close_matches(style.lower(), PRESETS, 1, 0.75)
-    if not style.strip() or near:
-        what = f"there is no preset {style!r}" if near else "the style is empty"
-        nearest = f"did you mean {near[0]}? " if near else ""
-        raise DataError(what, fix=f"{nearest}presets: {', '.join(PRESETS)}; or a sentence of your own")
+    close = nearest(style.lower(), PRESETS, 0.75)
+    if not style.strip() or close:
+        what = f"there is no preset {style!r}" if close else "the style is empty"
+        hint = f"did you mean {close}? " if close else ""
+        raise DataError(what, fix=f"{hint}presets: {', '.join(PRESETS)}; or a sentence of your own")
     return style
 
 

@@ -5,7 +5,6 @@ score_rows(["rougeL", "sari"], predictions, references, sources).means  -> {"rou
 
 from __future__ import annotations
 
-import difflib
 import json
 import logging
 import random
@@ -19,7 +18,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from sft.errors import ConfigError, DataError, EnvironmentProblem
+from sft.errors import ConfigError, DataError, EnvironmentProblem, nearest, one_line
 from sft.metrics import ngram, text
 from sft.metrics.text import mean
 
@@ -277,7 +276,7 @@ def evaluate_score(
     try:
         metric = evaluate.load(library_name)
     except Exception as error:  # whatever the hub, a script or a missing library raises
-        problem = f"evaluate cannot load {library_name}: {_one_line(error)}"
+        problem = f"evaluate cannot load {library_name}: {one_line(error)}"
         raise EnvironmentProblem(problem, fix=f"check the name and the network, or {fix}") from None
     lists = [list(options) for options in references]
     arguments: dict[str, Any] = {"predictions": list(predictions), "references": lists}
@@ -294,7 +293,7 @@ def evaluate_score(
             result = dict(metric.compute(**attempt))
             break
         except Exception as error:
-            problem = _one_line(error)
+            problem = one_line(error)
     else:
         raise ConfigError(f"{name} cannot score these answers: {problem}", fix=fix)
     own_name = library_name.rsplit("/", 1)[-1].removesuffix(".py")
@@ -306,10 +305,6 @@ def evaluate_score(
             rows = [float(item) for item in value]
             return mean(rows), rows
     raise ConfigError(f"{name} returned no number, only {sorted(result)}", fix=fix)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
 
 
 # --- all metrics by name
@@ -367,8 +362,8 @@ def check_names(names: Sequence[str]) -> list[str]:
         if name in NAMES or _ROUGE.fullmatch(name) or (name.startswith(_LIBRARY) and name != _LIBRARY):
             known.append(name)
             continue
-        nearest = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.4)
-        problems.append(f"{spelling!r}" + (f" (did you mean {nearest[0]}?)" if nearest else ""))
+        close = nearest(name, NAMES, 0.4)
+        problems.append(f"{spelling!r}" + (f" (did you mean {close}?)" if close else ""))
     if problems:
         raise ConfigError(
             f"no such metric: {', '.join(problems)}",

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from sft.config.schema import TrainSection
-from sft.errors import EnvironmentProblem
+from sft.errors import EnvironmentProblem, one_line
 from sft.model import kernels
 from sft.step import attention
 from sft.step.batch import IGNORED, Batch, Collator, Kind, MicroBatch, count_labels, row_indices, split_micro_batches
@@ -161,7 +161,7 @@ def forward_backward(
             memory = out_of_memory(error)
             if not (replay and (memory or kernels.compiler_failed(error))):
                 raise
-            message = " ".join(str(error).split())[:200]
+            message = one_line(error, 200)
         model.zero_grad(set_to_none=True)
         release_memory()
         _restore_random_state(random_state, batch["labels"].device)
