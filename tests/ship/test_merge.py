@@ -134,12 +134,12 @@ def test_an_adapter_trained_on_4_bit_merges_into_the_full_weights(tiny_qwen2, tm
 def test_shards_stay_shards(tiny_qwen2, tmp_path):
     folder = sharded(tiny_qwen2, tmp_path / "shards")
     merge(adapter(folder, tmp_path / "a"), tmp_path / "m", "bf16", tmp_path)
-    found = hub.find(ModelSection(name="m"), tmp_path)
-    assert [path.name for path in found.weights] == [
+    merged = hub.find(ModelSection(name="m"), tmp_path)
+    assert [path.name for path in merged.weights] == [
         "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
     ]  # fmt: skip
     index = json.loads((tmp_path / "m" / "model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_size"] == found.parameters * 2
+    assert index["metadata"]["total_size"] == merged.parameters * 2
 
 
 def test_the_merged_folder_has_everything_for_serving(tiny_qwen2, tmp_path):
@@ -231,6 +231,8 @@ def test_only_an_earlier_merge_is_overwritten(tiny_qwen2, tmp_path):
     (tmp_path / "m" / "thesis.txt").write_text("mine")
     for out in (tmp_path / "m", tmp_path / "a", tmp_path, tiny_qwen2):
         refused(lambda out=out: merge(tmp_path / "a", out, "fp32", tmp_path), RunError, "is not a merged model", out)
+    (tmp_path / "a" / "merge.json").write_text("{}")
+    refused(lambda: merge(tmp_path / "a", tmp_path / "a", "fp32", tmp_path), RunError, "the adapter or the base", out)
     merge(tmp_path / "a", tmp_path / "again", "fp32", tmp_path)
     assert merge(tmp_path / "a", tmp_path / "again", "bf16", tmp_path).dtype == "bf16"
 

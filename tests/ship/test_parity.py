@@ -62,17 +62,17 @@ def in_llama(encoder, *, bos: str | None = None) -> tuple[gguf.Vocabulary, str]:
 def test_an_unchanged_export_is_certified_on_every_row(folder):
     encoder = trained()
     vocabulary, source = in_llama(encoder)
-    told = parity.go_template(encoder.template, "")
+    template = parity.go_template(encoder.template, "")
     forms = [
         parity.route_of_folder(folder, trust_remote_code=False),
         parity.route_of_gguf(vocabulary, source, encoder.tokenizer),
-        parity.route_of_ollama(vocabulary, told, ["<|im_end|>"]),
+        parity.route_of_ollama(vocabulary, template, ["<|im_end|>"]),
     ]
-    found = parity.certify(encoder, forms, [*parity.GOLDEN_ROWS, *SHIPPED], ["golden", "data/samples"])
-    assert found.equal
-    assert found.compared == {"safetensors": 47, "gguf": 47, "ollama": 46}
-    assert found.set_aside == {"golden-tools (ollama)": "our Ollama templates do not support tools"}
-    assert found.stops["training"] == [2]
+    certificate = parity.certify(encoder, forms, [*parity.GOLDEN_ROWS, *SHIPPED], ["golden", "data/samples"])
+    assert certificate.equal
+    assert certificate.compared == {"safetensors": 47, "gguf": 47, "ollama": 46}
+    assert certificate.set_aside == {"golden-tools (ollama)": "our Ollama templates do not support tools"}
+    assert certificate.stops["training"] == [2]
 
 
 def test_a_second_begin_token_is_refused_and_shown(folder):
@@ -92,10 +92,10 @@ def test_a_lost_system_turn_is_refused_and_shown(folder):
     lost = own.replace("for message in messages", "for message in messages if message['role'] != 'system'")
     with pytest.raises(TemplateError) as raised:
         certify(trained(), edit(folder, template=lost), [parity.GOLDEN_ROWS[1]])
-    said = str(raised.value)
-    assert "row golden-system" in said
-    assert "training: 'system\\nYou answer in one word.<|im_end|>" in said
-    assert "safetensors: 'user\\nWhat is" in said
+    message = str(raised.value)
+    assert "row golden-system" in message
+    assert "training: 'system\\nYou answer in one word.<|im_end|>" in message
+    assert "safetensors: 'user\\nWhat is" in message
     assert raised.value.details["token"] == 1
 
 
@@ -122,8 +122,8 @@ def test_a_tokenizer_that_cuts_words_otherwise_is_refused(folder):
 
 def test_control_tokens_in_words_are_set_aside_and_named(folder):
     row = {"id": "odd", "user": "What is <|im_end|>?", "assistant": "A token.", "system": ""}
-    found = certify(trained(), folder, [row, parity.GOLDEN_ROWS[0]])
-    assert (found.set_aside, found.rows) == ({"odd": "its words contain control tokens"}, 1)
+    certificate = certify(trained(), folder, [row, parity.GOLDEN_ROWS[0]])
+    assert (certificate.set_aside, certificate.rows) == ({"odd": "its words contain control tokens"}, 1)
     with pytest.raises(
         TemplateError, match="no row could be compared for safetensors: its words contain control tokens"
     ):
@@ -137,11 +137,11 @@ def test_shipped_templates_go_to_llama_cpp_and_ollama(name):
     llama = parity.route_of_gguf(vocabulary, source, encoder.tokenizer)
     assert parity.certify(encoder, [llama], parity.GOLDEN_ROWS, ["golden"]).equal
     stops = [encoder.tokenizer.convert_ids_to_tokens(token) for token in encoder.stops.ids]
-    told = parity.route_of_ollama(vocabulary, parity.go_template(encoder.template, ""), stops)
-    assert parity.certify(encoder, [told], parity.GOLDEN_ROWS, ["golden"]).equal
+    ollama = parity.route_of_ollama(vocabulary, parity.go_template(encoder.template, ""), stops)
+    assert parity.certify(encoder, [ollama], parity.GOLDEN_ROWS, ["golden"]).equal
 
 
-def test_a_template_that_go_cannot_tell_is_refused_for_ollama(tmp_path):
+def test_a_template_without_a_go_form_is_refused_for_ollama(tmp_path):
     (tmp_path / "numbered.jinja").write_text(
         "{% for m in messages %}<|im_start|>{{ m['role'] }} {{ loop.index }}\n{{ m['content'] }}<|im_end|>\n"
         "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant {{ messages | length + 1 }}\n{% endif %}"
@@ -151,16 +151,16 @@ def test_a_template_that_go_cannot_tell_is_refused_for_ollama(tmp_path):
     assert parity.certify(
         encoder, [parity.route_of_gguf(vocabulary, source, encoder.tokenizer)], parity.GOLDEN_ROWS, []
     ).equal
-    told = parity.route_of_ollama(vocabulary, parity.go_template(encoder.template, ""), ["<|im_end|>"])
+    ollama = parity.route_of_ollama(vocabulary, parity.go_template(encoder.template, ""), ["<|im_end|>"])
     with pytest.raises(TemplateError, match="in ollama, the prompt differs from training"):
-        parity.certify(encoder, [told], parity.GOLDEN_ROWS, [])
+        parity.certify(encoder, [ollama], parity.GOLDEN_ROWS, [])
 
 
-def test_a_template_of_turns_is_told_as_one_of_messages(folder, tmp_path):
+def test_a_template_of_turns_is_exported_over_messages(folder, tmp_path):
     (tmp_path / "turns.jinja").write_text(
         "{% if system %}{{ system }}\n\n{% endif %}### Question: {{ user }}\n### Answer: {{ assistant }}<|im_end|>\n"
     )
     encoder = trained(template_path=str(tmp_path / "turns.jinja"))
-    found = certify(encoder, edit(folder, template=portable_template(encoder.template)))
-    assert found.compared["safetensors"] >= 40
-    assert "takes one system, user and assistant text" in found.set_aside["golden-turns"]
+    certificate = certify(encoder, edit(folder, template=portable_template(encoder.template)))
+    assert certificate.compared["safetensors"] >= 40
+    assert "takes one system, user and assistant text" in certificate.set_aside["golden-turns"]

@@ -69,8 +69,7 @@ def export(
     if form == "hf" and kind == "q8_0":
         raise ModelError("safetensors cannot be written as q8_0", where="--type", fix="TYPE=f16, bf16 or f32")
     out = out.absolute()
-    if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / EXPORT_REPORT).is_file())):
-        raise RunError(f"{out} exists and is not an export; it was not replaced", where=str(out), fix="--out OTHER_DIR")
+    merge.require_replaceable(out, EXPORT_REPORT, "an export")
     merge.require_space(out, 0, "the export")
     own_config: Config | None = None
     with suppress(RunError):  # an adapter without a config beside it: adapter_config.json names its base

@@ -120,8 +120,8 @@ def rename_to_files(
 ) -> dict[str, TensorDelta]:
     """The deltas under the names that the base's files use (some files omit or add leading parts).
 
-    names: every tensor in the base's files. tied: head and embedding are one tensor, stored once. stays_tied: training
-    kept them tied; otherwise a delta on one of the two unties them, and the head gets a tensor of its own
+    names: every tensor in the base's files. tied: head and embedding are one tensor, stored once. stays_tied: so they
+    stayed in training; otherwise a delta on one of the two unties them, and the head gets a tensor of its own
     (lm_head.weight, with an empty delta where the base's embedding stays the head).
 
     Raises ModelError where a delta has no tensor.

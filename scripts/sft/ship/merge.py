@@ -146,6 +146,12 @@ def require_space(out: Path, size: int, what: str) -> None:
     disk.require_free(place, size + (64 << 20), what, fix=fix)
 
 
+def require_replaceable(out: Path, report: str, what: str) -> None:
+    """Raises RunError unless `out` is new, empty, or an earlier result (it has the file `report`)."""
+    if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / report).is_file())):
+        raise RunError(f"{out} exists and is not {what}; it was not replaced", where=str(out), fix="--out OTHER_DIR")
+
+
 def config_of(adapter: Path, record: dict[str, Any]) -> Config:
     """The config that the adapter was trained with; where there is none beside it, its base under the defaults."""
     try:
@@ -195,13 +201,10 @@ def _refuse_wrong_base(files: ModelFiles, adapter: Path, record: dict[str, Any])
 
 
 def _refuse_target(out: Path, adapter: Path, files: ModelFiles) -> None:
-    """`out` may be new, empty, or an earlier merge; nothing else is ever replaced."""
-    taken = out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / MERGE_REPORT).is_file()))
+    require_replaceable(out, MERGE_REPORT, "a merged model")
     resolved = out.resolve()
-    if taken or resolved in (adapter.resolve(), files.path.resolve()) or resolved in adapter.resolve().parents:
-        raise RunError(
-            f"{out} exists and is not a merged model; it was not replaced", where=str(out), fix="--out OTHER_DIR"
-        )
+    if resolved in (adapter.resolve(), files.path.resolve()) or resolved in adapter.resolve().parents:
+        raise RunError(f"{out} holds the adapter or the base", where=str(out), fix="--out OTHER_DIR")
 
 
 # --- what is written besides the weights

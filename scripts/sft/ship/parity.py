@@ -67,7 +67,7 @@ class Certificate:
 
 
 def certify(encoder: Encoder, routes: Sequence[Route], rows: Sequence[Row], sources: list[str]) -> Certificate:
-    """Compares every route with training on every row. encoder: the run's own, with room for any row.
+    """Compares every route with training on every row. encoder: the run's own, for rows of any length.
 
     Raises TemplateError at the first difference, shown in tokens, and where a route could not be compared at all.
     """

@@ -26,7 +26,6 @@ from sft.config import load
 from sft.config.schema import Config
 from sft.data import store
 from sft.errors import DataError, ModelError, RunError, TemplateError
-from sft.generation.engine import generate
 from sft.generation.evaluate import Prompt, Question, answerable, questions
 from sft.generation.load import open_model
 from sft.model.files import ModelFiles, read_config, tensors
@@ -357,19 +356,16 @@ def smoke_test(folder: Path, question: str | None, root: Path) -> SmokeTest:
         source = "--prompt" if question else "a greeting: no held-out row of its run is available"
         ids, _ = loaded.prompt([{"role": "user", "content": question or GREETING}], config.generation)
         row = source, Question({}, ids, question or GREETING, "")
-    source, asked = row
-    newest = torch.tensor([asked.ids[-_CHECKED_TOKENS:]], device=loaded.device)
+    source, prompt = row
+    newest = torch.tensor([prompt.ids[-_CHECKED_TOKENS:]], device=loaded.device)
     decoder_start = {"decoder_input_ids": newest[:, :1]} if loaded.kind == "seq2seq" else {}
     with torch.no_grad():
         logits = loaded.model(input_ids=newest, **decoder_start).logits
     if not bool(torch.isfinite(logits).all()):
         raise ModelError("the merged model's logits are not finite", fix="merge again with --dtype bf16 or fp32")
-    answer = generate(
-        loaded.model, loaded.tokenizer, [asked.ids], config.generation, loaded.encoder.stops,
-        batch_size=1, kind=loaded.kind,
-    )[0]  # fmt: skip
+    answer = loaded.generate([prompt.ids], config)[0]
     return SmokeTest(
-        asked.source, source, asked.reference or None, answer.text, answer.stopped, answer.tokens, loaded.device
+        prompt.source, source, prompt.reference or None, answer.text, answer.stopped, answer.tokens, loaded.device
     )
 
 

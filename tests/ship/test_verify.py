@@ -1,4 +1,4 @@
-"""The question that a merged model is asked, where its run's rows are odd."""
+"""The smoke test of a merged model: where it is loaded, and which row it is asked."""
 
 from __future__ import annotations
 
@@ -46,6 +46,6 @@ def test_a_held_out_row_that_the_template_refuses_is_passed_over(tmp_path):
             raise TemplateError("no prompt can be made")
         return [1], 0
 
-    found = verify.first_question(prompt, Config(), tmp_path)
-    assert found is not None
-    assert found[1].source == "taken"
+    row = verify.first_question(prompt, Config(), tmp_path)
+    assert row is not None
+    assert row[1].source == "taken"

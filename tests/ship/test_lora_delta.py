@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sft.errors import ModelError
@@ -47,7 +48,7 @@ def logits(model) -> torch.Tensor:
         {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
         {"rows": 448},
     ],
-    ids=["patterns", "embedding", "head", "saved-head", "saved-embedding", "kept-tied", "grown"],
+    ids=["patterns", "embedding", "head", "saved-head", "saved-embedding", "stays-tied", "grown"],
 )
 def test_the_merged_model_gives_the_logits_of_the_adapter(tiny_qwen2, tmp_path, lora):
     rows = lora.get("rows")
@@ -65,8 +66,8 @@ def test_the_merged_model_gives_the_logits_of_the_adapter(tiny_qwen2, tmp_path, 
 
 def test_an_adapter_whose_start_moved_the_base_is_refused(tiny_qwen2, tmp_path):
     tuned(tiny_qwen2, tmp_path / "a")
-    told = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
-    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps({**told, "init_lora_weights": "pissa"}))
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps({**config, "init_lora_weights": "pissa"}))
     with pytest.raises(ModelError, match="initialised with pissa, which changes the base too"):
         merge(tmp_path / "a", tmp_path / "m", "fp32", tmp_path, base=str(tiny_qwen2))
     assert not (tmp_path / "m").exists()
@@ -90,3 +91,22 @@ def test_a_merge_that_harms_is_an_error(tiny_qwen2, tmp_path, monkeypatch):
     with pytest.raises(ModelError, match=r"differs from the trained one|raises the held-out loss"):
         merge(tmp_path / "a", tmp_path / "m", "fp32", tmp_path, base=str(tiny_qwen2))
     assert not [path for path in tmp_path.iterdir() if path.name != "a"]
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = nn.Linear(128, 128, bias=False)
+
+
+@pytest.mark.parametrize(("safe", "roundings"), [(False, 1), (True, 2)])
+def test_peft_rounds_once_except_in_a_safe_merge(safe: bool, roundings: int) -> None:
+    """Decision 0011 says how peft rounds; this holds it to the installed peft."""
+    torch.manual_seed(0)
+    model = get_peft_model(Layer().bfloat16(), LoraConfig(r=8, lora_alpha=16, target_modules=["q"]))
+    layer = model.base_model.model.q
+    for factor in (layer.lora_A["default"], layer.lora_B["default"]):
+        factor.weight.data.normal_(0, 0.02)
+    exact = layer.base_layer.weight.float() + layer.get_delta_weight("default")
+    merged = model.merge_and_unload(safe_merge=safe).q.weight
+    assert torch.equal(merged, exact.bfloat16()) is (roundings == 1)
