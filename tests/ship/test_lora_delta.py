@@ -42,13 +42,14 @@ def logits(model) -> torch.Tensor:
     [
         {"rank_pattern": {"q_proj": 2, "layers.1.mlp.up_proj": 8}, "alpha_pattern": {"layers.0.self_attn.q_proj": 3}},
         {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True},
         {"target_modules": ["q_proj", "lm_head"]},
         {"modules_to_save": ["lm_head"]},
         {"modules_to_save": ["embed_tokens"]},
         {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
         {"rows": 448},
     ],
-    ids=["patterns", "embedding", "head", "saved-head", "saved-embedding", "stays-tied", "grown"],
+    ids=["patterns", "embedding", "embedding-dora", "head", "saved-head", "saved-embedding", "stays-tied", "grown"],
 )
 def test_the_merged_model_gives_the_logits_of_the_adapter(tiny_qwen2, tmp_path, lora):
     rows = lora.get("rows")
