@@ -1,78 +1,136 @@
-"""Fetches a model into the hub's cache; a broken download is taken up where it stopped.
+"""Downloads a model into the hub's cache; a broken download resumes where it stopped.
 
     python scripts/download_model.py                                       # the config's model
     python scripts/download_model.py --model Qwen/Qwen2.5-1.5B-Instruct
     python scripts/download_model.py --model Qwen/Qwen2.5-1.5B-Instruct --revision main
 
 Reads the config (for the name), writes to the hub's cache (HF_HOME) alone: safetensors, JSON, templates and tokenizer
-files, never pickles. --allow-pickle makes safetensors of a local folder's pickled weights, tensors alone. Needs no GPU
-and loads no model.
+files, never pickles. --allow-pickle converts a local folder's pickled weights to safetensors, tensors alone. Needs no
+GPU and loads no model.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
+from pathlib import Path
 from typing import Any
 
 from sft import console
 
+log = logging.getLogger("sft.model")
+
 
 def parser() -> argparse.ArgumentParser:
     """The command's flags."""
-    made = console.parser(
-        "Fetch a model into the hub's cache, resumable.",
+    flags = console.parser(
+        "Download a model into the hub's cache, resumable.",
         """python scripts/download_model.py --model Qwen/Qwen2.5-1.5B-Instruct
 make download-model MODEL=Qwen/Qwen2.5-1.5B-Instruct""",
     )
-    made.add_argument("--model", metavar="NAME", help="hub id (default: the config's model.name)")
-    made.add_argument("--revision", metavar="REV", help="branch, tag or commit (default: the config's, else main)")
-    made.add_argument(
-        "--allow-pickle", action="store_true", help="make safetensors of a local folder's pytorch_model.bin"
+    flags.add_argument("--model", metavar="NAME", help="hub id (default: the config's model.name)")
+    flags.add_argument("--revision", metavar="REV", help="branch, tag or commit (default: the config's, else main)")
+    flags.add_argument(
+        "--allow-pickle", action="store_true", help="convert a local folder's pytorch_model.bin to safetensors"
     )
-    return made
+    return flags
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
-    """Finds what is wanted, fetches what is missing, checks that it is whole, says what is next."""
+    """Downloads what is missing, checks that the model is whole, and prints the next command."""
     from sft.model import hub
 
     root = console.project_root()
     section = _section(args, root)
-    there = hub.local_folder(section.name, root)
-    if there is not None and args.allow_pickle:
-        from sft.model import hub
-
-        made = hub.convert(there, section.name)
-        console.say(f"written: {', '.join(path.name for path in made)}" if made else "safetensors are there already")
-    elif there is not None:
-        console.say(f"{section.name} is a folder on this machine: nothing to fetch")
+    folder = hub.local_folder(section.name, root)
+    if folder is not None and args.allow_pickle:
+        written = convert_pickles(folder, section.name)
+        names = ", ".join(path.name for path in written)
+        console.say(f"written: {names}" if written else "the folder has safetensors already")
+    elif folder is not None:
+        console.say(f"{section.name} is a folder on this machine: nothing to download")
     elif not hub.offline():
         hub.download(section, root)
-    found = hub.find(section, root)
+    model = hub.find(section, root)
     console.say(
-        f"{found.name} is whole: {found.size} parameters, {found.bytes / 1e6:,.0f} MB of weights"
-        f"{f', revision {found.revision[:12]}' if found.revision else ''}\nwhere: {found.path}"
+        f"{model.name} is whole: {model.size} parameters, {model.bytes / 1e6:,.0f} MB of weights"
+        f"{f', revision {model.revision[:12]}' if model.revision else ''}\nwhere: {model.path}"
     )
-    console.say(f"next:  make plan SET=model.name={found.name}   (does it fit?), then make train")
+    console.say(f"next:  make plan SET=model.name={model.name}   (does it fit?), then make train")
     return {
-        "model": found.name,
-        "path": str(found.path),
-        "revision": found.revision,
-        "kind": found.kind,
-        "parameters": found.parameters,
-        "bytes": found.bytes,
+        "model": model.name,
+        "path": str(model.path),
+        "revision": model.revision,
+        "kind": model.kind,
+        "parameters": model.parameters,
+        "bytes": model.bytes,
     }
 
 
-def _section(args: argparse.Namespace, root: Any) -> Any:
+def _section(args: argparse.Namespace, root: Path) -> Any:
+    """The config's section `model` with the flags on top; no config is read where --model says all."""
     from sft.config.load import load
     from sft.config.schema import ModelSection
 
     if args.model and not args.set:
         return ModelSection(name=args.model, revision=args.revision)
     section = load(args.config, args.set, root=root).config.model
-    given = {"name": args.model, "revision": args.revision}
-    return section.model_copy(update={key: value for key, value in given.items() if value})
+    flags = {"name": args.model, "revision": args.revision}
+    return section.model_copy(update={key: value for key, value in flags.items() if value})
+
+
+def convert_pickles(folder: Path, name: str) -> list[Path]:
+    """Writes model*.safetensors beside pytorch_model*.bin and returns what it wrote; nothing where they exist already.
+
+    Read with weights_only=True, which builds tensors and runs no other code of the file. Raises ModelError where there
+    is nothing to convert or a file holds more than tensors.
+    """
+    from safetensors.torch import save_file
+
+    from sft import files
+    from sft.errors import ModelError
+    from sft.model.files import INDEX, has_weights
+
+    if has_weights(folder):
+        return []
+    pickles = sorted(folder.glob("pytorch_model*.bin"))
+    if not pickles:
+        raise ModelError(f"{name} has no weights at all", where=str(folder), fix="name a folder with model weights")
+    log.warning("--allow-pickle: reading %s, tensors alone", ", ".join(path.name for path in pickles))
+    written: list[Path] = []
+    weight_map: dict[str, str] = {}
+    for path in pickles:
+        target = folder / path.name.replace("pytorch_model", "model").replace(".bin", ".safetensors")
+        tensors = _read_pickle(path)
+        weight_map |= dict.fromkeys(tensors, target.name)
+        with files.atomic_file(target) as staged:
+            save_file(tensors, staged, metadata={"format": "pt"})
+        written.append(target)
+    if len(written) > 1:
+        size = sum(path.stat().st_size for path in written)
+        files.write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+    return written
+
+
+def _read_pickle(path: Path) -> dict[str, Any]:
+    """The tensors of one file by name. Raises ModelError where it holds more than a table of tensors."""
+    import pickle
+
+    import torch
+
+    from sft.errors import ModelError, one_line
+
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise ModelError(
+            f"{path.name} holds more than tensors, or is cut short: {one_line(error, 160)}",
+            where=str(path),
+            fix="use a repository with model.safetensors",
+        ) from None
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ModelError(f"{path.name} is not a table of tensors", where=str(path), fix="use another copy of the model")
+    return {name: tensor.contiguous().clone() for name, tensor in state.items()}
 
 
 if __name__ == "__main__":

@@ -134,7 +134,7 @@ def test_an_adapter_given_as_a_model_is_told_apart(tmp_path):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("./nowhere", "the model folder ./nowhere is not there"),
+        ("./nowhere", "the model folder ./nowhere does not exist"),
         ("nobody/no-such-model", "not in the hub's cache, and HF_HUB_OFFLINE forbids"),
         ("not a name!", "neither an existing folder nor a hub id"),
     ],

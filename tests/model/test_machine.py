@@ -44,9 +44,8 @@ def test_nvml_and_torch_tell_the_same_gpu():
 
 
 def test_unsloth_falls_back_where_there_is_no_gpu_and_says_why_once(caplog):
-    cpu = hardware.Hardware("cpu", "cpu", None, 1, 1, True, 1)
-    assert backends.choose(TuningSection(), cpu) == backends.Backend("bnb")
-    assert backends.choose(UNSLOTH, cpu) == backends.Backend("bnb", "there is no CUDA GPU")
+    assert backends.choose(TuningSection(), cuda=False) == backends.Backend("bnb")
+    assert backends.choose(UNSLOTH, cuda=False) == backends.Backend("bnb", "there is no CUDA GPU")
     if hardware.gpus():
         return
     logging.getLogger("sft").propagate = True
@@ -58,9 +57,8 @@ def test_unsloth_falls_back_where_there_is_no_gpu_and_says_why_once(caplog):
 
 
 def test_unsloth_is_for_installed_and_causal_models_alone():
-    gpu = hardware.Hardware("cuda", "card", (8, 9), 1, 1, True, 1)
-    assert backends.choose(UNSLOTH, gpu, kind="seq2seq").reason == "unsloth trains decoder-only models alone"
-    assert "not installed" in str(backends.choose(UNSLOTH, gpu).reason)
+    assert backends.choose(UNSLOTH, cuda=True, kind="seq2seq").reason == "unsloth trains decoder-only models alone"
+    assert "not installed" in str(backends.choose(UNSLOTH, cuda=True).reason)
 
 
 @pytest.mark.usefixtures("no_tokens")

@@ -1,4 +1,4 @@
-"""Pickled weights: refused, made into safetensors when somebody says so, and never run."""
+"""Pickled weights: refused, converted to safetensors on request, and never run."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from download_model import convert_pickles
 from sft.config.schema import ModelSection
 from sft.errors import ModelError
 from sft.model import hub
@@ -33,8 +34,8 @@ def test_pickled_weights_are_refused_until_they_are_converted(tiny_qwen2: Path, 
     with pytest.raises(ModelError, match="which can run code") as caught:
         hub.find(section, tmp_path)
     assert "--allow-pickle" in str(caught.value.fix)
-    made = hub.convert(tmp_path / "m", "m")
-    assert len(made) == parts and hub.convert(tmp_path / "m", "m") == []
+    made = convert_pickles(tmp_path / "m", "m")
+    assert len(made) == parts and convert_pickles(tmp_path / "m", "m") == []
     read = {key: tensor for path in hub.find(section, tmp_path).weights for key, tensor in load_file(path).items()}
     assert all(torch.equal(read[key], one) for key, one in weights.items()) and read.keys() == weights.keys()
 
@@ -53,7 +54,7 @@ def test_code_in_a_pickle_is_never_run(tiny_qwen2: Path, tmp_path: Path) -> None
     pickled(tiny_qwen2, tmp_path / "m", 1)
     torch.save({"a": Bomb(tmp_path / "ran")}, tmp_path / "m/pytorch_model.bin")
     with pytest.raises(ModelError, match="holds more than tensors"):
-        hub.convert(tmp_path / "m", "m")
+        convert_pickles(tmp_path / "m", "m")
     assert not (tmp_path / "ran").exists() and not list((tmp_path / "m").glob("*.safetensors"))
     torch.load(tmp_path / "m/pytorch_model.bin", weights_only=False)
     assert (tmp_path / "ran").exists()  # the bomb was live

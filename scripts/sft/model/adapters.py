@@ -1,14 +1,16 @@
-"""What a layer is: linear or not, how wide, the head or not. By class and by what the model says, never by name."""
+"""LoRA adapters: the layers they go on, attaching, saving, loading, and the refusal of another base.
+
+A layer is linear by its class, and the head by what the model says; names decide nothing.
+"""
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sft.errors import ModelError
+from sft.errors import ModelError, nearest, one_line
 from sft.model.files import tensors
 
 if TYPE_CHECKING:
@@ -18,20 +20,22 @@ if TYPE_CHECKING:
 
     from sft.config.schema import TuningSection
 
+WEIGHTS, CONFIG, BASE = "adapter_model.safetensors", "adapter_config.json", "base.json"
+
 
 def head(model: Any) -> Any:
-    """The module that turns hidden states into logits, None where the model says none."""
+    """The module that turns hidden states into logits, None where the model names none."""
     return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
 
 
 def is_linear(module: Any) -> bool:
-    """Whether this is a linear layer: nn.Linear, bitsandbytes' kinds (they derive from it), or GPT-2's Conv1D."""
+    """Whether this is a linear layer: nn.Linear, bitsandbytes' kinds (subclasses of it), or GPT-2's Conv1D."""
     from torch import nn
 
-    return isinstance(module, nn.Linear) or is_conv1d(module)
+    return isinstance(module, nn.Linear) or _is_conv1d(module)
 
 
-def is_conv1d(module: Any) -> bool:
+def _is_conv1d(module: Any) -> bool:
     """Whether this is GPT-2's Conv1D, which stores its weight as (in, out)."""
     from transformers.pytorch_utils import Conv1D
 
@@ -48,12 +52,104 @@ def hits(target: str, name: str) -> bool:
     return name == target or name.endswith("." + target)
 
 
-def last(name: str) -> str:
-    """The last part of a dotted name."""
-    return name.rpartition(".")[2]
+def linear_names(model: nn.Module) -> list[str]:
+    """Every linear layer but the head, as peft takes them: last parts of names (`q_proj`), whole names where a last
+    part alone would also hit the head or something that is not linear. Raises ModelError where there is none.
+    """
+    top = head(model)
+    modules = [(name, module) for name, module in model.named_modules() if name]
+    linear = [name for name, module in modules if is_linear(module) and module is not top]
+    if not linear:
+        raise ModelError(
+            f"{type(model).__name__} has no linear layers to attach adapters to", fix="--set tuning.mode=full"
+        )
+    others = {_last(name) for name, _ in modules if name not in set(linear)}
+    return sorted({name if _last(name) in others else _last(name) for name in linear})
 
 
-WEIGHTS, CONFIG, BASE = "adapter_model.safetensors", "adapter_config.json", "base.json"
+def targets(model: nn.Module, tuning: TuningSection) -> list[str]:
+    """`tuning.lora.target_modules`, or every linear layer for `auto`. Raises ModelError naming unknown entries."""
+    lora = tuning.lora
+    if lora.target_modules == "auto":
+        return [name for name in linear_names(model) if _last(name) not in lora.modules_to_save]
+    names = [name for name, _ in model.named_modules()]
+    unknown = [target for target in lora.target_modules if not any(hits(target, name) for name in names)]
+    if unknown:
+        near = nearest(unknown[0], sorted({_last(name) for name in names}), 0.4)
+        raise ModelError(
+            f"tuning.lora.target_modules names layers that the model does not have: {', '.join(unknown)}",
+            where="tuning.lora.target_modules",
+            fix=f"did you mean {near}? " * bool(near) + f"it has {', '.join(linear_names(model))}, or use auto",
+        )
+    return list(lora.target_modules)
+
+
+def attach(model: PreTrainedModel, tuning: TuningSection, *, gradient_checkpointing: bool) -> PeftModel:
+    """New adapters on a frozen base; what is trained is float32, the base keeps its types and its bytes.
+
+    No layer of the base is cast up (peft's `prepare_model_for_kbit_training` would turn the 16-bit embedding and head
+    into float32). Non-reentrant checkpointing needs no gradient at the input. Draws from torch's global generator.
+    Raises ModelError.
+    """
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    lora, names = tuning.lora, targets(model, tuning)
+    tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False) and lora.modules_to_save)
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=names,
+        bias=lora.bias,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        modules_to_save=lora.modules_to_save or None,
+        ensure_weight_tying=tied,
+        fan_in_fan_out=any(_is_conv1d(m) and any(hits(n, name) for n in names) for name, m in model.named_modules()),
+        task_type=TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM,
+        revision=(getattr(model, "sft_base", None) or {}).get("revision"),
+    )
+    set_checkpointing(model, gradient_checkpointing)
+    try:
+        adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        where, fix = "tuning.lora", None
+        if "dropout" in str(error) and lora.dropout > 0:  # peft's adapters on a bare tensor, as of experts
+            where = "tuning.lora.dropout"
+            fix = "this model's experts are tensors, whose adapters take no dropout: --set tuning.lora.dropout=0"
+        raise ModelError(f"no adapter can be attached: {one_line(error)}", where=where, fix=fix) from None
+    for weight in adapted.parameters():
+        if weight.requires_grad and weight.is_floating_point():
+            weight.data = weight.data.float()
+    return adapted
+
+
+def set_checkpointing(model: Any, on: bool) -> None:
+    """Switches the recomputation of activations in the backward pass on or off."""
+    if on:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    elif getattr(model, "is_gradient_checkpointing", False):
+        model.gradient_checkpointing_disable()
+
+
+def save(model: PeftModel, folder: Path, state: Mapping[str, Any] | None = None) -> None:
+    """Writes adapter_model.safetensors, adapter_config.json and base.json (the base's name and fingerprint)."""
+    # "auto" would ask the hub for the base's config; modules_to_save are written in any case
+    model.save_pretrained(str(folder), safe_serialization=True, state_dict=state, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
+    if base := getattr(model.get_base_model(), "sft_base", None):
+        (folder / BASE).write_text(json.dumps(base, indent=2) + "\n", encoding="utf-8")
+
+
+def load(model: PreTrainedModel, folder: Path, *, trainable: bool = False) -> PeftModel:
+    """The adapter of `folder` on its base. Raises ModelError where `model` is another base, naming both."""
+    from peft import PeftModel
+
+    _refuse_other_base(model, folder, base_of(folder))
+    adapted = PeftModel.from_pretrained(
+        model, str(folder), is_trainable=trainable, use_safetensors=True, local_files_only=True
+    )
+    return adapted if trainable else adapted.eval()
 
 
 def base_of(folder: Path) -> dict[str, Any]:
@@ -69,44 +165,46 @@ def base_of(folder: Path) -> dict[str, Any]:
         raise ModelError(
             f"{folder} has no {WEIGHTS}" + (", only a pickled adapter, which can run code" if pickled else ""),
             where=str(folder),
-            fix="save it again as safetensors" if pickled else "train again, or take another checkpoint",
+            fix="save it again as safetensors" if pickled else "train again, or use another checkpoint",
         )
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         base = json.loads((folder / BASE).read_text(encoding="utf-8")) if (folder / BASE).is_file() else {}
         if not isinstance(config, dict) or not isinstance(base, dict):
-            raise ValueError("no object")
+            raise ValueError("not an object")
     except ValueError as error:
         raise ModelError(f"the adapter's description is not JSON: {error}", where=str(folder)) from None
     name = base.get("name") or config.get("base_model_name_or_path")
     return {"name": name, "revision": base.get("revision"), "fingerprint": base.get("fingerprint"), "config": config}
 
 
-def refuse_other_base(model: Any, folder: Path, base: dict[str, Any]) -> None:
-    """Raises ModelError, naming both, where `base` (see `base_of`) is not the base that `model` was loaded from."""
-    here = getattr(model, "sft_base", None) or {"name": model.name_or_path, "fingerprint": None}
-    problem = _misfit(model, folder, base["config"].get("target_modules"))
-    if problem is None and base["fingerprint"] and here["fingerprint"]:
-        if base["fingerprint"] != here["fingerprint"]:
-            problem = "the weights differ"
-    elif problem is None and base["name"] and not _same_name(str(base["name"]), str(here["name"])):
-        problem = "the names differ, and nothing proves that the weights are the same"
-    if problem:
-        raise other_base(folder, str(base["name"]), str(here["name"]), problem)
-
-
-def other_base(folder: Path, trained_on: str, here: str, problem: str) -> ModelError:
+def other_base(folder: Path, trained_on: str, loaded: str, problem: str) -> ModelError:
     """The error for an adapter on a base that is not its own."""
     return ModelError(
-        f"this adapter belongs to another base: it was trained on {trained_on}, the model here is {here} ({problem})",
+        f"this adapter belongs to another base: it was trained on {trained_on}, the model here is {loaded} ({problem})",
         where=str(folder),
-        fix=f"--set model.name={trained_on}, or name the adapter that was trained on {here}",
+        fix=f"--set model.name={trained_on}, or name the adapter that was trained on {loaded}",
     )
 
 
-def _misfit(model: Any, folder: Path, wanted: Any) -> str | None:
+def _refuse_other_base(model: Any, folder: Path, base: dict[str, Any]) -> None:
+    """Raises ModelError, naming both, where `base` (see `base_of`) is not the base that `model` was loaded from."""
+    loaded = getattr(model, "sft_base", None) or {"name": model.name_or_path, "fingerprint": None}
+    problem = _shape_problem(model, folder, base["config"].get("target_modules"))
+    if problem is None and base["fingerprint"] and loaded["fingerprint"]:
+        if base["fingerprint"] != loaded["fingerprint"]:
+            problem = "the weights differ"
+    elif problem is None and base["name"]:
+        one, other = str(base["name"]), str(loaded["name"])
+        if one != other and Path(one).name != Path(other).name:  # a project can be moved
+            problem = "the names differ, and nothing shows that the weights are the same"
+    if problem:
+        raise other_base(folder, str(base["name"]), str(loaded["name"]), problem)
+
+
+def _shape_problem(model: Any, folder: Path, target_modules: Any) -> str | None:
     """The first way in which the adapter's shapes are not this model's, None where all fit."""
-    modules, seen = dict(model.named_modules()), set()
+    modules, adapted = dict(model.named_modules()), set()
     for key, entry in tensors(folder / WEIGHTS).items():
         name, _, side = key.removeprefix("base_model.model.").rpartition(".lora_")
         if side not in ("A.weight", "B.weight"):
@@ -115,132 +213,17 @@ def _misfit(model: Any, folder: Path, wanted: Any) -> str | None:
         if layer is None or not is_linear(layer):
             return f"it has no layer {name}"
         width = widths(layer)[0 if side == "A.weight" else 1]
-        got = entry["shape"][1 if side == "A.weight" else 0]
-        if got != width:
-            return f"{name} is {width} wide here, {got} in the adapter"
-        seen.add(name)
-    if isinstance(wanted, list):
+        saved = entry["shape"][1 if side == "A.weight" else 0]
+        if saved != width:
+            return f"{name} is {width} wide here, {saved} in the adapter"
+        adapted.add(name)
+    if isinstance(target_modules, list):
         for name, layer in modules.items():
-            if name not in seen and is_linear(layer) and any(hits(target, name) for target in wanted):
+            if name not in adapted and is_linear(layer) and any(hits(target, name) for target in target_modules):
                 return f"it has nothing for the layer {name}"
     return None
 
 
-def _same_name(one: str, other: str) -> bool:
-    """Whether two names mean one model: equal, or folders with the same last part (a project can be moved)."""
-    return one == other or Path(one).name == Path(other).name
-
-
-def linear_names(model: nn.Module) -> list[str]:
-    """Every linear layer but the head, as peft takes them: last parts of names (`q_proj`), whole names where a last
-    part alone would also hit the head or something that is not linear. Found by class (nn.Linear, bitsandbytes' linear
-    layers, GPT-2's Conv1D), the head by what the model says it is.
-    """
-    top = head(model)
-    linear = [name for name, module in model.named_modules() if name and is_linear(module) and module is not top]
-    if not linear:
-        raise ModelError(
-            f"{type(model).__name__} has no linear layers to attach adapters to", fix="--set tuning.mode=full"
-        )
-    wanted = set(linear)
-    others = {last(name) for name, _ in model.named_modules() if name not in wanted}
-    return sorted({name if last(name) in others else last(name) for name in linear})
-
-
-def targets(model: nn.Module, tuning: TuningSection) -> list[str]:
-    """`tuning.lora.target_modules`, or what `auto` finds. Raises ModelError naming every entry that hits nothing."""
-    lora = tuning.lora
-    if lora.target_modules == "auto":
-        return [name for name in linear_names(model) if last(name) not in lora.modules_to_save]
-    names = [name for name, _ in model.named_modules()]
-    unknown = [given for given in lora.target_modules if not any(hits(given, name) for name in names)]
-    if unknown:
-        near = difflib.get_close_matches(unknown[0], sorted({last(name) for name in names}), 1, 0.4)
-        raise ModelError(
-            f"tuning.lora.target_modules names layers the model has not: {', '.join(unknown)}",
-            where="tuning.lora.target_modules",
-            fix=f"did you mean {near[0]}? " * bool(near) + f"it has {', '.join(linear_names(model))}, or use auto",
-        )
-    return list(lora.target_modules)
-
-
-def attach(model: PreTrainedModel, tuning: TuningSection, *, gradient_checkpointing: bool) -> PeftModel:
-    """New adapters on a frozen base; what is trained is float32, the base keeps its types and its bytes.
-
-    No layer of the base is cast up (peft's `prepare_model_for_kbit_training` would turn the 16-bit embedding and head
-    into float32). Non-reentrant checkpointing needs no gradient at the input. Draws from torch's global generator.
-    """
-    from peft import LoraConfig, TaskType, get_peft_model
-
-    lora, named = tuning.lora, targets(model, tuning)
-    tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False) and lora.modules_to_save)
-    config = LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=named,
-        bias=lora.bias,
-        use_rslora=lora.use_rslora,
-        use_dora=lora.use_dora,
-        modules_to_save=lora.modules_to_save or None,
-        ensure_weight_tying=tied,
-        fan_in_fan_out=any(is_conv1d(m) and any(hits(n, name) for n in named) for name, m in model.named_modules()),
-        task_type=TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM,
-        revision=(getattr(model, "sft_base", None) or {}).get("revision"),
-    )
-    set_checkpointing(model, gradient_checkpointing)
-    try:
-        adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
-    except (ValueError, TypeError, NotImplementedError) as error:
-        dropout = "dropout" in str(error) and lora.dropout > 0  # peft's adapters on a bare tensor, as of experts
-        raise ModelError(
-            f"no adapter can be attached: {' '.join(str(error).split())[:300]}",
-            where="tuning.lora.dropout" if dropout else "tuning.lora",
-            fix="this model's experts are tensors, whose adapters take no dropout: --set tuning.lora.dropout=0"
-            if dropout
-            else None,
-        ) from None
-    for weight in adapted.parameters():
-        if weight.requires_grad and weight.is_floating_point():
-            weight.data = weight.data.float()
-    return adapted
-
-
-def set_checkpointing(model: Any, on: bool) -> None:
-    """Switches the recomputing of activations in the backward pass on or off."""
-    if on:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    elif getattr(model, "is_gradient_checkpointing", False):
-        model.gradient_checkpointing_disable()
-
-
-def count(model: nn.Module) -> tuple[int, int]:
-    """(trainable, all) parameters; a 4-bit tensor counts the numbers it stands for."""
-    trainable = every = 0
-    for weight in model.parameters():
-        state = getattr(weight, "quant_state", None)
-        size = state.shape.numel() if state is not None else weight.numel()
-        every += size
-        trainable += size if weight.requires_grad else 0
-    return trainable, every
-
-
-def save(model: PeftModel, folder: Path, state: Mapping[str, Any] | None = None) -> None:
-    """Writes adapter_model.safetensors, adapter_config.json and base.json (the base's name and fingerprint)."""
-    # "auto" would ask the hub for the base's config; modules_to_save are written in any case
-    model.save_pretrained(str(folder), safe_serialization=True, state_dict=state, save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
-    if base := getattr(model.get_base_model(), "sft_base", None):
-        (folder / BASE).write_text(json.dumps(base, indent=2) + "\n", encoding="utf-8")
-
-
-def load(model: PreTrainedModel, folder: Path, *, trainable: bool = False) -> PeftModel:
-    """The adapter of `folder` on its base. Raises ModelError where this is another base, naming both."""
-    from peft import PeftModel
-
-    base = base_of(folder)
-    refuse_other_base(model, folder, base)
-    adapted = PeftModel.from_pretrained(
-        model, str(folder), is_trainable=trainable, use_safetensors=True, local_files_only=True
-    )
-    return adapted if trainable else adapted.eval()
+def _last(name: str) -> str:
+    """The last part of a dotted name."""
+    return name.rpartition(".")[2]

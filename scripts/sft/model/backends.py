@@ -1,4 +1,4 @@
-"""Whose kernels train the adapters: bitsandbytes with peft, or unsloth where it can be imported and there is a GPU.
+"""The library that trains adapters: bitsandbytes with peft, or unsloth where it can be imported and there is a GPU.
 
 unsloth patches transformers when it is imported, so it must come first: `train` calls `prepare` before anything else.
 """
@@ -11,32 +11,28 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from sft.errors import ModelError
+from sft.errors import ModelError, one_line
+from sft.model import hardware
 
 if TYPE_CHECKING:
     import torch
 
     from sft.config.schema import ModelSection, TuningSection
     from sft.model.files import ModelFiles
-    from sft.model.hardware import Hardware
 
 log = logging.getLogger("sft.model")
 
 
 @dataclass(frozen=True)
 class Backend:
-    """The backend that is used; `reason` says why it is not the one asked for, None where it is."""
+    """The backend that is used; `reason` says why it is not the configured one, None where it is."""
 
     name: Literal["bnb", "unsloth"]
     reason: str | None = None
 
 
-def choose(tuning: TuningSection, hardware: Hardware, *, kind: str = "causal") -> Backend:
+def choose(tuning: TuningSection, *, cuda: bool, kind: str = "causal") -> Backend:
     """The backend for this machine. unsloth falls back to bnb where it is not installed, or there is no CUDA GPU."""
-    return _choose(tuning, cuda=hardware.device == "cuda", kind=kind)
-
-
-def _choose(tuning: TuningSection, *, cuda: bool, kind: str) -> Backend:
     if tuning.backend == "bnb":
         return Backend("bnb")
     reason = None
@@ -50,30 +46,23 @@ def _choose(tuning: TuningSection, *, cuda: bool, kind: str) -> Backend:
 
 
 def prepare(tuning: TuningSection, *, kind: str = "causal") -> Backend:
-    """Chooses the backend and, for unsloth, imports it before transformers; says once why it falls back, if it does.
+    """Chooses the backend and, for unsloth, imports it before transformers; logs once why it falls back, if it does.
 
     Call it before transformers is imported. Raises nothing for a broken unsloth: that is a reason to fall back.
     """
-    from sft.model import hardware
-
-    chosen = _choose(tuning, cuda=bool(hardware.gpus()), kind=kind)
-    if chosen.name == "unsloth":
-        keep_xformers_off()
+    backend = choose(tuning, cuda=bool(hardware.gpus()), kind=kind)
+    if backend.name == "unsloth":
+        # XFormers' wheels often fit another torch, and SDPA is as good
+        os.environ.setdefault("XFORMERS_DISABLED", "1")
+        os.environ.setdefault("XFORMERS_FORCE_DISABLE_TRITON", "1")
         os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
         try:
             importlib.import_module("unsloth")
         except Exception as error:  # unsloth raises anything at import: a wrong CUDA, torch or driver
-            said = " ".join(str(error).split())[:200]
-            chosen = Backend("bnb", f"importing it fails: {type(error).__name__}: {said}")
-    if chosen.reason:
-        log.warning(f"tuning.backend is unsloth, but {chosen.reason}: training with bnb instead")
-    return chosen
-
-
-def keep_xformers_off() -> None:
-    """Keeps XFormers out of the way where it breaks: its wheels often fit another torch, and SDPA is as good."""
-    os.environ.setdefault("XFORMERS_DISABLED", "1")
-    os.environ.setdefault("XFORMERS_FORCE_DISABLE_TRITON", "1")
+            backend = Backend("bnb", f"importing it fails: {type(error).__name__}: {one_line(error, 200)}")
+    if backend.reason:
+        log.warning(f"tuning.backend is unsloth, but {backend.reason}: training with bnb instead")
+    return backend
 
 
 def load_unsloth(
@@ -113,7 +102,7 @@ def load_unsloth(
         )
     except (RuntimeError, ValueError, NotImplementedError) as error:
         raise ModelError(
-            f"unsloth cannot load {files.name}: {' '.join(str(error).split())[:300]}",
+            f"unsloth cannot load {files.name}: {one_line(error)}",
             where="tuning.backend",
             fix="--set tuning.backend=bnb",
         ) from None

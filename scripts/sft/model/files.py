@@ -1,4 +1,4 @@
-"""What a model is, read from its config.json: causal (GPT-like), seq2seq (T5-like), or neither, which cannot answer."""
+"""A model's files on disk: its kind by config.json, its safetensors files and their headers, its fingerprint."""
 
 from __future__ import annotations
 
@@ -13,55 +13,57 @@ from typing import Any, Literal
 from sft.errors import ModelError
 
 Kind = Literal["causal", "seq2seq"]
-_CAUSAL = ("ForCausalLM", "LMHeadModel")
-# Types that read in both directions unless `is_decoder` says otherwise, though they have a class for causal use. The
-# common ones stand here so that the usual model is recognised without importing transformers.
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+# Types that read in both directions unless `is_decoder` says otherwise, although they have a causal class. Listed, so
+# that the usual model is recognised without importing transformers.
 _ENCODERS = frozenset(
     "albert bert camembert data2vec-text deberta deberta-v2 distilbert electra ernie megatron-bert mobilebert"
     " modernbert mpnet rembert roberta roberta-prelayernorm roformer xlm-roberta xlm-roberta-xl xmod".split()
 )
-_FIX = "choose a model that writes text: decoder-only (Qwen2.5, Llama, Mistral, GPT-2) or encoder-decoder (T5)"
 
 
-def kind_of(config: dict[str, Any], wanted: str = "auto", *, name: str = "the model") -> Kind:
-    """The kind of the model that `config` (a config.json) describes; `wanted` is `model.type`.
+def kind_of(config: dict[str, Any], requested: str = "auto", *, name: str = "the model") -> Kind:
+    """The kind of the model that `config` (a config.json) describes; `requested` is `model.type`.
 
-    Raises ModelError for encoders (BERT), classifiers and models without a language head, and where `wanted` cannot be.
+    Raises ModelError for encoders (BERT), classifiers and models without a language head, and where `requested` is
+    another kind.
     """
-    found = _by_architecture(config) or _by_mapping(config)
+    kind = _kind_by_class(config) or _kind_by_mapping(config)
     architecture = _architecture(config) or str(config.get("model_type"))
-    if found is None:
+    if kind is None:
+        what = "not a text generator"
+        if "Classification" in architecture:
+            what = "a classifier"
+        elif "MaskedLM" in architecture or "Encoder" in architecture:
+            what = "an encoder"
         raise ModelError(
-            f"{name} is {_article(architecture)}: it has no head that writes text, so it cannot be fine-tuned on"
-            " answers",
+            f"{name} is {what} ({architecture}): it has no head that writes text, so it cannot learn answers",
             where="model.name",
-            fix=_FIX,
+            fix="choose a decoder-only model (Qwen2.5, Llama, Mistral, GPT-2) or an encoder-decoder (T5)",
         )
-    if wanted in ("auto", found):
-        return found
-    raise ModelError(
-        f"model.type is {wanted}, but {name} is {found} ({architecture})",
-        where="model.type",
-        fix=f"set model.type to auto or {found}",
-    )
+    if requested not in ("auto", kind):
+        raise ModelError(
+            f"model.type is {requested}, but {name} is {kind} ({architecture})",
+            where="model.type",
+            fix=f"set model.type to auto or {kind}",
+        )
+    return kind
 
 
 def _architecture(config: dict[str, Any]) -> str:
-    listed = config.get("architectures") or []
-    return str(listed[0]) if listed else ""
+    return str((config.get("architectures") or [""])[0])
 
 
-def _by_architecture(config: dict[str, Any]) -> Kind | None:
+def _kind_by_class(config: dict[str, Any]) -> Kind | None:
     """The kind by the class name that saved the weights; None where that says nothing or says no."""
     name = _architecture(config)
-    if config.get("is_encoder_decoder") and name.endswith(("ForConditionalGeneration", "LMHeadModel")):
-        return "seq2seq"
-    if name.endswith(_CAUSAL) and not config.get("is_encoder_decoder"):
-        return None if _is_encoder(config) else "causal"
-    return None
+    if config.get("is_encoder_decoder"):
+        return "seq2seq" if name.endswith(("ForConditionalGeneration", "LMHeadModel")) else None
+    return "causal" if name.endswith(("ForCausalLM", "LMHeadModel")) and not _is_encoder(config) else None
 
 
-def _by_mapping(config: dict[str, Any]) -> Kind | None:
+def _kind_by_mapping(config: dict[str, Any]) -> Kind | None:
     """The kind by transformers' own lists, for configs without a class name and for text models with other parts."""
     from transformers.models.auto import modeling_auto as auto
 
@@ -69,8 +71,8 @@ def _by_mapping(config: dict[str, Any]) -> Kind | None:
     if config.get("is_encoder_decoder"):
         known = auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
         return "seq2seq" if model_type in known and architecture in ("", known[model_type]) else None
-    fills_gaps = model_type in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.get("is_decoder")
-    if fills_gaps or _is_encoder(config) or model_type not in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    masked = model_type in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.get("is_decoder")
+    if masked or _is_encoder(config) or model_type not in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return None
     writes = architecture.endswith("ForConditionalGeneration") or not architecture
     return "causal" if writes or architecture == auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type] else None
@@ -80,20 +82,9 @@ def _is_encoder(config: dict[str, Any]) -> bool:
     return config.get("model_type") in _ENCODERS and not config.get("is_decoder")
 
 
-def _article(architecture: str) -> str:
-    what = "an encoder" if "MaskedLM" in architecture or "Encoder" in architecture else "not a text generator"
-    if "Classification" in architecture:
-        what = "a classifier"
-    return f"{what} ({architecture})"
-
-
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-
-
 @dataclass(frozen=True)
 class ModelFiles:
-    """A model that stands on the disk: its folder, the name it was asked for by, and what its config.json says."""
+    """A model on disk: its folder, the name that it was requested by, and its config.json."""
 
     path: Path
     name: str
@@ -103,7 +94,7 @@ class ModelFiles:
 
     @cached_property
     def weights(self) -> list[Path]:
-        """The safetensors files, every one checked to be there and whole. Raises ModelError."""
+        """The safetensors files, each one checked to be whole. Raises ModelError."""
         return weight_files(self.path, self.name)
 
     @cached_property
@@ -112,7 +103,7 @@ class ModelFiles:
         if not has_weights(self.path):
             return _parameters_of_config(self)
         headers = [tensors(path) for path in self.weights]
-        packed = 2 if self.quantised else 1  # bitsandbytes keeps two 4-bit numbers in a byte
+        packed = 2 if self.quantised else 1  # bitsandbytes stores two 4-bit numbers in a byte
         return sum(
             math.prod(entry["shape"]) * (packed if entry["dtype"] == "U8" else 1)
             for header in headers
@@ -122,15 +113,15 @@ class ModelFiles:
 
     @property
     def size(self) -> str:
-        """The number of parameters as people say it: `3.09B`, `494M`."""
+        """The number of parameters for people: `3.09B`, `494M`."""
         count = self.parameters
         return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.3g}M"
 
     @property
     def quantised(self) -> str | None:
-        """The method by which the stored weights are quantised already (`bitsandbytes`, `gptq`), None for full ones."""
-        said = self.config.get("quantization_config")
-        return str(said.get("quant_method", "unknown")) if said else None
+        """The method by which the stored weights are quantised (`bitsandbytes`, `gptq`), None for full precision."""
+        settings = self.config.get("quantization_config")
+        return str(settings.get("quant_method", "unknown")) if settings else None
 
     @cached_property
     def bytes(self) -> int:
@@ -140,12 +131,11 @@ class ModelFiles:
     def fingerprint(self) -> str:
         """A hash that tells two bases of the same shape apart without reading them whole.
 
-        Of every tensor its name, type, shape and 256 bytes from its middle; how they are shared out over files is
-        nothing to it.
+        Of every tensor its name, type, shape and 256 bytes from its middle, whatever files the tensors are in.
         """
         parts: list[tuple[str, str, list[int], bytes]] = []
         for path in self.weights:
-            start = _start(path)
+            start = _data_start(path)
             with open(path, "rb") as file:
                 for key, entry in sorted(tensors(path).items(), key=lambda item: item[1]["data_offsets"][0]):
                     first, last = entry["data_offsets"]
@@ -158,45 +148,32 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
     """The folder's config.json. Raises ModelError where it is missing or no JSON object."""
     path = folder / "config.json"
     if not path.is_file():
-        adapter = (folder / "adapter_config.json").is_file()
-        raise ModelError(
-            f"{name} is an adapter, not a model" if adapter else f"the folder {name} has no config.json, so no model",
-            where=str(folder),
-            fix="give its base as model.name and the adapter with --adapters"
-            if adapter
-            else "name a folder with config.json, tokenizer and safetensors, or a hub id",
-        )
+        what, fix = f"the folder {name} has no config.json, so it is no model", "name a folder with config.json,"
+        fix += " tokenizer and safetensors, or a hub id"
+        if (folder / "adapter_config.json").is_file():
+            what, fix = (
+                f"{name} is an adapter, not a model",
+                "set model.name to its base; name the adapter by --adapters",
+            )
+        raise ModelError(what, where=str(folder), fix=fix)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("not an object")
     except ValueError as error:
-        raise ModelError(f"config.json of {name} is not JSON: {error}", where=str(path), fix="fetch it again") from None
-    if not isinstance(config, dict):
-        raise ModelError(f"config.json of {name} is not an object", where=str(path), fix="fetch it again")
+        raise ModelError(f"config.json of {name} is not JSON: {error}", where=str(path), fix=_again(name)) from None
     return config
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether any safetensors weights stand there, whole or not."""
+    """Whether the folder has safetensors weights, whole or not."""
     return (folder / INDEX).is_file() or (folder / SINGLE).is_file()
 
 
 def weight_files(folder: Path, name: str) -> list[Path]:
     """The safetensors files of a folder. Raises ModelError where one is missing or cut short, or there are none."""
     if (folder / INDEX).is_file():
-        try:
-            shards = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError):
-            raise ModelError(
-                f"the index of {name} cannot be read", where=str(folder / INDEX), fix=_again(name)
-            ) from None
-        paths = [folder / shard for shard in shards]
-        if missing := [path.name for path in paths if not path.is_file()]:
-            raise ModelError(
-                f"{name} is incomplete: {len(missing)} of {len(paths)} shards are missing ({', '.join(missing[:3])}"
-                f"{', ...' if len(missing) > 3 else ''})",
-                where=str(folder),
-                fix=_again(name),
-            )
+        paths = _shards(folder, name)
     elif (folder / SINGLE).is_file():
         paths = [folder / SINGLE]
     else:
@@ -209,10 +186,27 @@ def weight_files(folder: Path, name: str) -> list[Path]:
             else "use a repository or folder with model.safetensors",
         )
     for path in paths:
-        header = tensors(path)
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        if path.stat().st_size < end + _start(path):
+        end = max((entry["data_offsets"][1] for entry in tensors(path).values()), default=0)
+        if path.stat().st_size < end + _data_start(path):
             raise ModelError(f"{path.name} of {name} is cut short", where=str(path), fix=_again(name))
+    return paths
+
+
+def _shards(folder: Path, name: str) -> list[Path]:
+    """The files that the index names. Raises ModelError where it cannot be read or one is missing."""
+    try:
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        paths = [folder / shard for shard in sorted(set(index["weight_map"].values()))]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ModelError(f"the index of {name} cannot be read", where=str(folder / INDEX), fix=_again(name)) from None
+    missing = [path.name for path in paths if not path.is_file()]
+    if missing:
+        names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise ModelError(
+            f"{name} is incomplete: {len(missing)} of {len(paths)} shards are missing ({names})",
+            where=str(folder),
+            fix=_again(name),
+        )
     return paths
 
 
@@ -228,19 +222,20 @@ def tensors(path: Path) -> dict[str, dict[str, Any]]:
         raise ModelError(
             f"{path.name} is not a safetensors file, or is cut short ({error})",
             where=str(path),
-            fix="fetch or write it again",
+            fix="download or write it again",
         ) from None
     header.pop("__metadata__", None)
     return header
 
 
-def _start(path: Path) -> int:
+def _data_start(path: Path) -> int:
+    """The byte at which the tensors' data starts."""
     with open(path, "rb") as file:
         return 8 + int.from_bytes(file.read(8), "little")
 
 
 def _again(name: str) -> str:
-    return f"fetch it again: make download-model MODEL={name}"
+    return f"download it again: make download-model MODEL={name}"
 
 
 def _parameters_of_config(files: ModelFiles) -> int:
@@ -249,7 +244,6 @@ def _parameters_of_config(files: ModelFiles) -> int:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     config = AutoConfig.from_pretrained(files.path, local_files_only=True)
-    maker = AutoModelForSeq2SeqLM if files.kind == "seq2seq" else AutoModelForCausalLM
+    family = AutoModelForSeq2SeqLM if files.kind == "seq2seq" else AutoModelForCausalLM
     with torch.device("meta"):
-        model = maker.from_config(config)
-    return sum(weight.numel() for weight in {id(p): p for p in model.parameters()}.values())
+        return sum(weight.numel() for weight in family.from_config(config).parameters())

@@ -1,4 +1,4 @@
-"""What this machine has: the device to train on, its memory, what it can compute. NVML answers without torch."""
+"""This machine's device, its memory and what it can compute. NVML answers without torch."""
 
 from __future__ import annotations
 
@@ -34,41 +34,32 @@ class Gpu:
 
 
 def probe() -> Hardware:
-    """The device to use: the process's first visible CUDA GPU, else the CPU. bf16: compute capability >= 8, or CPU."""
-    _steady_allocator()
-    import torch
+    """The device to use: the process's first visible CUDA GPU, else the CPU. bf16: compute capability >= 8, or CPU.
 
-    if not torch.cuda.is_available():
-        return _cpu()
-    index = local_rank() % torch.cuda.device_count()
-    free, total = torch.cuda.mem_get_info(index)
-    capability = torch.cuda.get_device_capability(index)
-    return Hardware(
-        device="cuda",
-        name=torch.cuda.get_device_name(index),
-        capability=(capability[0], capability[1]),
-        total_bytes=total,
-        free_bytes=free,
-        bf16=capability >= (8, 0),
-        count=torch.cuda.device_count(),
-    )
-
-
-def _steady_allocator() -> None:
-    """Lets torch's segments of GPU memory grow in place, before the first is made: rows of mixed lengths tear memory
-    less. What the user has set stands; not on WSL, whose driver refuses it (pytorch/pytorch#192330).
+    Lets torch's segments of GPU memory grow in place, before the first is made, so that rows of mixed lengths fragment
+    it less; not where the user has set the allocator, nor on WSL, whose driver refuses it (pytorch/pytorch#192330).
     """
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ and "microsoft" not in platform.release().lower():
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    import torch
+
+    if not torch.cuda.is_available():
+        total, available = memory()
+        return Hardware("cpu", platform.processor() or platform.machine(), None, total, available, bf16=True, count=1)
+    index = local_rank() % torch.cuda.device_count()
+    free, total = torch.cuda.mem_get_info(index)
+    major, minor = torch.cuda.get_device_capability(index)
+    name, count = torch.cuda.get_device_name(index), torch.cuda.device_count()
+    return Hardware("cuda", name, (major, minor), total, free, bf16=major >= 8, count=count)
 
 
 def local_rank() -> int:
-    """This process's place among those of this machine; 0 where there is one."""
+    """This process's rank among those of this machine; 0 where there is one."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def memory() -> tuple[int, int]:
-    """The system's memory: (total, available) bytes, the container's limit respected where there is one."""
+    """The system's memory: (total, available) bytes, within the container's limit where there is one."""
     import psutil
 
     now = psutil.virtual_memory()
@@ -80,20 +71,17 @@ def memory() -> tuple[int, int]:
 
 
 def gpus() -> list[Gpu]:
-    """Every NVIDIA GPU that CUDA_VISIBLE_DEVICES leaves, by NVML alone; none without a driver. Imports no torch."""
+    """Every NVIDIA GPU that CUDA_VISIBLE_DEVICES allows, by NVML alone; none without a driver. Imports no torch."""
     nvml = _nvml()
-    if nvml is None:
-        return []
-    found = []
-    for index in range(nvml.nvmlDeviceGetCount()):
+    visible = []
+    for index in range(nvml.nvmlDeviceGetCount() if nvml is not None else 0):
         handle = nvml.nvmlDeviceGetHandleByIndex(index)
-        room = nvml.nvmlDeviceGetMemoryInfo(handle)
+        sizes = nvml.nvmlDeviceGetMemoryInfo(handle)
         major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
-        uuid = _text(nvml.nvmlDeviceGetUUID(handle))
-        if _visible(index, uuid):
+        if _is_visible(index, _text(nvml.nvmlDeviceGetUUID(handle))):
             name = _text(nvml.nvmlDeviceGetName(handle))
-            found.append(Gpu(index, name, (int(major), int(minor)), int(room.total), int(room.free)))
-    return found
+            visible.append(Gpu(index, name, (int(major), int(minor)), int(sizes.total), int(sizes.free)))
+    return visible
 
 
 def driver() -> str | None:
@@ -105,12 +93,12 @@ def driver() -> str | None:
 def gpu_stats() -> dict[str, float] | None:
     """Memory (bytes), utilisation (0-1), temperature (degrees C) and power (W) of this process's GPU; None without."""
     nvml = _nvml()
-    visible = gpus() if nvml is not None else []
+    visible = gpus()
     if nvml is None or not visible:
         return None
     handle = nvml.nvmlDeviceGetHandleByIndex(visible[local_rank() % len(visible)].index)
-    room = nvml.nvmlDeviceGetMemoryInfo(handle)
-    stats = {"memory_used": float(room.used), "memory_total": float(room.total)}
+    sizes = nvml.nvmlDeviceGetMemoryInfo(handle)
+    stats = {"memory_used": float(sizes.used), "memory_total": float(sizes.total)}
     readings: dict[str, Callable[[], float]] = {
         "utilisation": lambda: nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100,
         "temperature": lambda: float(nvml.nvmlDeviceGetTemperature(handle, 0)),  # 0: the sensor on the chip
@@ -119,14 +107,9 @@ def gpu_stats() -> dict[str, float] | None:
     for name, read in readings.items():
         try:
             stats[name] = float(read())
-        except nvml.NVMLError:  # some cards do not tell
+        except nvml.NVMLError:  # some cards do not report it
             continue
     return stats
-
-
-def _cpu() -> Hardware:
-    total, available = memory()
-    return Hardware("cpu", platform.processor() or platform.machine(), None, total, available, bf16=True, count=1)
 
 
 def _nvml() -> Any:
@@ -139,12 +122,12 @@ def _nvml() -> Any:
     return pynvml
 
 
-def _visible(index: int, uuid: str) -> bool:
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is None:
+def _is_visible(index: int, uuid: str) -> bool:
+    setting = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if setting is None:
         return True
-    wanted = [part.strip() for part in named.split(",") if part.strip()]
-    return str(index) in wanted or any(uuid.startswith(part) for part in wanted if part.startswith("GPU-"))
+    devices = [part.strip() for part in setting.split(",") if part.strip()]
+    return str(index) in devices or any(uuid.startswith(part) for part in devices if part.startswith("GPU-"))
 
 
 def _text(value: Any) -> str:

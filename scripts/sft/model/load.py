@@ -6,7 +6,7 @@ import logging
 import sys
 from typing import TYPE_CHECKING, Any
 
-from sft.errors import EnvironmentProblem, ModelError
+from sft.errors import EnvironmentProblem, ModelError, one_line
 from sft.model import hardware
 from sft.model.files import ModelFiles
 
@@ -41,11 +41,17 @@ def load_base(
     """
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    _refuse_stored_quantisation(files, tuning, quantise)
+    method = files.quantised
+    if method and not (method == "bitsandbytes" and tuning.mode == "qlora" and quantise):
+        raise ModelError(
+            f"the weights of {files.name} are stored quantised ({method})",
+            where="model.name",
+            fix="name the full-precision model: qlora makes its own 4-bit weights from it, and merging needs it",
+        )
     if model.trust_remote_code:
         log.warning(f"model.trust_remote_code is on: code that comes with {files.name} runs on this machine")
     _ = files.weights
-    _quiet()
+    quiet_libraries()
     settings: dict[str, Any] = {
         "dtype": dtype,
         "device_map": {"": placement(model.device_map, device)},
@@ -54,17 +60,17 @@ def load_base(
         "trust_remote_code": model.trust_remote_code,
         "output_loading_info": True,
     }
-    if chosen := _attention(model, attention):
-        settings["attn_implementation"] = chosen
-    if tuning.mode == "qlora" and quantise and not files.quantised:
-        settings["quantization_config"] = _four_bit(tuning, dtype)
-    maker = AutoModelForSeq2SeqLM if files.kind == "seq2seq" else AutoModelForCausalLM
+    if implementation := attention if model.attn_implementation == "auto" else model.attn_implementation:
+        settings["attn_implementation"] = implementation
+    if tuning.mode == "qlora" and quantise and not method:
+        settings["quantization_config"] = four_bit_config(tuning, dtype)
+    family = AutoModelForSeq2SeqLM if files.kind == "seq2seq" else AutoModelForCausalLM
     try:
-        loaded, report = maker.from_pretrained(files.path, **settings)
+        loaded, report = family.from_pretrained(files.path, **settings)
     except Exception as error:
-        raise _said(files, error) from error
-    _refuse_gaps(files, report)
-    _keep_weights_canonical(loaded)
+        raise _as_our_error(files, error) from error
+    _refuse_missing_weights(files, report)
+    keep_4bit_layout(loaded)
     mark(loaded, files)
     loaded.config.use_cache = not train
     loaded.train(train)
@@ -72,23 +78,20 @@ def load_base(
 
 
 def mark(model: Any, files: ModelFiles) -> None:
-    """Notes on the model which base it is, so that its adapters can say so."""
+    """Notes on the model which base it is; its adapters are saved with that note."""
     model.name_or_path = files.name
     model.sft_base = {"name": files.name, "revision": files.revision, "fingerprint": files.fingerprint()}
 
 
 def placement(device_map: str, device: str) -> str:
-    """The device the whole model goes to; under several processes each takes the GPU of its own rank."""
+    """The device that the whole model goes to; under several processes each takes the GPU of its own rank."""
     if device_map not in ("auto", "cuda"):
         return device_map
     return f"cuda:{hardware.local_rank()}" if device.startswith("cuda") else "cpu"
 
 
-def _attention(model: ModelSection, offered: str | None) -> str | None:
-    return offered if model.attn_implementation == "auto" else model.attn_implementation
-
-
-def _four_bit(tuning: TuningSection, dtype: torch.dtype) -> Any:
+def four_bit_config(tuning: TuningSection, dtype: torch.dtype) -> Any:
+    """transformers' settings for 4-bit weights that compute in `dtype`."""
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
@@ -99,33 +102,7 @@ def _four_bit(tuning: TuningSection, dtype: torch.dtype) -> Any:
     )
 
 
-def _refuse_stored_quantisation(files: ModelFiles, tuning: TuningSection, quantise: bool) -> None:
-    method = files.quantised
-    if method and not (method == "bitsandbytes" and tuning.mode == "qlora" and quantise):
-        raise ModelError(
-            f"the weights of {files.name} are stored quantised ({method})",
-            where="model.name",
-            fix="name the full-precision model: qlora makes its own 4-bit weights from it, and merging needs it",
-        )
-
-
-def _refuse_gaps(files: ModelFiles, report: Any) -> None:
-    """transformers fills missing weights with random numbers and goes on; here that is an error."""
-    missing, strange = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
-    torn = [str(entry[0]) for entry in report["mismatched_keys"]]
-    if missing or torn:
-        named = (missing + torn)[:3]
-        raise ModelError(
-            f"{files.name} has no weights for {len(missing) + len(torn)} tensors that its config.json asks for"
-            f" ({', '.join(named)}{', ...' if len(missing) + len(torn) > 3 else ''}); they would be random",
-            where=str(files.path),
-            fix=f"fetch it again (make download-model MODEL={files.name}), or choose a model with a language head",
-        )
-    if strange:
-        log.warning(f"{len(strange)} tensors of {files.name} are not used by its architecture, e.g. {strange[0]}")
-
-
-def _keep_weights_canonical(model: Any) -> None:
+def keep_4bit_layout(model: Any) -> None:
     """Stops bitsandbytes from repacking 4-bit weights at the first evaluation on CPUs with AVX512-BF16.
 
     The packed form has no backward pass (0.50.2: `matmul_4bit` returns `gemv_4bit`'s result without a gradient), so
@@ -136,37 +113,53 @@ def _keep_weights_canonical(model: Any) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def _quiet() -> None:
+def quiet_libraries() -> None:
+    """Silences bitsandbytes and transformers while they load, and progress bars where stderr is no terminal."""
     for name in ("bitsandbytes.backends.cpu.ops", "transformers.distributed.tensor_parallel"):
         logging.getLogger(name).setLevel(logging.ERROR)
     if not sys.stderr.isatty():
-        from transformers.utils import logging as theirs
+        from transformers.utils.logging import disable_progress_bar
 
-        theirs.disable_progress_bar()
+        disable_progress_bar()
 
 
-def _said(files: ModelFiles, error: Exception) -> Exception:
-    said = " ".join(str(error).split())[:400]
+def _refuse_missing_weights(files: ModelFiles, report: Any) -> None:
+    """transformers fills missing weights with random numbers and goes on; here that is an error."""
+    missing = sorted(report["missing_keys"]) + [str(entry[0]) for entry in report["mismatched_keys"]]
+    if missing:
+        raise ModelError(
+            f"{files.name} has no weights for {len(missing)} tensors that its config.json requires"
+            f" ({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}); they would be random",
+            where=str(files.path),
+            fix=f"download it again (make download-model MODEL={files.name}), or choose a model with a language head",
+        )
+    if unused := sorted(report["unexpected_keys"]):
+        log.warning(f"{len(unused)} tensors of {files.name} are not used by its architecture, e.g. {unused[0]}")
+
+
+def _as_our_error(files: ModelFiles, error: Exception) -> Exception:
+    """transformers' error as ours, with its fix."""
+    message = one_line(error, 400)
     if isinstance(error, ModelError):
         return error
     if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
         return EnvironmentProblem(
-            f"there is not enough memory to load {files.name}: {said}",
+            f"there is not enough memory to load {files.name}: {message}",
             fix="make plan shows what fits; a smaller model, or tuning.mode: qlora",
         )
-    if "trust_remote_code" in said:
+    if "trust_remote_code" in message:
         return ModelError(
             f"{files.name} comes with code of its own",
             where="model.name",
             fix="if you trust its authors: --set model.trust_remote_code=true",
         )
-    if "attn_implementation" in said or "attention" in said.lower():
-        return ModelError(said, where="model.attn_implementation", fix="--set model.attn_implementation=eager")
-    return ModelError(f"{files.name} cannot be loaded: {type(error).__name__}: {said}", where=str(files.path))
+    if "attn_implementation" in message or "attention" in message.lower():
+        return ModelError(message, where="model.attn_implementation", fix="--set model.attn_implementation=eager")
+    return ModelError(f"{files.name} cannot be loaded: {type(error).__name__}: {message}", where=str(files.path))
 
 
 def empty_4bit_weight(weight: Any, dtype: torch.dtype, codes: dict[str, torch.Tensor]) -> torch.nn.Parameter:
-    """Packed 4-bit storage with the state that bitsandbytes keeps: blocks of 64, their scales in blocks of 256."""
+    """Packed 4-bit storage with bitsandbytes' state: blocks of 64, their scales in blocks of 256. For the planner."""
     import torch
     from bitsandbytes.functional import QuantState
 

@@ -1,4 +1,4 @@
-"""Loads a tokenizer, gives it a pad token that hides no end token, and says where text does not survive it."""
+"""Loads a tokenizer with a pad token that is not its end token, and reports text that does not survive it."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sft.errors import ModelError
+from sft.errors import ModelError, one_line
 from sft.model.files import ModelFiles
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger("sft.model")
-# Existing tokens that serve as padding, best first: made for it, then never learnt, then the end of a document where
-# a turn ends otherwise. Embeddings are never resized for a pad token.
-_PADS = (
+FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model", "tokenizer.model", "vocab.json", "vocab.txt")
+# Existing tokens that serve as padding, best first: made for it, then never trained, then the end of a document where
+# a turn ends with another token. Embeddings are never resized for a pad token.
+PAD_TOKENS = (
     "<pad>",
     "[PAD]",
     "<|pad|>",
@@ -28,7 +29,7 @@ _PADS = (
     "<unk>",
     "[UNK]",
 )
-_PROBES = (
+PROBES = (
     "Order 48213, due 2024-07-31: 3 × €19.95.",
     "def f(x):\n    return {'a': [1, 2.5e-3], \"b\": None}\n",
     "Ein Käse für Zoë; naïve café, 東京, Привет, 🙂!",
@@ -39,62 +40,55 @@ _PROBES = (
 def load_tokenizer(source: ModelFiles | Path | str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a model or of a folder with tokenizer files alone, with a pad token that is not its end token.
 
-    Where transformers rebuilds it into one with other ids, tokenizer.json is taken as it stands, and that is said.
-
-    Raises ModelError where the folder holds none, or one that cannot be read.
+    Where transformers rebuilds it into one with other ids, tokenizer.json is used as it is, with a warning.
+    Raises ModelError where the folder has none, or one that cannot be read.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     folder = source.path if isinstance(source, ModelFiles) else Path(source)
     name = source.name if isinstance(source, ModelFiles) else str(folder)
-    present = ("tokenizer.json", "tokenizer_config.json", "spiece.model", "tokenizer.model", "vocab.json", "vocab.txt")
-    if not any((folder / file).is_file() for file in present):
+    if not any((folder / file).is_file() for file in FILES):
         raise ModelError(
             f"{name} has no tokenizer files",
             where=str(folder),
-            fix=f"fetch it again: make download-model MODEL={name}",
+            fix=f"download it again: make download-model MODEL={name}",
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:
-        said = " ".join(str(error).split())[:300]
-        needs_code = "trust_remote_code" in said
+        message = one_line(error)
+        needs_code = "trust_remote_code" in message
         raise ModelError(
-            f"the tokenizer of {name} cannot be loaded: {said}",
+            f"the tokenizer of {name} cannot be loaded: {message}",
             where=str(folder),
-            fix="if you trust its authors: --set model.trust_remote_code=true" if needs_code else "fetch it again",
+            fix="if you trust its authors: --set model.trust_remote_code=true" if needs_code else "download it again",
         ) from None
-    if problem := _rebuilt(tokenizer):
-        tokenizer = _as_filed(folder)
-        log.warning(f"{problem}. It is loaded here as its file says; other programs may still rebuild it")
-    choose_pad(tokenizer, _rows(folder))
-    return tokenizer
-
-
-def _as_filed(folder: Path) -> PreTrainedTokenizerBase:
-    """tokenizer.json as it stands, whatever class the model type has."""
-    from transformers import PreTrainedTokenizerFast
-
-    return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)  # type: ignore[no-any-return]
+    if problem := _rebuild_problem(tokenizer):
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        log.warning(f"{problem}. Here it is loaded as its file says; other programs may still rebuild it")
+    choose_pad(tokenizer, _embedding_rows(folder))
+    return tokenizer  # type: ignore[no-any-return]
 
 
 def choose_pad(tokenizer: PreTrainedTokenizerBase, rows: int | None = None) -> str:
-    """Sets a pad token that differs from the end token, from the tokens there are; returns it.
+    """Sets a pad token that differs from the end token, among the existing tokens; returns it.
 
-    rows: rows of the embedding; a token beyond them is not taken. Where nothing fits, padding takes the end token's id:
-    labels come from `chat/`, never from the pad id, so the end of an answer is learnt all the same.
+    rows: rows of the embedding; a token beyond them is not used. Where nothing fits, padding uses the end token's id:
+    labels come from `chat/`, never from the pad id, so the end of an answer stays in the loss.
     """
     eos, pad = tokenizer.eos_token, tokenizer.pad_token
     if pad is not None and pad != eos:
         return str(pad)
-    known = tokenizer.get_vocab()
-    special = sorted(_special(tokenizer), key=lambda token: known.get(token, 0))
-    candidates = [token for token in _PADS if token in known]
-    candidates += [token for token in special if "pad" in token.lower()]
-    candidates += [token for token in special if "reserved" in token or "unused" in token]
+    vocabulary = tokenizer.get_vocab()
+    added: dict[int, Any] = getattr(tokenizer, "added_tokens_decoder", {})
+    special = {str(token) for token in added.values() if token.special} | set(tokenizer.all_special_tokens)
+    by_id = sorted(special, key=lambda token: vocabulary.get(token, 0))
+    candidates = [token for token in PAD_TOKENS if token in vocabulary]
+    candidates += [token for token in by_id if "pad" in token.lower()]
+    candidates += [token for token in by_id if "reserved" in token or "unused" in token]
     candidates += [str(tokenizer.unk_token)] if tokenizer.unk_token else []
     for token in candidates:
-        if token not in (eos, tokenizer.bos_token) and (rows is None or known[token] < rows):
+        if token not in (eos, tokenizer.bos_token) and (rows is None or vocabulary[token] < rows):
             tokenizer.pad_token = token
             log.info(f"padding with {token}, since the tokenizer pads with {'its end token' if pad else 'nothing'}")
             return token
@@ -115,46 +109,37 @@ def round_trip_problem(tokenizer: PreTrainedTokenizerBase) -> str | None:
     Two checks: against the folder's own tokenizer.json (transformers 5 rebuilds some tokenizers by the model type and
     gives other ids), and text -> ids -> text.
     """
-    return _rebuilt(tokenizer) or _lossy(tokenizer)
-
-
-def _rebuilt(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    own = Path(str(tokenizer.name_or_path)) / "tokenizer.json"
-    if not own.is_file():
-        return None
-    from tokenizers import Tokenizer
-
-    filed = Tokenizer.from_file(str(own))
-    for text in _PROBES:
-        expected = filed.encode(text, add_special_tokens=False).ids
-        got = _ids(tokenizer, text)
-        if got != expected:
-            return (
-                f"the tokenizer is not the one in {own}: transformers rebuilt it as {type(tokenizer).__name__}, and"
-                f" {text!r} becomes {len(got)} tokens instead of {len(expected)}; the model was trained on the latter"
-            )
-    return None
-
-
-def _lossy(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    for text in _PROBES:
-        back = tokenizer.decode(_ids(tokenizer, text), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    if problem := _rebuild_problem(tokenizer):
+        return problem
+    for text in PROBES:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        back = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         if str(back).strip(" ") != text.strip(" "):
             return f"the tokenizer changes text: {text!r} comes back as {back!r}"
     return None
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
-    return ids
+def _rebuild_problem(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Where its ids differ from those of the folder's tokenizer.json, or None."""
+    path = Path(str(tokenizer.name_or_path)) / "tokenizer.json"
+    if not path.is_file():
+        return None
+    from tokenizers import Tokenizer
+
+    stored = Tokenizer.from_file(str(path))
+    for text in PROBES:
+        expected = stored.encode(text, add_special_tokens=False).ids
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        if ids != expected:
+            return (
+                f"the tokenizer is not the one in {path}: transformers rebuilt it as {type(tokenizer).__name__}, and"
+                f" {text!r} becomes {len(ids)} tokens instead of {len(expected)}; the model was trained on the latter"
+            )
+    return None
 
 
-def _special(tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    added: dict[int, Any] = getattr(tokenizer, "added_tokens_decoder", {})
-    return {str(token) for token in added.values() if token.special} | set(tokenizer.all_special_tokens)
-
-
-def _rows(folder: Path) -> int | None:
+def _embedding_rows(folder: Path) -> int | None:
+    """Rows of the embedding by config.json, None where it does not say."""
     path = folder / "config.json"
     if not path.is_file():
         return None
