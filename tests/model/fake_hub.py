@@ -14,14 +14,14 @@ COMMIT = "c0ffee" + "0" * 34
 TOKEN = "hf_" + "testtoken0123456789"
 
 
-def handler(folder: Path, asked: list[str]) -> type[BaseHTTPRequestHandler]:
+def handler(folder: Path, requests: list[str]) -> type[BaseHTTPRequestHandler]:
     files = {path.name: path for path in folder.iterdir() if path.is_file()}
 
     class Hub(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def log_message(self, *args: object) -> None:
-            asked.append(f"{self.command} {self.path} {self.headers.get('Range', '')}".strip())
+            requests.append(f"{self.command} {self.path} {self.headers.get('Range', '')}".strip())
 
         def reply(self, status: int, body: bytes = b"", **headers: str) -> None:
             self.send_response(status)
@@ -79,13 +79,13 @@ def digest(path: Path) -> str:
 
 @contextmanager
 def serve(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """(address, list of what was asked): a hub that holds the files of `folder`."""
-    asked: list[str] = []
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler(folder, asked))
+    """(address, list of requests): a hub that holds the files of `folder`."""
+    requests: list[str] = []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler(folder, requests))
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}", asked
+        yield f"http://127.0.0.1:{server.server_port}", requests
     finally:
         server.shutdown()
         server.server_close()

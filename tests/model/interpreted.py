@@ -25,10 +25,10 @@ def tanh(x):  # type: ignore[no-untyped-def]
 def prepare(patch: pytest.MonkeyPatch) -> None:
     convert = interpreter._implicit_cvt
 
-    def scalar(given: Any) -> Any:
-        if not isinstance(given, float):
-            return convert(given)
-        return tl.tensor(interpreter.TensorHandle(np.array([given], dtype=np.float32), tl.float32), tl.float32)
+    def scalar(value: Any) -> Any:
+        if not isinstance(value, float):
+            return convert(value)
+        return tl.tensor(interpreter.TensorHandle(np.array([value], dtype=np.float32), tl.float32), tl.float32)
 
     patch.setattr(interpreter, "_implicit_cvt", scalar)
     patch.setattr(rms_norm, "rsqrt", rsqrt)

@@ -20,8 +20,8 @@ def find(name: object, root: Path, **settings):
 
 
 def test_an_existing_folder_is_found_from_the_root(tiny_qwen2):
-    found = find(tiny_qwen2.name, tiny_qwen2.parent)
-    assert (found.path, found.name, found.revision, found.kind) == (tiny_qwen2, tiny_qwen2.name, None, "causal")
+    model = find(tiny_qwen2.name, tiny_qwen2.parent)
+    assert (model.path, model.name, model.revision, model.kind) == (tiny_qwen2, tiny_qwen2.name, None, "causal")
 
 
 def test_parameters_are_counted_without_loading(tiny_qwen2, tiny_t5, tmp_path):
@@ -72,7 +72,7 @@ def test_what_cannot_write_text_is_refused(config):
         files.kind_of(config)
 
 
-def test_a_given_type_that_cannot_be_is_refused(tiny_qwen2, tmp_path):
+def test_a_type_that_cannot_be_is_refused(tiny_qwen2, tmp_path):
     with pytest.raises(ModelError, match=r"model.type is seq2seq, but .* is causal"):
         find(tiny_qwen2, tmp_path, type="seq2seq")
 
@@ -124,7 +124,7 @@ def test_pickled_weights_are_never_taken(tiny_qwen2, tmp_path):
         find("m", tmp_path)
 
 
-def test_an_adapter_given_as_a_model_is_told_apart(tmp_path):
+def test_an_adapter_given_as_a_model_is_an_error(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "adapter_config.json").write_text("{}")
     with pytest.raises(ModelError, match="a is an adapter, not a model"):
@@ -132,15 +132,15 @@ def test_an_adapter_given_as_a_model_is_told_apart(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("./nowhere", "the model folder ./nowhere does not exist"),
         ("nobody/no-such-model", "not in the hub's cache, and HF_HUB_OFFLINE forbids"),
         ("not a name!", "neither an existing folder nor a hub id"),
     ],
 )
-def test_a_model_that_is_nowhere_is_said_offline(tmp_path, name, said):
-    with pytest.raises(ModelError, match=said):
+def test_a_model_that_is_nowhere_is_an_error_offline(tmp_path, name, message):
+    with pytest.raises(ModelError, match=message):
         find(name, tmp_path)
 
 
@@ -180,11 +180,11 @@ def test_the_header_reader_agrees_with_safetensors(tiny_gpt2):
 
 
 @pytest.mark.parametrize(
-    ("name", "said"), [("no_such_attention", "no_such_attention"), ("flash_attention_2", "FlashAttention2")]
+    ("name", "message"), [("no_such_attention", "no_such_attention"), ("flash_attention_2", "FlashAttention2")]
 )
-def test_an_attention_that_is_not_there_is_said(tiny_qwen2, tmp_path, name, said):
+def test_an_unknown_attention_is_an_error(tiny_qwen2, tmp_path, name, message):
     section = ModelSection(name=str(tiny_qwen2), attn_implementation=name)
-    with pytest.raises(ModelError, match=said) as caught:
+    with pytest.raises(ModelError, match=message) as caught:
         load.load_base(
             hub.find(section, tmp_path), section, TuningSection(mode="lora"), torch.float32, device="cpu", train=True
         )

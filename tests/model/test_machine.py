@@ -1,4 +1,4 @@
-"""What the machine has, which backend it can use, and tokens that are found but never shown."""
+"""The machine's hardware, which backend it can use, and tokens that are read but never shown."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ def no_tokens(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_the_cpu_and_its_memory_are_told():
-    found = hardware.probe()
-    assert (found.device, found.capability, found.bf16, found.count) == ("cpu", None, True, 1)
-    assert 0 < found.free_bytes < found.total_bytes <= psutil.virtual_memory().total
+def test_without_a_gpu_the_cpu_and_its_memory_are_reported():
+    device = hardware.probe()
+    assert (device.device, device.capability, device.bf16, device.count) == ("cpu", None, True, 1)
+    assert 0 < device.free_bytes < device.total_bytes <= psutil.virtual_memory().total
     assert hardware.gpus() == []
     assert hardware.gpu_stats() is None
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-def test_nvml_and_torch_tell_the_same_gpu():
-    found, first = hardware.probe(), hardware.gpus()[0]
-    assert (found.device, found.name, found.capability) == ("cuda", first.name, first.capability)
+def test_nvml_and_torch_report_the_same_gpu():
+    device, first = hardware.probe(), hardware.gpus()[0]
+    assert (device.device, device.name, device.capability) == ("cuda", first.name, first.capability)
     stats = hardware.gpu_stats()
     assert stats is not None
     assert 0 < stats["memory_used"] < stats["memory_total"]
 
 
-def test_unsloth_falls_back_where_there_is_no_gpu_and_says_why_once(caplog):
+def test_unsloth_falls_back_where_there_is_no_gpu_and_logs_why_once(caplog):
     assert backends.choose(TuningSection(), cuda=False) == backends.Backend("bnb")
     assert backends.choose(UNSLOTH, cuda=False) == backends.Backend("bnb", "there is no CUDA GPU")
     if hardware.gpus():
@@ -83,12 +83,12 @@ def test_a_token_in_dot_env_reaches_every_library(monkeypatch, tmp_path):
     assert os.environ.pop("HF_TOKEN") == "from-dot-env-1234"
 
 
-def test_offline_means_that_nobody_is_asked():
+def test_offline_means_that_no_request_is_sent():
     assert hub.offline()
     assert not hub.reachable(0.1)
 
 
-def test_gpu_memory_grows_in_place_unless_the_user_or_wsl_says_otherwise(
+def test_gpu_memory_grows_in_place_unless_the_user_or_wsl_forbids_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     kernel = {"native": "6.8.0-generic", "wsl": "5.15.167.4-microsoft-standard-WSL2"}

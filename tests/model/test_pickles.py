@@ -34,8 +34,8 @@ def test_pickled_weights_are_refused_until_they_are_converted(tiny_qwen2: Path, 
     with pytest.raises(ModelError, match="which can run code") as caught:
         hub.find(section, tmp_path)
     assert "--allow-pickle" in str(caught.value.fix)
-    made = convert_pickles(tmp_path / "m", "m")
-    assert len(made) == parts and convert_pickles(tmp_path / "m", "m") == []
+    written = convert_pickles(tmp_path / "m", "m")
+    assert len(written) == parts and convert_pickles(tmp_path / "m", "m") == []
     read = {key: tensor for path in hub.find(section, tmp_path).weights for key, tensor in load_file(path).items()}
     assert all(torch.equal(read[key], one) for key, one in weights.items()) and read.keys() == weights.keys()
 

@@ -54,12 +54,12 @@ def test_real_tokenizers_load_from_their_files_alone(shared, name):
     assert round_trip_problem(tokenizer) is None
 
 
-def test_a_tokenizer_that_loses_text_is_told(shared, tiny_qwen2):
+def test_a_tokenizer_that_loses_text_is_reported(shared, tiny_qwen2):
     assert round_trip_problem(load_tokenizer(tiny_qwen2)) is None
     assert "the tokenizer changes text" in str(round_trip_problem(load_tokenizer(shared / "tokenizers" / "t5-small")))
 
 
-def test_a_tokenizer_that_transformers_rebuilds_otherwise_is_taken_as_filed(tmp_path, caplog):
+def test_a_tokenizer_that_transformers_rebuilds_is_loaded_as_its_file_says(tmp_path, caplog):
     """A tokenizer with another splitting pattern beside a config.json of Qwen2: rebuilt by the model type."""
     from tokenizers import Tokenizer
     from transformers import AutoTokenizer

@@ -32,41 +32,41 @@ def environment(address: str, home: Path) -> dict[str, str]:
 
 def test_a_model_is_fetched_whole_without_pickles_and_then_works_offline(repository, tmp_path, command):
     home = tmp_path / "home"
-    with serve(repository) as (address, asked):
+    with serve(repository) as (address, requests):
         done = command("download_model", "--model", "lab/tiny", "--json", **environment(address, home))
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert (found["model"], found["revision"], found["kind"]) == ("lab/tiny", COMMIT, "causal")
-    assert not [line for line in asked if "pytorch_model.bin" in line or "README" in line]
-    names = sorted(path.name for path in Path(found["path"]).iterdir())
+    model = json.loads(done.stdout)
+    assert (model["model"], model["revision"], model["kind"]) == ("lab/tiny", COMMIT, "causal")
+    assert not [line for line in requests if "pytorch_model.bin" in line or "README" in line]
+    names = sorted(path.name for path in Path(model["path"]).iterdir())
     assert names == [
         "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
         "tokenizer_config.json",
     ]  # fmt: skip
     offline = {**environment("http://127.0.0.1:9", home), "HF_HUB_OFFLINE": "1"}
     again = command("download_model", "--model", "lab/tiny", "--json", **offline)
-    assert (again.returncode, json.loads(again.stdout)["path"]) == (0, found["path"])
+    assert (again.returncode, json.loads(again.stdout)["path"]) == (0, model["path"])
 
 
-def test_a_broken_download_is_taken_up(repository, tmp_path, command):
+def test_a_broken_download_resumes(repository, tmp_path, command):
     home = tmp_path / "home"
-    with serve(repository) as (address, asked):
+    with serve(repository) as (address, requests):
         command("download_model", "--model", "lab/tiny", **environment(address, home))
         weights = next(home.rglob("snapshots/*/model.safetensors"))
         blob = weights.resolve()
         weights.unlink()
         blob.with_name(blob.name + ".part").write_bytes(blob.read_bytes()[:1000])
         blob.unlink()
-        asked.clear()
+        requests.clear()
         done = command("download_model", "--model", "lab/tiny", "--json", **environment(address, home))
     assert done.returncode == 0, done.stderr
     assert weights.read_bytes() == (repository / "model.safetensors").read_bytes()
-    fetched = [line for line in asked if line.startswith("GET") and "model.safetensors" in line]
+    fetched = [line for line in requests if line.startswith("GET") and "model.safetensors" in line]
     assert [line.split()[-1] for line in fetched] == ["bytes=1000-"]
-    assert not [line for line in asked if line.startswith("GET") and "/tokenizer.json" in line]
+    assert not [line for line in requests if line.startswith("GET") and "/tokenizer.json" in line]
 
 
-def test_a_file_that_arrives_damaged_is_not_kept(repository, tmp_path, command):
+def test_a_file_that_arrives_damaged_is_deleted(repository, tmp_path, command):
     home = tmp_path / "home"
     with serve(repository) as (address, _):
         command("download_model", "--model", "lab/tiny", **environment(address, home))
@@ -98,7 +98,7 @@ def test_a_gated_model_names_its_page_and_the_login_and_never_the_token(reposito
     assert TOKEN not in done.stderr + done.stdout
 
 
-def test_a_model_that_is_not_on_the_hub_is_said(repository, tmp_path, command):
+def test_a_model_that_is_not_on_the_hub_is_an_error(repository, tmp_path, command):
     with serve(repository) as (address, _):
         done = command("download_model", "--model", "lab/nothing", **environment(address, tmp_path / "home"))
     assert done.returncode == 2

@@ -30,22 +30,22 @@ def load(folder: Path, *, attn: str = attention.NAME, dtype: torch.dtype = torch
 def rows(lengths: tuple[int, ...] = LENGTHS, *, seed: int = 0, vocabulary: int = 250) -> list[dict[str, Any]]:
     """Rows whose first third is not in the loss; the second row has no label at all."""
     drawn = torch.Generator().manual_seed(seed)
-    made = []
+    examples = []
     for index, length in enumerate(lengths):
         ids = torch.randint(1, vocabulary, (length,), generator=drawn).tolist()
         prompt = length if index == 1 else length // 3
-        made.append({"id": f"r{index}", "input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
-    return made
+        examples.append({"id": f"r{index}", "input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
+    return examples
 
 
 def seq2seq_rows(lengths: tuple[int, ...] = LENGTHS, *, seed: int = 0) -> list[dict[str, Any]]:
     drawn = torch.Generator().manual_seed(seed)
-    made = []
+    examples = []
     for length in lengths:
         source = torch.randint(3, 60, (length,), generator=drawn).tolist()
         target = torch.randint(3, 60, (length // 2 + 1,), generator=drawn).tolist()
-        made.append({"input_ids": source, "labels": [*target, 1]})
-    return made
+        examples.append({"input_ids": source, "labels": [*target, 1]})
+    return examples
 
 
 def batch(lengths: tuple[int, ...] = LENGTHS, *, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -55,10 +55,10 @@ def batch(lengths: tuple[int, ...] = LENGTHS, *, seed: int = 0) -> dict[str, tor
 def gradients(model: Any) -> torch.Tensor:
     """All gradients of the model, one after another; clears them."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    found = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters])
+    joined = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters])
     model.zero_grad(set_to_none=True)
-    return found.detach().clone()
+    return joined.detach().clone()
 
 
-def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
+def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual - expected).detach().norm() / expected.detach().norm())

@@ -24,8 +24,8 @@ def _logits_packed(model: Any, batch: dict[str, torch.Tensor]) -> list[torch.Ten
     return list(model(**micro.inputs, use_cache=False).logits[0].split(batch["lengths"].tolist()))
 
 
-def _largest_difference(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
-    return max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True))
+def _largest_difference(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+    return max(float((a - b).abs().max()) for a, b in zip(actual, expected, strict=True))
 
 
 @pytest.mark.parametrize("family", ["tiny_qwen2", "tiny_gpt2"])
@@ -33,8 +33,8 @@ def test_packed_rows_have_the_logits_they_have_alone(family: str, request: pytes
     model = models.load(request.getfixturevalue(family), dtype=torch.float32).eval()
     batch = models.batch()
     with torch.no_grad():
-        found, expected = _logits_packed(model, batch), _logits_row_by_row(model, batch)
-    assert _largest_difference(found, expected) < 3e-6
+        actual, expected = _logits_packed(model, batch), _logits_row_by_row(model, batch)
+    assert _largest_difference(actual, expected) < 3e-6
     assert attention.keeps_rows_apart(model)
 
 
@@ -69,8 +69,8 @@ def test_a_sliding_window_is_honoured_whether_it_binds_or_not(window: int) -> No
     model = _model(_llama_like("mistral", sliding_window=window))
     batch = models.batch()
     with torch.no_grad():
-        found, expected = _logits_packed(model, batch), _logits_row_by_row(model, batch)
-    assert _largest_difference(found, expected) < 3e-6
+        actual, expected = _logits_packed(model, batch), _logits_row_by_row(model, batch)
+    assert _largest_difference(actual, expected) < 3e-6
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3_text", "olmo2", "phi3", "granite", "cohere"])
@@ -78,8 +78,8 @@ def test_other_families_keep_rows_apart_too(kind: str) -> None:
     model = _model(_llama_like(kind))
     batch = models.batch()
     with torch.no_grad():
-        found, expected = _logits_packed(model, batch), _logits_row_by_row(model, batch)
-    assert _largest_difference(found, expected) < 3e-6
+        actual, expected = _logits_packed(model, batch), _logits_row_by_row(model, batch)
+    assert _largest_difference(actual, expected) < 3e-6
     assert attention.keeps_rows_apart(model)
 
 
@@ -97,13 +97,13 @@ def test_caps_sinks_encoders_and_own_attention_are_refused() -> None:
     assert attention.implementation("mps", {"model_type": "qwen2"}) is None
 
 
-def test_without_a_capable_gpu_cuda_is_served_by_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_capable_gpu_cuda_uses_padded_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
     assert attention.implementation("cuda", {"model_type": "qwen2"}) is None
 
 
-def test_a_model_that_mixes_rows_is_found_out(tiny_qwen2: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_model_that_mixes_rows_is_detected(tiny_qwen2: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = models.load(tiny_qwen2, dtype=torch.float32)
     forward = model.forward
 
@@ -130,15 +130,15 @@ def test_generation_is_what_sdpa_generates(tiny_qwen2: Path) -> None:
 
 
 def test_checkpointing_recomputes_packed_rows_alike(tiny_qwen2: Path) -> None:
-    found = []
+    gradients = []
     for checkpointing in (False, True):
         model = models.load(tiny_qwen2)
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         (micro,) = split_micro_batches(models.batch(), tokens=10_000, packed=True)
         model(**micro.inputs, use_cache=False).logits.square().mean().backward()
-        found.append(models.gradients(model))
-    assert models.relative(found[1], found[0]) < 1e-12
+        gradients.append(models.gradients(model))
+    assert models.relative(gradients[1], gradients[0]) < 1e-12
 
 
 def _one_by_one(q: Any, k: Any, v: Any, at: Any, _at: Any, longest: int, _longest: int, *, scale: Any) -> Any:
@@ -164,7 +164,7 @@ def _torch_2_13(*args: Any, scale: Any = None, window_size: Any = (-1, -1), enab
 
 @pytest.mark.parametrize("kernel", [_torch_2_11, _torch_2_13])
 @pytest.mark.parametrize("shared", [2, 4])
-def test_the_cuda_kernel_of_each_torch_is_asked_for_what_sdpa_gives(
+def test_the_cuda_kernel_of_each_torch_gives_what_sdpa_gives(
     kernel: Any, shared: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from torch.nn.attention import varlen
@@ -183,6 +183,6 @@ def test_on_cuda_packed_rows_have_the_logits_they_have_alone(tiny_qwen2: Path) -
     model = models.load(tiny_qwen2, dtype=torch.bfloat16).cuda().eval()
     batch = {name: value.cuda() for name, value in models.batch().items()}
     with torch.no_grad():
-        found, expected = _logits_packed(model, batch), _logits_row_by_row(model, batch)
-    assert _largest_difference(found, expected) < 2e-2
+        actual, expected = _logits_packed(model, batch), _logits_row_by_row(model, batch)
+    assert _largest_difference(actual, expected) < 2e-2
     assert attention.keeps_rows_apart(model)

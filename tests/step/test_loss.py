@@ -1,4 +1,4 @@
-"""The tiled head gives the loss and gradients of full logits, for every kind of head, or steps aside and says so."""
+"""The tiled head gives the loss and gradients of full logits; unknown heads keep full logits, with a warning."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def _both(model: Any, *, smoothing: float = 0.0, tile: int = 4, seq2seq: bool = 
     """Relative differences of loss and of gradients between tiles and full logits."""
     batch = Collator("seq2seq")(models.seq2seq_rows()) if seq2seq else models.batch()
     micro = split_micro_batches(batch, tokens=10_000, packed=False)[0]
-    found = []
+    results = []
     for logits in ("full", "chunked"):
         config = StepConfig(logits=logits, logits_tile=tile, label_smoothing=smoothing)  # type: ignore[arg-type]
         losses = token_losses(model, micro, config)
         assert losses.shape == (micro.labelled,)
         (3 * losses.sum() / micro.labelled).backward()
-        found.append((losses.detach(), models.gradients(model)))
-    (losses, gradient), (tiled_losses, tiled_gradient) = found
+        results.append((losses.detach(), models.gradients(model)))
+    (losses, gradient), (tiled_losses, tiled_gradient) = results
     assert float(gradient.norm()) > 0
     return models.relative(tiled_losses, losses), models.relative(tiled_gradient, gradient)
 
@@ -107,7 +107,7 @@ def test_soft_caps_scales_and_biases_are_honoured(
     off, gradient = _both(model.train().requires_grad_(), smoothing=0.1)
     assert loss._transforms[model] == expected
     assert off < 1e-9
-    assert gradient < 1e-6  # models scale and cap by constants kept in their own way
+    assert gradient < 1e-6  # models scale and cap by constants kept in their own precision
 
 
 def test_t5_tied_and_untied(tiny_t5: Path) -> None:
@@ -118,9 +118,7 @@ def test_t5_tied_and_untied(tiny_t5: Path) -> None:
     assert max(_both(AutoModelForSeq2SeqLM.from_config(config).double().train(), seq2seq=True)) < 1e-11
 
 
-def test_a_head_it_does_not_know_is_left_to_the_model_and_said_once(
-    tiny_qwen2: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_unknown_head_keeps_full_logits_with_one_warning(tiny_qwen2: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = models.load(tiny_qwen2)
     forward = model.forward
 

@@ -1,4 +1,4 @@
-"""Packing inside the window: nearly all that is computed is real, and no row notices the others."""
+"""Packing inside the step batch: nearly all that is computed is real, and no row affects another."""
 
 from __future__ import annotations
 
@@ -79,6 +79,6 @@ def test_no_mode_does_more_operations_than_its_formula() -> None:
         "tie_word_embeddings": True,
     }
     modes = [(True, False, True), (True, True, True), (True, True, False), (False, True, True)]
-    found = flops.measure(material.made(6, longest=128, vocabulary=2000), shapes, tokens=256, modes=modes)
-    assert len(found) == len(modes)
-    assert all(0.9 < one["ratio"] <= 1.03 for one in found), found
+    modes_measured = flops.measure(material.made(6, longest=128, vocabulary=2000), shapes, tokens=256, modes=modes)
+    assert len(modes_measured) == len(modes)
+    assert all(0.9 < mode["ratio"] <= 1.03 for mode in modes_measured), modes_measured

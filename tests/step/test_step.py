@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from sft.errors import EnvironmentProblem
+from sft.model import adapters
 from sft.step import step
 from sft.step.batch import Collator, count_labels, split_micro_batches
 from sft.step.step import StepConfig, evaluate_loss, forward_backward, token_losses
@@ -49,27 +50,27 @@ def test_any_split_gives_the_gradients_of_the_mean_loss(
     loss, gradient = _expected(model, batch)
     for name, config in SPLITS.items():
         for logits in ("chunked", "full"):
-            found, _ = forward_backward(model, batch, replace(config, logits=logits, logits_tile=8))  # type: ignore[arg-type]
-            assert found.dtype == dtype
-            assert float((found - loss).abs() / loss) < limit, name
+            mean, _ = forward_backward(model, batch, replace(config, logits=logits, logits_tile=8))  # type: ignore[arg-type]
+            assert mean.dtype == dtype
+            assert float((mean - loss).abs() / loss) < limit, name
             assert models.relative(models.gradients(model), gradient) < limit, name
 
 
 def test_any_split_of_a_seq2seq_batch_too(tiny_t5: Path) -> None:
     model = models.load(tiny_t5, attn="sdpa", seq2seq=True)
     batch = Collator("seq2seq")(models.seq2seq_rows())
-    found = []
+    results = []
     for tokens, rows in ((10_000, 1), (10_000, None), (25, None)):
         loss, _ = forward_backward(model, batch, StepConfig(kind="seq2seq", micro_batch_tokens=tokens, max_rows=rows))
-        found.append((float(loss), models.gradients(model)))
-    assert all(abs(loss - found[0][0]) < 1e-12 for loss, _ in found)
-    assert all(models.relative(gradient, found[0][1]) < 1e-9 for _, gradient in found)
+        results.append((float(loss), models.gradients(model)))
+    assert all(abs(loss - results[0][0]) < 1e-12 for loss, _ in results)
+    assert all(models.relative(gradient, results[0][1]) < 1e-9 for _, gradient in results)
     ids, labels = batch["source_ids"].split(batch["source_lengths"].tolist()), batch["labels"]
     total = sum(
-        float(model(input_ids=source[None], labels=target[None]).loss) * len(target)
+        float(model(input_ids=source[None], labels=target[None]).loss.detach()) * len(target)
         for source, target in zip(ids, labels.split(batch["lengths"].tolist()), strict=True)
     )
-    assert abs(total / count_labels(batch) - found[0][0]) < 1e-6  # transformers' own loss, in fp32
+    assert abs(total / count_labels(batch) - results[0][0]) < 1e-6  # transformers' own loss, in fp32
 
 
 def test_the_normalizer_may_count_more_than_this_batch(tiny_qwen2: Path) -> None:
@@ -167,13 +168,13 @@ def test_out_of_memory_is_rolled_back_and_the_same_rows_replayed(
     model, batch = models.load(tiny_qwen2), models.batch()
     loss, gradient = _expected(model, batch)
     ceiling = Ceiling(model, 18, layer=1, backward=backward)
-    found, config = forward_backward(model, batch, StepConfig(packed=packed))
+    mean, config = forward_backward(model, batch, StepConfig(packed=packed))
     assert ceiling.failed == caplog.text.count("out of memory: replaying") > 0
     assert config.micro_batch_tokens <= 36 and config == StepConfig(
         packed=packed, micro_batch_tokens=config.micro_batch_tokens
     )
     assert f"at most {config.micro_batch_tokens} tokens" in caplog.text
-    assert float((found - loss).abs() / loss) < 1e-9
+    assert float((mean - loss).abs() / loss) < 1e-9
     assert models.relative(models.gradients(model), gradient) < 1e-9
 
 
@@ -223,12 +224,12 @@ def test_a_real_4_bit_base_trains_its_adapters_and_stays_as_it_was(tiny_qwen2: P
     torch.manual_seed(0)
     model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).train()
     before = {name: value.clone() for name, value in model.named_parameters() if not value.requires_grad}
-    batch, found = models.batch(), []
+    batch, gradients = models.batch(), []
     for name in ("1x8", "8x1 packed", "groups within 20"):
         forward_backward(model, batch, replace(SPLITS[name], logits_tile=8))
-        found.append(models.gradients(model))
-    assert float(found[0].norm()) > 0
-    assert all(models.relative(gradient, found[0]) < 1e-5 for gradient in found)
+        gradients.append(models.gradients(model))
+    assert float(gradients[0].norm()) > 0
+    assert all(models.relative(gradient, gradients[0]) < 1e-5 for gradient in gradients)
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
     losses = []
     for _ in range(5):
@@ -237,3 +238,46 @@ def test_a_real_4_bit_base_trains_its_adapters_and_stays_as_it_was(tiny_qwen2: P
         model.zero_grad(set_to_none=True)
     assert losses[-1] < losses[0] - 0.1
     assert all(torch.equal(value, before[name]) for name, value in model.named_parameters() if name in before)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_offloaded_activations_give_the_same_bits(
+    tiny_qwen2: Path, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_qwen2)
+    model.train()
+    adapters.set_checkpointing(model, checkpointing)
+    rows = [{"input_ids": list(range(5, 5 + n)), "labels": list(range(5, 5 + n))} for n in (30, 17)]
+    monkeypatch.setattr(step, "SMALL", 64)
+    sent, stays = list[int](), step.stays_on_gpu
+    monkeypatch.setattr(step, "stays_on_gpu", lambda tensor: stays(tensor) or bool(sent.append(tensor.numel())))
+    gradients = []
+    for offload in (False, True):
+        model.zero_grad()
+        forward_backward(model, Collator("causal")(rows), StepConfig(micro_batch_tokens=64, offload=offload))
+        gradients.append([weight.grad.clone() for weight in model.parameters()])
+    assert len(sent) > 2
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_offloading_restores_strides_and_stores_an_expanded_tensor_once() -> None:
+    padded = torch.randn(1, 1, 600, 608)[..., :597].expand(2, 4, 600, 597)
+    turned = torch.randn(512, 4, 300).transpose(0, 1)
+    hooks = step.offload_activations()
+    for tensor in (padded, turned):
+        *_, stored = packed = hooks.pack_hook(tensor)
+        restored = hooks.unpack_hook(packed)
+        assert torch.equal(restored, tensor) and restored.stride() == tensor.stride()
+        assert stored.data_ptr() != tensor.data_ptr() and stored.numel() <= 600 * 4 * 512
+    half = torch.randn(1, 600, 2048)[..., 1024:]  # of a fused projection: with its strides it would take the whole
+    *_, stored = packed = hooks.pack_hook(half)
+    assert torch.equal(hooks.unpack_hook(packed), half) and stored.untyped_storage().nbytes() == half.numel() * 4
+
+
+def test_offloading_leaves_weights_and_their_views() -> None:
+    weight = torch.nn.Parameter(torch.randn(1024, 1024))
+    assert (
+        step.stays_on_gpu(weight) and step.stays_on_gpu(weight.t()) and not step.stays_on_gpu(weight.detach().clone())
+    )

@@ -18,7 +18,7 @@ from sft.errors import ModelError
 from sft.memory.estimate import ModelSize
 from sft.model import adapters
 from sft.model.adapters import head, hits, is_linear, widths
-from sft.model.load import _four_bit, _keep_weights_canonical, _quiet, empty_4bit_weight
+from sft.model.load import empty_4bit_weight, four_bit_config, keep_4bit_layout, quiet_libraries
 
 _KEYS = (
     "model_type",
@@ -95,7 +95,7 @@ def meta_model(
     one. on_base: called with the bare model, from which it may remove layers. Raises ModelError for a config.json that
     transformers cannot build.
     """
-    _quiet()
+    quiet_libraries()
     with torch.device("meta"):
         model = base_on_meta(description, name, dtype, attention)
         if on_base is not None:
@@ -103,9 +103,9 @@ def meta_model(
         if tuning.mode == "qlora":
             from transformers.quantizers import AutoHfQuantizer
 
-            quantizer = AutoHfQuantizer.from_config(_four_bit(tuning, dtype), pre_quantized=False)
+            quantizer = AutoHfQuantizer.from_config(four_bit_config(tuning, dtype), pre_quantized=False)
             quantizer.preprocess_model(model=model, dtype=dtype, device_map={"": "cpu"})
-            _keep_weights_canonical(model)
+            keep_4bit_layout(model)
             model.is_loaded_in_4bit = True
         model.train()
         model.config.use_cache = False

@@ -1,6 +1,6 @@
 """Finds a model's files: in a folder, in the hub's cache, or on the hub, from where they are downloaded once.
 
-Only safetensors, JSON, templates and tokenizer files are downloaded, never pickles. The hub's token is found here too.
+Only safetensors, JSON, templates and tokenizer files are downloaded, never pickles. It also looks up the hub's token.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Attention that keeps the rows of one packed sequence apart, without padding and without the flash-attn package.
 
-Registered with transformers as `sft_rows`. Where `position_ids` restart and no mask is given, transformers tells the
-mask function that rows are packed; ours checks that the requested mask is causal within each row, and passes on the
+Registered with transformers as `sft_rows`. Where `position_ids` restart and no mask is given, transformers informs
+the mask function that rows are packed; ours checks that the requested mask is causal within each row, and passes on the
 rows' boundaries in its place. The attention function then runs each row by itself: `varlen_attn` on CUDA (16-bit,
 Ampere and newer), causal SDPA row by row elsewhere. Everything else (padding, a cache while generating, sliding windows
 that bind, chunks) goes to transformers' own SDPA functions.

@@ -108,7 +108,7 @@ class StepResult(NamedTuple):
 class EvaluationLoss:
     """row_sums: each row's loss summed over its labelled tokens, fp64 [R]; row_counts: its labelled tokens, int64 [R].
 
-    Both on the CPU, in the order of the rows given. config: to use from here on.
+    Both on the CPU, in the order of the rows. config: to use from here on.
     """
 
     row_sums: Tensor
