@@ -1,4 +1,4 @@
-"""Writes rows out as the chat template renders them: {"id", "input", "target"}, for other trainers or for a close look.
+"""Write rows out as the chat template renders them: {"id", "input", "target"}, for other trainers or for a close look.
 
     python scripts/render_template.py                             # data/rendered/{train,val,test}.jsonl
     python scripts/render_template.py --in rows.jsonl --out rendered.jsonl
@@ -22,45 +22,45 @@ python scripts/render_template.py --set data.template_path=alpaca --in rows.json
 
 
 def parser() -> argparse.ArgumentParser:
-    made = console.parser("Write rows out as the chat template renders them.", EXAMPLES)
-    made.add_argument("--in", dest="source", metavar="FILE", help="one file of rows (default: every split)")
-    made.add_argument("--out", dest="target", metavar="FILE", help="where its rendered rows go; needed with --in")
-    made.add_argument("--tokenizer", metavar="DIR", help="a folder of tokenizer files instead of model.name")
-    made.add_argument("--template", metavar="NAME|FILE", help="a chat template instead of data.template_path")
-    return made
+    result = console.parser("Write rows out as the chat template renders them.", EXAMPLES)
+    result.add_argument("--in", dest="source", metavar="FILE", help="one file of rows (default: every split)")
+    result.add_argument("--out", dest="target", metavar="FILE", help="where its rendered rows go; needed with --in")
+    result.add_argument("--tokenizer", metavar="DIR", help="a folder of tokenizer files instead of model.name")
+    result.add_argument("--template", metavar="NAME|FILE", help="a chat template instead of data.template_path")
+    return result
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
+    """Load the encoder, render one file or every split, report the rows that were refused."""
     from sft.config.load import load, resolve_path
     from sft.data import store
     from sft.errors import DataError
-    from sft.preflight.encoder import encoder_of
+    from sft.generation.load import load_named_encoder
 
     if bool(args.source) != bool(args.target):
         raise DataError("--in and --out go together", fix="give both, or neither to render every split")
     root = console.project_root()
     config = load(args.config, args.set, root=root).config
-    encoder = encoder_of(config, root, tokenizer=args.tokenizer, template=args.template)
+    encoder = load_named_encoder(config, root, tokenizer=args.tokenizer, template=args.template)
     if args.source:
         pairs = {args.target: (Path(args.source), Path(args.target))}
     else:
         stage = "auto" if config.data.stage == "rendered" else config.data.stage
-        found = store.resolve_stage(config.data.model_copy(update={"stage": stage}), root)
+        files = store.resolve_stage(config.data.model_copy(update={"stage": stage}), root)
         folder = resolve_path(root, config.data.rendered_dir)
-        splits = {"train": found.train, "val": found.val, "test": found.test}
+        splits = {"train": files.train, "val": files.val, "test": files.test}
         pairs = {name: (path, folder / f"{name}.jsonl") for name, path in splits.items() if path}
-    made = {name: _render(encoder, source, target) for name, (source, target) in pairs.items()}
+    results = {name: render(encoder, source, target) for name, (source, target) in pairs.items()}
     console.say(f"template: {encoder.template.name}")
-    console.table(
-        "Rows rendered", ("", "rows", "left out"), [(n, m["rows"], len(m["refused"])) for n, m in made.items()]
-    )
-    for name, counts in made.items():
-        for row, reason in list(counts["refused"].items())[:3]:
+    table = [(name, result["rows"], len(result["refused"])) for name, result in results.items()]
+    console.table("Rows rendered", ("", "rows", "left out"), table)
+    for name, result in results.items():
+        for row, reason in list(result["refused"].items())[:3]:
             console.warn(f"{name}: row {row}: {reason}")
-    return made
+    return results
 
 
-def _render(encoder: Any, source: Path, target: Path) -> dict[str, Any]:
+def render(encoder: Any, source: Path, target: Path) -> dict[str, Any]:
     """Rows written, and the rows that the template or the proof refuses, with the reason."""
     import json
 
@@ -74,11 +74,11 @@ def _render(encoder: Any, source: Path, target: Path) -> dict[str, Any]:
     with atomic_file(target) as staged, staged.open("w", encoding="utf-8", newline="\n") as file:
         for row in store.iter_rows(source):
             try:
-                made = row if records.is_rendered(row) else {"id": records.row_id(row), **encoder.split(row)}
-            except Refused as why:
-                refused[records.row_id(row)] = str(why)
+                rendered = row if records.is_rendered(row) else {"id": records.row_id(row), **encoder.split(row)}
+            except Refused as refusal:
+                refused[records.row_id(row)] = str(refusal)
                 continue
-            file.write(json.dumps(made, ensure_ascii=False) + "\n")
+            file.write(json.dumps(rendered, ensure_ascii=False) + "\n")
             rows += 1
         if not rows:
             raise DataError("no row can be rendered", where=str(source), fix=next(iter(refused.values()), None))

@@ -62,11 +62,11 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 def in_tokens(config: Any, root: Path, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     """The figures that need a tokenizer; None, said aloud, where the model is not here."""
     from sft.errors import ModelError
-    from sft.preflight.encoder import encoder_of
+    from sft.generation.load import load_encoder
     from sft.report import data_report
 
     try:
-        encoder = encoder_of(config, root)
+        encoder = load_encoder(config, root)
     except ModelError as error:
         console.warn(f"the page says nothing of tokens, since there is no tokenizer: {error}")
         return None

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sft.chat.dataset import Progress, RunLedger
-from sft.chat.dataset import encoded as each
+from sft.chat.dataset import encode_rows as each
 from sft.chat.encode import Encoded, Encoder
 from sft.chat.seq2seq import Seq2SeqEncoder
 from sft.chat.template import ChatTemplate, load_template

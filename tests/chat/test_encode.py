@@ -138,7 +138,7 @@ def test_every_row_is_trained_on_or_named(caplog: pytest.LogCaptureFixture) -> N
     assert sum(map(len, ledger.dropped.values())) == 3 and ledger.to_dict()["reasons"]["over length"] == 1
     assert ledger.labelled_tokens == 3 * 4
     for some, said in ((rows[4:], "no row is left to train on: 1 rows: over length"), ([], "there are no rows")):
-        assert said in str(all_of(made, some)[1].nothing_left("here"))
+        assert said in str(all_of(made, some)[1].no_rows_left("here"))
 
 
 def test_a_prompt_that_training_does_not_show_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -147,4 +147,7 @@ def test_a_prompt_that_training_does_not_show_is_said_once(caplog: pytest.LogCap
     with caplog.at_level(logging.WARNING, "sft.chat"):
         encoded(made, *ONE)
         encoded(made, *ONE)
-    assert [record.getMessage().startswith("test asks otherwise than it shows") for record in caplog.records] == [True]
+    assert [
+        record.getMessage().startswith("test: the generation prompt differs from the training text")
+        for record in caplog.records
+    ] == [True]

@@ -1,8 +1,7 @@
-"""Templates render as transformers renders them, and an evil one ends soon, in little memory, with its line."""
+"""Templates render as transformers renders them, in its sandbox, under limits of time and text."""
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
@@ -17,11 +16,6 @@ from tests.chat.making import answer, system, user
 FOLDER = Path(trl.__file__).parent / "chat_templates"
 TALK = [system("Be brief."), user("Hi\n there "), answer("<think>\na\n</think>\n\nb"), user("ü🙂"), answer(" c\n")]
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
-
-DOUBLED = (
-    "{% set ns = namespace(a=(1,), b=(1,)) %}{% for i in range(40) %}{% set ns.a = (ns.a, ns.a) %}"
-    "{% set ns.b = (ns.b, ns.b) %}{% endfor %}{% set a, b = ns.a, ns.b %}"
-)
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.jinja")), ids=lambda path: path.stem)
@@ -44,47 +38,24 @@ def test_text_is_that_of_transformers(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "source",
+    ("source", "reason"),
     [
-        "{{ 'a' * 10**9 }}",
-        "{{ [1] * 10**9 }}",
-        "{{ 'a' | center(10**9) }}",
-        "{{ 'a'.center(10**9) }}",
-        "{{ '%1000000000d' % 3 }}",
-        "{{ '%*d' % (10**9, 3) }}",
-        "{{ '%1000000000d' | format(3) }}",
-        "{{ '{:>1000000000}'.format(3) }}",
-        "{{ '{:>{w}}'.format(3, w=10**9) }}",
-        "{{ 7 ** (10**7) }}",
-        "{{ 'aaa'.replace('', 'b' * 9999999) | length }}",
-        "{{ ('b' * 9999999).join(['a', 'a', 'a', 'a']) | length }}",
-        "{{ ['a', 'a', 'a', 'a'] | join('b' * 9999999) | length }}",
-        "{{ {'a': 1} | tojson(indent=10**9) }}",
-        "{{ ('a\n' * 999999) | indent(999999) }}",
-        "{{ 'a'.translate({97: 'b' * 999}) }}",
-        "{% set ns = namespace(x='a') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
-        "{% set ns = namespace(x='a') %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
-        "{% set ns = namespace(x=9) %}{% for i in range(60) %}{% set ns.x = ns.x * ns.x %}{% endfor %}",
-        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-        "{% for i in range(99999) if i in range(99999) | list | reverse | list %}{% endfor %}",
-        "{{ range(99999) | list | reject('in', range(99999) | list) | list | length }}",
-        "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}",
-        "{{ ('ab' * 4000000) | sort | length }}",
-        "{{ ('a b ' * 2000000) | title | length }}",
-        "{{ ('a' * 10000000) | batch(10) | list | length }}",
-        "{{ ([[1]] * 90000) | sum(start=[]) | length }}",
-        *[DOUBLED + walked for walked in ("{{ a }}", "{{ a|tojson }}", "{{ a ~ '' }}", "{{ a == b }}", "{{ {a: 1} }}")],
-        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "runs for more than"),
+        ("{% for i in range(99999) if i in range(99999) | list | reverse | list %}{% endfor %}", "runs for more than"),
+        (
+            "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+            "runs for more than",
+        ),
+        ("{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}", "recursion"),
+        ("{% for i in range(99999) %}{{ 'a' * 1000 }}{% endfor %}", "writes more than 20,000,000 characters"),
     ],
 )
-def test_a_bomb_goes_off_harmlessly(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_template_that_does_not_end_is_stopped(source: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(template, "SECONDS", 0.4)
-    made = ChatTemplate("evil", "\n" + source + "{{ messages }}", {})
-    began = time.monotonic()
-    with pytest.raises((TemplateError, Refused)) as caught:
-        made.render(TALK)
-    assert time.monotonic() - began < 4
-    assert "evil:" in str(caught.value)
+    endless = ChatTemplate("evil", "\n" + source + "{{ messages }}", {})
+    with pytest.raises(TemplateError, match=reason) as caught:
+        endless.render(TALK)
+    assert caught.value.where is not None and caught.value.where.startswith("evil:")
 
 
 @pytest.mark.parametrize("source", ["{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}", "{{ messages.clear() }}"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sft.chat.template import names
+from sft.chat.template import template_names
 from tests.chat import words
 from tests.chat.making import ROOT, answer, encoded, learnt, named, system, user
 
@@ -90,7 +90,7 @@ def read(written: str) -> tuple[list[int], list[int]]:
 
 
 def test_the_cases_cover_every_template_that_can_be_named() -> None:
-    assert sorted(CASES) == sorted(FIRST) == names(ROOT)
+    assert sorted(CASES) == sorted(FIRST) == template_names(ROOT)
 
 
 @pytest.mark.parametrize("name", sorted(CASES))

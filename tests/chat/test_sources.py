@@ -42,10 +42,10 @@ def test_names_files_and_options(tmp_path: Path) -> None:
 
 
 def test_a_missing_template_names_the_nearest() -> None:
-    with pytest.raises(TemplateError, match="'lama3' is not there") as caught:
+    with pytest.raises(TemplateError, match="'lama3' does not exist") as caught:
         load_template(DataSection(template_path="lama3"), words.tokenizer(), ROOT)
     assert caught.value.fix is not None and caught.value.fix.startswith("did you mean llama3? names: alpaca,")
-    with pytest.raises(TemplateError, match="is not there"):
+    with pytest.raises(TemplateError, match="does not exist"):
         load_template(DataSection(template_path="a/b.jinja"), words.tokenizer(), ROOT)
 
 

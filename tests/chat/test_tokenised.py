@@ -13,7 +13,7 @@ import pytest
 
 from sft import files
 from sft.chat import dataset
-from sft.chat.dataset import RunLedger, Split, Tokenised, Tokeniser, fingerprint
+from sft.chat.dataset import RunLedger, Split, TokenisedRows, Tokeniser, fingerprint
 from sft.chat.encode import Encoded
 from sft.data import rows, store
 from sft.generation.load import shared_system_text
@@ -46,7 +46,7 @@ def encoder(**more: Any) -> Any:
 
 
 def start(made: Any, path: Path, cache: Path | None) -> Split:
-    return Tokeniser(made, cache)(path, files.sha256(path), about=shared_system_text)
+    return Tokeniser(made, cache)(path, files.sha256(path), summarise=shared_system_text)
 
 
 def entry_of(cache: Path) -> Path:
@@ -56,25 +56,25 @@ def entry_of(cache: Path) -> Path:
 
 @pytest.fixture
 def some(tmp_path: Path) -> Path:
-    return put(tmp_path / "train.jsonl", [row(number) for number in range(2_500)])
+    return put(tmp_path / "train.jsonl", [row(number) for number in range(600)])
 
 
 def test_what_is_kept_is_what_encoding_gives(tmp_path: Path, some: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = encoder()
     wanted, ledger = all_of(made, store.read_rows(some))
     features = [{"id": one.id, "input_ids": one.input_ids, "labels": one.labels} for one in wanted]
-    assert 1_100 < len(features) < 2_500 == ledger.rows_read and sum(map(len, ledger.dropped.values())) > 0
+    assert 250 < len(features) < 600 == ledger.rows_read and sum(map(len, ledger.dropped.values())) > 0
     encoded: list[int] = []
     encode = made.encode_batch
     monkeypatch.setattr(made, "encode_batch", lambda batch: encoded.append(len(batch)) or encode(batch))
-    for cache, kept, rows_encoded in ((None, False, 2_500), (tmp_path / "c", False, 2_500), (tmp_path / "c", True, 8)):
+    for cache, kept, rows_encoded in ((None, False, 600), (tmp_path / "c", False, 600), (tmp_path / "c", True, 8)):
         encoded.clear()
         found = start(made, some, cache)
         assert list(found.rows) == features and found.ledger == ledger and found.about == "Be brief."
-        assert found.kept is kept and sum(encoded) == rows_encoded
-    assert found.rows[-1] == features[-1] and found.rows[1_020:1_030] == features[1_020:1_030]
+        assert found.cached is kept and sum(encoded) == rows_encoded
+    assert found.rows[-1] == features[-1] and found.rows[250:260] == features[250:260]
     assert found.rows.lengths().tolist() == [len(one["input_ids"]) for one in features]
-    assert [f"{number:016x}" for number in found.rows.asks()[:3]] == [rows.prompt_id(row(n)) for n in range(3)]
+    assert [f"{number:016x}" for number in found.rows.prompt_ids()[:3]] == [rows.prompt_id(row(n)) for n in range(3)]
     with pytest.raises(IndexError):
         found.rows[len(features)]
 
@@ -106,10 +106,10 @@ def test_another_setting_template_tokenizer_or_file_is_another_entry(tmp_path: P
     assert len({fingerprint(made) for made in [encoder(), *changed]}) == 6
     assert fingerprint(encoder()) == fingerprint(encoder())
     start(encoder(), some, tmp_path / "c")
-    assert not start(encoder(max_seq_len=45), some, tmp_path / "c").kept
-    more = put(tmp_path / "more.jsonl", [row(number) for number in range(2_501)])
-    assert start(encoder(), more, tmp_path / "c").ledger.rows_read == 2_501
-    assert start(encoder(), some, tmp_path / "c").kept and len(list((tmp_path / "c").iterdir())) == 3
+    assert not start(encoder(max_seq_len=45), some, tmp_path / "c").cached
+    more = put(tmp_path / "more.jsonl", [row(number) for number in range(601)])
+    assert start(encoder(), more, tmp_path / "c").ledger.rows_read == 601
+    assert start(encoder(), some, tmp_path / "c").cached and len(list((tmp_path / "c").iterdir())) == 3
 
 
 def _flip(entry: Path) -> None:
@@ -147,8 +147,8 @@ def test_a_broken_or_foreign_entry_is_made_anew_and_said(
     harm(entry_of(cache))
     with caplog.at_level(logging.WARNING, "sft.chat"):
         again = start(encoder(), some, cache)
-    assert not again.kept and list(again.rows) == wanted and "cannot be used" in caplog.text
-    assert start(encoder(), some, cache).kept
+    assert not again.cached and list(again.rows) == wanted and "cannot be used" in caplog.text
+    assert start(encoder(), some, cache).cached
 
 
 def test_a_folder_that_cannot_be_written_keeps_nothing_and_is_said(
@@ -156,7 +156,7 @@ def test_a_folder_that_cannot_be_written_keeps_nothing_and_is_said(
 ) -> None:
     (tmp_path / "c").write_text("a file")
     found = start(encoder(), some, tmp_path / "c")
-    assert len(found.rows) == found.ledger.rows_trained > 0 and "cannot be kept" in caplog.text
+    assert len(found.rows) == found.ledger.rows_trained > 0 and "cannot be cached" in caplog.text
 
 
 def test_warnings_come_up_at_every_start_and_old_entries_go(
@@ -166,9 +166,9 @@ def test_warnings_come_up_at_every_start_and_old_entries_go(
     for _ in range(2):
         caplog.clear()
         found = start(encoder(), odd, tmp_path / "c")
-        assert [record.getMessage() for record in caplog.records] == found.said and "does not give text" in caplog.text
-    assert found.kept
-    monkeypatch.setattr(dataset, "ENTRIES", 2)
+        assert [record.getMessage() for record in caplog.records] == found.warnings and "changes text" in caplog.text
+    assert found.cached
+    monkeypatch.setattr(dataset, "MAX_ENTRIES", 2)
     first = entry_of(tmp_path / "c")
     os.utime(first, (1, 1))
     for limit in (50, 51):
@@ -193,7 +193,9 @@ def test_split_rows_are_kept_piece_by_piece_and_each_answer_is_learnt_once(tmp_p
     for kept in (False, True):
         found = start(made, path, tmp_path / "c")
         names = [feature["id"] for feature in found.rows]
-        assert found.kept is kept and sorted(set(names)) == ["r1", "r3", "r9"] and len(names) == found.ledger.pieces > 3
+        assert (
+            found.cached is kept and sorted(set(names)) == ["r1", "r3", "r9"] and len(names) == found.ledger.pieces > 3
+        )
         assert (found.ledger.rows_read, found.ledger.rows_trained) == (3, 3)
         assert found.ledger.labelled_tokens == 13 * made.encode(talks[0]).labels.count(words.ID["</s>"]) * 7
         assert found.rows.lengths().max() <= 60
@@ -212,4 +214,4 @@ def test_a_run_reads_its_rows_with_the_right_questions_and_says_what_is_given_aw
         assert rows.references(found.answer_rows[1]) == ["Bob.", "Ann."]
         assert found.ledger()["val"]["reasons"] == {"over length": 1} and "validation loss is optimistic" in caplog.text
         assert found.longest == max(len(one["input_ids"]) for one in found.train) and len(found.train) > 20
-    assert len(Tokenised()) == 0 and list(Tokenised()) == []
+    assert len(TokenisedRows()) == 0 and list(TokenisedRows()) == []

@@ -67,7 +67,7 @@ def tokenizer_for(*sources: str) -> Any:
 
 
 class NoAnswerError(Exception):
-    """The template asks otherwise than it shows, so the oracle cannot tell what is asked from what is learnt."""
+    """The template the generation prompt differs, so the oracle cannot tell what is asked from what is learnt."""
 
 
 def oracle(

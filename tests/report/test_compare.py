@@ -39,11 +39,11 @@ def overfitted(tmp_path: Path) -> Path:
     from transformers import AutoModelForCausalLM
 
     from sft.config.load import load
-    from sft.preflight.encoder import encoder_of
+    from sft.generation.load import load_encoder
 
     root = tiny_runs.project(tmp_path, ROOT / "models" / "demo")
     adapter = tiny_runs.finished_run(root, name="over", scale=0.0)
-    encoder = encoder_of(load(root / "configs" / "run_bnb.yaml", root=root).config, root)
+    encoder = load_encoder(load(root / "configs" / "run_bnb.yaml", root=root).config, root)
     base = AutoModelForCausalLM.from_pretrained(ROOT / "models" / "demo", dtype=torch.float32)
     model = PeftModel.from_pretrained(base, adapter, is_trainable=True)
     optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=1e-2)

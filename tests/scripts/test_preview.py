@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import preview
+from sft.errors import SftError
 from tests.chat import words
 from tests.chat.making import CHATML, ROOT, answer, user
 from tests.conftest import Result
@@ -40,6 +42,10 @@ def asked(place: Path, *more: object) -> tuple[object, ...]:
     )
 
 
+def run(*args: object) -> None:
+    preview.main(preview.parser().parse_args([str(arg) for arg in args]))
+
+
 def test_a_json_line_for_every_row(command: Callable[..., Result], place: Path) -> None:
     done = command("preview", *asked(place, "--limit", 0, "--json"))
     assert done.returncode == 0, done.stderr
@@ -59,23 +65,22 @@ def test_a_json_line_for_every_row(command: Callable[..., Result], place: Path) 
     assert four["dropped"] == "over length"
 
 
-def test_the_terminal_and_the_page(command: Callable[..., Result], place: Path, tmp_path: Path) -> None:
-    done = command("preview", *asked(place, "--id", "two"))
-    assert done.returncode == 0, done.stderr
-    assert "row two: 39 tokens, 10 learnt, 1 cut for length" in done.stdout
-    assert "Ann <unk> Bob.<|im_end|>" in done.stdout
+def test_the_terminal_and_the_page(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(*asked(place, "--id", "two"))
+    shown = capsys.readouterr().out
+    assert "row two: 39 tokens, 10 in the loss, 1 cut for length" in shown
+    assert "Ann <unk> Bob.<|im_end|>" in shown
     page = tmp_path / "page.html"
-    done = command("preview", *asked(place, "--html", page, "--limit", 2))
-    assert done.returncode == 0, done.stderr
+    run(*asked(place, "--html", page, "--limit", 2))
     html = page.read_text(encoding="utf-8")
     assert "row one" in html and "row four" in html and "row two" not in html  # the shortest and the longest
-    assert f'<span class="t labelled special" data-t="{words.ID["<|im_end|>"]} &#x27;&lt;|im_end|&gt;&#x27;">' in html
-    assert "http" not in html.replace("http-equiv", "")
+    assert f'<span class="t labelled special" data-t="{words.ID["<|im_end|>"]} &#39;&lt;|im_end|&gt;&#39;">' in html
+    assert ">\n</span>" in html and "http" not in html.replace("http-equiv", "")
     assert 'class="dropped"' in html
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "message"),
     [
         (("--set", "data.template_path={place}/bad.jinja"), "bad.jinja:2: {{{{ m.content }}"),
         (("--template", "{place}/mute.jinja"), "never shows the answer"),
@@ -83,8 +88,7 @@ def test_the_terminal_and_the_page(command: Callable[..., Result], place: Path, 
         (("--id", "seven"), "no row's id begins with seven"),
     ],
 )
-def test_what_a_user_can_fix_exits_with_2(
-    command: Callable[..., Result], place: Path, more: tuple[str, ...], said: str
-) -> None:
-    done = command("preview", *asked(place, *(part.format(place=place) for part in more)))
-    assert done.returncode == 2 and said.format() in done.stderr and "Traceback" not in done.stderr
+def test_what_a_user_can_fix_is_an_error_with_its_place(place: Path, more: tuple[str, ...], message: str) -> None:
+    with pytest.raises(SftError) as caught:
+        run(*asked(place, *(part.format(place=place) for part in more)))
+    assert caught.value.exit_code == 2 and message.format() in str(caught.value)

@@ -288,7 +288,7 @@ def test_llama_cpp_answers_as_transformers_does_in_every_family(llama, tmp_path,
 @pytest.mark.timeout(3000)
 def test_llama_cpp_gives_the_tuned_demo_s_text_for_20_prompts_in_f16(llama, tmp_path, command):
     """The whole way: train, export, load in llama.cpp, and the same greedy text."""
-    from sft.chat.encode import encoder_for
+    from sft.chat.encode import build_encoder
     from sft.runs import run_of_adapter
     from sft.ship.parity import GOLDEN_ROWS
 
@@ -304,7 +304,7 @@ def test_llama_cpp_gives_the_tuned_demo_s_text_for_20_prompts_in_f16(llama, tmp_
         assert done.returncode == 0, done.stderr
     folder = tmp_path / "outputs" / "merged_fp16"
     tokenizer = load_tokenizer(folder)
-    encoder = encoder_for(run_of_adapter(folder), tokenizer, "causal", tmp_path)
+    encoder = build_encoder(run_of_adapter(folder), tokenizer, "causal", tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "data" / "processed" / "test.jsonl").read_text().splitlines()[:20]]
     assert len(rows) == 20
     turns = [[{"role": role, "content": row[role]} for role in ("system", "user")] for row in rows]

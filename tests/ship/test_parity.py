@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sft.chat.encode import Encoder, encoder_for
+from sft.chat.encode import Encoder, build_encoder
 from sft.chat.template import ChatTemplate
 from sft.config.schema import Config, DataSection, ModelSection
 from sft.errors import TemplateError
@@ -31,7 +31,7 @@ def trained(**data):
     """The encoder of a run on the demo model."""
     tokenizer = load_tokenizer(DEMO)
     config = Config(model=ModelSection(name="models/demo", max_seq_len=1 << 20), data=DataSection(**data))
-    return encoder_for(config, tokenizer, "causal", ROOT)
+    return build_encoder(config, tokenizer, "causal", ROOT)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""All rows of a split, encoded, and the ledger of what came of each: rows read = rows trained on + rows named."""
+"""All rows of a split, encoded and cached, and the ledger: rows read = rows trained on + rows named with the reason."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import hashlib
 import json
 import logging
 import shutil
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
-from itertools import accumulate, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any, overload
 
@@ -28,9 +27,20 @@ from sft.data import store
 from sft.errors import DataError, EnvironmentProblem
 
 log = logging.getLogger("sft.chat")
+Feature = dict[str, Any]
 Progress = Callable[[int, int], None]  # rows done, rows in all
-BATCH = 256
-_SEEN = 32  # rows whose text is decoded again, to see whether the tokenizer keeps it
+Summarise = Callable[[Iterable[Row]], Any]
+BATCH = 256  # rows tokenised together
+FOLDER = ".cache/tokenised"  # below the project root; `make clean` removes it
+MAX_ENTRIES = 16  # of the cache; the least recently used go
+ROWS, ABOUT = "rows.arrow", "about.json"
+ROUND_TRIPS = 32  # rows decoded again, to see whether the tokenizer preserves their text
+VERIFIED = 8  # cached rows encoded again at each start, to see that the encoder still gives the same
+CODE = ("chat/*.py", "data/*.py", "model/tokenizer.py")  # the files that decide ids and labels
+LIBRARIES = ("transformers", "tokenizers", "jinja2", "pyarrow")
+_IDS = pyarrow.list_(pyarrow.int32())
+_COLUMNS = {"id": pyarrow.string(), "prompt_id": pyarrow.uint64(), "input_ids": _IDS, "labels": _IDS}
+SCHEMA = pyarrow.schema(_COLUMNS)
 
 
 @dataclass
@@ -38,7 +48,7 @@ class RunLedger:
     """rows_read = rows_trained + every row in `dropped` (reason -> ids).
 
     pieces: what is trained on, which is rows unless `split_turns` cuts some into several. pieces_dropped: reason ->
-    number of pieces that could not be used of rows that are trained on all the same.
+    number of unusable pieces of rows that are trained on nevertheless.
     """
 
     rows_read: int = 0
@@ -52,110 +62,88 @@ class RunLedger:
     pieces_dropped: dict[str, int] = field(default_factory=dict)
 
     def add(self, *pieces: Encoded) -> None:
-        """Counts one row: what it was encoded to, as a rule one piece."""
+        """Counts one row: what it was encoded to, usually one piece."""
         self.rows_read += 1
-        kept = [piece for piece in pieces if piece.dropped is None]
-        lost = [piece.dropped for piece in pieces if piece.dropped is not None]
-        if not kept:
-            self.dropped.setdefault(lost[0], []).append(pieces[0].id)
+        usable = [piece for piece in pieces if piece.dropped is None]
+        reasons = [piece.dropped for piece in pieces if piece.dropped is not None]
+        if not usable:
+            self.dropped.setdefault(reasons[0], []).append(pieces[0].id)
             return
-        for reason in lost:
+        for reason in reasons:
             self.pieces_dropped[reason] = self.pieces_dropped.get(reason, 0) + 1
         self.rows_trained += 1
-        self.pieces += len(kept)
-        self.tokens += sum(len(piece.input_ids) for piece in kept)
-        self.labelled_tokens += sum(label != IGNORED for piece in kept for label in piece.labels)
+        self.pieces += len(usable)
+        self.tokens += sum(len(piece.input_ids) for piece in usable)
+        self.labelled_tokens += sum(label != IGNORED for piece in usable for label in piece.labels)
         self.rows_truncated += any(piece.truncated_tokens for piece in pieces)
         self.tokens_truncated += sum(piece.truncated_tokens for piece in pieces)
 
     def to_dict(self) -> dict[str, Any]:
-        """As it stands in outputs/<run>/ledger.json."""
+        """As in outputs/<run>/ledger.json."""
         return {**vars(self), "reasons": {reason: len(ids) for reason, ids in self.dropped.items()}}
 
     def sentences(self) -> list[str]:
-        """What a person must know: rows dropped, rows cut."""
-        said = [f"{len(ids):,} rows dropped: {reason} (first: row {ids[0]})" for reason, ids in self.dropped.items()]
+        """What a person must know: rows dropped, cut or split."""
+        lines = [f"{len(ids):,} rows dropped: {reason} (first: row {ids[0]})" for reason, ids in self.dropped.items()]
         if self.rows_truncated:
-            said.append(f"{self.rows_truncated:,} rows cut to length, {self.tokens_truncated:,} tokens lost")
+            lines.append(f"{self.rows_truncated:,} rows cut to length, {self.tokens_truncated:,} tokens lost")
         if self.pieces > self.rows_trained:
-            said.append(f"{self.rows_trained:,} rows split at their turns into {self.pieces:,} pieces")
-        said += [f"{count:,} pieces of split rows dropped: {why}" for why, count in self.pieces_dropped.items()]
-        return said
+            lines.append(f"{self.rows_trained:,} rows split at their turns into {self.pieces:,} pieces")
+        return lines + [f"{count:,} pieces of split rows dropped: {why}" for why, count in self.pieces_dropped.items()]
 
-    def nothing_left(self, where: str) -> DataError:
+    def no_rows_left(self, where: str) -> DataError:
         """The error for rows of which none can be trained on, with the reasons."""
-        reasons = Counter({reason: len(ids) for reason, ids in self.dropped.items()}).most_common(5)
-        told = "; ".join(f"{count:,} rows: {reason}" for reason, count in reasons) or "there are no rows"
+        counts = Counter({reason: len(ids) for reason, ids in self.dropped.items()}).most_common(5)
+        reasons = "; ".join(f"{count:,} rows: {reason}" for reason, count in counts) or "there are no rows"
         fix = "look at the rows: python scripts/preview.py --in data/processed/train.jsonl"
-        return DataError(f"no row is left to train on: {told}", where=where, fix=fix)
+        return DataError(f"no row is left to train on: {reasons}", where=where, fix=fix)
 
 
-def encoded(
+def encode_rows(
     encoder: Encoder, rows: Iterable[Row], ledger: RunLedger, total: int, on_progress: Progress | None = None
 ) -> Iterator[tuple[Row, Encoded]]:
-    """Each piece to train on with the row that it is of, in order, few at a time in memory; counts them in `ledger`."""
-    waiting, looked = iter(rows), False
-    while batch := list(islice(waiting, BATCH)):
-        made = pieces(encoder, batch)
-        for row in made:
-            ledger.add(*row)
-        kept = [(row, one) for row, all_of_it in zip(batch, made, strict=True) for one in all_of_it if not one.dropped]
-        if not looked:
-            looked = True
-            _check_round_trip(encoder, [one for _, one in kept[:_SEEN]])
-        yield from kept
+    """Each piece to train on with its row, in order, few at a time in memory; counts them in `ledger`."""
+    remaining, checked = iter(rows), False
+    while batch := list(islice(remaining, BATCH)):
+        encoded = encode_pieces(encoder, batch)
+        for pieces in encoded:
+            ledger.add(*pieces)
+        usable = [(row, one) for row, pieces in zip(batch, encoded, strict=True) for one in pieces if not one.dropped]
+        if not checked:
+            checked = True
+            _check_round_trip(encoder, [piece for _, piece in usable[:ROUND_TRIPS]])
+        yield from usable
         if on_progress:
             on_progress(min(ledger.rows_read, total), total)
 
 
-def pieces(encoder: Encoder, rows: list[Row]) -> list[list[Encoded]]:
+def encode_pieces(encoder: Encoder, rows: list[Row]) -> list[list[Encoded]]:
     """What each row is trained on as: itself, or under `over_length: split_turns` as many pieces as it needs."""
-    made = encoder.encode_batch(rows)
     splits = encoder.over_length == "split_turns"
     return [
-        encoder.encode_pieces(row) if splits and (one.truncated_tokens or one.dropped) else [one]
-        for row, one in zip(rows, made, strict=True)
+        encoder.encode_pieces(row) if splits and (whole.truncated_tokens or whole.dropped) else [whole]
+        for row, whole in zip(rows, encoder.encode_batch(rows), strict=True)
     ]
 
 
 def _check_round_trip(encoder: Encoder, rows: list[Encoded]) -> None:
-    """Says once when the tokenizer does not give a text back: accents lost, spaces merged, unknown characters."""
-    if encoder.kind != "causal":
-        return
-    for row in rows:
-        if row.truncated_tokens or not row.text:
-            continue
-        back = encoder.tokenizer.decode(row.input_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        text, again = ("".join(told.split()) for told in (row.text, str(back)))
-        if text != again and not encoder.adds_end:
-            log.warning(f"the tokenizer does not give text back as it was, e.g. in row {row.id}: see it with preview")
+    """Warns once when the tokenizer does not give a text back: accents lost, spaces merged, unknown characters."""
+    for row in rows if encoder.kind == "causal" and not encoder.adds_end else []:
+        decoded = encoder.tokenizer.decode(row.input_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        whole = row.text and not row.truncated_tokens
+        if whole and "".join(row.text.split()) != "".join(str(decoded).split()):
+            log.warning(f"the tokenizer changes text, e.g. that of row {row.id}: see it with preview")
             return
 
 
-Feature = dict[str, Any]
-About = Callable[[Iterable[Row]], Any]
-FOLDER = ".cache/tokenised"  # below the project root; `make clean` removes it
-ENTRIES = 16  # the newest ones are kept
-ROWS, ABOUT = "rows.arrow", "about.json"
-TOGETHER = 1_024  # rows of one record batch
-LOOKED_AT = 8  # rows encoded anew at each start, to see that the encoder still makes what is kept
-CODE = ("chat/*.py", "data/*.py", "model/tokenizer.py")  # the files that decide ids and labels
-LIBRARIES = ("transformers", "tokenizers", "jinja2", "pyarrow")
-TOKENS = pyarrow.list_(pyarrow.int32())
-SCHEMA = pyarrow.schema({"id": pyarrow.string(), "asks": pyarrow.uint64(), "input_ids": TOKENS, "labels": TOKENS})
+class TokenisedRows(Sequence[Feature]):
+    """Rows `{"id", "input_ids", "labels"}` of an Arrow table (SCHEMA), e.g. memory-mapped; lists on access."""
 
-
-class Tokenised(Sequence[Feature]):
-    """Rows `{"id", "input_ids", "labels"}`, made into lists only when asked for. batches: of SCHEMA, e.g. mapped."""
-
-    def __init__(self, batches: Sequence[Any] = ()) -> None:
-        self._ids = [batch.column("id") for batch in batches]
-        self._asks = [_values(batch.column("asks"), np.uint64) for batch in batches]
-        self._lists = [{name: _list(batch.column(name)) for name in ("input_ids", "labels")} for batch in batches]
-        self._ends = list(accumulate(batch.num_rows for batch in batches))
+    def __init__(self, table: pyarrow.Table | None = None) -> None:
+        self._table = SCHEMA.empty_table() if table is None else table
 
     def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
+        return int(self._table.num_rows)
 
     @overload
     def __getitem__(self, index: int) -> Feature: ...
@@ -165,169 +153,150 @@ class Tokenised(Sequence[Feature]):
         if isinstance(index, slice):
             return [self[one] for one in range(*index.indices(len(self)))]
         index = range(len(self))[index]
-        batch = bisect_right(self._ends, index)
-        at = index - (self._ends[batch - 1] if batch else 0)
-        row: Feature = {"id": self._ids[batch][at].as_py()}
-        for name, (offsets, values) in self._lists[batch].items():
-            row[name] = values[offsets[at] : offsets[at + 1]].tolist()
+        row: Feature = {"id": self._table.column("id")[index].as_py()}
+        for name in ("input_ids", "labels"):
+            row[name] = self._table.column(name)[index].values.to_numpy().tolist()
         return row
 
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of each row's `input_ids`."""
-        made = [np.diff(lists["input_ids"][0]) for lists in self._lists]
-        return np.concatenate(made).astype(np.int64) if made else np.zeros(0, np.int64)
+        chunks = [np.diff(chunk.offsets.to_numpy()) for chunk in self._table.column("input_ids").chunks]
+        return np.concatenate([np.zeros(0, np.int64), *chunks])
 
-    def asks(self) -> NDArray[np.uint64]:
-        """For each row the number of what it asks (`records.prompt_id`)."""
-        return np.concatenate(self._asks) if self._asks else np.zeros(0, np.uint64)
-
-
-def _values(column: Any, kind: Any) -> NDArray[Any]:
-    """The numbers of a column as they lie in memory (of a list column: its offsets); pyarrow's own way loads pandas."""
-    return np.frombuffer(column.buffers()[1], kind)[: len(column) + isinstance(column, pyarrow.ListArray)]
-
-
-def _list(column: Any) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Where each row's numbers begin, and all numbers."""
-    return _values(column, np.int32), _values(column.values, np.int32)
+    def prompt_ids(self) -> NDArray[np.uint64]:
+        """For each row the hash of what it asks (`records.prompt_id`)."""
+        return np.asarray(self._table.column("prompt_id").to_numpy(), np.uint64)
 
 
 @dataclass(frozen=True)
 class Split:
-    """One file of rows, tokenised. about: what was asked of its rows. said: warnings that came up. kept: from before"""
+    """One file of rows, tokenised. about: what `summarise` returned. warnings: logged while encoding."""
 
-    rows: Tokenised
+    rows: TokenisedRows
     ledger: RunLedger
     about: Any
-    said: list[str]
-    kept: bool
+    warnings: list[str]
+    cached: bool
 
 
 class Tokeniser:
-    """Encodes files of rows, and keeps what it makes in a folder (None: in memory alone).
+    """Encodes files of rows and caches the result in a folder (None: in memory alone).
 
-    An entry is named by the SHA-256 of the file and `made_by`: the template, the tokenizer, the encoder's settings and
-    code. It is one folder with a manifest, put in place at once.
+    An entry is named by the SHA-256 of the file and the encoder's fingerprint: template, tokenizer, settings and code.
+    It is one folder with a manifest, put in place at once.
     """
 
     def __init__(self, encoder: Encoder, cache: Path | None) -> None:
         self.encoder, self.cache = encoder, cache
-        self.made_by = fingerprint(encoder) if cache is not None else ""
+        self.fingerprint = fingerprint(encoder) if cache is not None else ""
 
     def __call__(
-        self, path: Path, digest: str, *, about: About = lambda _rows: None, on_progress: Progress | None = None
+        self, path: Path, digest: str, *, summarise: Summarise = lambda _: None, on_progress: Progress | None = None
     ) -> Split:
-        """The rows of `path` that can be trained on: those that are kept, where they are still right, else made anew.
+        """The rows of `path` that can be trained on: cached ones where they are still right, else encoded anew.
 
-        digest: SHA-256 of the file. about: a question about all its rows; the answer (of JSON) is kept with them.
+        digest: SHA-256 of the file. summarise: a function of all its rows; what it returns (JSON) is cached with them.
         """
-        if self.cache is None:
-            return self._in_memory(path, about, on_progress)
-        entry = self.cache / hashlib.sha256(f"{digest} {self.made_by}".encode()).hexdigest()[:32]
-        if entry.exists():
-            found = _opened(entry, self.encoder, path)
-            if isinstance(found, Split):
-                return found
-            log.warning("the tokenised rows kept in %s cannot be used (%s): they are made anew", entry, found)
-        try:
-            with files.atomic_folder(entry) as staged:
-                with pyarrow.OSFile(str(staged / ROWS), "wb") as sink:
-                    told = _make(self.encoder, path, sink, about, on_progress)
-                files.write_json(staged / ABOUT, told)
-                files.write_manifest(staged)
-            _forget(self.cache)
-            return _split(pyarrow.memory_map(str(entry / ROWS)), told, kept=False)
-        except (OSError, EnvironmentProblem) as error:
-            log.warning("tokenised rows cannot be kept in %s (%s): they stay in memory", self.cache, error)
-            return self._in_memory(path, about, on_progress)
-
-    def _in_memory(self, path: Path, about: About, on_progress: Progress | None) -> Split:
-        sink = pyarrow.BufferOutputStream()
-        told = _make(self.encoder, path, sink, about, on_progress)
-        return _split(pyarrow.BufferReader(sink.getvalue()), told, kept=False)
+        if self.cache is not None:
+            entry = self.cache / hashlib.sha256(f"{digest} {self.fingerprint}".encode()).hexdigest()[:32]
+            try:
+                if entry.exists():
+                    split = _read_entry(entry, self.encoder, path)
+                    if isinstance(split, Split):
+                        return split
+                    log.warning("the cached tokens in %s cannot be used (%s): they are encoded again", entry, split)
+                with files.atomic_folder(entry) as staged:
+                    with pyarrow.OSFile(str(staged / ROWS), "wb") as sink:
+                        about = _write_rows(self.encoder, path, sink, summarise, on_progress)
+                    files.write_json(staged / ABOUT, about)
+                    files.write_manifest(staged)
+                _remove_old_entries(self.cache)
+                return _split(pyarrow.memory_map(str(entry / ROWS)), about, cached=False)
+            except (OSError, EnvironmentProblem) as error:
+                log.warning("tokens cannot be cached in %s (%s): they stay in memory", self.cache, error)
+        buffer = pyarrow.BufferOutputStream()
+        about = _write_rows(self.encoder, path, buffer, summarise, on_progress)
+        return _split(pyarrow.BufferReader(buffer.getvalue()), about, cached=False)
 
 
-def _make(encoder: Encoder, path: Path, sink: Any, about: About, on_progress: Progress | None) -> dict[str, Any]:
-    """Writes the rows to `sink` as they are encoded; returns what else is known of them, of JSON."""
+def _write_rows(
+    encoder: Encoder, path: Path, sink: Any, summarise: Summarise, on_progress: Progress | None
+) -> dict[str, Any]:
+    """Writes the rows to `sink` as they are encoded; returns ledger, summary and warnings as JSON values."""
     ledger = RunLedger()
     with path.open("rb") as lines:
         total = sum(1 for _ in lines)
-    with _heard() as said, pyarrow.ipc.new_file(sink, SCHEMA) as out:
-        made = encoded(encoder, store.iter_rows(path), ledger, total, on_progress)
-        while part := list(islice(made, TOGETHER)):
+    with _collect_warnings() as warnings, pyarrow.ipc.new_file(sink, SCHEMA) as out:
+        encoded = encode_rows(encoder, store.iter_rows(path), ledger, total, on_progress)
+        while part := list(islice(encoded, 4 * BATCH)):
             columns = {
-                "id": [one.id for _, one in part],
-                "asks": [int(records.prompt_id(row), 16) for row, _ in part],
-                "input_ids": [one.input_ids for _, one in part],
-                "labels": [one.labels for _, one in part],
+                "id": [piece.id for _, piece in part],
+                "prompt_id": [int(records.prompt_id(row), 16) for row, _ in part],
+                "input_ids": [piece.input_ids for _, piece in part],
+                "labels": [piece.labels for _, piece in part],
             }
             out.write_batch(pyarrow.RecordBatch.from_pydict(columns, schema=SCHEMA))
-    return {"ledger": vars(ledger), "about": about(store.iter_rows(path)), "said": said}
+    return {"ledger": vars(ledger), "about": summarise(store.iter_rows(path)), "warnings": warnings}
 
 
-def _opened(entry: Path, encoder: Encoder, path: Path) -> Split | str:
-    """What is kept in `entry`, or why it cannot be used. Warnings of the time when it was made are given again."""
+def _read_entry(entry: Path, encoder: Encoder, path: Path) -> Split | str:
+    """What is cached in `entry`, or why it cannot be used. Warnings of the time when it was written are repeated."""
     if problem := files.manifest_problem(entry):
         return problem
     try:
-        told = json.loads((entry / ABOUT).read_text(encoding="utf-8"))
-        found = _split(pyarrow.memory_map(str(entry / ROWS)), told, kept=True)
+        about = json.loads((entry / ABOUT).read_text(encoding="utf-8"))
+        split = _split(pyarrow.memory_map(str(entry / ROWS)), about, cached=True)
     except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
         return f"they cannot be read: {type(error).__name__}"
-    with _heard() as again:
-        first = pieces(encoder, list(islice(store.iter_rows(path), LOOKED_AT)))
-    wanted = [{"id": one.id, "input_ids": one.input_ids, "labels": one.labels}
-              for made in first for one in made if one.dropped is None]  # fmt: skip
-    if found.rows[: len(wanted)] != wanted:
-        return "the encoder makes other tokens of the same rows now"
-    for text in found.said:
-        if text not in again:
+    with _collect_warnings() as repeated:
+        first = encode_pieces(encoder, list(islice(store.iter_rows(path), VERIFIED)))
+    pieces = [piece for row in first for piece in row if piece.dropped is None]
+    expected = [{"id": piece.id, "input_ids": piece.input_ids, "labels": piece.labels} for piece in pieces]
+    if split.rows[: len(expected)] != expected:
+        return "the encoder now gives other tokens for the same rows"
+    for text in split.warnings:
+        if text not in repeated:
             log.warning("%s", text)
     entry.touch()
-    return found
+    return split
 
 
-def _split(source: Any, told: dict[str, Any], *, kept: bool) -> Split:
-    file = pyarrow.ipc.open_file(source)
-    if file.schema != SCHEMA:
+def _split(source: Any, about: dict[str, Any], *, cached: bool) -> Split:
+    table = pyarrow.ipc.open_file(source).read_all()
+    if table.schema != SCHEMA:
         raise ValueError("other columns")
-    rows = Tokenised([file.get_batch(number) for number in range(file.num_record_batches)])
-    return Split(rows, RunLedger(**told["ledger"]), told["about"], list(told["said"]), kept)
+    ledger = RunLedger(**about["ledger"])
+    return Split(TokenisedRows(table), ledger, about["about"], list(about["warnings"]), cached)
 
 
 def fingerprint(encoder: Encoder) -> str:
-    """SHA-256 over all that decides what an encoder makes of a row."""
+    """SHA-256 over all that decides what an encoder makes of a row: template, tokenizer, settings, code, libraries."""
     template, tokenizer = encoder.template, encoder.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    words = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
-    told = [template.digest, _plain(template), encoder.kind, _plain(encoder), type(tokenizer).__name__, _code()]
-    return hashlib.sha256(f"{told!r} {words}".encode()).hexdigest()
+    vocabulary = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+    package = Path(__file__).resolve().parents[1]
+    code = [files.sha256(path) for pattern in CODE for path in sorted(package.glob(pattern))]
+    parts = (
+        template.digest,
+        (template.name, template.origin, template.control_text, template.parts),
+        (encoder.kind, encoder.max_seq_len, encoder.over_length, encoder.in_loss),
+        type(tokenizer).__name__,
+        (*code, *(metadata.version(name) for name in LIBRARIES)),
+    )
+    return hashlib.sha256(f"{parts!r} {vocabulary}".encode()).hexdigest()
 
 
-def _plain(thing: Any) -> list[tuple[str, Any]]:
-    """The settings of an object: its attributes that are plain values, but `warned`, which is no setting."""
-    kinds = (str, int, float, type(None))
-    return sorted((name, value) for name, value in vars(thing).items() if isinstance(value, kinds) and name != "warned")
-
-
-def _code() -> list[str]:
-    """The version of the code that makes ids and labels: hashes of our files, versions of the libraries."""
-    room = Path(__file__).resolve().parents[1]
-    ours = [files.sha256(path) for pattern in CODE for path in sorted(room.glob(pattern))]
-    return [*ours, *(metadata.version(name) for name in LIBRARIES)]
-
-
-def _forget(cache: Path) -> None:
-    """Removes the entries that were not used for longest, and what killed starts left behind."""
+def _remove_old_entries(cache: Path) -> None:
+    """Removes the least recently used entries, and what killed commands left behind."""
     files.sweep(cache)
     entries = [path for path in cache.iterdir() if path.is_dir() and not path.name.startswith(".")]
-    for path in sorted(entries, key=lambda path: path.stat().st_mtime, reverse=True)[ENTRIES:]:
+    for path in sorted(entries, key=lambda path: path.stat().st_mtime, reverse=True)[MAX_ENTRIES:]:
         shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager
-def _heard() -> Iterator[list[str]]:
-    """Collects the warnings of this room that are logged meanwhile."""
+def _collect_warnings() -> Iterator[list[str]]:
+    """Collects what this package warns of meanwhile."""
     texts: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: texts.append(record.getMessage())  # type: ignore[method-assign]

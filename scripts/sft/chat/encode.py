@@ -1,4 +1,4 @@
-"""Rows as rendered text, `{"input", "target"}`: made from conversations, read back as the template ends them."""
+"""The encoder: rows to token ids, labels, prompts and stops, the same for train, eval, infer, preview and export."""
 
 from __future__ import annotations
 
@@ -10,167 +10,36 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from sft.chat import loss_mask, template_probe
-from sft.chat.assistant_spans import Spans
-from sft.chat.loss_mask import IGNORED, NO_LABEL, OVER_LENGTH, OverLength, fit
-from sft.chat.loss_mask import Row as Labelled
-from sft.chat.sentinels import Layout, Plan, Region, Tools
-from sft.chat.template import ChatTemplate, Refused, load_template
-from sft.chat.template import Message as template_Message
-from sft.chat.template_probe import Facts, Stops, learn
+from sft.chat.assistant_spans import AssistantSpans
+from sft.chat.loss_mask import IGNORED, NO_LABEL, OVER_LENGTH, InLoss, LabelledRow, OverLength, fit_length, mask_loss
+from sft.chat.sentinels import Layout, Region
+from sft.chat.template import ChatTemplate, Message, Refused, Tools, load_template
+from sft.chat.template_probe import Stops, find_stops, probe_template
 from sft.chat.tokenize import Line, Tokens, Vocabulary
 from sft.config.schema import Config
 from sft.data import rows as records
 from sft.data.messages import normalize_messages
-from sft.data.rows import Message, RowFault
+from sft.data.rows import RowFault
 from sft.errors import TemplateError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-
-Row = dict[str, Any]
-
-
-def rendered_layout(row: Row, facts: Facts) -> Layout:
-    """The text of a rendered row: as the template would end it, unless it ends so already."""
-    source, target = str(row["input"]), str(row["target"])
-    turn, shown = facts.turn, len(target)
-    tail, end, missing = turn.tail, turn.end, None if turn.end.strip() else turn.middle_end.strip()
-    if any(target.rstrip().endswith(ending.strip()) for ending in facts.ends):
-        tail, end, missing, shown = "", "", None, len(target.rstrip())
-    start = len(source) - (len(turn.space) if turn.space and source.endswith(turn.space) else 0)
-    region = Region(0, start, len(source) + shown + len(end), missing, asked=len(source))
-    return Layout(source + target + tail, [region], spans(row), len(source))
-
-
-def source(row: Row) -> Layout:
-    """The text that a rendered row asks with."""
-    text = str(row["input"])
-    return Layout(text, fakes=[fake for fake in spans(row) if fake[1] <= len(text)])
-
-
-def spans(row: Row) -> list[tuple[int, int]]:
-    """Where control tokens stand in the row's words, which are plain text there."""
-    return [(int(start), int(end)) for start, end in row.get("plain_spans") or []]
-
-
-def split(found: Layout, facts: Facts) -> Row:
-    """A conversation's `input`, up to where the model begins to write its last answer, its `target` without the end
-    that the template always writes, and `plain_spans`. Raises Refused with the reason.
-    """
-    if not found.regions:
-        raise Refused("there is no answer in it")
-    region, turn, text = found.regions[-1], facts.turn, found.text
-    usual = region.end + len(turn.tail) - len(turn.end)
-    if text[region.end - len(turn.end) :] == turn.tail and usual == len(text):
-        target = text[region.cut : region.end - len(turn.end)]
-    elif any(text[: region.end].endswith(ending.strip()) for ending in facts.ends):
-        target = text[region.cut :]
-    else:
-        raise Refused("its last answer ends otherwise than answers do, so it cannot be told as input and target")
-    made: Row = {"input": text[: region.cut], "target": target}
-    return {**made, "plain_spans": [list(fake) for fake in found.fakes]} if found.fakes else made
-
-
-def cut(messages: list[Message], fits: Callable[[list[Message]], bool]) -> list[list[Message]]:
-    """The pieces of a conversation, in order. One exchange that does not fit by itself is a piece all the same."""
-    head, exchanges = _exchanges(messages)
-    pieces: list[list[Message]] = []
-    while exchanges:
-        low, high = 1, len(exchanges)  # how many of them fit: at least `low`, at most `high`
-        while low < high:
-            middle = (low + high + 1) // 2
-            if fits(_joined(head, exchanges[:middle])):
-                low = middle
-            else:
-                high = middle - 1
-        pieces.append(_joined(head, exchanges[:low]))
-        exchanges = exchanges[low:]
-    return pieces
-
-
-def _exchanges(messages: list[Message]) -> tuple[list[Message], list[list[Message]]]:
-    """The system messages that a conversation begins with, and its exchanges."""
-    first = next((k for k, message in enumerate(messages) if message.get("role") != "system"), len(messages))
-    made: list[list[Message]] = []
-    answered = True  # a new exchange begins with a user's message behind an answer
-    for message in messages[first:]:
-        if answered and (message.get("role") == "user" or not made):
-            made.append([])
-        made[-1].append(message)
-        answered = message.get("role") == "assistant"
-    return messages[:first], made
-
-
-def _joined(head: list[Message], exchanges: list[list[Message]]) -> list[Message]:
-    return [*head, *(message for exchange in exchanges for message in exchange)]
-
-
-_ID = re.compile(r"[A-Za-z0-9]{9}")
-
-
-def fixed(messages: list[Message]) -> list[Message]:
-    """The messages in the plainest form, as many as before; equal to what was given where nothing can be done."""
-    made: list[Message] = []
-    waiting: list[tuple[str, str]] = []  # calls without a result yet: the id they had, the id they have
-    for index, message in enumerate(map(_read, messages)):
-        if isinstance(calls := message.get("tool_calls"), list) and all(isinstance(call, dict) for call in calls):
-            ids = [_id(call, index, at) for at, call in enumerate(calls)]
-            message["tool_calls"] = [{**call, "id": new} for call, new in zip(calls, ids, strict=True)]
-            waiting = [(str(call.get("id")), new) for call, new in zip(calls, ids, strict=True)]
-        elif message.get("role") == "tool" and waiting:
-            asked = str(message.get("tool_call_id"))
-            at = next((at for at, (old, _) in enumerate(waiting) if old == asked), 0)
-            message["tool_call_id"] = waiting.pop(at)[1]
-        made.append(message)
-    return made
-
-
-def without_system(messages: list[Message]) -> list[Message]:
-    """The messages with the system text before the first question's words, as Gemma 3 and Mistral write it."""
-    if [message.get("role") for message in messages[:2]] != ["system", "user"]:
-        return messages
-    texts = [message.get("content") for message in messages[:2]]
-    if not all(isinstance(text, str) for text in texts):
-        return messages
-    return [{**messages[1], "content": "\n\n".join(map(str, texts))}, *messages[2:]]
-
-
-def _read(message: Message) -> Message:
-    """A message with its content as text: parts as the data room reads them, reasoning and calls in their own keys."""
-    if message.get("content") is None:
-        return {**message, "content": ""}
-    if not isinstance(message["content"], list):
-        return dict(message)
-    try:
-        (read,) = normalize_messages([message], "messages")
-    except RowFault:
-        return dict(message)
-    return {**message, **read, "role": message["role"]}
-
-
-def _id(call: dict[str, Any], message: int, at: int) -> str:
-    if _ID.fullmatch(str(call.get("id"))):
-        return str(call["id"])
-    told = repr((call.get("id"), message, at, call.get("function", call)))
-    return hashlib.blake2b(told.encode(errors="surrogatepass"), digest_size=8).hexdigest()[:9]
-
-
 log = logging.getLogger("sft.chat")
+Row = dict[str, Any]
 Kind = Literal["causal", "seq2seq"]
-_ASKS = (
-    "asks otherwise than it shows: the prompt for row {row} is not the text before its last answer (a think block, as a"
-    " rule; data.template_options may set it)"
+_PROMPT_DIFFERS = (
+    "the generation prompt differs from the training text for row {row} (usually a <think> block;"
+    " data.template_options may set it)"
 )
-_REFUSES = (
-    "refuses row {row} as it stands: parts of text are joined, absent texts are empty, and tool calls get ids as it"
-    " wants them"
+_NORMALIZED = (
+    "the template refuses row {row} as it is, so parts of text are joined, absent texts are empty, and tool calls get"
+    " new ids"
 )
-_NO_SYSTEM = "takes no system text: that of row {row} stands before its first question"
-_LEAVES_OUT = (
-    "leaves out tool calls: row {row} is learnt without them, and a turn that is nothing else as an empty answer; take"
-    " a template that writes them"
+_NO_SYSTEM = "the template takes no system text: that of row {row} is put before its first question"
+_NO_CALLS = (
+    "the template leaves out tool calls: row {row} is trained without them, and a turn that is nothing else as an empty"
+    " answer; use a template that writes them"
 )
 
 
@@ -189,9 +58,17 @@ class Encoded:
     dropped: str | None = None
     text: str = ""
 
+    @property
+    def fits(self) -> bool:
+        """Whether the row needed no cut for length."""
+        return not self.truncated_tokens and self.dropped != OVER_LENGTH
+
 
 class Encoder:
-    """Encodes rows for a decoder-only model."""
+    """Encodes rows for a decoder-only model. Raises TemplateError where labels cannot be proven for the template.
+
+    eos_ids: the end tokens of the model's generation_config.
+    """
 
     kind: Kind = "causal"
 
@@ -202,70 +79,116 @@ class Encoder:
         *,
         max_seq_len: int,
         over_length: OverLength,
-        labels: loss_mask.Which,
+        labels: InLoss,
         eos_ids: Iterable[int] = (),
     ) -> None:
         self.template, self.tokenizer = template, tokenizer
-        self.max_seq_len, self.over_length, self.which = max_seq_len, over_length, labels
-        self.vocabulary = Vocabulary(tokenizer, words=template.control_text)
+        self.max_seq_len, self.over_length, self.in_loss = max_seq_len, over_length, labels
+        self.vocabulary = Vocabulary(tokenizer, control_text=template.control_text)
         self.warned: set[str] = set()
-        self.stops = self._learn(eos_ids)
+        self.stops = self._prepare(eos_ids)
 
-    def _learn(self, eos_ids: Iterable[int]) -> Stops:
-        """What the template does, from probes; returns what ends an answer."""
+    def _prepare(self, eos_ids: Iterable[int]) -> Stops:
+        """Probes the template; returns what ends an answer."""
         self.tokens = Tokens(self.tokenizer, self.vocabulary)
-        self.facts = learn(self.template, self.vocabulary)
-        self.spans = Spans(self.template, self.vocabulary, self.facts.turn)
-        self.adds_end = not self.facts.turn.end.strip()
-        if self.adds_end and not self.facts.turn.middle_end.strip() and self.tokenizer.eos_token_id is None:
+        self.traits = probe_template(self.template, self.vocabulary)
+        self.spans = AssistantSpans(self.template, self.vocabulary, self.traits.turn)
+        self.adds_end = not self.traits.turn.end.strip()
+        if self.adds_end and not self.traits.turn.middle_end.strip() and self.tokenizer.eos_token_id is None:
             raise TemplateError(
                 "neither the template nor the tokenizer has an end token, so answers would never stop",
                 where=self.template.name,
-                fix="take another template: --set data.template_path=chatml",
+                fix="use another template: --set data.template_path=chatml",
             )
-        return template_probe.find(self.facts, self.tokens, self.vocabulary, self.tokenizer, eos_ids)
+        return find_stops(self.traits, self.tokens, self.vocabulary, self.tokenizer, eos_ids)
 
     # --- training rows
 
     def encode(self, row: Row) -> Encoded:
-        """One row. Raises TemplateError for a template out of bounds, DataError under `over_length: error`."""
+        """One row. Raises TemplateError for a template past its limits, DataError under `over_length: error`."""
         return self.encode_batch([row])[0]
 
     def encode_batch(self, rows: list[Row]) -> list[Encoded]:
         """Many rows, tokenised together."""
-        plans = [self._plan(row) for row in rows]
-        texts = [] if self.tokens.walks else [plan.layout.text for plan in plans if isinstance(plan, Plan)]
-        lines = iter(self.tokens.lines(texts))
-        return [self._finish(plan, next(lines, None)) if isinstance(plan, Plan) else plan for plan in plans]
+        layouts = [self._layout_of_row(row) for row in rows]
+        lines = iter(self.tokens.lines([layout.text for layout in layouts if isinstance(layout, Layout)]))
+        return [
+            self._encoded(row, layout, next(lines)) if isinstance(layout, Layout) else layout
+            for row, layout in zip(rows, layouts, strict=True)
+        ]
 
     def encode_pieces(self, row: Row) -> list[Encoded]:
         """All that a row is trained on as: itself, or under `split_turns` pieces that fit, if it is too long.
 
-        Every answer is learnt in one piece alone, and every piece begins with the row's system text. A single exchange
-        that is too long is cut as under `truncate_left`.
+        Every answer is in the loss of one piece alone, and every piece begins with the row's system text. A single
+        exchange that is too long is cut as under `truncate_left`.
         """
-        splits = self.over_length == "split_turns" and self.which != "last_assistant" and not records.is_rendered(row)
-        made = self.encode(row)
-        if not splits or fits(made):
-            return [made]
-        same = {"id": made.id, "tools": records.tools(row)}
-        found = cut(records.messages(row), lambda part: fits(self.encode({**same, "messages": part})))
-        return [self.encode({**same, "messages": part}) for part in found] if len(found) > 1 else [made]
+        whole = self.encode(row)
+        splits = self.over_length == "split_turns" and self.in_loss != "last_assistant"
+        if not splits or whole.fits or records.is_rendered(row):
+            return [whole]
+        shared = {"id": whole.id, "tools": records.tools(row)}
+        pieces = split_long_chat(
+            records.messages(row), lambda messages: self.encode({**shared, "messages": messages}).fits
+        )
+        return [self.encode({**shared, "messages": piece}) for piece in pieces] if len(pieces) > 1 else [whole]
 
-    def _plan(self, row: Row) -> Plan | Encoded:
+    def _layout_of_row(self, row: Row) -> Layout | Encoded:
+        """The row's text and regions, or what a row that the template refuses becomes."""
         name = records.row_id(row)
         if records.is_rendered(row):
-            return Plan(name, rendered_layout(row, self.facts), [])
+            return self._rendered_layout(row)
         try:
             messages = records.messages(row)
             layout = self._layout(name, messages, records.tools(row))
         except Refused as refused:
             return Encoded(name, [], [], dropped=f"template: {refused}")
-        if layout.regions and layout.prompt_ends is None and messages[-1].get("role") == "assistant":
-            self._warn_once(name, _ASKS)
-        if layout.left_out:
-            self._warn_once(name, _LEAVES_OUT)
-        return Plan(name, layout, messages)
+        if layout.regions and not layout.prompt_shown and messages[-1].get("role") == "assistant":
+            self._warn_once(name, _PROMPT_DIFFERS)
+        if layout.drops_calls:
+            self._warn_once(name, _NO_CALLS)
+        return layout
+
+    def _layout(self, name: str, messages: list[Message], tools: Tools, *, prompt: bool = False) -> Layout:
+        """The proven layout of a conversation; of its normalised form where the template refuses this one."""
+        try:
+            return self.spans.layout(messages, tools, prompt=prompt)
+        except Refused as refused:
+            plain = plain_messages(messages)
+            for form in (plain,) if self.traits.takes_system else (plain, system_in_question(plain)):
+                try:
+                    layout = self.spans.layout(form, tools, prompt=prompt)
+                except Refused:
+                    continue
+                moved = len(messages) - len(form)
+                layout.regions = [replace(region, message=region.message + moved) for region in layout.regions]
+                self._warn_once(name, _NO_SYSTEM if moved else _NORMALIZED)
+                return layout
+            raise refused
+
+    def _encoded(self, row: Row, layout: Layout, line: Line) -> Encoded:
+        name, messages = records.row_id(row), [] if records.is_rendered(row) else records.messages(row)
+        try:
+            whole = self._labelled(layout, line, messages)
+        except Refused as refused:
+            return Encoded(name, [], [], dropped=f"template: {refused}", text=layout.text)
+        fitted, dropped = fit_length(whole, self.max_seq_len, self.over_length, name, self.tokenizer.bos_token_id)
+        if dropped is None and all(label == IGNORED for label in fitted.labels):
+            dropped = NO_LABEL
+        return Encoded(name, fitted.ids, fitted.labels, len(whole.ids) - len(fitted.ids), dropped, layout.text)
+
+    def _labelled(self, layout: Layout, line: Line, messages: list[Message]) -> LabelledRow:
+        """The tokens of a layout, with a boundary wherever the model begins to write or an end token is appended."""
+        ends: dict[Region, list[int]] = {}
+        for region in layout.regions:
+            if region.missing_end is not None:
+                end = region.missing_end
+                ends[region] = self.tokens.ids(end) if end else [int(self.tokenizer.eos_token_id)]
+        cuts = sorted([region.boundary for region in layout.regions] + [region.end for region in ends])
+        line = self.tokens.retokenise(line, layout.text, cuts, layout.plain_spans)
+        return mask_loss(line, layout.regions, ends, self.in_loss, messages)
+
+    # --- rendered rows: {"input", "target", "plain_spans"?}
 
     def split(self, row: Row) -> Row:
         """The rendered form of a row: `input` up to where the model begins to write its last answer, `target` without
@@ -273,84 +196,147 @@ class Encoder:
 
         Training on it gives the ids that training on the row itself gives. Raises Refused with the reason.
         """
-        found = self._layout(records.row_id(row), records.messages(row), records.tools(row))
-        return split(found, self.facts)
+        layout = self._layout(records.row_id(row), records.messages(row), records.tools(row))
+        if not layout.regions:
+            raise Refused("there is no answer in it")
+        region, turn, text = layout.regions[-1], self.traits.turn, layout.text
+        end = region.end - len(turn.end)
+        if text[end:] == turn.tail:
+            target = text[region.boundary : end]
+        elif any(text[: region.end].endswith(ending.strip()) for ending in self.traits.ends):
+            target = text[region.boundary :]
+        else:
+            raise Refused("its last answer has an unusual end, so it cannot be written as input and target")
+        rendered: Row = {"input": text[: region.boundary], "target": target}
+        if layout.plain_spans:
+            rendered["plain_spans"] = [list(span) for span in layout.plain_spans]
+        return rendered
 
-    def _layout(self, name: str, messages: list[template_Message], tools: Tools, *, prompt: bool = False) -> Layout:
-        """The proven layout of a conversation; of the same in another form where the template refuses this one."""
-        try:
-            return self.spans.layout(messages, tools, prompt=prompt)
-        except Refused as refused:
-            plain = fixed(messages)
-            for told in (plain,) if self.facts.system else (plain, without_system(plain)):
-                try:
-                    found = self.spans.layout(told, tools, prompt=prompt)
-                except Refused:
-                    continue
-                moved = len(messages) - len(told)
-                found.regions = [replace(region, message=region.message + moved) for region in found.regions]
-                self._warn_once(name, _NO_SYSTEM if moved else _REFUSES)
-                return found
-            raise refused
-
-    def _finish(self, plan: Plan, line: Line | None) -> Encoded:
-        layout = plan.layout
-        text = layout.text
-        try:
-            row = self._labelled(layout, line or self.tokens.lines([text])[0], plan.messages)
-        except Refused as refused:
-            return Encoded(plan.id, [], [], dropped=f"template: {refused}", text=text)
-        fitted, dropped = fit(row, self.max_seq_len, self.over_length, plan.id, self.tokenizer.bos_token_id)
-        if dropped is None and all(label == IGNORED for label in fitted.labels):
-            dropped = NO_LABEL
-        return Encoded(plan.id, fitted.ids, fitted.labels, len(row.ids) - len(fitted.ids), dropped, text)
-
-    def _labelled(self, layout: Layout, line: Line, messages: list[template_Message]) -> Labelled:
-        cuts = [region.cut for region in layout.regions]
-        cuts += [region.end for region in layout.regions if region.missing is not None]
-        line = self.tokens.fixed(line, layout.text, sorted(cuts), layout.fakes)
-        ends = {region: self._end_ids(region) for region in layout.regions if region.missing is not None}
-        return loss_mask.label(line, layout.regions, ends, self.which, messages)
-
-    def _end_ids(self, region: Region) -> list[int]:
-        return self.tokens.ids(region.missing) if region.missing else [int(self.tokenizer.eos_token_id)]
+    def _rendered_layout(self, row: Row) -> Layout:
+        """The text of a rendered row, ended as the template ends turns unless it ends so already."""
+        source, target, turn = str(row["input"]), str(row["target"]), self.traits.turn
+        if any(target.rstrip().endswith(ending.strip()) for ending in self.traits.ends):
+            tail, end, missing = "", len(source) + len(target.rstrip()), None
+        else:
+            tail, end = turn.tail, len(source) + len(target) + len(turn.end)
+            missing = None if turn.end.strip() else turn.middle_end.strip()
+        start = len(source) - (len(turn.space) if turn.space and source.endswith(turn.space) else 0)
+        region = Region(0, start, end, missing, prompt_end=len(source))
+        return Layout(source + target + tail, [region], _plain_spans(row), prompt_shown=True)
 
     # --- serving
 
-    def prompt(self, row: Row | list[template_Message]) -> list[int]:
+    def prompt(self, row: Row | list[Message]) -> list[int]:
         """The token ids that generation starts from: a row without its last answer, or the messages as they are.
 
         The ids are those that training showed before that answer. Raises TemplateError where the template refuses.
         """
-        messages: list[template_Message] = []
+        messages: list[Message] = []
         try:
             if isinstance(row, dict) and records.is_rendered(row):
-                layout = source(row)
+                text = str(row["input"])
+                layout = Layout(text, plain_spans=[span for span in _plain_spans(row) if span[1] <= len(text)])
             else:
                 messages, tools = records.prompt_messages(row)
                 layout = self._layout("of the prompt", messages, tools, prompt=True)
             return self._labelled(layout, self.tokens.lines([layout.text])[0], messages).ids
         except Refused as refused:
-            raise TemplateError(f"no prompt can be made: {refused}", where=self.template.name) from None
+            raise TemplateError(f"no prompt can be rendered: {refused}", where=self.template.name) from None
 
-    def _warn_once(self, row: str, said: str) -> None:
-        if said not in self.warned:
-            self.warned.add(said)
-            log.warning(f"{self.template.name} {said.format(row=row)}. docs/TEMPLATES.md")
-
-
-def fits(made: Encoded) -> bool:
-    """Whether a row needed no cut for length."""
-    return not made.truncated_tokens and made.dropped != OVER_LENGTH
+    def _warn_once(self, row: str, message: str) -> None:
+        if message not in self.warned:
+            self.warned.add(message)
+            log.warning(f"{self.template.name}: {message.format(row=row)}. docs/TEMPLATES.md")
 
 
-def encoder_for(
+def _plain_spans(row: Row) -> list[tuple[int, int]]:
+    return [(int(start), int(end)) for start, end in row.get("plain_spans") or []]
+
+
+def split_long_chat(messages: list[Message], fits: Callable[[list[Message]], bool]) -> list[list[Message]]:
+    """A conversation cut between its exchanges into pieces that fit, in order, each with the system messages in front.
+
+    One exchange that does not fit by itself is a piece all the same.
+    """
+    first = next((k for k, message in enumerate(messages) if message.get("role") != "system"), len(messages))
+    exchanges: list[list[Message]] = []
+    answered = True  # a new exchange begins with a user's message behind an answer
+    for message in messages[first:]:
+        if answered and (message.get("role") == "user" or not exchanges):
+            exchanges.append([])
+        exchanges[-1].append(message)
+        answered = message.get("role") == "assistant"
+
+    def joined(count: int) -> list[Message]:
+        return [*messages[:first], *(message for exchange in exchanges[:count] for message in exchange)]
+
+    pieces: list[list[Message]] = []
+    while exchanges:
+        low, high = 1, len(exchanges)  # how many of them fit, by bisection
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if fits(joined(middle)) else (low, middle - 1)
+        pieces.append(joined(low))
+        exchanges = exchanges[low:]
+    return pieces
+
+
+def plain_messages(messages: list[Message]) -> list[Message]:
+    """As many messages in the plainest form: contents as text, reasoning and calls in their own keys, and call ids of
+    nine letters and digits (Mistral takes no others) that results repeat.
+    """
+    plain: list[Message] = []
+    open_calls: list[tuple[str, str]] = []  # calls without a result yet: old id, new id
+    for index, message in enumerate(map(_as_text, messages)):
+        if isinstance(calls := message.get("tool_calls"), list) and all(isinstance(call, dict) for call in calls):
+            ids = [_call_id(call, index, at) for at, call in enumerate(calls)]
+            message["tool_calls"] = [{**call, "id": new} for call, new in zip(calls, ids, strict=True)]
+            open_calls = [(str(call.get("id")), new) for call, new in zip(calls, ids, strict=True)]
+        elif message.get("role") == "tool" and open_calls:
+            answered = str(message.get("tool_call_id"))
+            at = next((at for at, (old, _) in enumerate(open_calls) if old == answered), 0)
+            message["tool_call_id"] = open_calls.pop(at)[1]
+        plain.append(message)
+    return plain
+
+
+def system_in_question(messages: list[Message]) -> list[Message]:
+    """The messages with the system text before the first question's words, as Gemma 3 and Mistral write it."""
+    texts = [message.get("content") for message in messages[:2]]
+    if [message.get("role") for message in messages[:2]] != ["system", "user"]:
+        return messages
+    if not all(isinstance(text, str) for text in texts):
+        return messages
+    return [{**messages[1], "content": "\n\n".join(map(str, texts))}, *messages[2:]]
+
+
+def _as_text(message: Message) -> Message:
+    """A message with its content as text: parts joined, reasoning and calls among them in their own keys."""
+    if message.get("content") is None:
+        return {**message, "content": ""}
+    if not isinstance(message["content"], list):
+        return dict(message)
+    try:
+        (plain,) = normalize_messages([message], "messages")
+    except RowFault:
+        return dict(message)
+    return {**message, **plain, "role": message["role"]}
+
+
+def _call_id(call: dict[str, Any], message: int, at: int) -> str:
+    if re.fullmatch(r"[A-Za-z0-9]{9}", str(call.get("id"))):
+        return str(call["id"])
+    content = repr((call.get("id"), message, at, call.get("function", call)))
+    return hashlib.blake2b(content.encode(errors="surrogatepass"), digest_size=8).hexdigest()[:9]
+
+
+def build_encoder(
     config: Config, tokenizer: PreTrainedTokenizerBase, kind: Kind, root: Path, *, eos_ids: Iterable[int] = ()
 ) -> Encoder:
-    """The encoder that a config means: the one way for training, serving, preview, checks and export.
+    """The encoder that a config means, for a tokenizer that is loaded already; see `generation.load.load_encoder`.
 
-    eos_ids: the end tokens of the model's generation_config. `Encoder.template` is the template. Raises TemplateError
-    where the template is not there, shows no answer, or its labels cannot be proven.
+    eos_ids: the end tokens of the model's generation_config. Raises TemplateError where the template does not exist,
+    shows no answer, or its labels cannot be proven.
     """
     from sft.chat.seq2seq import Seq2SeqEncoder
 

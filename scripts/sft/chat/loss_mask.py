@@ -1,36 +1,79 @@
-"""Rows over `model.max_seq_len`: what is cut, what stays, what is dropped. The end token survives every cut."""
+"""The loss mask: which tokens of a row are in the loss, and what is left of both in a row over `model.max_seq_len`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Literal
 
 from sft.chat.sentinels import Region
-from sft.chat.tokenize import Line, first_at
+from sft.chat.template import Message
+from sft.chat.tokenize import Line
 from sft.errors import DataError
 
-OverLength = Literal["truncate_left", "truncate_right", "drop", "split_turns", "error"]
+InLoss = Literal["all_assistant", "last_assistant", "all_tokens"]  # `train.labels`
+OverLength = Literal["truncate_left", "truncate_right", "drop", "split_turns", "error"]  # `model.over_length`
 OVER_LENGTH = "over length"
 NO_LABEL = "no label left"
 IGNORED = -100
 
 
 @dataclass(frozen=True)
-class Row:
-    """ids and labels of one row, and the tokens [first, end) of its answers, end tokens included."""
+class LabelledRow:
+    """Token ids and labels of one row, and the tokens [first, end) of its answers, end tokens included."""
 
-    ids: list[int]
-    labels: list[int]
-    answers: list[tuple[int, int]]
+    ids: list[int] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    answers: list[tuple[int, int]] = field(default_factory=list)
 
 
-def fit(row: Row, limit: int, policy: OverLength, name: str, bos: int | None) -> tuple[Row, str | None]:
-    """The row in at most `limit` tokens, and why it is dropped, if it is. Raises DataError under `error`.
+def mask_loss(
+    line: Line, regions: list[Region], missing_ends: dict[Region, list[int]], in_loss: InLoss, messages: list[Message]
+) -> LabelledRow:
+    """The one place where a loss mask is made: labels are the token's id where a loss is taken, else IGNORED.
 
-    A row that `split_turns` cannot split any more is cut as under `truncate_left`.
+    A token is in the loss if it starts inside a region (what the model writes as one answer, its end token included),
+    unless the message has `weight: 0` or `in_loss` excludes it. missing_ends: region -> the end tokens to append to it
+    where the template writes none.
     """
-    over = len(row.ids) - limit
-    if over <= 0:
+    row = LabelledRow()
+
+    def append(ids: list[int], trained: bool) -> None:
+        row.ids.extend(ids)
+        row.labels.extend(ids if trained else [IGNORED] * len(ids))
+
+    position = 0
+    for region in regions:
+        first, end = _first_token(line, region), line.first_at(region.end)
+        weight = messages[region.message].get("weight", 1) if region.message < len(messages) else 1
+        is_last = region.message == regions[-1].message
+        append(line.ids[position:first], trained=in_loss == "all_tokens")
+        answer = len(row.ids) + line.first_at(region.boundary) - first
+        append(
+            line.ids[first:end] + missing_ends.get(region, []),
+            trained=weight != 0 and (is_last or in_loss != "last_assistant"),
+        )
+        row.answers.append((answer, len(row.ids)))
+        position = end
+    append(line.ids[position:], trained=in_loss == "all_tokens")
+    return row
+
+
+def _first_token(line: Line, region: Region) -> int:
+    """The first token in the loss: also one that started behind the prompt and reaches into the region."""
+    first = line.first_at(region.start)
+    reaches = first > 0 and line.starts[first - 1] >= region.boundary and line.ends[first - 1] > region.start
+    return first - 1 if reaches else first
+
+
+def fit_length(
+    row: LabelledRow, limit: int, policy: OverLength, name: str, bos: int | None
+) -> tuple[LabelledRow, str | None]:
+    """The row in at most `limit` tokens, and why it is dropped (None if it is not).
+
+    The end token of an answer survives every cut. A row that `split_turns` cannot split further is cut as under
+    `truncate_left`. Raises DataError under `error`.
+    """
+    if len(row.ids) <= limit:
         return row, None
     if policy == "error":
         raise DataError(
@@ -40,32 +83,30 @@ def fit(row: Row, limit: int, policy: OverLength, name: str, bos: int | None) ->
         )
     if policy == "drop" or not row.answers:
         return row, OVER_LENGTH
-    return _right(row, limit) if policy == "truncate_right" else _left(row, limit, bos)
+    return _truncate_right(row, limit) if policy == "truncate_right" else _truncate_left(row, limit, bos)
 
 
-def _left(row: Row, limit: int, bos: int | None) -> tuple[Row, str | None]:
-    """The oldest tokens go; a text that begins with a begin token keeps it. The last answer stays whole.
+def _truncate_left(row: LabelledRow, limit: int, bos: int | None) -> tuple[LabelledRow, str | None]:
+    """Cuts the oldest tokens; a begin token stays. The last answer stays whole.
 
-    What follows the last answer (a newline) goes first where the answer needs its place, and at least one token of the
-    prompt stays in front of it.
+    What follows the last answer (a newline) is cut first where the answer needs its place, and at least one token of
+    the prompt stays in front of it.
     """
-    kept = 1 if bos is not None and row.ids[0] == bos else 0
+    head = 1 if bos is not None and row.ids[0] == bos else 0
     answer, answer_end = row.answers[-1]
-    if answer <= kept:  # plain text: no prompt must stay in front of it
+    if answer <= head:  # plain text: no prompt has to stay in front of it
         answer = len(row.ids)
     for end in (len(row.ids), answer_end):
-        first = max(kept, kept + end - limit)
+        first = max(head, head + end - limit)
         if first < answer:
-            return Row(
-                row.ids[:kept] + row.ids[first:end],
-                row.labels[:kept] + row.labels[first:end],
-                [(max(a, first) - first + kept, b - first + kept) for a, b in row.answers if b > first],
-            ), None
+            answers = [(max(a, first) - first + head, b - first + head) for a, b in row.answers if b > first]
+            ids, labels = row.ids[:head] + row.ids[first:end], row.labels[:head] + row.labels[first:end]
+            return LabelledRow(ids, labels, answers), None
     return row, OVER_LENGTH
 
 
-def _right(row: Row, limit: int) -> tuple[Row, str | None]:
-    """The newest tokens go; an answer that is cut keeps its end token, as the last token of the row."""
+def _truncate_right(row: LabelledRow, limit: int) -> tuple[LabelledRow, str | None]:
+    """Cuts the newest tokens; an answer that is cut keeps its end token, as the last token of the row."""
     ids, labels = row.ids[:limit], row.labels[:limit]
     answers = [(a, min(b, limit)) for a, b in row.answers if a < limit - 1]
     for first, end in row.answers:
@@ -73,42 +114,5 @@ def _right(row: Row, limit: int) -> tuple[Row, str | None]:
             ids[-1], labels[-1] = row.ids[end - 1], row.labels[end - 1]
             if first == limit - 1:  # nothing of the answer but its end would be left
                 labels[-1] = IGNORED
-    left = any(label != IGNORED for label in labels)
-    return Row(ids, labels, answers), None if left else NO_LABEL
-
-
-Which = Literal["all_assistant", "last_assistant", "all_tokens"]
-
-
-def label(
-    line: Line, regions: list[Region], ends: dict[Region, list[int]], which: Which, messages: list[dict[str, Any]]
-) -> Row:
-    """ids and labels of a line: a token is learnt if it begins inside a region that is to be learnt.
-
-    ends: region -> end tokens to put behind its region, where the template writes none. A message of weight 0 is not
-    learnt, whatever `which` says.
-    """
-    ids: list[int] = []
-    labels: list[int] = []
-    answers: list[tuple[int, int]] = []
-    at, everything = 0, which == "all_tokens"
-    for region in regions:
-        first, end = _first(line, region), first_at(line.starts, region.end)
-        silent = messages[region.message].get("weight", 1) == 0 if region.message < len(messages) else False
-        learnt = not silent and (which != "last_assistant" or region.message == regions[-1].message)
-        before, inside = line.ids[at:first], line.ids[first:end] + ends.get(region, [])
-        ids += before
-        labels += before if everything else [IGNORED] * len(before)
-        answers.append((len(ids) + first_at(line.starts, region.cut) - first, len(ids) + len(inside)))
-        ids += inside
-        labels += inside if learnt else [IGNORED] * len(inside)
-        at = end
-    rest = line.ids[at:]
-    return Row(ids + rest, labels + (rest if everything else [IGNORED] * len(rest)), answers)
-
-
-def _first(line: Line, region: Region) -> int:
-    """The first token that is learnt: one that began behind the prompt and reaches into the region counts as well."""
-    first = first_at(line.starts, region.start)
-    reaches = first > 0 and line.starts[first - 1] >= region.cut and line.ends[first - 1] > region.start
-    return first - 1 if reaches else first
+    trained = any(label != IGNORED for label in labels)
+    return LabelledRow(ids, labels, answers), None if trained else NO_LABEL

@@ -1,8 +1,8 @@
 """Rows for encoder-decoder models (T5-like): a source and a target, each ended as the tokenizer ends texts.
 
-Such models have no chat template as a rule. Then the source is the system text, a newline and the question; in longer
-conversations every earlier turn stands on its own line behind `User: ` or `Assistant: `. A template that is named, or
-that came with the model, is rendered up to the answer instead. The target is the answer alone.
+Such models usually have no chat template. Then the source is the system text, a newline and the question; in longer
+conversations every earlier turn is a line that begins with `User: ` or `Assistant: `. A template that is named, or that
+came with the model, is rendered up to the answer instead. The target is the answer alone.
 """
 
 from __future__ import annotations
@@ -11,21 +11,21 @@ from collections.abc import Iterable
 from typing import Any
 
 from sft.chat.encode import Encoded, Encoder, Row
-from sft.chat.loss_mask import IGNORED, NO_LABEL, OVER_LENGTH
+from sft.chat.loss_mask import NO_LABEL, OVER_LENGTH
 from sft.chat.template import Message, Refused
 from sft.chat.template_probe import Stops
 from sft.data import rows as records
 from sft.errors import DataError, TemplateError
 
-_NAMES = {"user": "User", "assistant": "Assistant", "system": "System", "tool": "Tool"}
+_SPEAKERS = {"user": "User", "assistant": "Assistant", "system": "System", "tool": "Tool"}
 
 
 class Seq2SeqEncoder(Encoder):
-    """Encodes rows for an encoder-decoder model: input_ids are the source, labels the target."""
+    """Encodes rows for an encoder-decoder model: input_ids are the source, labels the target, all of it in the loss."""
 
     kind = "seq2seq"
 
-    def _learn(self, eos_ids: Iterable[int]) -> Stops:
+    def _prepare(self, eos_ids: Iterable[int]) -> Stops:
         if self.over_length == "split_turns":
             self.over_length = "truncate_left"  # a row is one turn
         if self.tokenizer.eos_token_id is None:
@@ -43,19 +43,16 @@ class Seq2SeqEncoder(Encoder):
             return Encoded(name, [], [], dropped=f"template: {refused}")
         target = records.reference(row).strip()
         ids, labels = self._ids(source), self._ids(target)
-        if not target:
+        if not target or (row.get("messages") and row["messages"][-1].get("weight", 1) == 0):
             return Encoded(name, ids, [], dropped=NO_LABEL, text=source)
-        cut, more, dropped = 0, 0, None
+        cut = 0
         if records.is_rendered(row) and not source.strip():
             ids, labels, cut = self._halves(labels)
-        if max(len(ids), len(labels)) > self.max_seq_len:
-            ids, labels, more, dropped = self._fitted(name, ids, labels)
-        if row.get("messages") and row["messages"][-1].get("weight", 1) == 0:
-            labels, dropped = [IGNORED] * len(labels), dropped or NO_LABEL
-        return Encoded(name, ids, labels, cut + more, dropped, f"{source}\n{target}")
+        ids, labels, cut_more, dropped = self._fitted(name, ids, labels)
+        return Encoded(name, ids, labels, cut + cut_more, dropped, f"{source}\n{target}")
 
     def _halves(self, ids: list[int]) -> tuple[list[int], list[int], int]:
-        """Plain text, which asks nothing (replay): its first half is the source, the rest the target, and how many
+        """Plain text without a question (replay): its first half is the source, the rest the target, and how many
         tokens are cut in front. Prefix language modelling, Raffel et al. 2020 (T5), section 3.2.1.
         """
         words, end = ids[:-1], ids[-1:]
@@ -66,6 +63,8 @@ class Seq2SeqEncoder(Encoder):
     def _fitted(self, name: str, ids: list[int], labels: list[int]) -> tuple[list[int], list[int], int, str | None]:
         """Cuts the source from its begin; a target that is too long keeps its end or drops the row."""
         limit = self.max_seq_len
+        if max(len(ids), len(labels)) <= limit:
+            return ids, labels, 0, None
         if self.over_length == "error":
             raise DataError(
                 f"row {name} has {len(ids):,} + {len(labels):,} tokens, more than model.max_seq_len {limit:,} a side",
@@ -93,18 +92,18 @@ class Seq2SeqEncoder(Encoder):
         system = [str(message["content"]) for message in messages if message.get("role") == "system"]
         if len(turns) == 1:
             return "\n".join([*system, str(turns[0]["content"])])
-        named = [f"{_NAMES.get(str(turn.get('role')), 'User')}: {turn['content']}" for turn in turns]
-        return "\n".join([*system, *named])
+        lines = [f"{_SPEAKERS.get(str(turn.get('role')), 'User')}: {turn['content']}" for turn in turns]
+        return "\n".join([*system, *lines])
 
     def split(self, row: Row) -> Row:
         """The rendered form of a row: its source and its answer."""
         return {"input": self._source(row), "target": records.reference(row).strip()}
 
     def _ids(self, text: str) -> list[int]:
-        """A text as the tokenizer ends it, its end token last, no control token from inside the text."""
-        split = self.vocabulary.words == "plain" and bool(getattr(self.tokenizer, "is_fast", False))
-        more: dict[str, Any] = {"split_special_tokens": True} if split and self.template.origin == "default" else {}
-        ids: list[int] = list(self.tokenizer(text, add_special_tokens=True, truncation=False, **more)["input_ids"])
+        """A text as the tokenizer ends it, its end token last; control tokens inside the text are plain text."""
+        plain = self.vocabulary.control_text == "plain" and bool(getattr(self.tokenizer, "is_fast", False))
+        options: dict[str, Any] = {"split_special_tokens": True} if plain and self.template.origin == "default" else {}
+        ids: list[int] = list(self.tokenizer(text, add_special_tokens=True, truncation=False, **options)["input_ids"])
         end = int(self.tokenizer.eos_token_id)
         return ids if ids[-1:] == [end] else [*ids, end]
 
@@ -113,5 +112,5 @@ class Seq2SeqEncoder(Encoder):
         try:
             ids = self._ids(self._source(row))
         except Refused as refused:
-            raise TemplateError(f"no prompt can be made: {refused}", where=self.template.name) from None
+            raise TemplateError(f"no prompt can be rendered: {refused}", where=self.template.name) from None
         return ids[-self.max_seq_len :] if self.over_length == "truncate_left" else ids

@@ -13,9 +13,9 @@ from typing import Any, Literal
 import torch
 
 from sft import runs
-from sft.chat.encode import Encoder, encoder_for
+from sft.chat.encode import Encoder, build_encoder
 from sft.config.load import load, resolve_path
-from sft.config.schema import Config, GenerationSection
+from sft.config.schema import Config, GenerationSection, ModelSection
 from sft.data import rows as records
 from sft.data import store
 from sft.errors import ModelError, RunError, SftError
@@ -23,8 +23,8 @@ from sft.generation import engine
 from sft.generation.stop import Answer
 from sft.model import adapters, hardware, hub
 from sft.model import load as model_load
-from sft.model.files import Kind
-from sft.model.tokenizer import load_tokenizer
+from sft.model.files import Kind, ModelFiles
+from sft.model.tokenizer import load_tokenizer, round_trip_problem
 from sft.runs import RESOLVED, Run
 from sft.step import attention
 
@@ -284,8 +284,7 @@ def open_model(
     free = card.free_bytes if device.startswith(card.device) else hardware.memory()[1]
     files = hub.find(section, root, weights=True)
     saved = adapter if adapter is not None and (adapter / "tokenizer_config.json").is_file() else None
-    tokenizer = load_tokenizer(saved or files, trust_remote_code=section.trust_remote_code)
-    encoder = encoder_for(config, tokenizer, files.kind, root, eos_ids=_end_ids(files.path))
+    encoder = load_encoder(config, root, files=files, tokenizer=saved)
     tuning, quantise = config.tuning, merged is None and config.tuning.mode == "qlora"
     low_memory = low_memory or ("4bit" if merged is not None else None)
     if low_memory and not quantise and BYTES_16_BIT * files.parameters > free:
@@ -311,7 +310,45 @@ def open_model(
     )  # fmt: skip
     if adapter is not None:
         model = adapters.load(model, adapter)
-    return LoadedModel(model.eval(), tokenizer, encoder, files.kind, device, str(adapter or merged or files.name))
+    name = str(adapter or merged or files.name)
+    return LoadedModel(model.eval(), encoder.tokenizer, encoder, files.kind, device, name)
+
+
+def load_encoder(
+    config: Config, root: Path, *, files: ModelFiles | None = None, tokenizer: ModelFiles | Path | None = None
+) -> Encoder:
+    """The encoder that `config` means, with its tokenizer: the one way for every command.
+
+    files: the model, where it is known already; else `config.model` is looked up, of which a folder with tokenizer
+    files is enough. tokenizer: used instead of the model's own (an adapter's). The end tokens of the model's
+    generation_config are stops too. Raises ModelError (no tokenizer), TemplateError.
+    """
+    model = files or _files_without_weights(config.model, root)
+    loaded = load_tokenizer(tokenizer or model, trust_remote_code=config.model.trust_remote_code)
+    if files is None and (problem := round_trip_problem(loaded)):
+        log.warning(problem)
+    return build_encoder(config, loaded, model.kind, root, eos_ids=_end_ids(model.path))
+
+
+def load_named_encoder(config: Config, root: Path, *, tokenizer: str | None, template: str | None) -> Encoder:
+    """`load_encoder` with a tokenizer folder and a template (a name or a file) from the command line, if given.
+
+    Both count from the working folder.
+    """
+    if tokenizer:
+        model = config.model.model_copy(update={"name": str(Path(tokenizer).resolve()), "revision": None})
+        config = config.model_copy(update={"model": model})
+    if template:
+        path = str(Path(template).resolve()) if Path(template).is_file() else template
+        config = config.model_copy(update={"data": config.data.model_copy(update={"template_path": path})})
+    return load_encoder(config, root)
+
+
+def _files_without_weights(section: ModelSection, root: Path) -> ModelFiles:
+    folder = hub.local_folder(section.name, root)
+    if folder is None or (folder / "config.json").is_file():
+        return hub.find(section, root, weights=False)
+    return ModelFiles(folder, section.name, None, {}, "seq2seq" if section.type == "seq2seq" else "causal")
 
 
 def _end_ids(folder: Path) -> list[int]:

@@ -13,10 +13,10 @@ from gguf import GGUFReader
 
 from sft import files as disk
 from sft import runs
-from sft.chat.encode import Encoder, encoder_for
+from sft.chat.encode import Encoder
 from sft.config.schema import Config, GenerationSection, ModelSection
 from sft.errors import ModelError, RunError
-from sft.generation.load import Target, system_text
+from sft.generation.load import Target, load_encoder, system_text
 from sft.model import hub
 from sft.model.files import ModelFiles
 from sft.model.tokenizer import load_tokenizer
@@ -145,9 +145,8 @@ def _training_encoder(target: Target, files: ModelFiles, root: Path) -> Encoder:
     config, folder = target.config, target.folder
     saved = folder is not None and (folder / "tokenizer_config.json").is_file()
     source: Any = folder if saved else hub.find(config.model, root)
-    tokenizer = load_tokenizer(source, trust_remote_code=config.model.trust_remote_code)
     any_length = config.model.model_copy(update={"max_seq_len": 1 << 20})
-    return encoder_for(config.model_copy(update={"model": any_length}), tokenizer, files.kind, root)
+    return load_encoder(config.model_copy(update={"model": any_length}), root, files=files, tokenizer=source)
 
 
 def _write_gguf(

@@ -13,13 +13,12 @@ from typing import Any
 
 from sft import files as disk
 from sft import runs
-from sft.chat.encode import encoder_for
 from sft.chat.template import ChatTemplate
 from sft.config.schema import Config, ModelSection
 from sft.errors import EnvironmentProblem, ModelError, RunError
+from sft.generation.load import load_encoder
 from sft.model import adapters, hub
 from sft.model.files import INDEX, ModelFiles, tensors
-from sft.model.tokenizer import load_tokenizer
 from sft.ship import MERGE_REPORT, lora_delta, verify
 from sft.ship.lora_delta import BYTES, HEAD, TORCH_DTYPE, Progress
 
@@ -239,8 +238,7 @@ def write_config_and_tokenizer(
             shutil.copyfile(code, folder / code.name)
     unchanged = {key: value for key, value in files.config.items() if key != "torch_dtype"}
     disk.write_json(folder / "config.json", {**unchanged, "dtype": TORCH_DTYPE[dtype], **(settings or {})})
-    tokenizer = load_tokenizer(tokenizer_folder, trust_remote_code=config.model.trust_remote_code)
-    encoder = encoder_for(config, tokenizer, files.kind, root)
+    encoder = load_encoder(config, root, files=files, tokenizer=tokenizer_folder)
     disk.write_text(folder / "chat_template.jinja", portable_template(encoder.template))
     if "chat_template" in (settings_of_tokenizer := disk.read_json(folder / "tokenizer_config.json")):
         del settings_of_tokenizer["chat_template"]

@@ -21,15 +21,14 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from sft import runs
-from sft.chat.encode import Encoded, Encoder, encoder_for
+from sft.chat.encode import Encoded, Encoder
 from sft.config import load
 from sft.config.schema import Config
 from sft.data import store
 from sft.errors import DataError, ModelError, RunError, TemplateError
 from sft.generation.evaluate import Prompt, Question, answerable, questions
-from sft.generation.load import open_model
+from sft.generation.load import load_encoder, open_model
 from sft.model.files import ModelFiles, read_config, tensors
-from sft.model.tokenizer import load_tokenizer
 from sft.ship.lora_delta import BLOCK, find_name
 
 log = logging.getLogger("sft.ship")
@@ -165,7 +164,7 @@ def verify_merge(files: ModelFiles, folder: Path, config: Config, adapter: Path,
     trusted = config.model.trust_remote_code
     merged = ModelFiles(folder, str(folder), None, read_config(folder, str(folder)), files.kind)
     vocabulary = {key: merged.config[key] for key in ("vocab_size",) if key in merged.config}
-    encoder = encoder_for(config, load_tokenizer(folder, trust_remote_code=trusted), files.kind, root)
+    encoder = load_encoder(config, root, files=merged)
     sample = held_out_sample(encoder, config, root, int(vocabulary.get("vocab_size", 1 << 17)))
     before = sample.logits(open_streamed(files, vocabulary, trust_remote_code=trusted, adapter=adapter))
     after = sample.logits(open_streamed(merged, {}, trust_remote_code=trusted))

@@ -139,13 +139,11 @@ def prepare(
     backend = backends.prepare(config.tuning, kind=model_files.kind)
 
     from sft.chat.dataset import FOLDER
-    from sft.chat.encode import encoder_for
+    from sft.generation.load import load_encoder
     from sft.metrics.scoring import check_names
-    from sft.model.tokenizer import load_tokenizer
 
     check_names(config.eval.metrics)
-    tokenizer = load_tokenizer(model_files, trust_remote_code=config.model.trust_remote_code)
-    encoder = encoder_for(config, tokenizer, model_files.kind, root)
+    encoder = load_encoder(config, root, files=model_files)
     answered = config.eval.train_sample if config.train.eval_strategy != "no" else 0
     rows = read_rows(
         store.resolve_stage(config.data, root), encoder, answered=answered, cache=root / FOLDER, on_progress=on_progress
@@ -167,7 +165,7 @@ def prepare(
         files=model_files,
         backend=backend,
         device=device,
-        tokenizer=tokenizer,
+        tokenizer=encoder.tokenizer,
         encoder=encoder,
         rows=rows,
         schedule=make_schedule(resolved.config, len(rows.train), validation=bool(rows.validation)),
@@ -188,17 +186,17 @@ def read_rows(
     """
     import numpy as np
 
-    from sft.chat.dataset import RunLedger, Tokenised, Tokeniser
+    from sft.chat.dataset import RunLedger, TokenisedRows, Tokeniser
     from sft.data.rows import row_id
     from sft.generation.evaluate import answerable
     from sft.generation.load import shared_system_text
 
     hashes = {path: files.sha256(path) for path in (stage.train, stage.val) if path is not None}
     tokenise = Tokeniser(encoder, cache)
-    train = tokenise(stage.train, hashes[stage.train], about=shared_system_text, on_progress=on_progress)
+    train = tokenise(stage.train, hashes[stage.train], summarise=shared_system_text, on_progress=on_progress)
     if not train.rows:
-        raise train.ledger.nothing_left(encoder.template.name)
-    validation, validation_ledger, answer_rows = Tokenised(), RunLedger(), []
+        raise train.ledger.no_rows_left(encoder.template.name)
+    validation, validation_ledger, answer_rows = TokenisedRows(), RunLedger(), []
     if stage.val is not None:
         split = tokenise(stage.val, hashes[stage.val])
         validation, validation_ledger = split.rows, split.ledger
@@ -206,9 +204,9 @@ def read_rows(
         usable = (row for row in store.iter_rows(stage.val) if row_id(row) not in dropped and answerable(row))
         answer_rows = list(islice(usable, answered))
     if validation_ledger.rows_read and not validation:
-        reason = validation_ledger.nothing_left(encoder.template.name).what
+        reason = validation_ledger.no_rows_left(encoder.template.name).what
         log.warning("no validation row can be used, so nothing is evaluated while training: %s", reason)
-    leaks = int(np.isin(validation.asks(), train.rows.asks()).sum())
+    leaks = int(np.isin(validation.prompt_ids(), train.rows.prompt_ids()).sum())
     if leaks:
         log.warning(
             "%d of %d validation prompts also occur in training; validation loss is optimistic", leaks, len(validation)
