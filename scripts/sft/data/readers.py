@@ -254,10 +254,10 @@ def _is_json_lines(lines: list[str], *, may_be_one_line: bool) -> bool:
     first, second = lines[0].strip(), lines[1].strip() if len(lines) > 1 else ""
     try:
         value = json.loads(first)
-    except (ValueError, RecursionError):
-        # A broken first line among lines of objects, or one value that runs over many lines.
+    except (ValueError, RecursionError) as error:
+        # A broken first line among lines of objects, or one value that runs over many lines, or several on one.
         broken = second.startswith("{") and first.startswith("{") and first[-1] not in "{[,"
-        return broken or (not second and may_be_one_line)
+        return broken or (not second and may_be_one_line and not str(error).startswith("Extra data"))
     if not second:
         wrapped = (value[key] for key in WRAPPERS if key in value)
         return isinstance(value, dict) and not any(
