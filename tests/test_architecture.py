@@ -28,7 +28,7 @@ MAY_IMPORT = {  # room -> rooms it may import, besides itself and ANYONE; transi
     "runs": {"config"},
     "generation": {"chat", "data", "model", "step", "config", "runs", "metrics"},
     "training": {
-        "config", "data", "chat", "model", "step", "memory", "generation", "metrics", "runs", "ship",
+        "config", "data", "chat", "model", "step", "generation", "metrics", "runs",
     },
     "ship": {"chat", "data", "model", "generation", "runs", "config", "step"},
     "report": {"metrics", "runs", "config", "data", "chat", "model", "generation"},
@@ -115,6 +115,65 @@ def test_only_the_console_prints() -> None:
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "print"
     ]
     assert not wrong, wrong
+
+
+CORE = {"config", "data", "chat", "model", "step", "training", "generation", "metrics"}
+PRIVATE_NAMES = {  # underscore names of other libraries that the core reads (none is written), and why
+    "_attn_implementation": "transformers: the attention that a model runs, of which the config has no public name",
+    "_base": "torch: the tensor that a view belongs to",
+    "_replace": "collections.namedtuple: public, named so to avoid fields' names",
+    "_supports_attention_backend": "transformers: whether a family takes its attention from the registry",
+    "_supports_sdpa": "transformers: whether a family has SDPA attention",
+    "_tokenizer": "transformers: the tokenizers.Tokenizer of a fast tokenizer",
+    "_version": "torch: how often a tensor was changed in place",
+}
+
+
+def private_attributes(path: Path) -> Iterator[tuple[str, int, bool]]:
+    """(name, line, written) of underscore attributes of objects other than `self`, defined nowhere in the file."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    own |= {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") in ("self", "cls")
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") not in ("self", "cls"):
+            name, written = node.attr, not isinstance(node.ctx, ast.Load)
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("getattr", "setattr", "hasattr"):
+            name = getattr(node.args[1], "value", "")
+            written = getattr(node.func, "id", "") == "setattr"
+        else:
+            continue
+        if isinstance(name, str) and name.startswith("_") and not name.startswith("__") and name not in own:
+            yield name, node.lineno, written
+
+
+def core_files() -> list[Path]:
+    return [path for path in room_files() if room_of(path) in CORE]
+
+
+def test_the_core_uses_no_private_name_of_a_library_but_the_listed_ones() -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} {'writes' if written else 'reads'} {name}"
+        for path in core_files()
+        for name, line, written in private_attributes(path)
+        if written or name not in PRIVATE_NAMES
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_core_subclasses_no_trainer_and_no_callback() -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)}:{node.lineno} {ast.unparse(base)}"
+        for path in core_files()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ClassDef)
+        for base in node.bases
+        if ast.unparse(base).endswith(("Trainer", "TrainerCallback"))
+    ]
+    assert not wrong, "\n".join(wrong)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)

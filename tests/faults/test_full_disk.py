@@ -72,7 +72,7 @@ def settings_of(root: Path, *sets: str) -> tuple[Config, ModelFiles]:
     ("name", "takes_up"),
     [
         ("checkpoint-4", "checkpoint-2"),
-        pytest.param("checkpoint-2", "the run from its start", marks=pytest.mark.slow),
+        pytest.param("checkpoint-2", "the start of the run", marks=pytest.mark.slow),
         pytest.param("tokenizer", "", marks=pytest.mark.slow),
     ],
 )

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 
 from sft import runs
 from sft.config.schema import EarlyStoppingSection
@@ -70,6 +71,18 @@ def test_skip_drops_the_step_counts_it_and_resumes_exactly(
     again.fit(tmp_path / f"outputs/a/checkpoint-{step + 1}")
     assert again.skipped == loop.skipped
     assert all(torch.equal(one, bench.trained(again)[name]) for name, one in bench.trained(loop).items())
+
+
+def test_skip_works_with_a_gradient_scaler(tiny_qwen2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = bench.config(tiny_qwen2, tmp_path / "outputs/a", train={"on_nan": "skip", "epochs": 1})
+    loop = poisoned(monkeypatch, settings, row=3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)  # as accelerate makes one for fp16 on a GPU
+    loop.accelerator.scaler = scaler
+    loop.optimizer = AcceleratedOptimizer(loop.optimizer.optimizer, scaler=scaler)
+    monkeypatch.setattr(loop.accelerator, "unscale_gradients", lambda: scaler.unscale_(loop.optimizer.optimizer))
+    loop.fit()
+    assert loop.progress.global_step == 3 and len(loop.skipped) == 1
+    assert all(torch.isfinite(weight).all() for weight in bench.trained(loop).values())
 
 
 def test_a_gradient_that_is_not_finite_is_dropped_too(tiny_qwen2: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -27,11 +27,10 @@ from sft import files, runs
 from sft.config.auto import optimizer_state
 from sft.errors import EnvironmentProblem, SftError
 from sft.model import adapters
-from sft.runs import Run
 from sft.step import unwrap
 from sft.step.batch import Collator
 from sft.step.step import StepConfig, evaluate_loss, forward_backward, out_of_memory, release_memory
-from sft.training import checkpoint as checkpoints
+from sft.training import checkpoint as ckpt
 from sft.training import distributed
 
 if TYPE_CHECKING:
@@ -52,17 +51,8 @@ class DoesNotFitError(EnvironmentProblem):
     """Not even one row, or not the configured micro-batch, fits into memory."""
 
 
-class Gauge(Protocol):
-    """Reads a device's memory, in bytes. total: what this process may use."""
-
-    total: int
-
-    def start(self) -> None: ...
-    def peaks(self) -> tuple[int, int]: ...  # since `start`: of tensors, and reserved by the allocator
-
-
 class CudaGauge:
-    """This process's memory on its GPU, within `set_per_process_memory_fraction` where that is set."""
+    """This process's memory on its GPU, within `set_per_process_memory_fraction` where that is set. Bytes."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -75,13 +65,14 @@ class CudaGauge:
         torch.cuda.reset_peak_memory_stats(self.device)
 
     def peaks(self) -> tuple[int, int]:
+        """(of tensors, reserved by the allocator) since `start`."""
         torch.cuda.synchronize(self.device)
         return torch.cuda.max_memory_allocated(self.device), torch.cuda.max_memory_reserved(self.device)
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One micro-batch: its rows, real tokens, the reserved and allocated bytes at its peak, seconds of one step."""
+    """One step of one micro-batch: its rows, real tokens, reserved and allocated bytes at the peak, seconds."""
 
     rows: int
     peak_bytes: int
@@ -97,7 +88,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Found:
-    """The rows of the longest length that a micro-batch holds, the tokens they are, and every measurement."""
+    """The micro-batch found: rows of the longest length, the tokens they are, and every measurement."""
 
     rows: int
     tokens: int
@@ -124,110 +115,110 @@ class Result:
 
 
 def choose(
-    job: Job, model: Any, step: StepConfig, run: Run, checkpoint: Path | None, root: Path, answer: SampleAnswers | None
+    job: Job,
+    model: Any,
+    step: StepConfig,
+    folder: Path,
+    checkpoint: Path | None,
+    root: Path,
+    answer: SampleAnswers | None,
 ) -> tuple[StepConfig, dict[str, Any]]:
     """The step with the micro-batch to use, and the values of section `train` that were chosen ({} on the CPU).
 
-    A resumed run uses what its checkpoint has, so that it continues bit for bit. Raises EnvironmentProblem where no
-    row fits.
+    folder: the run's. A resumed run uses what its checkpoint has, so that it continues bit for bit. Raises
+    EnvironmentProblem where no row fits.
     """
     if job.device.device != "cuda":
         return step, {}
+    train, given = job.config.train, job.unresolved
+    is_free = (given.batch_size, given.grad_accum, given.micro_batch_tokens) == ("auto", "auto", "auto")
     eval_tokens = None
     if checkpoint is not None:
-        session = checkpoints.read_state(checkpoint, checkpoints.SESSION)
+        session = ckpt.read_state(checkpoint, ckpt.SESSION)
         tokens, checkpointing = int(session["asked_budget"][0]), bool(session["checkpointing"])
         reason = "as in the checkpoint"
     else:
-        result = _measured_before(job, root) or _measure_now(job, model, step, run, root, answer)
+        cache = root / CACHE / f"{_cache_key(job, None if is_free else int(train.micro_batch_tokens))}.json"
+        result = _read_cache(cache)
+        if result is None:
+            adapter = ckpt.is_adapter(model) and distributed.rank() == 0
+            result = Rehearsal(
+                model,
+                step,
+                job.rows.train,
+                [int(length) for length in job.rows.train.lengths()],  # type: ignore[attr-defined]
+                job.rows.validation,
+                CudaGauge(torch.device("cuda", torch.cuda.current_device())),
+                most_rows=-(-int(train.effective_batch) // distributed.world()),
+                fixed_tokens=None if is_free else int(train.micro_batch_tokens),
+                checkpointing_is_free=given.gradient_checkpointing == "auto",
+                state_bytes=0 if train.optim.startswith("paged") else math.prod(optimizer_state(train.optim)),
+                answer=partial(answer.rehearse, model) if answer else None,
+                save=partial(_trial_save, model, folder) if adapter else None,
+            ).run()
+            log.info("measured on this GPU: %s", result)
+            _write_cache(cache, result)
         tokens = -distributed.largest([-result.tokens], step.device)[0]  # the smallest over ranks
         checkpointing, eval_tokens = result.checkpointing, result.eval_tokens
         reason = f"measured, {'with' if checkpointing else 'without'} gradient checkpointing"
     set_checkpointing(model, checkpointing)
     log.info("micro-batches of at most %d tokens (%s)", tokens, reason)
     settings: dict[str, Any] = {"micro_batch_tokens": tokens, "gradient_checkpointing": checkpointing}
-    if _is_free(job):
-        effective = int(job.config.train.effective_batch)
+    if is_free:
+        effective = int(train.effective_batch)
         rows = min(effective, max(1, tokens // job.config.model.max_seq_len))
         settings |= {"batch_size": rows, "grad_accum": -(-effective // rows)}
     return replace(step, micro_batch_tokens=tokens, eval_tokens=eval_tokens), settings
 
 
-def _is_free(job: Job) -> bool:
-    """Whether the config leaves the micro-batch to be measured."""
-    train = job.unresolved
-    return (train.batch_size, train.grad_accum, train.micro_batch_tokens) == ("auto", "auto", "auto")
-
-
-def _measure_now(job: Job, model: Any, step: StepConfig, run: Run, root: Path, answer: SampleAnswers | None) -> Result:
-    """Measures with the run's own longest rows, answers and save, and caches the result."""
-    train, optim = job.config.train, job.config.train.optim
-    adapter = checkpoints.is_adapter(model) and distributed.rank() == 0
-    result = Rehearsal(
-        model,
-        step,
-        job.rows.train,
-        [int(length) for length in job.rows.train.lengths()],  # type: ignore[attr-defined]
-        job.rows.validation,
-        CudaGauge(torch.device("cuda", torch.cuda.current_device())),
-        most_rows=-(-int(train.effective_batch) // distributed.world()),
-        fixed_tokens=None if _is_free(job) else int(train.micro_batch_tokens),
-        checkpointing_is_free=job.unresolved.gradient_checkpointing == "auto",
-        state_bytes=0 if optim.startswith("paged") else math.prod(optimizer_state(optim)),
-        answer=partial(answer.rehearse, model) if answer else None,
-        save=partial(_trial_save, model, run) if adapter else None,
-    ).run()
-    log.info("measured on this GPU: %s", result)
-    if distributed.rank() == 0:
-        try:
-            files.write_json(_cache_path(job, root), asdict(result))
-        except (OSError, SftError) as error:
-            log.warning("the measurement could not be cached for the next start: %s", error)
-    return result
-
-
-def _trial_save(model: Any, run: Run) -> None:
-    folder = run.folder / ".rehearsal"
-    folder.mkdir(exist_ok=True)
+def _trial_save(model: Any, folder: Path) -> None:
+    trial = folder / ".rehearsal"
+    trial.mkdir(exist_ok=True)
     try:
-        checkpoints.save_weights(model, folder)
+        ckpt.save_weights(model, trial)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(trial, ignore_errors=True)
 
 
-def _measured_before(job: Job, root: Path) -> Result | None:
-    try:
-        result = Result(**json.loads(_cache_path(job, root).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return None
-    log.info("measured before on this GPU: %s", result)
-    return result
-
-
-def _cache_path(job: Job, root: Path) -> Path:
-    """The file of this measurement, named by a hash of all that it depends on."""
+def _cache_key(job: Job, fixed_tokens: int | None) -> str:
+    """A hash of all that a measurement depends on."""
     train = job.config.train
     depends = {
         "gpu": [job.device.name, job.device.total_bytes],
         "model": [job.files.name, job.files.fingerprint(), job.config.model.max_seq_len, job.rows.longest],
         "tuning": job.config.tuning.model_dump(),
         "step": [train.effective_batch, distributed.world(), train.logits, train.logits_tile, train.optim, train.bf16],
-        "memory": [train.activation_offload, train.kernels, job.unresolved.gradient_checkpointing],
-        "fixed": None if _is_free(job) else train.micro_batch_tokens,
+        "memory": [train.activation_offload, train.kernels, job.unresolved.gradient_checkpointing, fixed_tokens],
         "answers": [job.config.eval.batch_size, job.config.generation.max_new_tokens, len(job.rows.answer_rows)],
         "versions": runs.versions(LIBRARIES),
     }
-    digest = hashlib.sha256(json.dumps(depends, sort_keys=True, default=str).encode()).hexdigest()
-    return root / CACHE / f"{digest[:24]}.json"
+    return hashlib.sha256(json.dumps(depends, sort_keys=True, default=str).encode()).hexdigest()[:24]
+
+
+def _read_cache(path: Path) -> Result | None:
+    try:
+        result = Result(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+    log.info("measured before on this GPU: %s", result)
+    return result
+
+
+def _write_cache(path: Path, result: Result) -> None:
+    if distributed.rank() == 0:
+        try:
+            files.write_json(path, asdict(result))
+        except (OSError, SftError) as error:
+            log.warning("the measurement could not be cached for the next start: %s", error)
 
 
 @dataclass
 class Rehearsal:
     """The measurements for one model.
 
-    lengths: of the rows, in tokens. most_rows: of a step, on this rank. fixed_tokens: the configured micro-batch, None
-    where it is free. state_bytes: of the optimizer for each trained number. answer, save: what the run does between
-    steps, None where it never does.
+    lengths: of the rows, in tokens. gauge: a CudaGauge. most_rows: of a step, on this rank. fixed_tokens: the
+    configured micro-batch, None where it is free. state_bytes: of the optimizer for each trained number. answer, save:
+    what the run does between steps, None where it never does.
     """
 
     model: Any
@@ -235,7 +226,7 @@ class Rehearsal:
     rows: Sequence[Feature]
     lengths: Sequence[int]
     validation: Sequence[Feature]
-    gauge: Gauge
+    gauge: Any
     most_rows: int
     fixed_tokens: int | None = None
     checkpointing_is_free: bool = True
@@ -285,8 +276,8 @@ class Rehearsal:
         return (found, True) if without is None or found.best.speed >= without.best.speed else (without, False)
 
     def _search(self) -> Found:
-        length = max(self.lengths)
-        if self.fixed_tokens is None:
+        length, fixed = max(self.lengths), self.fixed_tokens
+        if fixed is None:
             return search(
                 lambda rows: self._measure(rows * length),
                 length=length,
@@ -294,10 +285,10 @@ class Rehearsal:
                 total_bytes=self.gauge.total,
                 time_left=lambda: time.monotonic() < self.end - self.time_limit / 2,
             )
-        measurement = _try(lambda: self._measure(self.fixed_tokens or 0))
+        measurement = _none_if_out_of_memory(lambda: self._measure(fixed))
         if measurement is None:
-            raise DoesNotFitError(f"a micro-batch of {self.fixed_tokens} tokens does not fit")
-        return Found(max(1, self.fixed_tokens // length), self.fixed_tokens, (measurement,), measurement)
+            raise DoesNotFitError(f"a micro-batch of {fixed} tokens does not fit")
+        return Found(max(1, fixed // length), fixed, (measurement,), measurement)
 
     def _measure(self, tokens: int) -> Measurement:
         """Forward and backward of the longest rows in one micro-batch, twice: the second time is measured."""
@@ -349,15 +340,14 @@ def search(
     length: int,
     most_rows: int,
     total_bytes: int,
-    most_tokens: int = MOST_TOKENS,
     time_left: Callable[[], bool] = lambda: True,
 ) -> Found:
     """Doubles the rows from 1 while they fit with a margin and speed grows; halves the stride when memory runs out.
 
     measure: runs `rows` rows of `length` tokens and may run out of memory. Raises DoesNotFitError if one row does.
     """
-    usable, most = total_bytes * (1 - MARGIN), max(1, min(most_rows, most_tokens // length))
-    best = _try(lambda: measure(1))  # a single row is used even if it leaves no margin
+    usable, most = total_bytes * (1 - MARGIN), max(1, min(most_rows, MOST_TOKENS // length))
+    best = _none_if_out_of_memory(lambda: measure(1))  # a single row is used even if it leaves no margin
     if best is None:
         raise DoesNotFitError(
             f"one row of {length} tokens does not fit in {total_bytes / 2**30:.1f} GiB",
@@ -366,7 +356,7 @@ def search(
     tried, stride = [best], 1
     while best.rows + stride <= most and time_left():
         rows = best.rows + stride
-        measurement = _try(partial(measure, rows))
+        measurement = _none_if_out_of_memory(partial(measure, rows))
         tried += [measurement] if measurement is not None else []
         if measurement is None or measurement.peak_bytes > usable:
             most, stride = rows - 1, max(1, stride // 2)
@@ -377,8 +367,7 @@ def search(
     return Found(best.rows, best.rows * length, tuple(tried), best)
 
 
-def _try(measure: Callable[[], Measurement]) -> Measurement | None:
-    """The measurement; None where memory ran out."""
+def _none_if_out_of_memory(measure: Callable[[], Measurement]) -> Measurement | None:
     try:
         return measure()
     except (RuntimeError, MemoryError) as error:

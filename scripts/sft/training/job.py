@@ -386,7 +386,7 @@ def make_loop(job: Job, opened: OpenRun, root: Path, report: Report | None) -> t
     if answer_rows := job.rows.answer_rows:
         kind = job.files.kind
         answer = SampleAnswers(job.config, root, model, job.tokenizer, job.encoder, kind, answer_rows)
-    step, settings = autobatch.choose(job, model, step, run, opened.checkpoint, root, answer)
+    step, settings = autobatch.choose(job, model, step, run.folder, opened.checkpoint, root, answer)
     if settings:
         job = replace(job, config=job.config.model_copy(update={"train": train.model_copy(update=settings)}))
         if distributed.rank() == 0:

@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from sft import files
 
@@ -37,16 +37,23 @@ def public_names(entry: Mapping[str, Any]) -> dict[str, float]:
     return {key: float(value) for key, value in values.items()}
 
 
-class Logger(Protocol):
+class Logger:
     """Receives the numbers and sample answers of a run."""
 
-    def numbers(self, step: int, values: Mapping[str, float]) -> None: ...
-    def text(self, step: int, name: str, text: str) -> None: ...
-    def sync(self) -> None: ...  # a checkpoint is about to be written
-    def close(self) -> None: ...
+    def numbers(self, step: int, values: Mapping[str, float]) -> None:
+        raise NotImplementedError
+
+    def text(self, step: int, name: str, text: str) -> None:
+        """Sample answers, as Markdown."""
+
+    def sync(self) -> None:
+        """Called before a checkpoint is written: it must never know more than the log beside it."""
+
+    def close(self) -> None:
+        """The run has ended."""
 
 
-class JsonLines:
+class JsonLines(Logger):
     """log.jsonl: one JSON object a line, `step` first; a number that is not finite is null."""
 
     def __init__(self, path: Path, after_step: int) -> None:
@@ -62,12 +69,8 @@ class JsonLines:
         files.append(self.path, _json_line({"step": step, name: text}))
 
     def sync(self) -> None:
-        """Flushes the lines to the disk: a checkpoint never knows more than the log beside it."""
         if self.path.exists():
             files.sync(self.path)
-
-    def close(self) -> None:
-        """Nothing is held open."""
 
 
 def _json_line(entry: Mapping[str, Any]) -> str:
@@ -87,7 +90,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     return entries
 
 
-class TensorBoard:
+class TensorBoard(Logger):
     """TensorBoard's event files, one folder a run, for every step after `after_step`."""
 
     def __init__(self, folder: Path, after_step: int) -> None:
@@ -117,7 +120,7 @@ class TensorBoard:
         self.writer.close()
 
 
-class Progress:
+class Progress(Logger):
     """Reports each step to `report`, for a progress bar; without one (no terminal), logs a line for each log entry."""
 
     def __init__(self, report: Report | None, total_steps: int) -> None:
@@ -151,15 +154,6 @@ class Progress:
             return ""
         pace = (time.monotonic() - self._first[0]) / (step - self._first[1])
         return f"  {clock(pace * (self.total_steps - step))} left"
-
-    def text(self, step: int, name: str, text: str) -> None:
-        """Sample answers are not shown."""
-
-    def sync(self) -> None:
-        """Nothing is held back."""
-
-    def close(self) -> None:
-        """Nothing is held open."""
 
 
 class Loggers:

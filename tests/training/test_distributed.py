@@ -1,0 +1,85 @@
+"""What the processes of one run exchange: sums in buckets, results and errors of the first process."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from sft.errors import RunError
+from sft.training import distributed
+from tests.conftest import ROOT
+
+TWO_PROCESSES = """
+import sys
+sys.path.insert(0, "scripts")
+import torch
+from sft.errors import RunError
+from sft.training import distributed
+
+distributed.start()
+rank = distributed.rank()
+assert distributed.on_rank0(lambda: ["a value", 1]) == ["a value", 1]
+assert distributed.largest([rank, 5 - rank]) == [1, 5]
+
+def fail():
+    raise ValueError("a bug on one process")
+
+try:
+    distributed.on_rank0(fail)
+    raise AssertionError("no error")
+except ValueError:
+    assert rank == 0
+except RunError as error:
+    assert rank == 1 and "ValueError: a bug on one process" in str(error)
+
+distributed.BUCKET_BYTES = 40
+weights = [torch.nn.Parameter(torch.zeros(size)) for size in (3, 8, 1, 30)] + [torch.nn.Parameter(torch.zeros(()))]
+if rank == 0:  # the other one has an empty share of the step
+    for index, weight in enumerate(weights):
+        weight.grad = torch.full_like(weight, index + 0.5)
+distributed.sum_gradients(weights)
+assert all(bool((weight.grad == index + 0.5).all()) for index, weight in enumerate(weights))
+distributed.barrier()
+"""
+
+
+def test_one_process_gets_its_own_result_and_its_own_error() -> None:
+    assert distributed.on_rank0(lambda: 3) == 3
+    assert distributed.largest([1, 2]) == [1, 2] and distributed.all_gather("x") == ["x"]
+    with pytest.raises(ValueError, match="mine"):
+        distributed.on_rank0(lambda: (_ for _ in ()).throw(ValueError("mine")))
+    with pytest.raises(RunError, match="ours"):
+        distributed.on_rank0(lambda: (_ for _ in ()).throw(RunError("ours")))
+
+
+def test_gradients_are_reduced_in_buckets_of_one_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "BUCKET_BYTES", 40)
+    gradients = [torch.zeros(size) for size in (3, 7, 1, 30)] + [torch.zeros(2, dtype=torch.float64)]
+    buckets = [[len(gradient) for gradient in bucket] for bucket in distributed._buckets(gradients)]
+    assert buckets == [[3, 7], [1], [30], [2]]
+
+
+@pytest.mark.slow
+def test_two_processes_exchange_results_errors_and_gradients() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    env = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO_PROCESSES],
+            cwd=ROOT,
+            env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
