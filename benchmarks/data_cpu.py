@@ -1,10 +1,10 @@
-"""What `process_data` costs: wall and CPU seconds and peak memory, on a made file or one of your own.
+"""What `process_data` costs: wall and CPU seconds and peak memory, on a generated file or one of your own.
 
-    python benchmarks/data_cpu.py                                   # 2,000,000 made rows, about 1 GB
+    python benchmarks/data_cpu.py                                   # 2,000,000 generated rows, about 1 GB
     python benchmarks/data_cpu.py --data alpaca_52k.json --set data.near_duplicates=report
 
-The made rows are alpaca rows of random English-like words, 40 to 140 of them, seeded, of which 1 % are exact duplicates
-and 1 % have an empty answer. The command runs as a user would run it; its ledger must add up to the rows made.
+The generated rows are Alpaca rows of 40 to 140 random English-like words, seeded; 1 % are exact duplicates and 1 % have
+an empty answer. The command runs as a user would run it; its ledger must add up to the rows generated.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def make(path: Path, rows: int) -> None:
+def write_rows(path: Path, rows: int) -> None:
     """Writes `rows` rows as JSON lines, about 500 bytes each."""
     rng = random.Random(20261121)
     letters, vowels = "bcdfghklmnprstvw", "aeiou"
@@ -31,11 +31,11 @@ def make(path: Path, rows: int) -> None:
     last = ""
     with path.open("w", encoding="utf-8") as out:
         for number in range(rows):
-            at, size = rng.randrange(len(text) - 1_000), rng.randint(200, 700)
+            start, size = rng.randrange(len(text) - 1_000), rng.randint(200, 700)
             row = {
-                "instruction": f"{text[at : at + size // 4]} {number}",
-                "input": text[at + size // 4 : at + size // 2] if number % 2 else "",
-                "output": "" if number % 100 == 7 else text[at + size // 2 : at + size],
+                "instruction": f"{text[start : start + size // 4]} {number}",
+                "input": text[start + size // 4 : start + size // 2] if number % 2 else "",
+                "output": "" if number % 100 == 7 else text[start + size // 2 : start + size],
             }
             line = last if number % 100 == 9 else json.dumps(row) + "\n"
             out.write(line)
@@ -43,15 +43,15 @@ def make(path: Path, rows: int) -> None:
 
 
 def main() -> None:
-    asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    asked.add_argument("--rows", type=int, default=2_000_000, help="rows to make")
-    asked.add_argument("--data", type=Path, help="a file of your own instead")
-    asked.add_argument("--set", action="append", default=[], help="settings for process_data")
-    args = asked.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=2_000_000, help="rows to generate")
+    parser.add_argument("--data", type=Path, help="a file of your own instead")
+    parser.add_argument("--set", action="append", default=[], help="settings for process_data")
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         data = args.data or Path(folder) / "made.jsonl"
         if args.data is None:
-            make(data, args.rows)
+            write_rows(data, args.rows)
         command = [sys.executable, str(ROOT / "scripts/process_data.py"), "--raw_path", str(data.resolve()), "--json"]
         sets = [f"data.processed_dir={folder}/out", *args.set]
         command += [part for pair in sets for part in ("--set", pair)]

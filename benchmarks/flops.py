@@ -2,9 +2,9 @@
 
     python benchmarks/flops.py [--json]
 
-The model is `step_cpu.py`'s, shrunk in its
-vocabulary with --tiny; rows are Alpaca's where it is at hand, else made of the same spread of lengths. Counts do not
-depend on the machine. Every mode: frozen base with LoRA, full; with and without checkpointing; packed and padded.
+The model is `step_cpu.py`'s, with a small vocabulary under --tiny; rows are Alpaca's where the file exists, else
+generated with the same lengths. Counts do not depend on the machine.
+Every mode: frozen base with LoRA, full; with and without checkpointing; packed and padded.
 
 A product of [m, k] and [k, n] is 2mkn operations. For each computed token (padding included), by mode:
 
@@ -34,7 +34,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-MODES = [(frozen, again, packed) for frozen in (True, False) for again in (False, True) for packed in (True, False)]
+MODES = [
+    (frozen, recompute, packed) for frozen in (True, False) for recompute in (False, True) for packed in (True, False)
+]
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,10 @@ class Shape:
 
 def a_token(shape: Shape, lengths: Sequence[int], labelled: float, *, frozen: bool, checkpointing: bool) -> float:
     """Operations a computed token. lengths: of the rows in the batch; labelled: share of computed tokens."""
-    again = 2 if checkpointing else 0
+    recompute = 2 if checkpointing else 0
     own = sum(length**2 for length in lengths) / sum(lengths)
-    blocks = (4 if frozen else 6) + again
-    lora, attention = (6 + again) * shape.lora, (7 + again) * own * shape.attention
+    blocks = (4 if frozen else 6) + recompute
+    lora, attention = (6 + recompute) * shape.lora, (7 + recompute) * own * shape.attention
     return blocks * shape.linear + lora + attention + (4 if frozen else 6) * labelled * shape.head
 
 
@@ -89,7 +91,7 @@ def counted(step: Callable[[], object]) -> tuple[float, float]:
     from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
     def every_head(query: Any, *shared: Any) -> list[Any]:  # torch 2.11 counts no heads that share their keys
-        return [(one[0], query[1], *one[2:]) for one in shared]
+        return [(row[0], query[1], *row[2:]) for row in shared]
 
     def forward(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
         return int(sdpa_flop_count(query, *every_head(query, key, value)))  # type: ignore[no-untyped-call]
@@ -123,35 +125,35 @@ def measure(
     from sft.step.step import StepConfig, forward_backward
 
     attention.register()
-    batch, found = Collator("causal")([dict(row) for row in rows]), []
-    for frozen, again, packed in modes:
+    batch, results = Collator("causal")([dict(row) for row in rows]), []
+    for frozen, recompute, packed in modes:
         torch.manual_seed(0)
         model: Any = Qwen2ForCausalLM(Qwen2Config(**shapes, attn_implementation=attention.NAME if packed else "sdpa"))
-        if again:
+        if recompute:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         if frozen:
             model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear"))
         model.train()
         micros = [micro for micro in split_micro_batches(batch, tokens=tokens, packed=packed) if micro.labelled]
-        done, of_attention = counted(
+        operations, of_attention = counted(
             partial(forward_backward, model, batch, StepConfig(micro_batch_tokens=tokens, packed=packed))
         )
         computed = sum(micro.computed for micro in micros)
         lengths = batch["lengths"].tolist() if packed else [m.targets.shape[1] for m in micros for _ in m.rows]
         labelled = sum(micro.labelled for micro in micros) / computed
-        wanted = a_token(shape_of(model), lengths, labelled, frozen=frozen, checkpointing=again)
-        found.append(
+        expected = a_token(shape_of(model), lengths, labelled, frozen=frozen, checkpointing=recompute)
+        results.append(
             {
-                "mode": f"{'LoRA' if frozen else 'full'}, {'checkpointing' if again else 'no checkpointing'}",
+                "mode": f"{'LoRA' if frozen else 'full'}, {'checkpointing' if recompute else 'no checkpointing'}",
                 "rows": "packed" if packed else "padded",
                 "computed_tokens": computed,
-                "counted_mflop_a_token": round(done / computed / 1e6, 3),
-                "formula_mflop_a_token": round(wanted / 1e6, 3),
-                "ratio": round(done / computed / wanted, 4),
-                "attention_share": round(of_attention / done, 4),
+                "counted_mflop_a_token": round(operations / computed / 1e6, 3),
+                "formula_mflop_a_token": round(expected / 1e6, 3),
+                "ratio": round(operations / computed / expected, 4),
+                "attention_share": round(of_attention / operations, 4),
             }
         )
-    return found
+    return results
 
 
 def main() -> None:
@@ -164,15 +166,21 @@ def main() -> None:
 
     shapes = {**step_cpu.SHAPES, **({"vocab_size": 2000} if args.tiny else {})}
     sizes = {"longest": 512, "vocabulary": shapes["vocab_size"]}
-    there = material.ALPACA.exists()
-    rows = material.alpaca(material.ALPACA, material.TOKENIZER, **sizes) if there else material.made(64, **sizes)
-    found = measure(rows[: 8 if args.tiny else 16], shapes, tokens=args.tokens)
+    on_disk = material.ALPACA.exists()
+    rows = (
+        material.alpaca(material.ALPACA, material.TOKENIZER, **sizes)
+        if on_disk
+        else material.generated_rows(64, **sizes)
+    )
+    results = measure(rows[: 8 if args.tiny else 16], shapes, tokens=args.tokens)
     if args.json:
-        print(json.dumps({"rows_from": "Alpaca" if there else "made", "modes": found}, indent=1))
+        print(json.dumps({"rows_from": "Alpaca" if on_disk else "generated", "modes": results}, indent=1))
         return
-    keys = list(found[0])
-    print("\n".join(material.table([key.replace("_", " ") for key in keys], [[one[k] for k in keys] for one in found])))
-    print(f"\nhighest ratio {max(one['ratio'] for one in found):.3f} (rows: {'Alpaca' if there else 'made'})")
+    keys = list(results[0])
+    print(
+        "\n".join(material.table([key.replace("_", " ") for key in keys], [[row[k] for k in keys] for row in results]))
+    )
+    print(f"\nhighest ratio {max(row['ratio'] for row in results):.3f} (rows: {'Alpaca' if on_disk else 'generated'})")
 
 
 if __name__ == "__main__":

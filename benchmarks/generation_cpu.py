@@ -1,4 +1,4 @@
-"""Answers a second on the CPU: the engine against a loop of one prompt at a time, on the demo model, in turn.
+"""Answers per second on the CPU: our engine against a loop of one prompt at a time, on the demo model, interleaved.
 
     python benchmarks/generation_cpu.py [--adapters adapters/demo] [--rounds 5] [--sizes 8,32]
 
@@ -31,14 +31,14 @@ from sft.generation.stop import StopCriteria
 Texts = Callable[[], list[str]]
 
 
-def one_by_one(loaded: Any, prompts: list[list[int]], most: int) -> list[str]:
+def one_at_a_time(loaded: Any, prompts: list[list[int]], max_new_tokens: int) -> list[str]:
     base, stops = loaded.model, loaded.encoder.stops
     texts = []
     for prompt in prompts:
         ids = torch.tensor([prompt])
         with torch.no_grad():
             tokens = base.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=most, do_sample=False,
+                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False,
                 eos_token_id=sorted(stops.ids), pad_token_id=engine.pad_id(loaded.tokenizer, stops),
             )  # fmt: skip
         texts.append(StopCriteria(loaded.tokenizer, stops).answer(tokens[0, len(prompt) :].tolist()).text)
@@ -71,7 +71,7 @@ def main() -> None:
     requests = batch_io.read(ROOT / "data" / "samples" / "support_desk.jsonl", None)[: args.rows]
     prompts = [loaded.encoder.prompt(request.row) for request in requests if request.row is not None]
 
-    def ours(size: int) -> list[str]:
+    def batched(size: int) -> list[str]:
         return [
             answer.text
             for answer in engine.generate(
@@ -79,8 +79,8 @@ def main() -> None:
             )
         ]
 
-    variants: dict[str, Texts] = {"loop": lambda: one_by_one(loaded, prompts, config.generation.max_new_tokens)}
-    variants |= {f"engine, {size}": lambda size=size: ours(size) for size in (1, *map(int, args.sizes.split(",")))}
+    variants: dict[str, Texts] = {"loop": lambda: one_at_a_time(loaded, prompts, config.generation.max_new_tokens)}
+    variants |= {f"engine, {size}": lambda size=size: batched(size) for size in (1, *map(int, args.sizes.split(",")))}
     seconds = measure(variants, args.rounds)
     for name, median in seconds.items():
         answers = len(prompts) / median

@@ -1,4 +1,4 @@
-"""The device that `gpu.py` measures on, and steps of our own engine there."""
+"""The device that `gpu.py` measures, and training steps of our own on it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 GIB = 2**30
-CONTEXT = 0.6  # GiB of a card that are no tensors'
+CONTEXT = 0.6  # GiB of a card that tensors cannot use: the driver's context
 
 
 class Bench:
-    """The device, the time that is left, and steps of our own engine on it."""
+    """The device, a time limit, and training steps of our own on it."""
 
     def __init__(self, device: str, *, tiny: bool) -> None:
         import torch
@@ -21,31 +21,31 @@ class Bench:
         self.torch, self.device, self.tiny, self.cuda = torch, device, tiny, device == "cuda"
         self.until = time.monotonic()
         self.total = torch.cuda.get_device_properties(0).total_memory if self.cuda else 0
-        self.keep: Callable[[dict[str, Any]], object] = lambda _: None  # told what a section has so far
+        self.save: Callable[[dict[str, Any]], object] = lambda _: None  # called with what a section has measured so far
         self.plans: list[Any] = []
 
     def start(self, minutes: float) -> None:
         self.until = time.monotonic() + 60 * minutes
 
     def seconds(self) -> float:
-        """That are left of the box."""
+        """Seconds until the time limit."""
         return max(0.0, self.until - time.monotonic())
 
     def workspaces(self) -> float:
-        """GiB that cuBLAS takes beside every model: one workspace for the forward pass, one for autograd's thread."""
+        """GiB of cuBLAS beside every model: one workspace for the forward pass, one for autograd's thread."""
         if not self.cuda:
             return 0.0
-        one = self.torch.ones(64, 64, device="cuda", dtype=self.torch.bfloat16, requires_grad=True)
-        (one @ one).sum().backward()
-        del one
+        matrix = self.torch.ones(64, 64, device="cuda", dtype=self.torch.bfloat16, requires_grad=True)
+        (matrix @ matrix).sum().backward()
+        del matrix
         self.clear()
         return float(self.torch.cuda.memory_allocated() / GIB)
 
-    def left(self) -> bool:
+    def has_time(self) -> bool:
         return time.monotonic() < self.until
 
     def cap(self, gib: float | None) -> None:
-        """Holds the process to so many GiB; None lifts it."""
+        """Limits the process to this many GiB; None removes the limit."""
         self.clear()
         if self.cuda:
             share = 1.0 if gib is None else min(1.0, gib * GIB / self.total)
@@ -75,29 +75,29 @@ class Bench:
         trained = [p for p in model.parameters() if p.requires_grad]
         return self.torch.optim.AdamW(trained, lr=1e-4, fused=self.cuda)
 
-    def step(self, model: Any, optimizer: Any, batch: Any, tokens: int, **more: Any) -> tuple[float, float, int]:
-        """(seconds, gradient norm, micro-batch tokens that fitted) of one step. more: `replay`, or of StepConfig."""
+    def step(self, model: Any, optimizer: Any, batch: Any, tokens: int, **settings: Any) -> tuple[float, float, int]:
+        """(seconds, gradient norm, micro-batch tokens that fit) of one step. settings: `replay`, or StepConfig's."""
         from sft.step import attention
         from sft.step.step import StepConfig, forward_backward
 
-        replay, packed = more.pop("replay", True), attention.keeps_rows_apart(model)
-        how = {"device": self.device, "packed": packed, "autocast": self.torch.bfloat16, **more}
+        replay, packed = settings.pop("replay", True), attention.keeps_rows_apart(model)
+        how = {"device": self.device, "packed": packed, "autocast": self.torch.bfloat16, **settings}
         batch, began = {key: value.to(self.device) for key, value in batch.items()}, self.now()
-        done = forward_backward(model, batch, StepConfig(micro_batch_tokens=tokens, **how), replay=replay)
+        result = forward_backward(model, batch, StepConfig(micro_batch_tokens=tokens, **how), replay=replay)
         trained = [p for p in model.parameters() if p.requires_grad]
         norm = float(self.torch.nn.utils.clip_grad_norm_(trained, 1.0))
         optimizer.step()
         model.zero_grad(set_to_none=True)
-        return self.now() - began, norm, done.config.micro_batch_tokens
+        return self.now() - began, norm, result.config.micro_batch_tokens
 
 
-def window(lengths: list[int], *, vocabulary: int = 2000, labelled: float = 1.0) -> Any:
+def step_batch(lengths: list[int], *, vocabulary: int = 2000, labelled: float = 1.0) -> Any:
     """Rows of these lengths; the last share of each is labelled."""
     from sft.step.batch import Collator
 
-    draw, rows = random.Random(0), []
+    rng, rows = random.Random(0), []
     for length in lengths:
-        ids = [draw.randrange(vocabulary) for _ in range(length)]
+        ids = [rng.randrange(vocabulary) for _ in range(length)]
         prompt = round(length * (1 - labelled))
         rows.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
     return Collator("causal")(rows)

@@ -1,4 +1,4 @@
-"""The sections of `gpu.py` about memory: windows of mixed lengths under a cap; the planner against what was used."""
+"""The sections of `gpu.py` about memory: steps of mixed lengths under a cap; the planner against measured memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from concurrent.futures import Executor, Future
 from dataclasses import asdict
 from typing import Any
 
-from benchmarks.gpu_bench import CONTEXT, GIB, Bench, window
+from benchmarks.gpu_bench import CONTEXT, GIB, Bench, step_batch
 
 Case = tuple[str, dict[str, Any], str, int]  # name, config.json, mode, length
 
@@ -18,26 +18,26 @@ def trials(bench: Bench) -> dict[str, Any]:
 
     size, longest, card = ("tiny", 64, 8) if bench.tiny else ("3B", 2048, 8)
     bench.cap(card - CONTEXT)
-    made = shapes.build(shapes.qwen(size), shapes.settings("qlora", longest), bench.device)
-    draw, lowered, done = random.Random(1), list[int](), 0
-    steps = [[min(longest, max(8, round(longest * draw.random() ** 2))) for _ in range(8)] for _ in range(50)]
-    rehearsed = _rehearsed(bench, made, max(steps, key=max))
-    optimizer, budget = bench.optimizer(made), rehearsed.tokens
+    model = shapes.build(shapes.qwen(size), shapes.settings("qlora", longest), bench.device)
+    rng, lowered, count = random.Random(1), list[int](), 0
+    steps = [[min(longest, max(8, round(longest * rng.random() ** 2))) for _ in range(8)] for _ in range(50)]
+    rehearsed = _rehearsed(bench, model, max(steps, key=max))
+    optimizer, budget = bench.optimizer(model), rehearsed.tokens
     for lengths in steps:
-        if not bench.left():
+        if not bench.has_time():
             break
-        *_, fitted = bench.step(made, optimizer, window(lengths), budget)
+        *_, fitted = bench.step(model, optimizer, step_batch(lengths), budget)
         lowered += [fitted] if fitted < budget else []
-        budget, done = fitted, done + 1
-    found = {"model": size, "card_gib": card, "trials": done, "out_of_memory": len(lowered), "budget": budget}
-    found |= {"rehearsed": asdict(rehearsed), **bench.peaks()}
-    del made, optimizer
+        budget, count = fitted, count + 1
+    results = {"model": size, "card_gib": card, "trials": count, "out_of_memory": len(lowered), "budget": budget}
+    results |= {"rehearsed": asdict(rehearsed), **bench.peaks()}
+    del model, optimizer
     bench.cap(None)
-    return found
+    return results
 
 
 class _NoGauge:
-    """In the place of a card's memory on the CPU."""
+    """Stands in for the memory gauge of a GPU on a CPU."""
 
     total = 1 << 50
 
@@ -49,7 +49,7 @@ class _NoGauge:
 
 
 def _rehearsed(bench: Bench, model: Any, lengths: list[int]) -> Any:
-    """The rehearsal that a run has before its first step, on made rows of these lengths."""
+    """The measurements that a run makes before its first step, on random rows of these lengths."""
     from sft.step import attention
     from sft.step.step import StepConfig
     from sft.training.autobatch import CudaGauge, Rehearsal
@@ -64,50 +64,50 @@ def _rehearsed(bench: Bench, model: Any, lengths: list[int]) -> Any:
 def planner(bench: Bench) -> dict[str, Any]:
     from benchmarks import shapes
 
-    found, beside = list[dict[str, Any]](), bench.workspaces()
-    for case, promise in bench.plans:
-        if not bench.left():
+    results, workspaces = list[dict[str, Any]](), bench.workspaces()
+    for case, future in bench.plans:
+        if not bench.has_time():
             break
         name, description, mode, length = case
         config = _settings(case)
-        one: dict[str, Any] = {"model": name, "mode": mode, "length": length}
-        made = optimizer = None
+        result: dict[str, Any] = {"model": name, "mode": mode, "length": length}
+        model = optimizer = None
         try:
-            planned = promise.result(timeout=bench.seconds()) + beside
-            made = shapes.build(description, config, bench.device)
-            optimizer = bench.optimizer(made)
-            bench.step(made, optimizer, window([length]), length, replay=False)
+            planned = future.result(timeout=bench.seconds()) + workspaces
+            model = shapes.build(description, config, bench.device)
+            optimizer = bench.optimizer(model)
+            bench.step(model, optimizer, step_batch([length]), length, replay=False)
             bench.clear()
-            bench.step(made, optimizer, window([length]), length, replay=False)
+            bench.step(model, optimizer, step_batch([length]), length, replay=False)
             peaks = bench.peaks()
-            one |= {"planned_gib": round(planned, 3), **peaks}
+            result |= {"planned_gib": round(planned, 3), **peaks}
             if measured := peaks["allocated_gib"]:
-                one["error"] = round(planned / measured - 1, 4)
+                result["error"] = round(planned / measured - 1, 4)
         except Exception as error:
-            one["failed"] = f"{type(error).__name__}: {error}"[:200]
-        found.append(one)
-        bench.keep({"of": found})
-        del made, optimizer
+            result["failed"] = f"{type(error).__name__}: {error}"[:200]
+        results.append(result)
+        bench.save({"of": results})
+        del model, optimizer
         bench.clear()
-    errors = sorted(abs(one["error"]) for one in found if "error" in one)
+    errors = sorted(abs(result["error"]) for result in results if "error" in result)
     summary = {"median_error": statistics.median(errors), "worst_error": errors[-1]} if errors else {}
-    return {"configs": len(errors), "cublas_gib": round(beside, 3), **summary, "of": found}
+    return {"configs": len(errors), "cublas_gib": round(workspaces, 3), **summary, "of": results}
 
 
 def plans(bench: Bench, pool: Executor) -> list[tuple[Case, Future[float]]]:
-    """What is to be planned, under way on the CPU while the GPU measures other things; the order is that of need."""
+    """Plans in the background on the CPU, in the order in which `planner` uses them, while the GPU is measured."""
     from benchmarks.shapes import qwen
 
     sizes = [("tiny", 64)] if bench.tiny else [(s, n) for s in ("0.5B", "1.5B", "3B", "7B") for n in (512, 1024, 2048)]
     cases = [(f"qwen2 {size}", qwen(size), mode, n) for size, n in sizes for mode in ("qlora", "lora")]
     cases += [(name, desc, "qlora", n) for name, desc in _others(bench.tiny).items() for n in (512, 2048)]
-    random.Random(0).shuffle(cases)  # where time runs out, what is left out is no one family
+    random.Random(0).shuffle(cases)  # so that no single family is left out when time runs out
     kind, card = ("cuda" if bench.cuda else "cpu"), (bench.device, bench.total / GIB or 64.0)
     return [(case, pool.submit(_planned, case, kind, card)) for case in cases]
 
 
 def _planned(case: Case, kind: Any, card: tuple[str, float]) -> float:
-    """GiB of tensors in a step."""
+    """GiB of tensors in a training step, as planned."""
     from sft.memory import plan
     from sft.memory.devices import Device
 
@@ -122,7 +122,7 @@ def _settings(case: Case) -> Any:
 
 
 def _others(tiny: bool) -> dict[str, dict[str, Any]]:
-    """Other families at real widths; few layers, which are alike."""
+    """Other families at real widths, with few layers."""
     if tiny:
         return {}
     grouped = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 8, "num_attention_heads": 16}

@@ -68,7 +68,7 @@ def resident(field: str) -> float:
 
 
 def memory(side: str, args: argparse.Namespace) -> dict[str, float]:
-    """Highest resident MiB of this process above what it held with its inputs made, and what a trace sees."""
+    """Highest resident MiB of this process above its size with the inputs allocated, and what a trace sees."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils._python_dispatch import TorchDispatchMode

@@ -1,4 +1,4 @@
-"""What the benchmarks share: rows of real or made lengths, what machine this is, how results are kept."""
+"""What the benchmarks share: rows of real or generated lengths, facts about the machine, saving of results."""
 
 from __future__ import annotations
 
@@ -24,35 +24,35 @@ Row = dict[str, Any]
 
 
 def alpaca(path: Path, tokenizer: Path, *, longest: int, vocabulary: int | None = None, most: int = 4000) -> list[Row]:
-    """Rows of an Alpaca file in ChatML, `most` of them drawn with one seed: the answer is labelled; cut at `longest`.
+    """At most `most` rows of an Alpaca file in ChatML, drawn with a seed, truncated at `longest`; answers labelled.
 
     vocabulary: token numbers are folded into it (a small model's). Rows without an answer are left out.
     """
     from tokenizers import Tokenizer
 
-    tok, found = Tokenizer.from_file(str(tokenizer)), list[Row]()
-    read = json.loads(path.read_text(encoding="utf-8"))
-    drawn = random.Random(0).sample(read, min(most, len(read)))
-    for index, row in enumerate(drawn):
-        asked = f"{row['instruction']}\n{row['input']}" if row.get("input") else row["instruction"]
-        prompt = tok.encode(f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n").ids
+    tok, rows = Tokenizer.from_file(str(tokenizer)), list[Row]()
+    records = json.loads(path.read_text(encoding="utf-8"))
+    sample = random.Random(0).sample(records, min(most, len(records)))
+    for index, row in enumerate(sample):
+        question = f"{row['instruction']}\n{row['input']}" if row.get("input") else row["instruction"]
+        prompt = tok.encode(f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n").ids
         answer = tok.encode(f"{row['output']}<|im_end|>").ids
         ids = [token % vocabulary if vocabulary else token for token in prompt + answer][:longest]
         if len(ids) > len(prompt):
             labels = [-100] * len(prompt) + ids[len(prompt) :]
-            found.append({"id": f"row-{index}", "input_ids": ids, "labels": labels})
-    return found
+            rows.append({"id": f"row-{index}", "input_ids": ids, "labels": labels})
+    return rows
 
 
-def made(count: int, *, longest: int, vocabulary: int, seed: int = 0) -> list[Row]:
-    """Rows of made tokens whose lengths spread as Alpaca's do: log-normal, median 70 tokens, sigma 0.75."""
-    draw, found = random.Random(seed), list[Row]()
+def generated_rows(count: int, *, longest: int, vocabulary: int, seed: int = 0) -> list[Row]:
+    """Rows of random tokens whose lengths are distributed as Alpaca's: log-normal, median 70 tokens, sigma 0.75."""
+    rng, rows = random.Random(seed), list[Row]()
     for index in range(count):
-        length = max(8, min(longest, round(math.exp(draw.gauss(math.log(70), 0.75)))))
-        prompt = max(2, min(length - 2, round(length * draw.betavariate(2, 2))))
-        ids = [draw.randrange(3, vocabulary) for _ in range(length)]
-        found.append({"id": f"row-{index}", "input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
-    return found
+        length = max(8, min(longest, round(math.exp(rng.gauss(math.log(70), 0.75)))))
+        prompt = max(2, min(length - 2, round(length * rng.betavariate(2, 2))))
+        ids = [rng.randrange(3, vocabulary) for _ in range(length)]
+        rows.append({"id": f"row-{index}", "input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
+    return rows
 
 
 def share(rows: list[Row]) -> float:
@@ -60,29 +60,29 @@ def share(rows: list[Row]) -> float:
     return sum(label != -100 for row in rows for label in row["labels"]) / sum(len(row["input_ids"]) for row in rows)
 
 
-def with_share(rows: list[Row], wanted: float, count: int, *, seed: int = 0) -> list[Row]:
-    """`count` rows drawn at random, then exchanged one by one for others until `wanted` of their tokens is labelled."""
-    draw, rows = random.Random(seed), list(rows)
-    draw.shuffle(rows)
+def with_share(rows: list[Row], target: float, count: int, *, seed: int = 0) -> list[Row]:
+    """`count` rows drawn at random, then swapped one by one until `target` of their tokens is labelled."""
+    rng, rows = random.Random(seed), list(rows)
+    rng.shuffle(rows)
     chosen, rest = rows[:count], rows[count:]
     for _ in range(20_000 if rest else 0):
-        off = abs(share(chosen) - wanted)
+        off = abs(share(chosen) - target)
         if off < 0.005:
             break
-        ours, theirs = draw.randrange(len(chosen)), draw.randrange(len(rest))
-        chosen[ours], rest[theirs] = rest[theirs], chosen[ours]
-        if abs(share(chosen) - wanted) >= off:
-            chosen[ours], rest[theirs] = rest[theirs], chosen[ours]
+        mine, theirs = rng.randrange(len(chosen)), rng.randrange(len(rest))
+        chosen[mine], rest[theirs] = rest[theirs], chosen[mine]
+        if abs(share(chosen) - target) >= off:
+            chosen[mine], rest[theirs] = rest[theirs], chosen[mine]
     return chosen
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
-    """Where and with what a result was measured."""
+    """The machine, the versions and the command that a result was measured with."""
     import torch
 
     from sft import runs
 
-    found = {
+    result = {
         "date": date.today().isoformat(),
         "command": " ".join(["python", *sys.argv]),
         "commit": _commit(),
@@ -95,26 +95,26 @@ def machine(device: str = "cpu") -> dict[str, Any]:
     }
     if device == "cuda":
         card = torch.cuda.get_device_properties(0)
-        found["gpu"] = {"name": card.name, "gib": round(card.total_memory / 2**30, 2), "cuda": torch.version.cuda}
-    return found
+        result["gpu"] = {"name": card.name, "gib": round(card.total_memory / 2**30, 2), "cuda": torch.version.cuda}
+    return result
 
 
 def matmul_peak(device: str, dtype: Any, *, size: int = 2048, seconds: float = 1.0) -> float:
-    """FLOP/s of a square matrix product, the best of all that fit into `seconds`."""
+    """FLOP/s of a square matrix product: the best of those that run within `seconds`."""
     import torch
 
-    one, best = torch.randn(size, size, device=device, dtype=dtype), 0.0
+    matrix, best = torch.randn(size, size, device=device, dtype=dtype), 0.0
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or not best:
         began = time.perf_counter()
-        one @ one
+        matrix @ matrix
         if device == "cuda":
             torch.cuda.synchronize()
         best = max(best, 2 * size**3 / (time.perf_counter() - began))
     return best
 
 
-def keep(name: str, result: dict[str, Any], lines: list[str], out: Path | None = None) -> Path:
+def save_results(name: str, result: dict[str, Any], lines: list[str], out: Path | None = None) -> Path:
     """Writes NAME.json and NAME.md; returns the JSON's path."""
     folder = out or RESULTS
     folder.mkdir(parents=True, exist_ok=True)

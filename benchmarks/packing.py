@@ -2,10 +2,10 @@
 
     python benchmarks/packing.py [--data alpaca.json --tokenizer tokenizer.json] [--budget 2048] [--json]
 
-Counted on the very micro-batches that training cuts, over one epoch of windows. "Computed" is every position of the
-tensor that goes through the model. Packed rows carry no padding at all, since attention gets each row's own boundaries
-(varlen on a GPU, row by row on a CPU); so beside the share of real tokens stands how full the budget is, which is what
-fixed-length packing would pad up to.
+Counted on the micro-batches that training computes, over one epoch of steps. "Computed" is every position of the tensor
+that goes through the model. Packed rows have no padding at all, because attention gets each row's own boundaries
+(varlen on a GPU, row by row on a CPU). So the table also shows how full the token budget is, which fixed-length packing
+pads to.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 
-def measure(rows: list[dict[str, Any]], *, budget: int, effective: int, apart: bool) -> dict[str, Any]:
-    """Real over computed tokens, and over the budgets that were opened, of an epoch's steps."""
+def measure(rows: list[dict[str, Any]], *, budget: int, effective: int, packed: bool) -> dict[str, Any]:
+    """Real tokens over computed ones, and over the token budgets used, in one epoch."""
     from sft.step.batch import Collator, split_micro_batches
     from sft.training.loop import step_batches
 
     real = computed = micros = fullest = 0
     for indices in step_batches(len(rows), effective, 42, 0):
         batch = Collator("causal")([dict(rows[index]) for index in indices])
-        parts = split_micro_batches(batch, tokens=budget, packed=apart)
+        parts = split_micro_batches(batch, tokens=budget, packed=packed)
         real += int(batch["lengths"].sum())
         computed += sum(micro.computed for micro in parts)
         micros += len(parts)
         fullest += min(len(parts), -(-int(batch["lengths"].sum()) // budget))
     return {
-        "rows": "packed" if apart else "groups of like length",
+        "rows": "packed" if packed else "groups of like length",
         "rows_a_step": effective,
         "real_of_computed": round(real / computed, 4),
         "real_of_budget": round(real / (micros * budget), 4),
@@ -54,24 +54,33 @@ def main() -> None:
     from benchmarks import material
 
     data, tokenizer = args.data or material.ALPACA, args.tokenizer or material.TOKENIZER
-    there = data.exists() and tokenizer.exists()
-    if there:
+    on_disk = data.exists() and tokenizer.exists()
+    if on_disk:
         rows = material.alpaca(data, tokenizer, longest=args.budget, most=args.most)
     else:
-        rows = material.made(4000, longest=args.budget, vocabulary=1000)
+        rows = material.generated_rows(4000, longest=args.budget, vocabulary=1000)
     tokens = sum(len(row["input_ids"]) for row in rows)
-    found = [
-        measure(rows, budget=args.budget, effective=effective, packed=apart)
+    results = [
+        measure(rows, budget=args.budget, effective=effective, packed=packed)
         for effective in (16, 64, 256)
-        for apart in (True, False)
+        for packed in (True, False)
     ]
-    source = {"rows_from": data.name if there else "made", "rows": len(rows), "tokens": tokens, "budget": args.budget}
+    source = {
+        "rows_from": data.name if on_disk else "generated",
+        "rows": len(rows),
+        "tokens": tokens,
+        "budget": args.budget,
+    }
     if args.json:
-        print(json.dumps({**source, "cuts": found}, indent=1))
+        print(json.dumps({**source, "cuts": results}, indent=1))
         return
     print(f"{source['rows_from']}: {len(rows):,} rows, {tokens:,} tokens, {args.budget} tokens a micro-batch\n")
-    keys = list(found[0])
-    print("\n".join(material.table([key.replace("_", " ") for key in keys], [[one[k] for k in keys] for one in found])))
+    keys = list(results[0])
+    print(
+        "\n".join(
+            material.table([key.replace("_", " ") for key in keys], [[result[k] for k in keys] for result in results])
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python benchmarks/save_cost.py --out benchmarks/results/save-cost-DATE.json
 
-Aims: at most 0.5 s a save; at most 2 % of a run whose steps take a second and that saves every 100 (2 s a save).
+Targets: at most 0.5 s a save; at most 2 % of a run whose steps take a second and that saves every 100 (2 s a save).
 """
 
 from __future__ import annotations
@@ -43,28 +43,28 @@ def measure(mode: str, folder: Path) -> dict[str, Any]:
 
     loop.save = timed
     loop.fit()
-    kept = seconds[1:]
+    later = seconds[1:]
     return {
         "mode": mode,
         "mib": round(files.size(loop.checkpoints.run.checkpoints()[-1]) / 2**20, 2),
-        "median_s": round(statistics.median(kept), 3),
-        "worst_s": round(max(kept), 3),
-        "share_of_100_steps_of_1_s": round(statistics.median(kept) / 100, 5),
+        "median_s": round(statistics.median(later), 3),
+        "worst_s": round(max(later), 3),
+        "share_of_100_steps_of_1_s": round(statistics.median(later) / 100, 5),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="where the result goes, as JSON")
+    parser.add_argument("--out", type=Path, help="write the result there as JSON")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=HOME / "outputs" if (HOME / "outputs").is_dir() else None) as folder:
-        found = [measure(mode, Path(folder)) for mode in ("lora", "qlora", "full")]
+        results = [measure(mode, Path(folder)) for mode in ("lora", "qlora", "full")]
     result = {
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}",
         "torch": metadata.version("torch"),
         "saves_each": SAVES,
-        "modes": found,
+        "modes": results,
     }
     if args.out:
         files.write_json(args.out, result)

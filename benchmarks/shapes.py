@@ -1,4 +1,4 @@
-"""Models of true shapes with random weights, built straight into NF4 on the device: nothing is read or downloaded."""
+"""Models of real shapes with random weights, quantised to NF4 on the device: nothing is read or downloaded."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ QWEN = {  # hidden, feed-forward, layers, heads, key-value heads, tied: config.j
 
 
 def qwen(size: str) -> dict[str, Any]:
-    """A config.json."""
+    """The config.json of a Qwen2.5 of this size."""
     hidden, ffn, layers, heads, keys, tied = QWEN[size]
     return {
         "model_type": "qwen2",
@@ -41,7 +41,7 @@ def qwen(size: str) -> dict[str, Any]:
 
 
 def settings(mode: str, length: int, **train: Any) -> Config:
-    """A config of ours for a model that has no name."""
+    """Our config for a model without a name: `mode`, rows of `length` tokens, settings of `train`."""
     raw = {
         "model": {"name": "-", "max_seq_len": length},
         "tuning": {"mode": mode, "lora": {"r": 16, "alpha": 32, "dropout": 0.0}},
@@ -54,26 +54,28 @@ def build(
     description: dict[str, Any], config: Config, device: str, *, checkpointing: bool = True, attn: str | None = None
 ) -> Any:
     """The model with its adapters on `device`, bf16 where it is not 4-bit, ready to train."""
-    chosen = attn or attention.implementation(device, description) or attention.fallback(description)
+    implementation = attn or attention.implementation(device, description) or attention.fallback(description)
     attention.register()
     full = config.tuning.mode == "full"
     dtype = torch.float32 if full else torch.bfloat16
-    model = shapes.meta_model(description, "-", config.tuning, dtype, attention=chosen, checkpointing=checkpointing)
+    model = shapes.meta_model(
+        description, "-", config.tuning, dtype, attention=implementation, checkpointing=checkpointing
+    )
     torch.manual_seed(0)
-    made: dict[int, Any] = {}
+    weights: dict[int, Any] = {}
     for module in model.modules():
         _rotary(module, device)
         for name, weight in list(module._parameters.items()):
             if weight is not None and weight.is_meta:
-                if id(weight) not in made:
-                    made[id(weight)] = _real(module, name, weight, device)
-                module._parameters[name] = made[id(weight)]
-    left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
-    if left:
-        raise RuntimeError(f"not built: {left[:3]}")
+                if id(weight) not in weights:
+                    weights[id(weight)] = _real(module, name, weight, device)
+                module._parameters[name] = weights[id(weight)]
+    unbuilt = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
+    if unbuilt:
+        raise RuntimeError(f"not built: {unbuilt[:3]}")
     base: Any = unwrap(model)
     base.config.name_or_path = "-"
-    if config.tuning.mode == "qlora":  # what a loaded model has, and transformers' trainer asks for
+    if config.tuning.mode == "qlora":  # attributes of a loaded model, which transformers' trainer checks
         base.hf_quantizer = AutoHfQuantizer.from_config(
             BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True),
             pre_quantized=False,
@@ -86,9 +88,9 @@ def _real(module: nn.Module, name: str, weight: Any, device: str) -> nn.Paramete
     if type(module).__name__ == "Linear4bit" and name == "weight":
         from bitsandbytes.nn import Params4bit
 
-        drawn = torch.randn(module.out_features, module.in_features, device=device, dtype=torch.bfloat16).mul_(0.02)
+        values = torch.randn(module.out_features, module.in_features, device=device, dtype=torch.bfloat16).mul_(0.02)
         packed = Params4bit(
-            drawn,
+            values,
             requires_grad=False,
             quant_type=weight.quant_type,
             compress_statistics=weight.compress_statistics,
@@ -107,7 +109,7 @@ def _real(module: nn.Module, name: str, weight: Any, device: str) -> nn.Paramete
 
 
 def _rotary(module: nn.Module, device: str) -> None:
-    """Buffers have values that a drawn model lacks: a rotary embedding makes its own again from the config."""
+    """Buffers of a meta model have no values: a rotary embedding is created again from its config."""
     if not any(buffer is not None and buffer.is_meta for buffer in module._buffers.values()):
         return
     config = getattr(module, "config", None)
@@ -116,6 +118,6 @@ def _rotary(module: nn.Module, device: str) -> None:
             if buffer is not None and buffer.is_meta:
                 module._buffers[name] = torch.ones(buffer.shape, dtype=buffer.dtype, device=device)
         return
-    again = type(module)(config=config)
-    for name, buffer in again._buffers.items():
+    rebuilt = type(module)(config=config)
+    for name, buffer in rebuilt._buffers.items():
         module._buffers[name] = None if buffer is None else buffer.to(device)

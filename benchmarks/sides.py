@@ -1,7 +1,7 @@
-"""Who is measured: our trainer, plain transformers, TRL. Each trains the same model on the same rows for one epoch.
+"""The trainers that are compared: ours, plain transformers, TRL. Each trains one model on the same rows for one epoch.
 
-A side's clock runs from the start of training to the end of its last step: data loading, collation and every callback
-are in it, building the trainer and saving are not.
+Time runs from the start of training to the end of the last step: data loading, collation and every callback count,
+building the trainer and saving do not.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from sft.training.loop import TrainingLoop
 
 @dataclass(frozen=True)
 class Settings:
-    """What is the same for all. rows: of a step. micro_rows: of a peer's micro-batch (ours goes by tokens)."""
+    """Settings that all share. rows: of a step. micro_rows: of a peer's micro-batch (ours is sized by tokens)."""
 
     rows: int = 16
     micro_rows: int = 4
@@ -74,7 +74,7 @@ class Clock(TrainerCallback):
         self.ended = self._now()
 
     def time(self, loop: TrainingLoop) -> None:
-        """Trains our loop, with the same figures taken at the same moments."""
+        """Trains our loop with the same measurements at the same moments."""
         after_step = loop.after_step
 
         def timed_after_step(grad_norm: float, learning_rate: float) -> bool:
@@ -92,8 +92,8 @@ class Clock(TrainerCallback):
 
 
 @dataclass(frozen=True)
-class Took:
-    """One round of one side. loss: the mean over the rows' labelled tokens after it. memory_mib: risen to at most."""
+class Round:
+    """One round of one side. loss: the mean over the rows' labelled tokens after it. memory_mib: the highest rise."""
 
     seconds: float
     memory_mib: float
@@ -102,7 +102,7 @@ class Took:
 
 
 class Side:
-    """One way of training, with a model of its own whose adapter starts each round as it was made."""
+    """A trainer with its own model, whose adapter starts every round with the same weights."""
 
     def __init__(
         self,
@@ -114,7 +114,7 @@ class Side:
         self.name, self.model, self.settings, self.make = name, model, settings, make
         self.start = {key: p.detach().clone() for key, p in model.named_parameters() if p.requires_grad}
 
-    def round(self, rows: list[Row]) -> Took:
+    def round(self, rows: list[Row]) -> Round:
         with torch.no_grad():
             for key, weight in self.model.named_parameters():
                 if key in self.start:
@@ -129,7 +129,7 @@ class Side:
                 trainer.remove_callback(PrinterCallback)
                 trainer.add_callback(clock)
                 trainer.train()
-        return Took(clock.ended - clock.began, memory.risen(), clock.norms, self._loss(rows))
+        return Round(clock.ended - clock.began, memory.rise(), clock.norms, self._loss(rows))
 
     def _loss(self, rows: list[Row]) -> float:
         step_config = make_step_config(config(self.settings).train, self.model, "causal", self.settings.device)
@@ -140,7 +140,7 @@ class Side:
 
 
 def config(settings: Settings) -> Config:
-    """Ours, as a user would have it."""
+    """Our config, as a user would write it."""
     train = {
         "output_dir": str(settings.folder / "outputs" / "ours"),
         "epochs": 1,
@@ -156,8 +156,8 @@ def config(settings: Settings) -> Config:
         "save_strategy": "no",
     }
     raw = {"model": {"name": "-", "max_seq_len": settings.longest}, "train": train, "logging": {"log_interval": 1000}}
-    there = hardware.probe() if settings.device == "cuda" else None
-    facts = auto.Facts(settings.device, there and there.capability, bf16_supported=there is None or there.bf16)
+    machine = hardware.probe() if settings.device == "cuda" else None
+    facts = auto.Facts(settings.device, machine and machine.capability, bf16_supported=machine is None or machine.bf16)
     return auto.resolve(Config.model_validate(raw), facts).config
 
 
@@ -210,7 +210,7 @@ def _padded(features: list[Row]) -> dict[str, torch.Tensor]:
 def plain(sampling: str) -> Callable[[Any, list[Row], Settings], Trainer]:
     """transformers' Trainer, padded to the longest of a micro-batch; sampling: `random` or `group_by_length`.
 
-    `sorted` gives it windows of like length from the whole set: what grouping comes to on a large set.
+    `sorted` orders the whole set by length, which grouping approaches on a large set.
     """
 
     def make(model: Any, rows: list[Row], settings: Settings) -> Trainer:
@@ -250,7 +250,7 @@ def trl(*, packing: bool) -> Callable[[Any, list[Row], Settings], Trainer]:
 def packed(model: Any, rows: list[Row], settings: Settings) -> Trainer:
     """TRL's packing (best-fit decreasing into `longest`, positions that restart) with transformers' own loss.
 
-    What TRL's packing was before its loss took to Triton: it stands in for it on a CPU.
+    This is TRL's packing before its loss moved to Triton, which has no CPU driver.
     """
     from datasets import Dataset, disable_progress_bars
     from trl import pack_dataset
@@ -271,7 +271,7 @@ def packed(model: Any, rows: list[Row], settings: Settings) -> Trainer:
 
 
 class Memory:
-    """How far memory rises from here: the resident size of this process, or the card's allocated bytes."""
+    """How far memory rises from now on: the resident size of this process, or the GPU's allocated bytes."""
 
     def __init__(self, device: str) -> None:
         self.device = device
@@ -285,7 +285,7 @@ class Memory:
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak counts from now on
         self.before = _status("VmRSS")
 
-    def risen(self) -> float:
+    def rise(self) -> float:
         """MiB."""
         if self.device == "cuda":
             return torch.cuda.max_memory_allocated() / 2**20
@@ -310,8 +310,8 @@ def _quiet() -> Any:
             logging.disable(logging.NOTSET)
 
 
-def everyone(model: Callable[[str], Any], settings: Settings, names: list[str]) -> list[Side]:
-    """The sides of these names. model: makes one, given the attention to load it with."""
+def make_sides(model: Callable[[str], Any], settings: Settings, names: list[str]) -> list[Side]:
+    """The trainers of these names. model: builds one with the named attention implementation."""
     makers = {
         "ours": ours,
         "hf dynamic": plain("random"),

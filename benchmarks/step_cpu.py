@@ -9,11 +9,11 @@ weights, LoRA r 16 on all linear layers without dropout. fp32, AdamW, no checkpo
 rows a step, peers in micro-batches of 4. Each side trains all rows once from the same adapter, with its real trainer
 around it.
 
-A result is thrown out if a gradient norm is zero, if it would need more than 100 % of the measured matmul peak, or if
-the loss after the same rows is more than 2 % off the median side's. `hf sorted` is not a setting that anybody has: it
-is what grouping by length comes to on a large set, shown beside the rest. A side over three times slower than the
-fastest runs in three rounds only. TRL 1.15 forms its loss in Triton, which has no driver for a CPU: it is tried and
-listed as one that could not run; `hf packed` is its packing with transformers' loss, as TRL's was before. TRL 1.14.2,
+A result is rejected if a gradient norm is zero, if it would need more than 100 % of the measured matmul peak, or if
+the loss after the same rows is more than 2 % off the median side's. `hf sorted` is not a real setting: it
+is what grouping by length approaches on a large set. A side that is more than three times slower than
+the fastest runs in three rounds only. TRL 1.15 forms its loss in Triton, which has no driver for a CPU: it is tried and
+listed as not runnable; `hf packed` is its packing with transformers' loss, as TRL's was before. TRL 1.14.2,
 the last whose chunked loss is plain torch, runs here:
 
     pip install --no-deps --target /tmp/trl trl==1.14.2 && PYTHONPATH=/tmp/trl python benchmarks/step_cpu.py
@@ -51,7 +51,7 @@ TARGETS = {0.25: 2.0, 0.5: 1.5, 0.8: 1.15}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="an Alpaca JSON file; default: ../shared, else made rows")
+    parser.add_argument("--data", type=Path, help="an Alpaca JSON file; default: ../shared, else generated rows")
     parser.add_argument("--tokenizer", type=Path, help="its tokenizer.json")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--rows", type=int, default=80, help="of a set, 16 a step")
@@ -71,15 +71,17 @@ def main() -> None:
     from benchmarks import material
 
     rows, source = _rows(args)
-    found: dict[str, Any] = {"machine": material.machine(), "model": SHAPES, "lora_r": 16, "rows_from": source}
-    found["matmul_peak_gflops"] = round(material.matmul_peak("cpu", torch.float32) / 1e9, 1)
+    results: dict[str, Any] = {"machine": material.machine(), "model": SHAPES, "lora_r": 16, "rows_from": source}
+    results["matmul_peak_gflops"] = round(material.matmul_peak("cpu", torch.float32) / 1e9, 1)
     with tempfile.TemporaryDirectory() as folder:
         sides = _sides(args, Path(folder))
-        found["sets"] = [_set(sides, rows, wanted, args, found["matmul_peak_gflops"]) for wanted in args.shares]
-    found["minutes"] = round((time.monotonic() - began) / 60, 1)
-    lines = _lines(found)
-    path = material.keep("step_cpu", found, lines, args.out)
-    _plot(found, path.with_suffix(".png"))
+        results["sets"] = [
+            _set(sides, rows, target_share, args, results["matmul_peak_gflops"]) for target_share in args.shares
+        ]
+    results["minutes"] = round((time.monotonic() - began) / 60, 1)
+    lines = _lines(results)
+    path = material.save_results("step_cpu", results, lines, args.out)
+    _plot(results, path.with_suffix(".png"))
     print("\n".join(lines))
     print(f"\n{path} (and .md, .png)")
 
@@ -91,8 +93,10 @@ def _rows(args: Any) -> tuple[list[Any], str]:
     if data.exists() and tokenizer.exists():
         return material.alpaca(data, tokenizer, longest=args.longest, vocabulary=VOCABULARY), data.name
     if args.data:
-        sys.exit(f"{data if not data.exists() else tokenizer} is not there")
-    return material.made(2000, longest=args.longest, vocabulary=VOCABULARY), "made rows: Alpaca is not here (--data)"
+        sys.exit(f"{data if not data.exists() else tokenizer} does not exist")
+    return material.generated_rows(
+        2000, longest=args.longest, vocabulary=VOCABULARY
+    ), "generated rows: Alpaca was not found (--data)"
 
 
 def _sides(args: Any, folder: Path) -> list[Any]:
@@ -100,7 +104,7 @@ def _sides(args: Any, folder: Path) -> list[Any]:
     from peft import LoraConfig, get_peft_model
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from benchmarks.sides import Settings, everyone
+    from benchmarks.sides import Settings, make_sides
     from sft.step import attention
 
     attention.register()
@@ -111,34 +115,34 @@ def _sides(args: Any, folder: Path) -> list[Any]:
         torch.manual_seed(1)
         return get_peft_model(base, LoraConfig(r=16, target_modules="all-linear", lora_dropout=0.0)).train()
 
-    return everyone(model, Settings(longest=args.longest, folder=folder, tokens=args.tokens), args.sides)
+    return make_sides(model, Settings(longest=args.longest, folder=folder, tokens=args.tokens), args.sides)
 
 
-def _set(sides: list[Any], rows: list[Any], wanted: float, args: Any, peak: float) -> dict[str, Any]:
-    """Warm-up, then the rounds, the sides in turn (their order turned by one each round)."""
+def _set(sides: list[Any], rows: list[Any], target_share: float, args: Any, peak: float) -> dict[str, Any]:
+    """A warm-up, then interleaved rounds; each round starts with another side."""
     from benchmarks import material
 
-    chosen = material.with_share(rows, wanted, args.rows)
+    chosen = material.with_share(rows, target_share, args.rows)
     tokens = sum(len(row["input_ids"]) for row in chosen)
     first, failed = dict[str, Any](), dict[str, str]()
     for side in sides:
         try:
             first[side.name] = side.round(chosen)
-        except Exception as error:  # a peer that cannot run here is a result too
+        except Exception as error:  # that a peer cannot run here is a result too
             if side.name == "ours":
                 raise
             failed[side.name] = f"{type(error).__name__}: {error}"[:200]
     sides = [side for side in sides if side.name in first]
-    fastest = min(took.seconds for took in first.values())
-    took: dict[str, list[Any]] = {side.name: [] for side in sides}
+    fastest = min(timed.seconds for timed in first.values())
+    timed: dict[str, list[Any]] = {side.name: [] for side in sides}
     for turn in range(args.rounds):
         for side in sides[turn % len(sides) :] + sides[: turn % len(sides)]:
             if turn < 3 or first[side.name].seconds <= 3 * fastest:
-                took[side.name].append(side.round(chosen))
-                _say(wanted, turn, args.rounds, side.name, tokens / took[side.name][-1].seconds)
-    usual = statistics.median(one.loss for many in took.values() for one in many)
+                timed[side.name].append(side.round(chosen))
+                _log_round(target_share, turn, args.rounds, side.name, tokens / timed[side.name][-1].seconds)
+    median_loss = statistics.median(one.loss for rounds in timed.values() for one in rounds)
     work = _work(chosen, material.share(chosen))
-    result = {name: _judged(many, tokens, usual, work / (peak * 1e9)) for name, many in took.items()}
+    result = {name: _summary(rounds, tokens, median_loss, work / (peak * 1e9)) for name, rounds in timed.items()}
     valid = {name: one["tokens_per_second"] for name, one in result.items() if not one["thrown_out"]}
     best = max((name for name in PEERS if name in valid), key=valid.__getitem__, default=None)
     return {
@@ -151,7 +155,7 @@ def _set(sides: list[Any], rows: list[Any], wanted: float, args: Any, peak: floa
         "best_peer": best,
         "ratio": _ratio(valid, best),
         "ratio_to_hf_sorted": _ratio(valid, "hf sorted"),
-        "target": TARGETS.get(wanted),
+        "target": TARGETS.get(target_share),
     }
 
 
@@ -159,31 +163,31 @@ def _ratio(valid: dict[str, float], to: str | None) -> float | None:
     return round(valid["ours"] / valid[to], 3) if to in valid and "ours" in valid else None
 
 
-def _judged(many: list[Any], tokens: int, usual: float, least_seconds_a_token: float) -> dict[str, Any]:
-    speeds = [tokens / took.seconds for took in many]
+def _summary(rounds: list[Any], tokens: int, median_loss: float, least_seconds_a_token: float) -> dict[str, Any]:
+    speeds = [tokens / timed.seconds for timed in rounds]
     middle = statistics.median(speeds)
-    norms = [norm for took in many for norm in took.norms]
-    loss = statistics.median(took.loss for took in many)
-    wrong = []
+    norms = [norm for timed in rounds for norm in timed.norms]
+    loss = statistics.median(timed.loss for timed in rounds)
+    reasons = []
     if min(norms) == 0:
-        wrong.append("a gradient norm is zero")
+        reasons.append("a gradient norm is zero")
     if (used := middle * least_seconds_a_token) > 1:
-        wrong.append("over 100 % of the matmul peak")
-    if abs(loss - usual) > 0.02 * usual:
-        wrong.append("another loss")
+        reasons.append("over 100 % of the matmul peak")
+    if abs(loss - median_loss) > 0.02 * median_loss:
+        reasons.append("another loss")
     return {
         "tokens_per_second": round(middle, 1),
         "rounds": [round(speed, 1) for speed in speeds],
-        "memory_mib": round(statistics.median(took.memory_mib for took in many), 1),
+        "memory_mib": round(statistics.median(timed.memory_mib for timed in rounds), 1),
         "flop_utilisation": round(used, 3),
         "loss_after": round(loss, 5),
-        "steps": len(many[0].norms),
-        "thrown_out": wrong,
+        "steps": len(rounds[0].norms),
+        "thrown_out": reasons,
     }
 
 
 def _work(rows: list[Any], labelled: float) -> float:
-    """FLOP a real token that training cannot do without; padding and unlabelled logits are no work."""
+    """FLOPs that training needs per real token; padding and unlabelled logits do not count."""
     from benchmarks.flops import Shape, a_token
 
     heads = SHAPES["hidden_size"] // SHAPES["num_attention_heads"]
@@ -199,23 +203,27 @@ def _work(rows: list[Any], labelled: float) -> float:
     return a_token(shape, [len(row["input_ids"]) for row in rows], labelled, frozen=True, checkpointing=False)
 
 
-def _say(wanted: float, turn: int, rounds: int, name: str, speed: float) -> None:
-    print(f"share {wanted}  round {turn + 1}/{rounds}  {name:12} {speed:8,.0f} tokens/s", file=sys.stderr, flush=True)
+def _log_round(target_share: float, turn: int, rounds: int, name: str, speed: float) -> None:
+    print(
+        f"share {target_share}  round {turn + 1}/{rounds}  {name:12} {speed:8,.0f} tokens/s",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
-def _lines(found: dict[str, Any]) -> list[str]:
+def _lines(results: dict[str, Any]) -> list[str]:
     from benchmarks.material import table
 
-    where = found["machine"]
+    machine = results["machine"]
     lines = [
-        f"# A step on the CPU, {where['date']}",
+        f"# A step on the CPU, {machine['date']}",
         "",
-        f"{where['processor']}, {where['threads']} threads, load {where['load'][0]} at the start, "
-        f"{found['matmul_peak_gflops']} GFLOP/s fp32 matmul; rows: {found['rows_from']}; "
-        + ", ".join(f"{name} {version}" for name, version in where["versions"].items()),
-        f"`{where['command']}` at {where['commit']}, {found['minutes']} minutes",
+        f"{machine['processor']}, {machine['threads']} threads, load {machine['load'][0]} at the start, "
+        f"{results['matmul_peak_gflops']} GFLOP/s fp32 matmul; rows: {results['rows_from']}; "
+        + ", ".join(f"{name} {version}" for name, version in machine["versions"].items()),
+        f"`{machine['command']}` at {machine['commit']}, {results['minutes']} minutes",
     ]
-    for one in found["sets"]:
+    for one in results["sets"]:
         lines += ["", f"## {one['labelled']:.2f} labelled: {one['rows']} rows, {one['tokens']} tokens", ""]
         ours = one["sides"].get("ours", {}).get("tokens_per_second", float("nan"))
         body = [
@@ -241,13 +249,13 @@ def _lines(found: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _plot(found: dict[str, Any], path: Path) -> None:
+def _plot(results: dict[str, Any], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    sets = found["sets"]
+    sets = results["sets"]
     figure, axes = pyplot.subplots(1, len(sets), figsize=(4.2 * len(sets), 3.4), squeeze=False)
     for axis, one in zip(axes[0], sets, strict=True):
         names = list(one["sides"])

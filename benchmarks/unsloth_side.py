@@ -1,23 +1,25 @@
 """Unsloth's side of `gpu.py`, in a process of its own: `python benchmarks/unsloth_side.py FOLDER`.
 
-FOLDER has `weights/` (a model and a tokenizer) and `rows.json`. Prints one JSON line. Not tried yet on a GPU.
+FOLDER has `weights/` (a model and a tokenizer) and `rows.json`. Prints one JSON line. Untested on a GPU so far.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 import time
 from pathlib import Path
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args().folder
     from unsloth import FastLanguageModel  # isort: skip  (it must come before transformers)
     import torch
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    folder = Path(sys.argv[1])
     rows = json.loads((folder / "rows.json").read_text(encoding="utf-8"))
     longest = max(len(row["input_ids"]) for row in rows)
     model, tokenizer = FastLanguageModel.from_pretrained(
