@@ -24,13 +24,13 @@ python dev/make_demo_model.py --samples                    data/samples/support_
 
 
 def arguments() -> argparse.ArgumentParser:
-    made = parser(__doc__ or "", EXAMPLES, config=False)
-    made.add_argument("--out", type=Path, metavar="PATH", help="where it goes (default: models/demo, data/samples)")
-    made.add_argument("--steps", type=int, metavar="N", help="optimizer steps (default: the recipe's)")
-    made.add_argument("--seed", type=int, metavar="N", help="seed of text and weights (default: the recipe's)")
-    made.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
-    made.add_argument("--samples", action="store_true", help="write the samples instead of building the model")
-    return made
+    flags = parser(__doc__ or "", EXAMPLES, config=False)
+    flags.add_argument("--out", type=Path, metavar="PATH", help="where it goes (default: models/demo, data/samples)")
+    flags.add_argument("--steps", type=int, metavar="N", help="optimizer steps (default: the recipe's)")
+    flags.add_argument("--seed", type=int, metavar="N", help="seed of text and weights (default: the recipe's)")
+    flags.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
+    flags.add_argument("--samples", action="store_true", help="write the samples instead of building the model")
+    return flags
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
@@ -54,8 +54,8 @@ def build_model(args: argparse.Namespace) -> dict[str, Any]:
     from sft.files import write_json
 
     folder = args.out or project_root() / "models/demo"
-    given = {"steps": args.steps, "seed": args.seed}
-    recipe = build.Recipe(**{key: value for key, value in given.items() if value is not None})
+    overrides = {"steps": args.steps, "seed": args.seed}
+    recipe = build.Recipe(**{key: value for key, value in overrides.items() if value is not None})
     device = pretrain.prepare(args.threads)
     folder.mkdir(parents=True, exist_ok=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

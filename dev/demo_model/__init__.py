@@ -1,1 +1,1 @@
-"""The demo model and the shipped samples: how both are made, from generated text and a seed."""
+"""Builds the demo model and the shipped samples from generated text and a seed."""

@@ -63,10 +63,10 @@ def train_tokenizer(recipe: Recipe) -> Qwen2Tokenizer:
     )
     read = itertools.islice(chats(recipe.seed), recipe.tokenizer_chats)
     raw.train_from_iterator((m["role"] + "\n" + m["content"] for chat in read for m in chat), trainer)
-    learnt = json.loads(raw.to_str())["model"]
+    trained = json.loads(raw.to_str())["model"]
     return Qwen2Tokenizer(
-        vocab=learnt["vocab"],
-        merges=[tuple(pair) for pair in learnt["merges"]],
+        vocab=trained["vocab"],
+        merges=[tuple(pair) for pair in trained["merges"]],
         unk_token=PAD,
         pad_token=PAD,
         eos_token=END,

@@ -33,8 +33,8 @@ def invented_word(rng: random.Random) -> str:
 
 def full_name(rng: random.Random) -> str:
     """A given name and a surname, most of them invented."""
-    given = rng.choice(words.GIVEN) if rng.random() < 0.35 else invented_word(rng).capitalize()
-    return f"{given} {invented_word(rng).capitalize()}"
+    first = rng.choice(words.GIVEN) if rng.random() < 0.35 else invented_word(rng).capitalize()
+    return f"{first} {invented_word(rng).capitalize()}"
 
 
 def number(rng: random.Random) -> str:
@@ -62,14 +62,14 @@ def _day(rng: random.Random) -> str:
 
 @dataclass(frozen=True)
 class Letter:
-    """A letter and what can be asked about it."""
+    """A letter and the questions about it."""
 
     text: str
     fields: dict[str, str]
 
 
 def letter(rng: random.Random) -> Letter:
-    """One letter; the name stands at its head, in its middle or at its foot."""
+    """One letter; the name is at its head, in its middle or at its foot."""
     aim = rng.choice(tuple(words.INTENTS))
     fields = {
         "name": full_name(rng),
@@ -145,7 +145,7 @@ def _unasked(rng: random.Random) -> list[Message]:
 
 
 def _ask_several(rng: random.Random) -> list[Message]:
-    """Several fields in one answer, in the order asked for: the step from a copied word to a copied line."""
+    """Several fields in one answer, in the order of the question: the step from a copied word to a copied line."""
     read = letter(rng)
     fields = rng.sample(tuple(read.fields), min(len(read.fields), rng.randint(2, 5)))
     if rng.random() < 0.15:
@@ -170,9 +170,9 @@ def _look_up(rng: random.Random) -> list[Message]:
     values = [_any_words(rng, 1, 1)[0] for _ in keys]
     mark = rng.choice((": ", " = ", " - ", " is "))
     table = "\n".join(f"{key}{mark}{value}" for key, value in zip(keys, values, strict=True))
-    turns = [f"{table}\n\nWhat is {keys[(wanted := rng.randrange(len(keys)))]}?", values[wanted]]
-    for wanted in rng.sample(range(len(keys)), rng.randint(0, 2)):
-        turns += [f"And {keys[wanted]}?", values[wanted]]
+    turns = [f"{table}\n\nWhat is {keys[(target := rng.randrange(len(keys)))]}?", values[target]]
+    for target in rng.sample(range(len(keys)), rng.randint(0, 2)):
+        turns += [f"And {keys[target]}?", values[target]]
     return _chat(rng, *turns)
 
 
@@ -182,17 +182,17 @@ def _repeat(rng: random.Random) -> list[Message]:
 
 
 def _list(rng: random.Random) -> list[Message]:
-    """Words given with one mark between them and wanted with another, or one word out of the row."""
+    """Words to be joined with another separator, or one word to be picked out."""
     items = _any_words(rng, 2, 6)
-    given, wanted = rng.sample(tuple(SEPARATORS), 2)
-    row = SEPARATORS[given].join(items)
-    asked = rng.choice(("join", "join", "first", "last", "reverse"))
+    source, target = rng.sample(tuple(SEPARATORS), 2)
+    row = SEPARATORS[source].join(items)
+    task = rng.choice(("join", "join", "first", "last", "reverse"))
     task, answer = {
-        "join": (f"Write with {wanted}", SEPARATORS[wanted].join(items)),
+        "join": (f"Write with {target}", SEPARATORS[target].join(items)),
         "first": ("Which comes first", items[0]),
         "last": ("Which comes last", items[-1]),
-        "reverse": (f"From last to first with {wanted}", SEPARATORS[wanted].join(reversed(items))),
-    }[asked]
+        "reverse": (f"From last to first with {target}", SEPARATORS[target].join(reversed(items))),
+    }[task]
     return _chat(rng, f"{task}: {row}", answer)
 
 

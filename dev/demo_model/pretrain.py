@@ -27,7 +27,7 @@ STEPS_A_CHUNK = CHUNK_ROWS // ROWS
 EVERY = 100  # steps between two checkpoints, and between two looks at the held-out chats
 CHECKPOINT = "checkpoint.pt"
 HELD_OUT_SEED, HELD_OUT_ROWS = 10**9, 256
-# The letters' own text is mostly chance (invented names), so it counts little; the answers are what is learnt.
+# The letters' own text is mostly random (invented names), so it counts little; the model is to learn the answers.
 PROMPT_WEIGHT = 0.1
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # token ids and loss weights, both (rows, tokens); padded on the right
@@ -113,7 +113,7 @@ def rate_share(step: int, recipe: Recipe) -> float:
 def losses(model: Qwen2ForCausalLM, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Summed weighted loss of a batch, and for each row whether every answer token is the most likely one."""
     ids, weights = (part.to(model.device) for part in batch)
-    # Padding stands on the right and attention is causal, so no row sees it and no mask is needed.
+    # Padding is on the right and attention is causal, so no row sees it and no mask is needed.
     logits = model(input_ids=ids[:, :-1], use_cache=False).logits.float()
     targets, weights = ids[:, 1:], weights[:, 1:]
     each = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(weights)
@@ -192,15 +192,15 @@ def _keep(
 
 
 def _resume(model: Qwen2ForCausalLM, optims: list[torch.optim.Optimizer], recipe: Recipe, path: Path) -> list[Progress]:
-    """Takes up the checkpoint's weights; returns its log, empty where there is no checkpoint of this recipe."""
+    """Loads the checkpoint's state; returns its log, empty where there is no checkpoint of this recipe."""
     if not path.exists():
         return []
     state = torch.load(path, map_location=model.device, weights_only=True)
     if state["recipe"] != asdict(recipe):
         return []
     model.load_state_dict(state["model"])
-    for optim, kept in zip(optims, state["optims"], strict=True):
-        optim.load_state_dict(kept)
+    for optim, saved in zip(optims, state["optims"], strict=True):
+        optim.load_state_dict(saved)
     return [Progress(**line) for line in state["log"]]
 
 

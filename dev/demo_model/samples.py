@@ -14,8 +14,8 @@ SYSTEM = "Write the ticket: number, thing, name, day."
 ROWS = 720
 SEED = 20261
 
-# Names that the pre-training text never has, made of letters that it often has: a piece of a word that the model never
-# wrote cannot be learnt in a minute.
+# Names that the pre-training text never has, of letters that it often has: a piece of a word that the model never
+# wrote takes longer than a minute to learn.
 FIRST_NAMES = """Alma Arno Beatriz Berta Bertram Camille Carlo Cora Della Desmond Dmitri Doris Edda Eleni Elio Farid
 Fatima Fiete Freya Gerda Gitta Gwen Hamish Hanno Hugo Ida Imke Jasper Jette Joaquin Jonas Joris Karl
 Katya Kolja Lena Livia Lorcan Lotte Lucian Malte Matti Milo Nadia Nikhil Niko Nils Noor Odile Olga
@@ -34,7 +34,7 @@ QUALITIES = "red orange purple golden silver dark bright light round square plai
 THINGS = """camera phone bicycle table desk bed carpet candle coat hat bag glove shoe shirt drum violin piano flute
 plate cup spoon knife brush hammer needle ribbon saddle ring net""".split()
 
-# What people write about: returns, delivery, changes, prices, parts, accounts. {item} stands in every sentence.
+# What people write about: returns, delivery, changes, prices, parts, accounts. {item} is in every sentence.
 ISSUES = (
     "I would like to return the {item}.",
     "How do I return the {item}?",
@@ -138,7 +138,7 @@ WEEKDAYS = "Monday Tuesday Wednesday Thursday Friday Saturday".split()
 
 
 def is_order_number(number: int) -> bool:
-    """The five-digit numbers kept for the samples; pre-training draws its own from the others."""
+    """The five-digit numbers reserved for the samples; pre-training uses the others."""
     return number % 9 == 4
 
 
@@ -164,7 +164,7 @@ def _message(rng: random.Random, name: str, order: str, item: str, issue: str, d
         body.insert(rng.randint(0, len(body)), aside)
     body.insert(rng.randint(1, len(body)), due)
     if manner == "email":
-        # The name stands below the closing, and now and then in the first sentence instead.
+        # The name is below the closing, sometimes in the first sentence instead.
         if rng.random() < 0.75:
             return f"{rng.choice(GREETINGS)}\n\n{' '.join(body)}\n\n{rng.choice(CLOSINGS)} {name}"
         body.insert(0, rng.choice(INTRODUCTIONS).format(name=name))
