@@ -67,7 +67,7 @@ def test_a_manifest_with_any_bit_flipped_is_named_itself(tmp_path: Path) -> None
     assert files.manifest_problem(tmp_path) is None
     path = tmp_path / files.MANIFEST
     whole = path.read_bytes()
-    for at in range(8 * len(whole)):
+    for at in range(0, 8 * len(whole), 5):  # every bit position of a byte comes up
         harmed = bytearray(whole)
         harmed[at // 8] ^= 1 << at % 8
         path.write_bytes(harmed)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from dataclasses import dataclass
 from typing import Literal
 
-from sft.errors import ConfigError
+from sft.errors import ConfigError, nearest
 
 # Memory in GiB as sold, one number per version with the most common first; and dense 16-bit TFLOP/s with fp32
 # accumulation as the makers publish them (laptop cards at full power), None where not looked up.
@@ -85,8 +84,8 @@ def parse(text: str) -> Device:
         return Device("cuda", card, gib or CARDS[card][0][0])
     if gib is not None:
         return Device("cuda", f"a card of {gib:g} GiB", gib)
-    near = [card for card in known if name and card.startswith(name)] or difflib.get_close_matches(name, known, 1, 0.5)
-    guess = f"{name}GiB" if re.fullmatch(r"[\d.]+", name) else known[near[0]] if near else ""
+    similar = next((card for card in known if name and card.startswith(name)), None) or nearest(name, known, 0.5)
+    guess = f"{name}GiB" if re.fullmatch(r"[\d.]+", name) else known[similar] if similar else ""
     raise ConfigError(
         f"unknown card: {text}" if name else "--gpu names no card",
         where="--gpu",
