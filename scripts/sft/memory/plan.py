@@ -33,8 +33,8 @@ MOST_TOKENS = 4096  # of a micro-batch; a larger one is no faster
 WORTHWHILE = 0.01  # GiB: a suggestion that saves less is left out
 UNTRACED = 0.5  # a run whose upper bound is below this share of the free memory is not traced
 SAVED_PARTS = ("weights in 4 bit", "embedding and head", "weights", "adapters", "optimizer")
-# A merge works in blocks of 2^24 numbers (`ship.delta`); bytes per number measured for a layer with an adapter, and for
-# another tensor (docs/MEMORY.md).
+# A merge works in blocks of 2^24 numbers (`ship.lora_delta`); bytes per number measured for a layer with an adapter,
+# and for another tensor (docs/MEMORY.md).
 MERGE_BLOCK, MERGE_ADAPTED, MERGE_PLAIN = 1 << 24, 20, 8
 _TRACED_KEYS = {  # of `train`: what a trace depends on besides its row lengths
     "objective", "gradient_checkpointing", "logits", "logits_tile", "max_grad_norm", "label_smoothing", "bf16", "fp16",

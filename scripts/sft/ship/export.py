@@ -14,7 +14,7 @@ from gguf import GGUFReader
 from sft import files as disk
 from sft import runs
 from sft.chat.encode import Encoder
-from sft.config.schema import Config, GenerationSection, ModelSection
+from sft.config.schema import Config, ModelSection
 from sft.errors import ModelError, RunError
 from sft.generation.load import Target, load_encoder, system_text
 from sft.model import hub
@@ -212,21 +212,20 @@ def modelfile(
         escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
         return f'"{escaped}"'
 
+    answers = config.generation
+    parameters: dict[str, float] = {
+        "num_predict": answers.max_new_tokens,
+        "seed": answers.seed,
+        "repeat_penalty": answers.repetition_penalty,
+        "temperature": answers.temperature if answers.do_sample else 0,  # 0 is greedy
+        **({"top_p": answers.top_p, "top_k": answers.top_k} if answers.do_sample else {}),
+    }
     lines = [
         f"FROM ./{weights}",
         f"TEMPLATE {block(template.text())}",
         *(f"PARAMETER stop {quoted(stop)}" for stop in stops),
-        *(f"PARAMETER {name} {value}" for name, value in _ollama_parameters(config.generation).items()),
+        *(f"PARAMETER {name} {value}" for name, value in parameters.items()),
         f"PARAMETER num_ctx {min(context, max(4096, config.model.max_seq_len + config.generation.max_new_tokens))}",
         *([f"SYSTEM {block(system)}"] if system else []),
     ]
     return "\n".join(lines) + "\n"
-
-
-def _ollama_parameters(section: GenerationSection) -> dict[str, float | int]:
-    """The run's generation settings under Ollama's names; greedy is temperature 0."""
-    parameters: dict[str, float | int] = {"num_predict": section.max_new_tokens, "seed": section.seed}
-    parameters["repeat_penalty"] = section.repetition_penalty
-    if not section.do_sample:
-        return {**parameters, "temperature": 0}
-    return {**parameters, "temperature": section.temperature, "top_p": section.top_p, "top_k": section.top_k}

@@ -28,19 +28,8 @@ _TOKENIZER_FILES = (
     "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json vocab.txt merges.txt"
     " tokenizer.model spiece.model"
 ).split()
-# A template over (system, user, assistant) as one over messages: without an answer it renders the prompt, that is the
-# text up to where the answer goes (marked by a private character), less the spaces at its end.
-_TURN_AS_MESSAGES = """{%- set turn = namespace(system='', user=none, assistant=none) -%}
-{%- for message in messages -%}
-{%- if message['role'] == 'system' and loop.first -%}{%- set turn.system = message['content'] -%}
-{%- elif message['role'] == 'user' and turn.user is none -%}{%- set turn.user = message['content'] -%}
-{%- elif message['role'] == 'assistant' and turn.assistant is none -%}{%- set turn.assistant = message['content'] -%}
-{%- else -%}{{- raise_exception('the template takes one system, user and assistant text') -}}{%- endif -%}
-{%- endfor -%}
-{%- set system, user = turn.system, turn.user -%}
-{%- set assistant = '\U000ffff2' if turn.assistant is none else turn.assistant -%}
-{%- set text -%}SOURCE{%- endset -%}
-{{- text.split('\U000ffff2')[0].rstrip(' ') if turn.assistant is none else text -}}"""
+_TURN_AS_MESSAGES = Path(__file__).with_name("turn_as_messages.jinja")
+_ANSWER_MARK = "\U000ffff2"  # a private character: where the answer goes in a prompt
 
 
 @dataclass(frozen=True)
@@ -260,7 +249,8 @@ def portable_template(template: ChatTemplate) -> str:
     """
     source = template.source
     if template.style == "turn":
-        source = _TURN_AS_MESSAGES.replace("SOURCE", source)
+        wrapper = _TURN_AS_MESSAGES.read_text(encoding="utf-8").rstrip("\n")
+        source = wrapper.replace("ANSWER_GOES_HERE", _ANSWER_MARK).replace("SOURCE", source)
     elif template.tool_source is not None:
         source = "{% if tools %}" + template.tool_source + "{% else %}" + source + "{% endif %}"
     options = template.date_macro() + "".join(
