@@ -160,7 +160,7 @@ def test_encodings_are_recognised(tmp_path: Path, encoding: str, kind: str) -> N
     path = put(tmp_path / f"a.{kind}", text, encoding)
     source = open_source(path, tmp_path)
     assert [raw.value for raw in source.rows()] == rows
-    assert source.type is not None and bool(source.type.warnings) == (encoding != "utf-8-sig")
+    assert bool(source.warnings) == (encoding != "utf-8-sig")
 
 
 def test_a_few_bytes_that_are_not_utf8_cost_their_rows_only(tmp_path: Path) -> None:
@@ -247,7 +247,7 @@ def test_gzip_is_decompressed_while_reading(tmp_path: Path) -> None:
         ("a.json", bytes(range(256)) * 40, "binary"),
         ("a.csv", b"just a sentence\nand another\n", "neither JSON nor a table"),
         ("a.json", b"42", "neither JSON nor a table"),
-        ("a.csv", b"question,answer\rq,a\r", "carriage returns alone"),
+        ("a.csv", b"question,answer\rq,a\r", "the header cannot be read"),
         ("a.csv", b'question,answer\nq,"a\0b"\nr,s\n', "binary"),
     ],
 )
@@ -261,8 +261,7 @@ def test_the_content_decides_and_a_wrong_name_is_a_warning(tmp_path: Path, name:
     path = put(tmp_path / name, '{"q": 1}\n{"q": 2}\n')
     source = open_source(path, tmp_path)
     assert [raw.value for raw in source.rows()] == [{"q": 1}, {"q": 2}]
-    assert source.type is not None
-    assert source.type.warnings == (
+    assert source.warnings == (
         () if name == "a.txt" else (f"{name} is JSON lines in spite of its name, and is read as that",)
     )
 
@@ -306,7 +305,7 @@ def test_hub_rows_come_through_the_datasets_library(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
 
     def hub(split: str) -> Source:
-        return Source("owner/name", None, None, hub_split=split)
+        return Source("owner/name", hub_split=split)
 
     assert [(raw.origin, raw.value) for raw in hub("train").rows()] == [
         ("owner/name[0]", {"q": "1"}),
@@ -328,11 +327,18 @@ def test_where_a_block_ends_changes_nothing(tmp_path: Path, monkeypatch: pytest.
         json.dumps(rows[2], ensure_ascii=False),
     ]
     listed = "[" + " ,\n ".join(pieces) + "\n]\n"
-    for text in (listed, f'{{"v": "1,2", "w": [{{}}], "data": {listed}, "z": {{"data": []}} }}', "\n".join(pieces)):
-        path = put(tmp_path / "a.json", ("\n" + text) if text[0] == "[" else text)
-        raws = list(open_source(path, tmp_path).rows())
+    for text in ("\n" + listed, "\n".join(pieces)):
+        raws = list(open_source(put(tmp_path / "a.json", text), tmp_path).rows())
         assert [raw.value for raw in raws] == [rows[0], None, rows[1], rows[2]]
         assert raws[1].text == bad and "given twice" in str(raws[1].fault)
+    wrapped = f'{{"v": "1,2", "w": [{{}}], "data": [{", ".join(pieces[:1] + pieces[2:])}], "z": {{"data": []}} }}'
+    raws = list(open_source(put(tmp_path / "a.json", wrapped), tmp_path).rows())
+    assert [raw.value for raw in raws] == rows
+
+
+def test_a_fault_inside_an_object_around_rows_is_a_fault_of_all(tmp_path: Path) -> None:
+    (raw,) = read(put(tmp_path / "a.json", '{"data": [{"a": 1}, {"a": NaN}]}'))
+    assert (raw.origin, raw.fault) == ("a.json:1", "NaN is not JSON")
 
 
 def test_a_file_that_does_not_exist_gets_a_suggestion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,6 @@ import hashlib
 import heapq
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 from sft.config.load import display_path, resolve_path
@@ -54,11 +53,11 @@ class SourcePart:
 
     @property
     def encoding(self) -> str:
-        return ", ".join(dict.fromkeys(source.type.encoding if source.type else "utf-8" for source in self.sources))
+        return ", ".join(dict.fromkeys(source.encoding for source in self.sources))
 
     def warnings(self) -> list[str]:
         """About the files, for the user."""
-        lines = [line for source in self.sources if source.type for line in source.type.warnings]
+        lines = [line for source in self.sources for line in source.warnings]
         if len(self.sources) > 1:
             names = ", ".join(source.path.name for source in self.sources[:8] if source.path)
             lines.append(f"{self.name} is a folder of {len(self.sources)} files, all read as one: {names}")
@@ -80,16 +79,10 @@ class SourcePart:
                 yield raw if copies == 1 else raw._replace(copies=copies)
 
     def _all(self, on_progress: Progress | None) -> Iterator[RawRow]:
-        sizes = [source.path.stat().st_size if source.path else 0 for source in self.sources]
-        for number, source in enumerate(self.sources):
-            before, total = sum(sizes[:number]), sum(sizes)
-            for raw in source.rows(on_progress and partial(_report_after, on_progress, before, total)):
+        for source in self.sources:
+            for raw in source.rows(on_progress):
                 self.rows += 1
                 yield raw
-
-
-def _report_after(on_progress: Progress, before: int, total: int, done: int, _size: int) -> None:
-    on_progress(before + done, total)
 
 
 def find_sources(data: DataSection, root: Path, raw_path: str | None = None) -> list[SourcePart]:
