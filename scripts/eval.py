@@ -110,15 +110,15 @@ def score_file(args: argparse.Namespace, root: Path) -> dict[str, Any]:
 
     section = load(args.config, args.set, root=root).config.eval
     schema = scoring.read_schema(resolve_path(root, section.json_schema)) if section.json_schema else None
-    scores = predictions.score_file(
+    result = predictions.score_file(
         args.predictions, section.metrics, stemmer=section.rouge_stemmer, json_schema=schema,
         pattern=scoring.compiled(section.format), strict=bool(args.metrics),
     )  # fmt: skip
-    rows = [[name, f"{value:.6f}"] for name, value in scores.metrics.items()]
-    console.table(f"{args.predictions}, {scores.rows} rows", ["metric", "value"], rows)
-    if scores.by_tag:
-        console.table("by tag", *predictions.tags_table(scores.by_tag))
-    return {"rows": scores.rows, "metrics": scores.metrics} | ({"by_tag": scores.by_tag} if scores.by_tag else {})
+    table = [[name, f"{value:.6f}"] for name, value in result["metrics"].items()]
+    console.table(f"{args.predictions}, {result['rows']} rows", ["metric", "value"], table)
+    if "by_tag" in result:
+        console.table("by tag", *predictions.tags_table(result["by_tag"]))
+    return result
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def test_every_line_of_a_text_file_is_a_question_and_empty_lines_keep_their_plac
     ]
 
 
-def test_rows_of_every_shape_are_understood(tmp_path: Path) -> None:
+def test_rows_of_every_shape_are_read(tmp_path: Path) -> None:
     path = tmp_path / "q.jsonl"
     rows = [
         {"user": "a", "assistant": "b", "system": "own"},
@@ -86,7 +86,7 @@ def test_a_missing_or_binary_file_is_refused(tmp_path: Path) -> None:
         batch_io.read(tmp_path / "q.txt", None)
 
 
-def test_answers_are_written_a_line_each_or_as_rows_to_score(tmp_path: Path) -> None:
+def test_answers_are_written_as_lines_or_as_rows_to_score(tmp_path: Path) -> None:
     path = tmp_path / "q.jsonl"
     path.write_text('{"id": "x", "question": "a", "answer": "b"}\n{"prompt": "c"}\n')
     requests = batch_io.read(path, None)

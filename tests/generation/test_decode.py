@@ -170,7 +170,7 @@ def sequence(*prompt: int, tokens: tuple[int, ...] = (), seed: bytes = b"") -> D
     return result
 
 
-def test_the_repetition_penalty_counts_prompt_and_answer_but_passes_over_end_tokens() -> None:
+def test_the_repetition_penalty_counts_prompt_and_answer_but_not_end_tokens() -> None:
     settings = GenerationSection(repetition_penalty=2.0)
     sequences = [sequence(3, 4), sequence(1, 2, 5, tokens=(0,))]
     logits = torch.tensor([[1.5, 1.4, 1.3, 2.0, 2.1, 0.0], [3.0, 2.9, 2.8, 1.6, 1.0, 1.7]])

@@ -1,4 +1,4 @@
-"""The engine on tiny models of random weights: batches equal to one by one, nothing of the model left changed."""
+"""The engine on tiny models of random weights: batches equal to single prompts, and the model is left unchanged."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 
 from sft.config.schema import GenerationSection
 from sft.errors import EnvironmentProblem
-from sft.generation import engine
+from sft.generation import decode, engine
 from sft.generation.engine import stream
 from sft.generation.stop import Answer
 from sft.step import attention
@@ -84,7 +84,7 @@ def test_the_padding_free_attention_of_training_answers_alike(qwen2: Any, tiny_q
     assert engine.generate(model, tokenizer, prompts, GREEDY, SOME, batch_size=1) == expected
 
 
-def test_stop_strings_end_answers_wherever_they_stand(qwen2: Any) -> None:
+def test_stop_strings_end_answers_wherever_they_occur(qwen2: Any) -> None:
     model, tokenizer, prompts = qwen2
     free = engine.generate(model, tokenizer, prompts, GREEDY, Stops(), batch_size=4)
     assert not any(answer.stopped for answer in free)
@@ -97,7 +97,7 @@ def test_stop_strings_end_answers_wherever_they_stand(qwen2: Any) -> None:
     assert got[0].tokens < free[0].tokens
 
 
-def test_drawing_is_seeded_and_leaves_the_random_state_alone(qwen2: Any) -> None:
+def test_sampling_is_seeded_and_leaves_the_random_state_alone(qwen2: Any) -> None:
     model, tokenizer, prompts = qwen2
     drawn = GenerationSection(max_new_tokens=16, do_sample=True, temperature=1.5, top_p=1.0, top_k=0, seed=7)
     torch.manual_seed(123)
@@ -109,7 +109,7 @@ def test_drawing_is_seeded_and_leaves_the_random_state_alone(qwen2: Any) -> None
     assert first != engine.generate(model, tokenizer, prompts, other, Stops(), batch_size=4)
 
 
-def test_the_models_own_generation_config_does_not_speak(qwen2: Any) -> None:
+def test_the_models_own_generation_config_is_ignored(qwen2: Any) -> None:
     model, tokenizer, prompts = qwen2
     expected = engine.generate(model, tokenizer, prompts, GREEDY, SOME, batch_size=4)
     liked = next(answer.ids[0] for answer in expected if answer.ids)
@@ -125,7 +125,7 @@ def test_the_models_own_generation_config_does_not_speak(qwen2: Any) -> None:
         model.generation_config = original
 
 
-def test_a_model_in_training_comes_back_in_training(tiny_qwen2: Path, qwen2: Any) -> None:
+def test_a_model_in_training_mode_returns_to_training_mode(tiny_qwen2: Path, qwen2: Any) -> None:
     model, tokenizer, prompts = opened(tiny_qwen2)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.config.use_cache = False
@@ -175,7 +175,7 @@ def test_when_memory_runs_out_the_batch_is_halved_and_nothing_is_lost(tiny_qwen2
         engine.generate(model, tokenizer, prompts, GREEDY, SOME, batch_size=2)
 
 
-def test_a_prompt_too_long_loses_its_oldest_tokens_and_says_how_many(tiny_gpt2: Path) -> None:
+def test_a_prompt_too_long_loses_its_oldest_tokens(tiny_gpt2: Path) -> None:
     model, tokenizer, prompts = opened(tiny_gpt2)
     long = (prompts[2] * 40)[:600]
     answers = engine.generate(model, tokenizer, [long, prompts[0]], GREEDY, Stops(), batch_size=2)
@@ -220,6 +220,14 @@ def drained(generator: Any) -> tuple[list[str], Answer]:
             return pieces, stop.value
 
 
+@pytest.fixture(params=["own loop", "library"])
+def either_loop(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our decode loop, then transformers' generate."""
+    if request.param == "library":
+        monkeypatch.setattr(decode, "PROVEN", frozenset())
+
+
+@pytest.mark.usefixtures("either_loop")
 def test_a_stream_that_is_closed_stops_the_model(tiny_qwen2: Path) -> None:
     model, tokenizer, prompts = opened(tiny_qwen2)
     model.train()
@@ -232,7 +240,8 @@ def test_a_stream_that_is_closed_stops_the_model(tiny_qwen2: Path) -> None:
     assert model.training
 
 
-def test_an_error_in_the_model_reaches_who_reads_the_stream(tiny_qwen2: Path) -> None:
+@pytest.mark.usefixtures("either_loop")
+def test_an_error_in_the_model_reaches_the_reader_of_the_stream(tiny_qwen2: Path) -> None:
     model, tokenizer, prompts = opened(tiny_qwen2)
 
     def broken(*_: Any) -> None:

@@ -48,7 +48,7 @@ def text(served: load.LoadedModel, ids: list[int]) -> str:
     return str(served.tokenizer.decode(ids))
 
 
-def test_the_last_answer_is_asked_for_or_every_one(project: Path, served: load.LoadedModel) -> None:
+def test_the_last_answer_is_evaluated_or_every_one(project: Path, served: load.LoadedModel) -> None:
     row = conversation("one", "1", "two", "2", "three")  # the last question has no answer to compare with
     (last,) = questions(served, [row], config(project))
     assert (last.id, last.source, last.reference) == ("c", "two", "2")
@@ -65,7 +65,7 @@ def test_the_last_answer_is_asked_for_or_every_one(project: Path, served: load.L
     assert both[1].ids == last.ids and "<|im_start|>user\none" in text(served, last.ids)
 
 
-def test_examples_stand_in_front_and_are_never_the_row_itself(project: Path, served: load.LoadedModel) -> None:
+def test_examples_come_first_and_are_never_the_row_itself(project: Path, served: load.LoadedModel) -> None:
     train = tiny_runs.rows(12)
     built = questions(served, train, config(project, "eval.shots=4"), project)
     for row, question in zip(train, built, strict=True):
@@ -80,7 +80,7 @@ def test_examples_stand_in_front_and_are_never_the_row_itself(project: Path, ser
         questions(served, train, config(project, "eval.shots=13"), project)
 
 
-def test_what_is_too_long_loses_examples_and_turns_first_and_it_is_said(
+def test_a_prompt_too_long_loses_examples_and_turns_with_a_warning(
     project: Path, served: load.LoadedModel, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("WARNING", logger="sft")
@@ -91,7 +91,7 @@ def test_what_is_too_long_loses_examples_and_turns_first_and_it_is_said(
     assert "1 prompts are too long for the model: their oldest 4 turns were removed" in caplog.text
 
 
-def test_several_right_answers_and_tags_reach_the_scores(project: Path, served: load.LoadedModel) -> None:
+def test_several_correct_answers_and_tags_reach_the_scores(project: Path, served: load.LoadedModel) -> None:
     rows = [conversation(f"q{i}", "ref", references=["ref", "else"], tags=["even"][: 1 - i % 2]) for i in range(3)]
     rows.append(conversation("q3", "ref", category="other"))
     built = questions(served, rows, config(project))

@@ -41,7 +41,7 @@ def rows_of(root: Path, split: str = "test") -> list[dict[str, Any]]:
     return store.read_rows(root / "data" / "processed" / f"{split}.jsonl")
 
 
-def test_an_adapter_changes_the_answers_and_switched_off_it_is_the_base(project: Path) -> None:
+def test_an_adapter_changes_the_answers_and_switched_off_gives_those_of_the_base(project: Path) -> None:
     target = chosen(project)
     assert (target.name, target.adapter) == ("tiny", project / "adapters" / "tiny")
     served = serving.open_model(target.config, adapter=target.adapter, root=project)
@@ -55,7 +55,7 @@ def test_an_adapter_changes_the_answers_and_switched_off_it_is_the_base(project:
     assert serving.answer_all(served, [None, rows[0]], target.config) == [None, tuned[0]]
 
 
-def test_both_sides_are_scored_in_one_load_as_they_are_alone(project: Path) -> None:
+def test_one_load_scores_both_sides_as_two_loads_would(project: Path) -> None:
     target, rows = chosen(project), rows_of(project)
     done: list[tuple[int, int]] = []
     both = evaluate.evaluate_base_and_tuned(target, ["tuned", "base"], rows, project, lambda *at: done.append(at))
@@ -120,7 +120,7 @@ def test_an_adapter_of_another_base_is_refused(project: Path, tmp_path: Path) ->
         serving.open_model(target.config, adapter=target.adapter, root=project)
 
 
-def test_a_full_fine_tune_is_served_from_its_own_weights(tmp_path: Path, tiny_qwen2: Path) -> None:
+def test_a_full_fine_tune_is_opened_from_its_own_weights(tmp_path: Path, tiny_qwen2: Path) -> None:
     root = tiny_runs.project(tmp_path, tiny_qwen2, mode="full")
     run = runs.at(root / "outputs" / "tiny", root)
     runs.make_folders(run)
@@ -143,7 +143,7 @@ def test_other_families_are_evaluated(family: str, tmp_path: Path, request: pyte
     assert len(evaluations.samples) == 7
 
 
-def test_a_four_bit_run_is_served_in_four_bits_on_its_base(tmp_path: Path, tiny_qwen2: Path) -> None:
+def test_a_four_bit_run_is_opened_in_four_bits(tmp_path: Path, tiny_qwen2: Path) -> None:
     root = tiny_runs.project(tmp_path, tiny_qwen2, mode="qlora")
     tiny_runs.finished_run(root)
     target = chosen(root)
@@ -206,7 +206,7 @@ def test_settings_come_from_the_run_the_config_and_set_in_that_order(project: Pa
     assert settings(default=True).generation.max_new_tokens == 5
 
 
-def test_an_adapter_belongs_to_the_run_that_left_it(tmp_path: Path, tiny_qwen2: Path) -> None:
+def test_an_adapter_belongs_to_the_run_that_wrote_it(tmp_path: Path, tiny_qwen2: Path) -> None:
     root = tiny_runs.project(tmp_path, tiny_qwen2)
     second = tiny_runs.finished_run(root, name="tiny-2")  # the second run of train.output_dir outputs/tiny
     target = chosen(root, adapters=second)
@@ -217,7 +217,7 @@ def test_an_adapter_belongs_to_the_run_that_left_it(tmp_path: Path, tiny_qwen2: 
         assert (chosen(root, adapters=copy).run, chosen(root, adapters=copy).name) == (None, copy.name)
 
 
-def test_without_a_run_only_the_base_can_be_had(tmp_path: Path, tiny_qwen2: Path) -> None:
+def test_without_a_run_only_the_base_can_be_opened(tmp_path: Path, tiny_qwen2: Path) -> None:
     root = tiny_runs.project(tmp_path, tiny_qwen2)
     with pytest.raises(RunError, match="no trained model yet"):
         chosen(root)

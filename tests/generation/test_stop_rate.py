@@ -1,4 +1,4 @@
-"""The mistake that stop rates are for: with pad = eos, and padding masked by its id, a model never learns to stop."""
+"""What stop rates are for: with pad = eos, and padding masked by its id, a model is never trained to stop."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def trained(root: Path, *, masks_the_end: bool) -> float:
 
 
 @pytest.mark.parametrize(("masks_the_end", "rate"), [(True, 0.0), (False, 1.0)], ids=["pad = eos", "fixed"])
-def test_the_stop_rate_tells_whether_the_end_was_learnt(
+def test_the_stop_rate_shows_whether_the_end_token_was_trained(
     masks_the_end: bool, rate: float, tmp_path: Path, tiny_qwen2: Path
 ) -> None:
     root = tiny_runs.project(tmp_path, tiny_qwen2)

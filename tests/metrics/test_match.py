@@ -14,7 +14,7 @@ def one(name: str, prediction: str, *references: str) -> float:
     return score([name], [prediction], [list(references)])[name]
 
 
-def test_exact_match_is_letter_by_letter_but_for_outer_whitespace() -> None:
+def test_exact_match_ignores_outer_whitespace_only() -> None:
     assert one("exact_match", " Paris\n", "Paris") == 1
     assert one("exact_match", "paris", "Paris") == 0
     assert one("exact_match", "Lyon", "Paris", "Lyon") == 1

@@ -35,7 +35,7 @@ def test_the_examples_of_the_hugging_face_metric_card() -> None:
     assert several == pytest.approx({"rouge1": 5 / 6, "rouge2": 0.5, "rougeL": 5 / 6})
 
 
-def test_the_stemmer_is_off_unless_asked_for() -> None:
+def test_the_stemmer_is_off_by_default() -> None:
     assert score(["rougeL"], ["the cat was running"], ["the cats were runs"])["rougeL"] == pytest.approx(0.25)
     stemmed = score(["rougeL"], ["the cat was running"], ["the cats were runs"], stemmer=True)
     assert stemmed["rougeL"] == pytest.approx(0.75)

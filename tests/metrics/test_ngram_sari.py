@@ -53,7 +53,7 @@ def test_rows_are_averaged_plainly() -> None:
     assert got.means["sari"] == pytest.approx(81.25)
 
 
-def test_without_a_source_it_says_so() -> None:
+def test_sari_without_a_source_is_an_error() -> None:
     with pytest.raises(DataError, match="sari compares with the source"):
         score(["sari"], ["a"], ["a"])
 
@@ -105,6 +105,6 @@ SENTENCES = st.lists(st.sampled_from(WORDS), max_size=12).map(" ".join)
 
 @settings(max_examples=150, deadline=None)
 @given(SENTENCES, SENTENCES | st.text(max_size=20), st.lists(SENTENCES | st.text(max_size=20), min_size=1, max_size=3))
-def test_every_sentence_scores_as_the_description_has_it(source: str, prediction: str, references: list[str]) -> None:
+def test_every_sentence_scores_as_described(source: str, prediction: str, references: list[str]) -> None:
     got = score(["sari"], [prediction], [references], [source])["sari"]
     assert got == pytest.approx(published(source, prediction, references), abs=1e-9)

@@ -1,4 +1,4 @@
-"""Predictions files and metrics.json: every error with its line, the side that was not measured again, the tables."""
+"""Predictions files and metrics.json: every error with its line, the side that was not scored again, the tables."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def merged(previous: object, **changes: object) -> dict[str, object]:
     return predictions.merge_metrics(previous, **arguments)  # type: ignore[arg-type]
 
 
-def test_the_other_side_is_kept_for_the_same_run_and_split_only() -> None:
+def test_the_other_side_stays_for_the_same_run_and_split_only() -> None:
     tuned = merged({}, sides={"tuned": {"rougeL": 0.5}}, constant={"answer": "x", "rougeL": 0.1, "exact_match": 0.0})
     assert "base" not in tuned
     both = merged(tuned, sides={"base": {"rougeL": 0.123456789}}, rows=3)
@@ -87,8 +87,8 @@ def test_a_file_is_scored_by_tag_too(tmp_path: Path) -> None:
         '{"prediction": "c", "reference": "c", "tags": ["y"]}\n'
     )
     scores = predictions.score_file(path, ["exact_match", "bleu"], strict=True)
-    assert (scores.rows, scores.metrics["exact_match"]) == (3, pytest.approx(2 / 3))
+    assert (scores["rows"], scores["metrics"]["exact_match"]) == (3, pytest.approx(2 / 3))
     alone = score(["bleu"], ["a", "b"], [["b", "a"], ["c"]])["bleu"]  # of the tag's rows as a corpus
-    assert scores.by_tag == {
+    assert scores["by_tag"] == {
         "x": {"rows": 2, "exact_match": 0.5, "bleu": alone}, "y": {"rows": 1, "exact_match": 1.0, "bleu": 0.0},
     }  # fmt: skip

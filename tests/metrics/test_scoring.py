@@ -12,7 +12,7 @@ from sft.metrics.text import text_stats
 from tests.metrics.helpers import score
 
 
-def test_an_unknown_name_gets_the_nearest_one() -> None:
+def test_an_unknown_name_suggests_the_nearest_one() -> None:
     with pytest.raises(ConfigError, match="'rogueL' \\(did you mean rougeL\\?\\)"):
         check_names(["rogueL", "sari"])
     assert check_names(["rougeL", "sari", "rougeL", "evaluate:meteor"]) == ["rougeL", "sari", "evaluate:meteor"]
@@ -73,7 +73,7 @@ def test_the_best_constant_answer() -> None:
     assert constant_baseline([], references) is None
 
 
-def test_another_library_is_asked_by_name() -> None:
+def test_a_metric_of_a_missing_library_is_an_error_with_its_name() -> None:
     try:
         import evaluate  # noqa: F401
     except ImportError:

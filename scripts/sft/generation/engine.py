@@ -260,7 +260,8 @@ class _Engine:
             for row, (sequence, token) in enumerate(zip(batch, tokens, strict=True)):
                 if not sequence.done:
                     sequence.append(token, self.stop)
-                    ended[row] = sequence.done
+                if sequence.done:
+                    ended[row] = True
             if not keep_on():
                 ended[:] = True
             chosen = torch.tensor(tokens, device=scores.device)[:, None]

@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -82,14 +82,12 @@ def resolve_model(
     """
     if adapters is not None and merged is not None:
         raise ModelError("--adapters and --merged name two models", fix="give one of them")
-    if adapters is not None or merged is not None:
-        side, folder = ("adapter", _adapter_folder(adapters)) if adapters else ("merged", _model_folder(merged))
-        home = next((place for place in (folder, folder.parent) if (place / RESOLVED).is_file()), None)
-        if home is None:
-            log.warning("%s has no %s: its base and template are taken from %s", folder, RESOLVED, config)
-            return Target(load(config, sets, root=root).config, None, **{side: folder})
-        settings = _settings(config, sets, home, is_default, root)
-        return Target(settings, _run_of(folder, settings, root), **{side: folder})
+    if adapters is not None:
+        folder = _folder_with("adapter_config.json", adapters, "--adapters", "make train")
+        return replace(_target_of(folder, config, sets, is_default, root), adapter=folder)
+    if merged is not None:
+        folder = _folder_with("config.json", merged, "--merged", "make merge")
+        return replace(_target_of(folder, config, sets, is_default, root), merged=folder)
     if not (root / "outputs" / "last").is_dir():
         if base:
             return Target(load(config, sets, root=root).config, None)
@@ -109,21 +107,22 @@ def resolve_model(
     )
 
 
-def _adapter_folder(path: Path) -> Path:
-    fix = "name a folder that train wrote, such as adapters/last; make train writes one"
-    return _folder_with("adapter_config.json", path, "adapter", "--adapters", fix)
+def _target_of(folder: Path, config: Path, sets: Sequence[str], is_default: bool, root: Path) -> Target:
+    """The settings and the run of an adapter or model in `folder`."""
+    home = next((place for place in (folder, folder.parent) if (place / RESOLVED).is_file()), None)
+    if home is None:
+        log.warning("%s has no %s: its base and template are taken from %s", folder, RESOLVED, config)
+        return Target(load(config, sets, root=root).config, None)
+    settings = _settings(config, sets, home, is_default, root)
+    return Target(settings, _run_of(folder, settings, root))
 
 
-def _model_folder(path: Path | None) -> Path:
-    assert path is not None
-    return _folder_with("config.json", path, "model", "--merged", "name a folder that merge_lora wrote: make merge")
-
-
-def _folder_with(file: str, path: Path, what: str, flag: str, fix: str) -> Path:
-    folder = path.expanduser().resolve()
+def _folder_with(file: str, path: Path, flag: str, command: str) -> Path:
+    """The flag's folder, resolved. Raises ModelError where it has no such file, which `command` would have written."""
+    folder, what = path.expanduser().resolve(), "adapter" if flag == "--adapters" else "model"
     if not (folder / file).is_file():
         problem = f"there is no {what} in {path}" if folder.is_dir() else f"there is no {what} folder {path}"
-        raise ModelError(problem, where=flag, fix=fix)
+        raise ModelError(problem, where=flag, fix=f"name a folder that has {file}; {command} writes one")
     return folder
 
 

@@ -35,15 +35,6 @@ class Predictions:
     tags: list[list[str]] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class FileScores:
-    """Of a file: its number of rows, the metrics and text statistics of the answers, and the metrics by tag."""
-
-    rows: int
-    metrics: dict[str, float]
-    by_tag: dict[str, dict[str, float]]
-
-
 def score_file(
     path: Path,
     names: Sequence[str],
@@ -52,8 +43,8 @@ def score_file(
     json_schema: dict[str, Any] | None = None,
     pattern: re.Pattern[str] | None = None,
     strict: bool,
-) -> FileScores:
-    """Reads and scores the file.
+) -> dict[str, Any]:
+    """{"rows", "metrics", "by_tag" (where rows have tags)} of the file's answers, text statistics included.
 
     strict: every metric was named by the user; else SARI is left out, with a warning, where a row has no source.
     """
@@ -66,11 +57,9 @@ def score_file(
         list(dict.fromkeys([*names, *extra])), table.predictions, table.references, table.sources,
         stemmer=stemmer, json_schema=json_schema, pattern=pattern,
     )  # fmt: skip
-    return FileScores(
-        len(table.predictions),
-        scores.means | text_stats(table.predictions),
-        by_tag(table.tags, scores, table.predictions, table.references),
-    )
+    tags = by_tag(table.tags, scores, table.predictions, table.references)
+    metrics = scores.means | text_stats(table.predictions)
+    return {"rows": len(table.predictions), "metrics": metrics} | ({"by_tag": tags} if tags else {})
 
 
 def read(path: Path) -> Predictions:
