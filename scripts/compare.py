@@ -49,7 +49,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     console.say(f"{names}: {len(rows)} rows of the {split} split, {len(general)} general questions")
     with console.progress("answering") as advance:
         measured = compare.measure_sides(targets, rows, general, root, advance)
-    constant = evaluate.constant_baseline(targets[0], train, rows)
+    constant = evaluate.constant_baseline(targets[0].config, train, rows)
     result = compare.build_result(targets, measured, general, split, args.seed, constant, root)
     folder = compare.write(result, measured, targets[0], root)
     if judge is not None:

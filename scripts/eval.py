@@ -66,17 +66,19 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 def evaluate(args: argparse.Namespace, root: Path, target: Any, train: Path | None, rows: list[Any]) -> dict[str, Any]:
     """Score the sides and the best constant answer, write the files, print the table."""
     from sft import files
-    from sft.generation.evaluate import constant_baseline, evaluate_base_and_tuned
+    from sft.generation import load
+    from sft.generation.evaluate import constant_baseline, evaluate_sides
     from sft.metrics import predictions
 
     sides = ["base"] if args.base else ["tuned", "base"] if args.both else ["tuned"]
     console.say(f"{target.name}: {len(rows)} rows of the {args.split} split")
     with console.progress("answering") as advance:
-        evaluations = evaluate_base_and_tuned(target, sides, rows, root, advance)
+        opened = load.open_sides(target, sides, root)
+        evaluations = evaluate_sides(opened, len(sides), rows, target.config, root, advance)
     result = predictions.merge_metrics(
         files.read_json(root / "outputs" / predictions.METRICS), run=target.name, split=args.split, rows=len(rows),
         sides={side: evaluation.metrics for side, evaluation in evaluations.items()},
-        constant=constant_baseline(target, train, rows),
+        constant=constant_baseline(target.config, train, rows),
         fields={side: evaluation.fields for side, evaluation in evaluations.items()},
         tags={side: evaluation.by_tag for side, evaluation in evaluations.items()},
     )  # fmt: skip

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from sft.config.schema import Config
 
 RESOLVED, FINISHED, LOCK, PAUSE, SAVE = "config.resolved.yaml", "finished.json", "lock", "pause", "save"
+SERVING = "serving.json"  # of an adapter or model: {"system": the system text that all training rows share}
 SESSION = "session.json"  # of a checkpoint: counts so far, and the step of the best one
 _FIX_OUTPUT = "choose another: --set train.output_dir=outputs/NAME, or fix its permissions"
 _RESERVED = {"tb", "last", ""}

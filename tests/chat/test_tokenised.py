@@ -16,7 +16,7 @@ from sft.chat import dataset
 from sft.chat.dataset import RunLedger, Split, TokenisedRows, Tokeniser, fingerprint
 from sft.chat.encode import Encoded
 from sft.data import rows, store
-from sft.generation.load import shared_system_text
+from sft.data.rows import shared_system_text
 from sft.training import job
 from tests.chat import words
 from tests.chat.making import all_of, named

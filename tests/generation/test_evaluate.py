@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from sft.errors import ConfigError
-from sft.generation import evaluate, load
+from sft.generation import engine, evaluate, load
 from sft.generation.evaluate import Question, answerable
 from sft.generation.evaluate import questions as build
 from tests.generation import tiny_runs
@@ -21,7 +21,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_qwen2: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def served(project: Path) -> load.LoadedModel:
+def served(project: Path) -> engine.LoadedModel:
     return load.open_model(config(project), root=project)
 
 
@@ -31,7 +31,9 @@ def config(root: Path, *sets: str) -> Any:
     ).config
 
 
-def questions(served: load.LoadedModel, rows: list[dict[str, Any]], config: Any, root: Path = Path()) -> list[Question]:
+def questions(
+    served: engine.LoadedModel, rows: list[dict[str, Any]], config: Any, root: Path = Path()
+) -> list[Question]:
     return build(lambda row: served.prompt(row, config.generation), rows, config, root)
 
 
@@ -44,11 +46,11 @@ def conversation(*turns: str, **extra: Any) -> dict[str, Any]:
     }
 
 
-def text(served: load.LoadedModel, ids: list[int]) -> str:
+def text(served: engine.LoadedModel, ids: list[int]) -> str:
     return str(served.tokenizer.decode(ids))
 
 
-def test_the_last_answer_is_evaluated_or_every_one(project: Path, served: load.LoadedModel) -> None:
+def test_the_last_answer_is_evaluated_or_every_one(project: Path, served: engine.LoadedModel) -> None:
     row = conversation("one", "1", "two", "2", "three")  # the last question has no answer to compare with
     (last,) = questions(served, [row], config(project))
     assert (last.id, last.source, last.reference) == ("c", "two", "2")
@@ -65,7 +67,7 @@ def test_the_last_answer_is_evaluated_or_every_one(project: Path, served: load.L
     assert both[1].ids == last.ids and "<|im_start|>user\none" in text(served, last.ids)
 
 
-def test_examples_come_first_and_are_never_the_row_itself(project: Path, served: load.LoadedModel) -> None:
+def test_examples_come_first_and_are_never_the_row_itself(project: Path, served: engine.LoadedModel) -> None:
     train = tiny_runs.rows(12)
     built = questions(served, train, config(project, "eval.shots=4"), project)
     for row, question in zip(train, built, strict=True):
@@ -81,7 +83,7 @@ def test_examples_come_first_and_are_never_the_row_itself(project: Path, served:
 
 
 def test_a_prompt_too_long_loses_examples_and_turns_with_a_warning(
-    project: Path, served: load.LoadedModel, caplog: pytest.LogCaptureFixture
+    project: Path, served: engine.LoadedModel, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("WARNING", logger="sft")
     row = conversation("first " * 200, "1", "second " * 200, "2", "last", "3")
@@ -91,7 +93,7 @@ def test_a_prompt_too_long_loses_examples_and_turns_with_a_warning(
     assert "1 prompts are too long for the model: their oldest 4 turns were removed" in caplog.text
 
 
-def test_several_correct_answers_and_tags_reach_the_scores(project: Path, served: load.LoadedModel) -> None:
+def test_several_correct_answers_and_tags_reach_the_scores(project: Path, served: engine.LoadedModel) -> None:
     rows = [conversation(f"q{i}", "ref", references=["ref", "else"], tags=["even"][: 1 - i % 2]) for i in range(3)]
     rows.append(conversation("q3", "ref", category="other"))
     built = questions(served, rows, config(project))

@@ -41,6 +41,13 @@ def rows_of(root: Path, split: str = "test") -> list[dict[str, Any]]:
     return store.read_rows(root / "data" / "processed" / f"{split}.jsonl")
 
 
+def sides(
+    target: serving.Target, names: list[str], rows: list[dict[str, Any]], root: Path, on_progress: Any = None
+) -> dict[str, evaluate.Evaluation]:
+    opened = serving.open_sides(target, names, root)
+    return evaluate.evaluate_sides(opened, len(names), rows, target.config, root, on_progress)
+
+
 def test_an_adapter_changes_the_answers_and_switched_off_gives_those_of_the_base(project: Path) -> None:
     target = chosen(project)
     assert (target.name, target.adapter) == ("tiny", project / "adapters" / "tiny")
@@ -58,8 +65,8 @@ def test_an_adapter_changes_the_answers_and_switched_off_gives_those_of_the_base
 def test_one_load_scores_both_sides_as_two_loads_would(project: Path) -> None:
     target, rows = chosen(project), rows_of(project)
     done: list[tuple[int, int]] = []
-    both = evaluate.evaluate_base_and_tuned(target, ["tuned", "base"], rows, project, lambda *at: done.append(at))
-    base = evaluate.evaluate_base_and_tuned(target, ["base"], rows, project)
+    both = sides(target, ["tuned", "base"], rows, project, lambda *at: done.append(at))
+    base = sides(target, ["base"], rows, project)
     assert both["base"].metrics == pytest.approx(base["base"].metrics, rel=1e-5)
     assert both["tuned"].metrics["loss"] != pytest.approx(both["base"].metrics["loss"], rel=1e-5)
     assert done[-1] == (14, 14)
@@ -129,7 +136,7 @@ def test_a_full_fine_tune_is_opened_from_its_own_weights(tmp_path: Path, tiny_qw
     runs.point_last(run, root)
     target = chosen(root)
     assert (target.adapter, target.merged, target.name) == (None, run.model_dir, "tiny")
-    evaluations = evaluate.evaluate_base_and_tuned(target, ["tuned", "base"], rows_of(root), root)
+    evaluations = sides(target, ["tuned", "base"], rows_of(root), root)
     assert evaluations["tuned"].metrics["loss"] != evaluations["base"].metrics["loss"]
     assert chosen(root, merged=run.model_dir).run == run
 
@@ -138,7 +145,7 @@ def test_a_full_fine_tune_is_opened_from_its_own_weights(tmp_path: Path, tiny_qw
 def test_other_families_are_evaluated(family: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     root = tiny_runs.project(tmp_path, request.getfixturevalue(family))
     target = chosen(root, base=True)
-    evaluations = evaluate.evaluate_base_and_tuned(target, ["base"], rows_of(root), root)["base"]
+    evaluations = sides(target, ["base"], rows_of(root), root)["base"]
     assert 0 < evaluations.metrics["loss"] < 20 and 0 <= evaluations.metrics["stop_rate"] <= 1
     assert len(evaluations.samples) == 7
 
@@ -237,9 +244,9 @@ def test_the_system_text_that_all_training_rows_share_is_the_default(project: Pa
     adapter = project / "adapters" / "tiny"
     assert serving.system_text(config, adapter, project) == tiny_runs.SYSTEM
     rows = tiny_runs.rows(2)
-    assert serving.shared_system_text([rows[0], {**rows[1], "system": "else"}]) is None
-    assert serving.shared_system_text([rows[0], {**rows[1], "system": ""}]) is None
-    assert serving.shared_system_text([]) is None
+    assert records.shared_system_text([rows[0], {**rows[1], "system": "else"}]) is None
+    assert records.shared_system_text([rows[0], {**rows[1], "system": ""}]) is None
+    assert records.shared_system_text([]) is None
     (tmp_path / "serving.json").write_text('{"system": "other"}')
     assert serving.system_text(config, tmp_path, project) == "other"
     (tmp_path / "serving.json").write_text("[")

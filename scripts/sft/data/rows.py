@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import orjson
@@ -188,3 +189,17 @@ def content_id(messages: list[Message], tools: list[Message] | None = None) -> s
 def content_hash(content: Any) -> str:
     """16 hex digits, equal for equal JSON values."""
     return hashlib.blake2b(dump_json(content, sort_keys=True), digest_size=ID_BYTES).hexdigest()
+
+
+def shared_system_text(rows: Iterable[Row]) -> str | None:
+    """The system text that every row has, character by character; None where they differ or have none."""
+    shared: str | None = None
+    for row in rows:
+        if is_rendered(row):
+            return None
+        turns = messages(row)
+        text = turns[0].get("content") if turns and turns[0]["role"] == "system" else None
+        if not isinstance(text, str) or (shared is not None and text != shared):
+            return None
+        shared = text
+    return shared

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from queue import SimpleQueue
 from threading import Event, Thread
 from typing import Any, cast
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sft.chat.encode import Encoder
-from sft.config.schema import GenerationSection
+from sft.config.schema import Config, GenerationSection
 from sft.data import rows
 from sft.errors import EnvironmentProblem
 from sft.generation import decode
@@ -148,6 +149,64 @@ def stream(
     if rest := answer.text[shown:]:
         yield rest
     return answer
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to answer, with the encoder that it was trained with."""
+
+    model: Any
+    tokenizer: Any
+    encoder: Encoder
+    kind: Kind
+    device: str
+    name: str
+
+    @property
+    def adapted(self) -> bool:
+        """Whether it has an adapter, which can be switched off."""
+        return hasattr(self.model, "disable_adapter")
+
+    @contextmanager
+    def base_only(self) -> Iterator[None]:
+        """Switches the adapter off within the block."""
+        if not self.adapted:
+            yield
+            return
+        with self.model.disable_adapter():
+            yield
+
+    def prompt(self, row: rows.Row | list[Message], settings: GenerationSection) -> tuple[list[int], int]:
+        """The prompt's ids for a row or a conversation, and how many of its oldest turns were removed to fit."""
+        return truncate_prompt(self.encoder, row, max_prompt_tokens(self.model, settings, self.kind))
+
+    def stream(
+        self, messages: list[Message], settings: GenerationSection, attempt: int = 0
+    ) -> Generator[str, None, Answer]:
+        """The answer to a conversation in pieces; each attempt draws with another seed."""
+        ids, removed = self.prompt(messages, settings)
+        if removed:
+            log.warning("the conversation is too long for the model: its oldest %d turns were left out", removed)
+        seeded = settings.model_copy(update={"seed": settings.seed + attempt})
+        return stream(self.model, self.tokenizer, ids, seeded, self.encoder.stops, kind=self.kind)
+
+    def stream_base(
+        self, messages: list[Message], settings: GenerationSection, attempt: int = 0
+    ) -> Generator[str, None, Answer]:
+        """The base's answer in pieces."""
+        with self.base_only():
+            return (yield from self.stream(messages, settings, attempt))
+
+    def generate(
+        self, prompts: Sequence[list[int]], config: Config, on_progress: Callable[[int, int], None] | None = None
+    ) -> list[Answer]:
+        """An answer to each prompt; warns of prompts that lost their oldest tokens."""
+        answers = generate(
+            self.model, self.tokenizer, prompts, config.generation, self.encoder.stops,
+            batch_size=config.eval.batch_size, kind=self.kind, on_progress=on_progress,
+        )  # fmt: skip
+        warn_truncated([answer.truncated for answer in answers], "tokens")
+        return answers
 
 
 class _Engine:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,7 @@ from sft.config.schema import Config
 from sft.data import rows as records
 from sft.data import store
 from sft.errors import ConfigError, DataError
-from sft.generation import load
-from sft.generation.engine import warn_truncated
-from sft.generation.load import LoadedModel, Target
+from sft.generation.engine import LoadedModel, warn_truncated
 from sft.generation.stop import Answer
 from sft.metrics import scoring, text
 from sft.step import attention
@@ -242,40 +239,28 @@ def metric_names(config: Config, root: Path) -> tuple[list[str], dict[str, Any] 
     return list(dict.fromkeys([*names, "json_schema"])), schema
 
 
-def evaluate_base_and_tuned(
-    target: Target, sides: Sequence[str], rows: Sequence[Row], root: Path, on_progress: Progress | None = None
-) -> dict[str, Evaluation]:
-    """Answers and scores the rows with each of the sides ("tuned", "base").
+def evaluate_sides(
+    opened: Iterable[tuple[str, LoadedModel]], count: int, rows: Sequence[Row], config: Config, root: Path,
+    on_progress: Progress | None = None,
+) -> dict[str, Evaluation]:  # fmt: skip
+    """Answers and scores the rows with each of the `count` sides that `load.open_sides` opens.
 
-    With an adapter one load serves both: the base is the same model with the adapter off. on_progress counts the
-    answers of all sides together.
+    Metric names and schema are checked before that. on_progress counts the answers of all sides together.
     """
-    metric_names(target.config, root)  # names and schema are checked before anything is loaded
+    metric_names(config, root)
+    result: dict[str, Evaluation] = {}
 
-    def part(at: int) -> Progress | None:
-        if on_progress is None:
-            return None
-        return lambda done, total: on_progress(at * total + done, len(sides) * total)
+    def of_all(done: int, total: int) -> None:
+        if on_progress is not None:
+            on_progress(len(result) * total + done, count * total)
 
-    if target.adapter is None and len(sides) == 2:
-        return {
-            side: evaluate_base_and_tuned(target, [side], rows, root, part(at))[side] for at, side in enumerate(sides)
-        }
-    adapter, merged = (None, None) if list(sides) == ["base"] else (target.adapter, target.merged)
-    loaded = load.open_model(target.config, adapter=adapter, merged=merged, root=root)
-    result = {}
-    for at, side in enumerate(sides):
-        if side == "base":
-            with loaded.base_only():
-                result[side] = evaluate(loaded, rows, target.config, root, part(at))
-        else:
-            result[side] = evaluate(loaded, rows, target.config, root, part(at))
-    del loaded
-    gc.collect()
+    for side, loaded in opened:
+        result[side] = evaluate(loaded, rows, config, root, of_all)
+        del loaded  # before the next side is opened
     return result
 
 
-def constant_baseline(target: Target, train: Path | None, rows: Sequence[Row]) -> dict[str, Any] | None:
+def constant_baseline(config: Config, train: Path | None, rows: Sequence[Row]) -> dict[str, Any] | None:
     """The scores of the best constant answer: one training answer to every question; None without rows."""
     if train is None:
         return None
@@ -284,5 +269,5 @@ def constant_baseline(target: Target, train: Path | None, rows: Sequence[Row]) -
     except DataError:
         return None
     references = [records.reference(row) for row in rows]
-    best = scoring.constant_baseline(answers, references, stemmer=target.config.eval.rouge_stemmer)
+    best = scoring.constant_baseline(answers, references, stemmer=config.eval.rouge_stemmer)
     return None if best is None else {"answer": best.answer, **best.scores}

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,25 +16,23 @@ import torch
 from sft import runs
 from sft.chat.encode import Encoder, build_encoder
 from sft.config.load import load, resolve_path
-from sft.config.schema import Config, GenerationSection, ModelSection
+from sft.config.schema import Config, ModelSection
 from sft.data import rows as records
 from sft.data import store
 from sft.errors import ModelError, RunError, SftError
-from sft.generation import engine
+from sft.generation.engine import LoadedModel, warn_truncated
 from sft.generation.stop import Answer
 from sft.model import adapters, hardware, hub
 from sft.model import load as model_load
-from sft.model.files import Kind, ModelFiles
+from sft.model.files import ModelFiles
 from sft.model.tokenizer import load_tokenizer, round_trip_problem
-from sft.runs import RESOLVED, Run
+from sft.runs import RESOLVED, SERVING, Run
 from sft.step import attention
 
 log = logging.getLogger("sft.generation")
-SERVING = "serving.json"  # beside an adapter or a model: {"system": the system text that all training rows share}
 BYTES_16_BIT = 2.4  # memory a parameter: 16-bit weights and a fifth for keys, values and activations
 LowMemory = Literal["4bit", "cpu"]
 Row = dict[str, Any]
-Message = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -170,80 +169,8 @@ def system_text(config: Config, folder: Path | None, root: Path) -> str | None:
     shared = None
     if folder is not None:
         with suppress(SftError, OSError):
-            shared = shared_system_text(store.iter_rows(store.resolve_stage(config.data, root).train))
+            shared = records.shared_system_text(store.iter_rows(store.resolve_stage(config.data, root).train))
     return shared or config.data.system_prompt
-
-
-def shared_system_text(rows: Iterable[Row]) -> str | None:
-    """The system text that every row has, character by character; None where they differ or have none."""
-    shared: str | None = None
-    for row in rows:
-        if records.is_rendered(row):
-            return None
-        turns = records.messages(row)
-        text = turns[0].get("content") if turns and turns[0]["role"] == "system" else None
-        if not isinstance(text, str) or (shared is not None and text != shared):
-            return None
-        shared = text
-    return shared
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """A model ready to answer, with the encoder that it was trained with."""
-
-    model: Any
-    tokenizer: Any
-    encoder: Encoder
-    kind: Kind
-    device: str
-    name: str
-
-    @property
-    def adapted(self) -> bool:
-        """Whether it has an adapter, which can be switched off."""
-        return hasattr(self.model, "disable_adapter")
-
-    @contextmanager
-    def base_only(self) -> Iterator[None]:
-        """Switches the adapter off within the block."""
-        if not self.adapted:
-            yield
-            return
-        with self.model.disable_adapter():
-            yield
-
-    def prompt(self, row: Row | list[Message], settings: GenerationSection) -> tuple[list[int], int]:
-        """The prompt's ids for a row or a conversation, and how many of its oldest turns were removed to fit."""
-        return engine.truncate_prompt(self.encoder, row, engine.max_prompt_tokens(self.model, settings, self.kind))
-
-    def stream(
-        self, messages: list[Message], settings: GenerationSection, attempt: int = 0
-    ) -> Generator[str, None, Answer]:
-        """The answer to a conversation in pieces; each attempt draws with another seed."""
-        ids, removed = self.prompt(messages, settings)
-        if removed:
-            log.warning("the conversation is too long for the model: its oldest %d turns were left out", removed)
-        seeded = settings.model_copy(update={"seed": settings.seed + attempt})
-        return engine.stream(self.model, self.tokenizer, ids, seeded, self.encoder.stops, kind=self.kind)
-
-    def stream_base(
-        self, messages: list[Message], settings: GenerationSection, attempt: int = 0
-    ) -> Generator[str, None, Answer]:
-        """The base's answer in pieces."""
-        with self.base_only():
-            return (yield from self.stream(messages, settings, attempt))
-
-    def generate(
-        self, prompts: Sequence[list[int]], config: Config, on_progress: Callable[[int, int], None] | None = None
-    ) -> list[Answer]:
-        """An answer to each prompt; warns of prompts that lost their oldest tokens."""
-        answers = engine.generate(
-            self.model, self.tokenizer, prompts, config.generation, self.encoder.stops,
-            batch_size=config.eval.batch_size, kind=self.kind, on_progress=on_progress,
-        )  # fmt: skip
-        engine.warn_truncated([answer.truncated for answer in answers], "tokens")
-        return answers
 
 
 def answer_all(
@@ -254,9 +181,27 @@ def answer_all(
 ) -> list[Answer | None]:
     """An answer to each row (in the form that the encoder takes), None for None."""
     prompts = {index: loaded.prompt(row, config.generation) for index, row in enumerate(rows) if row is not None}
-    engine.warn_truncated([removed for _, removed in prompts.values()], "turns")
+    warn_truncated([removed for _, removed in prompts.values()], "turns")
     answers = iter(loaded.generate([ids for ids, _ in prompts.values()], config, on_progress))
     return [next(answers) if index in prompts else None for index in range(len(rows))]
+
+
+def open_sides(target: Target, sides: Sequence[str], root: Path) -> Iterator[tuple[str, LoadedModel]]:
+    """Each of the sides ("tuned", "base") with its model, one after the other.
+
+    With an adapter one load serves both: the base is the same model with the adapter off.
+    """
+    if target.adapter is None and len(sides) == 2:
+        for side in sides:
+            yield from open_sides(target, [side], root)
+        return
+    adapter, merged = (None, None) if list(sides) == ["base"] else (target.adapter, target.merged)
+    loaded = open_model(target.config, adapter=adapter, merged=merged, root=root)
+    for side in sides:
+        with loaded.base_only() if side == "base" else nullcontext():
+            yield side, loaded
+    del loaded
+    gc.collect()
 
 
 def open_model(

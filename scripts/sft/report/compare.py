@@ -29,7 +29,8 @@ from sft.data import rows as records
 from sft.data import store
 from sft.errors import ConfigError, DataError, ModelError
 from sft.generation import evaluate, load
-from sft.generation.load import LoadedModel, Target
+from sft.generation.engine import LoadedModel
+from sft.generation.load import Target
 from sft.metrics import text
 from sft.metrics.scoring import greater_is_better, number
 from sft.model.files import Kind

@@ -187,9 +187,8 @@ def read_rows(
     import numpy as np
 
     from sft.chat.dataset import RunLedger, TokenisedRows, Tokeniser
-    from sft.data.rows import row_id
+    from sft.data.rows import row_id, shared_system_text
     from sft.generation.evaluate import answerable
-    from sft.generation.load import shared_system_text
 
     hashes = {path: files.sha256(path) for path in (stage.train, stage.val) if path is not None}
     tokenise = Tokeniser(encoder, cache)
@@ -524,7 +523,7 @@ def require_finished(loop: TrainingLoop, run: Run) -> None:
 
 def finish(job: Job, loop: TrainingLoop, run: Run, root: Path) -> dict[str, Any]:
     """Writes the adapter or the model, marks the run finished and returns its summary. Every rank calls it."""
-    from sft.generation.load import SERVING
+    from sft.runs import SERVING
     from sft.training.checkpoint import is_adapter, save_weights
 
     best = loop.load_best()
