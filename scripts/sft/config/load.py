@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from sft.config.schema import RENAMED, Config, train_conflicts
 from sft.errors import ConfigError, SftError, nearest, one_line
 
 PROJECT = Path(__file__).resolve().parents[3]
-MAX_CHARACTERS, MAX_NODES, MAX_DEPTH, MAX_FILES = 256 * 1024, 20_000, 40, 100
+MAX_CHARACTERS, MAX_NODES, MAX_DEPTH = 256 * 1024, 20_000, 40
 
 
 class Problems(list[SftError]):
@@ -34,9 +34,8 @@ class Problems(list[SftError]):
         """Raises one error with all problems, in the order of files and lines; nothing where there are none."""
 
         def position(problem: SftError) -> tuple[bool, list[str | int]]:
-            where = problem.where or ""
-            parts = [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", where)]
-            return where.startswith("--set"), parts
+            parts = re.split(r"(\d+)", problem.where or "")
+            return parts[0].startswith("--set"), [int(part) if part.isdigit() else part for part in parts]
 
         ordered = sorted({(problem.what, problem.where): problem for problem in self}.values(), key=position)
         if len(ordered) == 1:
@@ -103,34 +102,25 @@ class Node:
 
 Tree = dict[str, Node]
 
-_NULL = re.compile(r"~|null|Null|NULL|")
-_BOOL = re.compile(r"true|True|TRUE|false|False|FALSE")
-_INT = re.compile(r"[-+]?\d+(_\d+)*|0x[0-9a-fA-F]+|0o[0-7]+")
-_FLOAT = re.compile(r"[-+]?(\d+(_\d+)*(\.\d*)?|\.\d+)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
-_PLAIN, _CORE = "!plain", "tag:yaml.org,2002:"
-_SYNTAX_FIXES = {  # part of PyYAML's message -> what to do
-    "'\\t'": "indent with spaces, not tabs",
-    "mapping values": 'put quotes around a text that holds ": ", or look at the indentation',
-    "single document": "remove the `---` between the two documents",
+_CONSTANTS = {"": None, "~": None} | {
+    spelling: value
+    for word, value in (("null", None), ("true", True), ("false", False))
+    for spelling in (word, word.title(), word.upper())
 }
+_PLAIN, _CORE = "!plain", "tag:yaml.org,2002:"
 
 
 def scalar(text: str) -> Any:
-    """What a plain scalar means: null, a boolean, a number, or the text itself. `1e5` is a whole number."""
-    if _NULL.fullmatch(text):
-        return None
-    if _BOOL.fullmatch(text):
-        return text[0] in "tT"
-    number = text.replace("_", "")
-    if _INT.fullmatch(text):
-        return int(number, 0) if number[:2] in ("0x", "0o") else int(number) if len(number) < 400 else float(number)
-    if not _FLOAT.fullmatch(text):
+    """What a plain scalar means: null, a boolean, a decimal number, or the text itself. `1e5` is a whole number."""
+    if text in _CONSTANTS:
+        return _CONSTANTS[text]
+    try:
+        value = int(text) if re.fullmatch(r"[-+]?[\d_]+", text) else float(text)
+    except ValueError:
         return text
-    if number.lstrip("+-")[:2].lower() in (".i", ".n"):
-        return float(number.replace(".", ""))
-    value = float(number)
-    whole = "e" in number.lower() and "." not in number and abs(value) < 2**53 and value == int(value)
-    return int(value) if whole else value
+    if not re.fullmatch(r"[-+.\deE_]+", text):  # float() also reads inf and nan
+        return text
+    return int(value) if "." not in text and abs(value) < 2**53 and value == int(value) else value
 
 
 def plain(node: Node) -> Any:
@@ -156,18 +146,12 @@ def parse(text: str, name: str, problems: Problems, prefix: str = "") -> Node | 
         raise ConfigError(f"too long for a configuration ({len(text):,} characters)", where=name)
     try:
         root = _Loader(text).get_single_node()  # type: ignore[no-untyped-call]
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        fixes = (fix for part, fix in _SYNTAX_FIXES.items() if part in str(error))
-        raise ConfigError(
-            f"not valid YAML: {one_line(error.problem or error.context)}",
-            where=f"{name}:{mark.line + 1}" if mark else name,
-            fix=next(fixes, "look at this line and the one above it"),
-        ) from None
-    except yaml.reader.ReaderError as error:
-        line = text.count("\n", 0, error.position) + 1
-        what = f"not valid YAML: the character {text[error.position]!r}"
-        raise ConfigError(what, where=f"{name}:{line}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+        what = getattr(error, "problem", None) or getattr(error, "context", None) or error
+        where = f"{name}:{mark.line + 1}" if mark else name
+        fix = "look at this line and the one above it"
+        raise ConfigError(f"not valid YAML: {one_line(what)}", where=where, fix=fix) from None
     except RecursionError:
         raise ConfigError("nested too deeply", where=name) from None
     return None if root is None else _Reader(name, problems).read(root, 0, prefix)
@@ -191,36 +175,27 @@ class _Reader:
             return Node(self.mapping(node, depth, prefix), self.place(node))
         if isinstance(node, yaml.SequenceNode):
             return Node([self.read(child, depth + 1, prefix) for child in node.value], self.place(node))
-        kind = node.tag.removeprefix(_CORE)
-        if node.tag == _PLAIN or kind in ("int", "float", "bool", "null"):
+        if node.tag == _PLAIN:
             return Node(scalar(node.value), self.place(node), node.value)
-        if kind != "str":
+        if node.tag != f"{_CORE}str":
             self.problems.add(f"the tag `{node.tag}` is not supported", self.place(node), "write the value without it")
         return Node(node.value, self.place(node))
 
     def mapping(self, node: yaml.MappingNode, depth: int, prefix: str) -> Tree:
-        own, merged = Tree(), Tree()
+        tree = Tree()
         for key_node, value_node in node.value:
+            place = self.place(key_node)
             if not isinstance(key_node, yaml.ScalarNode):
-                self.problems.add("a key must be a plain word", self.place(key_node))
-                continue
-            if key_node.tag == _PLAIN and key_node.value == "<<":  # the first mapping that has a key wins
-                for source in value_node.value if isinstance(value_node, yaml.SequenceNode) else [value_node]:
-                    if not isinstance(source, yaml.MappingNode):
-                        self.problems.add("`<<` takes a mapping or a list of them", self.place(source))
-                        continue
-                    merged = {**self.read(source, depth + 1, prefix).value, **merged}
+                self.problems.add("a key must be a plain word", place)
                 continue
             key = RENAMED.get(prefix + key_node.value, prefix + key_node.value)
-            name, place = key.removeprefix(prefix), self.place(key_node)
-            value = self.read(value_node, depth + 1, f"{key}.")
-            if name in own:
-                what = f"the key `{key}` is given twice: {own[name].where} and {place}"
+            name, value = key.removeprefix(prefix), self.read(value_node, depth + 1, f"{key}.")
+            if name in tree:
+                what = f"the key `{key}` is given twice: {tree[name].where} and {place}"
                 self.problems.add(what, place, "remove one of the two lines")
-            else:
-                own[name] = Node(value.value, place, value.raw)
-        empty = {name for name, value in own.items() if value.value is None and _is_section(prefix + name)}
-        return {name: value for name, value in {**merged, **own}.items() if name not in empty}
+            elif value.value is not None or not _is_section(key):
+                tree[name] = Node(value.value, place, value.raw)
+        return tree
 
 
 def _is_section(key: str) -> bool:
@@ -233,14 +208,10 @@ class _Dumper(yaml.SafeDumper):
     """Quotes a text that YAML 1.1 or `scalar` would read as something else."""
 
 
-for _tag, _pattern in (("null", _NULL), ("bool", _BOOL), ("int", _INT), ("float", _FLOAT)):
-    _Dumper.add_implicit_resolver(_CORE + _tag, re.compile(rf"(?:{_pattern.pattern})\Z"), None)  # type: ignore[no-untyped-call]
-
-
 def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
-    """Double quotes for the rarer line breaks, which PyYAML would fold."""
-    style = '"' if any(mark in text for mark in "\x85\u2028\u2029\r") else None
-    return dumper.represent_scalar(_CORE + "str", text, style=style)
+    """Double quotes also for the rarer line breaks, which PyYAML would fold."""
+    quoted = not isinstance(scalar(text), str) or any(mark in text for mark in "\x85\u2028\u2029\r")
+    return dumper.represent_scalar(f"{_CORE}str", text, style='"' if quoted else None)
 
 
 _Dumper.add_representer(str, _represent_text)
@@ -264,56 +235,26 @@ def merge(base: Tree, over: Tree) -> Tree:
     return merged
 
 
-class _Files:
-    """Reads a file and what it includes, in order."""
-
-    def __init__(self, root: Path, problems: Problems) -> None:
-        self.root, self.problems, self.paths = root, problems, list[Path]()
-
-    def read(self, path: Path, chain: tuple[Path, ...] = ()) -> Tree:
-        """The merged tree of `path`. chain: the files that include it, outermost first."""
-        own = parse_file(path, display_path(path, self.root), self.problems)
-        merged, chain = Tree(), (*chain, path.resolve())
-        for text, where in self.includes(own.pop("include", None)):
-            included = self.find(text, where, path)
-            if included is None:
-                continue
-            if included.resolve() in chain:
-                links = [*chain[chain.index(included.resolve()) :], included]
-                shown = " -> ".join(display_path(link, self.root) for link in links)
-                self.problems.add(f"the includes form a cycle: {shown}", where, "remove one of these includes")
-            elif len(self.paths) >= MAX_FILES:
-                raise ConfigError(f"more than {MAX_FILES} files are included", where=where)
-            else:
-                merged = merge(merged, self.read(included, chain))
-        self.paths.append(path)
-        return merge(merged, own)
-
-    def includes(self, node: Node | None) -> Iterator[tuple[str, str]]:
-        """The paths that a file includes, each with its place."""
-        if node is None or node.value is None:
-            return
-        for entry in node.value if isinstance(node.value, list) else [node]:
-            if isinstance(entry.value, str) and entry.value:
-                yield entry.value, entry.where
-            else:
-                self.problems.add("`include` takes a path or a list of paths", entry.where)
-
-    def find(self, text: str, where: str, includer: Path) -> Path | None:
-        """Beside the file that includes it, at the project root, or among the shipped files."""
-        beside = includer.parent / Path(text).expanduser()
-        at_root = resolve_path(self.root, text, inside=False)
-        hits = [path for path in (beside, at_root) if path.is_file()]
-        if len(hits) == 2 and not hits[0].samefile(hits[1]):
-            what = f"`include: {text}` means two files: {beside} and {at_root}"
-            self.problems.add(what, where, "write an absolute path, or rename one of them")
-            return None
-        ours = shipped(self.root, text)
-        if hits or ours.is_file():
-            return hits[0] if hits else ours
-        what = f"the included file `{text}` was not found: neither {beside} nor {at_root}"
-        self.problems.add(what, where, "correct the path, or remove the line")
-        return None
+def read(path: Path, root: Path, problems: Problems, chain: tuple[Path, ...] = ()) -> Tree:
+    """The merged tree of `path` and what it includes. chain: the files that include it, outermost first."""
+    own = parse_file(path, display_path(path, root), problems)
+    merged, chain, include = Tree(), (*chain, path.resolve()), own.pop("include", Node([], ""))
+    for entry in include.value if isinstance(include.value, list) else [include] if include.value is not None else []:
+        if not isinstance(entry.value, str) or not entry.value:
+            problems.add("`include` takes a path or a list of paths", entry.where)
+            continue
+        places = (path.parent / Path(entry.value).expanduser(), resolve_path(root, entry.value, inside=False))
+        included = next((place for place in (*places, shipped(root, entry.value)) if place.is_file()), None)
+        if included is None:
+            what = f"the included file `{entry.value}` was not found: neither {places[0]} nor {places[1]}"
+            problems.add(what, entry.where, "correct the path, or remove the line")
+        elif included.resolve() in chain:
+            links = [*chain[chain.index(included.resolve()) :], included]
+            shown = " -> ".join(display_path(link, root) for link in links)
+            problems.add(f"the includes form a cycle: {shown}", entry.where, "remove one of these includes")
+        else:
+            merged = merge(merged, read(included, root, problems, chain))
+    return merge(merged, own)
 
 
 def parse_file(path: Path, name: str, problems: Problems) -> Tree:
@@ -461,38 +402,17 @@ def _fix(field: Field, node: Node | None) -> str:
     if field.section and value is not None:
         keys = [each.key for each in table().values() if each.key.rpartition(".")[0] == field.key]
         return f"its keys are {', '.join(key.rpartition('.')[2] for key in keys)}, each on an indented line of its own"
-    if isinstance(value, str):
-        booleans = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false", "n": "false"}
-        if value.lower() in booleans and "`true`" in field.expected:
-            return f"write `{name}: {booleans[value.lower()]}`"
-        if close := nearest(value.lower(), field.choices):
-            return f"did you mean `{close}`?"
-        if "a list of texts" in field.expected:
-            return f"write it as a list: `{name}: [{value}]`"
+    if isinstance(value, str) and (close := nearest(value.lower(), field.choices)):
+        return f"did you mean `{close}`?"
     return f"the default is `{name}: {field.shown_default}`"
 
 
-# Keys of other trainers, which their users write first.
-OTHER_TRAINERS = {
-    "base_model": "model.name", "model_name": "model.name", "model_name_or_path": "model.name",
-    "max_seq_length": "model.max_seq_len", "max_length": "model.max_seq_len", "sequence_len": "model.max_seq_len",
-    "cutoff_len": "model.max_seq_len", "lora_r": "tuning.lora.r", "lora_rank": "tuning.lora.r",
-    "lora_alpha": "tuning.lora.alpha", "lora_dropout": "tuning.lora.dropout",
-    "lora_target": "tuning.lora.target_modules", "load_in_4bit": "tuning.mode", "adapter": "tuning.mode",
-    "lr": "train.learning_rate", "num_epochs": "train.epochs", "num_train_epochs": "train.epochs",
-    "per_device_train_batch_size": "train.batch_size", "micro_batch_size": "train.batch_size",
-    "gradient_accumulation_steps": "train.grad_accum", "lr_scheduler": "train.lr_scheduler_type",
-    "mixed_precision": "train.bf16", "optimizer": "train.optim", "logging_steps": "logging.log_interval",
-    "report_to": "logging.backend", "dataset": "data.raw_path",
-}  # fmt: skip
-
-
 def _did_you_mean(key: str) -> str | None:
-    """The likeliest keys: the same name in another section, another trainer's name, then a similar name."""
+    """The likeliest keys: the same name in another section, then a similar name."""
     section, _, name = key.rpartition(".")
     names = {known: known.rpartition(".")[2] for known in table()}
     siblings = [last for known, last in names.items() if known.rpartition(".")[0] == section]
-    hits = [known for known, last in names.items() if last == name or known == OTHER_TRAINERS.get(name)]
+    hits = [known for known, last in names.items() if last == name]
     if not hits and (close := nearest(name, siblings)):
         hits = [f"{section}.{close}".lstrip(".")]
     if not hits and (close := nearest(name, names.values(), 0.7)):
@@ -508,13 +428,11 @@ def _did_you_mean(key: str) -> str | None:
 class Loaded:
     """A configuration and where it came from.
 
-    origin: dotted key -> "file:line", "--set" or "default". files: every file that was read, includes first.
+    origin: dotted key -> "file:line", "--set" or "default".
     """
 
     config: Config
     origin: dict[str, str]
-    files: list[Path]
-    path: Path
 
     def is_set(self, key: str) -> bool:
         """Whether a file or --set sets `key` (or, for a section, a key in it)."""
@@ -537,14 +455,13 @@ def load(path: Path | str, sets: Sequence[str] = (), *, root: Path) -> Loaded:
         known = sorted(display_path(each, root) for each in (root / "configs").glob("**/*.yaml"))
         fix = f"choose one: {', '.join(known)}" if known else "name one with --config FILE"
         raise ConfigError(f"the configuration file {path} was not found", fix=fix)
-    files = _Files(root, problems)
-    tree = files.read(path)
+    tree = read(path, root, problems)
     for item in sets:
         tree = merge(tree, parse_set(item, problems))
     config = validate(tree, problems)
     problems.raise_all(path)
     assert config is not None
-    return Loaded(config, _origins(tree), files.paths, path)
+    return Loaded(config, _origins(tree))
 
 
 def _origins(tree: Tree) -> dict[str, str]:
