@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sft.config.schema import Config, TrainSection
+from sft.config.schema import Config
 from sft.errors import ConfigError
 
 log = logging.getLogger("sft.config")
@@ -79,7 +79,11 @@ def resolve(config: Config, facts: Facts) -> Resolved:
     data.template_path, tuning.lora.target_modules and the `auto`s of `model` depend on the model and are resolved when
     it is loaded. Raises ConfigError when batch_size, grad_accum and effective_batch contradict each other.
     """
-    reasons, warnings = {}, _warnings(config.train, facts)
+    reasons, warnings = {}, list[str]()
+    if config.train.bf16 is True and not facts.has_bf16:
+        warnings.append(f"train.bf16 is true, but {facts.name} has no bfloat16: it is emulated and slow")
+    if config.train.fp16 is True and facts.device == "cpu":
+        warnings.append("train.fp16 is true on the CPU, where it is slow and may overflow: bf16 is better there")
     for name, rule in RULES.items():
         if getattr(config.train, name) in ("auto", None):
             value, reasons[f"train.{name}"] = rule(config, facts)
@@ -89,14 +93,6 @@ def resolve(config: Config, facts: Facts) -> Resolved:
     for warning in warnings:
         log.warning(warning)
     return Resolved(config, reasons, tuple(warnings))
-
-
-def _warnings(train: TrainSection, facts: Facts) -> list[str]:
-    if train.bf16 is True and not facts.has_bf16:
-        return [f"train.bf16 is true, but {facts.name} has no bfloat16: it is emulated and slow"]
-    if train.fp16 is True and facts.device == "cpu":
-        return ["train.fp16 is true on the CPU, where it is slow and may overflow: bf16 is better there"]
-    return []
 
 
 def _bf16(config: Config, facts: Facts) -> tuple[bool, str]:
@@ -112,11 +108,6 @@ def _fp16(config: Config, facts: Facts) -> tuple[bool, str]:
         facts.device == "cuda",
         "16-bit on a GPU without bf16" if facts.device == "cuda" else "bf16 is off: fp32 on the CPU",
     )
-
-
-def _gradient_checkpointing(config: Config, facts: Facts) -> tuple[bool, str]:
-    gpu = facts.device == "cuda"
-    return gpu, "saves most activation memory" if gpu else "on CPU, recomputation costs more than it saves"
 
 
 def _learning_rate(config: Config, facts: Facts) -> tuple[float, str]:
@@ -184,10 +175,8 @@ def _batch(config: Config, facts: Facts) -> tuple[int, int, int]:
 
 
 def _effective_batch(config: Config, facts: Facts) -> tuple[int, str]:
-    effective, train = _batch(config, facts)[0], config.train
-    if train.batch_size != "auto" and train.grad_accum != "auto":
-        return effective, "batch_size * grad_accum"
-    return effective, "the default" if effective == EFFECTIVE_BATCH else "follows batch_size or grad_accum"
+    effective = _batch(config, facts)[0]
+    return effective, "the default" if effective == EFFECTIVE_BATCH else "follows batch_size and grad_accum"
 
 
 def _batch_size(config: Config, facts: Facts) -> tuple[int, str]:
@@ -200,21 +189,11 @@ def _batch_size(config: Config, facts: Facts) -> tuple[int, str]:
     return _batch(config, facts)[1], reason
 
 
-def _grad_accum(config: Config, facts: Facts) -> tuple[int, str]:
-    train = config.train
-    return _batch(config, facts)[2], f"{train.effective_batch} rows a step, at most {train.batch_size} in a micro-batch"
-
-
 def _micro_batch_tokens(config: Config, facts: Facts) -> tuple[int, str]:
     effective, rows, _ = _batch(config, facts)
     rows, length = min(rows, effective), config.model.max_seq_len
     tokens = max(length, min(rows * length, MAX_MICRO_BATCH_TOKENS))
     return tokens, f"{rows} rows of {length}, at most {MAX_MICRO_BATCH_TOKENS}"
-
-
-def _save_strategy(config: Config, facts: Facts) -> tuple[str, str]:
-    evaluate = config.train.eval_strategy
-    return ("epoch", "eval_strategy is no") if evaluate == "no" else (evaluate, "follows eval_strategy")
 
 
 def _greater_is_better(config: Config, facts: Facts) -> tuple[bool, str]:
@@ -227,7 +206,10 @@ RULES: dict[str, Callable[[Config, Facts], tuple[Any, str]]] = {
     "bf16": _bf16,
     "fp16": _fp16,
     "tf32": lambda config, facts: (facts.ampere, f"{facts.name} {'has' if facts.ampere else 'has no'} TF32"),
-    "gradient_checkpointing": _gradient_checkpointing,
+    "gradient_checkpointing": lambda config, facts: (
+        (True, "saves most activation memory") if facts.device == "cuda"
+        else (False, "on CPU, recomputation costs more than it saves")
+    ),
     "kernels": lambda config, facts: ("plain", "faster kernels are used only where the config names them"),
     "optim": lambda config, facts: (
         "adamw_torch_fused" if facts.device == "cuda" else "adamw_torch", f"AdamW on {facts.name}"
@@ -236,10 +218,15 @@ RULES: dict[str, Callable[[Config, Facts], tuple[Any, str]]] = {
     "epochs": _epochs,
     "effective_batch": _effective_batch,
     "batch_size": _batch_size,
-    "grad_accum": _grad_accum,
+    "grad_accum": lambda config, facts: (
+        _batch(config, facts)[2], f"{config.train.effective_batch} rows in micro-batches of {config.train.batch_size}"
+    ),
     "micro_batch_tokens": _micro_batch_tokens,
     "eval_steps": lambda config, facts: (config.train.save_steps, "follows save_steps"),
-    "save_strategy": _save_strategy,
+    "save_strategy": lambda config, facts: (
+        ("epoch", "eval_strategy is no") if config.train.eval_strategy == "no"
+        else (config.train.eval_strategy, "follows eval_strategy")
+    ),
     "greater_is_better": _greater_is_better,
 }  # fmt: skip
 
