@@ -48,8 +48,8 @@ def cards(bench: Bench) -> dict[str, Any]:
 
 def speed(bench: Bench) -> dict[str, Any]:
     from benchmarks import flops, material, shapes
-    from sft.step import attention, unwrap
-    from sft.step.step import StepConfig, use_kernels
+    from sft.model.kernels import apply_kernels
+    from sft.step import unwrap
 
     peak = material.matmul_peak(bench.device, bench.torch.bfloat16, size=8192 if bench.cuda else 512)
     length, size = (64, "tiny") if bench.tiny else (2048, "7B")
@@ -65,8 +65,7 @@ def speed(bench: Bench) -> dict[str, Any]:
         bench.clear()
         began = bench.now()
         try:
-            packed = attention.keeps_rows_apart(model)
-            use_kernels(model, kernels, StepConfig(device=bench.device, packed=packed, autocast=bench.torch.bfloat16))
+            apply_kernels(model, kernels, device=bench.device, autocast=bench.torch.bfloat16)  # type: ignore[arg-type]
             timed = [bench.step(model, optimizer, batch, 2 * length, replay=False)]
             first = bench.now() - began
             timed += [bench.step(model, optimizer, batch, 2 * length, replay=False) for _ in range(2)]

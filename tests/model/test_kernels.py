@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from peft import LoraConfig, get_peft_model
 from sft.errors import EnvironmentProblem
 from sft.model import kernels
 from sft.step import attention
-from sft.step.step import StepConfig, forward_backward, use_kernels
+from sft.step.step import StepConfig, forward_backward
 from tests.step import models
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -59,10 +58,6 @@ def small(family: str) -> Any:
         if "norm" in name:
             weight.data += 0.2 * torch.randn_like(weight)
     return model
-
-
-def step_config(model: Any) -> StepConfig:
-    return StepConfig(device=DEVICE, packed=attention.keeps_rows_apart(model))
 
 
 def four_bit(folder: Path) -> Any:
@@ -109,7 +104,7 @@ def test_ligers_kernels_compute_the_norms_and_mlps_of_a_family_with_equal_gradie
     ids = torch.arange(3, 20, device=DEVICE)[None]
     with torch.no_grad():
         plain = model(input_ids=ids, use_cache=False).logits
-    use_kernels(model, "liger", step_config(model))
+    kernels.apply_kernels(model, "liger", device=DEVICE)
     assert len([module for module in model.modules() if "forward" in module.__dict__]) == layers
     assert kernels.kernels_of(model) == "liger" and list(model.state_dict()) == names
     faster = model(input_ids=ids, use_cache=False).logits
@@ -124,7 +119,7 @@ def test_ligers_kernels_compute_the_norms_and_mlps_of_a_family_with_equal_gradie
 def test_ligers_kernels_train_adapters_on_four_bits_as_plain_layers_do(liger: None, tiny_qwen2: Path) -> None:
     model = four_bit(tiny_qwen2)
     plain = gradients(model)
-    use_kernels(model, "liger", StepConfig(packed=True))
+    kernels.apply_kernels(model, "liger", device=DEVICE)
     assert 0 < models.relative(gradients(model), plain) < 1e-4
 
 
@@ -143,7 +138,7 @@ def test_kernels_that_differ_or_fail_are_refused_and_the_layers_stay_plain(
     weights = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     monkeypatch.setattr(kernels, "_compile_layers", with_norms(forward))
     with pytest.raises(EnvironmentProblem, match=reason) as caught:
-        use_kernels(model, "compiled", StepConfig(packed=True))
+        kernels.apply_kernels(model, "compiled", device=DEVICE)
     assert (caught.value.where, caught.value.fix) == ("train.kernels", "--set train.kernels=plain")
     assert kernels.kernels_of(model) == "plain" and not any("forward" in m.__dict__ for m in model.modules())
     assert all(torch.equal(weight, weights[name]) for name, weight in model.named_parameters())
@@ -162,10 +157,10 @@ def test_kernels_that_are_not_available_are_an_error_and_auto_means_plain(
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     if DEVICE == "cpu":
         with pytest.raises(EnvironmentProblem, match=r"liger-kernel is not installed|need a CUDA GPU"):
-            use_kernels(model, "liger", StepConfig())
+            kernels.apply_kernels(model, "liger", device=DEVICE)
     with pytest.raises(EnvironmentProblem, match="unsloth has kernels of its own"):
-        use_kernels(model, "compiled", StepConfig(), backend="unsloth")
-    use_kernels(model, "auto", StepConfig())
+        kernels.apply_kernels(model, "compiled", device=DEVICE, backend="unsloth")
+    kernels.apply_kernels(model, "auto", device=DEVICE)
     assert kernels.kernels_of(model) == "plain"
 
 
@@ -179,7 +174,7 @@ def test_a_step_in_which_the_compiler_fails_is_replayed_with_plain_layers(
     def failing(norm: Any) -> Any:
         def forward(hidden: Any) -> Any:
             calls.append(1)
-            if len(calls) == 8:  # the check and the first micro-batch went well
+            if len(calls) == 8:  # the check and the first layer went well
                 raise TorchDynamoException("no compiler for this length")
             return type(norm).forward(norm, hidden)
 
@@ -188,7 +183,7 @@ def test_a_step_in_which_the_compiler_fails_is_replayed_with_plain_layers(
     model = models.load(tiny_qwen2, dtype=torch.float32)
     plain = gradients(model, 20)
     monkeypatch.setattr(kernels, "_compile_layers", with_norms(failing))
-    use_kernels(model, "compiled", StepConfig(packed=True))
+    kernels.apply_kernels(model, "compiled", device=DEVICE)
     assert torch.equal(gradients(model, 20), plain)
     assert kernels.kernels_of(model) == "plain"
     assert "torch.compile failed" in caplog.text and "no compiler for this length" in caplog.text
@@ -200,7 +195,7 @@ def test_compiled_layers_give_the_same_step_with_dropout_on_four_bits_however_it
     model = four_bit(tiny_qwen2)
     names = list(model.state_dict())
     plain = {tokens: gradients(model, tokens) for tokens in (32, 4096, 1)}
-    use_kernels(model, "compiled", replace(StepConfig(), packed=True))
+    kernels.apply_kernels(model, "compiled", device=DEVICE)
     for tokens, expected in plain.items():
         assert models.relative(gradients(model, tokens), expected) < 1e-5
     assert kernels.kernels_of(model) == "compiled" and list(model.state_dict()) == names

@@ -29,57 +29,47 @@ def kind_of(config: dict[str, Any], requested: str = "auto", *, name: str = "the
     Raises ModelError for encoders (BERT), classifiers and models without a language head, and where `requested` is
     another kind.
     """
-    kind = _kind_by_class(config) or _kind_by_mapping(config)
-    architecture = _architecture(config) or str(config.get("model_type"))
+    architecture = str((config.get("architectures") or [""])[0])
+    kind = _kind(config, architecture)
+    shown = architecture or config.get("model_type")
     if kind is None:
-        what = "not a text generator"
-        if "Classification" in architecture:
-            what = "a classifier"
-        elif "MaskedLM" in architecture or "Encoder" in architecture:
+        what = "a classifier" if "Classification" in architecture else "not a text generator"
+        if "MaskedLM" in architecture or "Encoder" in architecture:
             what = "an encoder"
         raise ModelError(
-            f"{name} is {what} ({architecture}): it has no head that writes text, so it cannot learn answers",
+            f"{name} is {what} ({shown}): it has no head that writes text, so it cannot learn answers",
             where="model.name",
             fix="choose a decoder-only model (Qwen2.5, Llama, Mistral, GPT-2) or an encoder-decoder (T5)",
         )
     if requested not in ("auto", kind):
         raise ModelError(
-            f"model.type is {requested}, but {name} is {kind} ({architecture})",
+            f"model.type is {requested}, but {name} is {kind} ({shown})",
             where="model.type",
             fix=f"set model.type to auto or {kind}",
         )
     return kind
 
 
-def _architecture(config: dict[str, Any]) -> str:
-    return str((config.get("architectures") or [""])[0])
-
-
-def _kind_by_class(config: dict[str, Any]) -> Kind | None:
-    """The kind by the class name that saved the weights; None where that says nothing or says no."""
-    name = _architecture(config)
-    if config.get("is_encoder_decoder"):
-        return "seq2seq" if name.endswith(("ForConditionalGeneration", "LMHeadModel")) else None
-    return "causal" if name.endswith(("ForCausalLM", "LMHeadModel")) and not _is_encoder(config) else None
-
-
-def _kind_by_mapping(config: dict[str, Any]) -> Kind | None:
-    """The kind by transformers' own lists, for configs without a class name and for text models with other parts."""
+def _kind(config: dict[str, Any], architecture: str) -> Kind | None:
+    """By the class name that saved the weights; by transformers' own lists where that is missing or says nothing."""
+    model_type, decoder = config.get("model_type"), config.get("is_decoder")
+    seq2seq = bool(config.get("is_encoder_decoder"))
+    if seq2seq and architecture.endswith(("ForConditionalGeneration", "LMHeadModel")):
+        return "seq2seq"
+    if not seq2seq and model_type in _ENCODERS and not decoder:
+        return None
+    if not seq2seq and architecture.endswith(("ForCausalLM", "LMHeadModel")):
+        return "causal"
     from transformers.models.auto import modeling_auto as auto
 
-    model_type, architecture = config.get("model_type"), _architecture(config)
-    if config.get("is_encoder_decoder"):
-        known = auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
-        return "seq2seq" if model_type in known and architecture in ("", known[model_type]) else None
-    masked = model_type in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.get("is_decoder")
-    if masked or _is_encoder(config) or model_type not in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if seq2seq:
+        names = auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+        return "seq2seq" if model_type in names and architecture in ("", names[model_type]) else None
+    if model_type not in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return None
-    writes = architecture.endswith("ForConditionalGeneration") or not architecture
-    return "causal" if writes or architecture == auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type] else None
-
-
-def _is_encoder(config: dict[str, Any]) -> bool:
-    return config.get("model_type") in _ENCODERS and not config.get("is_decoder")
+    masked = model_type in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not decoder
+    writes = not architecture or architecture.endswith("ForConditionalGeneration")
+    return "causal" if writes and not masked else None
 
 
 @dataclass(frozen=True)

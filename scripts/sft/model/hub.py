@@ -169,7 +169,7 @@ def download(section: ModelSection, root: Path, *, weights: bool = True) -> Path
         raise ModelError(f"{name} is not in the hub's cache, and {problem}", where="model.name", fix=fix)
     token, _ = find_token(root)
     try:
-        listing = _list(section, token, weights=weights)
+        listing = list_files(section, root, weights=weights)
         files.require_free(
             Path(constants.HF_HUB_CACHE),
             int(listing.bytes * 1.02),
@@ -193,20 +193,15 @@ def download(section: ModelSection, root: Path, *, weights: bool = True) -> Path
         raise _as_model_error(section, error) from None
 
 
-def peek(section: ModelSection, root: Path, *, timeout: float) -> Listing:
+def list_files(section: ModelSection, root: Path, *, weights: bool = True, timeout: float = 20) -> Listing:
     """What would be downloaded, by asking the hub. Raises ModelError: not found, gated, no safetensors, no answer."""
-    try:
-        return _list(section, find_token(root)[0], weights=True, timeout=timeout)
-    except ModelError:
-        raise
-    except Exception as error:
-        raise _as_model_error(section, error) from None
-
-
-def _list(section: ModelSection, token: str | None, *, weights: bool, timeout: float = 20) -> Listing:
     from huggingface_hub import HfApi
 
-    info = HfApi(token=token).model_info(section.name, revision=section.revision, files_metadata=True, timeout=timeout)
+    api = HfApi(token=find_token(root)[0])
+    try:
+        info = api.model_info(section.name, revision=section.revision, files_metadata=True, timeout=timeout)
+    except Exception as error:
+        raise _as_model_error(section, error) from None
     sizes = {item.rfilename: item.size or 0 for item in info.siblings or [] if "/" not in item.rfilename}
     code = (".py",) if section.trust_remote_code else ()
     small = [name for name in sizes if name.endswith(SMALL_FILES + code)]

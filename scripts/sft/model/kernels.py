@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 from sft.errors import EnvironmentProblem, one_line
@@ -34,28 +34,30 @@ def apply_kernels(
     kernels: Literal["auto"] | Kernels,
     *,
     device: str,
-    dtype: torch.dtype,
-    loss_and_gradients: Callable[[], Sequence[Tensor]],
+    autocast: torch.dtype | None = None,
+    backend: Literal["bnb", "unsloth"] = "bnb",
 ) -> None:
     """Computes the layers of `model`, wrappers included, with these kernels from here on; `auto` means plain.
 
-    dtype: the type computed in. loss_and_gradients: of a small batch with fixed random numbers; called with plain
-    layers, then with the kernels. Raises EnvironmentProblem where the kernels are not available, fail, or give another
-    loss or other gradients, NaN included; the layers are plain again then.
+    autocast: the 16-bit type that training computes in, None for the weights' own. Raises EnvironmentProblem where the
+    kernels are not available, fail, or give another loss or other gradients, NaN included; the layers are plain then.
     """
     restore_plain_layers(model)
     if kernels in ("auto", PLAIN):
         return
-    expected = loss_and_gradients()
+    expected = _loss_and_gradients(model, device, autocast)
     try:
+        if backend == "unsloth":
+            raise _RefusedError("unsloth has kernels of its own")
         if kernels == "liger":
             _use_liger(model, device)
         else:
             _compile_layers(model)
         if kernels_of(model) != kernels:
             raise _RefusedError("they support no layer of this model")
-        pairs = zip(loss_and_gradients(), expected, strict=True)
+        pairs = zip(_loss_and_gradients(model, device, autocast), expected, strict=True)
         differences = [float((value - reference).norm() / reference.norm()) for value, reference in pairs]
+        dtype = autocast or next(weight.dtype for weight in model.parameters() if weight.is_floating_point())
         allowed = TOLERANCE[str(dtype).removeprefix("torch.")]
         if not all(difference <= allowed for difference in differences):  # a NaN is not
             raise _RefusedError(
@@ -69,6 +71,24 @@ def apply_kernels(
             where="train.kernels",
             fix="--set train.kernels=plain",
         ) from error
+
+
+def _loss_and_gradients(model: Any, device: str, autocast: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    """Loss and gradients of one short row with fixed dropout; of each weight the first 65,536 numbers."""
+    import torch
+
+    ids = torch.arange(3, 20, device=device)[None]
+    with torch.random.fork_rng([torch.cuda.current_device()] if device == "cuda" else []):
+        torch.manual_seed(0)
+        try:
+            with torch.autocast(device, dtype=autocast, enabled=autocast is not None):
+                loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            loss.backward()
+            weights = [weight for weight in model.parameters() if weight.grad is not None]
+            gradients = torch.cat([weight.grad.flatten()[: 1 << 16].double() for weight in weights])
+            return loss.detach().double(), gradients
+        finally:
+            model.zero_grad(set_to_none=True)
 
 
 def restore_plain_layers(model: nn.Module) -> None:

@@ -19,8 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 IGNORED = -100
 # The cost of one more micro-batch, in tokens of compute, where a finer split would save padding: kernel launches and
 # 4-bit weights dequantised once more. About 130 tokens on a fast GPU, a third of that on the older ones that cannot
-# pack, almost nothing on a CPU. With it 91 % of what is computed for Alpaca's rows, 16 a step, is real
-# (benchmarks/packing.py).
+# pack, almost nothing on a CPU (benchmarks/packing.py).
 MICRO_BATCH_COST = 48
 
 Kind = Literal["causal", "seq2seq"]
@@ -43,11 +42,6 @@ class MicroBatch:
     labelled: int
     seq2seq: bool = field(default=False)
 
-    @property
-    def packed(self) -> bool:
-        """Whether its rows share one sequence without padding."""
-        return "position_ids" in self.inputs
-
 
 class Collator:
     """Collates rows `{"input_ids": [...], "labels": [...]}` into one flat step batch; ignores other keys."""
@@ -57,24 +51,17 @@ class Collator:
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """The step batch of these rows, in their order. Raises ValueError where tokens and labels differ in number."""
-        ids = [list(feature["input_ids"]) for feature in features]
-        labels = [list(feature["labels"]) for feature in features]
+        ids = [torch.tensor(list(feature["input_ids"]), dtype=torch.long) for feature in features]
+        labels = [torch.tensor(list(feature["labels"]), dtype=torch.long) for feature in features]
+        sources = {"input_ids": torch.cat(ids)}
         if self.kind == "seq2seq":
-            return {
-                "source_ids": _flat(ids),
-                "source_lengths": torch.tensor([len(row) for row in ids]),
-                "labels": _flat(labels),
-                "lengths": torch.tensor([len(row) for row in labels]),
-            }
-        for row, label in zip(ids, labels, strict=True):
-            if len(row) != len(label):
-                raise ValueError(f"a row has {len(row)} tokens and {len(label)} labels")
-            label[:1] = [IGNORED] * len(label[:1])
-        return {
-            "input_ids": _flat(ids),
-            "labels": _flat(labels),
-            "lengths": torch.tensor([len(row) for row in ids]),
-        }
+            sources = {"source_ids": torch.cat(ids), "source_lengths": torch.tensor([len(row) for row in ids])}
+        else:
+            for row, label in zip(ids, labels, strict=True):
+                if len(row) != len(label):
+                    raise ValueError(f"a row has {len(row)} tokens and {len(label)} labels")
+                label[:1] = IGNORED
+        return {**sources, "labels": torch.cat(labels), "lengths": torch.tensor([len(row) for row in labels])}
 
 
 def count_labels(batch: Batch) -> int:
@@ -90,26 +77,27 @@ def split_micro_batches(batch: Batch, *, tokens: int, rows: int | None = None, p
     """
     lengths = batch["lengths"].tolist()
     most_rows = rows or len(lengths)
+    labels = torch.split(batch["labels"], lengths)
     if "source_ids" in batch:
-        sources = batch["source_lengths"].tolist()
-        groups = _group_by_length(list(zip(sources, lengths, strict=True)), tokens, most_rows)
-        return [_seq2seq_micro_batch(batch, sources, lengths, group) for group in groups]
-    if packed:
-        return [_packed_micro_batch(batch, lengths, group) for group in _best_fit(lengths, tokens, most_rows)]
-    groups = _group_by_length([(length, 0) for length in lengths], tokens, most_rows)
-    return [_padded_micro_batch(batch, lengths, group) for group in groups]
+        source_lengths = batch["source_lengths"].tolist()
+        ids, targets = torch.split(batch["source_ids"], source_lengths), list(labels)
+        sizes = list(zip(source_lengths, lengths, strict=True))
+    else:
+        ids, sizes = torch.split(batch["input_ids"], lengths), [(length, 0) for length in lengths]
+        # a label moves to the position that predicts it
+        targets = [torch.cat([row[1:], row.new_full((min(1, len(row)),), IGNORED)]) for row in labels]
+    if packed and "source_ids" not in batch:
+        return [_pack(ids, targets, group) for group in _best_fit(lengths, tokens, most_rows)]
+    groups = _group_by_length(sizes, tokens, most_rows)
+    return [_pad(ids, targets, group, seq2seq="source_ids" in batch) for group in groups]
 
 
 def row_indices(micro: MicroBatch, batch: Batch) -> Tensor:
     """For each position of `micro.targets` the index of its row in the step batch, in the shape of `targets`."""
     rows = torch.tensor(micro.rows, device=micro.targets.device)
-    if micro.packed:
+    if "position_ids" in micro.inputs:  # packed
         return rows.repeat_interleave(batch["lengths"].to(rows.device)[rows])[None]
     return rows[:, None].expand_as(micro.targets)
-
-
-def _flat(rows: Sequence[Sequence[int]]) -> Tensor:
-    return torch.tensor([token for row in rows for token in row], dtype=torch.long)
 
 
 def _best_fit(lengths: Sequence[int], tokens: int, most_rows: int) -> list[list[int]]:
@@ -154,43 +142,19 @@ def _group_by_length(sizes: Sequence[tuple[int, int]], tokens: int, most_rows: i
     return groups[::-1]
 
 
-def _select(flat: Tensor, lengths: Sequence[int], group: Sequence[int]) -> list[Tensor]:
-    """The rows of `group` out of a flat tensor."""
-    rows = torch.split(flat, list(lengths))
-    return [rows[index] for index in group]
+def _pack(ids: Sequence[Tensor], targets: Sequence[Tensor], group: list[int]) -> MicroBatch:
+    """The rows of `group` end to end in one sequence."""
+    positions = torch.cat([torch.arange(len(ids[i]), device=ids[i].device) for i in group])[None]
+    inputs = {"input_ids": torch.cat([ids[i] for i in group])[None], "position_ids": positions}
+    joined = torch.cat([targets[i] for i in group])[None]
+    return MicroBatch(inputs, joined, tuple(group), positions.numel(), int((joined != IGNORED).sum()))
 
 
-def _shift_left(labels: Tensor) -> Tensor:
-    """Labels of a causal row [L], moved to the position that predicts them."""
-    return torch.cat([labels[1:], labels.new_full((min(1, len(labels)),), IGNORED)])
-
-
-def _packed_micro_batch(batch: Batch, lengths: Sequence[int], group: list[int]) -> MicroBatch:
-    ids = torch.cat(_select(batch["input_ids"], lengths, group))[None]
-    targets = torch.cat([_shift_left(row) for row in _select(batch["labels"], lengths, group)])[None]
-    positions = torch.cat([torch.arange(lengths[i], device=ids.device) for i in group])[None]
-    inputs = {"input_ids": ids, "position_ids": positions}
-    return MicroBatch(inputs, targets, tuple(group), ids.numel(), _count(targets))
-
-
-def _padded_micro_batch(batch: Batch, lengths: Sequence[int], group: list[int]) -> MicroBatch:
-    ids, mask = _pad(_select(batch["input_ids"], lengths, group))
-    targets = pad_sequence([_shift_left(row) for row in _select(batch["labels"], lengths, group)], True, IGNORED)
-    return MicroBatch({"input_ids": ids, "attention_mask": mask}, targets, tuple(group), ids.numel(), _count(targets))
-
-
-def _seq2seq_micro_batch(batch: Batch, sources: Sequence[int], lengths: Sequence[int], group: list[int]) -> MicroBatch:
-    ids, mask = _pad(_select(batch["source_ids"], sources, group))
-    targets = pad_sequence(_select(batch["labels"], lengths, group), True, IGNORED)
-    inputs = {"input_ids": ids, "attention_mask": mask}
-    return MicroBatch(inputs, targets, tuple(group), ids.numel() + targets.numel(), _count(targets), seq2seq=True)
-
-
-def _pad(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Rows padded on the right with token 0 to [B, L], and their attention mask."""
-    mask = pad_sequence([torch.ones_like(row) for row in rows], True, 0)
-    return pad_sequence(rows, True, 0), mask
-
-
-def _count(targets: Tensor) -> int:
-    return int((targets != IGNORED).sum())
+def _pad(ids: Sequence[Tensor], targets: Sequence[Tensor], group: list[int], *, seq2seq: bool) -> MicroBatch:
+    """The rows of `group` padded on the right with token 0; for seq2seq the targets' tokens are computed too."""
+    padded = pad_sequence([ids[i] for i in group], True, 0)
+    mask = pad_sequence([torch.ones_like(ids[i]) for i in group], True, 0)
+    joined = pad_sequence([targets[i] for i in group], True, IGNORED)
+    computed = padded.numel() + (joined.numel() if seq2seq else 0)
+    inputs = {"input_ids": padded, "attention_mask": mask}
+    return MicroBatch(inputs, joined, tuple(group), computed, int((joined != IGNORED).sum()), seq2seq)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from sft.model import adapters
 from sft.step import unwrap
 from sft.step.batch import IGNORED
 
@@ -60,11 +61,17 @@ def cross_entropy(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Te
     return functional.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
 
 
-def full_cross_entropy(model: nn.Module, inputs: dict[str, Any], targets: Tensor, *, smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy [N] of the N labelled positions of `targets` [B, L] from the model's full logits, all in fp32."""
-    logits = model(**inputs, use_cache=False).logits
-    losses = cross_entropy(logits.flatten(0, -2), targets.flatten(), smoothing)  # zero where IGNORED
-    return losses[targets.flatten() != IGNORED]
+def full_cross_entropy(
+    model: nn.Module, inputs: dict[str, Any], targets: Tensor, *, smoothing: float = 0.0, labelled_only: bool = False
+) -> Tensor:
+    """Cross-entropy [N] of the N labelled positions of `targets` [B, L] from the model's full logits.
+
+    All logits are taken to fp32 at once, as a plain loop does; with `labelled_only` those of labelled positions alone.
+    """
+    logits, labelled = model(**inputs, use_cache=False).logits, targets != IGNORED
+    if labelled_only:
+        return cross_entropy(logits[labelled], targets[labelled], smoothing)
+    return cross_entropy(logits.flatten(0, -2), targets.flatten(), smoothing)[labelled.flatten()]
 
 
 def tiled_cross_entropy(
@@ -72,9 +79,9 @@ def tiled_cross_entropy(
 ) -> Tensor:
     """The same losses [N], the head computed on `tile` labelled positions at a time."""
     base = unwrap(model)
-    head = _head(base)
+    head = adapters.head(base)
     if head is None or _transforms.get(base, IDENTITY) is None:
-        return _labelled_logits_cross_entropy(model, inputs, targets, smoothing)
+        return full_cross_entropy(model, inputs, targets, smoothing=smoothing, labelled_only=True)
     hidden, raw, logits = _run_to_head(model, head, inputs)
     if hidden is None or raw is None or hidden.shape[:2] != targets.shape:
         _transforms[base] = None
@@ -83,7 +90,7 @@ def tiled_cross_entropy(
     transform = _transforms[base]
     if transform is None or hidden is None or raw is None:
         log.warning("%s computes its logits in an unknown way: full logits are kept", type(base).__name__)
-        return _labelled_logits_cross_entropy(model, inputs, targets, smoothing)
+        return full_cross_entropy(model, inputs, targets, smoothing=smoothing, labelled_only=True)
     labelled = targets != IGNORED
     hidden, targets = hidden[labelled], targets[labelled]
     if not len(targets):
@@ -227,15 +234,6 @@ def _recomputed_tiles(
     return torch.cat(parts)
 
 
-def _labelled_logits_cross_entropy(
-    model: nn.Module, inputs: dict[str, Any], targets: Tensor, smoothing: float
-) -> Tensor:
-    """The same losses by the model's own logits, only those of labelled positions taken to fp32."""
-    logits = model(**inputs, use_cache=False).logits
-    labelled = targets != IGNORED
-    return cross_entropy(logits[labelled], targets[labelled], smoothing)
-
-
 def _run_to_head(
     model: nn.Module, head: nn.Module, inputs: dict[str, Any]
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
@@ -265,32 +263,18 @@ def _run_to_head(
 
 
 def _find_transform(base: nn.Module, raw: Tensor, logits: Tensor) -> LogitTransform | None:
-    """The transform, among those that the config can mean, that maps the head's output to the model's logits."""
-    if raw.shape != logits.shape:
-        return None
+    """The transform that maps the head's output to the model's logits: the config's, or none; None for any other."""
     config = base.config.get_text_config()  # type: ignore[union-attr, operator]
-    scale, division = getattr(config, "logit_scale", None), getattr(config, "logits_scaling", None)
-    candidates = [LogitTransform()]
-    for factor in (scale, 1 / division if division else None):
-        if factor:
-            candidates.append(LogitTransform(scale=float(factor)))
-    if cap := getattr(config, "final_logit_softcapping", None):
-        candidates += [LogitTransform(each.scale, float(cap)) for each in candidates]
-    exact = raw.dtype in (torch.float32, torch.float64)
+    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    limit = 1e-5 if raw.dtype in (torch.float32, torch.float64) else 2e-2
     raw, logits = raw.detach().float(), logits.detach().float()
-    size = logits.abs().max().clamp_min(1e-6)
-    errors = [float((candidate(raw) - logits).abs().max() / size) for candidate in candidates]
-    best = min(range(len(candidates)), key=errors.__getitem__)
-    limit = 1e-5 if exact else 2e-2
-    return candidates[best] if errors[best] <= limit else None
-
-
-def _head(base: nn.Module) -> nn.Module | None:
-    try:
-        head = base.get_output_embeddings()  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):
-        return None
-    return head if isinstance(head, nn.Module) else None
+    for transform in (LogitTransform(float(scale), softcap), IDENTITY):
+        if raw.shape == logits.shape:
+            error = (transform(raw) - logits).abs().max() / logits.abs().max().clamp_min(1e-6)
+            if float(error) <= limit:
+                return transform
+    return None
 
 
 def _plain_linear(head: nn.Module) -> nn.Linear | None:

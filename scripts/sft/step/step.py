@@ -192,58 +192,16 @@ def evaluate_loss(model: nn.Module, rows: Sequence[Mapping[str, Any]], config: S
         tokens = min(config.eval_tokens or config.micro_batch_tokens, config.micro_batch_tokens)
         micros = split_micro_batches(batch, tokens=tokens, rows=config.max_rows, packed=config.packed)
         try:
-            batch_sums, batch_counts = _evaluate_batch(model, batch, micros, config)
+            sums[chosen], counts[chosen] = _evaluate_batch(model, batch, micros, config)
+            start += len(chosen)
+            continue
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
-        else:
-            sums[chosen], counts[chosen] = batch_sums.cpu(), batch_counts.cpu()
-            start += len(chosen)
-            continue
         release_memory()
         config = replace(config, eval_tokens=smaller_budget(micros, tokens))
         log.warning("out of memory in evaluation: going on in micro-batches of at most %d tokens", config.eval_tokens)
     return EvaluationLoss(sums, counts, replace(config, label_smoothing=smoothing))
-
-
-def use_kernels(
-    model: nn.Module,
-    name: Literal["auto", "plain", "liger", "compiled"],
-    config: StepConfig,
-    *,
-    backend: Literal["bnb", "unsloth"] = "bnb",
-) -> None:
-    """Computes layers with these kernels after a check on two short rows; see `model.kernels.apply_kernels`.
-
-    Raises EnvironmentProblem where the kernels are not available or give another loss or other gradients.
-    """
-    if backend == "unsloth" and name not in ("auto", kernels.PLAIN):
-        raise EnvironmentProblem(
-            f"train.kernels is {name}, but unsloth has kernels of its own",
-            where="train.kernels",
-            fix="--set train.kernels=plain, or --set tuning.backend=bnb",
-        )
-    dtype = config.autocast or next(weight.dtype for weight in model.parameters() if weight.is_floating_point())
-    kernels.apply_kernels(
-        model, name, device=config.device, dtype=dtype, loss_and_gradients=lambda: _sample_gradients(model, config)
-    )
-    release_memory()
-
-
-def _sample_gradients(model: nn.Module, config: StepConfig) -> tuple[Tensor, Tensor]:
-    """Loss and gradients of two short rows with fixed dropout, on the CPU; of each weight the first 65,536 numbers."""
-    device = torch.device(config.device)
-    rows = [{"input_ids": ids, "labels": ids} for ids in (list(range(3, 10)), list(range(14, 2, -1)))]
-    batch = {name: tensor.to(device) for name, tensor in Collator(config.kind)(rows).items()}
-    config = replace(config, micro_batch_tokens=64, max_rows=None)
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(0)
-        try:
-            loss, _ = forward_backward(model, batch, config, replay=False)
-            gradients = [weight.grad.flatten()[: 1 << 16] for weight in model.parameters() if weight.grad is not None]
-            return loss.double().cpu(), torch.cat([gradient.double().cpu() for gradient in gradients])
-        finally:
-            model.zero_grad(set_to_none=True)
 
 
 def _accumulate(
@@ -269,15 +227,14 @@ def _accumulate(
 def _evaluate_batch(
     model: nn.Module, batch: Batch, micros: Sequence[MicroBatch], config: StepConfig
 ) -> tuple[Tensor, Tensor]:
-    """Each row's summed loss, fp64 [R], and its number of labelled tokens, int64 [R]."""
-    rows, device = len(batch["lengths"]), batch["labels"].device
-    sums = torch.zeros(rows, dtype=torch.float64, device=device)
-    counts = torch.zeros(rows, dtype=torch.long, device=device)
+    """Each row's summed loss, fp64 [R], and its number of labelled tokens, int64 [R], on the CPU."""
+    rows = len(batch["lengths"])
+    sums, counts = torch.zeros(rows, dtype=torch.float64), torch.zeros(rows, dtype=torch.long)
     for micro in micros:
         with config.forward_context():
             losses = token_losses(model, micro, config)
-        indices = row_indices(micro, batch)[micro.targets != IGNORED]
-        sums.index_add_(0, indices, losses.double())
+        indices = row_indices(micro, batch)[micro.targets != IGNORED].cpu()
+        sums.index_add_(0, indices, losses.double().cpu())  # on the CPU, where the order of additions is fixed
         counts += indices.bincount(minlength=rows)
     return sums, counts
 
@@ -325,44 +282,36 @@ def _restore_random_state(state: list[Tensor], device: torch.device) -> None:
 
 
 def optimizer_step(optimizer: Any, on_retry: Callable[[], None]) -> None:
-    """`optimizer.step()`; if it runs out of memory, restores the weights and retries once.
+    """`optimizer.step()`; if the first step, which allocates the state, runs out of memory, restores the weights and
+    retries once.
 
-    The first step allocates the optimizer's state, so for its duration a copy of the weights waits in the machine's
-    memory. A later step is retried only where nothing was changed yet, as torch's own optimizers show by the tensors'
-    versions; elsewhere EnvironmentProblem is raised. on_retry: called before the second try.
+    For its duration a copy of the weights waits in the machine's memory. Raises EnvironmentProblem where a later step
+    runs out of memory, which may have changed part of the weights. on_retry: called before the second try.
     """
     inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
-    weights = [p for group in inner.param_groups for p in group["params"] if p.grad is not None]
-    copies = {p: p.detach().to("cpu", copy=True) for p in weights if not inner.state.get(p)}
-    others = [p for p in weights if p not in copies]
-    versions = _versions(inner, others)
+    weights = [weight for group in inner.param_groups for weight in group["params"] if weight.grad is not None]
+    first = not any(inner.state.get(weight) for weight in weights)
+    copies = [weight.detach().to("cpu", copy=True) for weight in weights if first]
     try:
         optimizer.step()
         return
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        comparable = type(inner).__module__.startswith("torch.optim")
-        if others and not (comparable and versions == _versions(inner, others)):
+        if not first:
             raise EnvironmentProblem(
-                "memory ran out in the middle of the optimizer's step, and part of the weights has changed",
+                "memory ran out in the middle of the optimizer's step, and part of the weights may have changed",
                 fix="run the same command again: it resumes from the last checkpoint;"
                 " --set train.optim=paged_adamw_8bit needs less memory",
             ) from error
-    for weight, copy in copies.items():
-        inner.state.pop(weight, None)
-        with torch.no_grad():
+    inner.state.clear()
+    with torch.no_grad():
+        for weight, copy in zip(weights, copies, strict=True):
             weight.copy_(copy)
     release_memory()
     log.warning("out of memory in the optimizer's step: the weights are restored and the step is retried")
     on_retry()
     optimizer.step()
-
-
-def _versions(optimizer: Any, weights: Sequence[nn.Parameter]) -> list[int]:
-    """Version counters of these weights and of their optimizer state; every in-place change raises one."""
-    state = (value for weight in weights for value in optimizer.state[weight].values())
-    return [tensor._version for tensor in (*weights, *state) if isinstance(tensor, Tensor)]
 
 
 SMALL = 2**20  # bytes: smaller tensors stay on the GPU, where the transfer would cost more than they do

@@ -369,7 +369,8 @@ def make_loop(job: Job, opened: OpenRun, root: Path, report: Report | None) -> t
 
     report: called with each step, for a progress bar. Raises ModelError, EnvironmentProblem.
     """
-    from sft.step.step import make_step_config, use_kernels
+    from sft.model.kernels import apply_kernels
+    from sft.step.step import make_step_config
     from sft.training import autobatch
     from sft.training.checkpoint import CheckpointManager
     from sft.training.loop import TrainingLoop
@@ -380,7 +381,7 @@ def make_loop(job: Job, opened: OpenRun, root: Path, report: Report | None) -> t
     step = make_step_config(
         train, model, job.files.kind, job.device.device, max_rows=int(train.batch_size) if rows_given else None
     )
-    use_kernels(model, train.kernels, step, backend=job.backend.name)
+    apply_kernels(model, train.kernels, device=job.device.device, autocast=step.autocast, backend=job.backend.name)
     answer = None
     if answer_rows := job.rows.answer_rows:
         kind = job.files.kind
