@@ -88,13 +88,13 @@ def test_a_styled_folder_that_is_incomplete_or_has_no_source_record_is_stale(tmp
     make_processed(tmp_path)
     processed, styled = tmp_path / "data/processed", tmp_path / "data/processed_with_style"
     style.style_file(processed / "train.jsonl", styled / "train.jsonl", "S", "fill")
-    with pytest.raises(DataError, match=r"val\.jsonl is processed, but not styled"):
+    with pytest.raises(DataError, match=r"stale: val\.jsonl"):
         store.resolve_stage(DataSection(), tmp_path)
     for name in ("val", "test"):
         style.style_file(processed / f"{name}.jsonl", styled / f"{name}.jsonl", "S", "fill")
     assert store.resolve_stage(DataSection(), tmp_path).name == "styled"
     (styled / "source.json").write_text("{broken")
-    with pytest.raises(DataError, match=r"source\.json has no record"):
+    with pytest.raises(DataError, match="stale: train"):
         store.resolve_stage(DataSection(), tmp_path)
 
 

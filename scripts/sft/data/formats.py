@@ -87,11 +87,8 @@ class Formats:
         names, format, unread = self._plans[keys]
         self.unread.update(unread)
         if format == "columns":
-            turns = [{"role": role, "content": to_text(row[name], name)} for role, name in self._columns.items()]
-            return Parsed(
-                [turn for turn in turns if turn["role"] != "system" or turn["content"].strip()], format=format
-            )
-        parsed = FORMATS[format].read(row, names)
+            names = self._columns
+        parsed = FORMATS["chat" if format == "columns" else format].read(row, names)
         messages = _with_system(row, names, parsed.messages) if parsed.pair is None else []
         return parsed._replace(messages=messages, format=parsed.format or format)
 

@@ -23,19 +23,13 @@ BOILERPLATE = (
 SAMPLE = 300  # characters of question and answer each that show the script
 SCRIPTS = {
     name: re.compile(f"[{span}]")
-    for name, span in {
-        "kana": "\u3040-\u30ff",
-        "han": "\u3400-\u9fff",
-        "hangul": "\uac00-\ud7af\u1100-\u11ff",
-        "cyrillic": "\u0400-\u052f",
-        "greek": "\u0370-\u03ff",
-        "hebrew": "\u0590-\u05ff",
-        "arabic": "\u0600-\u077f",
-        "devanagari": "\u0900-\u097f",
-        "thai": "\u0e00-\u0e7f",
-        "latin": "A-Za-z\u00c0-\u024f\u1e00-\u1eff",
-    }.items()
-}
+    for name, span in (
+        ("kana", "\u3040-\u30ff"), ("han", "\u3400-\u9fff"), ("hangul", "\uac00-\ud7af\u1100-\u11ff"),
+        ("cyrillic", "\u0400-\u052f"), ("greek", "\u0370-\u03ff"), ("hebrew", "\u0590-\u05ff"),
+        ("arabic", "\u0600-\u077f"), ("devanagari", "\u0900-\u097f"), ("thai", "\u0e00-\u0e7f"),
+        ("latin", "A-Za-z\u00c0-\u024f\u1e00-\u1eff"),
+    )
+}  # fmt: skip
 FENCE = 3  # times the interquartile range of the logarithms: Tukey's far-out fence
 MIN_SPREAD = 2.0  # ratio of the quartiles, at least
 EVEN = 0.5  # share of all text in the longest tenth of the rows up to which lengths are even

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, cast
 from sft import files
 from sft.config.load import resolve_path
 from sft.config.schema import DataSection
-from sft.data.rows import Row, RowFault, parse_json, row_id
+from sft.data.rows import NOT_TEXT, UNKNOWN_FORMAT, Row, RowFault, parse_json, row_id
 from sft.errors import DataError
 
 SPLITS = ("train", "val", "test")
@@ -73,38 +73,46 @@ def read_rows(path: Path | str) -> list[Row]:
 
 def iter_rows(path: Path | str) -> Iterator[Row]:
     """The same, one at a time."""
-    path, fix = Path(path), f"correct that line, or: make process RAW={path}"
+    path, process, number = Path(path), f"make process RAW={path}", 0
     if not path.exists():
         raise DataError("no such file of rows", where=str(path), fix="create it: make process RAW=your_file")
-    empty = True
     try:
         with open_bytes(path) as (file, _):
             for number, line in enumerate(file, 1):
-                text = line.strip() if number > 1 else line.removeprefix(codecs.BOM_UTF8).strip()
-                if not text:
-                    continue
-                if empty and not text.startswith(b"{"):
-                    raise DataError("not a file of JSON lines", where=str(path), fix=f"make process RAW={path}")
-                empty = False
-                row = _parse_row(text, where=f"{path}:{number}", fix=fix)
-                row.setdefault("origin", f"{path.name}:{number}")
-                yield row if row.get("id") else {"id": row_id(row), **row}
+                text = line.removeprefix(codecs.BOM_UTF8).strip()
+                if text and number == 1 and not text.startswith(b"{"):
+                    raise DataError("not a file of JSON lines", where=str(path), fix=process)
+                if text:
+                    row = _stored_row(text)
+                    row.setdefault("origin", f"{path.name}:{number}")
+                    yield row if row.get("id") else {"id": row_id(row), **row}
+    except (RowFault, UnicodeDecodeError) as error:
+        what = error.detail if isinstance(error, RowFault) else f"not UTF-8 at byte {error.start + 1}"
+        raise DataError(what, where=f"{path}:{number}", fix=f"correct that line, or: {process}") from None
     except BROKEN as error:
-        raise DataError(f"the file cannot be read: {error}", where=str(path), fix=f"make process RAW={path}") from None
-    if empty:
+        raise DataError(f"the file cannot be read: {error}", where=str(path), fix=process) from None
+    if number == 0:
         raise DataError("the file is empty", where=str(path), fix="create it: make process RAW=your_file")
 
 
-def _parse_row(text: bytes, *, where: str, fix: str) -> Row:
-    try:
-        row = parse_json(text.decode("utf-8"))
-        fault = _shape_fault(row)
-    except UnicodeDecodeError as error:
-        fault = f"not UTF-8 at byte {error.start + 1}"
-    except RowFault as error:
-        fault = error.detail
-    if fault is not None:
-        raise DataError(fault, where=where, fix=fix)
+def _stored_row(text: bytes) -> Row:
+    """Raises RowFault unless this is a row of one of the three stored shapes, with text where text belongs."""
+    row = parse_json(text.decode("utf-8"))
+    keys = set(row) if isinstance(row, dict) else set()
+    if "messages" in keys:
+        turns = row["messages"]
+        if not isinstance(turns, list) or not turns or not all(isinstance(t, dict) and "role" in t for t in turns):
+            raise RowFault(UNKNOWN_FORMAT, "messages is not a list of turns with a role")
+        return dict(row)
+    required = ("user", "assistant") if "user" in keys else ("input", "target")
+    if not keys.issuperset(required):
+        shapes = "{system,user,assistant}, {messages} or {input,target}"
+        raise RowFault(UNKNOWN_FORMAT, f"not a processed row: it has {sorted(keys)[:8]} and not {shapes}")
+    for key in required:
+        if not isinstance(row[key], str):
+            raise RowFault(NOT_TEXT, f"{key} is not text")
+    if not isinstance(row.get("system") or "", str):
+        raise RowFault(NOT_TEXT, "system is not text")
     return dict(row)
 
 
@@ -112,23 +120,6 @@ def count_rows(path: Path) -> int:
     """The lines that are not blank: rows, if they can be read."""
     with path.open("rb") as file:
         return sum(1 for line in file if line.strip())
-
-
-def _shape_fault(row: Any) -> str | None:
-    """Why a row has none of the three stored shapes, with text where text belongs; None if it has one."""
-    keys = set(row) if isinstance(row, dict) else set()
-    if "messages" in keys:
-        turns = row["messages"]
-        good = isinstance(turns, list) and turns and all(isinstance(turn, dict) and "role" in turn for turn in turns)
-        return None if good else "messages is not a list of turns with a role"
-    required = ("user", "assistant") if "user" in keys else ("input", "target")
-    if not set(required) <= keys:
-        shapes = "{system,user,assistant}, {messages} or {input,target}"
-        return f"not a processed row: it has {sorted(map(str, keys))[:8]} and not {shapes}"
-    for key in (*required, *({"system"} & keys)):
-        if not isinstance(row[key], str) and not (key == "system" and row[key] is None):
-            return f"{key} is not text"
-    return None
 
 
 @dataclass(frozen=True)
@@ -179,21 +170,12 @@ def check_styled(data: DataSection, root: Path) -> None:
     folder, processed = resolve_path(root, data.styled_dir), resolve_path(root, data.processed_dir)
     records = style_records(folder)
     for name in (f"{split}.jsonl" for split in SPLITS):
-        source, styled = processed / name, folder / name
-        if not source.exists() and not styled.exists():
-            continue
-        if not styled.exists():
-            what = f"{name} is processed, but not styled"
-        elif name not in records:
-            what = f"{STYLE_RECORD} has no record of {name}"
-        elif not source.exists():
-            what = f"{name} is styled, but its source is gone"
-        elif files.sha256(source) != records[name].get("sha256"):
-            what = f"{name} was styled before the processed rows changed"
-        else:
-            continue
-        fix = "style again: make style STYLE=...; or train without style: --set data.stage=processed"
-        raise DataError(f"the styled rows are stale: {what}", where=str(folder), fix=fix)
+        source, record = processed / name, records.get(name, {})
+        digest = files.sha256(source) if source.exists() else None
+        if digest != record.get("sha256") or (folder / name).exists() != bool(record):
+            what = f"the styled rows are stale: {name} was styled before the processed rows changed, or not at all"
+            fix = "style again: make style STYLE=...; or train without style: --set data.stage=processed"
+            raise DataError(what, where=str(folder), fix=fix)
 
 
 def record_style(target: Path, source: Path, digest: str, **style: str) -> None:
