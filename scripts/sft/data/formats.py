@@ -137,25 +137,21 @@ def make_row(raw: RawRow, formats: Formats, system_prompt: str | None) -> tuple[
         extra["source_id"] = raw.value["id"]
     if parsed.references:
         extra["references"] = list(parsed.references)
-    try:
-        return _stored(parsed, raw.origin, system_prompt, extra), parsed.format
-    except TypeError as error:
-        raise RowFault(NOT_TEXT, str(error)) from None
-
-
-def _stored(parsed: Parsed, origin: str, system_prompt: str | None, extra: Row) -> Row:
     if parsed.pair:
         source, target = parsed.pair
         if not source.strip():
             raise RowFault(NO_USER_TURN, "input is empty")
         if not target.strip():
             raise RowFault(EMPTY_ANSWER, "target is empty")
-        return rendered_record(source, target, origin=origin, **extra)
+        return rendered_record(source, target, origin=raw.origin, **extra), parsed.format
     turns = parsed.messages
     if system_prompt and turns and turns[0]["role"] != "system":
         turns = [{"role": "system", "content": system_prompt}, *turns]
     check_turns(turns)
-    return to_record(turns, parsed.tools, origin=origin, **extra)
+    try:
+        return to_record(turns, parsed.tools, origin=raw.origin, **extra), parsed.format
+    except TypeError as error:  # a value that JSON does not have
+        raise RowFault(NOT_TEXT, str(error)) from None
 
 
 def to_record(messages: list[Message], tools: list[Message] | None = None, *, origin: str = "", **extra: Any) -> Row:

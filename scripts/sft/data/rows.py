@@ -18,7 +18,6 @@ Row = dict[str, Any]
 Message = dict[str, Any]
 ID_BYTES = 8
 SHORT_QUESTION = 16  # characters below which ("Go on.") rows with other system texts are other questions
-MAX_DIGITS = 4_300  # of an integer: what every version of Python parses
 MAX_DEPTH = 128  # levels of lists and objects; orjson writes up to 254
 
 UNREADABLE = "unreadable"
@@ -47,6 +46,8 @@ def parse_json(text: str) -> Any:
         raise RowFault(UNREADABLE, f"broken JSON: {error.msg} at column {error.pos + 1}") from None
     except RecursionError:
         raise RowFault(UNREADABLE, f"nested deeper than {MAX_DEPTH} levels") from None
+    except ValueError:
+        raise RowFault(UNREADABLE, "an integer of more than 4,300 digits") from None
     if text.count("{") + text.count("[") > MAX_DEPTH and _deeper_than(value, MAX_DEPTH):
         raise RowFault(UNREADABLE, f"nested deeper than {MAX_DEPTH} levels")
     if ("\\ud" in text or "\\uD" in text) and not is_encodable(json.dumps(value, ensure_ascii=False)):
@@ -89,21 +90,13 @@ def _constant(name: str) -> Any:
     raise RowFault(UNREADABLE, f"{name} is not JSON")
 
 
-def _integer(digits: str) -> int:
-    if len(digits) > MAX_DIGITS:
-        raise RowFault(UNREADABLE, f"an integer of {len(digits):,} digits")
-    return int(digits)
-
-
 def _float(text: str) -> float:
     if not math.isfinite(value := float(text)):
         raise RowFault(UNREADABLE, f"the number {text[:40]} is too large")
     return value
 
 
-DECODER = json.JSONDecoder(
-    object_pairs_hook=_unique_keys, parse_constant=_constant, parse_int=_integer, parse_float=_float
-)
+DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_constant, parse_float=_float)
 
 
 def is_rendered(row: Row) -> bool:
