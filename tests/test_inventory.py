@@ -25,7 +25,7 @@ from tests.training import project
 INVENTORY: dict[str, Any] = json.loads((ROOT / "tests" / "inventory.json").read_text(encoding="utf-8"))
 REMOVED_KEYS: dict[str, str] = {}  # key -> the successor that its error must name
 REMOVED_CHOICES: dict[str, set[str]] = {}  # key -> values that are an error now
-CHANGED_DEFAULTS: dict[str, str] = {}  # key -> its default now
+CHANGED_DEFAULTS = {"train.save_strategy": "auto", "data.replay.path": "(required)"}  # key -> its default now
 
 
 @cache
