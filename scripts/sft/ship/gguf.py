@@ -207,8 +207,13 @@ def vocabulary_of_tokenizer(
     probes = [*PROBES, *texts]
     differences = [first_difference(tokenizer, candidate, probes) for candidate in candidates]
     equal = [candidate for candidate, difference in zip(candidates, differences, strict=True) if difference is None]
-    if equal:  # where several give the same ids on the probes, the one that splits text at the same places is safest
-        return next((candidate for candidate in equal if _splits_alike(tokenizer, candidate, probes)), equal[0])
+    own = tokenizer.backend_tokenizer.pre_tokenizer
+    for candidate in equal:  # where several give the same ids on the probes, one that splits text alike is safest
+        other = candidate.as_tokenizer().pre_tokenizer
+        if all(own.pre_tokenize_str(text) == other.pre_tokenize_str(text) for text in probes):
+            return candidate
+    if equal:
+        return equal[0]
     raise ModelError(
         f"no pre-tokenizer of llama.cpp gives the model's ids; with {candidates[0].pre}, {differences[0]}",
         where="tokenizer.json",
@@ -246,16 +251,6 @@ def first_difference(tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary,
                 f" {[vocabulary.tokens[token] for token in theirs[at : at + 3]]} in llama.cpp, at token {at}"
             )
     return None
-
-
-def _splits_alike(tokenizer: PreTrainedTokenizerBase, candidate: Vocabulary, texts: Iterable[str]) -> bool:
-    """Whether the candidate's pre-tokenizer splits every text where the model's own does."""
-    own, other = tokenizer.backend_tokenizer.pre_tokenizer, candidate.as_tokenizer().pre_tokenizer
-
-    def pieces(splitter: Any, text: str) -> list[str]:
-        return [piece for piece, _ in splitter.pre_tokenize_str(text)]
-
-    return all(pieces(own, text) == pieces(other, text) for text in texts)
 
 
 def vocabulary_of_file(reader: gguf.GGUFReader) -> Vocabulary:

@@ -171,7 +171,13 @@ def merged_blocks(weight: Tensor, delta: TensorDelta, name: str) -> Iterator[tup
         return
     if delta.a is None or delta.b is None:
         raise ModelError(f"the adapter has only one of the two factors for {name}", fix="use another checkpoint")
-    transposed = _is_transposed(weight, delta.a, delta.b, delta.transposed, name)
+    shape, expected = tuple(weight.shape), (delta.b.shape[0], delta.a.shape[1])
+    if shape not in (expected, expected[::-1]):
+        raise ModelError(
+            f"{name} has the shape {list(shape)} in the base and {list(expected)} in the adapter",
+            fix="merge into the base of its training, in full precision (4-bit weights are stored packed)",
+        )
+    transposed = shape != expected or (delta.transposed and expected == expected[::-1])
     left, right = (delta.a.T, delta.b.T) if transposed else (delta.b, delta.a)
     right = right.float()
 
@@ -198,17 +204,6 @@ def _row_blocks(tensor: Tensor) -> list[Any]:
         return [...]
     rows = max(1, BLOCK // (tensor.numel() // tensor.shape[0]))
     return [slice(at, at + rows) for at in range(0, tensor.shape[0], rows)]
-
-
-def _is_transposed(weight: Tensor, a: Tensor, b: Tensor, hint: bool, name: str) -> bool:
-    """Whether `weight` is stored as [in, out]. hint: decides for a square one. Raises ModelError for another shape."""
-    expected = (b.shape[0], a.shape[1])
-    if tuple(weight.shape) not in (expected, expected[::-1]):
-        raise ModelError(
-            f"{name} has the shape {list(weight.shape)} in the base and {list(expected)} in the adapter",
-            fix="merge into the base of its training, in full precision (4-bit weights are stored packed)",
-        )
-    return tuple(weight.shape) != expected or (hint and expected == expected[::-1])
 
 
 def write_merged(

@@ -70,12 +70,14 @@ def merge(
     """
     started = time.monotonic()
     adapter, out = adapter.absolute(), out.absolute()
-    _refuse_full_run(adapter)
+    for model in (adapter / "model", adapter):
+        if not (adapter / adapters.CONFIG).is_file() and (model / "config.json").is_file():
+            reason = f"{adapter.name} was trained in full mode: there is nothing to merge, its model is {model}"
+            raise ModelError(reason, where=str(model), fix=f"use it directly: --merged {model}")
     record = adapters.base_of(adapter)
     config = config_of(adapter, record)
     files = find_base(config.model, base, adapter, root)
-    _refuse_wrong_base(files, adapter, record)
-    _refuse_target(out, adapter, files)
+    _check_inputs(adapter, out, files, record)
     shapes = {name: entry["shape"] for path in files.weights for name, entry in tensors(path).items()}
     tied = bool(files.config.get("tie_word_embeddings", True)) and HEAD not in shapes
     stays_tied = tied and record["config"].get("ensure_weight_tying") is True
@@ -161,34 +163,16 @@ def find_base(section: ModelSection, moved: str | None, adapter: Path, root: Pat
         raise
 
 
-# --- what is refused
-
-
-def _refuse_full_run(adapter: Path) -> None:
-    if (adapter / adapters.CONFIG).is_file():
-        return
-    for model in (adapter / "model", adapter):
-        if (model / "config.json").is_file():
-            raise ModelError(
-                f"{adapter.name} was trained in full mode: there is nothing to merge, its model is {model}",
-                where=str(model),
-                fix=f"use it directly: --merged {model}",
-            )
-
-
-def _refuse_wrong_base(files: ModelFiles, adapter: Path, record: dict[str, Any]) -> None:
+def _check_inputs(adapter: Path, out: Path, files: ModelFiles, record: dict[str, Any]) -> None:
+    """Raises ModelError for a base that is quantised or not the adapter's, RunError for an `out` that is in use."""
     if files.quantised:
         raise ModelError(
-            f"{files.name} is stored quantised ({files.quantised}); merging into it would round away most of what the"
-            " adapter adds",
+            f"{files.name} is stored quantised ({files.quantised}); merging would round away most of what is added",
             where="model.name",
             fix="merge into the full-precision model that it was quantised from: --set model.name=NAME",
         )
     if record["fingerprint"] and record["fingerprint"] != files.fingerprint():
         raise adapters.other_base(adapter, str(record["name"]), files.name, "the weights differ")
-
-
-def _refuse_target(out: Path, adapter: Path, files: ModelFiles) -> None:
     require_replaceable(out, MERGE_REPORT, "a merged model")
     resolved = out.resolve()
     if resolved in (adapter.resolve(), files.path.resolve()) or resolved in adapter.resolve().parents:

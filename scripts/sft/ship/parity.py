@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,10 +35,8 @@ GOLDEN_ROWS: tuple[Row, ...] = tuple(json.loads(line) for line in _GOLDEN.read_t
 
 @dataclass(frozen=True)
 class Route:
-    """One way in which the exported model is used.
-
-    ids: of messages (with tools), with the prompt for an answer at the end or not. text_ids: of a rendered text. Either
-    raises Refused where the route cannot express a row. stops: the ids that end an answer.
+    """ids: of messages and tools, with the prompt for an answer at the end or not; raises Refused for a row that the
+    route cannot express. text_ids: of a rendered text. stops: the ids that end an answer.
     """
 
     name: str
@@ -101,12 +100,10 @@ def _compare_row(encoder: Encoder, routes: Sequence[Route], row: Row, name: str,
         raise Refused(encoded.dropped)
     prompt = encoder.prompt(row)
     whole = encoded.input_ids if encoder.kind == "causal" else []
-    if whole and _prompt_is_prefix(encoder, row):
-        _require_equal(encoder, "infer", name, "the prompt", whole[: len(prompt)], prompt)
     end = next((label for label in reversed(encoded.labels) if label >= 0), None)
     for route in routes:
         try:
-            _compare_route(encoder, route, row, name, whole, prompt)
+            _compare_route(encoder, route, row, whole, prompt)
         except Refused as refused:
             certificate.set_aside[f"{name} ({route.name})"] = str(refused)
             continue
@@ -123,17 +120,17 @@ def _compare_row(encoder: Encoder, routes: Sequence[Route], row: Row, name: str,
     return whole or prompt
 
 
-def _compare_route(encoder: Encoder, route: Route, row: Row, name: str, whole: list[int], prompt: list[int]) -> None:
+def _compare_route(encoder: Encoder, route: Route, row: Row, whole: list[int], prompt: list[int]) -> None:
     """Compares a row's prompt, and the whole conversation where training adds no end token of its own."""
+    name = records.row_id(row)
     if records.is_rendered(row):
-        _require_equal(encoder, route.name, name, "the prompt", prompt, route.text_ids(str(row["input"])))
-        return
+        return _require_equal(encoder, route.name, name, "the prompt", prompt, route.text_ids(str(row["input"])))
     turns, (before_answer, tools) = records.messages(row), records.prompt_messages(row)
     _require_equal(encoder, route.name, name, "the prompt", prompt, route.ids(before_answer, tools, True))
-    if not whole or encoder.template.style != "messages":
-        return
-    if encoder.tokens.ids(encoder.template.render(turns, tools=tools)) == whole:
+    messages_style = encoder.template.style == "messages"
+    if whole and messages_style and encoder.tokens.ids(encoder.template.render(turns, tools=tools)) == whole:
         _require_equal(encoder, route.name, name, "the conversation", whole, route.ids(turns, tools, False))
+    return None
 
 
 def _refuse_plain_control_tokens(encoder: Encoder, row: Row) -> None:
@@ -146,15 +143,6 @@ def _refuse_plain_control_tokens(encoder: Encoder, row: Row) -> None:
         contains |= pattern is not None and pattern.search(content) is not None
     if contains:
         raise Refused("its words contain control tokens")
-
-
-def _prompt_is_prefix(encoder: Encoder, row: Row) -> bool:
-    """Whether the generation prompt is a prefix of the training text (not so for some think templates)."""
-    if records.is_rendered(row) or encoder.template.style == "turn":
-        return True
-    turns, tools = records.messages(row), records.tools(row)
-    prompt = encoder.template.render(turns[:-1], tools=tools, add_generation_prompt=True)
-    return encoder.template.render(turns, tools=tools).startswith(prompt)
 
 
 def _require_equal(encoder: Encoder, route: str, row: str, what: str, trained: list[int], exported: list[int]) -> None:
@@ -299,38 +287,38 @@ def go_template(template: ChatTemplate, begin: str) -> GoTemplate:
     is missing from its rendering or shown twice.
     """
 
-    def split(text: str, mark: str) -> tuple[str, str]:
-        before, mark_in_text, after = text.partition(mark)
-        if not mark_in_text or mark in after:
-            raise Refused("it does not show every message once")
-        return before, after
-
     user: Message = {"role": "user", "content": _USER}
     answer: Message = {"role": "assistant", "content": _ANSWER}
+    system: Message = {"role": "system", "content": _SYSTEM}
+    next_user: Message = {"role": "user", "content": _NEXT_USER}
+
+    def around(*messages: Message, prompt: bool = True) -> list[str]:
+        """The texts before, between and after the messages' contents."""
+        pieces, rest = [], template.render(list(messages), add_generation_prompt=prompt)
+        for message in messages:
+            before, mark, rest = rest.partition(message["content"])
+            if not mark or message["content"] in rest:
+                raise Refused("it does not show every message once")
+            pieces.append(before)
+        return [*pieces, rest]
+
     try:
-        first_user, prompt = split(template.render([user], add_generation_prompt=True), _USER)
-        between, end = split(split(template.render([user, answer]), _USER)[1], _ANSWER)
+        first_user, prompt = around(user)
+        _, between, end = around(user, answer, prompt=False)
     except Refused as refused:
         raise TemplateError(
             f"{template.name} has no form as an Ollama template: {refused}",
             where=template.name,
             fix="FORMAT=gguf keeps the template as it is, and llama.cpp's server uses it",
         ) from None
-    system: str | None = None
-    next_user: str | None = None
+    before_system: str | None = None
+    before_next_user: str | None = None
     after_system = ""
-    try:
-        with_system = template.render([{"role": "system", "content": _SYSTEM}, user], add_generation_prompt=True)
-        system, rest = split(with_system, _SYSTEM)
-        after_system = split(rest, _USER)[0]
-    except Refused:
-        system = None
-    try:
-        turns = [user, answer, {"role": "user", "content": _NEXT_USER}]
-        next_user = split(split(template.render(turns, add_generation_prompt=True), _ANSWER)[1], _NEXT_USER)[0]
-    except Refused:
-        next_user = None
-    return GoTemplate(
-        None if system is None else system.removeprefix(begin), first_user.removeprefix(begin), after_system, next_user,
-        between, prompt, end,
-    )  # fmt: skip
+    with suppress(Refused):
+        before_system, after_system, _ = around(system, user)
+    with suppress(Refused):
+        _, _, before_next_user, _ = around(user, answer, next_user)
+    if before_system is not None:
+        before_system = before_system.removeprefix(begin)
+    first_user = first_user.removeprefix(begin)
+    return GoTemplate(before_system, first_user, after_system, before_next_user, between, prompt, end)

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +61,16 @@ class Sample:
         """The model's logits [tokens, vocabulary] for each row; the batch is padded on the right, which a causal
         model's earlier positions never see.
         """
+
+        def padded(rows: list[list[int]]) -> Tensor:
+            return nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+
         ids = [row.input_ids for row in self.rows]
-        inputs = {"input_ids": _padded(ids), "attention_mask": _padded([[1] * len(row) for row in ids])}
+        inputs = {"input_ids": padded(ids), "attention_mask": padded([[1] * len(row) for row in ids])}
         if self.kind == "seq2seq":
             start = int(model.config.decoder_start_token_id or model.config.pad_token_id or 0)
             shifted = [[start, *(max(token, 0) for token in row.labels[:-1])] for row in self.rows]
-            inputs["decoder_input_ids"] = _padded(shifted)
+            inputs["decoder_input_ids"] = padded(shifted)
         with torch.no_grad():
             logits: Tensor = model(**inputs).logits
         return [logits[index, : len(row.labels)] for index, row in enumerate(self.rows)]
@@ -84,13 +89,19 @@ class Sample:
 def held_out_sample(encoder: Encoder, config: Config, root: Path, vocabulary: int) -> Sample:
     """Up to HELD_OUT_ROWS rows of the run's validation file, else of the shipped sample, with logits in LOGIT_BYTES.
 
-    vocabulary: width of the logits. A row that is too long loses its beginning. Raises DataError where no row fits.
+    vocabulary: width of the logits. A row that is too long loses its beginning (seq2seq: its end). Raises DataError
+    where no row fits.
     """
     most_tokens = max(8, LOGIT_BYTES // (4 * vocabulary))
     own = run_rows(config, root)
     for source, rows in [*([own] if own else []), (_SHIPPED, shipped_rows(root, None))]:
         encoded = [row for row in encoder.encode_batch(rows[:HELD_OUT_ROWS]) if row.dropped is None]
-        encoded = sorted((_shortened(row, most_tokens, encoder.kind) for row in encoded), key=lambda r: len(r.labels))
+        for row in encoded:
+            if encoder.kind == "seq2seq":
+                row.labels = row.labels[:most_tokens]
+            else:
+                row.input_ids, row.labels = row.input_ids[-most_tokens:], row.labels[-most_tokens:]
+        encoded.sort(key=lambda row: len(row.labels))
         for count in range(len(encoded), 0, -1):
             if len(encoded[count - 1].labels) * count <= most_tokens:
                 return Sample(source, encoded[:count], len(rows), encoder.kind)
@@ -120,29 +131,14 @@ def shipped_rows(root: Path, limit: int | None = HELD_OUT_ROWS) -> list[Row]:
     return [json.loads(line) for line in lines]
 
 
-def _shortened(row: Encoded, most: int, kind: str) -> Encoded:
-    if len(row.labels) <= most:
-        return row
-    if kind == "seq2seq":
-        return Encoded(row.id, row.input_ids, row.labels[:most])
-    return Encoded(row.id, row.input_ids[-most:], row.labels[-most:])
-
-
-def _padded(rows: list[list[int]]) -> Tensor:
-    longest = max(len(row) for row in rows)
-    return torch.tensor([row + [0] * (longest - len(row)) for row in rows])
-
-
 # --- adapter on its base against merged model
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Adapter on its full-precision base against the merged model, on `held_out_tokens` tokens of `held_out_rows` of
-    the `held_out_of` rows of the file `held_out`.
-
-    loss_*: nats per labelled token. max_logit_difference: absolute. mean_kl: KL(adapter || merged), nats per token.
-    top1_agreement: share of tokens with the same most likely next token.
+    """Adapter on its full-precision base against the merged model, on `held_out_rows` of the `held_out_of` rows of the
+    file `held_out`. loss_*: nats per labelled token. mean_kl: KL(adapter || merged), nats per token. top1_agreement:
+    share of tokens with the same most likely next token.
     """
 
     held_out: str
@@ -262,20 +258,17 @@ def _replace_by_placeholders(model: Any, files: ModelFiles) -> dict[Any, Callabl
         if key is None:
             raise ModelError(f"{files.name} has no tensor for {names[0]}", where=str(files.path))
         placeholder = nn.Parameter(torch.zeros(1).expand(weight.shape), requires_grad=False)
-        stored[placeholder] = _reader(paths[key], key)
+        stored[placeholder] = partial(_read, paths[key], key)
         for name in names:
             module, _, attribute = name.rpartition(".")
             model.get_submodule(module)._parameters[attribute] = placeholder
     return stored
 
 
-def _reader(path: Path, name: str) -> Callable[..., Tensor]:
-    def read(rows: slice | None = None) -> Tensor:
-        with safe_open(path, "pt") as opened:  # opened per read, so that pages already read are released
-            tensor: Tensor = opened.get_tensor(name) if rows is None else opened.get_slice(name)[rows]
-            return tensor.float() if tensor.is_floating_point() else tensor.clone()
-
-    return read
+def _read(path: Path, name: str, rows: slice | None = None) -> Tensor:
+    with safe_open(path, "pt") as opened:  # opened per read, so that pages already read are released
+        tensor: Tensor = opened.get_tensor(name) if rows is None else opened.get_slice(name)[rows]
+        return tensor.float() if tensor.is_floating_point() else tensor.clone()
 
 
 def _loaded(forward: Any, module: Any, own: dict[str, Callable[..., Tensor]]) -> Any:
@@ -328,13 +321,9 @@ class SmokeTest:
     def summary(self) -> str:
         """Question, reference and answer for people, long ones shortened."""
         texts = {f"question ({self.source})": self.question, "reference": self.reference, "answer": self.text}
-        lines = [f"{name}: {_short(text)}" for name, text in texts.items() if text is not None]
+        lines = [f"{name}: {text[:_SHOWN]}{' ...' * (len(text) > _SHOWN)}" for name, text in texts.items() if text]
         ended = "stopped by itself" if self.stopped else "cut off at max_new_tokens"
         return "\n".join([*lines, f"{self.tokens} tokens, {ended}; logits finite; on {self.device}"])
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]} ..."
 
 
 def smoke_test(folder: Path, question: str | None, root: Path) -> SmokeTest:
@@ -352,9 +341,10 @@ def smoke_test(folder: Path, question: str | None, root: Path) -> SmokeTest:
     loaded = open_model(config, merged=folder, root=root, dtype=dtype, low_memory="cpu")
     row = first_question(lambda row: loaded.prompt(row, config.generation), run, root) if run and not question else None
     if row is None:
-        source = "--prompt" if question else "a greeting: no held-out row of its run is available"
-        ids, _ = loaded.prompt([{"role": "user", "content": question or GREETING}], config.generation)
-        row = source, Question({}, ids, question or GREETING, "")
+        text, source = (
+            (question, "--prompt") if question else (GREETING, "a greeting: its run's rows are not available")
+        )
+        row = source, Question({}, loaded.prompt([{"role": "user", "content": text}], config.generation)[0], text, "")
     source, prompt = row
     newest = torch.tensor([prompt.ids[-_CHECKED_TOKENS:]], device=loaded.device)
     decoder_start = {"decoder_input_ids": newest[:, :1]} if loaded.kind == "seq2seq" else {}
@@ -363,9 +353,8 @@ def smoke_test(folder: Path, question: str | None, root: Path) -> SmokeTest:
     if not bool(torch.isfinite(logits).all()):
         raise ModelError("the merged model's logits are not finite", fix="merge again with --dtype bf16 or fp32")
     answer = loaded.generate([prompt.ids], config)[0]
-    return SmokeTest(
-        prompt.source, source, prompt.reference or None, answer.text, answer.stopped, answer.tokens, loaded.device
-    )
+    reference = prompt.reference or None
+    return SmokeTest(prompt.source, source, reference, answer.text, answer.stopped, answer.tokens, loaded.device)
 
 
 def first_question(prompt: Prompt, config: Config, root: Path) -> tuple[str, Question] | None:
