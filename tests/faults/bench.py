@@ -51,15 +51,15 @@ class Bench:
         first: Callable[[], object] = lambda: None,
         merge: bool = False,
     ) -> int:
-        """Forks a training run (or a merge) on `disk`; returns its pid. What it says goes to said.txt, its calls to
+        """Forks a training run (or a merge) on `disk`; returns its pid. Its output goes to output.txt, its calls to
         calls.json. first: done in the fork before the command begins.
         """
         if pid := os.fork():
             return pid
         code = 1
-        with open(self.root / "said.txt", "wb", buffering=0) as said:
-            os.dup2(said.fileno(), 1)
-            os.dup2(said.fileno(), 2)
+        with open(self.root / "output.txt", "wb", buffering=0) as output:
+            os.dup2(output.fileno(), 1)
+            os.dup2(output.fileno(), 2)
         try:
             os.chdir(self.root)
             files.disk = disk or files.Disk()
@@ -81,8 +81,8 @@ class Bench:
         """The same, waited for; returns its exit code, or minus the signal that ended it."""
         return os.waitstatus_to_exitcode(os.waitpid(self.start(disk, *sets, **how), 0)[1])
 
-    def said(self) -> str:
-        return (self.root / "said.txt").read_text(encoding="utf-8")
+    def output(self) -> str:
+        return (self.root / "output.txt").read_text(encoding="utf-8")
 
     def clear(self) -> None:
         for name in ("outputs", "adapters", ".cache"):
@@ -108,7 +108,7 @@ class Bench:
         self.clear()
         began, code = time.monotonic(), self.run(FaultyDisk(0, ""))
         if code:
-            raise SystemExit(f"the clean run failed with {code}:\n{self.said()}")
+            raise SystemExit(f"the clean run failed with {code}:\n{self.output()}")
         seconds = time.monotonic() - began
         calls, modules = json.loads((self.root / "calls.json").read_text())
         for name in modules:
@@ -122,16 +122,16 @@ class Bench:
     ) -> dict[str, Any]:
         """One case: {"exit", "wrong": what is not as it must be}. codes: the exits that the broken run may have."""
         code = break_it()
-        said, wrong = self.said(), []
+        output, wrong = self.output(), []
         finished = (self.root / "outputs/t/finished.json").is_file()
-        if code not in codes or "Traceback" in said:
-            wrong.append(f"exit {code}: {said[-600:]}")
-        if code == 2 and "could not be" not in said and "cannot be" not in said:
-            wrong.append(f"the message does not say what the disk refused: {said[-300:]}")
+        if code not in codes or "Traceback" in output:
+            wrong.append(f"exit {code}: {output[-600:]}")
+        if code == 2 and "could not be" not in output and "cannot be" not in output:
+            wrong.append(f"the message does not name what the disk refused: {output[-300:]}")
         if not finished and (again := self.run()):
-            wrong.append(f"not taken up, exit {again}: {self.said()[-600:]}")
+            wrong.append(f"not resumed, exit {again}: {self.output()[-600:]}")
         else:
-            found = self.result()
-            wrong += [f"{key} differs" for key in expected if found[key] != expected[key]]
+            actual = self.result()
+            wrong += [f"{key} differs" for key in expected if actual[key] != expected[key]]
             wrong += [f"left behind: {name}" for name in ([] if finished else self.left_behind())]
         return {"exit": code, "wrong": wrong}

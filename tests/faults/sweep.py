@@ -6,7 +6,7 @@
 
 Sorts: `calls` (the Nth call of the file room fails or is the last, for every N), `kills` (SIGKILL at random moments),
 `damage` (every file of the newest checkpoint, four ways), `signals` (at every micro-step), `merge` (the Nth call of
-merging the adapter). The run that is taken up must end with the SHA-256 of the clean run's weights, its curve and
+merging the adapter). The resumed run must end with the SHA-256 of the clean run's weights, its curve and
 links, and nothing left half-written.
 """
 
@@ -85,23 +85,23 @@ def damaged(bench: Bench, expected: dict[str, Any]) -> Iterator[Case]:
     """Every file of the newest checkpoint, harmed; it must be named, and the one before it used."""
     bench.clear()
     bench.run(None, "--set", "train.save_total_limit=9")
-    kept = bench.root / "kept"
-    shutil.copytree(bench.root / "outputs", kept / "outputs", symlinks=True)
-    shutil.copytree(bench.root / "adapters", kept / "adapters", symlinks=True)
-    for name in sorted(path.name for path in (kept / "outputs/t/checkpoint-6").iterdir()):
+    original = bench.root / "original"
+    shutil.copytree(bench.root / "outputs", original / "outputs", symlinks=True)
+    shutil.copytree(bench.root / "adapters", original / "adapters", symlinks=True)
+    for name in sorted(path.name for path in (original / "outputs/t/checkpoint-6").iterdir()):
         for harm, do in HARMS.items():
 
             def case(name: str = name, do: Callable[[Path], object] = do) -> dict[str, Any]:
                 bench.clear()
-                shutil.copytree(kept / "outputs", bench.root / "outputs", symlinks=True)
+                shutil.copytree(original / "outputs", bench.root / "outputs", symlinks=True)
                 (bench.root / "outputs/t/finished.json").unlink()
                 do(bench.root / "outputs/t/checkpoint-6" / name)
-                found = bench.broken_then_resumed(bench.run, expected)
-                if f"skipped checkpoint-6: {name}" not in bench.said():
-                    found["wrong"].append(f"{name} is not named: {bench.said()[:300]}")
-                if "resuming outputs/t at checkpoint-4" not in bench.said():
-                    found["wrong"].append(f"checkpoint-4 was not taken: {bench.said()[:300]}")
-                return found
+                result = bench.broken_then_resumed(bench.run, expected)
+                if f"skipped checkpoint-6: {name}" not in bench.output():
+                    result["wrong"].append(f"{name} is not named: {bench.output()[:300]}")
+                if "resuming outputs/t at checkpoint-4" not in bench.output():
+                    result["wrong"].append(f"checkpoint-4 was not taken: {bench.output()[:300]}")
+                return result
 
             yield f"{name} {harm}", case
 
@@ -138,10 +138,10 @@ def signalled(bench: Bench, expected: dict[str, Any]) -> Iterator[Case]:
                     return bench.run(first=counting(nth, number))
 
                 bench.clear()
-                found = bench.broken_then_resumed(stopped, expected, codes=(code, 0))
-                if found["exit"] == 0 and "finished" not in bench.said():
-                    found["wrong"].append("neither stopped nor finished")
-                return found
+                result = bench.broken_then_resumed(stopped, expected, codes=(code, 0))
+                if result["exit"] == 0 and "finished" not in bench.output():
+                    result["wrong"].append("neither stopped nor finished")
+                return result
 
             yield f"{signal.Signals(number).name} at micro-step {nth}", case
 
@@ -168,10 +168,10 @@ def merged(bench: Bench, expected: dict[str, Any]) -> Iterator[Case]:
             def case(nth: int = nth, kind: str = kind) -> dict[str, Any]:
                 (out / "config.json").write_text("the old one")
                 old = state()
-                code, said, found = merge(FaultyDisk(nth, kind)), bench.said(), state()
-                wrong = [] if found in (old, new) else ["neither the old model nor the new one"]
-                wrong += [f"exit {code}: {said[-600:]}"] if code not in (0, 2, -9) or "Traceback" in said else []
-                wrong += [f"exit {again} after: {bench.said()[-600:]}"] if (again := merge()) else []
+                code, output, merged_state = merge(FaultyDisk(nth, kind)), bench.output(), state()
+                wrong = [] if merged_state in (old, new) else ["neither the old model nor the new one"]
+                wrong += [f"exit {code}: {output[-600:]}"] if code not in (0, 2, -9) or "Traceback" in output else []
+                wrong += [f"exit {again} after: {bench.output()[-600:]}"] if (again := merge()) else []
                 wrong += [] if state() == new else ["the next merge gives another model"]
                 wrong += [f"left behind: {path.name}" for path in out.parent.glob(".merged*")]
                 return {"exit": code, "wrong": wrong}
@@ -199,11 +199,11 @@ def sweep(mode: str, *, sample: int, sorts: list[str], seed: int, tensorboard: b
             cases = draw.sample(cases, min(sample, len(cases))) if sample else cases
             count[sort] = len(cases)
             for number, (what, case) in enumerate(cases, 1):
-                found = case()
-                exits[str(found["exit"])] = exits.get(str(found["exit"]), 0) + 1
-                failed += [{"case": what, **found}] if found["wrong"] else []
-                told = "; ".join(found["wrong"]) or "same weights"
-                print(f"{mode} {sort} {number}/{len(cases)} {what}: {told}", file=sys.stderr, flush=True)
+                result = case()
+                exits[str(result["exit"])] = exits.get(str(result["exit"]), 0) + 1
+                failed += [{"case": what, **result}] if result["wrong"] else []
+                outcome = "; ".join(result["wrong"]) or "same weights"
+                print(f"{mode} {sort} {number}/{len(cases)} {what}: {outcome}", file=sys.stderr, flush=True)
     return {
         "mode": mode,
         "sha256": expected["sha256"],
@@ -238,9 +238,14 @@ def main() -> None:
     modes, sorts = MODES if args.all else args.mode or ["lora"], args.sort or list(SORTS)
     settings = {"sample": args.sample, "sorts": sorts, "seed": args.seed, "tensorboard": args.tensorboard}
     with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        found = list(pool.map(partial(sweep, **settings), modes))
-    failed = sum(len(one["failed"]) for one in found)
-    result = {"cases": sum(sum(one["cases"].values()) for one in found), "failed": failed, **settings, "modes": found}
+        sweeps = list(pool.map(partial(sweep, **settings), modes))
+    failed = sum(len(each["failed"]) for each in sweeps)
+    result = {
+        "cases": sum(sum(each["cases"].values()) for each in sweeps),
+        "failed": failed,
+        **settings,
+        "modes": sweeps,
+    }
     if args.out:
         about = {"date": time.strftime("%Y-%m-%d"), "commit": commit(), "python": sys.version.split()[0]}
         files.write_json(args.out, {**about, **result})

@@ -19,16 +19,16 @@ def sweep(*args: str) -> dict:
     return json.loads(done.stdout)
 
 
-def test_a_few_faults_of_every_sort_end_with_the_same_weights() -> None:
-    found = sweep("--sample", "2", "--seed", "5")
-    assert found["failed"] == 0, json.dumps(found["modes"][0]["failed"], indent=1)
-    assert found["cases"] == 10 and found["modes"][0]["calls"] > 100
+def test_a_fault_of_every_sort_end_with_the_same_weights() -> None:
+    result = sweep("--sample", "1", "--seed", "5")
+    assert result["failed"] == 0, json.dumps(result["modes"][0]["failed"], indent=1)
+    assert result["cases"] == 5 and result["modes"][0]["calls"] > 100
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("mode", ["lora", "qlora", "full", "seq2seq"])
 def test_a_sample_of_faults_in_every_mode_ends_with_the_same_weights(mode: str) -> None:
-    found = sweep("--mode", mode, "--sample", "25", "--seed", "7", "--tensorboard")
-    assert found["failed"] == 0, json.dumps(found["modes"][0]["failed"], indent=1)
-    assert found["cases"] == (125 if mode == "lora" else 100)
+    result = sweep("--mode", mode, "--sample", "25", "--seed", "7", "--tensorboard")
+    assert result["failed"] == 0, json.dumps(result["modes"][0]["failed"], indent=1)
+    assert result["cases"] == (125 if mode == "lora" else 100)

@@ -1,4 +1,4 @@
-"""A disk that is really full, a folder that may not be written, a clock that was set back: said, and nothing lost."""
+"""A disk that is really full, a folder that may not be written, a clock set back: reported, nothing lost."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def settings_of(root: Path, *sets: str) -> tuple[Config, ModelFiles]:
 
 
 @pytest.mark.parametrize(
-    ("name", "takes_up"),
+    ("name", "resumes_from"),
     [
         ("checkpoint-4", "checkpoint-2"),
         pytest.param("checkpoint-2", "the start of the run", marks=pytest.mark.slow),
@@ -77,24 +77,24 @@ def settings_of(root: Path, *sets: str) -> tuple[Config, ModelFiles]:
     ],
 )
 def test_a_disk_that_fills_while_training_loses_nothing(
-    small_disk: Path, tiny_qwen2: Path, monkeypatch: pytest.MonkeyPatch, name: str, takes_up: str, tmp_path: Path
+    small_disk: Path, tiny_qwen2: Path, monkeypatch: pytest.MonkeyPatch, name: str, resumes_from: str, tmp_path: Path
 ) -> None:
     sets = ("eval.train_sample=0", "train.save_total_limit=1")
     monkeypatch.setattr("sft.preflight.disk_space.LOGS", 0)
     monkeypatch.setenv("SFT_ROOT", str(tmp_path))
     project.run(project.make(tmp_path, tiny_qwen2), *sets)
-    asked_for = sum(disk_space.parts(*settings_of(tmp_path, *sets)).values())
+    required = sum(disk_space.parts(*settings_of(tmp_path, *sets)).values())
     written = files.size(tmp_path / "outputs") + files.size(tmp_path / "adapters")
-    assert written < asked_for < 4 * written + 3 * 2**20  # a MiB of state a checkpoint
+    assert written < required < 4 * written + 3 * 2**20  # a MiB of state a checkpoint
     root = project.make(small_disk, tiny_qwen2)
     monkeypatch.setenv("SFT_ROOT", str(root))
     with monkeypatch.context() as patch:
         patch.setattr(files, "disk", FillsUp(root, name if name != "tokenizer" else "adapters/.t"))
         with pytest.raises(EnvironmentProblem) as caught:
             project.run(root, *sets)
-    said = str(caught.value)
-    assert "could not be written" in said and "MiB are free" in said and "fix:" in said
-    assert takes_up in said and ("a checkpoint takes about" in said) == bool(takes_up)
+    output = str(caught.value)
+    assert "could not be written" in output and "MiB are free" in output and "fix:" in output
+    assert resumes_from in output and ("a checkpoint takes about" in output) == bool(resumes_from)
     (root / "ballast").unlink()
     project.run(root, *sets)
     one, other = (path / "adapters/t/adapter_model.safetensors" for path in (root, tmp_path))
@@ -122,8 +122,8 @@ def test_process_on_a_full_disk_leaves_the_rows_of_before(
     draw = random.Random(1)
 
     def rows(count: int) -> str:
-        said = [f"{draw.random()} {draw.random()} {draw.random()}" for _ in range(count)]
-        return "".join(json.dumps({"question": f"what is {one}?", "answer": f"it is {one}"}) + "\n" for one in said)
+        texts = [f"{draw.random()} {draw.random()} {draw.random()}" for _ in range(count)]
+        return "".join(json.dumps({"question": f"what is {one}?", "answer": f"it is {one}"}) + "\n" for one in texts)
 
     raw.write_text(rows(50))
     process_data.main(args)
@@ -138,7 +138,7 @@ def test_process_on_a_full_disk_leaves_the_rows_of_before(
     assert not list(processed.parent.glob(".*"))
 
 
-def test_a_library_that_is_refused_room_is_said_too(tmp_path: Path) -> None:
+def test_a_library_that_is_refused_space_is_reported_too(tmp_path: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
@@ -178,8 +178,8 @@ def as_ordinary_user(do: Callable[[], None]) -> tuple[int, str]:
             os._exit(code)
     os.close(write)
     with os.fdopen(read) as file:
-        said = file.read()
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), said
+        output = file.read()
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), output
 
 
 def test_a_read_only_folder_is_refused_to_an_ordinary_user(tmp_path: Path) -> None:
@@ -188,8 +188,8 @@ def test_a_read_only_folder_is_refused_to_an_ordinary_user(tmp_path: Path) -> No
     outputs.chmod(0o555)
     for folder in (tmp_path, *tmp_path.parents[:2]):
         folder.chmod(folder.stat().st_mode | 0o055)
-    code, said = as_ordinary_user(lambda: runs.make_folders(runs.at(outputs / "a", tmp_path)))
-    assert code == 2 and "cannot be written to" in said and "Permission denied" in said and "fix:" in said
+    code, output = as_ordinary_user(lambda: runs.make_folders(runs.at(outputs / "a", tmp_path)))
+    assert code == 2 and "cannot be written to" in output and "Permission denied" in output and "fix:" in output
 
 
 def test_a_lock_left_by_a_killed_process_is_free_and_a_living_one_is_named(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`python scripts/train.py` as a user runs it: stopped and taken up, its exit codes, several processes."""
+"""`python scripts/train.py` as a user runs it: stopped and resumed, its exit codes, several processes."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def test_ctrl_c_stops_with_a_checkpoint_and_the_same_command_goes_on(
     while not read(log) and time.monotonic() < until and running.poll() is None:
         time.sleep(0.1)
     running.send_signal(signal.SIGINT)
-    said, errors = running.communicate(timeout=60)
+    output, errors = running.communicate(timeout=60)
     assert running.returncode == 130, errors
     assert "stopping after this step, with a checkpoint" in errors
     assert "t was stopped after step" in errors and "make train" in errors and "Traceback" not in errors
-    assert "step 1/3000  loss" in said
+    assert "step 1/3000  loss" in output
     (checkpoint,) = (root / "outputs/t").glob("checkpoint-*")
     step = int(checkpoint.name.split("-")[1])
 
@@ -118,16 +118,16 @@ def test_a_rank_that_is_killed_ends_the_launch_and_the_next_one_goes_on_bit_for_
                 time.sleep(0.05)
             ranks = [one for one in psutil.Process(launch.pid).children(recursive=True) if "RANK" in one.environ()]
             next(one for one in ranks if one.environ()["RANK"] == "1").kill()
-            said = launch.communicate(timeout=200)[0]
-            assert launch.returncode != 0 and not (root / "outputs/t/finished.json").exists(), said
-            assert "this is a bug in sft-play, not your mistake" not in said, said
+            output = launch.communicate(timeout=200)[0]
+            assert launch.returncode != 0 and not (root / "outputs/t/finished.json").exists(), output
+            assert "this is a bug in sft-play, not your mistake" not in output, output
             alone = torchrun(root, 1, sets=sets)
-            said = alone.communicate(timeout=200)[0]
-            assert alone.returncode != 0 and "world_size: was 2, is 1" in said, said
+            output = alone.communicate(timeout=200)[0]
+            assert alone.returncode != 0 and "world_size: was 2, is 1" in output, output
             launch = torchrun(root, 2, sets=sets)
-        said = launch.communicate(timeout=280)[0]
-        assert launch.returncode == 0, said
-        assert ("resuming outputs/t at checkpoint-" in said) == (name == "broken")
+        output = launch.communicate(timeout=280)[0]
+        assert launch.returncode == 0, output
+        assert ("resuming outputs/t at checkpoint-" in output) == (name == "broken")
         adapters[name] = load_file(root / "adapters/t/adapter_model.safetensors")
     assert all(bool((adapters["broken"][key] == one).all()) for key, one in adapters["straight"].items())
 

@@ -1,4 +1,4 @@
-"""The train command from rows to adapter, on tiny models: what it writes, what it takes up, what it refuses."""
+"""The train command from rows to adapter, on tiny models: what it writes, what it resumes, what it refuses."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ BEST_AT_2 = (
 )
 
 
-def test_a_damaged_best_checkpoint_is_made_again_or_its_loss_is_said(
+def test_a_damaged_best_checkpoint_is_trained_again_or_its_loss_is_reported(
     root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     poll = SignalHandler.poll
@@ -155,27 +155,27 @@ def test_a_damaged_best_checkpoint_is_made_again_or_its_loss_is_said(
     assert summary["best_step"] == 2
     expected, curve = files.sha256(adapter), project.losses(root, "t")
     as_if_killed_after(root, 6)
-    shutil.copytree(root / "outputs/t", root / "kept")
+    shutil.copytree(root / "outputs/t", root / "original")
     (root / "outputs/t/checkpoint-2/rng.pt").unlink()
     capsys.readouterr()
     assert project.run(root, *BEST_AT_2)["best_lost"] is None
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert (
-        "skipped checkpoint-6: the best checkpoint until then, checkpoint-2, must be trained again (rng.pt is" in said
+        "skipped checkpoint-6: the best checkpoint until then, checkpoint-2, must be trained again (rng.pt is" in output
     )
-    assert "resuming outputs/t at checkpoint-1" in said
+    assert "resuming outputs/t at checkpoint-1" in output
     assert (files.sha256(adapter), project.losses(root, "t")) == (expected, curve)
 
     shutil.rmtree(root / "outputs/t")
-    (root / "kept").rename(root / "outputs/t")
+    (root / "original").rename(root / "outputs/t")
     shutil.rmtree(root / "outputs/t/checkpoint-1")
     (root / "outputs/t/checkpoint-2/rng.pt").unlink()
     found = project.run(root, *BEST_AT_2)
     assert found["best_lost"] == {"step": 2, "value": best}
     assert found["best_step"] == 4 and found["eval"]["loss"] < best
-    said = capsys.readouterr().out
-    assert "resuming outputs/t at checkpoint-6" in said
-    assert f"the best checkpoint (step 2, {best:.4f}) was damaged; what is left (step 4): loss" in said
+    output = capsys.readouterr().out
+    assert "resuming outputs/t at checkpoint-6" in output
+    assert f"the best checkpoint (step 2, {best:.4f}) was damaged; what is left (step 4): loss" in output
 
 
 def test_full_mode_leaves_a_whole_model_that_loads(root: Path, tiny_qwen2: Path) -> None:

@@ -87,9 +87,9 @@ def plain_mean_loss(loop: bench.TrainingLoop, rows: list[dict]) -> float:
     for row in rows:
         with torch.no_grad():
             logits = loop.model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
-        wanted = torch.tensor(row["labels"][1:])
-        total += float(functional.cross_entropy(logits, wanted, reduction="sum", ignore_index=-100))
-        count += int((wanted != -100).sum())
+        labels = torch.tensor(row["labels"][1:])
+        total += float(functional.cross_entropy(logits, labels, reduction="sum", ignore_index=-100))
+        count += int((labels != -100).sum())
     return total / count
 
 
@@ -147,7 +147,7 @@ def test_the_loop_gives_the_losses_and_weights_of_a_plain_pytorch_loop(tiny_qwen
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(loss.item())
     loop.fit()
     assert bench.logged(loop, "loss") == pytest.approx(losses, abs=1e-6)
     for name, weight in model.named_parameters():

@@ -51,8 +51,8 @@ def test_a_nan_stops_with_the_rows_of_its_step_the_row_itself_and_the_finite_che
     with pytest.raises(RunError, match=f"the loss is nan at step {step}") as caught:
         loop.fit()
     assert caught.value.where == f"the rows of this step: {', '.join(ids)}; not finite by themselves: row-3"
-    kept = loop.checkpoints.run.checkpoints()
-    assert [runs.step_of(path) for path in kept] == list(range(1, step))
+    saved = loop.checkpoints.run.checkpoints()
+    assert [runs.step_of(path) for path in saved] == list(range(1, step))
     assert all(torch.isfinite(weight).all() for weight in bench.trained(loop).values())
 
 

@@ -44,7 +44,7 @@ def test_resuming_mid_epoch_and_at_its_end_gives_the_same_weights(tiny_qwen2: Pa
         assert (out / f"set-aside-checkpoint-{step + 1}").is_dir() and (out / f"checkpoint-{step + 1}").is_dir()
 
 
-@pytest.mark.parametrize("mode", ["lora", "qlora", "full"])
+@pytest.mark.parametrize("mode", ["qlora", "full"])
 def test_rows_in_groups_of_like_length_resume_exactly_too(tiny_qwen2: Path, tmp_path: Path, mode: str) -> None:
     def settings(out: Path) -> Any:
         train = {**EVERY_STEP, "max_steps": 4, "micro_batch_tokens": 40}

@@ -1,4 +1,4 @@
-"""A hub token that lies about in the environment, the config and an error appears in no file and no output."""
+"""A hub token in the environment, the config and an error appears in no file and no output."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ def test_a_token_is_written_nowhere_by_train_eval_check_and_doctor(
     monkeypatch.setattr("sys.argv", ["train.py", "--set", f"model.revision={token}"])
     with pytest.raises(SystemExit):
         console.run(_parser(), fails)
-    said = "".join(capfd.readouterr())
+    output = "".join(capfd.readouterr())
     for name in ("check", "doctor"):
         done = command(name, "--config", root / "config.yaml")
-        said += done.stdout + done.stderr
+        output += done.stdout + done.stderr
         assert done.returncode == 0, done.stderr
     assert "my token is" in (root / "outputs/t/config.resolved.yaml").read_text()
-    assert "no access with hf_***" in said
-    assert token not in said
+    assert "no access with hf_***" in output
+    assert token not in output
     written = [path for path in root.rglob("*") if path.is_file() and path.name != "config.yaml"]
     assert len(written) > 30
     assert [path for path in written if token.encode() in path.read_bytes()] == []
-    assert "hf_***" in said.partition("## last error")[2]
-    assert "HF_TOKEN=(set, not shown)" in said and str(os.environ["HF_TOKEN"]) == token
+    assert "hf_***" in output.partition("## last error")[2]
+    assert "HF_TOKEN=(set, not shown)" in output and str(os.environ["HF_TOKEN"]) == token
 
 
 def _parser() -> argparse.ArgumentParser:

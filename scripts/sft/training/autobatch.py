@@ -87,8 +87,8 @@ class Measurement:
 
 
 @dataclass(frozen=True)
-class Found:
-    """The micro-batch found: rows of the longest length, the tokens they are, and every measurement."""
+class Choice:
+    """A micro-batch: rows of the longest length, the tokens they are, and every measurement."""
 
     rows: int
     tokens: int
@@ -130,8 +130,8 @@ def choose(
     """
     if job.device.device != "cuda":
         return step, {}
-    train, given = job.config.train, job.unresolved
-    is_free = (given.batch_size, given.grad_accum, given.micro_batch_tokens) == ("auto", "auto", "auto")
+    train, unresolved = job.config.train, job.unresolved
+    is_free = (unresolved.batch_size, unresolved.grad_accum, unresolved.micro_batch_tokens) == ("auto", "auto", "auto")
     eval_tokens = None
     if checkpoint is not None:
         session = ckpt.read_state(checkpoint, ckpt.SESSION)
@@ -151,7 +151,7 @@ def choose(
                 CudaGauge(torch.device("cuda", torch.cuda.current_device())),
                 most_rows=-(-int(train.effective_batch) // distributed.world()),
                 fixed_tokens=None if is_free else int(train.micro_batch_tokens),
-                checkpointing_is_free=given.gradient_checkpointing == "auto",
+                checkpointing_is_free=unresolved.gradient_checkpointing == "auto",
                 state_bytes=0 if train.optim.startswith("paged") else math.prod(optimizer_state(train.optim)),
                 answer=partial(answer.rehearse, model) if answer else None,
                 save=partial(_trial_save, model, folder) if adapter else None,
@@ -240,11 +240,11 @@ class Rehearsal:
         self.end = time.monotonic() + self.time_limit
         on_cuda = torch.device(self.step.device).type == "cuda"
         with torch.random.fork_rng([self.step.device] if on_cuda else []):
-            found, checkpointing = self._with_or_without_checkpointing()
+            choice, checkpointing = self._with_or_without_checkpointing()
             set_checkpointing(self.model, checkpointing)
-            tokens = self.fixed_tokens or found.tokens
+            tokens = self.fixed_tokens or choice.tokens
             self.step = replace(self.step, micro_batch_tokens=tokens)
-            peaks = {"training": (found.best.allocated_bytes / 2**30, found.best.peak_bytes / 2**30)}
+            peaks = {"training": (choice.best.allocated_bytes / 2**30, choice.best.peak_bytes / 2**30)}
             stages = {
                 "evaluation": self._evaluate if self.validation else None,
                 "generation": self._answer if self.answer else None,
@@ -253,15 +253,15 @@ class Rehearsal:
             for name, call in stages.items():
                 if call is not None and time.monotonic() < self.end:
                     peaks[name] = self._measure_stage(call)
-        return Result(tokens, checkpointing, found.best.speed, self.step.eval_tokens, peaks)
+        return Result(tokens, checkpointing, choice.best.speed, self.step.eval_tokens, peaks)
 
-    def _with_or_without_checkpointing(self) -> tuple[Found, bool]:
+    def _with_or_without_checkpointing(self) -> tuple[Choice, bool]:
         """The micro-batch, and whether activations are recomputed: not where enough fits without, or that is faster."""
         configured = is_checkpointing(self.model)
         if not (configured and self.checkpointing_is_free):
             return self._search(), configured
         set_checkpointing(self.model, False)
-        without: Found | None = None
+        without: Choice | None = None
         with contextlib.suppress(DoesNotFitError):
             without = self._search()
         if without is not None and without.best.peak_bytes > self.gauge.total * (1 - MARGIN):
@@ -272,10 +272,10 @@ class Rehearsal:
                 return without, False
         release_memory()
         set_checkpointing(self.model, True)
-        found = self._search()
-        return (found, True) if without is None or found.best.speed >= without.best.speed else (without, False)
+        choice = self._search()
+        return (choice, True) if without is None or choice.best.speed >= without.best.speed else (without, False)
 
-    def _search(self) -> Found:
+    def _search(self) -> Choice:
         length, fixed = max(self.lengths), self.fixed_tokens
         if fixed is None:
             return search(
@@ -288,7 +288,7 @@ class Rehearsal:
         measurement = _none_if_out_of_memory(lambda: self._measure(fixed))
         if measurement is None:
             raise DoesNotFitError(f"a micro-batch of {fixed} tokens does not fit")
-        return Found(max(1, fixed // length), fixed, (measurement,), measurement)
+        return Choice(max(1, fixed // length), fixed, (measurement,), measurement)
 
     def _measure(self, tokens: int) -> Measurement:
         """Forward and backward of the longest rows in one micro-batch, twice: the second time is measured."""
@@ -341,7 +341,7 @@ def search(
     most_rows: int,
     total_bytes: int,
     time_left: Callable[[], bool] = lambda: True,
-) -> Found:
+) -> Choice:
     """Doubles the rows from 1 while they fit with a margin and speed grows; halves the stride when memory runs out.
 
     measure: runs `rows` rows of `length` tokens and may run out of memory. Raises DoesNotFitError if one row does.
@@ -364,7 +364,7 @@ def search(
         if measurement.speed < WORTH_GROWING * best.speed:
             break
         best, stride = measurement, min(measurement.rows, max(1, most - measurement.rows))
-    return Found(best.rows, best.rows * length, tuple(tried), best)
+    return Choice(best.rows, best.rows * length, tuple(tried), best)
 
 
 def _none_if_out_of_memory(measure: Callable[[], Measurement]) -> Measurement | None:
@@ -373,7 +373,7 @@ def _none_if_out_of_memory(measure: Callable[[], Measurement]) -> Measurement | 
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-    release_memory()  # the error, which kept tensors alive, is gone
+    release_memory()  # now that the error, whose traceback holds tensors, is gone
     return None
 
 

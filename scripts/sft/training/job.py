@@ -225,17 +225,17 @@ def read_rows(
 
 def _find_device(config: Config) -> hardware.Hardware:
     """The machine's device, or the one that `model.device_map` names. Raises ConfigError where it does not exist."""
-    found = hardware.probe()
+    device = hardware.probe()
     name = config.model.device_map
     if name == "cpu":
-        return replace(found, device="cpu", name="the CPU", capability=None, bf16=True, count=1)
-    if name.startswith("cuda") and found.device != "cuda":
+        return replace(device, device="cpu", name="the CPU", capability=None, bf16=True, count=1)
+    if name.startswith("cuda") and device.device != "cuda":
         raise ConfigError(
             f"model.device_map is {name}, and there is no CUDA GPU",
             where="model.device_map",
             fix="--set model.device_map=auto",
         )
-    return found
+    return device
 
 
 def make_schedule(config: Config, rows: int, *, validation: bool) -> Schedule:

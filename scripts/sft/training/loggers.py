@@ -1,6 +1,6 @@
 """Where a run's numbers go: outputs/<run>/log.jsonl, TensorBoard's event files, and the terminal.
 
-On a resume, lines of steps after the checkpoint are removed and TensorBoard is told to purge those steps, so that no
+On a resume, lines of steps after the checkpoint are removed and TensorBoard purges those steps, so that no
 curve overlaps itself.
 """
 
@@ -58,8 +58,8 @@ class JsonLines(Logger):
 
     def __init__(self, path: Path, after_step: int) -> None:
         self.path = path
-        kept = [entry for entry in read(path) if entry["step"] <= after_step]
-        files.write_text(path, "".join(_json_line(entry) for entry in kept))
+        entries = [entry for entry in read(path) if entry["step"] <= after_step]
+        files.write_text(path, "".join(_json_line(entry) for entry in entries))
 
     def numbers(self, step: int, values: Mapping[str, float]) -> None:
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}

@@ -130,7 +130,7 @@ class TrainingLoop:
     # -- the loop ------------------------------------------------------------------------------------------------------
 
     def fit(self, checkpoint: Path | None = None) -> None:
-        """Trains until the schedule ends, early stopping does, or a stop is requested; from `checkpoint` if given."""
+        """Trains until the schedule ends, early stopping does, or a stop is requested; resumes from `checkpoint`."""
         from transformers import set_seed
 
         set_seed(self.settings.seed)
@@ -309,9 +309,9 @@ class TrainingLoop:
 
     def _not_finite_alone(self, ids: Sequence[str]) -> list[str]:
         """The ids of those rows whose loss is not finite when they are computed alone."""
-        wanted, training = set(ids), self.model.training
+        names, training = set(ids), self.model.training
         self.model.eval()
-        rows = [row for row in self.rows if row["id"] in wanted]
+        rows = [row for row in self.rows if row["id"] in names]
         sums = {str(row["id"]): evaluate_loss(self.model, [row], self.step).loss_sum for row in rows}
         self.model.train(training)
         return [name for name, loss_sum in sums.items() if not math.isfinite(loss_sum)]
