@@ -98,17 +98,17 @@ def encode(encoder: Any, whole: Any, row: dict[str, Any]) -> list[tuple[Any, Any
     """What a row is trained on as, with its tokens; `whole`, without a limit, gives those that are cut."""
     from sft.chat import preview
 
-    pieces = encoder.encode_pieces(row)
+    (pieces,) = encoder.encode_pieces([row])
     return [(one, preview.tokens(encoder, one, whole.encode(row) if len(pieces) == 1 else one)) for one in pieces]
 
 
 def print_json(encoder: Any, rows: list[dict[str, Any]]) -> None:
     """A JSON line a row; under `split_turns` one for each piece."""
-    from sft.chat.dataset import BATCH, encode_pieces
+    from sft.chat.dataset import BATCH
 
     keys = ("id", "text", "input_ids", "labels", "truncated_tokens", "dropped")
     for start in range(0, len(rows), BATCH):
-        for pieces in encode_pieces(encoder, rows[start : start + BATCH]):
+        for pieces in encoder.encode_pieces(rows[start : start + BATCH]):
             for piece in pieces:
                 console.emit({key: getattr(piece, key) for key in keys})
 

@@ -3,7 +3,7 @@
     python scripts/render_template.py                             # data/rendered/{train,val,test}.jsonl
     python scripts/render_template.py --in rows.jsonl --out rendered.jsonl
 
-Reads processed (or styled) rows. `input` is what the model is given, `target` its last answer without the end token.
+Reads processed (or styled) rows. `input` is the prompt, `target` the last answer without the end token.
 Training takes these rows only where `data.stage` is `rendered`, and then gives the same tokens as the rows themselves.
 """
 

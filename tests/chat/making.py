@@ -50,7 +50,7 @@ def all_of(made: Encoder, rows: list[Any], progress: Progress | None = None) -> 
     return [one for _, one in each(made, rows, ledger, len(rows), progress)], ledger
 
 
-def learnt(made: Encoder, encoded: Any) -> list[str]:
+def in_loss(made: Encoder, encoded: Any) -> list[str]:
     """The labelled stretches of a row, decoded."""
     found: list[list[int]] = []
     inside = False

@@ -13,7 +13,7 @@ from sft.chat.loss_mask import NO_LABEL
 from sft.chat.template import Refused
 from sft.errors import TemplateError
 from tests.chat import words
-from tests.chat.making import CHATML, all_of, answer, encoded, encoder, learnt, named, system, user
+from tests.chat.making import CHATML, all_of, answer, encoded, encoder, in_loss, named, system, user
 
 ONE = [user("Who are you?"), answer("Ann.")]
 
@@ -29,7 +29,7 @@ def test_a_token_across_the_begin_of_the_answer_is_cut_there_as_in_serving(qwen:
     prompt = made.prompt([user("Hi")])
     assert row.input_ids[: len(prompt)] == prompt and row.labels[: len(prompt)] == [-100] * len(prompt)
     assert qwen.decode(row.input_ids) == row.text
-    assert learnt(made, row) == ["\n\nHello<|im_end|>"]
+    assert in_loss(made, row) == ["\n\nHello<|im_end|>"]
     assert row.input_ids != qwen(row.text, add_special_tokens=False)["input_ids"]
 
 
@@ -42,7 +42,7 @@ def test_a_template_that_asks_with_a_space_at_the_end_is_served_as_it_is_trained
     row = encoded(made, user("Hi"), answer("Hello."), user("Hi"), answer("Paris."))
     prompt = made.prompt({"messages": [user("Hi"), answer("Hello."), user("Hi"), answer("Paris.")]})
     assert row.input_ids[: len(prompt)] == prompt and row.labels[len(prompt)] != -100
-    assert learnt(made, row) == ["Hello.<|im_end|>", "Paris.<|im_end|>"]
+    assert in_loss(made, row) == ["Hello.<|im_end|>", "Paris.<|im_end|>"]
 
 
 def test_seed_style_templates_take_one_turn(qwen: Any) -> None:
@@ -50,7 +50,7 @@ def test_seed_style_templates_take_one_turn(qwen: Any) -> None:
     made = encoder(source, qwen)
     row = encoded(made, system("Be brief."), *ONE)
     assert row.text == "Be brief.\nUser: Who are you?\nAssistant: Ann."
-    assert learnt(made, row) == [" Ann.<|im_end|>"]
+    assert in_loss(made, row) == [" Ann.<|im_end|>"]
     prompt = made.prompt([system("Be brief."), ONE[0]])
     assert qwen.decode(prompt) == "Be brief.\nUser: Who are you?\nAssistant:"
     assert row.input_ids[: len(prompt)] == prompt
@@ -76,7 +76,7 @@ def test_an_end_that_is_no_token_is_a_stop_text(tiny_gpt2: Path) -> None:
     made = encoder(CHATML.replace("<|im_end|>", "<|stop|>"), tokenizer)
     assert "<|stop|>" in made.stops.strings
     row = encoded(made, *ONE)
-    assert learnt(made, row) == ["Ann.<|stop|>"]
+    assert in_loss(made, row) == ["Ann.<|stop|>"]
 
 
 @pytest.mark.parametrize("name", ["plain", "chatml", "llama2", "llama3", "mistral", "alpaca", "vicuna"])
@@ -97,9 +97,9 @@ def test_a_rendered_row_gives_the_ids_of_the_row_itself(name: str, talk: list[di
 def test_rendered_rows_of_other_origin_are_ended_once() -> None:
     made = named("chatml", words.tokenizer(eos="<|im_end|>", bos=None))
     plain = made.encode({"input": "Who are you?\n", "target": "Ann."})
-    assert plain.text == "Who are you?\nAnn.<|im_end|>\n" and learnt(made, plain) == ["Ann.<|im_end|>"]
+    assert plain.text == "Who are you?\nAnn.<|im_end|>\n" and in_loss(made, plain) == ["Ann.<|im_end|>"]
     ended = made.encode({"input": "Who are you?\n", "target": "Ann.<|im_end|>"})
-    assert learnt(made, ended) == ["Ann.<|im_end|>"]
+    assert in_loss(made, ended) == ["Ann.<|im_end|>"]
     assert plain.id == made.encode({"input": "Who are you?\n", "target": "Ann."}).id
 
 
@@ -115,7 +115,7 @@ def test_padding_that_is_the_end_token_hides_nothing() -> None:
     tokenizer = words.tokenizer(eos="<|im_end|>", bos=None)
     tokenizer.pad_token = "<|im_end|>"
     made = named("chatml", tokenizer)
-    assert learnt(made, encoded(made, *ONE)) == ["Ann.<|im_end|>"]
+    assert in_loss(made, encoded(made, *ONE)) == ["Ann.<|im_end|>"]
 
 
 def test_a_template_and_a_tokenizer_without_any_end_are_refused() -> None:
@@ -137,8 +137,8 @@ def test_every_row_is_trained_on_or_named(caplog: pytest.LogCaptureFixture) -> N
     assert ledger.dropped["over length"] == ["r4"] and ledger.dropped[NO_LABEL] == ["r3"]
     assert sum(map(len, ledger.dropped.values())) == 3 and ledger.to_dict()["reasons"]["over length"] == 1
     assert ledger.labelled_tokens == 3 * 4
-    for some, said in ((rows[4:], "no row is left to train on: 1 rows: over length"), ([], "there are no rows")):
-        assert said in str(all_of(made, some)[1].no_rows_left("here"))
+    for some, message in ((rows[4:], "no row is left to train on: 1 rows: over length"), ([], "there are no rows")):
+        assert message in str(all_of(made, some)[1].no_rows_left("here"))
 
 
 def test_a_prompt_that_training_does_not_show_is_said_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,4 +1,4 @@
-"""For every shipped template and any conversation: what is learnt is exactly the answers and their end tokens."""
+"""For every shipped template and any conversation: what is in the loss is exactly the answers and their end tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from sft.chat.encode import Encoder
 from tests import tiny_models
-from tests.chat.making import learnt, named
+from tests.chat.making import in_loss, named
 
 ENDS = {"llama3": "<|eot_id|>"}
 TRIMS = {"plain", "default", "llama2", "llama3", "mistral", "alpaca", "vicuna"}
@@ -56,7 +56,7 @@ def made(name: str, folder: Path) -> Encoder:
 @pytest.mark.parametrize("name", ["alpaca", "chatml", "default", "llama2", "llama3", "mistral", "plain", "vicuna"])
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(talk=talks)
-def test_what_is_learnt_is_the_answers_and_their_ends(name: str, folder: Path, talk: Any) -> None:
+def test_what_is_in_the_loss_is_the_answers_and_their_ends(name: str, folder: Path, talk: Any) -> None:
     import unicodedata
 
     encoder = made(name, folder)
@@ -70,7 +70,7 @@ def test_what_is_learnt_is_the_answers_and_their_ends(name: str, folder: Path, t
     shown = [reply.strip() if name in TRIMS else reply for _, reply in turns]
     space, gap = " " if name in SPACED else "", " " if name == "llama2" else ""
     expected = [unicodedata.normalize("NFC", f"{space}{reply}{gap}{end}") for reply in shown]
-    assert learnt(encoder, row) == expected
+    assert in_loss(encoder, row) == expected
     prompt = encoder.prompt({"messages": messages})
     assert row.input_ids[: len(prompt)] == prompt and row.labels[len(prompt)] != -100
     ends = {encoder.tokenizer.convert_tokens_to_ids(end)}

@@ -6,7 +6,7 @@ import pytest
 
 from sft.chat.template import template_names
 from tests.chat import words
-from tests.chat.making import ROOT, answer, encoded, learnt, named, system, user
+from tests.chat.making import ROOT, answer, encoded, in_loss, named, system, user
 
 ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 VICUNA = (
@@ -16,7 +16,7 @@ VICUNA = (
 SYSTEM = system("Be brief.")
 TURNS = [user("Who are you?"), answer("Ann."), user("And now?"), answer("Bob.")]
 WHO, NOW = "Who _ are _ you ?", "And _ now ?"
-# name -> text, ids, learnt stretches; ids: "_" a space, "/n" a newline; in braces what is learnt
+# name -> text, ids, in the loss stretches; ids: "_" a space, "/n" a newline; in braces what is in the loss
 CASES = {
     "plain": (
         "<s>System: Be brief.\nUser: Who are you?\nAssistant: Ann.</s>\nUser: And now?\nAssistant: Bob.</s>\n",
@@ -76,7 +76,7 @@ FIRST = {  # the text of one question without a system text, as the model is ask
 
 
 def read(written: str) -> tuple[list[int], list[int]]:
-    """Hand-written ids and labels: what stands in braces is learnt."""
+    """Hand-written ids and labels: what is in braces is in the loss."""
     tokens: list[int] = []
     labels: list[int] = []
     inside = False
@@ -116,12 +116,12 @@ def test_the_prompt_is_what_training_shows_before_the_answer(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_only_the_last_answer_or_everything_or_nothing_of_weight_zero(name: str) -> None:
     tokenizer = words.tokenizer()
-    whole = learnt(named(name, tokenizer), encoded(named(name, tokenizer), *TURNS))
+    whole = in_loss(named(name, tokenizer), encoded(named(name, tokenizer), *TURNS))
     last = named(name, tokenizer, labels="last_assistant")
-    assert learnt(last, encoded(last, *TURNS)) == whole[1:]
+    assert in_loss(last, encoded(last, *TURNS)) == whole[1:]
     first_silent = [TURNS[0], {**TURNS[1], "weight": 0}, *TURNS[2:]]
     made = named(name, tokenizer)
-    assert learnt(made, encoded(made, *first_silent)) == whole[1:]
+    assert in_loss(made, encoded(made, *first_silent)) == whole[1:]
     everything = named(name, tokenizer, labels="all_tokens")
     row = encoded(everything, *TURNS)
     assert row.labels == row.input_ids

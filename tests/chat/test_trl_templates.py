@@ -67,7 +67,7 @@ def tokenizer_for(*sources: str) -> Any:
 
 
 class NoAnswerError(Exception):
-    """The template the generation prompt differs, so the oracle cannot tell what is asked from what is learnt."""
+    """The template the generation prompt differs, so the oracle cannot tell what is asked from what is in the loss."""
 
 
 def oracle(
@@ -102,7 +102,7 @@ def clean(text: str, at: set[int]) -> set[int]:
     return {index for index in at if not text[index].isspace() and index < tail}
 
 
-def learnt_characters(made: Any, row: Any) -> set[int]:
+def loss_characters(made: Any, row: Any) -> set[int]:
     line = made.tokens.lines([row.text])[0]
     assert line.ids == row.input_ids
     return {
@@ -129,7 +129,7 @@ def test_labels_are_what_the_author_marks(name: str) -> None:
             if row.dropped or text != row.text:
                 continue
             compared += 1
-            got, wanted = clean(text, learnt_characters(made, row)), clean(text, wanted)
+            got, wanted = clean(text, loss_characters(made, row)), clean(text, wanted)
             calls = {at for found in re.finditer(re.escape("<|tool_response>"), text) for at in range(*found.span())}
             assert got - wanted <= calls, (text, sorted(got - wanted))  # ends a turn, though its author leaves it out
             assert got >= wanted, (text, sorted(wanted - got))

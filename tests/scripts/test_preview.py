@@ -51,12 +51,12 @@ def test_a_json_line_for_every_row(command: Callable[..., Result], place: Path) 
     assert done.returncode == 0, done.stderr
     one, two, three, four = (json.loads(line) for line in done.stdout.splitlines())
     asking = words.ids("<|im_start|> user /n Who _ are _ you ? <|im_end|> /n <|im_start|> assistant /n")
-    learnt = words.ids("Ann . <|im_end|>")
+    labelled = words.ids("Ann . <|im_end|>")
     assert one == {
         "id": "one",
         "text": "<|im_start|>user\nWho are you?<|im_end|>\n<|im_start|>assistant\nAnn.<|im_end|>\n",
-        "input_ids": [*asking, *learnt, *words.ids("/n")],
-        "labels": [-100] * len(asking) + learnt + [-100],
+        "input_ids": [*asking, *labelled, *words.ids("/n")],
+        "labels": [-100] * len(asking) + labelled + [-100],
         "truncated_tokens": 0,
         "dropped": None,
     }

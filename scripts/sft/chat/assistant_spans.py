@@ -2,7 +2,7 @@
 
 A region starts where the serving prompt for it ends and ends behind the template's own end of turn. Both come from
 comparing renders of the same words: with and without the generation prompt, with and without what follows.
-docs/decisions/0003-how-labels-are-found.md has the reasoning.
+docs/decisions/0003-labels-from-templates.md has the reasoning.
 """
 
 from __future__ import annotations

@@ -34,8 +34,6 @@ BATCH = 256  # rows tokenised together
 FOLDER = ".cache/tokenised"  # below the project root; `make clean` removes it
 MAX_ENTRIES = 16  # of the cache; the least recently used go
 ROWS, ABOUT = "rows.arrow", "about.json"
-ROUND_TRIPS = 32  # rows decoded again, to see whether the tokenizer preserves their text
-VERIFIED = 8  # cached rows encoded again at each start, to see that the encoder still gives the same
 CODE = ("chat/*.py", "data/*.py", "model/tokenizer.py")  # the files that decide ids and labels
 LIBRARIES = ("transformers", "tokenizers", "jinja2", "pyarrow")
 _IDS = pyarrow.list_(pyarrow.int32())
@@ -103,37 +101,13 @@ def encode_rows(
     encoder: Encoder, rows: Iterable[Row], ledger: RunLedger, total: int, on_progress: Progress | None = None
 ) -> Iterator[tuple[Row, Encoded]]:
     """Each piece to train on with its row, in order, few at a time in memory; counts them in `ledger`."""
-    remaining, checked = iter(rows), False
+    remaining = iter(rows)
     while batch := list(islice(remaining, BATCH)):
-        encoded = encode_pieces(encoder, batch)
-        for pieces in encoded:
+        for row, pieces in zip(batch, encoder.encode_pieces(batch), strict=True):
             ledger.add(*pieces)
-        usable = [(row, one) for row, pieces in zip(batch, encoded, strict=True) for one in pieces if not one.dropped]
-        if not checked:
-            checked = True
-            _check_round_trip(encoder, [piece for _, piece in usable[:ROUND_TRIPS]])
-        yield from usable
+            yield from ((row, piece) for piece in pieces if piece.dropped is None)
         if on_progress:
             on_progress(min(ledger.rows_read, total), total)
-
-
-def encode_pieces(encoder: Encoder, rows: list[Row]) -> list[list[Encoded]]:
-    """What each row is trained on as: itself, or under `over_length: split_turns` as many pieces as it needs."""
-    splits = encoder.over_length == "split_turns"
-    return [
-        encoder.encode_pieces(row) if splits and (whole.truncated_tokens or whole.dropped) else [whole]
-        for row, whole in zip(rows, encoder.encode_batch(rows), strict=True)
-    ]
-
-
-def _check_round_trip(encoder: Encoder, rows: list[Encoded]) -> None:
-    """Warns once when the tokenizer does not give a text back: accents lost, spaces merged, unknown characters."""
-    for row in rows if encoder.kind == "causal" and not encoder.adds_end else []:
-        decoded = encoder.tokenizer.decode(row.input_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        whole = row.text and not row.truncated_tokens
-        if whole and "".join(row.text.split()) != "".join(str(decoded).split()):
-            log.warning(f"the tokenizer changes text, e.g. that of row {row.id}: see it with preview")
-            return
 
 
 class TokenisedRows(Sequence[Feature]):
@@ -193,78 +167,65 @@ class Tokeniser:
     def __call__(
         self, path: Path, digest: str, *, summarise: Summarise = lambda _: None, on_progress: Progress | None = None
     ) -> Split:
-        """The rows of `path` that can be trained on: cached ones where they are still right, else encoded anew.
+        """The rows of `path` that can be trained on, from the cache or encoded.
 
         digest: SHA-256 of the file. summarise: a function of all its rows; what it returns (JSON) is cached with them.
         """
         if self.cache is not None:
             entry = self.cache / hashlib.sha256(f"{digest} {self.fingerprint}".encode()).hexdigest()[:32]
             try:
-                if entry.exists():
-                    split = _read_entry(entry, self.encoder, path)
-                    if isinstance(split, Split):
-                        return split
-                    log.warning("the cached tokens in %s cannot be used (%s): they are encoded again", entry, split)
+                if entry.exists() and (split := _read_entry(entry)):
+                    return split
                 with files.atomic_folder(entry) as staged:
                     with pyarrow.OSFile(str(staged / ROWS), "wb") as sink:
-                        about = _write_rows(self.encoder, path, sink, summarise, on_progress)
+                        about = self._write(path, sink, summarise, on_progress)
                     files.write_json(staged / ABOUT, about)
                     files.write_manifest(staged)
                 _remove_old_entries(self.cache)
-                return _split(pyarrow.memory_map(str(entry / ROWS)), about, cached=False)
+                return _split(pyarrow.memory_map(str(entry / ROWS)), about)
             except (OSError, EnvironmentProblem) as error:
                 log.warning("tokens cannot be cached in %s (%s): they stay in memory", self.cache, error)
         buffer = pyarrow.BufferOutputStream()
-        about = _write_rows(self.encoder, path, buffer, summarise, on_progress)
-        return _split(pyarrow.BufferReader(buffer.getvalue()), about, cached=False)
+        about = self._write(path, buffer, summarise, on_progress)
+        return _split(pyarrow.BufferReader(buffer.getvalue()), about)
+
+    def _write(self, path: Path, sink: Any, summarise: Summarise, on_progress: Progress | None) -> dict[str, Any]:
+        """Writes the rows to `sink` as they are encoded; returns ledger, summary and warnings as JSON values."""
+        ledger = RunLedger()
+        with path.open("rb") as lines:
+            total = sum(1 for _ in lines)
+        with _collect_warnings() as warnings, pyarrow.ipc.new_file(sink, SCHEMA) as out:
+            encoded = encode_rows(self.encoder, store.iter_rows(path), ledger, total, on_progress)
+            while part := list(islice(encoded, 4 * BATCH)):
+                columns = {
+                    "id": [piece.id for _, piece in part],
+                    "prompt_id": [int(records.prompt_id(row), 16) for row, _ in part],
+                    "input_ids": [piece.input_ids for _, piece in part],
+                    "labels": [piece.labels for _, piece in part],
+                }
+                out.write_batch(pyarrow.RecordBatch.from_pydict(columns, schema=SCHEMA))
+        return {"ledger": vars(ledger), "about": summarise(store.iter_rows(path)), "warnings": warnings}
 
 
-def _write_rows(
-    encoder: Encoder, path: Path, sink: Any, summarise: Summarise, on_progress: Progress | None
-) -> dict[str, Any]:
-    """Writes the rows to `sink` as they are encoded; returns ledger, summary and warnings as JSON values."""
-    ledger = RunLedger()
-    with path.open("rb") as lines:
-        total = sum(1 for _ in lines)
-    with _collect_warnings() as warnings, pyarrow.ipc.new_file(sink, SCHEMA) as out:
-        encoded = encode_rows(encoder, store.iter_rows(path), ledger, total, on_progress)
-        while part := list(islice(encoded, 4 * BATCH)):
-            columns = {
-                "id": [piece.id for _, piece in part],
-                "prompt_id": [int(records.prompt_id(row), 16) for row, _ in part],
-                "input_ids": [piece.input_ids for _, piece in part],
-                "labels": [piece.labels for _, piece in part],
-            }
-            out.write_batch(pyarrow.RecordBatch.from_pydict(columns, schema=SCHEMA))
-    return {"ledger": vars(ledger), "about": summarise(store.iter_rows(path)), "warnings": warnings}
-
-
-def _read_entry(entry: Path, encoder: Encoder, path: Path) -> Split | str:
-    """What is cached in `entry`, or why it cannot be used. Warnings of the time when it was written are repeated."""
-    if problem := files.manifest_problem(entry):
-        return problem
+def _read_entry(entry: Path) -> Split | None:
+    """What is cached in `entry`, with the warnings of when it was written; None, with a warning, if it is damaged."""
+    problem = files.manifest_problem(entry)
     try:
-        about = json.loads((entry / ABOUT).read_text(encoding="utf-8"))
-        split = _split(pyarrow.memory_map(str(entry / ROWS)), about, cached=True)
+        if not problem:
+            about = json.loads((entry / ABOUT).read_text(encoding="utf-8"))
+            split = _split(pyarrow.memory_map(str(entry / ROWS)), about, cached=True)
+            for text in split.warnings:
+                log.warning("%s", text)
+            entry.touch()
+            return split
     except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
-        return f"they cannot be read: {type(error).__name__}"
-    with _collect_warnings() as repeated:
-        first = encode_pieces(encoder, list(islice(store.iter_rows(path), VERIFIED)))
-    pieces = [piece for row in first for piece in row if piece.dropped is None]
-    expected = [{"id": piece.id, "input_ids": piece.input_ids, "labels": piece.labels} for piece in pieces]
-    if split.rows[: len(expected)] != expected:
-        return "the encoder now gives other tokens for the same rows"
-    for text in split.warnings:
-        if text not in repeated:
-            log.warning("%s", text)
-    entry.touch()
-    return split
+        problem = f"they cannot be read: {type(error).__name__}"
+    log.warning("the cached tokens in %s cannot be used (%s): they are encoded again", entry, problem)
+    return None
 
 
-def _split(source: Any, about: dict[str, Any], *, cached: bool) -> Split:
+def _split(source: Any, about: dict[str, Any], *, cached: bool = False) -> Split:
     table = pyarrow.ipc.open_file(source).read_all()
-    if table.schema != SCHEMA:
-        raise ValueError("other columns")
     ledger = RunLedger(**about["ledger"])
     return Split(TokenisedRows(table), ledger, about["about"], list(about["warnings"]), cached)
 

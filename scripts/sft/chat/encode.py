@@ -93,8 +93,8 @@ class Encoder:
         self.tokens = Tokens(self.tokenizer, self.vocabulary)
         self.traits = probe_template(self.template, self.vocabulary)
         self.spans = AssistantSpans(self.template, self.vocabulary, self.traits.turn)
-        self.adds_end = not self.traits.turn.end.strip()
-        if self.adds_end and not self.traits.turn.middle_end.strip() and self.tokenizer.eos_token_id is None:
+        turn = self.traits.turn
+        if not (turn.end.strip() or turn.middle_end.strip()) and self.tokenizer.eos_token_id is None:
             raise TemplateError(
                 "neither the template nor the tokenizer has an end token, so answers would never stop",
                 where=self.template.name,
@@ -117,21 +117,22 @@ class Encoder:
             for row, layout in zip(rows, layouts, strict=True)
         ]
 
-    def encode_pieces(self, row: Row) -> list[Encoded]:
-        """All that a row is trained on as: itself, or under `split_turns` pieces that fit, if it is too long.
+    def encode_pieces(self, rows: list[Row]) -> list[list[Encoded]]:
+        """All that each row is trained on as: itself, or under `split_turns` pieces that fit, if it is too long.
 
         Every answer is in the loss of one piece alone, and every piece begins with the row's system text. A single
         exchange that is too long is cut as under `truncate_left`.
         """
-        whole = self.encode(row)
         splits = self.over_length == "split_turns" and self.in_loss != "last_assistant"
-        if not splits or whole.fits or records.is_rendered(row):
+        pairs = zip(rows, self.encode_batch(rows), strict=True)
+        return [self._pieces(row, whole) if splits and not whole.fits else [whole] for row, whole in pairs]
+
+    def _pieces(self, row: Row, whole: Encoded) -> list[Encoded]:
+        if records.is_rendered(row):
             return [whole]
         shared = {"id": whole.id, "tools": records.tools(row)}
-        pieces = split_long_chat(
-            records.messages(row), lambda messages: self.encode({**shared, "messages": messages}).fits
-        )
-        return [self.encode({**shared, "messages": piece}) for piece in pieces] if len(pieces) > 1 else [whole]
+        chats = split_long_chat(records.messages(row), lambda chat: self.encode({**shared, "messages": chat}).fits)
+        return [self.encode({**shared, "messages": chat}) for chat in chats] if len(chats) > 1 else [whole]
 
     def _layout_of_row(self, row: Row) -> Layout | Encoded:
         """The row's text and regions, or what a row that the template refuses becomes."""
@@ -150,7 +151,8 @@ class Encoder:
         return layout
 
     def _layout(self, name: str, messages: list[Message], tools: Tools, *, prompt: bool = False) -> Layout:
-        """The proven layout of a conversation; of its normalised form where the template refuses this one."""
+        """The proven layout of a conversation; of its plainest form where the template refuses this one."""
+        messages = [_as_text(one) if isinstance(one.get("content"), list) else one for one in messages]
         try:
             return self.spans.layout(messages, tools, prompt=prompt)
         except Refused as refused:

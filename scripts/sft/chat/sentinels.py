@@ -108,11 +108,6 @@ def _with_sentinels(message: Message, index: int, placement: Placement, controls
     content = copy.get("content")
     if isinstance(content, str) and content.strip():
         copy["content"] = _around(content, opening, closing, placement)
-    elif isinstance(content, list) and (shown := [at for at, part in enumerate(content) if _has_text(part)]):
-        parts = [dict(part) if isinstance(part, dict) else part for part in content]
-        parts[shown[-1]]["text"] = _around(parts[shown[-1]]["text"], "", closing, placement)
-        parts[shown[0]]["text"] = _around(parts[shown[0]]["text"], opening, "", EDGES)
-        copy["content"] = parts
     elif closing:
         texts = [key for key in REASONING if isinstance(copy.get(key), str) and copy[key].strip()]
         copy |= {key: _around(copy[key], "", closing, placement) for key in texts[:1]}
@@ -124,10 +119,6 @@ def _around(text: str, opening: str, closing: str, placement: Placement) -> str:
     start = text.index(words)
     end = start + (int(len(words) * placement) or 1 if isinstance(placement, float) else len(words))
     return text[:start] + opening + text[start:end] + closing + text[end:]
-
-
-def _has_text(part: Any) -> bool:
-    return isinstance(part, dict) and isinstance(part.get("text"), str) and bool(part["text"].strip())
 
 
 def _name_marked(calls: Any, closing: str) -> Any:
@@ -219,5 +210,4 @@ def has_content(message: Message) -> bool:
 
 def has_words(message: Message) -> bool:
     """Whether a message's content is more than white space."""
-    content = message.get("content")
-    return bool(content.strip() if isinstance(content, str) else content)
+    return bool(str(message.get("content") or "").strip())

@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import math
+import re
 import threading
 import time
 from collections.abc import Mapping
@@ -181,10 +182,7 @@ class ChatTemplate:
         """
         if not self.prints_date:
             return ""
-        trees = [self._plain.environment.parse(source) for source in (self.source, self.tool_source or "")]
-        calls = [call for tree in trees for call in tree.find_all(nodes.Call) if len(call.args) == 1]
-        calls = [call for call in calls if isinstance(call.node, nodes.Name) and call.node.name == "strftime_now"]
-        formats = [call.args[0].value for call in calls if isinstance(call.args[0], nodes.Const)]
+        formats = re.findall(r"""strftime_now\(\s*['"]([^'"]*)['"]""", f"{self.source} {self.tool_source}")
         table = json.dumps({text: self.day.strftime(text) for text in formats})
         return f"{{% macro strftime_now(format) %}}{{{{ {table}[format] }}}}{{% endmacro %}}"
 
@@ -255,8 +253,6 @@ def _turn_texts(messages: list[Message], tools: Tools) -> dict[str, str]:
     texts = {"system": ""}
     for message in messages:
         content = message.get("content")
-        if isinstance(content, list):
-            content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
         texts[str(message["role"])] = content if isinstance(content, str) else ""
     return texts
 

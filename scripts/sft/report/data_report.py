@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sft import files
-from sft.chat.dataset import BATCH, RunLedger, encode_pieces
+from sft.chat.dataset import BATCH, RunLedger
 from sft.chat.encode import Encoded, Encoder
 from sft.chat.loss_mask import IGNORED
 from sft.config.schema import Config
@@ -136,7 +136,7 @@ def _encode_over(
     probe = _with_limit(encoder, limit)
     over = [i for i, one in enumerate(encoded) if max(len(one.input_ids), len(one.labels)) > limit]
     parts = (over[start : start + BATCH] for start in range(0, len(over), BATCH))
-    pairs = (zip(part, encode_pieces(probe, [rows[i] for i in part]), strict=True) for part in parts)
+    pairs = (zip(part, probe.encode_pieces([rows[i] for i in part]), strict=True) for part in parts)
     return {i: pieces for part in pairs for i, pieces in part}
 
 

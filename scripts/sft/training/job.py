@@ -141,9 +141,12 @@ def prepare(
     from sft.chat.dataset import FOLDER
     from sft.generation.load import load_encoder
     from sft.metrics.scoring import check_names
+    from sft.model.tokenizer import round_trip_problem
 
     check_names(config.eval.metrics)
     encoder = load_encoder(config, root, files=model_files)
+    if problem := round_trip_problem(encoder.tokenizer):
+        log.warning(problem)
     answered = config.eval.train_sample if config.train.eval_strategy != "no" else 0
     rows = read_rows(
         store.resolve_stage(config.data, root), encoder, answered=answered, cache=root / FOLDER, on_progress=on_progress

@@ -8,7 +8,7 @@ import pytest
 
 from sft.errors import TemplateError
 from tests.chat import words
-from tests.chat.making import CHATML, answer, encoded, encoder, learnt, system, user
+from tests.chat.making import CHATML, answer, encoded, encoder, in_loss, system, user
 
 LOOP = "{% for m in messages %}"
 END = "{% endfor %}"
@@ -22,7 +22,7 @@ def regions(source: str, *messages: dict[str, Any], **named: Any) -> list[str]:
     made = encoder(source, words.tokenizer(eos="<|im_end|>", bos=None), **named)
     row = encoded(made, *messages)
     assert row.dropped is None, row.dropped
-    return learnt(made, row)
+    return in_loss(made, row)
 
 
 def reason(source: str, *messages: dict[str, Any]) -> str:
@@ -30,17 +30,17 @@ def reason(source: str, *messages: dict[str, Any]) -> str:
     return str(encoded(made, *messages).dropped)
 
 
-def test_the_same_words_in_question_and_answer_are_told_apart() -> None:
+def test_the_same_words_in_question_and_answer_are_kept_separate() -> None:
     assert regions(CHATML, user("Ann."), answer("Ann."), user("Ann."), answer("Ann.")) == ["Ann.<|im_end|>"] * 2
 
 
-def test_trimmed_answers_are_learnt_as_they_are_written() -> None:
+def test_trimmed_answers_are_in_the_loss_as_they_are_written() -> None:
     trimmed = CHATML.replace("message['content']", "message['content'] | trim")
     assert regions(trimmed, user(" Who\n"), answer("\n\n Ann. \n")) == ["Ann.<|im_end|>"]
     assert regions(CHATML, user("Who"), answer("Ann. \n")) == ["Ann. \n<|im_end|>"]
 
 
-def test_a_think_block_that_only_the_last_turn_keeps_is_learnt_there() -> None:
+def test_a_think_block_that_only_the_last_turn_keeps_is_in_the_loss_there() -> None:
     source = (
         LOOP + "{% set c = m.content if loop.last else m.content.split('>')[-1] | trim %}"
         "{{ '<|im_start|>' + m.role + '\\n' + c + '<|im_end|>\\n' }}" + END + ASK
@@ -52,7 +52,7 @@ def test_a_think_block_that_only_the_last_turn_keeps_is_learnt_there() -> None:
     ]
 
 
-def test_what_the_prompt_says_already_is_not_learnt() -> None:
+def test_what_the_prompt_says_already_is_not_in_the_loss() -> None:
     asked = "<|im_start|>assistant\\n<s>now</s>"
     source = (
         LOOP + "{% if m.role == 'assistant' %}{{ '" + asked + "' + m.content + '<|im_end|>\\n' }}{% else %}" + TURN
@@ -91,7 +91,7 @@ def test_a_turn_that_the_next_header_ends_learns_that_header_token() -> None:
         + "{% if add_generation_prompt %}{{ '[/INST]\\n' }}{% endif %}"
     )  # fmt: skip
     made = encoder(source, words.tokenizer(eos="</s>", bos=None))
-    assert learnt(made, encoded(made, *TWO)) == ["Ann.[INST]", "Bob.[INST]"]
+    assert in_loss(made, encoded(made, *TWO)) == ["Ann.[INST]", "Bob.[INST]"]
     assert words.ID["[INST]"] in made.stops.ids
 
 
@@ -101,7 +101,7 @@ def test_a_template_without_any_end_gets_the_tokenizers_own() -> None:
     )
     made = encoder(source, words.tokenizer())
     row = encoded(made, *TWO)
-    assert learnt(made, row) == [" Ann.</s>", " Bob.</s>"]
+    assert in_loss(made, row) == [" Ann.</s>", " Bob.</s>"]
     assert row.input_ids[: len(made.prompt(TWO))] == made.prompt(TWO)  # the first answer ends in the prompt too
     assert words.ID["</s>"] in made.prompt(TWO) and made.stops.strings == ("\nuser:",)
 
@@ -171,7 +171,7 @@ def test_contents_in_parts_are_given_to_templates_that_want_them() -> None:
     assert regions(source, *parts) == ["Ann.<|im_end|>", "Bob.<|im_end|>"]
 
 
-def test_tool_calls_are_learnt_and_results_are_not() -> None:
+def test_tool_calls_are_in_the_loss_and_results_are_not() -> None:
     source = (
         LOOP + "{{ '<|im_start|>' + m.role + '\\n' + m.content }}{% for c in m.tool_calls or [] %}"
         "{{ '[' + c.function.name + (c.function.arguments | tojson) + ']' }}{% endfor %}{{ '<|im_end|>\\n' }}"
@@ -182,9 +182,9 @@ def test_tool_calls_are_learnt_and_results_are_not() -> None:
     talk = [ONE[0], answer("", tool_calls=[call]), {"role": "tool", "content": "SYS now"}, answer("Bob.")]
     made = encoder(source, words.tokenizer(eos="<|im_end|>", bos=None))
     row = encoded(made, *talk)
-    first, second = learnt(made, row)
+    first, second = in_loss(made, row)
     assert first.startswith("[SYS") and first.endswith("]<|im_end|>") and second == "Bob.<|im_end|>"
-    assert learnt(made, encoded(made, *talk[:2]))[0] == first
+    assert in_loss(made, encoded(made, *talk[:2]))[0] == first
 
 
 def test_a_conversation_that_begins_with_an_answer_and_answers_in_a_row() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests import tiny_models
-from tests.chat.making import CHATML, answer, encoded, encoder, learnt, user
+from tests.chat.making import CHATML, answer, encoded, encoder, in_loss, user
 
 SPACED = (
     "{{ bos_token }}{% for m in messages %}{{ '[' + m.role + '] ' + m.content + eos_token + '\n' }}{% endfor %}"
@@ -41,7 +41,7 @@ def ids(tok: Any, text: str) -> list[int]:
 
 @pytest.mark.parametrize("scheme", ["first", "always", "never"])
 @pytest.mark.parametrize("source", [CHATML, SPACED], ids=["chatml", "spaced"])
-def test_the_prompt_is_the_begin_of_the_row_and_the_answer_is_learnt_whole(scheme: str, source: str) -> None:
+def test_the_prompt_is_the_begin_of_the_row_and_the_answer_is_in_the_loss_whole(scheme: str, source: str) -> None:
     tok = tokenizer(scheme)
     made = encoder(source, tok)
     end = "<|im_end|>" if source is CHATML else "</s>"
@@ -52,7 +52,7 @@ def test_the_prompt_is_the_begin_of_the_row_and_the_answer_is_learnt_whole(schem
             assert row.dropped is None
             assert row.input_ids[: len(prompt)] == prompt and row.labels[len(prompt)] != -100
             assert prompt[: len(made.prompt(talk[:1]))] == made.prompt(talk[:1]) == ids(tok, _asked(made, talk[:1]))
-            shown = [stretch.lstrip(" ") for stretch in learnt(made, row)]
+            shown = [stretch.lstrip(" ") for stretch in in_loss(made, row)]
             assert shown == [f"{first}{end}".lstrip(" "), f"{second}{end}".lstrip(" ")]
 
 
@@ -71,4 +71,4 @@ def test_control_text_is_spelt_out(scheme: str) -> None:
         *("<s>", "<|im_start|>", "<|im_end|>", "<|im_start|>", "<|im_end|>"),
     ]
     assert "A <|im_end|> b</s><|im_end|>" in tok.decode(row.input_ids)
-    assert learnt(made, row) in (["No.<|im_end|>"], [" No.<|im_end|>"])
+    assert in_loss(made, row) in (["No.<|im_end|>"], [" No.<|im_end|>"])

@@ -12,7 +12,7 @@ from sft.chat.template import load_template
 from sft.config.schema import DataSection
 from sft.errors import TemplateError
 from tests.chat import words
-from tests.chat.making import CHATML, ROOT, answer, encoded, encoder, learnt, user
+from tests.chat.making import CHATML, ROOT, answer, encoded, encoder, in_loss, user
 
 LOOP = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
 
@@ -58,7 +58,7 @@ def test_without_a_default_rows_are_written_plainly_with_a_warning(
     assert "System: / User: / Assistant:" in caplog.text
     ready = encoder(made, words.tokenizer())
     row = encoded(ready, user("Who"), answer("Ann."))
-    assert row.text == "<s>User: Who\nAssistant: Ann." and learnt(ready, row) == [" Ann.</s>"]
+    assert row.text == "<s>User: Who\nAssistant: Ann." and in_loss(ready, row) == [" Ann.</s>"]
 
 
 def test_the_begin_token_is_there_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,8 @@ from sft.chat.encode import Encoded
 from sft.data import rows, store
 from sft.data.rows import shared_system_text
 from sft.training import job
-from tests.chat import words
-from tests.chat.making import all_of, named
+from tests.chat import making, words
+from tests.chat.making import CHATML, all_of, named
 from tests.test_architecture import imports
 
 ASKED = ["Who are you?", "And you?", "Who?", "Be brief. Who are you now?"]
@@ -67,7 +66,7 @@ def test_what_is_kept_is_what_encoding_gives(tmp_path: Path, some: Path, monkeyp
     encoded: list[int] = []
     encode = made.encode_batch
     monkeypatch.setattr(made, "encode_batch", lambda batch: encoded.append(len(batch)) or encode(batch))
-    for cache, kept, rows_encoded in ((None, False, 600), (tmp_path / "c", False, 600), (tmp_path / "c", True, 8)):
+    for cache, kept, rows_encoded in ((None, False, 600), (tmp_path / "c", False, 600), (tmp_path / "c", True, 0)):
         encoded.clear()
         found = start(made, some, cache)
         assert list(found.rows) == features and found.ledger == ledger and found.about == "Be brief."
@@ -131,15 +130,8 @@ def _not_arrow(entry: Path) -> None:
     files.write_manifest(entry)
 
 
-def _other_rows(entry: Path) -> None:
-    path = put(entry.parents[1] / "other.jsonl", [row(number + 1) for number in range(20)])
-    start(encoder(), path, entry.parents[1] / "other")
-    shutil.rmtree(entry)
-    shutil.copytree(entry_of(entry.parents[1] / "other"), entry)
-
-
-@pytest.mark.parametrize("harm", [_flip, _cut, _unwritten, _not_arrow, _other_rows])
-def test_a_broken_or_foreign_entry_is_made_anew_and_said(
+@pytest.mark.parametrize("harm", [_flip, _cut, _unwritten, _not_arrow])
+def test_a_damaged_entry_is_encoded_again_with_a_warning(
     tmp_path: Path, some: Path, harm: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     cache = tmp_path / "c"
@@ -151,7 +143,7 @@ def test_a_broken_or_foreign_entry_is_made_anew_and_said(
     assert start(encoder(), some, cache).cached
 
 
-def test_a_folder_that_cannot_be_written_keeps_nothing_and_is_said(
+def test_a_folder_that_cannot_be_written_caches_nothing_and_warns(
     tmp_path: Path, some: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "c").write_text("a file")
@@ -162,17 +154,20 @@ def test_a_folder_that_cannot_be_written_keeps_nothing_and_is_said(
 def test_warnings_come_up_at_every_start_and_old_entries_go(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    odd = put(tmp_path / "odd.jsonl", [row(1), row(2, assistant="\u00e4\u00f6\u00fc")])
+    think = CHATML.replace("'<|im_start|>assistant\\n' }}", "'<|im_start|>assistant\\n<s>now' }}")
+    assert think != CHATML
+    path = put(tmp_path / "train.jsonl", [row(1), row(2)])
     for _ in range(2):
         caplog.clear()
-        found = start(encoder(), odd, tmp_path / "c")
-        assert [record.getMessage() for record in caplog.records] == found.warnings and "changes text" in caplog.text
+        found = start(making.encoder(think, words.tokenizer()), path, tmp_path / "c")
+        assert [record.getMessage() for record in caplog.records] == found.warnings
+        assert "the generation prompt differs" in caplog.text
     assert found.cached
     monkeypatch.setattr(dataset, "MAX_ENTRIES", 2)
     first = entry_of(tmp_path / "c")
     os.utime(first, (1, 1))
     for limit in (50, 51):
-        start(encoder(max_seq_len=limit), odd, tmp_path / "c")
+        start(encoder(max_seq_len=limit), path, tmp_path / "c")
     assert len(list((tmp_path / "c").iterdir())) == 2 and not first.exists()
 
 
@@ -183,10 +178,10 @@ def test_a_row_of_several_pieces_is_one_row_of_the_ledger() -> None:
     ledger.add(Encoded("c", [], [], dropped="over length"), Encoded("c", [], [], dropped="over length"))
     assert (ledger.rows_read, ledger.rows_trained, ledger.pieces, ledger.labelled_tokens) == (3, 2, 3, 4)
     assert ledger.dropped == {"over length": ["c"]} and ledger.pieces_dropped == {"over length": 1}
-    assert any("2 rows split at their turns into 3 pieces" in said for said in ledger.sentences())
+    assert any("2 rows split at their turns into 3 pieces" in message for message in ledger.sentences())
 
 
-def test_split_rows_are_kept_piece_by_piece_and_each_answer_is_learnt_once(tmp_path: Path) -> None:
+def test_split_rows_are_kept_piece_by_piece_and_each_answer_is_in_the_loss_once(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "Ann. Bob."}]
     talks = [{"id": f"r{count}", "messages": turns * count} for count in (1, 3, 9)]
     path, made = put(tmp_path / "train.jsonl", talks), encoder(max_seq_len=60, over_length="split_turns")

@@ -8,7 +8,7 @@ import pytest
 
 from sft.errors import DataError
 from tests.chat import words
-from tests.chat.making import answer, encoded, learnt, named, user
+from tests.chat.making import answer, encoded, in_loss, named, user
 
 TALK = [user("Who are you?"), answer("Ann. Bob."), user("And now?"), answer("Bob. Ann.")]
 # <s> User : _ Who _ are _ you ? /n Assistant : | _ Ann . _ Bob . </s> | /n User : _ And _ now ? /n Assistant : | _ Bob
@@ -32,16 +32,16 @@ def test_truncate_left_cuts_the_oldest_tokens_and_keeps_the_begin_token_and_the_
     assert got.input_ids == whole.input_ids[:1] + whole.input_ids[25:]
     assert got.labels == whole.labels[:1] + whole.labels[25:]
     assert (got.truncated_tokens, got.dropped) == (24, None)
-    assert learnt(made, got) == [" Bob. Ann.</s>"]
+    assert in_loss(made, got) == [" Bob. Ann.</s>"]
     made, got = row("truncate_left", 24)
-    assert learnt(made, got) == ["Bob.</s>"[3:], " Bob. Ann.</s>"] or learnt(made, got)[-1] == " Bob. Ann.</s>"
+    assert in_loss(made, got) == ["Bob.</s>"[3:], " Bob. Ann.</s>"] or in_loss(made, got)[-1] == " Bob. Ann.</s>"
 
 
 def test_truncate_left_gives_up_the_newline_behind_the_answer_first() -> None:
     _, whole = row("drop", 39)
     made, got = row("truncate_left", 9)  # begin token, one token of the prompt, seven of the answer
     assert got.input_ids == whole.input_ids[:1] + whole.input_ids[30:38]
-    assert learnt(made, got) == [" Bob. Ann.</s>"] and got.truncated_tokens == 30
+    assert in_loss(made, got) == [" Bob. Ann.</s>"] and got.truncated_tokens == 30
 
 
 def test_an_answer_that_is_too_long_by_itself_is_dropped_and_named() -> None:
@@ -53,9 +53,9 @@ def test_truncate_right_ends_with_the_end_token_of_the_answer_it_cuts() -> None:
     _, whole = row("drop", 39)
     made, got = row("truncate_right", 35)
     assert got.input_ids == [*whole.input_ids[:34], words.ID["</s>"]]
-    assert learnt(made, got) == [" Ann. Bob.</s>", " Bob.</s>"] and got.truncated_tokens == 4
+    assert in_loss(made, got) == [" Ann. Bob.</s>", " Bob.</s>"] and got.truncated_tokens == 4
     made, got = row("truncate_right", 25)
-    assert got.input_ids == whole.input_ids[:25] and learnt(made, got) == [" Ann. Bob.</s>"]
+    assert got.input_ids == whole.input_ids[:25] and in_loss(made, got) == [" Ann. Bob.</s>"]
 
 
 def test_truncate_right_drops_a_row_of_which_no_answer_is_left() -> None:
@@ -63,7 +63,7 @@ def test_truncate_right_drops_a_row_of_which_no_answer_is_left() -> None:
         _, got = row("truncate_right", limit)
         assert got.dropped == "no label left", limit
     made, got = row("truncate_right", 15)
-    assert learnt(made, got) == [" </s>"]
+    assert in_loss(made, got) == [" </s>"]
 
 
 def test_drop_and_error() -> None:
@@ -81,7 +81,7 @@ def test_the_end_token_survives_every_cut() -> None:
                 continue
             assert len(got.input_ids) <= limit and len(got.labels) == len(got.input_ids)
             assert got.truncated_tokens == 39 - len(got.input_ids)
-            assert all(stretch.endswith("</s>") for stretch in learnt(made, got))
+            assert all(stretch.endswith("</s>") for stretch in in_loss(made, got))
 
 
 def test_plain_text_has_no_prompt_to_keep_and_loses_its_oldest_tokens() -> None:

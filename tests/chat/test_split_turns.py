@@ -1,4 +1,4 @@
-"""Conversations cut between their turns: every answer is learnt once, every piece fits, nothing is lost in silence."""
+"""Conversations cut between their turns: every answer is in the loss once, every piece fits, nothing silently lost."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.chat import words
-from tests.chat.making import answer, learnt, named, system, user
+from tests.chat.making import answer, in_loss, named, system, user
 
 TALK = [system("Be brief."), user("Who are you?"), answer("Ann."), user("And now?"), answer("Bob."), user("Who?")]
 WORDS = st.lists(st.sampled_from(["Ann", "Bob", ".", "you", "are", "now", "/s", "im_end"]), min_size=1, max_size=9)
@@ -28,33 +28,33 @@ def exchanges(texts: list[list[str]]) -> list[dict[str, Any]]:
 def test_a_row_that_fits_is_one_piece_and_other_policies_never_split() -> None:
     row = {"messages": exchanges([["Ann"]] * 4)}
     for policy in ("truncate_left", "truncate_right", "drop"):
-        assert len(made(policy, 30).encode_pieces(row)) == 1
-    assert len(made("split_turns", 1000).encode_pieces(row)) == 1
+        assert len(made(policy, 30).encode_pieces([row])[0]) == 1
+    assert len(made("split_turns", 1000).encode_pieces([row])[0]) == 1
     short = {"id": "1", "system": "Be brief.", "user": "Who", "assistant": "Ann " * 40}
-    assert len(made("split_turns", 60).encode_pieces(short)) == 1
+    assert len(made("split_turns", 60).encode_pieces([short])[0]) == 1
 
 
 def test_pieces_begin_with_the_system_text_and_follow_each_other() -> None:
     encoder = made("split_turns", 60)
-    pieces = encoder.encode_pieces({"id": "r", "messages": exchanges([["Ann"], ["Bob"], ["now"], ["you"]])})
+    pieces = encoder.encode_pieces([{"id": "r", "messages": exchanges([["Ann"], ["Bob"], ["now"], ["you"]])}])[0]
     assert len(pieces) > 1 and {piece.id for piece in pieces} == {"r"}
     assert all(
         piece.text.startswith("<s><|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user") for piece in pieces
     )
-    shown = [text for piece in pieces for text in learnt(encoder, piece)]
+    shown = [text for piece in pieces for text in in_loss(encoder, piece)]
     assert [text.split()[1] for text in shown] == ["Ann<|im_end|>", "Bob<|im_end|>", "now<|im_end|>", "you<|im_end|>"]
 
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(WORDS, min_size=2, max_size=7), st.integers(30, 120))
-def test_every_answer_is_learnt_once_and_every_piece_fits(texts: list[list[str]], limit: int) -> None:
+def test_every_answer_is_in_the_loss_once_and_every_piece_fits(texts: list[list[str]], limit: int) -> None:
     encoder, whole = made("split_turns", limit), made("drop", 100_000)
     row = {"messages": exchanges(texts)}
-    pieces = encoder.encode_pieces(row)
-    wanted = learnt(whole, whole.encode(row))
+    pieces = encoder.encode_pieces([row])[0]
+    wanted = in_loss(whole, whole.encode(row))
     kept = [piece for piece in pieces if piece.dropped is None]
     assert all(len(piece.input_ids) <= limit for piece in kept)
-    got = [text for piece in kept for text in learnt(encoder, piece)]
+    got = [text for piece in kept for text in in_loss(encoder, piece)]
     lost = sum(len(whole.encode({"messages": exchanges([text])}).input_ids) > limit for text in texts)
     if not lost:
         assert got == wanted and not any(piece.truncated_tokens for piece in pieces)
@@ -75,17 +75,17 @@ def test_ends_survive_every_policy_or_the_row_is_named(
     encoder, whole = made(policy, limit, name), made("drop", 100_000, name)
     row = {"messages": exchanges(texts)}
     full = whole.encode(row)
-    for piece in encoder.encode_pieces(row):
+    for piece in encoder.encode_pieces([row])[0]:
         if piece.dropped is not None:
             assert piece.dropped in ("over length", "no label left")
             continue
         assert len(piece.input_ids) == len(piece.labels) <= limit
         ends = tuple(encoder.tokenizer.convert_ids_to_tokens(sorted(encoder.stops.ids)))
-        assert all(text.endswith(ends) for text in learnt(encoder, piece))
+        assert all(text.endswith(ends) for text in in_loss(encoder, piece))
         if policy != "split_turns":
             assert piece.truncated_tokens == len(full.input_ids) - len(piece.input_ids)
 
 
 def test_error_names_the_row_and_the_ways_out() -> None:
     with pytest.raises(Exception, match="split_turns"):
-        made("error", 20).encode_pieces({"id": "r", "messages": TALK[:5]})
+        made("error", 20).encode_pieces([{"id": "r", "messages": TALK[:5]}])[0]
