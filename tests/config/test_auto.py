@@ -240,7 +240,6 @@ def test_explicit_values_about_saving_are_never_changed(save: str, evaluate: str
         ("loss", False),
         ("eval_loss", False),
         ("perplexity", False),
-        ("evaluate:wer", False),
         ("rougeL", True),
         ("eval_rougeL", True),
         ("exact_match", True),

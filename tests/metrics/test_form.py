@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from sft.errors import ConfigError
-from sft.metrics.scoring import compiled, form
-from sft.metrics.text import rows_by_tag, tags_of
+from sft.metrics.scoring import by_tag, compiled, form, score_rows
+from sft.metrics.text import tags_of
 from tests.metrics.helpers import score
 
 
@@ -34,4 +34,7 @@ def test_adherence_is_to_the_pattern_or_to_the_form_of_a_reference() -> None:
 def test_a_row_counts_for_each_of_its_tags() -> None:
     tags = [tags_of({"tags": ["a", "b"], "category": "b"}), tags_of({"tag": "a"}), tags_of({"tags": None, "tag": " "})]
     assert tags == [["a", "b"], ["a"], []]
-    assert rows_by_tag(tags) == {"a": [0, 1], "b": [0]}
+    scores = score_rows(["exact_match"], ["x", "y", "z"], ["x", "n", "z"])
+    assert by_tag(tags, scores, ["x", "y", "z"], [["x"], ["n"], ["z"]]) == {
+        "a": {"rows": 2, "exact_match": 0.5}, "b": {"rows": 1, "exact_match": 1.0},
+    }  # fmt: skip

@@ -197,7 +197,7 @@ def _micro_batch_tokens(config: Config, facts: Facts) -> tuple[int, str]:
 
 
 def _greater_is_better(config: Config, facts: Facts) -> tuple[bool, str]:
-    name = config.train.metric_for_best_model.removeprefix("eval_").removeprefix("evaluate:").removeprefix("eval/")
+    name = config.train.metric_for_best_model.removeprefix("eval_").removeprefix("eval/")
     lower = name in LOWER_IS_BETTER or name.endswith(("_loss", "/loss"))
     return not lower, f"{name} is better when {'lower' if lower else 'higher'}"
 

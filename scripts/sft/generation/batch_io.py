@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +56,8 @@ def _request(row: Row, system: str | None, where: str) -> Request:
     if key is None:
         return Request({"input": extra, "target": ""}, str(extra), row)
     question = f"{row[key]}\n\n{extra}" if key == "instruction" and extra and extra.strip() else row[key]
-    messages = _with_system(row.get("system") or system, [{"role": "user", "content": question}])
-    return Request({"messages": messages}, question, row)
+    own = {"messages": [{"role": "user", "content": question}]}
+    return replace(_conversation(own, row.get("system") or system, where), original=row)
 
 
 def _conversation(row: Row, system: str | None, where: str) -> Request:
@@ -70,14 +70,11 @@ def _conversation(row: Row, system: str | None, where: str) -> Request:
     questions = [turn for turn in turns if turn["role"] == "user"]
     if not questions:
         raise DataError("messages has no question", where=where)
-    own_system = turns[0]["role"] in ("system", "developer")
+    if system and turns[0]["role"] not in ("system", "developer"):
+        turns.insert(0, {"role": "system", "content": system})
     tools = rows.tools(row)
-    prompt = {"messages": turns if own_system else _with_system(system, turns)} | ({"tools": tools} if tools else {})
+    prompt = {"messages": turns} | ({"tools": tools} if tools else {})
     return Request(prompt, str(questions[-1].get("content") or ""), row)
-
-
-def _with_system(system: str | None, turns: list[Row]) -> list[Row]:
-    return [*([{"role": "system", "content": system}] if system else []), *turns]
 
 
 def write(path: Path, requests: Sequence[Request], answers: Sequence[Answer | None]) -> None:

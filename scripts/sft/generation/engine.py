@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from queue import SimpleQueue
 from threading import Event, Thread
@@ -105,21 +105,17 @@ def generate(
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
-            rows_together = _halve(min(rows_together, len(left)))
+            rows_together = min(rows_together, len(left)) // 2
+            if not rows_together:
+                raise EnvironmentProblem(
+                    "there is not enough memory for a single answer",
+                    fix="--set generation.max_new_tokens=64, a shorter prompt, or a smaller model",
+                )
+            log.warning("out of memory: going on with %d answers side by side", rows_together)
             for sequence in left:
                 sequence.restart()
             release_memory()
     return [answers[index] for index in range(len(prompts))]
-
-
-def _halve(rows_together: int) -> int:
-    if rows_together == 1:
-        raise EnvironmentProblem(
-            "there is not enough memory for a single answer",
-            fix="--set generation.max_new_tokens=64, a shorter prompt, or a smaller model",
-        )
-    log.warning("out of memory with %d answers side by side: trying %d", rows_together, rows_together // 2)
-    return rows_together // 2
 
 
 def stream(
@@ -170,10 +166,7 @@ class LoadedModel:
     @contextmanager
     def base_only(self) -> Iterator[None]:
         """Switches the adapter off within the block."""
-        if not self.adapted:
-            yield
-            return
-        with self.model.disable_adapter():
+        with self.model.disable_adapter() if self.adapted else nullcontext():
             yield
 
     def prompt(self, row: rows.Row | list[Message], settings: GenerationSection) -> tuple[list[int], int]:

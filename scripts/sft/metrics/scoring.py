@@ -14,11 +14,10 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from sft.errors import ConfigError, DataError, EnvironmentProblem, nearest, one_line
+from sft.errors import ConfigError, DataError, nearest
 from sft.metrics import ngram, text
 from sft.metrics.text import mean
 
@@ -31,10 +30,7 @@ _NOT_JSON = object()
 
 
 def _parse(text: str) -> Any:
-    """The JSON value that the whole text is, else _NOT_JSON.
-
-    Stricter than Python's reader: NaN, Infinity, duplicate keys and a Markdown fence are errors.
-    """
+    """The JSON value that the whole text is, else _NOT_JSON; NaN, Infinity and duplicate keys are no JSON."""
 
     def refuse(name: str) -> Any:
         raise ValueError(f"{name} is not JSON")
@@ -233,7 +229,7 @@ def numeric(prediction: str, references: Sequence[str]) -> float:
     return float(value is not None and any(number(reference) == value for reference in references))
 
 
-# --- sacrebleu and the `evaluate` library
+# --- sacrebleu
 
 
 def _sacrebleu(name: str, **options: bool) -> Any:
@@ -258,58 +254,8 @@ def sentence_scores(name: str, predictions: Sequence[str], references: Sequence[
     return [float(metric.sentence_score(prediction, list(options)).score) for prediction, options in pairs]
 
 
-def evaluate_score(
-    name: str, predictions: Sequence[str], references: Sequence[Sequence[str]], sources: Sequence[str] | None
-) -> tuple[float, list[float] | None]:
-    """The metric that `evaluate.load(NAME)` gives for the name `evaluate:NAME`, on its own scale, and its rows' values.
-
-    Of a result with several values it is the one with the metric's own name, else `f1`, `score`, or the first number;
-    a list counts by its mean. Raises EnvironmentProblem when the library is missing or the metric cannot be loaded
-    (most come from the hub), ConfigError when it cannot score plain texts.
-    """
-    library_name, fix = name.removeprefix(_LIBRARY), f"take it out of eval.metrics: {name}"
-    try:
-        import evaluate
-    except ImportError:
-        problem = f"the metric {name} needs the library `evaluate`"
-        raise EnvironmentProblem(problem, fix="pip install evaluate, or take it out of eval.metrics") from None
-    try:
-        metric = evaluate.load(library_name)
-    except Exception as error:  # whatever the hub, a script or a missing library raises
-        problem = f"evaluate cannot load {library_name}: {one_line(error)}"
-        raise EnvironmentProblem(problem, fix=f"check the name and the network, or {fix}") from None
-    lists = [list(options) for options in references]
-    arguments: dict[str, Any] = {"predictions": list(predictions), "references": lists}
-    if "sources" in getattr(metric, "features", {}):
-        arguments["sources"] = list(sources or [])
-    if library_name.endswith("bertscore"):
-        arguments["lang"] = "en"
-    attempts = [arguments]  # metrics differ in whether they take one reference a row or a list
-    if all(len(options) == 1 for options in lists):
-        attempts.insert(0, {**arguments, "references": [options[0] for options in lists]})
-    problem = ""
-    for attempt in attempts:
-        try:
-            result = dict(metric.compute(**attempt))
-            break
-        except Exception as error:
-            problem = one_line(error)
-    else:
-        raise ConfigError(f"{name} cannot score these answers: {problem}", fix=fix)
-    own_name = library_name.rsplit("/", 1)[-1].removesuffix(".py")
-    for key in [own_name, "f1", "score", *result]:
-        value = result.get(key)
-        if isinstance(value, Real):
-            return float(value), None
-        if isinstance(value, list) and value and all(isinstance(item, Real) for item in value):
-            rows = [float(item) for item in value]
-            return mean(rows), rows
-    raise ConfigError(f"{name} returned no number, only {sorted(result)}", fix=fix)
-
-
 # --- all metrics by name
 
-_LIBRARY = "evaluate:"
 _BY_REFERENCE: dict[str, Callable[[str, Sequence[str]], float]] = {
     "exact_match": exact_match,
     "exact_match_normalised": exact_match_normalised,
@@ -359,8 +305,11 @@ def check_names(names: Sequence[str]) -> list[str]:
     problems, known = [], []
     for spelling in names:
         name = _SPELLINGS.get(spelling, spelling)
-        if name in NAMES or _ROUGE.fullmatch(name) or (name.startswith(_LIBRARY) and name != _LIBRARY):
+        if name in NAMES or _ROUGE.fullmatch(name):
             known.append(name)
+            continue
+        if name.startswith("evaluate:"):
+            problems.append(f"{name!r} (removed: score outputs/samples.jsonl with that library yourself)")
             continue
         close = nearest(name, NAMES, 0.4)
         problems.append(f"{spelling!r}" + (f" (did you mean {close}?)" if close else ""))
@@ -368,7 +317,7 @@ def check_names(names: Sequence[str]) -> list[str]:
         raise ConfigError(
             f"no such metric: {', '.join(problems)}",
             where="eval.metrics",
-            fix=f"choose from {', '.join(NAMES)}, or evaluate:NAME",
+            fix=f"choose from {', '.join(NAMES)}",
         )
     return list(dict.fromkeys(known))
 
@@ -405,9 +354,6 @@ def score_rows(
         if name in _CORPUS:
             means[name] = corpus_score(name, predictions, options)
             rows[name] = sentence_scores(name, predictions, options)
-        elif name.startswith(_LIBRARY):
-            means[name], values = evaluate_score(name, predictions, options, sources)
-            rows.update({name: values} if values else {})
         else:
             rows[name] = _rows(name, predictions, options, sources, stemmer, json_schema, pattern)
             means[name] = mean(rows[name])
@@ -470,29 +416,18 @@ def by_tag(
     """
     rows = {name: values for name, values in scores.rows.items() if name not in _CORPUS} | dict(more or {})
     result: dict[str, dict[str, float]] = {}
-    for tag, where in text.rows_by_tag(tags).items():
-        result[tag] = {"rows": len(where)}
-        result[tag] |= {name: mean([values[at] for at in where]) for name, values in rows.items()}
-        for name in _CORPUS:
-            if name in scores.means:
-                result[tag][name] = corpus_score(
-                    name, [predictions[at] for at in where], [references[at] for at in where]
-                )
+    for tag in sorted({tag for row_tags in tags for tag in row_tags}):
+        where = [index for index, row_tags in enumerate(tags) if tag in row_tags]
+        result[tag] = {"rows": len(where)} | {name: mean([values[at] for at in where]) for name, values in rows.items()}
+        texts, options = [predictions[at] for at in where], [references[at] for at in where]
+        result[tag] |= {name: corpus_score(name, texts, options) for name in _CORPUS if name in scores.means}
     return result
-
-
-@dataclass(frozen=True)
-class Constant:
-    """The training answer that scores best in ROUGE-L, its scores, and the best exact match of any one answer."""
-
-    answer: str
-    scores: dict[str, float]
 
 
 def constant_baseline(
     training_answers: Sequence[str], references: References, *, stemmer: bool = False, seed: int = 0
-) -> Constant | None:
-    """Scores the best constant answer: one training answer to every question.
+) -> dict[str, Any] | None:
+    """{"answer", "rougeL", "exact_match"} of the best constant answer: one training answer to every question.
 
     Tries up to 200 training answers, half of them the most frequent, half a seeded draw; ROUGE-L chooses on at most 400
     references and is computed on all. exact_match is that of the best answer in it: no constant does better in either.
@@ -512,4 +447,4 @@ def constant_baseline(
 
     best = max(candidates, key=lambda answer: rouge_l(answer, sample))
     exact = max(mean([exact_match(answer, target) for target in options]) for answer in candidates)
-    return Constant(best, {"rougeL": rouge_l(best, options), "exact_match": exact})
+    return {"answer": best, "rougeL": rouge_l(best, options), "exact_match": exact}

@@ -16,15 +16,6 @@ def tags_of(row: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(tags))
 
 
-def rows_by_tag(tags: Sequence[Sequence[str]]) -> dict[str, list[int]]:
-    """{tag: indices of the rows that have it}, sorted by tag. tags: those of each row."""
-    groups: dict[str, list[int]] = {}
-    for index, names in enumerate(tags):
-        for name in names:
-            groups.setdefault(name, []).append(index)
-    return dict(sorted(groups.items()))
-
-
 def words(text: str) -> float:
     """The number of words, split at whitespace."""
     return float(len(text.split()))
