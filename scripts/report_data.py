@@ -1,4 +1,4 @@
-"""Writes a page about the training rows: lengths in tokens, what is cut and learnt, what repeats, what was left out.
+"""Writes a page about the training rows: lengths in tokens, what is cut, what repeats, what was left out.
 
 python scripts/report_data.py                          the config's rows -> outputs/reports/data.html
 python scripts/report_data.py --limit 0 --out data.html
@@ -24,20 +24,20 @@ LIMIT = 10_000
 
 def parser() -> argparse.ArgumentParser:
     """The command's flags."""
-    made = console.parser("Write a page with plots about the training rows.", EXAMPLES)
-    made.add_argument(
+    flags = console.parser("Write a page with plots about the training rows.", EXAMPLES)
+    flags.add_argument(
         "--limit",
         type=int,
         default=LIMIT,
         metavar="N",
         help=f"rows that are tokenised, drawn by seed (0: all; {LIMIT:,})",
     )
-    made.add_argument("--out", type=Path, metavar="FILE", help="the page (default: outputs/reports/data.html)")
-    return made
+    flags.add_argument("--out", type=Path, metavar="FILE", help="the page (default: outputs/reports/data.html)")
+    return flags
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
-    """Read the rows and their ledger, look at them in tokens, write the page."""
+    """Read the rows and their ledger, tokenise a sample, write the page."""
     from sft.config.load import display_path, load, resolve_path
     from sft.data import store
     from sft.files import write_text
@@ -46,21 +46,21 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     root = console.project_root()
     config = load(args.config, args.set, root=root).config
     stage = store.resolve_stage(config.data, root)
-    found, rows = data_report.figures(config, stage, resolve_path(root, config.data.processed_dir), max(0, args.limit))
-    found["tokens"] = in_tokens(config, root, rows)
+    result, rows = data_report.figures(config, stage, resolve_path(root, config.data.processed_dir), max(0, args.limit))
+    result["tokens"] = in_tokens(config, root, rows)
     out = args.out or root / "outputs" / "reports" / "data.html"
-    write_text(out, data_report.page(found, f"Data report: {config.experiment.name or stage.train.parent.name}"))
-    console.say(found["verdict"])
-    if len(rows) < found["sample"]["of"]:
-        console.say(f"token figures are of {len(rows):,} rows drawn from {found['sample']['of']:,} (--limit 0: all)")
+    write_text(out, data_report.page(result, f"Data report: {config.experiment.name or stage.train.parent.name}"))
+    console.say(result["verdict"])
+    if len(rows) < result["sample"]["of"]:
+        console.say(f"token figures are of {len(rows):,} rows drawn from {result['sample']['of']:,} (--limit 0: all)")
     console.say(f"written to {display_path(out.resolve(), root)}")
     for name in ("sizes", "shares"):
-        (found["tokens"] or {}).pop(name, None)
-    return {**found, "page": str(out)}
+        (result["tokens"] or {}).pop(name, None)
+    return {**result, "page": str(out)}
 
 
 def in_tokens(config: Any, root: Path, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The figures that need a tokenizer; None, said aloud, where the model is not here."""
+    """The figures that need a tokenizer; None, with a warning, where the model is not available."""
     from sft.errors import ModelError
     from sft.generation.load import load_encoder
     from sft.report import data_report

@@ -18,17 +18,17 @@ from sft.errors import EnvironmentProblem
 
 def parser() -> argparse.ArgumentParser:
     """The command's flags."""
-    made = console.parser(
+    flags = console.parser(
         "Start, stop, clean or find TensorBoard.", "python scripts/tb.py start --port 6007", config=False
     )
-    made.add_argument("action", choices=["start", "stop", "clean", "open"])
-    made.add_argument("--port", type=int, default=6006, help="port on 127.0.0.1 (default 6006)")
-    made.add_argument("--force", action="store_true", help="clean without asking")
-    return made
+    flags.add_argument("action", choices=["start", "stop", "clean", "open"])
+    flags.add_argument("--port", type=int, default=6006, help="port on 127.0.0.1 (default 6006)")
+    flags.add_argument("--force", action="store_true", help="clean without asking")
+    return flags
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
-    """Does the one action and says what came of it."""
+    """Runs one action and prints its result."""
     from sft.report import tensorboard
 
     logdir = console.project_root() / "outputs" / "tb"
@@ -52,19 +52,19 @@ def _clean(force: bool) -> dict[str, Any]:
     from sft.report import tensorboard
 
     logdir = console.project_root() / "outputs" / "tb"
-    found = tensorboard.event_files(logdir)
-    if found and not force:
+    paths = tensorboard.event_files(logdir)
+    if paths and not force:
         if not sys.stdin.isatty():
             raise EnvironmentProblem(
-                f"{len(found)} event files would be removed from {logdir}", fix="say so: make tb-clean FORCE=1"
+                f"{len(paths)} event files would be removed from {logdir}", fix="confirm with: make tb-clean FORCE=1"
             )
-        if input(f"remove {len(found)} event files under {logdir}? [y/N] ").strip().lower() != "y":
+        if input(f"remove {len(paths)} event files under {logdir}? [y/N] ").strip().lower() != "y":
             console.say("left as they are")
             return {"removed": 0}
-    for path in found:
+    for path in paths:
         path.unlink()
-    console.say(f"removed {len(found)} event files from {logdir}")
-    return {"removed": len(found)}
+    console.say(f"removed {len(paths)} event files from {logdir}")
+    return {"removed": len(paths)}
 
 
 if __name__ == "__main__":

@@ -55,10 +55,10 @@ def samples() -> list[dict[str, str]]:
 
 def answer(chat: list[Message]) -> tuple[str, bool]:
     """The model's answer by greedy decoding, and whether it stopped by itself."""
-    asked = tokenizer().apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    said = model().generate(**asked, max_new_tokens=64)[0, asked["input_ids"].shape[1] :].tolist()
-    stopped = said[-1] == tokenizer().eos_token_id
-    return tokenizer().decode(said, skip_special_tokens=True), stopped
+    inputs = tokenizer().apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    output = model().generate(**inputs, max_new_tokens=64)[0, inputs["input_ids"].shape[1] :].tolist()
+    stopped = output[-1] == tokenizer().eos_token_id
+    return tokenizer().decode(output, skip_special_tokens=True), stopped
 
 
 def test_the_folder_is_at_most_8_mb_and_holds_no_checkpoint() -> None:
@@ -130,9 +130,9 @@ def test_untuned_it_writes_no_ticket() -> None:
     scorer = RougeScorer(["rougeL"], use_stemmer=False)
     scores = []
     for row in samples()[:24]:
-        said, _ = answer([{"role": role, "content": row[role]} for role in ("system", "user")])
-        assert said != row["assistant"]
-        scores.append(scorer.score(row["assistant"], said)["rougeL"].fmeasure)
+        output, _ = answer([{"role": role, "content": row[role]} for role in ("system", "user")])
+        assert output != row["assistant"]
+        scores.append(scorer.score(row["assistant"], output)["rougeL"].fmeasure)
     assert sum(scores) / len(scores) < 0.3
 
 
@@ -185,7 +185,7 @@ def test_the_samples_are_many_and_no_customer_or_order_comes_twice() -> None:
 
 @pytest.mark.slow
 def test_no_name_or_order_number_of_the_samples_stands_in_the_pretraining_text() -> None:
-    """The whole text, chunk by chunk. A ticket holds a name and a number, so no ticket stands there either."""
+    """The whole text, chunk by chunk. A ticket holds a name and a number, so no ticket occurs there either."""
     recipe = build.Recipe(**json.loads((MODEL / "build.json").read_text(encoding="utf-8"))["recipe"])
     kept_out = frozenset(FIRST_NAMES + LAST_NAMES) | {row["assistant"].split(" | ")[0] for row in samples()}
     chunks = [pretrain.chunk_chats(recipe, chunk) for chunk in range(-(-recipe.steps // pretrain.STEPS_A_CHUNK))]
@@ -204,7 +204,7 @@ def test_no_constant_answer_scores_on_the_samples() -> None:
         "missing part | low",
         "wrong item | black | normal",
     ]:
-        scores = [scorer.score(wanted, constant)["rougeL"].fmeasure for wanted in answers]
+        scores = [scorer.score(reference, constant)["rougeL"].fmeasure for reference in answers]
         assert sum(scores) / len(scores) <= 0.25
         assert answers.count(constant) <= 0.1 * len(answers)
 

@@ -20,10 +20,10 @@ FLAGS = ("--headless", "--no-sandbox", "--disable-3d-apis", "--disable-gpu", "--
 
 def chromium() -> str:
     """The browser; the test is skipped, and says so, where there is none."""
-    found = next((path for name in NAMES if (path := shutil.which(name))), None)
-    if found is None:
+    path = next((path for name in NAMES if (path := shutil.which(name))), None)
+    if path is None:
         pytest.skip("no Chromium here: the pages were not opened")
-    return found
+    return path
 
 
 def tried(page: Path, script: str, folder: Path, *flags: str) -> tuple[Any, list[str]]:
@@ -31,9 +31,9 @@ def tried(page: Path, script: str, folder: Path, *flags: str) -> tuple[Any, list
 
     The page's own policy stays in force; the script of the test is allowed by its hash.
     """
-    body = f"""addEventListener("load", () => {{ let told; try {{ told = (() => {{ {script} }})(); }}
-        catch (error) {{ told = {{error: String(error)}}; }}
-        const out = document.createElement("pre"); out.id = "told"; out.textContent = JSON.stringify(told);
+    body = f"""addEventListener("load", () => {{ let result; try {{ result = (() => {{ {script} }})(); }}
+        catch (error) {{ result = {{error: String(error)}}; }}
+        const out = document.createElement("pre"); out.id = "result"; out.textContent = JSON.stringify(result);
         document.body.append(out); }});"""
     digest = base64.b64encode(hashlib.sha256(body.encode()).digest()).decode()
     html = page.read_text(encoding="utf-8")
@@ -50,7 +50,7 @@ def tried(page: Path, script: str, folder: Path, *flags: str) -> tuple[Any, list
         check=True,
     )
     shutil.rmtree(profile, ignore_errors=True)
-    found = re.search(r'<pre id="told">(.*?)</pre>', done.stdout, re.DOTALL)
-    assert found, done.stdout[-500:] + done.stderr[-2000:]
+    match = re.search(r'<pre id="result">(.*?)</pre>', done.stdout, re.DOTALL)
+    assert match, done.stdout[-500:] + done.stderr[-2000:]
     console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    return json.loads(unescape(found[1])), console
+    return json.loads(unescape(match[1])), console

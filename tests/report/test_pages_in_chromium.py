@@ -17,19 +17,19 @@ const box = [...document.querySelectorAll("[data-table]")].find(one => one.query
 const heads = [...box.querySelectorAll("thead th")], rows = () => [...box.querySelectorAll("tbody tr")];
 const column = at => rows().map(row => row.cells[at].dataset.value ?? row.cells[at].textContent.trim());
 const visible = () => rows().filter(row => row.getBoundingClientRect().height > 0).length;
-const last = heads.length - 1, told = {rows: rows().length, before: column(last)};
-heads[last].querySelector("button").click(); told.up = column(last); told.mark = heads[last].getAttribute("aria-sort");
-heads[last].querySelector("button").click(); told.down = column(last);
-heads[0].querySelector("button").click(); told.ids = column(0); told.unmarked = heads[last].getAttribute("aria-sort");
+const last = heads.length - 1, report = {rows: rows().length, before: column(last)};
+heads[last].querySelector("button").click(); report.up = column(last); report.mark = heads[last].getAttribute("aria-sort");
+heads[last].querySelector("button").click(); report.down = column(last);
+heads[0].querySelector("button").click(); report.ids = column(0); report.unmarked = heads[last].getAttribute("aria-sort");
 const search = box.querySelector("input"), put = (field, value, event) => {
   field.value = value; field.dispatchEvent(new Event(event, {bubbles: true})); };
-put(search, "41 what", "input"); told.searched = visible(); told.said = box.querySelector("output").textContent;
-put(search, "no such words", "input"); told.none = visible();
-put(search, "", "input"); told.all = visible();
-const choice = box.querySelector("select"); told.options = [...choice.options].map(one => one.value).filter(Boolean);
-put(choice, told.options[0], "change"); told.chosen = visible();
-told.meant = rows().filter(row => row.cells[Number(choice.dataset.column)].dataset.value === told.options[0]).length;
-return told;
+put(search, "41 what", "input"); report.searched = visible(); report.count = box.querySelector("output").textContent;
+put(search, "no such words", "input"); report.none = visible();
+put(search, "", "input"); report.all = visible();
+const choice = box.querySelector("select"); report.options = [...choice.options].map(one => one.value).filter(Boolean);
+put(choice, report.options[0], "change"); report.chosen = visible();
+report.meant = rows().filter(row => row.cells[Number(choice.dataset.column)].dataset.value === report.options[0]).length;
+return report;
 """
 LOOK = """
 const light = text => { const [r, g, b] = text.match(/[\\d.]+/g).slice(0, 3).map(one => one / 255)
@@ -77,16 +77,16 @@ def numbers(values: list[str]) -> list[float]:
 def test_the_table_of_answers_sorts_and_filters(page: Path, tmp_path: Path) -> None:
     # the first table with a search field is the general questions' in its closed detail: open all, look at the answers
     script = 'document.querySelectorAll("details").forEach(one => one.remove());' + USE
-    told, console = tried(page, script, tmp_path)
-    assert console == [] and "error" not in told, (console, told)
-    assert told["rows"] == told["all"] == 14
-    assert len(set(told["before"])) > 2
-    assert numbers(told["up"]) == sorted(numbers(told["before"]))
-    assert numbers(told["down"]) == sorted(numbers(told["before"]), reverse=True)
-    assert told["mark"] == "ascending" and told["unmarked"] is None
-    assert told["ids"] == [f"r{n}" for n in range(40, 54)]
-    assert told["searched"] == 1 and told["said"] == "1 of 14 rows" and told["none"] == 0
-    assert told["chosen"] == told["meant"] >= 1
+    report, console = tried(page, script, tmp_path)
+    assert console == [] and "error" not in report, (console, report)
+    assert report["rows"] == report["all"] == 14
+    assert len(set(report["before"])) > 2
+    assert numbers(report["up"]) == sorted(numbers(report["before"]))
+    assert numbers(report["down"]) == sorted(numbers(report["before"]), reverse=True)
+    assert report["mark"] == "ascending" and report["unmarked"] is None
+    assert report["ids"] == [f"r{n}" for n in range(40, 54)]
+    assert report["searched"] == 1 and report["said"] == "1 of 14 rows" and report["none"] == 0
+    assert report["chosen"] == report["meant"] >= 1
 
 
 @pytest.mark.parametrize(
@@ -99,11 +99,11 @@ def test_the_table_of_answers_sorts_and_filters(page: Path, tmp_path: Path) -> N
     ids=["desk", "phone", "phone in the dark"],
 )
 def test_it_can_be_read_everywhere(page: Path, tmp_path: Path, flags: tuple[str, ...], dark: bool) -> None:
-    told: dict[str, Any]
-    told, console = tried(page, LOOK, tmp_path, *flags)
-    assert console == [] and "error" not in told, (console, told)
-    assert told["dark"] is dark and told["poor"] == []
-    assert told["wide"] <= told["width"]  # nothing stands beyond the screen's edge
-    assert told["drawings"] >= 6 and told["unseen"] == 0 and told["unnamed"] == 0
-    assert (told["heads"], told["lang"], told["twice"]) == (1, "en", 0)
-    assert told["bar"] == ("rgb(98, 176, 255)" if dark else "rgb(11, 107, 203)")  # drawings follow the page
+    report: dict[str, Any]
+    report, console = tried(page, LOOK, tmp_path, *flags)
+    assert console == [] and "error" not in report, (console, report)
+    assert report["dark"] is dark and report["poor"] == []
+    assert report["wide"] <= report["width"]  # nothing stands beyond the screen's edge
+    assert report["drawings"] >= 6 and report["unseen"] == 0 and report["unnamed"] == 0
+    assert (report["heads"], report["lang"], report["twice"]) == (1, "en", 0)
+    assert report["bar"] == ("rgb(98, 176, 255)" if dark else "rgb(11, 107, 203)")  # drawings follow the page

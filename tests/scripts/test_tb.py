@@ -25,18 +25,18 @@ def test_it_starts_is_reused_and_stopped(command: Command, tmp_path: Path) -> No
     try:
         first = command("tb", "start", "--port", port, "--json", SFT_ROOT=str(tmp_path))
         assert first.returncode == 0, first.stderr
-        made = json.loads(first.stdout)
-        assert made["started"] and made["port"] == port
+        started = json.loads(first.stdout)
+        assert started["started"] and started["port"] == port
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/data/runs", timeout=10) as answer:
             assert answer.status == 200
-        listening = {c.laddr.ip for c in psutil.Process(made["pid"]).net_connections() if c.status == "LISTEN"}
+        listening = {c.laddr.ip for c in psutil.Process(started["pid"]).net_connections() if c.status == "LISTEN"}
         assert listening <= {"127.0.0.1", "::1"}, "reachable from outside"
         again = json.loads(command("tb", "start", "--port", port, "--json", SFT_ROOT=str(tmp_path)).stdout)
-        assert again == {"pid": made["pid"], "port": port, "started": False}
+        assert again == {"pid": started["pid"], "port": port, "started": False}
     finally:
         stopped = command("tb", "stop", "--json", SFT_ROOT=str(tmp_path))
-    assert json.loads(stopped.stdout) == {"stopped": made["pid"]}
-    assert not psutil.pid_exists(made["pid"]) or psutil.Process(made["pid"]).status() == "zombie"
+    assert json.loads(stopped.stdout) == {"stopped": started["pid"]}
+    assert not psutil.pid_exists(started["pid"]) or psutil.Process(started["pid"]).status() == "zombie"
 
 
 def test_a_port_in_use_is_said_and_the_other_program_lives(command: Command, tmp_path: Path) -> None:
@@ -44,10 +44,10 @@ def test_a_port_in_use_is_said_and_the_other_program_lives(command: Command, tmp
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        said = command("tb", "start", "--port", port, SFT_ROOT=str(tmp_path))
-        assert said.returncode == 2
-        assert f"port {port} is in use" in said.stderr and "TB_PORT=" in said.stderr
-        assert "Traceback" not in said.stderr
+        done = command("tb", "start", "--port", port, SFT_ROOT=str(tmp_path))
+        assert done.returncode == 2
+        assert f"port {port} is in use" in done.stderr and "TB_PORT=" in done.stderr
+        assert "Traceback" not in done.stderr
         assert command("tb", "stop", SFT_ROOT=str(tmp_path)).returncode == 0
         assert not (tmp_path / "outputs" / "tb" / ".board.json").exists()
 
@@ -56,8 +56,8 @@ def test_a_recycled_pid_is_left_alone(command: Command, tmp_path: Path) -> None:
     record = tmp_path / "outputs" / "tb" / ".board.json"
     record.parent.mkdir(parents=True)
     record.write_text(json.dumps({"pid": psutil.Process().pid, "port": 1, "created": 5.0}))
-    said = command("tb", "stop", "--json", SFT_ROOT=str(tmp_path))
-    assert json.loads(said.stdout) == {"stopped": None}
+    done = command("tb", "stop", "--json", SFT_ROOT=str(tmp_path))
+    assert json.loads(done.stdout) == {"stopped": None}
 
 
 def test_clean_asks_and_spares_the_raw_data(command: Command, tmp_path: Path) -> None:
