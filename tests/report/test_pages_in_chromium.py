@@ -17,19 +17,19 @@ const box = [...document.querySelectorAll("[data-table]")].find(one => one.query
 const heads = [...box.querySelectorAll("thead th")], rows = () => [...box.querySelectorAll("tbody tr")];
 const column = at => rows().map(row => row.cells[at].dataset.value ?? row.cells[at].textContent.trim());
 const visible = () => rows().filter(row => row.getBoundingClientRect().height > 0).length;
-const last = heads.length - 1, report = {rows: rows().length, before: column(last)};
-heads[last].querySelector("button").click(); report.up = column(last); report.mark = heads[last].getAttribute("aria-sort");
-heads[last].querySelector("button").click(); report.down = column(last);
-heads[0].querySelector("button").click(); report.ids = column(0); report.unmarked = heads[last].getAttribute("aria-sort");
+const last = heads.length - 1, r = {rows: rows().length, before: column(last)};
+heads[last].querySelector("button").click(); r.up = column(last); r.mark = heads[last].getAttribute("aria-sort");
+heads[last].querySelector("button").click(); r.down = column(last);
+heads[0].querySelector("button").click(); r.ids = column(0); r.unmarked = heads[last].getAttribute("aria-sort");
 const search = box.querySelector("input"), put = (field, value, event) => {
   field.value = value; field.dispatchEvent(new Event(event, {bubbles: true})); };
-put(search, "41 what", "input"); report.searched = visible(); report.count = box.querySelector("output").textContent;
-put(search, "no such words", "input"); report.none = visible();
-put(search, "", "input"); report.all = visible();
-const choice = box.querySelector("select"); report.options = [...choice.options].map(one => one.value).filter(Boolean);
-put(choice, report.options[0], "change"); report.chosen = visible();
-report.meant = rows().filter(row => row.cells[Number(choice.dataset.column)].dataset.value === report.options[0]).length;
-return report;
+put(search, "41 what", "input"); r.searched = visible(); r.count = box.querySelector("output").textContent;
+put(search, "no such words", "input"); r.none = visible();
+put(search, "", "input"); r.all = visible();
+const choice = box.querySelector("select"); r.options = [...choice.options].map(one => one.value).filter(Boolean);
+put(choice, r.options[0], "change"); r.chosen = visible();
+r.meant = rows().filter(row => row.cells[Number(choice.dataset.column)].dataset.value === r.options[0]).length;
+return r;
 """
 LOOK = """
 const light = text => { const [r, g, b] = text.match(/[\\d.]+/g).slice(0, 3).map(one => one / 255)
@@ -85,7 +85,7 @@ def test_the_table_of_answers_sorts_and_filters(page: Path, tmp_path: Path) -> N
     assert numbers(report["down"]) == sorted(numbers(report["before"]), reverse=True)
     assert report["mark"] == "ascending" and report["unmarked"] is None
     assert report["ids"] == [f"r{n}" for n in range(40, 54)]
-    assert report["searched"] == 1 and report["said"] == "1 of 14 rows" and report["none"] == 0
+    assert report["searched"] == 1 and report["count"] == "1 of 14 rows" and report["none"] == 0
     assert report["chosen"] == report["meant"] >= 1
 
 
