@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from sft import files
 from sft.config.load import display_path, dump_config, read_resolved, resolve_path
-from sft.errors import ConfigError, EnvironmentProblem, RunError, redact
+from sft.errors import ConfigError, RunError, redact
 
 if TYPE_CHECKING:
     from sft.config.schema import Config
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 RESOLVED, FINISHED, LOCK, PAUSE, SAVE = "config.resolved.yaml", "finished.json", "lock", "pause", "save"
 SERVING = "serving.json"  # of an adapter or model: {"system": the system text that all training rows share}
 SESSION = "session.json"  # of a checkpoint: counts so far, and the step of the best one
-_FIX_OUTPUT = "choose another: --set train.output_dir=outputs/NAME, or fix its permissions"
 _RESERVED = {"tb", "last", ""}
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
@@ -132,35 +131,19 @@ def _resume_path(path: Path, root: Path) -> OpenRun:
 def newest_checkpoint(run: Run) -> tuple[Path | None, list[tuple[Path, str]]]:
     """The newest valid checkpoint, and the newer ones that were skipped, each with the reason.
 
-    A checkpoint whose best checkpoint is damaged is skipped for an older one, from which the best is trained again;
-    where there is none older, it is used all the same. Raises RunError if there are checkpoints and all are damaged:
-    never a silent restart.
+    Raises RunError if there are checkpoints and all are damaged: never a silent restart.
     """
     skipped: list[tuple[Path, str]] = []
-    without_best: tuple[Path, list[tuple[Path, str]]] | None = None
     for path in reversed(run.checkpoints()):
         problem = files.manifest_problem(path)
         if not problem:
-            problem = _best_problem(path)
-            if not problem:
-                return path, skipped
-            without_best = without_best or (path, list(skipped))
+            return path, skipped
         skipped.append((path, problem))
-    if skipped and not without_best:
+    if skipped:
         reasons = "; ".join(f"{path.name}: {reason}" for path, reason in skipped)
         fix = "--resume never starts a new run and leaves the old folder alone"
         raise RunError(f"all checkpoints of {run.name} are damaged: {reasons}", where=str(run.folder), fix=fix)
-    return without_best or (None, skipped)
-
-
-def _best_problem(checkpoint: Path) -> str | None:
-    """Why the best checkpoint up to this valid one cannot be used at the end of the run; None if it can."""
-    best = files.read_json(checkpoint / SESSION).get("best")
-    if best in (None, step_of(checkpoint)):
-        return None
-    folder = checkpoint.with_name(f"checkpoint-{best}")
-    problem = files.manifest_problem(folder)
-    return f"the best checkpoint until then, {folder.name}, must be trained again ({problem})" if problem else None
+    return None, []
 
 
 def _nth(base: Path, number: int) -> Path:
@@ -193,25 +176,22 @@ def running(root: Path) -> list[Run]:
 def check_place(output_dir: str, root: Path) -> None:
     """Raises RunError if a run could not be written, before any work is done; ConfigError as `resolve_path`."""
     for folder in (resolve_path(root, output_dir), root / "adapters"):
-        place = files.existing(folder)
-        if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-            reason = "read-only" if place.is_dir() else "a file"
-            what = f"{folder} cannot be written to ({place} is {reason})"
-            raise RunError(what, where="train.output_dir", fix=_FIX_OUTPUT)
+        _require_writable(folder)
 
 
 def make_folders(run: Run) -> None:
-    """Makes the run's folder and adapters/, and proves that both can be written to; raises RunError."""
+    """Makes the run's folder and adapters/. Raises RunError where they cannot be written to."""
     for folder in (run.folder, run.adapter_dir.parent):
-        try:
-            files.make_folder(folder)
-            probe = folder / f".{run.name}.{os.getpid()}.part"  # `sweep` removes it if this process is killed
-            files.put(probe, "")
-            files.remove(probe)
-        except (OSError, EnvironmentProblem) as error:
-            reason = getattr(error, "strerror", None) or error
-            what = f"{folder} cannot be written to ({reason})"
-            raise RunError(what, where="train.output_dir", fix=_FIX_OUTPUT) from None
+        _require_writable(folder)
+        files.make_folder(folder)
+
+
+def _require_writable(folder: Path) -> None:
+    place = files.existing(folder)
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        what = f"{folder} cannot be written to ({place} is {'read-only' if place.is_dir() else 'a file'})"
+        fix = "choose another: --set train.output_dir=outputs/NAME, or fix its permissions"
+        raise RunError(what, where="train.output_dir", fix=fix)
 
 
 def write_resolved(folder: Path, config: Config) -> None:

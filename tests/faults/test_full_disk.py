@@ -188,8 +188,8 @@ def test_a_read_only_folder_is_refused_to_an_ordinary_user(tmp_path: Path) -> No
     outputs.chmod(0o555)
     for folder in (tmp_path, *tmp_path.parents[:2]):
         folder.chmod(folder.stat().st_mode | 0o055)
-    code, output = as_ordinary_user(lambda: runs.make_folders(runs.at(outputs / "a", tmp_path)))
-    assert code == 2 and "cannot be written to" in output and "Permission denied" in output and "fix:" in output
+    code, said = as_ordinary_user(lambda: runs.make_folders(runs.at(outputs / "a", tmp_path)))
+    assert code == 2 and "cannot be written to" in said and "is read-only" in said and "fix:" in said
 
 
 def test_a_lock_left_by_a_killed_process_is_free_and_a_living_one_is_named(tmp_path: Path) -> None:
