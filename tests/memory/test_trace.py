@@ -57,8 +57,7 @@ def save_random_model(family: str, folder: Path) -> Path:
 def test_every_family_is_traced_on_a_gpu_from_its_config_alone(family: str) -> None:
     tracer = Tracer(resolved("qlora", "cuda"), description(family), device="cuda")
     traced = tracer.step(LENGTHS, accumulating=False)
-    assert 0.99 * traced.start < tracer.standing <= traced.start
-    assert sum(traced.parts.values()) == traced.peak > traced.start
+    assert sum(traced.parts.values()) == traced.peak > tracer.standing > 0
     assert "optimizer" not in traced.parts
     assert traced.parts["adapters"] * 2 <= tracer.optimizer_bytes("auto") <= traced.parts["adapters"] * 2.1
     assert ("weights in 4 bit" in traced.parts) == (family != "falcon")  # transformers quantises no linear layer of it
@@ -146,7 +145,7 @@ def test_offloaded_activations_leave_the_card_and_nothing_else_does() -> None:
     )
     checkpoints = 12 * 2048 * 256 * 2  # the input of every layer, in 16 bit
     assert on_card.peak - offloaded.peak == pytest.approx(checkpoints, rel=0.2)
-    assert on_card.start == offloaded.start
+    assert on_card.parts["weights in 4 bit"] == offloaded.parts["weights in 4 bit"]
 
 
 def test_paged_optimizer_state_is_not_on_the_card_and_8_bit_state_is_a_quarter() -> None:

@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sft.config.auto import Facts, resolve
@@ -169,7 +169,7 @@ def make_plan(config: Config, description: Mapping[str, Any], device: Device, *,
         return plan
     suggestions, combination = _suggestions(config, run, planner)
     suggestions += _smaller_model(config, run, device)
-    return Plan(device, run.config, plan.phases, plan.size, suggestions, combination)
+    return replace(plan, suggestions=suggestions, combination=combination)
 
 
 def _refuse_unusable(config: Config, description: Mapping[str, Any]) -> None:
@@ -204,17 +204,20 @@ class _Planner:
     def __init__(self, description: Mapping[str, Any], device: Device) -> None:
         self.description, self.device = description, device
         self._tracers: dict[str, Tracer] = {}
-        self._nothing_fits = False  # not even one row, as far as is known
 
     def run(self, config: Config) -> _Run:
         """The config resolved, with the most rows that fit where its micro-batch is open."""
-        first = self._resolve(config)
-        tracer = self._tracer(first)
-        train, rows, training = config.train, None, None
+        resolved = self._resolve(config)
+        tracer = self._tracer(resolved)
+        train, rows = config.train, None
         if self.device.kind == "cuda" and {train.batch_size, train.grad_accum, train.micro_batch_tokens} == {"auto"}:
-            rows, training = self._most_rows(config, tracer)
+            row_tokens = config.model.max_seq_len * (2 if tracer.kind == "seq2seq" else 1)
+            most = max(1, min(MOST_TOKENS // row_tokens, int(resolved.train.effective_batch)))
+            rows = _most_rows(
+                lambda rows: self._training(self._resolve(config, rows=rows), tracer), most, self.device.gib
+            )
         resolved = self._resolve(config, parameters=tracer.size.parameters, rows=rows)
-        return _Run(resolved, tracer, training or self._training(resolved, tracer))
+        return _Run(resolved, tracer, self._training(resolved, tracer))
 
     def phases(self, run: _Run) -> dict[str, Phase]:
         """All phases of a run, training first."""
@@ -263,50 +266,17 @@ class _Planner:
         traced = tracer.step(lengths, accumulating=len(lengths) < int(config.train.effective_batch))
         return self._traced(traced, config, tracer, f"{sum(lengths)} tokens at a time")
 
-    def _most_rows(self, config: Config, tracer: Tracer) -> tuple[int, Phase]:
-        """(the most rows that fit, up to MOST_TOKENS; their training phase). One row where not even that fits.
-
-        The peak of a step is the highest of several moments that each grow linearly with the rows, so it lies below the
-        line between two traced points: what fits by that line fits.
-        """
-
-        def at(rows: int) -> Phase:
-            return self._training(self._resolve(config, rows=rows), tracer)
-
-        first, limit = self._resolve(config), self.device.gib
-        row_tokens = config.model.max_seq_len * (2 if tracer.kind == "seq2seq" else 1)
-        most = max(1, min(MOST_TOKENS // row_tokens, int(first.train.effective_batch)))
-        standing = (tracer.standing + tracer.optimizer_bytes(first.train.optim)) / GIB
-        if not (self._nothing_fits or with_overhead(standing, self.device.kind) > limit):
-            high = at(most)
-            if most == 1 or high.peak <= limit:
-                return most, high
-        low = at(1)
-        self._nothing_fits = low.peak > limit
-        if self._nothing_fits:
-            return 1, low
-        high = at(most)
-        rows = min(most, 1 + int((most - 1) * (limit - low.peak) / max(1e-9, high.peak - low.peak)))
-        return rows, at(rows)
-
     def _generation(self, config: Config, tracer: Tracer) -> Phase:
         """Answers side by side; where they do not fit half as many, as generation itself does."""
-        prompt, answer, limit = config.model.max_seq_len, config.generation.max_new_tokens, self.device.gib
+        prompt, answer = config.model.max_seq_len, config.generation.max_new_tokens
 
         def at(rows: int) -> Phase:
             note = f"{rows} answers side by side, prompts of {prompt} and answers of {answer} tokens"
             return self._traced(tracer.generation(rows, prompt, answer), config, tracer, note)
 
         rows = min(config.eval.batch_size, config.eval.train_sample)
-        standing = (tracer.standing + tracer.optimizer_bytes(config.train.optim)) / GIB
-        if with_overhead(standing, self.device.kind) > limit:
-            return at(1)
-        high = at(rows)
-        if high.peak <= limit or rows == 1:
-            return high
-        low = at(1)
-        per_row = (high.peak - low.peak) / (rows - 1)
-        while rows > 1 and low.peak + (rows - 1) * per_row > limit:
+        fitting = _most_rows(at, rows, self.device.gib)
+        while rows > fitting:
             rows //= 2
         return at(rows)
 
@@ -323,6 +293,19 @@ class _Planner:
         note = f"{count} checkpoints of {checkpoint:.2f} GiB and the result"
         peak = with_overhead(allocated, self.device.kind)
         return Phase(allocated, peak, parts, ram, count * checkpoint + weights, note)
+
+
+def _most_rows(at: Callable[[int], Phase], most: int, limit: float) -> int:
+    """The most rows, up to `most`, whose phase `at(rows)` fits `limit` GiB; 1 where not even one row does.
+
+    The peak is the highest of several moments that each grow linearly with the rows, so it lies below the line between
+    two traced points: what fits by that line fits.
+    """
+    low = at(1).peak
+    if most == 1 or low > limit:
+        return 1
+    high = at(most).peak
+    return most if high <= limit else 1 + int((most - 1) * (limit - low) / (high - low))
 
 
 def _row_lengths(config: Config, tracer: Tracer) -> list[int]:
@@ -371,32 +354,26 @@ def _suggestions(config: Config, run: _Run, planner: _Planner) -> tuple[list[Sug
 def _changes(config: Config, resolved: Config, *, gpu: bool) -> Iterator[tuple[dict[str, Any], str, float | None]]:
     """(settings, what they cost, share of time more or None where not known), in order of preference."""
     train, mode, rank, length = resolved.train, resolved.tuning.mode, resolved.tuning.lora.r, resolved.model.max_seq_len
-    one_row = {"train.micro_batch_tokens": length}
-    checkpointing: dict[str, Any] = {"train.gradient_checkpointing": True}
-    offload = {**checkpointing, "train.activation_offload": True}
-    optim, paged = {"train.optim": "adamw_8bit"}, {"train.optim": "paged_adamw_8bit"}
+    checkpointing = {"train.gradient_checkpointing": True}
+    offloading = {**checkpointing, "train.activation_offload": True}
+    half, eighth = {"tuning.lora.r": rank // 2}, {"train.optim": "adamw_8bit"}
     changes: list[tuple[bool, dict[str, Any], str, float | None]] = [  # the first column: whether it applies
-        (int(train.micro_batch_tokens) > length, one_row, "speed: one row at a time; the same steps", None),
-        (train.gradient_checkpointing is not True, checkpointing, "about 1.45 times the time of a step", 0.45),
-        (train.logits == "full", {"train.logits": "chunked"}, "nothing: the same loss", 0.0),
         (
-            gpu and not train.activation_offload,
-            offload,
-            "time: activations go to RAM and back",
+            int(train.micro_batch_tokens) > length,
+            {"train.micro_batch_tokens": length},
+            "speed: one row at a time",
             None,
         ),
+        (train.gradient_checkpointing is not True, checkpointing, "about 1.45 times the time of a step", 0.45),
+        (train.logits == "full", {"train.logits": "chunked"}, "nothing: the same loss", 0.0),
+        (gpu and not train.activation_offload, offloading, "time: activations go to RAM and back", None),
         (train.logits_tile > 128, {"train.logits_tile": 128}, "a little speed in the loss head", None),
-        (gpu and "8bit" not in train.optim, optim, "optimizer state rounded to 8 bits", 0.02),
-        (
-            gpu and "paged" not in train.optim,
-            paged,
-            "optimizer state in RAM when the GPU is full",
-            0.05,
-        ),
+        (gpu and "8bit" not in train.optim, eighth, "optimizer state rounded to 8 bits", 0.02),
+        (gpu and "paged" not in train.optim, {"train.optim": "paged_adamw_8bit"}, "optimizer state in RAM", 0.05),
         (mode == "lora", {"tuning.mode": "qlora"}, "a base rounded to 4 bits, dequantised in every step", 0.3),
         (mode == "full", {"tuning.mode": "lora"}, "adapters are trained, not the weights themselves", 0.0),
         (mode == "full", {"tuning.mode": "qlora"}, "adapters on a base rounded to 4 bits", 0.3),
-        (mode != "full" and rank > 4, {"tuning.lora.r": rank // 2}, "half the capacity of the adapter", 0.0),
+        (mode != "full" and rank > 4, half, "half the capacity of the adapter", 0.0),
     ]
     for shorter in (length // 2, length // 4):
         budget = {} if config.train.micro_batch_tokens == "auto" else {"train.micro_batch_tokens": shorter}

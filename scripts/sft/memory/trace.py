@@ -9,6 +9,7 @@ extrapolated; `Tracer` puts these together.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import itertools
 import logging
@@ -16,7 +17,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,17 +36,9 @@ from sft.step.batch import Collator, MicroBatch, split_micro_batches
 from sft.step.step import StepConfig, compute_dtype, stays_on_gpu, token_losses
 
 PARTS = (
-    "weights in 4 bit",
-    "weights",
-    "embedding and head",
-    "adapters",
-    "gradients",
-    "optimizer",
-    "activations",
-    "logits",
-    "dequantised",
-    "weights cast",
-)
+    "weights in 4 bit", "weights", "embedding and head", "adapters", "gradients", "optimizer", "activations", "logits",
+    "dequantised", "weights cast",
+)  # fmt: skip
 MODEL_PARTS = frozenset(("weights", "embedding and head", "adapters"))
 ROUNDING = {"cuda": 512, "cpu": 1}  # bytes: CUDA's caching allocator hands out multiples of 512
 log = logging.getLogger("sft.memory")
@@ -56,11 +49,10 @@ log = logging.getLogger("sft.memory")
 
 @dataclass(frozen=True)
 class Interval:
-    """The highest moment between two labels, in bytes. start: bytes alive when it began; parts: those of the peak."""
+    """The highest moment between two labels, in bytes. parts: those of the peak."""
 
     label: str
     peak: int
-    start: int
     parts: dict[str, int]
 
 
@@ -121,7 +113,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def mark(self, label: str) -> None:
         """Ends the current interval and begins the next one, called `label`."""
-        self.intervals.append(Interval(self._label, self.peak, self._start, self.at_peak))
+        self.intervals.append(Interval(self._label, self.peak, self.at_peak))
         self._begin(label)
 
     def finish(self) -> list[Interval]:
@@ -130,8 +122,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self.intervals
 
     def _begin(self, label: str) -> None:
-        self._label, self._start = label, self.total
-        self.peak, self.at_peak = self.total, dict(self.now)
+        self._label, self.peak, self.at_peak = label, self.total, dict(self.now)
 
     def _add(self, tensor: Tensor, part: str) -> None:
         storage = tensor.untyped_storage()
@@ -344,43 +335,33 @@ class Phases:
                 layer.register_forward_pre_hook(lambda *_, label=str(index): tracker.mark(label))
                 stack_of |= {id(weight): str(index) for weight in layer.parameters()}
         for weight in self.trained:
-            self._watch_gradient(weight, stack_of.get(id(weight), ""))
+            hook = functools.partial(self._gradient_arrived, stack_of.get(id(weight), ""))
+            weight.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
         self.optimizer: Any = None
-        if is_optimizer_traced(config.train.optim, device):
-            self._create_optimizer()
-
-    def _watch_gradient(self, weight: nn.Parameter, label: str) -> None:
-        def arrived(parameter: Tensor) -> None:
-            assert parameter.grad is not None
-            self.tracker.assign([parameter.grad], "gradients")
-            self.tracker.mark(label)
-
-        weight.register_post_accumulate_grad_hook(arrived)  # type: ignore[no-untyped-call]
-
-    def _create_optimizer(self) -> None:
-        with self._counted_as("optimizer"):
-            self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, weight_decay=self.config.train.weight_decay)
-            for weight in self.trained:
-                weight.grad = torch.zeros_like(weight)
+        if is_optimizer_traced(train.optim, device):
+            self._zero_gradients(part="optimizer")
+            self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, weight_decay=train.weight_decay)
             self.optimizer.step()
             self.optimizer.zero_grad()
+            tracker.part = None
 
-    @contextlib.contextmanager
-    def _counted_as(self, part: str) -> Iterator[None]:
+    def _gradient_arrived(self, label: str, weight: Any) -> None:
+        self.tracker.assign([weight.grad], "gradients")
+        self.tracker.mark(label)
+
+    def _zero_gradients(self, *, part: str) -> None:
+        """Gradients for all trained weights; they and all that follows count as `part`."""
         self.tracker.part = part
-        try:
-            yield
-        finally:
-            self.tracker.part = None
+        for weight in self.trained:
+            weight.grad = torch.zeros_like(weight)
 
     def step(self, micro: MicroBatch, *, accumulating: bool) -> list[Interval]:
         """One optimizer step of one micro-batch. accumulating: gradients of earlier micro-batches exist already."""
         train, tracker = self.config.train, self.tracker
         self.model.train()
         if accumulating:
-            with self._counted_as("gradients"):
-                for weight in self.trained:
-                    weight.grad = torch.zeros_like(weight)
+            self._zero_gradients(part="gradients")
+            tracker.part = None
         tracker.reset()
         with _offloading() if self.offload else contextlib.nullcontext():
             loss = self._loss(micro)
@@ -484,12 +465,8 @@ def micro_batch(kind: Any, lengths: Sequence[int], *, packed: bool) -> MicroBatc
 
 # ---- extrapolation over layers that repeat
 
-SHALLOW = 3  # periods of the shallower model where every layer is alike; the deeper model has one more
-SHALLOW_LONG = 2  # the same where a period has several layers
 
-
-@dataclass(frozen=True)
-class _Stack:
+class _Stack(NamedTuple):
     """A list of layers of which, after `start`, `times` periods of `period` layers are alike."""
 
     layers: nn.ModuleList
@@ -499,13 +476,8 @@ class _Stack:
 
     @property
     def shallow(self) -> int:
-        """Periods of the shallower model."""
-        return SHALLOW if self.period == 1 else SHALLOW_LONG
-
-    @property
-    def removable(self) -> int:
-        """Layers that the shallower model can go without."""
-        return self.period * (self.times - self.shallow)
+        """Periods that the shallower of the two traced models has; the deeper one has one more."""
+        return 3 if self.period == 1 else 2
 
 
 def remove_layers(model: nn.Module, *, deeper: bool) -> int:
@@ -544,16 +516,15 @@ def _repeating(layers: nn.ModuleList, settings: Sequence[Any]) -> _Stack | None:
     """
     by_layer = [values for values in settings if len(values) == len(layers)]
     kinds = [_layer_kind(layer, [values[index] for values in by_layer]) for index, layer in enumerate(layers)]
-    best: _Stack | None = None
-    for period in range(1, len(kinds) // SHALLOW_LONG):
+    best, most_saved = None, 0
+    for period in range(1, len(kinds) // 2):
         start = len(kinds) - period
         while start > 0 and kinds[start - 1] == kinds[start - 1 + period]:
             start -= 1
         stack = _Stack(layers, start, period, (len(kinds) - start) // period)
-        rest = len(kinds) - stack.times * period
-        traced = (2 * stack.shallow + 1) * period + 2 * rest
-        if traced < len(kinds) and (best is None or stack.removable > best.removable):
-            best = stack
+        saved = period * (stack.times - stack.shallow)
+        if saved > most_saved and 2 * (len(kinds) - saved) + period < len(kinds):
+            best, most_saved = stack, saved
     return best
 
 
@@ -588,8 +559,7 @@ def extrapolate(shallow: Sequence[Interval], deep: Sequence[Interval], removed: 
             return None
         for one, other in zip(few, [*more[:half], *more[extra + half :]], strict=True):
             parts = {part: size + removed * (other.parts[part] - size) for part, size in one.parts.items()}
-            peak, start = (a + removed * (b - a) for a, b in ((one.peak, other.peak), (one.start, other.start)))
-            full.append(Interval(label, peak, start, parts))
+            full.append(Interval(label, one.peak + removed * (other.peak - one.peak), parts))
     return full
 
 
@@ -598,14 +568,13 @@ def extrapolate(shallow: Sequence[Interval], deep: Sequence[Interval], removed: 
 
 @dataclass(frozen=True)
 class Traced:
-    """Bytes. parts: what was alive at the highest moment, by kind; peak: their sum; start: before it began.
+    """Bytes alive at the highest moment, by kind, and their sum.
 
     The optimizer's state is in it only where its step is traced: add `Tracer.optimizer_bytes`.
     """
 
     parts: dict[str, int]
     peak: int
-    start: int
 
 
 class Tracer:
@@ -680,7 +649,7 @@ class Tracer:
             self._models, self.removed = [_FakeModel(self, deeper=None)], 0
             intervals = self._models[0].trace(micro, run)
         top = max(intervals, key=lambda interval: interval.peak)
-        self._results[key] = Traced({p: n for p, n in top.parts.items() if n}, top.peak, intervals[0].start)
+        self._results[key] = Traced({part: size for part, size in top.parts.items() if size}, top.peak)
         return self._results[key]
 
     def _at_full_depth(self, bytes_: Sequence[int]) -> int:
