@@ -60,7 +60,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     if args.png:
         report.draw(plan, args.png)
         console.say(f"picture: {args.png}")
-    return {"model": config.model.name, **plan.to_json(), "time": duration and duration.to_json()}
+    return {"model": config.model.name, **plan.to_json(), "time": duration}
 
 
 def show_models(results: dict[str, Any], title: str) -> dict[str, Any]:

@@ -356,24 +356,19 @@ def _changes(config: Config, resolved: Config, *, gpu: bool) -> Iterator[tuple[d
     train, mode, rank, length = resolved.train, resolved.tuning.mode, resolved.tuning.lora.r, resolved.model.max_seq_len
     checkpointing = {"train.gradient_checkpointing": True}
     offloading = {**checkpointing, "train.activation_offload": True}
-    half, eighth = {"tuning.lora.r": rank // 2}, {"train.optim": "adamw_8bit"}
+    one_row, half_rank = {"train.micro_batch_tokens": length}, {"tuning.lora.r": rank // 2}
     changes: list[tuple[bool, dict[str, Any], str, float | None]] = [  # the first column: whether it applies
-        (
-            int(train.micro_batch_tokens) > length,
-            {"train.micro_batch_tokens": length},
-            "speed: one row at a time",
-            None,
-        ),
+        (int(train.micro_batch_tokens) > length, one_row, "speed: one row at a time, the same steps", None),
         (train.gradient_checkpointing is not True, checkpointing, "about 1.45 times the time of a step", 0.45),
         (train.logits == "full", {"train.logits": "chunked"}, "nothing: the same loss", 0.0),
         (gpu and not train.activation_offload, offloading, "time: activations go to RAM and back", None),
         (train.logits_tile > 128, {"train.logits_tile": 128}, "a little speed in the loss head", None),
-        (gpu and "8bit" not in train.optim, eighth, "optimizer state rounded to 8 bits", 0.02),
+        (gpu and "8bit" not in train.optim, {"train.optim": "adamw_8bit"}, "optimizer state rounded to 8 bits", 0.02),
         (gpu and "paged" not in train.optim, {"train.optim": "paged_adamw_8bit"}, "optimizer state in RAM", 0.05),
         (mode == "lora", {"tuning.mode": "qlora"}, "a base rounded to 4 bits, dequantised in every step", 0.3),
         (mode == "full", {"tuning.mode": "lora"}, "adapters are trained, not the weights themselves", 0.0),
         (mode == "full", {"tuning.mode": "qlora"}, "adapters on a base rounded to 4 bits", 0.3),
-        (mode != "full" and rank > 4, half, "half the capacity of the adapter", 0.0),
+        (mode != "full" and rank > 4, half_rank, "half the capacity of the adapter", 0.0),
     ]
     for shorter in (length // 2, length // 4):
         budget = {} if config.train.micro_batch_tokens == "auto" else {"train.micro_batch_tokens": shorter}

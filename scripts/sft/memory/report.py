@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,29 +19,15 @@ CHARACTERS_PER_TOKEN = 4.0  # of English text, roughly
 Table = tuple[str, tuple[str, ...], list[tuple[Any, ...]]]  # title, columns, rows
 
 
-@dataclass(frozen=True)
-class Duration:
-    """How fast a run goes, by formula. tokens: of all epochs, None where no rows are prepared; speed: its source."""
+def duration(plan: Plan, root: Path) -> dict[str, Any] | None:
+    """How fast the run would go, as JSON; None for a device of unknown speed.
 
-    flops_per_token: float
-    tokens_per_second: float
-    tokens: int | None
-    speed: str
-
-    @property
-    def seconds(self) -> float | None:
-        """For all epochs."""
-        return None if self.tokens is None else self.tokens / self.tokens_per_second
-
-    def to_json(self) -> dict[str, Any]:
-        return {**vars(self), "seconds": self.seconds}
-
-
-def duration(plan: Plan, root: Path) -> Duration | None:
-    """How fast the run would go; None for a device of unknown speed. Tokens are estimated from the prepared file."""
+    `tokens` (of all epochs, estimated from the prepared file) and `seconds` are None where no rows are prepared.
+    """
     known = presumed_flops(plan.device)
     if known is None:
         return None
+    flops, source = known
     config, rows, tokens = plan.config, 0, 0.0
     path = root / (config.data.train_path or f"{config.data.processed_dir}/train.jsonl")
     if path.is_file():
@@ -50,9 +35,15 @@ def duration(plan: Plan, root: Path) -> Duration | None:
             rows = sum(1 for line in file if line.strip())
         tokens = min(path.stat().st_size / CHARACTERS_PER_TOKEN, float(rows * config.model.max_seq_len))
     length = tokens / rows if rows else config.model.max_seq_len
-    flops = flops_per_token(plan.size, config.tuning, config.train, length=length)
+    per_token = flops_per_token(plan.size, config.tuning, config.train, length=length)
     all_tokens = int(tokens * float(config.train.epochs)) if rows else None
-    return Duration(flops, known[0] / flops, all_tokens, known[1])
+    return {
+        "flops_per_token": per_token,
+        "tokens_per_second": flops / per_token,
+        "tokens": all_tokens,
+        "speed": source,
+        "seconds": None if all_tokens is None else all_tokens * per_token / flops,
+    }
 
 
 def tables(plan: Plan) -> list[Table]:
@@ -76,7 +67,7 @@ def tables(plan: Plan) -> list[Table]:
     return result
 
 
-def sentences(plan: Plan, duration: Duration | None) -> list[str]:
+def sentences(plan: Plan, duration: dict[str, Any] | None) -> list[str]:
     """The answer in sentences."""
     train, device = plan.config.train, plan.device
     lines = [
@@ -93,9 +84,9 @@ def sentences(plan: Plan, duration: Duration | None) -> list[str]:
     if plan.smallest_card:
         lines.append(f"the smallest card that would do: {plan.smallest_card}")
     if duration is not None:
-        seconds = duration.seconds
+        seconds = duration["seconds"]
         time = "" if seconds is None else f", {_time(seconds)} for all epochs of the prepared rows (roughly)"
-        lines.append(f"about {duration.tokens_per_second:,.0f} tokens/s{time} ({duration.speed})")
+        lines.append(f"about {duration['tokens_per_second']:,.0f} tokens/s{time} ({duration['speed']})")
     if plan.combination is not None:
         verdict = "fits with" if plan.combination.fits else "does not fit even with"
         settings = " ".join(f"--set {setting}" for setting in plan.combination.settings)

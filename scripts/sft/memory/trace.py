@@ -188,7 +188,7 @@ def fake_ops() -> Callable[[Any, Any, Any], Any]:
             half = [args[0].to(torch.bfloat16), args[1].to(torch.bfloat16), *args[2:]]
             return func(*half, **kwargs).to(args[0].dtype)
         # a real mask (see `_FakeModel.trace`) becomes a fake one where it enters a computation
-        args = [torch.empty_like(arg) if type(arg) is Tensor and arg.ndim == 2 else arg for arg in args]
+        args = [torch.empty(a.shape, dtype=a.dtype) if type(a) is Tensor and a.ndim == 2 else a for a in args]
         if packet in (aten.index, aten.index_put, aten.index_put_):
             args[1] = _positions(args[1])
         out = func(*args, **kwargs)
