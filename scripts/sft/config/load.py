@@ -123,11 +123,14 @@ def scalar(text: str) -> Any:
     return int(value) if "." not in text and abs(value) < 2**53 and value == int(value) else value
 
 
-def plain(node: Node) -> Any:
-    """The value without its places."""
+def plain(node: Node, *, text: bool = False) -> Any:
+    """The value without its places. text: numbers as they were written, for keys that take text alone."""
     if isinstance(node.value, dict):
-        return {key: plain(child) for key, child in node.value.items()}
-    return [plain(child) for child in node.value] if isinstance(node.value, list) else node.value
+        return {key: plain(child, text=text) for key, child in node.value.items()}
+    if isinstance(node.value, list):
+        return [plain(child, text=text) for child in node.value]
+    is_number = isinstance(node.value, int | float) and not isinstance(node.value, bool)
+    return node.raw if text and is_number and node.raw is not None else node.value
 
 
 class _Loader(yaml.SafeLoader):
@@ -330,22 +333,15 @@ def validate(tree: Tree, problems: Problems) -> Config | None:
 
 
 def _values(tree: Tree, prefix: str) -> dict[str, Any]:
-    """Plain values for the schema; where a key takes text alone, a number is taken as it was written."""
+    """Plain values for the schema."""
     values: dict[str, Any] = {}
     for key, node in tree.items():
         field = table().get(prefix + key)
         if field and field.section and isinstance(node.value, dict):
             values[key] = _values(node.value, f"{prefix}{key}.")
-        elif field and field.texts and isinstance(node.value, list):
-            values[key] = [_as_text(item) for item in node.value]
         else:
-            values[key] = _as_text(node) if field and field.text else plain(node)
+            values[key] = plain(node, text=bool(field and field.text))
     return values
-
-
-def _as_text(node: Node) -> Any:
-    is_number = isinstance(node.value, int | float) and not isinstance(node.value, bool)
-    return node.raw if is_number and node.raw is not None else plain(node)
 
 
 def find(tree: Tree, key: str) -> Node | None:

@@ -18,8 +18,8 @@ from sft.config.schema import Config, Section
 class Field:
     """One key of the schema.
 
-    section: its class, when the key is a mapping of other keys. text: it takes text and no number, so that `2024` or
-    `007` is read as written; texts: the same for the items of its list.
+    section: its class, when the key is a mapping of other keys. text: it takes text, or a list of texts, and no number,
+    so that `2024` or `007` is read as written.
     """
 
     key: str
@@ -29,7 +29,6 @@ class Field:
     section: type[Section] | None
     nullable: bool
     text: bool
-    texts: bool
     choices: tuple[str, ...]
 
     @property
@@ -66,8 +65,7 @@ def _field(key: str, info: FieldInfo) -> Field:
         description=info.description or (section.__doc__ if section else None) or "",
         section=section,
         nullable=type(None) in kinds,
-        text=str in kinds and not {int, float} & set(kinds),
-        texts=list[str] in kinds,
+        text=(str in kinds or list[str] in kinds) and not {int, float} & set(kinds),
         choices=tuple(str(choice) for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)),
     )
 
