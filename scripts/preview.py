@@ -43,7 +43,7 @@ def main(args: argparse.Namespace) -> None:
     from sft.config.load import load
     from sft.data import store
     from sft.files import write_text
-    from sft.generation.load import load_named_encoder
+    from sft.generation.encoder import load_named_encoder
 
     root = console.project_root()
     config = load(args.config, args.set, root=root).config

@@ -35,7 +35,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     from sft.config.load import load, resolve_path
     from sft.data import store
     from sft.errors import DataError
-    from sft.generation.load import load_named_encoder
+    from sft.generation.encoder import load_named_encoder
 
     if bool(args.source) != bool(args.target):
         raise DataError("--in and --out go together", fix="give both, or neither to render every split")

@@ -62,7 +62,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 def in_tokens(config: Any, root: Path, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     """The figures that need a tokenizer; None, with a warning, where the model is not available."""
     from sft.errors import ModelError
-    from sft.generation.load import load_encoder
+    from sft.generation.encoder import load_encoder
     from sft.report import data_report
 
     try:

@@ -39,7 +39,7 @@ def overfitted(tmp_path: Path) -> Path:
     from transformers import AutoModelForCausalLM
 
     from sft.config.load import load
-    from sft.generation.load import load_encoder
+    from sft.generation.encoder import load_encoder
 
     root = tiny_runs.project(tmp_path, ROOT / "models" / "demo")
     adapter = tiny_runs.finished_run(root, name="over", scale=0.0)

@@ -335,7 +335,7 @@ def _call_id(call: dict[str, Any], message: int, at: int) -> str:
 def build_encoder(
     config: Config, tokenizer: PreTrainedTokenizerBase, kind: Kind, root: Path, *, eos_ids: Iterable[int] = ()
 ) -> Encoder:
-    """The encoder that a config means, for a tokenizer that is loaded already; see `generation.load.load_encoder`.
+    """The encoder that a config means, for a tokenizer that is loaded already; see `generation.encoder.load_encoder`.
 
     eos_ids: the end tokens of the model's generation_config. Raises TemplateError where the template does not exist,
     shows no answer, or its labels cannot be proven.

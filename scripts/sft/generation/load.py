@@ -14,18 +14,16 @@ from typing import Any, Literal
 import torch
 
 from sft import runs
-from sft.chat.encode import Encoder, build_encoder
 from sft.config.load import load, resolve_path
-from sft.config.schema import Config, ModelSection
+from sft.config.schema import Config
 from sft.data import rows as records
 from sft.data import store
 from sft.errors import ModelError, RunError, SftError
+from sft.generation.encoder import load_encoder
 from sft.generation.engine import LoadedModel, warn_truncated
 from sft.generation.stop import Answer
 from sft.model import adapters, hardware, hub
 from sft.model import load as model_load
-from sft.model.files import ModelFiles
-from sft.model.tokenizer import load_tokenizer, round_trip_problem
 from sft.runs import RESOLVED, SERVING, Run
 from sft.step import attention
 
@@ -256,49 +254,3 @@ def open_model(
         model = adapters.load(model, adapter)
     name = str(adapter or merged or files.name)
     return LoadedModel(model.eval(), encoder.tokenizer, encoder, files.kind, device, name)
-
-
-def load_encoder(
-    config: Config, root: Path, *, files: ModelFiles | None = None, tokenizer: ModelFiles | Path | None = None
-) -> Encoder:
-    """The encoder that `config` means, with its tokenizer: the one way for every command.
-
-    files: the model, where it is known already; else `config.model` is looked up, of which a folder with tokenizer
-    files is enough. tokenizer: used instead of the model's own (an adapter's). The end tokens of the model's
-    generation_config are stops too. Raises ModelError (no tokenizer), TemplateError.
-    """
-    model = files or _files_without_weights(config.model, root)
-    loaded = load_tokenizer(tokenizer or model, trust_remote_code=config.model.trust_remote_code)
-    if files is None and (problem := round_trip_problem(loaded)):
-        log.warning(problem)
-    return build_encoder(config, loaded, model.kind, root, eos_ids=_end_ids(model.path))
-
-
-def load_named_encoder(config: Config, root: Path, *, tokenizer: str | None, template: str | None) -> Encoder:
-    """`load_encoder` with a tokenizer folder and a template (a name or a file) from the command line, if given.
-
-    Both count from the working folder.
-    """
-    if tokenizer:
-        model = config.model.model_copy(update={"name": str(Path(tokenizer).resolve()), "revision": None})
-        config = config.model_copy(update={"model": model})
-    if template:
-        path = str(Path(template).resolve()) if Path(template).is_file() else template
-        config = config.model_copy(update={"data": config.data.model_copy(update={"template_path": path})})
-    return load_encoder(config, root)
-
-
-def _files_without_weights(section: ModelSection, root: Path) -> ModelFiles:
-    folder = hub.local_folder(section.name, root)
-    if folder is None or (folder / "config.json").is_file():
-        return hub.find(section, root, weights=False)
-    return ModelFiles(folder, section.name, None, {}, "seq2seq" if section.type == "seq2seq" else "causal")
-
-
-def _end_ids(folder: Path) -> list[int]:
-    """The end tokens that the model's generation_config.json names: a base may end its answers with others."""
-    try:
-        ids = json.loads((folder / "generation_config.json").read_text(encoding="utf-8")).get("eos_token_id")
-    except (OSError, ValueError, AttributeError):
-        return []
-    return [int(token) for token in (ids if isinstance(ids, list) else [ids]) if token is not None]

@@ -16,7 +16,8 @@ from sft import runs
 from sft.chat.encode import Encoder
 from sft.config.schema import Config, ModelSection
 from sft.errors import ModelError, RunError
-from sft.generation.load import Target, load_encoder, system_text
+from sft.generation.encoder import load_encoder
+from sft.generation.load import Target, system_text
 from sft.model import hub
 from sft.model.files import ModelFiles
 from sft.model.tokenizer import load_tokenizer

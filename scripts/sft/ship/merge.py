@@ -16,7 +16,7 @@ from sft import runs
 from sft.chat.template import ChatTemplate
 from sft.config.schema import Config, ModelSection
 from sft.errors import EnvironmentProblem, ModelError, RunError
-from sft.generation.load import load_encoder
+from sft.generation.encoder import load_encoder
 from sft.model import adapters, hub
 from sft.model.files import INDEX, ModelFiles, tensors
 from sft.ship import MERGE_REPORT, lora_delta, verify

@@ -27,8 +27,9 @@ from sft.config import load
 from sft.config.schema import Config
 from sft.data import store
 from sft.errors import DataError, ModelError, RunError, TemplateError
+from sft.generation.encoder import load_encoder
 from sft.generation.evaluate import Prompt, Question, answerable, questions
-from sft.generation.load import load_encoder, open_model
+from sft.generation.load import open_model
 from sft.model.files import ModelFiles, read_config, tensors
 from sft.ship.lora_delta import BLOCK, find_name
 

@@ -139,7 +139,7 @@ def prepare(
     backend = backends.prepare(config.tuning, kind=model_files.kind)
 
     from sft.chat.dataset import FOLDER
-    from sft.generation.load import load_encoder
+    from sft.generation.encoder import load_encoder
     from sft.metrics.scoring import check_names
     from sft.model.tokenizer import round_trip_problem
 
