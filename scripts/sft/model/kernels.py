@@ -25,10 +25,6 @@ PLAIN: Kernels = "plain"
 TOLERANCE = {"float64": 1e-9, "float32": 1e-5, "float16": 1e-2, "bfloat16": 5e-2}
 
 
-class _RefusedError(Exception):
-    """Why kernels cannot be used."""
-
-
 def apply_kernels(
     model: nn.Module,
     kernels: Literal["auto"] | Kernels,
@@ -48,24 +44,25 @@ def apply_kernels(
     expected = _loss_and_gradients(model, device, autocast)
     try:
         if backend == "unsloth":
-            raise _RefusedError("unsloth has kernels of its own")
+            raise EnvironmentProblem("unsloth has kernels of its own")
         if kernels == "liger":
             _use_liger(model, device)
         else:
             _compile_layers(model)
         if kernels_of(model) != kernels:
-            raise _RefusedError("they support no layer of this model")
+            raise EnvironmentProblem("they support no layer of this model")
         pairs = zip(_loss_and_gradients(model, device, autocast), expected, strict=True)
         differences = [float((value - reference).norm() / reference.norm()) for value, reference in pairs]
         dtype = autocast or next(weight.dtype for weight in model.parameters() if weight.is_floating_point())
         allowed = TOLERANCE[str(dtype).removeprefix("torch.")]
         if not all(difference <= allowed for difference in differences):  # a NaN is not
-            raise _RefusedError(
-                f"loss and gradients differ by {differences}, where {allowed:.0e} is allowed in {dtype}"
+            amounts = " and ".join(f"{difference:.1e}" for difference in differences)
+            raise EnvironmentProblem(
+                f"loss and gradients differ by {amounts}, where {allowed:.0e} is allowed in {dtype}"
             )
     except Exception as error:  # a compiler, a kernel or a driver raises anything
         restore_plain_layers(model)
-        reason = str(error) if isinstance(error, _RefusedError) else f"{type(error).__name__}: {one_line(error)}"
+        reason = error.what if isinstance(error, EnvironmentProblem) else f"{type(error).__name__}: {one_line(error)}"
         raise EnvironmentProblem(
             f"train.kernels is {kernels}, which cannot be used here: {reason}",
             where="train.kernels",
@@ -122,9 +119,9 @@ def _use_liger(model: nn.Module, device: str) -> None:
     from transformers.integrations.liger import apply_liger_kernel
 
     if importlib.util.find_spec("liger_kernel") is None:
-        raise _RefusedError("liger-kernel is not installed (pip install liger-kernel)")
+        raise EnvironmentProblem("liger-kernel is not installed (pip install liger-kernel)")
     if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise _RefusedError("Liger's kernels need a CUDA GPU")
+        raise EnvironmentProblem("Liger's kernels need a CUDA GPU")
     before = {module for module in model.modules() if "forward" in module.__dict__}
     defining_modules = [sys.modules[name] for name in {type(module).__module__ for module in model.modules()}]
     names = [(module, dict(vars(module))) for module in defining_modules]
