@@ -21,6 +21,8 @@ Run = Callable[[Callable[[argparse.Namespace], Any]], tuple[int, str, str]]
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path) -> Run:
     """Runs a command with --json in this process: its exit code, stdout and stderr."""
     monkeypatch.setattr(console, "_json_mode", False)
+    monkeypatch.setattr(console, "show_logs", lambda: None)  # would stay for the tests after this one
+    monkeypatch.setattr(console, "quiet_libraries", lambda: None)
     monkeypatch.setenv("SFT_ROOT", str(tmp_path))
     monkeypatch.setattr(sys, "argv", ["command", "--json"])
 
