@@ -1,4 +1,4 @@
-"""Tokenised rows kept in Arrow: the same rows and ledger as before, and nothing that is broken or foreign."""
+"""Tokenised rows cached in Arrow: the same rows and ledger as without the cache, and nothing from a damaged entry."""
 
 from __future__ import annotations
 

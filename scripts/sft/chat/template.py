@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import logging
@@ -27,7 +26,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from sft.config.load import display_path, resolve_path, shipped
 from sft.config.schema import Config, DataSection
-from sft.errors import TemplateError
+from sft.errors import TemplateError, nearest, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -131,7 +130,6 @@ class ChatTemplate:
     options: Mapping[str, Any] = field(default_factory=dict)
     tool_source: str | None = None
     origin: Literal["own", "default", "named"] = "named"
-    path: Path | None = None
     control_text: Literal["plain", "token"] = "plain"
     day: date = field(default_factory=today)
     parts: bool = False
@@ -239,7 +237,7 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             raise Refused(f"the template refuses it ({self.name}:{_line(error)}): {error.message}") from None
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}"[:300]
+            reason = one_line(f"{type(error).__name__}: {error}")
             raise Refused(f"the template fails on it ({self.name}:{_line(error)}): {reason}") from None
 
 
@@ -320,7 +318,7 @@ def load_template(data: DataSection, tokenizer: PreTrainedTokenizerBase, root: P
         source = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise TemplateError(f"the chat template cannot be read: {error}", where=shown) from None
-    common |= {"path": path, "origin": "default" if name == "auto" else "named"}
+    common["origin"] = "default" if name == "auto" else "named"
     template = ChatTemplate(shown, source, **common)
     if not _lacks_bos(template, tokenizer):
         return template
@@ -357,9 +355,9 @@ def _template_file(name: str, root: Path) -> Path:
 
 def _missing(name: str, path: Path, root: Path) -> TemplateError:
     known = template_names(root)
-    near = difflib.get_close_matches(Path(name).stem, known, n=1, cutoff=0.5)
+    near = nearest(Path(name).stem, known, cutoff=0.5)
     return TemplateError(
         f"the chat template {name!r} does not exist",
         where=f"data.template_path, looked for {display_path(path, root)}",
-        fix=(f"did you mean {near[0]}? " if near else "") + f"names: {', '.join(known)}; or a file that ends in .jinja",
+        fix=(f"did you mean {near}? " if near else "") + f"names: {', '.join(known)}; or a file that ends in .jinja",
     )
