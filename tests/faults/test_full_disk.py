@@ -94,7 +94,7 @@ def test_a_disk_that_fills_while_training_loses_nothing(
             project.run(root, *sets)
     output = str(caught.value)
     assert "could not be written" in output and "MiB are free" in output and "fix:" in output
-    assert resumes_from in output and ("a checkpoint takes about" in output) == bool(resumes_from)
+    assert resumes_from in output
     (root / "ballast").unlink()
     project.run(root, *sets)
     one, other = (path / "adapters/t/adapter_model.safetensors" for path in (root, tmp_path))

@@ -87,16 +87,6 @@ class Measurement:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """A micro-batch: rows of the longest length, the tokens they are, and every measurement."""
-
-    rows: int
-    tokens: int
-    tried: tuple[Measurement, ...]
-    best: Measurement
-
-
-@dataclass(frozen=True)
 class Result:
     """What was measured. eval_tokens: the budget that evaluation was lowered to, None where it was not.
 
@@ -240,11 +230,10 @@ class Rehearsal:
         self.end = time.monotonic() + self.time_limit
         on_cuda = torch.device(self.step.device).type == "cuda"
         with torch.random.fork_rng([self.step.device] if on_cuda else []):
-            choice, checkpointing = self._with_or_without_checkpointing()
+            tokens, best, checkpointing = self._with_or_without_checkpointing()
             set_checkpointing(self.model, checkpointing)
-            tokens = self.fixed_tokens or choice.tokens
             self.step = replace(self.step, micro_batch_tokens=tokens)
-            peaks = {"training": (choice.best.allocated_bytes / 2**30, choice.best.peak_bytes / 2**30)}
+            peaks = {"training": (best.allocated_bytes / 2**30, best.peak_bytes / 2**30)}
             stages = {
                 "evaluation": self._evaluate if self.validation else None,
                 "generation": self._answer if self.answer else None,
@@ -253,42 +242,47 @@ class Rehearsal:
             for name, call in stages.items():
                 if call is not None and time.monotonic() < self.end:
                     peaks[name] = self._measure_stage(call)
-        return Result(tokens, checkpointing, choice.best.speed, self.step.eval_tokens, peaks)
+        return Result(tokens, checkpointing, best.speed, self.step.eval_tokens, peaks)
 
-    def _with_or_without_checkpointing(self) -> tuple[Choice, bool]:
-        """The micro-batch, and whether activations are recomputed: not where enough fits without, or that is faster."""
+    def _with_or_without_checkpointing(self) -> tuple[int, Measurement, bool]:
+        """(tokens, measurement, checkpointing) of the micro-batch to use: without recomputing activations where enough
+        fits without, or where that is faster.
+        """
         configured = is_checkpointing(self.model)
         if not (configured and self.checkpointing_is_free):
-            return self._search(), configured
+            tokens, best, _ = self._search()
+            return tokens, best, configured
         set_checkpointing(self.model, False)
-        without: Choice | None = None
+        without: tuple[int, Measurement] | None = None
         with contextlib.suppress(DoesNotFitError):
-            without = self._search()
-        if without is not None and without.best.peak_bytes > self.gauge.total * (1 - MARGIN):
-            without = None  # it fits, but leaves no margin
-        if without is not None:
-            memory_ended_growth = without.rows < self.most_rows and without.tried[-1] is without.best
-            if self.fixed_tokens or without.tokens >= ENOUGH_TOKENS or not memory_ended_growth:
-                return without, False
+            tokens, best, memory_ended_growth = self._search()
+            if best.peak_bytes <= self.gauge.total * (1 - MARGIN):
+                if self.fixed_tokens or tokens >= ENOUGH_TOKENS or not memory_ended_growth:
+                    return tokens, best, False
+                without = tokens, best
         release_memory()
         set_checkpointing(self.model, True)
-        choice = self._search()
-        return (choice, True) if without is None or choice.best.speed >= without.best.speed else (without, False)
+        tokens, best, _ = self._search()
+        if without is None or best.speed >= without[1].speed:
+            return tokens, best, True
+        return *without, False
 
-    def _search(self) -> Choice:
+    def _search(self) -> tuple[int, Measurement, bool]:
+        """(tokens, measurement, whether memory ended the growth) of the best micro-batch."""
         length, fixed = max(self.lengths), self.fixed_tokens
         if fixed is None:
-            return search(
+            best, memory_ended_growth = search(
                 lambda rows: self._measure(rows * length),
                 length=length,
                 most_rows=self.most_rows,
                 total_bytes=self.gauge.total,
                 time_left=lambda: time.monotonic() < self.end - self.time_limit / 2,
             )
+            return best.rows * length, best, memory_ended_growth
         measurement = _none_if_out_of_memory(lambda: self._measure(fixed))
         if measurement is None:
             raise DoesNotFitError(f"a micro-batch of {fixed} tokens does not fit")
-        return Choice(max(1, fixed // length), fixed, (measurement,), measurement)
+        return fixed, measurement, False
 
     def _measure(self, tokens: int) -> Measurement:
         """Forward and backward of the longest rows in one micro-batch, twice: the second time is measured."""
@@ -341,10 +335,11 @@ def search(
     most_rows: int,
     total_bytes: int,
     time_left: Callable[[], bool] = lambda: True,
-) -> Choice:
+) -> tuple[Measurement, bool]:
     """Doubles the rows from 1 while they fit with a margin and speed grows; halves the stride when memory runs out.
 
-    measure: runs `rows` rows of `length` tokens and may run out of memory. Raises DoesNotFitError if one row does.
+    measure: runs `rows` rows of `length` tokens and may run out of memory. Returns the best measurement, and whether
+    memory ended the growth. Raises DoesNotFitError if one row runs out of memory.
     """
     usable, most = total_bytes * (1 - MARGIN), max(1, min(most_rows, MOST_TOKENS // length))
     best = _none_if_out_of_memory(lambda: measure(1))  # a single row is used even if it leaves no margin
@@ -353,18 +348,18 @@ def search(
             f"one row of {length} tokens does not fit in {total_bytes / 2**30:.1f} GiB",
             fix="lower model.max_seq_len or choose a smaller model; `make plan` shows what each saves",
         )
-    tried, stride = [best], 1
+    largest, stride = best, 1
     while best.rows + stride <= most and time_left():
         rows = best.rows + stride
         measurement = _none_if_out_of_memory(partial(measure, rows))
-        tried += [measurement] if measurement is not None else []
+        largest = max(largest, measurement or largest, key=lambda each: each.rows)
         if measurement is None or measurement.peak_bytes > usable:
             most, stride = rows - 1, max(1, stride // 2)
             continue
         if measurement.speed < WORTH_GROWING * best.speed:
             break
         best, stride = measurement, min(measurement.rows, max(1, most - measurement.rows))
-    return Choice(best.rows, best.rows * length, tuple(tried), best)
+    return best, best.rows < most_rows and largest is best
 
 
 def _none_if_out_of_memory(measure: Callable[[], Measurement]) -> Measurement | None:

@@ -104,12 +104,9 @@ class CheckpointManager:
                 files.write_manifest(staged)
         except EnvironmentProblem as error:
             older = [path.name for path in self.run.checkpoints()]
-            raise EnvironmentProblem(
-                f"{error.what}; a checkpoint takes about {checkpoint_bytes(state) / 2**20:,.1f} MiB",
-                where=error.where,
-                fix="free disk space and run the same command: it resumes from "
-                + (older[-1] if older else "the start of the run"),
-            ) from error
+            resumes_from = older[-1] if older else "the start of the run"
+            fix = f"free disk space and run the same command: it resumes from {resumes_from}"
+            raise EnvironmentProblem(error.what, where=error.where, fix=fix) from error
         if problem := files.manifest_problem(target, hashes=False):
             raise RunError(f"{target.name} was not written completely: {problem}", fix="check the disk")
         self._remove_old(state.progress)
@@ -145,14 +142,6 @@ class CheckpointManager:
                 files.remove(archived)
                 files.rename(path, archived)
                 log.info("%s is newer than the checkpoint being resumed; renamed to %s", path.name, archived.name)
-
-
-def checkpoint_bytes(state: TrainState) -> int:
-    """Bytes of the trained weights and of the optimizer's state for them."""
-    moments = [value for moments in state.optimizer.state.values() for value in moments.values()]
-    tensors = [tensor for tensor in moments if isinstance(tensor, torch.Tensor)]
-    tensors += [weight for weight in state.model.parameters() if weight.requires_grad]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def read_state(checkpoint: Path, name: str) -> Any:
@@ -255,13 +244,12 @@ CONSEQUENCES = {
     "revision": "the adapter continues on the weights of that revision",
     "max_seq_len": "other rows may be dropped or truncated",
     "labels": "other tokens are trained on from here on",
-    "total_steps": "the learning rate jumps to that of the new schedule",
-    "learning_rate": "the learning rate jumps to that of the new schedule",
-    "lr_scheduler_type": "the learning rate jumps to that of the new schedule",
-    "warmup_steps": "the learning rate jumps to that of the new schedule",
-    "weight_decay": "takes effect with the next step",
-    "max_grad_norm": "takes effect with the next step",
     "label_smoothing": "takes effect with the next step; losses before and after cannot be compared",
+    **dict.fromkeys(("weight_decay", "max_grad_norm"), "takes effect with the next step"),
+    **dict.fromkeys(
+        ("total_steps", "learning_rate", "lr_scheduler_type", "warmup_steps"),
+        "the learning rate jumps to that of the new schedule",
+    ),
 }
 NEVER_ALLOWED = {"backend", "mode", "kind", "base_model", "precision", "lora", "optim"}
 

@@ -609,16 +609,10 @@ def peak_bytes() -> int:
 def _main_settings(job: Job) -> dict[str, Any]:
     """The settings of TensorBoard's HParams tab."""
     train, tuning = job.config.train, job.config.tuning
-    return {
-        "model": job.files.name,
-        "mode": tuning.mode,
-        "backend": job.backend.name,
-        "learning_rate": train.learning_rate,
-        "effective_batch": train.effective_batch,
-        "epochs": train.epochs,
-        "rows": len(job.rows.train),
-        **({"lora_r": tuning.lora.r, "lora_alpha": tuning.lora.alpha} if tuning.mode != "full" else {}),
-    }
+    lora = {"lora_r": tuning.lora.r, "lora_alpha": tuning.lora.alpha} if tuning.mode != "full" else {}
+    names = ("learning_rate", "effective_batch", "epochs")
+    shown = {"model": job.files.name, "mode": tuning.mode, "backend": job.backend.name, "rows": len(job.rows.train)}
+    return {**shown, **{name: getattr(train, name) for name in names}, **lora}
 
 
 def describe_result(job: Job, summary: dict[str, Any], root: Path) -> list[str]:

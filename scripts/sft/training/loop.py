@@ -419,18 +419,13 @@ class TrainingLoop:
             here = step == self.progress.global_step
             return None if here else files.manifest_problem(self.checkpoints.folder(step))
 
-        def first_whole() -> tuple[int, float] | None:
-            return next((best for best in ranked if not problem(best[0])), None)
-
-        best = distributed.on_rank0(first_whole)
-        self.damaged_best = None if not ranked or best == ranked[0] else ranked[0]
+        best = distributed.on_rank0(lambda: next((best for best in ranked if not problem(best[0])), None))
+        self.damaged_best = ranked[0] if ranked and best != ranked[0] else None
         if self.damaged_best is not None:
             step, value = self.damaged_best
             left = f"The best one left is step {best[0]} ({best[1]:.4f})" if best else "No other one is left"
-            log.warning(
-                "the best checkpoint, checkpoint-%d (%s %.4f), cannot be used: %s. %s",
-                step, self.schedule.metric, value, problem(step), left,
-            )  # fmt: skip
+            name, reason = f"checkpoint-{step} ({self.schedule.metric} {value:.4f})", problem(step)
+            log.warning("the best checkpoint, %s, cannot be used: %s. %s", name, reason, left)
         return best
 
 
