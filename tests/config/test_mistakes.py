@@ -45,6 +45,12 @@ def mistakes(tmp_path: Path) -> Mistakes:
         ("model: {max_seq_length: 1}", "model.max_seq_length", "did you mean `model.max_seq_len`?"),
         ("train: {lora: {r: 3}}", "train.lora", "did you mean `tuning.lora`?"),
         ("tuning: {lora: {rnk: 3, dropuot: 0}}", "tuning.lora.dropuot", "did you mean `tuning.lora.dropout`?"),
+        ("train: {num_train_epochs: 1}", "train.num_train_epochs", "did you mean `train.epochs`?"),
+        (
+            "train: {per_device_train_batch_size: 1}",
+            "train.per_device_train_batch_size",
+            "did you mean `train.batch_size`?",
+        ),
         ("train: {xyzzy: 1}", "train.xyzzy", "see docs/CONFIG.md for every key"),
     ],
 )

@@ -403,12 +403,44 @@ def _fix(field: Field, node: Node | None) -> str:
     return f"the default is `{name}: {field.shown_default}`"
 
 
+OTHER_TRAINERS = {  # keys of TRL, transformers, Axolotl and LLaMA-Factory -> ours
+    "base_model": "model.name",
+    "model_name": "model.name",
+    "model_name_or_path": "model.name",
+    "max_seq_length": "model.max_seq_len",
+    "max_length": "model.max_seq_len",
+    "sequence_len": "model.max_seq_len",
+    "cutoff_len": "model.max_seq_len",
+    "lora_r": "tuning.lora.r",
+    "lora_rank": "tuning.lora.r",
+    "lora_alpha": "tuning.lora.alpha",
+    "lora_dropout": "tuning.lora.dropout",
+    "lora_target": "tuning.lora.target_modules",
+    "load_in_4bit": "tuning.mode",
+    "adapter": "tuning.mode",
+    "lr": "train.learning_rate",
+    "num_epochs": "train.epochs",
+    "num_train_epochs": "train.epochs",
+    "per_device_train_batch_size": "train.batch_size",
+    "micro_batch_size": "train.batch_size",
+    "gradient_accumulation_steps": "train.grad_accum",
+    "lr_scheduler": "train.lr_scheduler_type",
+    "mixed_precision": "train.bf16",
+    "optimizer": "train.optim",
+    "logging_steps": "logging.log_interval",
+    "report_to": "logging.backend",
+    "dataset": "data.raw_path",
+}
+
+
 def _did_you_mean(key: str) -> str | None:
-    """The likeliest keys: the same name in another section, then a similar name."""
+    """The likeliest keys: the same name in another section, another trainer's name for it, then a similar name."""
     section, _, name = key.rpartition(".")
     names = {known: known.rpartition(".")[2] for known in table()}
     siblings = [last for known, last in names.items() if known.rpartition(".")[0] == section]
     hits = [known for known, last in names.items() if last == name]
+    if not hits and name in OTHER_TRAINERS:
+        hits = [OTHER_TRAINERS[name]]
     if not hits and (close := nearest(name, siblings)):
         hits = [f"{section}.{close}".lstrip(".")]
     if not hits and (close := nearest(name, names.values(), 0.7)):
