@@ -13,7 +13,7 @@ import torch
 from transformers import get_scheduler
 
 from sft import files, runs
-from sft.training import checkpoint
+from sft.training import checkpoint, distributed
 from tests.training import bench
 
 EVERY_STEP = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 99, "load_best_model_at_end": False}
@@ -200,3 +200,15 @@ def test_another_number_of_gpus_is_warned_of_and_the_rest_of_the_random_state_re
     checkpoint.restore_random_state({**state, "cuda": [*here, torch.zeros(16, dtype=torch.uint8)]})
     assert torch.equal(torch.rand(3), drawn)
     assert f"written with {len(here) + 1} visible GPUs, now there are {len(here)}" in caplog.text
+
+
+def test_a_rank_that_the_checkpoint_does_not_know_resumes_from_the_seed(
+    tiny_qwen2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = bench.config(tiny_qwen2, tmp_path / "outputs/a", train={**EVERY_STEP, "max_steps": 1})
+    bench.make_loop(settings).fit()
+    again = bench.make_loop(settings)
+    monkeypatch.setattr(distributed, "rank", lambda: 1)  # one process wrote it, now there are two
+    before = torch.get_rng_state()
+    again.resume(tmp_path / "outputs/a/checkpoint-1")
+    assert again.progress.global_step == 1 and torch.equal(torch.get_rng_state(), before)

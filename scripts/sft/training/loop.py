@@ -378,7 +378,9 @@ class TrainingLoop:
         self._restore_session(read(ckpt.SESSION))
         if self.schedule.load_best:  # later evaluations must beat what can still be loaded
             self.progress.best_global_step, self.progress.best_metric = self._best_available() or (None, None)
-        ckpt.restore_random_state(read(ckpt.RNG)[distributed.rank()])
+        states = read(ckpt.RNG)
+        if distributed.rank() < len(states):  # a rank that is new starts from the seed
+            ckpt.restore_random_state(states[distributed.rank()])
 
     def _restore_session(self, session: Mapping[str, Any]) -> None:
         self.throughput.restore(session)
