@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from sft.errors import RunError, SftError
+from sft.errors import RunError, SftError, one_line
 
 T = TypeVar("T")
 BUCKET_BYTES = 25 * 2**20  # of gradients that are reduced together, as DistributedDataParallel does
@@ -51,7 +51,7 @@ def on_rank0(function: Callable[[], T]) -> T:
             raised = result[1] = error
         except Exception as error:
             raised = error
-            result[1] = RunError(f"the first process failed ({type(error).__name__}: {' '.join(str(error).split())})")
+            result[1] = RunError(f"the first process failed ({type(error).__name__}: {one_line(error)})")
     dist.broadcast_object_list(result)
     if raised is not None:
         raise raised

@@ -25,7 +25,7 @@ from torch import nn
 
 from sft import files
 from sft.config.schema import Config, TrainSection
-from sft.errors import ConfigError, EnvironmentProblem, RunError
+from sft.errors import ConfigError, EnvironmentProblem, RunError, one_line
 from sft.model import kernels
 from sft.runs import step_of
 from sft.step import unwrap
@@ -328,7 +328,7 @@ class TrainingLoop:
             if not distributed.is_lost_peer(error):
                 raise
             raise RunError(
-                f"another process of this run has ended ({' '.join(str(error).split())[:120]})",
+                f"another process of this run has ended ({one_line(error, 120)})",
                 where=f"after step {self.progress.global_step}",
                 fix="run the same command: it resumes from the newest checkpoint",
             ) from error
@@ -480,7 +480,7 @@ def create_optimizer(model: nn.Module, train: TrainSection) -> torch.optim.Optim
         optimizer: torch.optim.Optimizer = optimizer_class(groups, **options)
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(
-            f"train.optim is {train.optim}, which cannot be used: {' '.join(str(error).split())[:300]}",
+            f"train.optim is {train.optim}, which cannot be used: {one_line(error, 300)}",
             where="train.optim",
             fix="--set train.optim=auto",
         ) from error
