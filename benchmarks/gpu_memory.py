@@ -21,8 +21,8 @@ def trials(bench: Bench) -> dict[str, Any]:
     model = shapes.build(shapes.qwen(size), shapes.settings("qlora", longest), bench.device)
     rng, lowered, count = random.Random(1), list[int](), 0
     steps = [[min(longest, max(8, round(longest * rng.random() ** 2))) for _ in range(8)] for _ in range(50)]
-    rehearsed = _rehearsed(bench, model, max(steps, key=max))
-    optimizer, budget = bench.optimizer(model), rehearsed.tokens
+    probe = _probe(bench, model, max(steps, key=max))
+    optimizer, budget = bench.optimizer(model), probe.tokens
     for lengths in steps:
         if not bench.has_time():
             break
@@ -30,7 +30,7 @@ def trials(bench: Bench) -> dict[str, Any]:
         lowered += [fitted] if fitted < budget else []
         budget, count = fitted, count + 1
     results = {"model": size, "card_gib": card, "trials": count, "out_of_memory": len(lowered), "budget": budget}
-    results |= {"rehearsed": asdict(rehearsed), **bench.peaks()}
+    results |= {"probe": asdict(probe), **bench.peaks()}
     del model, optimizer
     bench.cap(None)
     return results
@@ -48,17 +48,17 @@ class _NoGauge:
         return 0, 0
 
 
-def _rehearsed(bench: Bench, model: Any, lengths: list[int]) -> Any:
+def _probe(bench: Bench, model: Any, lengths: list[int]) -> Any:
     """The measurements that a run makes before its first step, on random rows of these lengths."""
     from sft.step import attention
     from sft.step.step import StepConfig
-    from sft.training.autobatch import CudaGauge, Rehearsal
+    from sft.training.autobatch import CudaGauge, MemoryProbe
 
     packed = attention.keeps_rows_apart(model)
     config = StepConfig(device=bench.device, packed=packed, autocast=bench.torch.bfloat16)
     rows = [{"id": str(n), "input_ids": [5] * length, "labels": [5] * length} for n, length in enumerate(lengths)]
     gauge = CudaGauge(bench.torch.device("cuda", 0)) if bench.cuda else _NoGauge()
-    return Rehearsal(model, config, rows, lengths, rows, gauge, most_rows=len(rows), time_limit=30.0).run()
+    return MemoryProbe(model, config, rows, lengths, rows, gauge, most_rows=len(rows), time_limit=30.0).run()
 
 
 def planner(bench: Bench) -> dict[str, Any]:

@@ -90,11 +90,11 @@ def test_autotokenizer_gives_the_ids_of_the_tokenizer_that_was_trained_with() ->
 
 
 @pytest.mark.parametrize("text", [text for text in TEXTS if "\u0301" not in text])
-def test_text_comes_back_from_the_tokenizer_as_it_went_in(text: str) -> None:
+def test_the_tokenizer_decodes_to_the_original_text(text: str) -> None:
     assert tokenizer().decode(tokenizer()(text).input_ids, clean_up_tokenization_spaces=False) == text
 
 
-def test_digits_stand_one_by_one_and_special_tokens_whole() -> None:
+def test_every_digit_and_every_special_token_is_one_token() -> None:
     assert tokenizer().tokenize("48213") == list("48213")
     assert tokenizer().tokenize("<|im_end|>") == ["<|im_end|>"]
 
@@ -120,13 +120,13 @@ def test_it_copies_an_unseen_name_and_number_from_a_letter_and_stops() -> None:
     assert answer([{"role": "user", "content": f"{letter}\n\nWhich number is given?"}]) == ("90417", True)
 
 
-def test_it_foretells_most_answers_of_held_out_chats() -> None:
+def test_it_predicts_most_answer_tokens_of_held_out_chats() -> None:
     held_out = pretrain.batches(tokenizer(), itertools.islice(chats(pretrain.HELD_OUT_SEED + 1), 128), seed=1)
     with torch.inference_mode():
         assert pretrain.answers_right(model(), held_out) >= 0.75
 
 
-def test_untuned_it_writes_no_ticket() -> None:
+def test_the_untuned_model_writes_no_ticket() -> None:
     scorer = RougeScorer(["rougeL"], use_stemmer=False)
     scores = []
     for row in samples()[:24]:
@@ -145,7 +145,7 @@ def test_a_short_build_gives_the_same_bytes_twice(tmp_path: Path) -> None:
         assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()
 
 
-def test_a_stopped_build_goes_on_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_build_resumes_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"EVERY": 2, "CHUNK_ROWS": 128, "STEPS_A_CHUNK": 2, "HELD_OUT_ROWS": 16}.items():
         monkeypatch.setattr(pretrain, name, value)
     recipe = build.Recipe(steps=4, hidden_size=64, intermediate_size=64, layers=1, heads=2, kv_heads=1)
@@ -169,7 +169,7 @@ def test_a_stopped_build_goes_on_to_the_same_weights(tmp_path: Path, monkeypatch
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-def test_the_samples_come_out_the_same_again(tmp_path: Path) -> None:
+def test_the_samples_are_reproducible(tmp_path: Path) -> None:
     subprocess.run([*COMMAND, "--samples", "--out", str(tmp_path / "again.jsonl")], check=True)
     assert (tmp_path / "again.jsonl").read_bytes() == SAMPLES.read_bytes()
 
@@ -184,7 +184,7 @@ def test_the_samples_are_many_and_no_customer_or_order_comes_twice() -> None:
 
 
 @pytest.mark.slow
-def test_no_name_or_order_number_of_the_samples_stands_in_the_pretraining_text() -> None:
+def test_no_name_or_order_number_of_the_samples_is_in_the_pretraining_text() -> None:
     """The whole text, chunk by chunk. A ticket holds a name and a number, so no ticket occurs there either."""
     recipe = build.Recipe(**json.loads((MODEL / "build.json").read_text(encoding="utf-8"))["recipe"])
     kept_out = frozenset(FIRST_NAMES + LAST_NAMES) | {row["assistant"].split(" | ")[0] for row in samples()}

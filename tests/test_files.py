@@ -35,7 +35,7 @@ def change(target: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize("disk", [files.Disk(), NoSwap()], ids=["swapped", "renamed twice"])
-def test_a_folder_takes_the_place_of_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disk: files.Disk) -> None:
+def test_a_folder_replaces_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disk: files.Disk) -> None:
     monkeypatch.setattr(files, "disk", disk)
     for text in ("old", "new"):
         change(tmp_path / "folder", text)
@@ -44,7 +44,7 @@ def test_a_folder_takes_the_place_of_another(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("refused", [1, 2])
-def test_the_old_folder_is_there_when_the_new_one_is_refused_its_place(
+def test_the_old_folder_stays_when_the_new_one_cannot_replace_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: int
 ) -> None:
     change(tmp_path / "folder", "old")
@@ -55,13 +55,13 @@ def test_the_old_folder_is_there_when_the_new_one_is_refused_its_place(
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
-def test_an_error_of_the_caller_is_left_as_it_is(tmp_path: Path) -> None:
+def test_an_error_of_the_caller_is_unchanged(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="mine"), files.atomic_folder(tmp_path / "folder"):
         raise ValueError("mine")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_manifest_with_any_bit_flipped_is_named_itself(tmp_path: Path) -> None:
+def test_damage_to_the_manifest_is_reported_as_such(tmp_path: Path) -> None:
     (tmp_path / "weights").write_bytes(b"1" * 1234)
     files.write_manifest(tmp_path)
     assert files.manifest_problem(tmp_path) is None
@@ -74,7 +74,7 @@ def test_a_manifest_with_any_bit_flipped_is_named_itself(tmp_path: Path) -> None
         assert (files.manifest_problem(tmp_path) or "").startswith(files.MANIFEST)
 
 
-def test_looking_whether_a_lock_is_held_never_takes_it(tmp_path: Path) -> None:
+def test_checking_whether_a_lock_is_held_never_takes_it(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     path.touch()
     held, stop, failures = [], threading.Event(), []

@@ -115,7 +115,7 @@ def test_a_path_names_a_run_or_a_checkpoint_and_must_be_there(tmp_path: Path) ->
         runs.open_run("outputs/x", tmp_path, str(one))
 
 
-def test_a_run_may_not_be_called_as_a_folder_of_ours(tmp_path: Path) -> None:
+def test_a_run_may_not_have_a_reserved_name(tmp_path: Path) -> None:
     for name in ("outputs/tb", "outputs/last"):
         with pytest.raises(ConfigError):
             runs.open_run(name, tmp_path, "auto")

@@ -8,7 +8,7 @@ import pytest
 
 from sft.errors import TemplateError
 from tests.chat import words
-from tests.chat.making import CHATML, answer, encoded, encoder, in_loss, system, user
+from tests.chat.helpers import CHATML, answer, encode, in_loss, make_encoder, system, user
 
 LOOP = "{% for m in messages %}"
 END = "{% endfor %}"
@@ -18,19 +18,19 @@ ONE = [user("Who are you?"), answer("Ann.")]
 TWO = [*ONE, user("And now?"), answer("Bob.")]
 
 
-def regions(source: str, *messages: dict[str, Any], **named: Any) -> list[str]:
-    made = encoder(source, words.tokenizer(eos="<|im_end|>", bos=None), **named)
-    row = encoded(made, *messages)
+def regions(source: str, *messages: dict[str, Any], **options: Any) -> list[str]:
+    encoder = make_encoder(source, words.tokenizer(eos="<|im_end|>", bos=None), **options)
+    row = encode(encoder, *messages)
     assert row.dropped is None, row.dropped
-    return in_loss(made, row)
+    return in_loss(encoder, row)
 
 
 def reason(source: str, *messages: dict[str, Any]) -> str:
-    made = encoder(source, words.tokenizer(eos="<|im_end|>", bos=None))
-    return str(encoded(made, *messages).dropped)
+    encoder = make_encoder(source, words.tokenizer(eos="<|im_end|>", bos=None))
+    return str(encode(encoder, *messages).dropped)
 
 
-def test_the_same_words_in_question_and_answer_are_kept_separate() -> None:
+def test_the_same_words_in_question_and_answer_are_distinguished() -> None:
     assert regions(CHATML, user("Ann."), answer("Ann."), user("Ann."), answer("Ann.")) == ["Ann.<|im_end|>"] * 2
 
 
@@ -52,20 +52,20 @@ def test_a_think_block_that_only_the_last_turn_keeps_is_in_the_loss_there() -> N
     ]
 
 
-def test_what_the_prompt_says_already_is_not_in_the_loss() -> None:
-    asked = "<|im_start|>assistant\\n<s>now</s>"
+def test_text_of_the_generation_prompt_is_not_in_the_loss() -> None:
+    prompt = "<|im_start|>assistant\\n<s>now</s>"
     source = (
-        LOOP + "{% if m.role == 'assistant' %}{{ '" + asked + "' + m.content + '<|im_end|>\\n' }}{% else %}" + TURN
-        + "{% endif %}" + END + "{% if add_generation_prompt %}{{ '" + asked + "' }}{% endif %}"
+        LOOP + "{% if m.role == 'assistant' %}{{ '" + prompt + "' + m.content + '<|im_end|>\\n' }}{% else %}" + TURN
+        + "{% endif %}" + END + "{% if add_generation_prompt %}{{ '" + prompt + "' }}{% endif %}"
     )  # fmt: skip
     assert regions(source, *TWO) == ["Ann.<|im_end|>", "Bob.<|im_end|>"]
     shown = source.replace(
-        "{% if add_generation_prompt %}{{ '" + asked, "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n"
+        "{% if add_generation_prompt %}{{ '" + prompt, "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n"
     )
     assert regions(shown, *TWO) == ["<s>now</s>Ann.<|im_end|>", "<s>now</s>Bob.<|im_end|>"]
 
 
-def test_a_prompt_that_asks_more_than_the_text_shows_leaves_the_whole_answer_to_learn() -> None:
+def test_a_prompt_longer_than_the_training_text_leaves_the_whole_answer_in_the_loss() -> None:
     source = CHATML.replace("'<|im_start|>assistant\\n' }}", "'<|im_start|>assistant\\n<s>now' }}")
     assert regions(source, *TWO) == ["Ann.<|im_end|>", "Bob.<|im_end|>"]
 
@@ -80,30 +80,30 @@ def test_an_end_that_is_written_only_between_turns_is_put_behind_the_last_one() 
 
 def test_an_end_of_text_token_at_the_very_end_is_no_part_of_the_turn() -> None:
     source = LOOP + TURN + END + ASK.replace("{% endif %}", "{% else %}</s>{% endif %}")
-    made = encoder(source, words.tokenizer(eos="<|im_end|>", bos=None))
-    assert encoded(made, *TWO).text.endswith("Bob.<|im_end|>\n</s>")
+    encoder = make_encoder(source, words.tokenizer(eos="<|im_end|>", bos=None))
+    assert encode(encoder, *TWO).text.endswith("Bob.<|im_end|>\n</s>")
     assert regions(source, *TWO) == ["Ann.<|im_end|>", "Bob.<|im_end|>"]
 
 
-def test_a_turn_that_the_next_header_ends_learns_that_header_token() -> None:
+def test_a_turn_ended_by_the_next_header_has_that_header_token_in_the_loss() -> None:
     source = (
         LOOP + "{% if m.role == 'user' %}{{ '[INST]\\n' }}{% else %}{{ '[/INST]\\n' }}{% endif %}{{ m.content }}" + END
         + "{% if add_generation_prompt %}{{ '[/INST]\\n' }}{% endif %}"
     )  # fmt: skip
-    made = encoder(source, words.tokenizer(eos="</s>", bos=None))
-    assert in_loss(made, encoded(made, *TWO)) == ["Ann.[INST]", "Bob.[INST]"]
-    assert words.ID["[INST]"] in made.stops.ids
+    encoder = make_encoder(source, words.tokenizer(eos="</s>", bos=None))
+    assert in_loss(encoder, encode(encoder, *TWO)) == ["Ann.[INST]", "Bob.[INST]"]
+    assert words.ID["[INST]"] in encoder.stops.ids
 
 
 def test_a_template_without_any_end_gets_the_tokenizers_own() -> None:
     source = (
         LOOP + "{{ m.role + ': ' + m.content + '\\n' }}" + END + "{% if add_generation_prompt %}assistant:{% endif %}"
     )
-    made = encoder(source, words.tokenizer())
-    row = encoded(made, *TWO)
-    assert in_loss(made, row) == [" Ann.</s>", " Bob.</s>"]
-    assert row.input_ids[: len(made.prompt(TWO))] == made.prompt(TWO)  # the first answer ends in the prompt too
-    assert words.ID["</s>"] in made.prompt(TWO) and made.stops.strings == ("\nuser:",)
+    encoder = make_encoder(source, words.tokenizer())
+    row = encode(encoder, *TWO)
+    assert in_loss(encoder, row) == [" Ann.</s>", " Bob.</s>"]
+    assert row.input_ids[: len(encoder.prompt(TWO))] == encoder.prompt(TWO)  # the first answer ends in the prompt too
+    assert words.ID["</s>"] in encoder.prompt(TWO) and encoder.stops.strings == ("\nuser:",)
 
 
 def test_a_system_text_that_moves_into_the_last_question_moves_no_label() -> None:
@@ -127,7 +127,7 @@ def test_generation_marks_are_followed_and_lengthened_to_the_end_of_the_turn() -
     assert regions(wider, *TWO) == ["\nAnn.<|im_end|>", "\nBob.<|im_end|>"]
 
 
-def test_a_template_that_looks_at_the_begin_of_words_is_tried_with_marks_inside_them() -> None:
+def test_a_template_that_tests_how_words_begin_is_probed_with_sentinels_inside_them() -> None:
     source = LOOP + "{% if m.content.startswith('Who') %}{{ '### ' }}{% endif %}" + TURN + END + ASK
     assert regions(source, *TWO) == ["Ann.<|im_end|>", "Bob.<|im_end|>"]
 
@@ -140,7 +140,7 @@ def test_a_template_whose_text_depends_on_the_words_refuses_the_row() -> None:
         + ASK
     )
     with pytest.raises(TemplateError, match=r"no plain conversation|cannot be proven"):
-        encoder(source, words.tokenizer(eos="<|im_end|>", bos=None))
+        make_encoder(source, words.tokenizer(eos="<|im_end|>", bos=None))
 
 
 def test_an_answer_that_is_shown_twice_is_refused_with_its_message() -> None:
@@ -160,11 +160,11 @@ def test_an_answer_that_is_left_out_is_refused_with_its_message() -> None:
 )
 def test_a_template_that_never_shows_the_answer_fails_at_once(source: str) -> None:
     with pytest.raises(TemplateError, match="never shows the answer") as caught:
-        encoder(source, words.tokenizer())
+        make_encoder(source, words.tokenizer())
     assert caught.value.exit_code == 2 and caught.value.fix
 
 
-def test_contents_in_parts_are_given_to_templates_that_want_them() -> None:
+def test_templates_that_need_content_parts_get_them() -> None:
     source = LOOP + "{{ '<|im_start|>' + m.role + '\\n' + m.content[0].text + '<|im_end|>\\n' }}" + END + ASK
     assert regions(source, *TWO) == ["Ann.<|im_end|>", "Bob.<|im_end|>"]
     parts = [{"role": turn["role"], "content": [{"type": "text", "text": turn["content"]}]} for turn in TWO]
@@ -180,11 +180,11 @@ def test_tool_calls_are_in_the_loss_and_results_are_not() -> None:
     )
     call = {"function": {"name": "SYS", "arguments": {"s": "now"}}}
     talk = [ONE[0], answer("", tool_calls=[call]), {"role": "tool", "content": "SYS now"}, answer("Bob.")]
-    made = encoder(source, words.tokenizer(eos="<|im_end|>", bos=None))
-    row = encoded(made, *talk)
-    first, second = in_loss(made, row)
+    encoder = make_encoder(source, words.tokenizer(eos="<|im_end|>", bos=None))
+    row = encode(encoder, *talk)
+    first, second = in_loss(encoder, row)
     assert first.startswith("[SYS") and first.endswith("]<|im_end|>") and second == "Bob.<|im_end|>"
-    assert in_loss(made, encoded(made, *talk[:2]))[0] == first
+    assert in_loss(encoder, encode(encoder, *talk[:2]))[0] == first
 
 
 def test_a_conversation_that_begins_with_an_answer_and_answers_in_a_row() -> None:
@@ -193,5 +193,5 @@ def test_a_conversation_that_begins_with_an_answer_and_answers_in_a_row() -> Non
 
 
 @pytest.mark.parametrize("content", ["x\U00100001y", "\U000ffff0"])
-def test_words_that_hold_the_characters_of_marks_are_refused(content: str) -> None:
+def test_words_with_sentinel_characters_are_refused(content: str) -> None:
     assert "private-use" in reason(CHATML, user(content), answer("Ann."))

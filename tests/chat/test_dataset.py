@@ -17,11 +17,11 @@ from sft.chat.encode import Encoded
 from sft.data import rows, store
 from sft.data.rows import shared_system_text
 from sft.training import job
-from tests.chat import making, words
-from tests.chat.making import CHATML, all_of, named
+from tests.chat import words
+from tests.chat.helpers import CHATML, encode_all, encoder_for, make_encoder
 from tests.test_architecture import imports
 
-ASKED = ["Who are you?", "And you?", "Who?", "Be brief. Who are you now?"]
+QUESTIONS = ["Who are you?", "And you?", "Who?", "Be brief. Who are you now?"]
 
 
 def row(number: int, **more: Any) -> dict[str, Any]:
@@ -29,23 +29,23 @@ def row(number: int, **more: Any) -> dict[str, Any]:
     return {
         "id": f"r{number}",
         "system": "Be brief.",
-        "user": f"{ASKED[number % 4]} {number}",
+        "user": f"{QUESTIONS[number % 4]} {number}",
         "assistant": answer,
         **more,
     }
 
 
-def put(path: Path, made: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(one) + "\n" for one in made), encoding="utf-8")
+def write_jsonl(path: Path, content: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in content), encoding="utf-8")
     return path
 
 
-def encoder(**more: Any) -> Any:
-    return named("plain", words.tokenizer(), **{"max_seq_len": 44, "over_length": "drop", **more})
+def plain_encoder(**more: Any) -> Any:
+    return encoder_for("plain", words.tokenizer(), **{"max_seq_len": 44, "over_length": "drop", **more})
 
 
-def start(made: Any, path: Path, cache: Path | None) -> Split:
-    return Tokeniser(made, cache)(path, files.sha256(path), summarise=shared_system_text)
+def start(encoder: Any, path: Path, cache: Path | None) -> Split:
+    return Tokeniser(encoder, cache)(path, files.sha256(path), summarise=shared_system_text)
 
 
 def entry_of(cache: Path) -> Path:
@@ -55,27 +55,27 @@ def entry_of(cache: Path) -> Path:
 
 @pytest.fixture
 def some(tmp_path: Path) -> Path:
-    return put(tmp_path / "train.jsonl", [row(number) for number in range(600)])
+    return write_jsonl(tmp_path / "train.jsonl", [row(number) for number in range(600)])
 
 
-def test_what_is_kept_is_what_encoding_gives(tmp_path: Path, some: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = encoder()
-    wanted, ledger = all_of(made, store.read_rows(some))
-    features = [{"id": one.id, "input_ids": one.input_ids, "labels": one.labels} for one in wanted]
+def test_cached_rows_are_those_that_encoding_gives(tmp_path: Path, some: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = plain_encoder()
+    expected, ledger = encode_all(encoder, store.read_rows(some))
+    features = [{"id": one.id, "input_ids": one.input_ids, "labels": one.labels} for one in expected]
     assert 250 < len(features) < 600 == ledger.rows_read and sum(map(len, ledger.dropped.values())) > 0
     encoded: list[int] = []
-    encode = made.encode_batch
-    monkeypatch.setattr(made, "encode_batch", lambda batch: encoded.append(len(batch)) or encode(batch))
-    for cache, kept, rows_encoded in ((None, False, 600), (tmp_path / "c", False, 600), (tmp_path / "c", True, 0)):
+    encode = encoder.encode_batch
+    monkeypatch.setattr(encoder, "encode_batch", lambda batch: encoded.append(len(batch)) or encode(batch))
+    for cache, cached, rows_encoded in ((None, False, 600), (tmp_path / "c", False, 600), (tmp_path / "c", True, 0)):
         encoded.clear()
-        found = start(made, some, cache)
-        assert list(found.rows) == features and found.ledger == ledger and found.about == "Be brief."
-        assert found.cached is kept and sum(encoded) == rows_encoded
-    assert found.rows[-1] == features[-1] and found.rows[250:260] == features[250:260]
-    assert found.rows.lengths().tolist() == [len(one["input_ids"]) for one in features]
-    assert [f"{number:016x}" for number in found.rows.prompt_ids()[:3]] == [rows.prompt_id(row(n)) for n in range(3)]
+        split = start(encoder, some, cache)
+        assert list(split.rows) == features and split.ledger == ledger and split.about == "Be brief."
+        assert split.cached is cached and sum(encoded) == rows_encoded
+    assert split.rows[-1] == features[-1] and split.rows[250:260] == features[250:260]
+    assert split.rows.lengths().tolist() == [len(one["input_ids"]) for one in features]
+    assert [f"{number:016x}" for number in split.rows.prompt_ids()[:3]] == [rows.prompt_id(row(n)) for n in range(3)]
     with pytest.raises(IndexError):
-        found.rows[len(features)]
+        split.rows[len(features)]
 
 
 def test_every_module_that_encodes_rows_is_part_of_the_cache_key() -> None:
@@ -93,22 +93,22 @@ def test_every_module_that_encodes_rows_is_part_of_the_cache_key() -> None:
 
 
 def test_another_setting_template_tokenizer_or_file_is_another_entry(tmp_path: Path, some: Path) -> None:
-    bare = named("plain", words.tokenizer(bos=None), max_seq_len=44, over_length="drop")
-    other = named("vicuna", words.tokenizer(), max_seq_len=44, over_length="drop")
+    bare = encoder_for("plain", words.tokenizer(bos=None), max_seq_len=44, over_length="drop")
+    other = encoder_for("vicuna", words.tokenizer(), max_seq_len=44, over_length="drop")
     changed = [
-        encoder(max_seq_len=45),
-        encoder(over_length="truncate_left"),
-        encoder(labels="last_assistant"),
+        plain_encoder(max_seq_len=45),
+        plain_encoder(over_length="truncate_left"),
+        plain_encoder(labels="last_assistant"),
         bare,
         other,
     ]
-    assert len({fingerprint(made) for made in [encoder(), *changed]}) == 6
-    assert fingerprint(encoder()) == fingerprint(encoder())
-    start(encoder(), some, tmp_path / "c")
-    assert not start(encoder(max_seq_len=45), some, tmp_path / "c").cached
-    more = put(tmp_path / "more.jsonl", [row(number) for number in range(601)])
-    assert start(encoder(), more, tmp_path / "c").ledger.rows_read == 601
-    assert start(encoder(), some, tmp_path / "c").cached and len(list((tmp_path / "c").iterdir())) == 3
+    assert len({fingerprint(encoder) for encoder in [plain_encoder(), *changed]}) == 6
+    assert fingerprint(plain_encoder()) == fingerprint(plain_encoder())
+    start(plain_encoder(), some, tmp_path / "c")
+    assert not start(plain_encoder(max_seq_len=45), some, tmp_path / "c").cached
+    more = write_jsonl(tmp_path / "more.jsonl", [row(number) for number in range(601)])
+    assert start(plain_encoder(), more, tmp_path / "c").ledger.rows_read == 601
+    assert start(plain_encoder(), some, tmp_path / "c").cached and len(list((tmp_path / "c").iterdir())) == 3
 
 
 def _flip(entry: Path) -> None:
@@ -135,39 +135,39 @@ def test_a_damaged_entry_is_encoded_again_with_a_warning(
     tmp_path: Path, some: Path, harm: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     cache = tmp_path / "c"
-    wanted = list(start(encoder(), some, cache).rows)
+    expected = list(start(plain_encoder(), some, cache).rows)
     harm(entry_of(cache))
     with caplog.at_level(logging.WARNING, "sft.chat"):
-        again = start(encoder(), some, cache)
-    assert not again.cached and list(again.rows) == wanted and "cannot be used" in caplog.text
-    assert start(encoder(), some, cache).cached
+        again = start(plain_encoder(), some, cache)
+    assert not again.cached and list(again.rows) == expected and "cannot be used" in caplog.text
+    assert start(plain_encoder(), some, cache).cached
 
 
 def test_a_folder_that_cannot_be_written_caches_nothing_and_warns(
     tmp_path: Path, some: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "c").write_text("a file")
-    found = start(encoder(), some, tmp_path / "c")
-    assert len(found.rows) == found.ledger.rows_trained > 0 and "cannot be cached" in caplog.text
+    split = start(plain_encoder(), some, tmp_path / "c")
+    assert len(split.rows) == split.ledger.rows_trained > 0 and "cannot be cached" in caplog.text
 
 
-def test_warnings_come_up_at_every_start_and_old_entries_go(
+def test_warnings_repeat_at_every_start_and_old_entries_are_removed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     think = CHATML.replace("'<|im_start|>assistant\\n' }}", "'<|im_start|>assistant\\n<s>now' }}")
     assert think != CHATML
-    path = put(tmp_path / "train.jsonl", [row(1), row(2)])
+    path = write_jsonl(tmp_path / "train.jsonl", [row(1), row(2)])
     for _ in range(2):
         caplog.clear()
-        found = start(making.encoder(think, words.tokenizer()), path, tmp_path / "c")
-        assert [record.getMessage() for record in caplog.records] == found.warnings
+        split = start(make_encoder(think, words.tokenizer()), path, tmp_path / "c")
+        assert [record.getMessage() for record in caplog.records] == split.warnings
         assert "the generation prompt differs" in caplog.text
-    assert found.cached
+    assert split.cached
     monkeypatch.setattr(dataset, "MAX_ENTRIES", 2)
     first = entry_of(tmp_path / "c")
     os.utime(first, (1, 1))
     for limit in (50, 51):
-        start(encoder(max_seq_len=limit), path, tmp_path / "c")
+        start(plain_encoder(max_seq_len=limit), path, tmp_path / "c")
     assert len(list((tmp_path / "c").iterdir())) == 2 and not first.exists()
 
 
@@ -181,32 +181,37 @@ def test_a_row_of_several_pieces_is_one_row_of_the_ledger() -> None:
     assert any("2 rows split at their turns into 3 pieces" in message for message in ledger.sentences())
 
 
-def test_split_rows_are_kept_piece_by_piece_and_each_answer_is_in_the_loss_once(tmp_path: Path) -> None:
+def test_split_rows_are_cached_by_piece_and_each_answer_is_in_the_loss_once(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "Ann. Bob."}]
     talks = [{"id": f"r{count}", "messages": turns * count} for count in (1, 3, 9)]
-    path, made = put(tmp_path / "train.jsonl", talks), encoder(max_seq_len=60, over_length="split_turns")
-    for kept in (False, True):
-        found = start(made, path, tmp_path / "c")
-        names = [feature["id"] for feature in found.rows]
+    path, encoder = (
+        write_jsonl(tmp_path / "train.jsonl", talks),
+        plain_encoder(max_seq_len=60, over_length="split_turns"),
+    )
+    for cached in (False, True):
+        split = start(encoder, path, tmp_path / "c")
+        names = [feature["id"] for feature in split.rows]
         assert (
-            found.cached is kept and sorted(set(names)) == ["r1", "r3", "r9"] and len(names) == found.ledger.pieces > 3
+            split.cached is cached
+            and sorted(set(names)) == ["r1", "r3", "r9"]
+            and len(names) == split.ledger.pieces > 3
         )
-        assert (found.ledger.rows_read, found.ledger.rows_trained) == (3, 3)
-        assert found.ledger.labelled_tokens == 13 * made.encode(talks[0]).labels.count(words.ID["</s>"]) * 7
-        assert found.rows.lengths().max() <= 60
+        assert (split.ledger.rows_read, split.ledger.rows_trained) == (3, 3)
+        assert split.ledger.labelled_tokens == 13 * encoder.encode(talks[0]).labels.count(words.ID["</s>"]) * 7
+        assert split.rows.lengths().max() <= 60
 
 
-def test_a_run_reads_its_rows_with_the_right_questions_and_says_what_is_given_away(
+def test_a_run_reads_its_rows_and_warns_of_leaked_validation_questions(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    train = put(tmp_path / "train.jsonl", [row(number) for number in range(40)])
+    train = write_jsonl(tmp_path / "train.jsonl", [row(number) for number in range(40)])
     held = [row(2, id="v0"), row(50, id="v1", references=["Bob.", "Ann."]), row(51, id="v2", assistant="Ann " * 90)]
-    stage = store.Stage("given", train, put(tmp_path / "val.jsonl", held), None)
+    stage = store.Stage("given", train, write_jsonl(tmp_path / "val.jsonl", held), None)
     for _ in ("encoded", "from the cache"):
-        found = job.read_rows(stage, encoder(), answered=5, cache=tmp_path / "c")
-        assert found.system == "Be brief." and found.leaks == 1
-        assert [rows.row_id(row) for row in found.answer_rows] == ["v0", "v1"]
-        assert rows.references(found.answer_rows[1]) == ["Bob.", "Ann."]
-        assert found.ledger()["val"]["reasons"] == {"over length": 1} and "validation loss is optimistic" in caplog.text
-        assert found.longest == max(len(one["input_ids"]) for one in found.train) and len(found.train) > 20
+        split = job.read_rows(stage, plain_encoder(), answered=5, cache=tmp_path / "c")
+        assert split.system == "Be brief." and split.leaks == 1
+        assert [rows.row_id(row) for row in split.answer_rows] == ["v0", "v1"]
+        assert rows.references(split.answer_rows[1]) == ["Bob.", "Ann."]
+        assert split.ledger()["val"]["reasons"] == {"over length": 1} and "validation loss is optimistic" in caplog.text
+        assert split.longest == max(len(one["input_ids"]) for one in split.train) and len(split.train) > 20
     assert len(TokenisedRows()) == 0 and list(TokenisedRows()) == []

@@ -13,7 +13,7 @@ from sft.chat.loss_mask import NO_LABEL
 from sft.chat.template import Refused
 from sft.errors import TemplateError
 from tests.chat import words
-from tests.chat.making import CHATML, all_of, answer, encoded, encoder, in_loss, named, system, user
+from tests.chat.helpers import CHATML, answer, encode, encode_all, encoder_for, in_loss, make_encoder, system, user
 
 ONE = [user("Who are you?"), answer("Ann.")]
 
@@ -23,60 +23,60 @@ def qwen(shared: Path) -> Any:
     return AutoTokenizer.from_pretrained(shared / "tokenizers" / "qwen2.5")
 
 
-def test_a_token_across_the_begin_of_the_answer_is_cut_there_as_in_serving(qwen: Any) -> None:
-    made = named("chatml", qwen)
-    row = encoded(made, user("Hi"), answer("\n\nHello"))  # the whole text has one token for the three newlines
-    prompt = made.prompt([user("Hi")])
+def test_no_token_crosses_the_start_of_the_answer_in_training_as_in_serving(qwen: Any) -> None:
+    encoder = encoder_for("chatml", qwen)
+    row = encode(encoder, user("Hi"), answer("\n\nHello"))  # the whole text has one token for the three newlines
+    prompt = encoder.prompt([user("Hi")])
     assert row.input_ids[: len(prompt)] == prompt and row.labels[: len(prompt)] == [-100] * len(prompt)
     assert qwen.decode(row.input_ids) == row.text
-    assert in_loss(made, row) == ["\n\nHello<|im_end|>"]
+    assert in_loss(encoder, row) == ["\n\nHello<|im_end|>"]
     assert row.input_ids != qwen(row.text, add_special_tokens=False)["input_ids"]
 
 
-def test_a_template_that_asks_with_a_space_at_the_end_is_served_as_it_is_trained(qwen: Any) -> None:
+def test_a_prompt_that_ends_with_a_space_is_the_same_in_training_and_serving(qwen: Any) -> None:
     source = (
         "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     )
-    made = encoder(source, qwen)
-    row = encoded(made, user("Hi"), answer("Hello."), user("Hi"), answer("Paris."))
-    prompt = made.prompt({"messages": [user("Hi"), answer("Hello."), user("Hi"), answer("Paris.")]})
+    encoder = make_encoder(source, qwen)
+    row = encode(encoder, user("Hi"), answer("Hello."), user("Hi"), answer("Paris."))
+    prompt = encoder.prompt({"messages": [user("Hi"), answer("Hello."), user("Hi"), answer("Paris.")]})
     assert row.input_ids[: len(prompt)] == prompt and row.labels[len(prompt)] != -100
-    assert in_loss(made, row) == ["Hello.<|im_end|>", "Paris.<|im_end|>"]
+    assert in_loss(encoder, row) == ["Hello.<|im_end|>", "Paris.<|im_end|>"]
 
 
 def test_seed_style_templates_take_one_turn(qwen: Any) -> None:
     source = "{{ system }}\nUser: {{ user }}\nAssistant: {{ assistant }}\n"
-    made = encoder(source, qwen)
-    row = encoded(made, system("Be brief."), *ONE)
+    encoder = make_encoder(source, qwen)
+    row = encode(encoder, system("Be brief."), *ONE)
     assert row.text == "Be brief.\nUser: Who are you?\nAssistant: Ann."
-    assert in_loss(made, row) == [" Ann.<|im_end|>"]
-    prompt = made.prompt([system("Be brief."), ONE[0]])
+    assert in_loss(encoder, row) == [" Ann.<|im_end|>"]
+    prompt = encoder.prompt([system("Be brief."), ONE[0]])
     assert qwen.decode(prompt) == "Be brief.\nUser: Who are you?\nAssistant:"
     assert row.input_ids[: len(prompt)] == prompt
-    assert made.stops.ids == {qwen.eos_token_id}
-    assert "takes one system, user and assistant text" in encoded(made, *ONE, *ONE).dropped
+    assert encoder.stops.ids == {qwen.eos_token_id}
+    assert "takes one system, user and assistant text" in encode(encoder, *ONE, *ONE).dropped
 
 
 def test_stops_are_every_end_of_the_template_and_of_the_model() -> None:
-    made = named("llama3", words.tokenizer(), eos_ids=[7, 9])
-    assert made.stops.ids == {words.ID["</s>"], words.ID["<|eot_id|>"], 7, 9} and made.stops.strings == ()
+    encoder = encoder_for("llama3", words.tokenizer(), eos_ids=[7, 9])
+    assert encoder.stops.ids == {words.ID["</s>"], words.ID["<|eot_id|>"], 7, 9} and encoder.stops.strings == ()
     zephyr = (
         "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + eos_token + '\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
     )
-    made = encoder(zephyr, words.tokenizer())
-    assert made.stops.ids == {words.ID["</s>"]} and made.stops.strings == ("<|user|>",)
-    textual = encoder(CHATML, words.tokenizer())
+    encoder = make_encoder(zephyr, words.tokenizer())
+    assert encoder.stops.ids == {words.ID["</s>"]} and encoder.stops.strings == ("<|user|>",)
+    textual = make_encoder(CHATML, words.tokenizer())
     assert words.ID["<|im_end|>"] in textual.stops.ids
 
 
-def test_an_end_that_is_no_token_is_a_stop_text(tiny_gpt2: Path) -> None:
+def test_an_end_that_is_not_a_token_is_a_stop_string(tiny_gpt2: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_gpt2)
-    made = encoder(CHATML.replace("<|im_end|>", "<|stop|>"), tokenizer)
-    assert "<|stop|>" in made.stops.strings
-    row = encoded(made, *ONE)
-    assert in_loss(made, row) == ["Ann.<|stop|>"]
+    encoder = make_encoder(CHATML.replace("<|im_end|>", "<|stop|>"), tokenizer)
+    assert "<|stop|>" in encoder.stops.strings
+    row = encode(encoder, *ONE)
+    assert in_loss(encoder, row) == ["Ann.<|stop|>"]
 
 
 @pytest.mark.parametrize("name", ["plain", "chatml", "llama2", "llama3", "mistral", "alpaca", "vicuna"])
@@ -85,68 +85,68 @@ def test_an_end_that_is_no_token_is_a_stop_text(tiny_gpt2: Path) -> None:
     [ONE, [system("Be brief."), *ONE], [*ONE, user("And\nnow?"), answer(" Bob \n")], [user("<|im_end|> </s>"), ONE[1]]],
 )
 def test_a_rendered_row_gives_the_ids_of_the_row_itself(name: str, talk: list[dict[str, Any]]) -> None:
-    made = named(name, words.tokenizer(), labels="last_assistant")
-    whole = encoded(made, *talk)
-    rendered = made.split({"messages": talk})
-    got = made.encode(rendered)
+    encoder = encoder_for(name, words.tokenizer(), labels="last_assistant")
+    whole = encode(encoder, *talk)
+    rendered = encoder.split({"messages": talk})
+    got = encoder.encode(rendered)
     assert (got.input_ids, got.labels, got.text) == (whole.input_ids, whole.labels, whole.text)
-    assert made.prompt(rendered) == made.prompt({"messages": talk})
+    assert encoder.prompt(rendered) == encoder.prompt({"messages": talk})
     assert not rendered["target"].endswith(("</s>", "<|im_end|>", "<|eot_id|>"))
 
 
-def test_rendered_rows_of_other_origin_are_ended_once() -> None:
-    made = named("chatml", words.tokenizer(eos="<|im_end|>", bos=None))
-    plain = made.encode({"input": "Who are you?\n", "target": "Ann."})
-    assert plain.text == "Who are you?\nAnn.<|im_end|>\n" and in_loss(made, plain) == ["Ann.<|im_end|>"]
-    ended = made.encode({"input": "Who are you?\n", "target": "Ann.<|im_end|>"})
-    assert in_loss(made, ended) == ["Ann.<|im_end|>"]
-    assert plain.id == made.encode({"input": "Who are you?\n", "target": "Ann."}).id
+def test_rendered_rows_from_elsewhere_get_one_end_token() -> None:
+    encoder = encoder_for("chatml", words.tokenizer(eos="<|im_end|>", bos=None))
+    plain = encoder.encode({"input": "Who are you?\n", "target": "Ann."})
+    assert plain.text == "Who are you?\nAnn.<|im_end|>\n" and in_loss(encoder, plain) == ["Ann.<|im_end|>"]
+    ended = encoder.encode({"input": "Who are you?\n", "target": "Ann.<|im_end|>"})
+    assert in_loss(encoder, ended) == ["Ann.<|im_end|>"]
+    assert plain.id == encoder.encode({"input": "Who are you?\n", "target": "Ann."}).id
 
 
 def test_a_row_without_an_answer_or_of_weight_zero_has_no_label() -> None:
-    made = named("chatml", words.tokenizer(eos="<|im_end|>"))
-    assert encoded(made, ONE[0]).dropped == NO_LABEL
-    assert encoded(made, ONE[0], {**ONE[1], "weight": 0}).dropped == NO_LABEL
+    encoder = encoder_for("chatml", words.tokenizer(eos="<|im_end|>"))
+    assert encode(encoder, ONE[0]).dropped == NO_LABEL
+    assert encode(encoder, ONE[0], {**ONE[1], "weight": 0}).dropped == NO_LABEL
     with pytest.raises(Refused, match="no answer"):
-        made.split({"messages": ONE[:1]})
+        encoder.split({"messages": ONE[:1]})
 
 
-def test_padding_that_is_the_end_token_hides_nothing() -> None:
+def test_an_end_token_used_as_padding_stays_in_the_loss() -> None:
     tokenizer = words.tokenizer(eos="<|im_end|>", bos=None)
     tokenizer.pad_token = "<|im_end|>"
-    made = named("chatml", tokenizer)
-    assert in_loss(made, encoded(made, *ONE)) == ["Ann.<|im_end|>"]
+    encoder = encoder_for("chatml", tokenizer)
+    assert in_loss(encoder, encode(encoder, *ONE)) == ["Ann.<|im_end|>"]
 
 
 def test_a_template_and_a_tokenizer_without_any_end_are_refused() -> None:
     tokenizer = words.tokenizer()
     tokenizer.eos_token = None
     with pytest.raises(TemplateError, match="neither the template nor the tokenizer has an end token"):
-        encoder("{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}", tokenizer)
+        make_encoder("{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}", tokenizer)
 
 
-def test_every_row_is_trained_on_or_named(caplog: pytest.LogCaptureFixture) -> None:
-    made = named("plain", words.tokenizer(), max_seq_len=40, over_length="drop")
+def test_every_row_is_trained_on_or_named_in_the_ledger(caplog: pytest.LogCaptureFixture) -> None:
+    encoder = encoder_for("plain", words.tokenizer(), max_seq_len=40, over_length="drop")
     talks = [ONE, ONE * 2, [*ONE, {"role": "tool", "content": "x"}], ONE[:1], ONE * 9]
     rows = [{"id": f"r{index}", "messages": talk} for index, talk in enumerate(talks)]
     steps: list[tuple[int, int]] = []
     with caplog.at_level(logging.WARNING, "sft.chat"):
-        kept, ledger = all_of(made, rows, lambda done, total: steps.append((done, total)))
-    assert [row.id for row in kept] == ["r0", "r1"] and steps == [(5, 5)]
+        trained, ledger = encode_all(encoder, rows, lambda done, total: steps.append((done, total)))
+    assert [row.id for row in trained] == ["r0", "r1"] and steps == [(5, 5)]
     assert ledger.rows_read == 5 and ledger.rows_trained == 2
     assert ledger.dropped["over length"] == ["r4"] and ledger.dropped[NO_LABEL] == ["r3"]
     assert sum(map(len, ledger.dropped.values())) == 3 and ledger.to_dict()["reasons"]["over length"] == 1
     assert ledger.labelled_tokens == 3 * 4
     for some, message in ((rows[4:], "no row is left to train on: 1 rows: over length"), ([], "there are no rows")):
-        assert message in str(all_of(made, some)[1].no_rows_left("here"))
+        assert message in str(encode_all(encoder, some)[1].no_rows_left("here"))
 
 
-def test_a_prompt_that_training_does_not_show_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_prompt_that_differs_from_the_training_text_gives_one_warning(caplog: pytest.LogCaptureFixture) -> None:
     source = CHATML.replace("'<|im_start|>assistant\\n' }}", "'<|im_start|>assistant\\n<s>now' }}")
-    made = encoder(source, words.tokenizer(eos="<|im_end|>", bos=None))
+    encoder = make_encoder(source, words.tokenizer(eos="<|im_end|>", bos=None))
     with caplog.at_level(logging.WARNING, "sft.chat"):
-        encoded(made, *ONE)
-        encoded(made, *ONE)
+        encode(encoder, *ONE)
+        encode(encoder, *ONE)
     assert [
         record.getMessage().startswith("test: the generation prompt differs from the training text")
         for record in caplog.records

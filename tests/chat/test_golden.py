@@ -1,4 +1,4 @@
-"""Masks that transformers made over trl's Qwen2.5 training template: ids and labels are the same, to the token."""
+"""Masks that transformers computed with trl's Qwen2.5 training template: ids and labels are the same, to the token."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from tests.chat.making import named
+from tests.chat.helpers import encoder_for
 
 TEMPLATES = ["auto", "qwen2_5.jinja", "qwen2_5_training.jinja"]
 
@@ -30,17 +30,17 @@ def test_ids_and_labels_are_those_of_the_golden_file(template: str, qwen: Any, r
     import trl
 
     folder = Path(trl.__file__).parent / "chat_templates"
-    made = named(template if template == "auto" else str(folder / template), qwen)
-    assert made.stops.ids == {151645} and made.stops.strings == ()
+    encoder = encoder_for(template if template == "auto" else str(folder / template), qwen)
+    assert encoder.stops.ids == {151645} and encoder.stops.strings == ()
     newline = 198
-    for row, got in zip(rows, made.encode_batch(rows), strict=True):
+    for row, got in zip(rows, encoder.encode_batch(rows), strict=True):
         assert got.input_ids == row["input_ids"] and got.dropped is None
         expected = [
             token if mask == "1" else -100 for token, mask in zip(got.input_ids, row["assistant_masks"], strict=True)
         ]
-        for index, (label, wanted) in enumerate(zip(got.labels, expected, strict=True)):
+        for index, (label, expected_label) in enumerate(zip(got.labels, expected, strict=True)):
             trailing = got.input_ids[index] == newline and got.input_ids[index - 1] == 151645
-            assert label == wanted or trailing, (row["index"], index)
-    for row, got in zip(rows[:40], made.encode_batch(rows[:40]), strict=True):
-        prompt = made.prompt(row)
+            assert label == expected_label or trailing, (row["index"], index)
+    for row, got in zip(rows[:40], encoder.encode_batch(rows[:40]), strict=True):
+        prompt = encoder.prompt(row)
         assert got.input_ids[: len(prompt)] == prompt and got.labels[len(prompt)] != -100

@@ -12,7 +12,7 @@ from sft.chat.template import load_template
 from sft.config.schema import DataSection
 from sft.errors import TemplateError
 from tests.chat import words
-from tests.chat.making import CHATML, ROOT, answer, encoded, encoder, in_loss, user
+from tests.chat.helpers import CHATML, ROOT, answer, encode, in_loss, make_encoder, user
 
 LOOP = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
 
@@ -36,8 +36,8 @@ def test_names_files_and_options(tmp_path: Path) -> None:
     file = tmp_path / "mine.jinja"
     file.write_text("\ufeff" + LOOP + "{{ mood }}", encoding="utf-8")
     data = DataSection(template_path="mine.jinja", template_options={"mood": "calm"})
-    made = load_template(data, words.tokenizer(bos=None), tmp_path)
-    assert made.render([user("a")]) == "user: a\ncalm"
+    template_file = load_template(data, words.tokenizer(bos=None), tmp_path)
+    assert template_file.render([user("a")]) == "user: a\ncalm"
     assert load_template(DataSection(template_path="llama3"), words.tokenizer(), tmp_path).name.endswith("llama3.jinja")
 
 
@@ -54,14 +54,14 @@ def test_without_a_default_rows_are_written_plainly_with_a_warning(
 ) -> None:
     monkeypatch.setattr(template, "shipped", lambda root, text: root / text)
     with caplog.at_level(logging.WARNING, "sft.chat"):
-        made = load_template(DataSection(), words.tokenizer(), tmp_path)
+        fallback = load_template(DataSection(), words.tokenizer(), tmp_path)
     assert "System: / User: / Assistant:" in caplog.text
-    ready = encoder(made, words.tokenizer())
-    row = encoded(ready, user("Who"), answer("Ann."))
-    assert row.text == "<s>User: Who\nAssistant: Ann." and in_loss(ready, row) == [" Ann.</s>"]
+    encoder = make_encoder(fallback, words.tokenizer())
+    row = encode(encoder, user("Who"), answer("Ann."))
+    assert row.text == "<s>User: Who\nAssistant: Ann." and in_loss(encoder, row) == [" Ann.</s>"]
 
 
-def test_the_begin_token_is_there_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_every_row_has_one_begin_token(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     from tokenizers import processors
 
     tokenizer = words.tokenizer()
@@ -71,15 +71,15 @@ def test_the_begin_token_is_there_once(tmp_path: Path, caplog: pytest.LogCapture
     (tmp_path / "turn.jinja").write_text("User: {{ user }}\nAssistant: {{ assistant }}")
     (tmp_path / "loop.jinja").write_text(LOOP)
     for name in ("turn.jinja", "plain", "chatml", "llama2", "llama3", "mistral", "alpaca", "vicuna"):
-        made = encoder(load_template(DataSection(template_path=name), tokenizer, tmp_path), tokenizer)
-        row = encoded(made, user("Who"), answer("Ann."))
+        encoder = make_encoder(load_template(DataSection(template_path=name), tokenizer, tmp_path), tokenizer)
+        row = encode(encoder, user("Who"), answer("Ann."))
         assert row.input_ids[0] == words.ID["<s>"] and row.input_ids.count(words.ID["<s>"]) == 1, name
     with caplog.at_level(logging.WARNING, "sft.chat"):
         load_template(DataSection(template_path="loop.jinja"), tokenizer, tmp_path)
     assert "put {{ bos_token }} first in it" in caplog.text
 
 
-def test_a_tokenizer_that_encodes_nothing_is_no_traceback(tmp_path: Path) -> None:
+def test_a_tokenizer_that_encodes_to_nothing_still_loads_a_template(tmp_path: Path) -> None:
     tokenizer = words.tokenizer()
     tokenizer.encode = lambda *_args, **_kwargs: []  # type: ignore[method-assign]
     (tmp_path / "loop.jinja").write_text(LOOP)

@@ -8,7 +8,7 @@ import pytest
 
 from sft.errors import DataError
 from tests.chat import words
-from tests.chat.making import answer, encoded, in_loss, named, user
+from tests.chat.helpers import answer, encode, encoder_for, in_loss, user
 
 TALK = [user("Who are you?"), answer("Ann. Bob."), user("And now?"), answer("Bob. Ann.")]
 # <s> User : _ Who _ are _ you ? /n Assistant : | _ Ann . _ Bob . </s> | /n User : _ And _ now ? /n Assistant : | _ Bob
@@ -16,11 +16,11 @@ TALK = [user("Who are you?"), answer("Ann. Bob."), user("And now?"), answer("Bob
 
 
 def row(policy: str, limit: int, *talk: dict[str, Any]) -> tuple[Any, Any]:
-    made = named("plain", words.tokenizer(), over_length=policy, max_seq_len=limit)
-    return made, encoded(made, *(talk or TALK))
+    encoder = encoder_for("plain", words.tokenizer(), over_length=policy, max_seq_len=limit)
+    return encoder, encode(encoder, *(talk or TALK))
 
 
-def test_a_row_that_fits_is_left_alone() -> None:
+def test_a_row_that_fits_is_unchanged() -> None:
     for policy in ("truncate_left", "truncate_right", "drop", "error"):
         _, got = row(policy, 39)
         assert (len(got.input_ids), got.truncated_tokens, got.dropped) == (39, 0, None)
@@ -28,20 +28,20 @@ def test_a_row_that_fits_is_left_alone() -> None:
 
 def test_truncate_left_cuts_the_oldest_tokens_and_keeps_the_begin_token_and_the_last_answer() -> None:
     _, whole = row("drop", 39)
-    made, got = row("truncate_left", 15)
+    encoder, got = row("truncate_left", 15)
     assert got.input_ids == whole.input_ids[:1] + whole.input_ids[25:]
     assert got.labels == whole.labels[:1] + whole.labels[25:]
     assert (got.truncated_tokens, got.dropped) == (24, None)
-    assert in_loss(made, got) == [" Bob. Ann.</s>"]
-    made, got = row("truncate_left", 24)
-    assert in_loss(made, got) == ["Bob.</s>"[3:], " Bob. Ann.</s>"] or in_loss(made, got)[-1] == " Bob. Ann.</s>"
+    assert in_loss(encoder, got) == [" Bob. Ann.</s>"]
+    encoder, got = row("truncate_left", 24)
+    assert in_loss(encoder, got) == ["Bob.</s>"[3:], " Bob. Ann.</s>"] or in_loss(encoder, got)[-1] == " Bob. Ann.</s>"
 
 
-def test_truncate_left_gives_up_the_newline_behind_the_answer_first() -> None:
+def test_truncate_left_cuts_the_newline_after_the_answer_first() -> None:
     _, whole = row("drop", 39)
-    made, got = row("truncate_left", 9)  # begin token, one token of the prompt, seven of the answer
+    encoder, got = row("truncate_left", 9)  # begin token, one token of the prompt, seven of the answer
     assert got.input_ids == whole.input_ids[:1] + whole.input_ids[30:38]
-    assert in_loss(made, got) == [" Bob. Ann.</s>"] and got.truncated_tokens == 30
+    assert in_loss(encoder, got) == [" Bob. Ann.</s>"] and got.truncated_tokens == 30
 
 
 def test_an_answer_that_is_too_long_by_itself_is_dropped_and_named() -> None:
@@ -51,19 +51,19 @@ def test_an_answer_that_is_too_long_by_itself_is_dropped_and_named() -> None:
 
 def test_truncate_right_ends_with_the_end_token_of_the_answer_it_cuts() -> None:
     _, whole = row("drop", 39)
-    made, got = row("truncate_right", 35)
+    encoder, got = row("truncate_right", 35)
     assert got.input_ids == [*whole.input_ids[:34], words.ID["</s>"]]
-    assert in_loss(made, got) == [" Ann. Bob.</s>", " Bob.</s>"] and got.truncated_tokens == 4
-    made, got = row("truncate_right", 25)
-    assert got.input_ids == whole.input_ids[:25] and in_loss(made, got) == [" Ann. Bob.</s>"]
+    assert in_loss(encoder, got) == [" Ann. Bob.</s>", " Bob.</s>"] and got.truncated_tokens == 4
+    encoder, got = row("truncate_right", 25)
+    assert got.input_ids == whole.input_ids[:25] and in_loss(encoder, got) == [" Ann. Bob.</s>"]
 
 
-def test_truncate_right_drops_a_row_of_which_no_answer_is_left() -> None:
+def test_truncate_right_drops_a_row_without_a_label_left() -> None:
     for limit in (9, 13, 14):
         _, got = row("truncate_right", limit)
         assert got.dropped == "no label left", limit
-    made, got = row("truncate_right", 15)
-    assert in_loss(made, got) == [" </s>"]
+    encoder, got = row("truncate_right", 15)
+    assert in_loss(encoder, got) == [" </s>"]
 
 
 def test_drop_and_error() -> None:
@@ -76,17 +76,17 @@ def test_drop_and_error() -> None:
 def test_the_end_token_survives_every_cut() -> None:
     for policy in ("truncate_left", "truncate_right"):
         for limit in range(2, 40):
-            made, got = row(policy, limit)
+            encoder, got = row(policy, limit)
             if got.dropped:
                 continue
             assert len(got.input_ids) <= limit and len(got.labels) == len(got.input_ids)
             assert got.truncated_tokens == 39 - len(got.input_ids)
-            assert all(stretch.endswith("</s>") for stretch in in_loss(made, got))
+            assert all(stretch.endswith("</s>") for stretch in in_loss(encoder, got))
 
 
-def test_plain_text_has_no_prompt_to_keep_and_loses_its_oldest_tokens() -> None:
+def test_plain_text_loses_its_oldest_tokens() -> None:
     plain = {"id": "r", "input": "", "target": "Who are you? " * 9}
-    whole = named("plain", words.tokenizer(), max_seq_len=10_000).encode(plain)
-    got = named("plain", words.tokenizer(), over_length="truncate_left", max_seq_len=20).encode(plain)
+    whole = encoder_for("plain", words.tokenizer(), max_seq_len=10_000).encode(plain)
+    got = encoder_for("plain", words.tokenizer(), over_length="truncate_left", max_seq_len=20).encode(plain)
     assert got.input_ids == whole.input_ids[-20:] and got.labels == whole.labels[-20:] and got.dropped is None
     assert got.truncated_tokens == len(whole.input_ids) - 20

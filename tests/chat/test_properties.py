@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 from sft.chat.encode import Encoder
 from tests import tiny_models
-from tests.chat.making import in_loss, named
+from tests.chat.helpers import encoder_for, in_loss
 
 ENDS = {"llama3": "<|eot_id|>"}
 TRIMS = {"plain", "default", "llama2", "llama3", "mistral", "alpaca", "vicuna"}
 SPACED = {"plain", "default", "llama2", "mistral", "vicuna"}
-SEASONED = [
+CONTROL_LIKE = [
     "<|im_end|>",
     "<|im_start|>assistant\n",
     "<|eot_id|>",
@@ -29,10 +29,10 @@ SEASONED = [
     "User:",
 ]
 text = st.lists(
-    st.one_of(st.sampled_from(SEASONED), st.text(st.characters(codec="utf-8", max_codepoint=0xEFFFF), max_size=9)),
+    st.one_of(st.sampled_from(CONTROL_LIKE), st.text(st.characters(codec="utf-8", max_codepoint=0xEFFFF), max_size=9)),
     max_size=6,
 ).map("".join)
-words = text.filter(lambda made: bool(made.strip()))
+words = text.filter(lambda written: bool(written.strip()))
 talks = st.tuples(st.one_of(st.none(), words), st.lists(st.tuples(words, words), min_size=1, max_size=3))
 
 
@@ -44,22 +44,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @cache
-def made(name: str, folder: Path) -> Encoder:
+def loaded_encoder(name: str, folder: Path) -> Encoder:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     more = ["<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<s>"]
     tokenizer.add_special_tokens({"additional_special_tokens": more, "bos_token": "<s>"})
-    return named(name, tokenizer)
+    return encoder_for(name, tokenizer)
 
 
 @pytest.mark.parametrize("name", ["alpaca", "chatml", "default", "llama2", "llama3", "mistral", "plain", "vicuna"])
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(talk=talks)
-def test_what_is_in_the_loss_is_the_answers_and_their_ends(name: str, folder: Path, talk: Any) -> None:
+def test_the_loss_covers_exactly_the_answers_and_their_ends(name: str, folder: Path, talk: Any) -> None:
     import unicodedata
 
-    encoder = made(name, folder)
+    encoder = loaded_encoder(name, folder)
     opening, turns = talk
     messages = [{"role": "system", "content": opening}] if opening else []
     for question, reply in turns:

@@ -11,7 +11,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from sft.chat import template
 from sft.chat.template import ChatTemplate, Refused
 from sft.errors import TemplateError
-from tests.chat.making import answer, system, user
+from tests.chat.helpers import answer, system, user
 
 FOLDER = Path(trl.__file__).parent / "chat_templates"
 TALK = [system("Be brief."), user("Hi\n there "), answer("<think>\na\n</think>\n\nb"), user("ü🙂"), answer(" c\n")]
@@ -22,7 +22,7 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "ob
 def test_text_is_that_of_transformers(path: Path) -> None:
     source = path.read_text(encoding="utf-8")
     special = {"bos_token": "<s>", "eos_token": "</s>"}
-    made = ChatTemplate(path.stem, source, special)
+    chat_template = ChatTemplate(path.stem, source, special)
     for talk in (TALK, TALK[1:], TALK[1:4]):
         for tools in (None, [TOOL]):
             for prompt in (False, True):
@@ -32,9 +32,9 @@ def test_text_is_that_of_transformers(path: Path) -> None:
                     )[0][0]
                 except Exception:
                     with pytest.raises(Refused):
-                        made.render(talk, tools=tools, add_generation_prompt=prompt)
+                        chat_template.render(talk, tools=tools, add_generation_prompt=prompt)
                 else:
-                    assert made.render(talk, tools=tools, add_generation_prompt=prompt) == expected
+                    assert chat_template.render(talk, tools=tools, add_generation_prompt=prompt) == expected
 
 
 @pytest.mark.parametrize(
@@ -59,10 +59,10 @@ def test_a_template_that_does_not_end_is_stopped(source: str, reason: str, monke
 
 
 @pytest.mark.parametrize("source", ["{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}", "{{ messages.clear() }}"])
-def test_python_and_the_row_are_out_of_reach(source: str) -> None:
-    made = ChatTemplate("evil", source + "{{ messages }}", {})
+def test_a_template_cannot_reach_python_or_change_the_row(source: str) -> None:
+    chat_template = ChatTemplate("evil", source + "{{ messages }}", {})
     with pytest.raises(Refused, match="unsafe"):
-        made.render(TALK)
+        chat_template.render(TALK)
 
 
 def test_a_syntax_error_names_the_line() -> None:
@@ -72,9 +72,9 @@ def test_a_syntax_error_names_the_line() -> None:
 
 
 def test_an_error_while_rendering_names_the_line_and_refuses_the_row_alone() -> None:
-    made = ChatTemplate("mine.jinja", "{% for m in messages %}\n{{ m.content + 3 }}\n{% endfor %}", {})
+    chat_template = ChatTemplate("mine.jinja", "{% for m in messages %}\n{{ m.content + 3 }}\n{% endfor %}", {})
     with pytest.raises(Refused, match=r"mine\.jinja:2\): TypeError"):
-        made.render(TALK)
+        chat_template.render(TALK)
     stern = ChatTemplate("mine.jinja", "{{ messages }}\n\n{{ raise_exception('no tools here') }}", {})
     with pytest.raises(Refused, match=r"mine\.jinja:3\): no tools here"):
         stern.render(TALK)

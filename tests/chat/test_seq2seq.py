@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from sft.chat.loss_mask import NO_LABEL, OVER_LENGTH
 from sft.errors import DataError
-from tests.chat.making import answer, encoded, named, system, user
+from tests.chat.helpers import answer, encode, encoder_for, system, user
 
 END = "</s>"
 
@@ -21,56 +21,58 @@ def tokenizer(tiny_t5: Path) -> Any:
 
 
 def test_source_and_target_end_with_the_end_token(tokenizer: Any) -> None:
-    made = named("auto", tokenizer, kind="seq2seq")
-    row = encoded(made, system("You are a helpful assistant."), user("What is the capital?"), answer(" Paris. "))
+    encoder = encoder_for("auto", tokenizer, kind="seq2seq")
+    row = encode(encoder, system("You are a helpful assistant."), user("What is the capital?"), answer(" Paris. "))
     assert row.input_ids == tokenizer("You are a helpful assistant.\nWhat is the capital?")["input_ids"]
     assert row.labels == tokenizer("Paris.")["input_ids"]
     assert row.input_ids[-1] == row.labels[-1] == tokenizer.eos_token_id
-    assert made.prompt([user("What is the capital?")]) == tokenizer("What is the capital?")["input_ids"]
-    assert made.stops.ids == {tokenizer.eos_token_id}
+    assert encoder.prompt([user("What is the capital?")]) == tokenizer("What is the capital?")["input_ids"]
+    assert encoder.stops.ids == {tokenizer.eos_token_id}
 
 
-def test_longer_talks_name_their_speakers_and_templates_can_be_named(tokenizer: Any) -> None:
-    made = named("auto", tokenizer, kind="seq2seq")
-    row = encoded(made, user("a"), answer("b"), user("c"), answer("d"))
+def test_earlier_turns_have_role_prefixes_and_a_named_template_is_used(tokenizer: Any) -> None:
+    encoder = encoder_for("auto", tokenizer, kind="seq2seq")
+    row = encode(encoder, user("a"), answer("b"), user("c"), answer("d"))
     assert row.text == "User: a\nAssistant: b\nUser: c\nd"
-    plain = named("vicuna", tokenizer, kind="seq2seq")
-    assert encoded(plain, system("Be brief."), user("a"), answer("b")).text == "Be brief. USER: a ASSISTANT:\nb"
+    plain = encoder_for("vicuna", tokenizer, kind="seq2seq")
+    assert encode(plain, system("Be brief."), user("a"), answer("b")).text == "Be brief. USER: a ASSISTANT:\nb"
 
 
 def test_rendered_rows_and_control_text(tokenizer: Any) -> None:
-    made = named("auto", tokenizer, kind="seq2seq")
-    row = made.encode({"input": "lazy dog", "target": "fox"})
+    encoder = encoder_for("auto", tokenizer, kind="seq2seq")
+    row = encoder.encode({"input": "lazy dog", "target": "fox"})
     assert row.input_ids == tokenizer("lazy dog")["input_ids"] and row.labels == tokenizer("fox")["input_ids"]
-    assert made.split({"user": "a", "assistant": "b"}) == {"input": "a", "target": "b"}
-    assert encoded(made, user("a</s>b"), answer("c")).input_ids.count(tokenizer.eos_token_id) <= 2
-    assert encoded(made, user("a"), {**answer("c"), "weight": 0}).dropped == NO_LABEL
+    assert encoder.split({"user": "a", "assistant": "b"}) == {"input": "a", "target": "b"}
+    assert encode(encoder, user("a</s>b"), answer("c")).input_ids.count(tokenizer.eos_token_id) <= 2
+    assert encode(encoder, user("a"), {**answer("c"), "weight": 0}).dropped == NO_LABEL
 
 
-def test_both_sides_are_cut_by_the_policy(tokenizer: Any) -> None:
+def test_source_and_target_are_cut_by_the_policy(tokenizer: Any) -> None:
     long, short = user("the quick brown fox jumps over the lazy dog " * 9), answer("fox")
-    whole = encoded(named("auto", tokenizer, kind="seq2seq"), long, short)
-    left = encoded(named("auto", tokenizer, kind="seq2seq", max_seq_len=20, over_length="truncate_left"), long, short)
+    whole = encode(encoder_for("auto", tokenizer, kind="seq2seq"), long, short)
+    left = encode(
+        encoder_for("auto", tokenizer, kind="seq2seq", max_seq_len=20, over_length="truncate_left"), long, short
+    )
     assert left.input_ids == whole.input_ids[-20:] and left.truncated_tokens == len(whole.input_ids) - 20
-    right = named("auto", tokenizer, kind="seq2seq", max_seq_len=20, over_length="truncate_right")
-    got = encoded(right, long, answer(long["content"]))
+    right = encoder_for("auto", tokenizer, kind="seq2seq", max_seq_len=20, over_length="truncate_right")
+    got = encode(right, long, answer(long["content"]))
     assert got.input_ids == [*whole.input_ids[:19], tokenizer.eos_token_id]
     assert len(got.labels) == 20 and got.labels[-1] == tokenizer.eos_token_id
     for policy in ("drop", "truncate_left"):
-        made = named("auto", tokenizer, kind="seq2seq", max_seq_len=20, over_length=policy)
-        assert encoded(made, user("a"), answer(long["content"])).dropped == OVER_LENGTH
+        encoder = encoder_for("auto", tokenizer, kind="seq2seq", max_seq_len=20, over_length=policy)
+        assert encode(encoder, user("a"), answer(long["content"])).dropped == OVER_LENGTH
     with pytest.raises(DataError, match="a side"):
-        encoded(named("auto", tokenizer, kind="seq2seq", max_seq_len=20, over_length="error"), long, short)
+        encode(encoder_for("auto", tokenizer, kind="seq2seq", max_seq_len=20, over_length="error"), long, short)
 
 
-def test_plain_text_is_continued_from_its_first_half(tokenizer: Any) -> None:
+def test_plain_text_is_split_into_source_and_target(tokenizer: Any) -> None:
     text = "Once upon a time there was a king. " * 6
     ids = tokenizer(text.strip())["input_ids"]
     words, end = ids[:-1], ids[-1:]
     row = {"id": "r", "input": "", "target": text, "replay": True}
-    whole = named("auto", tokenizer, kind="seq2seq").encode(row)
+    whole = encoder_for("auto", tokenizer, kind="seq2seq").encode(row)
     half = len(words) // 2
     assert (whole.input_ids, whole.labels) == (words[:half] + end, words[half:] + end) and whole.dropped is None
-    cut = named("auto", tokenizer, kind="seq2seq", max_seq_len=9, over_length="truncate_left").encode(row)
+    cut = encoder_for("auto", tokenizer, kind="seq2seq", max_seq_len=9, over_length="truncate_left").encode(row)
     assert (cut.input_ids, cut.labels) == (words[-16:-8] + end, words[-8:] + end)
     assert cut.truncated_tokens == len(words) - 16

@@ -6,7 +6,7 @@ import pytest
 
 from sft.chat.template import template_names
 from tests.chat import words
-from tests.chat.making import ROOT, answer, encoded, in_loss, named, system, user
+from tests.chat.helpers import ROOT, answer, encode, encoder_for, in_loss, system, user
 
 ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 VICUNA = (
@@ -16,7 +16,7 @@ VICUNA = (
 SYSTEM = system("Be brief.")
 TURNS = [user("Who are you?"), answer("Ann."), user("And now?"), answer("Bob.")]
 WHO, NOW = "Who _ are _ you ?", "And _ now ?"
-# name -> text, ids, in the loss stretches; ids: "_" a space, "/n" a newline; in braces what is in the loss
+# name -> text and ids; "_" is a space, "/n" a newline; what is in braces is in the loss
 CASES = {
     "plain": (
         "<s>System: Be brief.\nUser: Who are you?\nAssistant: Ann.</s>\nUser: And now?\nAssistant: Bob.</s>\n",
@@ -62,7 +62,7 @@ CASES = {
     ),
 }
 CASES["default"] = CASES["plain"]
-FIRST = {  # the text of one question without a system text, as the model is asked
+FIRST = {  # name -> the prompt for one question without a system text
     "plain": "<s>User: Who are you?\nAssistant:",
     "default": "<s>User: Who are you?\nAssistant:",
     "chatml": "<s><|im_start|>user\nWho are you?<|im_end|>\n<|im_start|>assistant\n",
@@ -96,38 +96,38 @@ def test_the_cases_cover_every_template_that_can_be_named() -> None:
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_text_ids_and_labels_are_exact(name: str) -> None:
     text, written = CASES[name]
-    row = encoded(named(name, words.tokenizer()), SYSTEM, *TURNS)
+    row = encode(encoder_for(name, words.tokenizer()), SYSTEM, *TURNS)
     assert row.text == text
     assert (row.input_ids, row.labels) == read(written)
     assert (row.truncated_tokens, row.dropped) == (0, None)
 
 
 @pytest.mark.parametrize("name", sorted(CASES))
-def test_the_prompt_is_what_training_shows_before_the_answer(name: str) -> None:
-    made = named(name, words.tokenizer())
-    prompt = made.prompt([user("Who are you?")])
-    assert made.spans.layout([user("Who are you?")], prompt=True).text == FIRST[name]
-    row = encoded(made, user("Who are you?"), answer("Ann."))
+def test_the_prompt_is_the_training_text_before_the_answer(name: str) -> None:
+    encoder = encoder_for(name, words.tokenizer())
+    prompt = encoder.prompt([user("Who are you?")])
+    assert encoder.spans.layout([user("Who are you?")], prompt=True).text == FIRST[name]
+    row = encode(encoder, user("Who are you?"), answer("Ann."))
     assert row.input_ids[: len(prompt)] == prompt
     assert row.labels[: len(prompt)] == [-100] * len(prompt)
     assert row.labels[len(prompt)] != -100
 
 
 @pytest.mark.parametrize("name", sorted(CASES))
-def test_only_the_last_answer_or_everything_or_nothing_of_weight_zero(name: str) -> None:
+def test_labels_of_the_last_answer_of_all_tokens_and_of_weight_zero(name: str) -> None:
     tokenizer = words.tokenizer()
-    whole = in_loss(named(name, tokenizer), encoded(named(name, tokenizer), *TURNS))
-    last = named(name, tokenizer, labels="last_assistant")
-    assert in_loss(last, encoded(last, *TURNS)) == whole[1:]
+    whole = in_loss(encoder_for(name, tokenizer), encode(encoder_for(name, tokenizer), *TURNS))
+    last = encoder_for(name, tokenizer, labels="last_assistant")
+    assert in_loss(last, encode(last, *TURNS)) == whole[1:]
     first_silent = [TURNS[0], {**TURNS[1], "weight": 0}, *TURNS[2:]]
-    made = named(name, tokenizer)
-    assert in_loss(made, encoded(made, *first_silent)) == whole[1:]
-    everything = named(name, tokenizer, labels="all_tokens")
-    row = encoded(everything, *TURNS)
+    encoder = encoder_for(name, tokenizer)
+    assert in_loss(encoder, encode(encoder, *first_silent)) == whole[1:]
+    everything = encoder_for(name, tokenizer, labels="all_tokens")
+    row = encode(everything, *TURNS)
     assert row.labels == row.input_ids
 
 
 @pytest.mark.parametrize("name", sorted(set(CASES) - {"chatml", "llama3"}))
-def test_a_tool_message_is_refused_where_there_is_no_place_for_it(name: str) -> None:
-    row = encoded(named(name, words.tokenizer()), *TURNS[:2], {"role": "tool", "content": "12"}, TURNS[3])
+def test_a_tool_message_is_refused_by_a_template_without_tools(name: str) -> None:
+    row = encode(encoder_for(name, words.tokenizer()), *TURNS[:2], {"role": "tool", "content": "12"}, TURNS[3])
     assert row.input_ids == [] and "no place for the role tool" in row.dropped

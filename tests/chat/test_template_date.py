@@ -16,7 +16,7 @@ from sft.chat.template import ChatTemplate, fix_date, load_template
 from sft.config.schema import Config, DataSection
 from sft.ship.merge import portable_template
 from tests.chat import words
-from tests.chat.making import CHATML, ROOT, user
+from tests.chat.helpers import CHATML, ROOT, user
 from tests.training import project
 from tests.training.test_command import as_if_killed_after
 

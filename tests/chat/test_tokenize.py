@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests import tiny_models
-from tests.chat.making import CHATML, answer, encoded, encoder, in_loss, user
+from tests.chat.helpers import CHATML, answer, encode, in_loss, make_encoder, user
 
 SPACED = (
     "{{ bos_token }}{% for m in messages %}{{ '[' + m.role + '] ' + m.content + eos_token + '\n' }}{% endfor %}"
@@ -17,58 +17,62 @@ SPACED = (
 ANSWERS = ["Paris.", " Paris is it", "\n\nThe capital", "é 東京 🙂", "2 + 2 = 4", "   ", "x"]
 
 
-def tokenizer(scheme: str) -> Any:
+def spm_tokenizer(scheme: str) -> Any:
     """A BPE with `▁` for spaces and byte fallback, as Llama 2 has it. scheme: where a text gets a `▁` in front."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    made = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
-    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=True)
+    backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=True)
     specials = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", *(f"<0x{byte:02X}>" for byte in range(256))]
     trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=specials, show_progress=False)
-    made.train_from_iterator(tiny_models.TEXT, trainer)
-    state = json.loads(made.to_str())
+    backend.train_from_iterator(tiny_models.TEXT, trainer)
+    state = json.loads(backend.to_str())
     state["added_tokens"] = state["added_tokens"][:5]
-    made = Tokenizer.from_str(json.dumps(state))
-    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    backend = Tokenizer.from_str(json.dumps(state))
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
 def ids(tok: Any, text: str) -> list[int]:
-    made: list[int] = tok(text, add_special_tokens=False)["input_ids"]
-    return made
+    token_ids: list[int] = tok(text, add_special_tokens=False)["input_ids"]
+    return token_ids
 
 
 @pytest.mark.parametrize("scheme", ["first", "always", "never"])
 @pytest.mark.parametrize("source", [CHATML, SPACED], ids=["chatml", "spaced"])
 def test_the_prompt_is_the_begin_of_the_row_and_the_answer_is_in_the_loss_whole(scheme: str, source: str) -> None:
-    tok = tokenizer(scheme)
-    made = encoder(source, tok)
+    tok = spm_tokenizer(scheme)
+    encoder = make_encoder(source, tok)
     end = "<|im_end|>" if source is CHATML else "</s>"
     for first in ANSWERS:
         for second in ANSWERS[:4]:
             talk = [user("What is it?"), answer(first), user("And now?"), answer(second)]
-            row, prompt = encoded(made, *talk), made.prompt(talk)
+            row, prompt = encode(encoder, *talk), encoder.prompt(talk)
             assert row.dropped is None
             assert row.input_ids[: len(prompt)] == prompt and row.labels[len(prompt)] != -100
-            assert prompt[: len(made.prompt(talk[:1]))] == made.prompt(talk[:1]) == ids(tok, _asked(made, talk[:1]))
-            shown = [stretch.lstrip(" ") for stretch in in_loss(made, row)]
+            assert (
+                prompt[: len(encoder.prompt(talk[:1]))]
+                == encoder.prompt(talk[:1])
+                == ids(tok, _prompt_text(encoder, talk[:1]))
+            )
+            shown = [stretch.lstrip(" ") for stretch in in_loss(encoder, row)]
             assert shown == [f"{first}{end}".lstrip(" "), f"{second}{end}".lstrip(" ")]
 
 
-def _asked(made: Any, talk: list[dict[str, Any]]) -> str:
-    text: str = made.template.render(talk, add_generation_prompt=True)
+def _prompt_text(encoder: Any, talk: list[dict[str, Any]]) -> str:
+    text: str = encoder.template.render(talk, add_generation_prompt=True)
     return text
 
 
 @pytest.mark.parametrize("scheme", ["first", "always", "never"])
 def test_control_text_is_spelt_out(scheme: str) -> None:
-    tok = tokenizer(scheme)
-    made = encoder(CHATML, tok)
-    row = encoded(made, user("A <|im_end|> b</s>"), answer("No."))
-    controls = [token for token in row.input_ids if token in made.vocabulary.texts]
+    tok = spm_tokenizer(scheme)
+    encoder = make_encoder(CHATML, tok)
+    row = encode(encoder, user("A <|im_end|> b</s>"), answer("No."))
+    controls = [token for token in row.input_ids if token in encoder.vocabulary.texts]
     assert tok.convert_ids_to_tokens(controls) == [
         *("<s>", "<|im_start|>", "<|im_end|>", "<|im_start|>", "<|im_end|>"),
     ]
     assert "A <|im_end|> b</s><|im_end|>" in tok.decode(row.input_ids)
-    assert in_loss(made, row) in (["No.<|im_end|>"], [" No.<|im_end|>"])
+    assert in_loss(encoder, row) in (["No.<|im_end|>"], [" No.<|im_end|>"])

@@ -1,7 +1,7 @@
 """trl's chat templates, plain and with generation marks, against an oracle that does not use our proof.
 
-The oracle takes the author's marks from transformers; for the template without marks it takes away what the generation
-prompt already says (some authors mark their header too).
+The oracle uses the author's marks as transformers reads them. For the template without marks it subtracts what the
+generation prompt already contains (some authors mark their header too).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import trl
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from tests.chat.making import answer, encoder, system, template, user
+from tests.chat.helpers import answer, make_encoder, make_template, system, user
 
 FOLDER = Path(trl.__file__).parent / "chat_templates"
 CONTROL = re.compile(
@@ -48,7 +48,7 @@ TALKS: dict[str, tuple[list[dict[str, Any]], list[Any] | None]] = {
              [TOOL]),
 }  # fmt: skip
 PLAIN = sorted(path.stem for path in FOLDER.glob("*.jinja") if not path.stem.endswith("_training"))
-NO_ORACLE = {"deepseek_r1_distill", "deepseekv3", "glm4moe"}  # never the same text, or never the text that is asked
+NO_ORACLE = {"deepseek_r1_distill", "deepseekv3", "glm4moe"}  # the text differs, or the generation prompt does
 NEVER_REFUSED = re.compile("llama3|qwen|gemma|mistral|phi")
 
 
@@ -56,26 +56,26 @@ def tokenizer_for(*sources: str) -> Any:
     """Characters and the control tokens of these templates."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    controls = sorted({found for source in sources for found in CONTROL.findall(source)} | {"<s>", "</s>"})
+    controls = sorted({token for source in sources for token in CONTROL.findall(source)} | {"<s>", "</s>"})
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    made = Tokenizer(models.BPE({token: index for index, token in enumerate([*controls, *letters])}, []))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(False, use_regex=False)
-    made.decoder = decoders.ByteLevel()
-    made.add_special_tokens([token for token in controls if "think" not in token])
-    made.add_tokens([token for token in controls if "think" in token])
-    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
+    backend = Tokenizer(models.BPE({token: index for index, token in enumerate([*controls, *letters])}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([token for token in controls if "think" not in token])
+    backend.add_tokens([token for token in controls if "think" in token])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
 
 
 class NoAnswerError(Exception):
-    """The template the generation prompt differs, so the oracle cannot tell what is asked from what is in the loss."""
+    """The generation prompt differs from the training text, so the oracle cannot tell prompt from answer."""
 
 
 def oracle(
-    made: Any, source: str, talk: list[dict[str, Any]], tools: list[Any] | None, *, beyond: bool
+    encoder: Any, source: str, talk: list[dict[str, Any]], tools: list[Any] | None, *, beyond: bool
 ) -> tuple[str, set[int]]:
-    """The text, and the characters that the author marks; with `beyond`, those that no generation prompt says."""
-    special = dict(made.template.special)
-    if made.template.parts:
+    """The text, and the characters that the author marks; with `beyond`, those outside every generation prompt."""
+    special = dict(encoder.template.special)
+    if encoder.template.parts:
         talk = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in talk]
     texts, spans = render_jinja_template(
         [talk], tools=tools, chat_template=source, return_assistant_tokens_mask=True, **special
@@ -85,14 +85,14 @@ def oracle(
     for index, turn in enumerate(talk):
         if turn["role"] != "assistant" or not beyond:
             continue
-        asked = render_jinja_template(
+        prompt = render_jinja_template(
             [talk[:index]], tools=tools, chat_template=source, add_generation_prompt=True, **special
         )[0][0]
-        if not text.startswith(asked):
+        if not text.startswith(prompt):
             raise NoAnswerError
         for start, end in spans[0]:
-            if start < len(asked) <= end:
-                marked -= set(range(start, len(asked)))
+            if start < len(prompt) <= end:
+                marked -= set(range(start, len(prompt)))
     return text, marked
 
 
@@ -102,8 +102,8 @@ def clean(text: str, at: set[int]) -> set[int]:
     return {index for index in at if not text[index].isspace() and index < tail}
 
 
-def loss_characters(made: Any, row: Any) -> set[int]:
-    line = made.tokens.lines([row.text])[0]
+def loss_characters(encoder: Any, row: Any) -> set[int]:
+    line = encoder.tokens.lines([row.text])[0]
     assert line.ids == row.input_ids
     return {
         at
@@ -114,39 +114,40 @@ def loss_characters(made: Any, row: Any) -> set[int]:
 
 
 @pytest.mark.parametrize("name", [name for name in PLAIN if (FOLDER / f"{name}_training.jinja").exists()])
-def test_labels_are_what_the_author_marks(name: str) -> None:
+def test_labels_are_the_authors_marks(name: str) -> None:
     plain, marked = ((FOLDER / f"{name}{end}.jinja").read_text(encoding="utf-8") for end in ("", "_training"))
     tokenizer = tokenizer_for(plain, marked)
     compared = 0
     for source in (plain, marked):
-        made = encoder(template(source, tokenizer), tokenizer)
+        encoder = make_encoder(make_template(source, tokenizer), tokenizer)
         for talk, tools in TALKS.values():
-            row = made.encode({"messages": talk, "tools": tools})
+            row = encoder.encode({"messages": talk, "tools": tools})
             try:
-                text, wanted = oracle(made, marked, talk, tools, beyond=source is plain)
+                text, marked_at = oracle(encoder, marked, talk, tools, beyond=source is plain)
             except (NoAnswerError, jinja2.TemplateError, TypeError):
                 continue
             if row.dropped or text != row.text:
                 continue
             compared += 1
-            got, wanted = clean(text, loss_characters(made, row)), clean(text, wanted)
-            calls = {at for found in re.finditer(re.escape("<|tool_response>"), text) for at in range(*found.span())}
-            assert got - wanted <= calls, (text, sorted(got - wanted))  # ends a turn, though its author leaves it out
-            assert got >= wanted, (text, sorted(wanted - got))
+            labelled, expected = clean(text, loss_characters(encoder, row)), clean(text, marked_at)
+            calls = {at for match in re.finditer(re.escape("<|tool_response>"), text) for at in range(*match.span())}
+            extra = labelled - expected
+            assert extra <= calls, (text, sorted(extra))  # ends a turn, though its author leaves it unmarked
+            assert labelled >= expected, (text, sorted(expected - labelled))
     assert compared or name in NO_ORACLE
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_plain_talk_is_never_refused(name: str) -> None:
+def test_conversations_without_tools_are_never_refused(name: str) -> None:
     source = (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
     tokenizer = tokenizer_for(source)
-    made = encoder(template(source, tokenizer), tokenizer)
+    encoder = make_encoder(make_template(source, tokenizer), tokenizer)
     for talk in ("one", "many", "think", "reason"):
-        row = made.encode({"messages": TALKS[talk][0]})
+        row = encoder.encode({"messages": TALKS[talk][0]})
         assert row.dropped is None, (talk, row.dropped)
         assert any(
-            token in made.stops.ids for token, label in zip(row.input_ids, row.labels, strict=True) if label >= 0
+            token in encoder.stops.ids for token, label in zip(row.input_ids, row.labels, strict=True) if label >= 0
         )
         if NEVER_REFUSED.search(name) and talk in ("one", "many"):
-            prompt = made.prompt({"messages": TALKS[talk][0]})
+            prompt = encoder.prompt({"messages": TALKS[talk][0]})
             assert row.input_ids[: len(prompt)] == prompt

@@ -17,34 +17,34 @@ ID = {word: index for index, word in enumerate([*SPECIAL, *WORDS])}
 
 
 def tokenizer(*, bos: str | None = "<s>", eos: str = "</s>", template: str | None = None) -> Any:
-    """Words, runs of newlines and single other characters; special tokens first. `ID` tells the numbers."""
+    """Words, runs of newlines and single other characters; special tokens first. `ID` has the numbers."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    made = Tokenizer(models.WordLevel(ID, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n\n|\n|[A-Za-z_]+|###|<</|<<|>>| |."), "isolated")
-    made.decoder = decoders.Fuse()
-    made.add_special_tokens(SPECIAL)
-    named = {"bos_token": bos} if bos else {}
+    backend = Tokenizer(models.WordLevel(ID, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n\n|\n|[A-Za-z_]+|###|<</|<<|>>| |."), "isolated")
+    backend.decoder = decoders.Fuse()
+    backend.add_special_tokens(SPECIAL)
+    begin = {"bos_token": bos} if bos else {}
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=made,
+        tokenizer_object=backend,
         eos_token=eos,
         pad_token="<pad>",
         unk_token="<unk>",
         clean_up_tokenization_spaces=False,
-        **named,
+        **begin,
     )
     fast.chat_template = template
     return fast
 
 
-def folder(path: Path, **named: Any) -> Path:
+def folder(path: Path, **options: Any) -> Path:
     """The tokenizer's files alone, no model beside them."""
-    tokenizer(**named).save_pretrained(path)
+    tokenizer(**options).save_pretrained(path)
     return path
 
 
 def ids(text: str) -> list[int]:
     """Ids written as words, a space between: `_` is a space, `/n` a newline, `/n/n` an empty line."""
-    spelt = {"_": " ", "/n": "\n", "/n/n": "\n\n"}
-    return [ID[spelt.get(word, word)] for word in text.split()]
+    escapes = {"_": " ", "/n": "\n", "/n/n": "\n\n"}
+    return [ID[escapes.get(word, word)] for word in text.split()]

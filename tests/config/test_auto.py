@@ -193,7 +193,7 @@ def test_step_size_on_a_machine(
         (TURING, "adamw_torch_fused", False, True),
     ],
 )
-def test_what_follows_the_hardware(facts: Facts, optim: str, tf32: bool, checkpointing: bool) -> None:
+def test_settings_that_depend_on_the_hardware(facts: Facts, optim: str, tf32: bool, checkpointing: bool) -> None:
     train = resolve_with(facts).config.train
     assert (train.optim, train.tf32, train.gradient_checkpointing) == (optim, tf32, checkpointing)
     explicit = resolve_with(facts, optim="sgd", tf32=False, gradient_checkpointing=False).config.train
@@ -210,7 +210,7 @@ def test_what_follows_the_hardware(facts: Facts, optim: str, tf32: bool, checkpo
         ({"save_steps": 7}, "epoch", 7),
     ],
 )
-def test_saving_follows_evaluating_where_it_is_left_to_auto(
+def test_auto_save_strategy_follows_eval_strategy(
     settings: dict[str, Any], save_strategy: str, eval_steps: int
 ) -> None:
     resolved = resolve_with(CPU, **settings)

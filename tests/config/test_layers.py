@@ -126,7 +126,7 @@ def test_text_fields_take_numbers_as_they_are_written(write: Write) -> None:
     assert config.model.revision == "1.10" and config.data.columns is not None and config.data.columns.user == "1"
 
 
-def test_numbers_as_people_write_them(write: Write) -> None:
+def test_numbers_in_scientific_and_plain_notation(write: Write) -> None:
     config = read(
         write("run.yaml", "train: {learning_rate: 2e-4, max_steps: 1e3, epochs: 3, save_steps: 1_000}\n")
     ).config

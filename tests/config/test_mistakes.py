@@ -189,7 +189,7 @@ def test_a_bad_set_is_named(mistakes: Mistakes, item: str, what: str) -> None:
     assert [(message, where) for message, where, _ in mistakes("", item)] == [(what, f"--set {item}")]
 
 
-def test_all_mistakes_are_said_at_once_in_the_order_of_their_lines(mistakes: Mistakes) -> None:
+def test_all_mistakes_are_listed_at_once_by_line(mistakes: Mistakes) -> None:
     problems = mistakes(
         "train:\n  seed: x\n  sped: 1\n  seed: 3\ninclude: gone.yaml\nmodel: 3\neval:\n  limit: 0\n",
         "logging.samples=-1",
@@ -216,19 +216,19 @@ def test_all_mistakes_are_said_at_once_in_the_order_of_their_lines(mistakes: Mis
         (b"train:\n\tseed: 1\n", "not valid YAML: found character '\\t' that cannot start any token", "run.yaml:2"),
     ],
 )
-def test_a_file_that_is_no_configuration(tmp_path: Path, content: bytes, what: str, where: str) -> None:
+def test_a_file_that_is_not_a_configuration(tmp_path: Path, content: bytes, what: str, where: str) -> None:
     (tmp_path / "run.yaml").write_bytes(content)
     with pytest.raises(ConfigError) as raised:
         load(tmp_path / "run.yaml", root=tmp_path)
     assert (raised.value.what, raised.value.where) == (what, where)
 
 
-def test_a_byte_order_mark_is_no_mistake(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_accepted(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_bytes(b"\xef\xbb\xbftrain: {seed: 3}\r\n")
     assert load(tmp_path / "run.yaml", root=tmp_path).config.train.seed == 3
 
 
-def test_a_missing_configuration_names_those_there_are(tmp_path: Path) -> None:
+def test_a_missing_configuration_lists_the_existing_ones(tmp_path: Path) -> None:
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "mine.yaml").touch()
     with pytest.raises(ConfigError, match=r"gone\.yaml was not found") as raised:

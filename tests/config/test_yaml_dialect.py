@@ -54,13 +54,13 @@ def read(text: str) -> Any:
         ("v1.2.3", "v1.2.3"),
     ],
 )
-def test_a_plain_scalar_means_what_people_mean(text: str, value: Any) -> None:
+def test_plain_scalars_become_the_obvious_types(text: str, value: Any) -> None:
     assert scalar(text) == value
     assert type(scalar(text)) is type(value)
     assert read(f"key: {text}") == {"key": value}
 
 
-def test_a_number_of_five_thousand_digits_is_no_crash() -> None:
+def test_a_number_of_five_thousand_digits_does_not_crash() -> None:
     assert scalar("1" * 5000) == "1" * 5000
     assert scalar("1e999999") == math.inf
 
@@ -87,7 +87,7 @@ def test_every_value_knows_its_line() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "\n\n", "# only a comment\n", "---\n"])
-def test_an_empty_file_is_nothing(text: str) -> None:
+def test_an_empty_file_is_an_empty_mapping(text: str) -> None:
     assert read(text) is None
 
 
@@ -124,14 +124,14 @@ def test_tags_of_python_objects_are_refused() -> None:
     assert [problem.where for problem in problems] == ["x.yaml:1", "x.yaml:2", "x.yaml:3"]
 
 
-def test_a_billion_laughs_are_cut_short() -> None:
+def test_exponential_aliases_are_refused() -> None:
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 10)]
     with pytest.raises(ConfigError, match="its aliases expand to too many values"):
         read("\n".join(lines))
 
 
-def test_an_anchor_inside_itself_is_cut_short() -> None:
+def test_a_recursive_anchor_is_refused() -> None:
     with pytest.raises(ConfigError, match="nested too deeply"):
         read("a: &a [*a]")
 

@@ -78,7 +78,7 @@ class Bench:
             os._exit(code)
 
     def run(self, disk: files.Disk | None = None, *sets: str, **how: Any) -> int:
-        """The same, waited for; returns its exit code, or minus the signal that ended it."""
+        """Starts the run and waits for it; returns its exit code, or minus the signal that ended it."""
         return os.waitstatus_to_exitcode(os.waitpid(self.start(disk, *sets, **how), 0)[1])
 
     def output(self) -> str:
@@ -95,15 +95,15 @@ class Bench:
         return {"sha256": files.sha256(self.root / self.weights), "curve": curve, "links": links}
 
     def left_behind(self) -> list[str]:
-        """Names that a killed process left half-written, and checkpoints that are not whole."""
+        """Files that a killed process left half-written, and checkpoints that fail their manifest."""
         hidden = [*(self.root / "outputs").rglob(".*"), *(self.root / "adapters").glob(".*")]
         torn = [path for path in (self.root / "outputs/t").glob("checkpoint-*") if files.manifest_problem(path)]
         return [str(path.relative_to(self.root)) for path in (*hidden, *torn)]
 
     def clean(self) -> tuple[dict[str, Any], list[str], float]:
-        """The result of a run that nothing disturbs, the calls it made, and its seconds, nearly all imports done."""
-        for room in HEAVY:
-            importlib.import_module(room)
+        """The result of an undisturbed run, its calls of the disk, and its seconds (with most imports done before)."""
+        for module in HEAVY:
+            importlib.import_module(module)
         gc.freeze()  # a fork that collects garbage would copy and walk all that was imported
         self.clear()
         began, code = time.monotonic(), self.run(FaultyDisk(0, ""))
@@ -120,7 +120,7 @@ class Bench:
     def broken_then_resumed(
         self, break_it: Callable[[], int], expected: dict[str, Any], codes: tuple[int, ...] = (0, 2, -signal.SIGKILL)
     ) -> dict[str, Any]:
-        """One case: {"exit", "wrong": what is not as it must be}. codes: the exits that the broken run may have."""
+        """One case: {"exit", "wrong": every violation}. codes: the exit codes that the broken run may have."""
         code = break_it()
         output, wrong = self.output(), []
         finished = (self.root / "outputs/t/finished.json").is_file()

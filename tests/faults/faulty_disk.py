@@ -1,4 +1,4 @@
-"""A disk that fails, or takes the process with it, at its Nth call; half of what was to be written is then there."""
+"""A disk whose Nth call fails or kills the process, after writing half of the data."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ KINDS = ("kill", "ENOSPC", "EIO", "full")
 
 
 class FaultyDisk(Disk):
-    """Counts its calls, and meets the Nth one with `kind`; `calls` names them all. nth 0: a disk that only counts.
+    """Counts its calls and injects the fault `kind` into the Nth; `calls` lists them all. nth 0: only counts.
 
-    full: ENOSPC at the Nth call and at every later one that needs room.
+    full: ENOSPC at the Nth call and at every later one that needs space.
     """
 
     def __init__(self, nth: int, kind: str) -> None:
         self.nth, self.kind, self.calls = nth, kind, []  # type: ignore[var-annotated]
 
-    def _meet(self, what: str, path: Path, half: Callable[[], object] = lambda: None) -> None:
+    def _inject(self, what: str, path: Path, half: Callable[[], object] = lambda: None) -> None:
         self.calls.append(f"{what} {path.name}")
         full = self.kind == "full" and 0 < self.nth < len(self.calls)
         if len(self.calls) != self.nth and not full:
@@ -45,31 +45,31 @@ class FaultyDisk(Disk):
             torn = new[len(new) // 2]
             os.truncate(torn, torn.stat().st_size // 2)
 
-        self._meet("write", path, half)
+        self._inject("write", path, half)
         super().write(path, content)
 
     def append(self, path: Path, text: str) -> None:
-        self._meet("append", path, lambda: super(FaultyDisk, self).append(path, text[: len(text) // 2]))
+        self._inject("append", path, lambda: super(FaultyDisk, self).append(path, text[: len(text) // 2]))
         super().append(path, text)
 
     def sync(self, path: Path) -> None:
-        self._meet("sync", path)
+        self._inject("sync", path)
         super().sync(path)
 
     def rename(self, path: Path, target: Path) -> None:
-        self._meet("rename", target)
+        self._inject("rename", target)
         super().rename(path, target)
 
     def swap(self, one: Path, other: Path) -> None:
-        self._meet("swap", other)
+        self._inject("swap", other)
         super().swap(one, other)
 
     def make_folder(self, path: Path) -> None:
-        self._meet("make_folder", path)
+        self._inject("make_folder", path)
         super().make_folder(path)
 
     def link(self, path: Path, target: str) -> None:
-        self._meet("link", path)
+        self._inject("link", path)
         super().link(path, target)
 
     def remove(self, path: Path) -> None:
@@ -78,5 +78,5 @@ class FaultyDisk(Disk):
             for one in inside[: len(inside) // 2]:
                 one.unlink()
 
-        self._meet("remove", path, half)
+        self._inject("remove", path, half)
         super().remove(path)

@@ -1,10 +1,10 @@
-"""Breaks a 6-step training run in every way that a home machine knows, and takes it up again.
+"""Injects every fault of an ordinary machine into a 6-step training run, then resumes it.
 
     python tests/faults/sweep.py --mode lora                              # every case of one mode
     python tests/faults/sweep.py --mode full --sample 20 --seed 1         # 20 of each sort, drawn at random
     python tests/faults/sweep.py --all --tensorboard --jobs 2 --out benchmarks/results/faults.json  # make test-faults
 
-Sorts: `calls` (the Nth call of the file room fails or is the last, for every N), `kills` (SIGKILL at random moments),
+Sorts: `calls` (the Nth call of `files.disk` fails or kills the run, for every N), `kills` (SIGKILL at random moments),
 `damage` (every file of the newest checkpoint, four ways), `signals` (at every micro-step), `merge` (the Nth call of
 merging the adapter). The resumed run must end with the SHA-256 of the clean run's weights, its curve and
 links, and nothing left half-written.
@@ -42,17 +42,17 @@ HARMS: dict[str, Callable[[Path], object]] = {
     "cut short": lambda path: os.truncate(path, path.stat().st_size - 1),
     "a bit flipped": lambda path: path.write_bytes(flipped(path.read_bytes())),
 }
-Case = tuple[str, Callable[[], dict[str, Any]]]  # what is done, and doing it
+Case = tuple[str, Callable[[], dict[str, Any]]]  # a description, and the function that runs the case
 
 
 def flipped(data: bytes) -> bytes:
-    """One bit in the middle changed."""
+    """The data with one bit in the middle flipped."""
     at = len(data) // 2
     return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
 
 
 def at_calls(bench: Bench, expected: dict[str, Any], calls: list[str]) -> Iterator[Case]:
-    """Each call of the file room, failing or the last one."""
+    """Every call of `files.disk` fails, or kills the run."""
     for nth, call in enumerate(calls, 1):
         for kind in KINDS:
 
@@ -82,7 +82,7 @@ def at_moments(bench: Bench, expected: dict[str, Any], seconds: float, draw: ran
 
 
 def damaged(bench: Bench, expected: dict[str, Any]) -> Iterator[Case]:
-    """Every file of the newest checkpoint, harmed; it must be named, and the one before it used."""
+    """Every file of the newest checkpoint, damaged; it must be named, and the checkpoint before it used."""
     bench.clear()
     bench.run(None, "--set", "train.save_total_limit=9")
     original = bench.root / "original"
@@ -111,7 +111,7 @@ def signalled(bench: Bench, expected: dict[str, Any]) -> Iterator[Case]:
     from sft.step import step
 
     def counting(nth: int, number: int) -> Callable[[], None]:
-        """Has the nth micro-step send itself a signal; 0 counts them in steps.txt."""
+        """Sends the process a signal in the nth micro-step; 0 only counts them, into steps.txt."""
 
         def install() -> None:
             real, seen = step.token_losses, []
@@ -147,7 +147,7 @@ def signalled(bench: Bench, expected: dict[str, Any]) -> Iterator[Case]:
 
 
 def merged(bench: Bench, expected: dict[str, Any]) -> Iterator[Case]:
-    """A merge over an older one, failing or killed at every call: the old model is there, or the new one, whole."""
+    """A merge over an older one, failing or killed at every call: either the old or the new model is complete."""
     bench.clear()
     bench.run()
     out = bench.root / "outputs/merged_fp16"
@@ -180,13 +180,13 @@ def merged(bench: Bench, expected: dict[str, Any]) -> Iterator[Case]:
 
 
 def sweep(mode: str, *, sample: int, sorts: list[str], seed: int, tensorboard: bool) -> dict[str, Any]:
-    """All cases of one mode, or a seeded sample of each sort, with what came of them."""
+    """All cases of one mode, or a seeded sample of each sort, with the results."""
     draw = random.Random(seed)
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), mode, tensorboard=tensorboard)
         expected, calls, seconds = bench.clean()
-        made: dict[str, Callable[[], Iterator[Case]]] = {
+        case_lists: dict[str, Callable[[], Iterator[Case]]] = {
             "calls": lambda: at_calls(bench, expected, calls),
             "kills": lambda: at_moments(bench, expected, seconds, draw),
             "damage": lambda: damaged(bench, expected),
@@ -195,7 +195,7 @@ def sweep(mode: str, *, sample: int, sorts: list[str], seed: int, tensorboard: b
         }
         failed, exits, count = [], {}, {}
         for sort in [one for one in sorts if one != "merge" or mode == "lora"]:
-            cases = list(made[sort]())
+            cases = list(case_lists[sort]())
             cases = draw.sample(cases, min(sample, len(cases))) if sample else cases
             count[sort] = len(cases)
             for number, (what, case) in enumerate(cases, 1):
@@ -216,7 +216,7 @@ def sweep(mode: str, *, sample: int, sorts: list[str], seed: int, tensorboard: b
 
 
 def commit() -> str:
-    """The tree that was broken, as git names it."""
+    """The tree under test, as git names it."""
     command = ["git", "describe", "--always", "--dirty"]
     return subprocess.run(command, check=False, cwd=HOME, capture_output=True, text=True).stdout.strip()
 
@@ -231,8 +231,8 @@ def main() -> None:
     parser.add_argument("--sort", choices=SORTS, action="append", help="repeatable (default: every sort)")
     parser.add_argument("--sample", type=int, default=0, metavar="N", help="N cases of each sort (0: all)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tensorboard", action="store_true", help="write event files too")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="modes broken side by side (default: 1)")
+    parser.add_argument("--tensorboard", action="store_true", help="write TensorBoard files too")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="modes run side by side (default: 1)")
     parser.add_argument("--out", type=Path, help="where the result goes, as JSON")
     args = parser.parse_args()
     modes, sorts = MODES if args.all else args.mode or ["lora"], args.sort or list(SORTS)

@@ -1,4 +1,4 @@
-"""A disk that is really full, a folder that may not be written, a clock set back: reported, nothing lost."""
+"""A full disk, a read-only folder, a clock set back: each is reported and nothing is lost."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(place: Path, leave: int) -> Path:
-    """A file that takes all the room of the disk but `leave` bytes."""
+    """A file that takes all the space of the disk but `leave` bytes."""
     ballast = place / "ballast"
     with open(ballast, "wb") as file:
         file.write(b"\0" * max(0, os.statvfs(place).f_bavail * os.statvfs(place).f_frsize - leave))
@@ -51,7 +51,7 @@ def fill(place: Path, leave: int) -> Path:
 
 
 class FillsUp(files.Disk):
-    """A disk whose room is gone when the named file is about to be written; the system then refuses by itself."""
+    """A disk that is filled just before the named file is written; the system itself then reports ENOSPC."""
 
     def __init__(self, place: Path, name: str) -> None:
         self.place, self.name = place, name
@@ -112,7 +112,7 @@ def test_a_run_that_will_not_fit_is_refused_before_weights_are_loaded(
 
 
 @pytest.mark.parametrize("leave", [0, 8192, 200_000])
-def test_process_on_a_full_disk_leaves_the_rows_of_before(
+def test_process_on_a_full_disk_leaves_the_earlier_rows(
     small_disk: Path, monkeypatch: pytest.MonkeyPatch, leave: int
 ) -> None:
     monkeypatch.setenv("SFT_ROOT", str(small_disk))
@@ -138,7 +138,7 @@ def test_process_on_a_full_disk_leaves_the_rows_of_before(
     assert not list(processed.parent.glob(".*"))
 
 
-def test_a_library_that_is_refused_space_is_reported_too(tmp_path: Path) -> None:
+def test_a_write_error_inside_a_library_is_reported_too(tmp_path: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
@@ -188,8 +188,8 @@ def test_a_read_only_folder_is_refused_to_an_ordinary_user(tmp_path: Path) -> No
     outputs.chmod(0o555)
     for folder in (tmp_path, *tmp_path.parents[:2]):
         folder.chmod(folder.stat().st_mode | 0o055)
-    code, said = as_ordinary_user(lambda: runs.make_folders(runs.at(outputs / "a", tmp_path)))
-    assert code == 2 and "cannot be written to" in said and "is read-only" in said and "fix:" in said
+    code, message = as_ordinary_user(lambda: runs.make_folders(runs.at(outputs / "a", tmp_path)))
+    assert code == 2 and "cannot be written to" in message and "is read-only" in message and "fix:" in message
 
 
 def test_a_lock_left_by_a_killed_process_is_free_and_a_living_one_is_named(tmp_path: Path) -> None:
@@ -213,7 +213,7 @@ with files.lock(Path({str(path)!r}), "t"):
         assert path.read_text().startswith(f"pid {os.getpid()}, since ")
 
 
-def test_what_killed_commands_left_is_swept_and_what_lives_stays(tmp_path: Path) -> None:
+def test_leftovers_of_killed_commands_are_removed_and_those_of_living_ones_stay(tmp_path: Path) -> None:
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     for name in (f".a.{dead.pid}.part", f".b.{dead.pid}.gone", f".c.{os.getppid()}.part", ".other"):
@@ -227,7 +227,7 @@ def test_what_killed_commands_left_is_swept_and_what_lives_stays(tmp_path: Path)
     assert files.manifest_problem(tmp_path / "model") is None
 
 
-def test_the_next_write_of_a_file_or_a_link_sweeps_what_a_killed_one_left(tmp_path: Path) -> None:
+def test_the_next_write_of_a_file_or_a_link_removes_leftovers_of_a_killed_one(tmp_path: Path) -> None:
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     (tmp_path / f".rows.jsonl.{dead.pid}.part").write_text("half a r")

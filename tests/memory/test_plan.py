@@ -23,23 +23,23 @@ from tests.training import project
 MIB = 2**20
 
 
-def test_combined_suggestions_name_every_setting_once_and_each_saves_what_its_own_plan_says() -> None:
+def test_combined_suggestions_name_every_setting_once_and_savings_match_their_own_plans() -> None:
     model = {**description("qwen2"), "hidden_size": 512, "vocab_size": 50000}
     base = Config()
     base = changed(base, tuning=changed(base.tuning, lora=changed(base.tuning.lora, r=256)))
     device = Device("cuda", "a card", 0.7)
-    made = plan.make_plan(base, model, device)
-    assert not made.fits
-    settings = {suggestion.setting: suggestion for suggestion in made.suggestions}
+    full_plan = plan.make_plan(base, model, device)
+    assert not full_plan.fits
+    settings = {suggestion.setting: suggestion for suggestion in full_plan.suggestions}
     assert set(settings) >= {"train.optim=adamw_8bit", "model.max_seq_len=128"}
-    assert made.combination is not None
-    keys = [setting.split("=")[0] for setting in made.combination.settings]
+    assert full_plan.combination is not None
+    keys = [setting.split("=")[0] for setting in full_plan.combination.settings]
     assert len(set(keys)) == len(keys)
     paged = changed(base, train=changed(base.train, optim="paged_adamw_8bit"))
-    again = plan.make_plan(paged, model, device, suggest=False)
-    saved = made.training.peak - again.training.peak
+    paged_plan = plan.make_plan(paged, model, device, suggest=False)
+    saved = full_plan.training.peak - paged_plan.training.peak
     assert settings["train.optim=paged_adamw_8bit"].saves_gib == pytest.approx(saved, abs=1e-3)
-    assert "optimizer" not in again.training.parts
+    assert "optimizer" not in paged_plan.training.parts
 
 
 @pytest.mark.parametrize(
@@ -68,9 +68,9 @@ def test_a_model_that_cannot_be_planned_is_an_error(changes: dict[str, Any], mes
 def test_qwens_3b_at_512_and_7b_at_2048_fit_their_cards(name: str, length: int, most: float) -> None:
     base = Config()
     config = changed(base, model=changed(base.model, max_seq_len=length))
-    made = plan.make_plan(config, report.shipped_models()[name], Device("cuda", "a card", most))
-    assert made.fits
-    assert most / 4 < made.training.allocated < made.peak <= most
+    card_plan = plan.make_plan(config, report.shipped_models()[name], Device("cuda", "a card", most))
+    assert card_plan.fits
+    assert most / 4 < card_plan.training.allocated < card_plan.peak <= most
 
 
 # ---- plans of many models

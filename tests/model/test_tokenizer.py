@@ -25,7 +25,7 @@ def test_no_pad_or_pad_that_is_the_end_takes_a_free_token(tiny_qwen2, pad):
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
 
 
-def test_a_made_for_it_token_comes_first_and_one_beyond_the_embedding_never(tiny_qwen2):
+def test_a_dedicated_pad_token_comes_first_and_one_beyond_the_embedding_never(tiny_qwen2):
     tokenizer = load_tokenizer(tiny_qwen2)
     rows = len(tokenizer)
     tokenizer.pad_token = None

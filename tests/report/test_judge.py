@@ -77,7 +77,7 @@ def marks(first: float, second: float) -> str:
 
 
 def biased(body: dict[str, Any], _: dict[str, str]) -> tuple[int, Any]:
-    """5 for a short answer, 7 for one of over ten characters, and 2 more for whatever stands first."""
+    """5 for a short answer, 7 for one of over ten characters, and 2 more for whichever comes first."""
     first, second = (7.0 if len(text) > 10 else 5.0 for text in shown(body))
     return chat(marks(first + 2, second))
 

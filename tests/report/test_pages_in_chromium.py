@@ -103,7 +103,7 @@ def test_it_can_be_read_everywhere(page: Path, tmp_path: Path, flags: tuple[str,
     report, console = tried(page, LOOK, tmp_path, *flags)
     assert console == [] and "error" not in report, (console, report)
     assert report["dark"] is dark and report["poor"] == []
-    assert report["wide"] <= report["width"]  # nothing stands beyond the screen's edge
+    assert report["wide"] <= report["width"]  # nothing overflows the screen
     assert report["drawings"] >= 6 and report["unseen"] == 0 and report["unnamed"] == 0
     assert (report["heads"], report["lang"], report["twice"]) == (1, "en", 0)
     assert report["bar"] == ("rgb(98, 176, 255)" if dark else "rgb(11, 107, 203)")  # drawings follow the page

@@ -40,7 +40,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_an_ollama_folder_is_made_and_would_go_to_the_hub(project, command):
+def test_an_ollama_folder_is_written_and_would_be_uploaded(project, command):
     done = command("export", "--format", "ollama", "--type", "q8_0", "--json", SFT_ROOT=str(project))
     assert done.returncode == 0, done.stderr
     report, out = json.loads(done.stdout), project / "outputs" / "export" / "first-ollama"

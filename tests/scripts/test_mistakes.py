@@ -144,7 +144,7 @@ def test_an_encoder_cannot_be_tuned_to_answer(refused: Refused, project: Path) -
     refused("train", train_with(project, "model.name=encoder", "tuning.mode=qlora"), "encoder")
 
 
-def test_an_output_folder_that_cannot_be_made_is_refused(refused: Refused, project: Path) -> None:
+def test_an_output_folder_that_cannot_be_created_is_refused(refused: Refused, project: Path) -> None:
     (project / "outputs").write_text("a file where the folder should be")
     refused("train", train_with(project), "outputs")
 

@@ -11,7 +11,7 @@ import pytest
 import preview
 from sft.errors import SftError
 from tests.chat import words
-from tests.chat.making import CHATML, ROOT, answer, user
+from tests.chat.helpers import CHATML, ROOT, answer, user
 from tests.conftest import Result
 
 CONFIG = ROOT / "configs" / "run_bnb.yaml"
@@ -34,7 +34,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def asked(place: Path, *more: object) -> tuple[object, ...]:
+def preview_args(place: Path, *more: object) -> tuple[object, ...]:
     return (
         *("--config", CONFIG, "--set", f"model.name={place / 'tokenizer'}", "--set", "model.max_seq_len=39"),
         *("--in", place / "rows.jsonl"),
@@ -47,7 +47,7 @@ def run(*args: object) -> None:
 
 
 def test_a_json_line_for_every_row(command: Callable[..., Result], place: Path) -> None:
-    done = command("preview", *asked(place, "--limit", 0, "--json"))
+    done = command("preview", *preview_args(place, "--limit", 0, "--json"))
     assert done.returncode == 0, done.stderr
     one, two, three, four = (json.loads(line) for line in done.stdout.splitlines())
     asking = words.ids("<|im_start|> user /n Who _ are _ you ? <|im_end|> /n <|im_start|> assistant /n")
@@ -66,12 +66,12 @@ def test_a_json_line_for_every_row(command: Callable[..., Result], place: Path) 
 
 
 def test_the_terminal_and_the_page(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(*asked(place, "--id", "two"))
+    run(*preview_args(place, "--id", "two"))
     shown = capsys.readouterr().out
     assert "row two: 39 tokens, 10 in the loss, 1 cut for length" in shown
     assert "Ann <unk> Bob.<|im_end|>" in shown
     page = tmp_path / "page.html"
-    run(*asked(place, "--html", page, "--limit", 2))
+    run(*preview_args(place, "--html", page, "--limit", 2))
     html = page.read_text(encoding="utf-8")
     assert "row one" in html and "row four" in html and "row two" not in html  # the shortest and the longest
     assert f'<span class="t labelled special" data-t="{words.ID["<|im_end|>"]} &#39;&lt;|im_end|&gt;&#39;">' in html
@@ -90,5 +90,5 @@ def test_the_terminal_and_the_page(place: Path, tmp_path: Path, capsys: pytest.C
 )
 def test_what_a_user_can_fix_is_an_error_with_its_place(place: Path, more: tuple[str, ...], message: str) -> None:
     with pytest.raises(SftError) as caught:
-        run(*asked(place, *(part.format(place=place) for part in more)))
+        run(*preview_args(place, *(part.format(place=place) for part in more)))
     assert caught.value.exit_code == 2 and message.format() in str(caught.value)

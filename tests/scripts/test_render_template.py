@@ -11,7 +11,7 @@ import pytest
 import render_template
 from sft.errors import DataError
 from tests.chat import words
-from tests.chat.making import CHATML, ROOT, answer, encoded, encoder, system, user
+from tests.chat.helpers import CHATML, ROOT, answer, encode, make_encoder, system, user
 from tests.conftest import Result
 
 TALKS = [
@@ -45,9 +45,9 @@ def test_splits_are_rendered_and_train_the_same(command: Callable[..., Result], 
         "target": "Ann.",
     }
     assert rows[1]["plain_spans"] and not (rendered.parent / "val.jsonl").exists()
-    made = encoder(CHATML, tokenizer, labels="last_assistant")
+    encoder = make_encoder(CHATML, tokenizer, labels="last_assistant")
     for row, talk in zip(rows, TALKS, strict=True):
-        got, whole = made.encode(row), encoded(made, *talk)
+        got, whole = encoder.encode(row), encode(encoder, *talk)
         assert (got.input_ids, got.labels) == (whole.input_ids, whole.labels)
     out = tmp_path / "one.jsonl"
     run(*settings, "--in", processed / "test.jsonl", "--out", out, "--template", "alpaca")

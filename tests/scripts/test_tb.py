@@ -39,7 +39,7 @@ def test_it_starts_is_reused_and_stopped(command: Command, tmp_path: Path) -> No
     assert not psutil.pid_exists(started["pid"]) or psutil.Process(started["pid"]).status() == "zombie"
 
 
-def test_a_port_in_use_is_said_and_the_other_program_lives(command: Command, tmp_path: Path) -> None:
+def test_a_port_in_use_is_reported_and_the_other_program_keeps_running(command: Command, tmp_path: Path) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()

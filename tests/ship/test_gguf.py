@@ -89,7 +89,7 @@ def test_every_number_is_read_back_within_its_type(tmp_path, kind, most):
     assert stored == vocabulary(DEMO)
 
 
-def test_a_number_that_is_off_is_model_files(tmp_path):
+def test_a_wrong_number_in_the_file_is_an_error(tmp_path):
     written(DEMO, tmp_path / "m.gguf", "q8_0")
     reader = gguf.GGUFReader(tmp_path / "m.gguf", "r+")
     tensor = next(tensor for tensor in reader.tensors if tensor.name == "blk.2.ffn_up.weight")

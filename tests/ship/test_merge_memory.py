@@ -100,7 +100,7 @@ def test_two_gib_are_merged_and_verified_in_the_memory_of_a_shard_and_a_gib(tmp_
 
 
 @pytest.mark.slow
-def test_a_merge_that_is_killed_leaves_nothing_half(tmp_path):
+def test_a_killed_merge_leaves_no_partial_folder(tmp_path):
     random_adapter(random_model(tmp_path / "base"), tmp_path / "a")
     running = subprocess.Popen(
         merge_command(tmp_path), env={**os.environ, "SFT_ROOT": str(tmp_path)},

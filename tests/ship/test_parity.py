@@ -112,7 +112,7 @@ def test_another_stop_token_is_refused(folder):
         certify(trained(), edit(folder, eos_token_id=0))
 
 
-def test_a_tokenizer_that_cuts_words_otherwise_is_refused(folder):
+def test_a_tokenizer_that_splits_words_differently_is_refused(folder):
     state = json.loads((folder / "tokenizer.json").read_text())
     state["model"]["merges"] = state["model"]["merges"][:-600]
     (folder / "tokenizer.json").write_text(json.dumps(state))

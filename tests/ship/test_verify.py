@@ -1,4 +1,4 @@
-"""The smoke test of a merged model: where it is loaded, and which row it is asked."""
+"""The smoke test of a merged model: where it is loaded, and which row it answers."""
 
 from __future__ import annotations
 

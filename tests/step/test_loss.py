@@ -133,7 +133,7 @@ def test_an_unknown_head_keeps_full_logits_with_one_warning(tiny_qwen2: Path, ca
     assert caplog.text.count("full logits are kept") == 1
 
 
-def test_no_full_logits_are_ever_made(tiny_qwen2: Path) -> None:
+def test_full_logits_are_never_computed(tiny_qwen2: Path) -> None:
     from torch.utils._python_dispatch import TorchDispatchMode
 
     largest = 0

@@ -19,7 +19,7 @@ from sft.errors import EnvironmentProblem
 from sft.training.autobatch import (
     DoesNotFitError,
     Measurement,
-    Rehearsal,
+    MemoryProbe,
     Result,
     is_checkpointing,
     longest_batch,
@@ -51,25 +51,25 @@ class Card:
         return self.most, self.most
 
 
-Make = Callable[..., tuple[Rehearsal, Card, Any]]
+Make = Callable[..., tuple[MemoryProbe, Card, Any]]
 
 
 @pytest.fixture
-def rehearsal(tiny_qwen2: Path, tmp_path: Path) -> Make:
-    def make(total: int, *, checkpointing: bool = True, **more: Any) -> tuple[Rehearsal, Card, Any]:
+def make_probe(tiny_qwen2: Path, tmp_path: Path) -> Make:
+    def make(total: int, *, checkpointing: bool = True, **more: Any) -> tuple[MemoryProbe, Card, Any]:
         train = {"gradient_checkpointing": checkpointing, "effective_batch": 8}
         loop = bench.make_loop(bench.config(tiny_qwen2, tmp_path / "outputs" / "a", train=train), rows=20)
         card = Card(loop.model, total)
         lengths = [len(row["input_ids"]) for row in loop.rows]
-        made = Rehearsal(loop.model, loop.step, loop.rows, lengths, loop.validation, card, most_rows=8)
-        return replace(made, **more), card, loop
+        probe = MemoryProbe(loop.model, loop.step, loop.rows, lengths, loop.validation, card, most_rows=8)
+        return replace(probe, **more), card, loop
 
     return make
 
 
-def test_it_runs_training_evaluation_answers_and_a_save_and_changes_nothing(rehearsal: Make) -> None:
+def test_it_runs_training_evaluation_answers_and_a_save_and_changes_nothing(make_probe: Make) -> None:
     calls: list[str] = []
-    trial, _, loop = rehearsal(10**6, answer=lambda: calls.append("answer"), save=lambda: calls.append("save"))
+    trial, _, loop = make_probe(10**6, answer=lambda: calls.append("answer"), save=lambda: calls.append("save"))
     before, state = bench.trained(loop), torch.get_rng_state()
     result = trial.run()
     assert list(result.peaks) == ["training", "evaluation", "generation", "save"]
@@ -82,36 +82,36 @@ def test_it_runs_training_evaluation_answers_and_a_save_and_changes_nothing(rehe
     assert str(cached) == str(result) and cached.tokens == result.tokens
 
 
-def test_checkpointing_is_off_where_memory_suffices_without_it(rehearsal: Make) -> None:
-    roomy, _, loop = rehearsal(10**6)
+def test_checkpointing_is_off_where_memory_suffices_without_it(make_probe: Make) -> None:
+    roomy, _, loop = make_probe(10**6)
     assert roomy.run().checkpointing is False
     assert not is_checkpointing(loop.model)
     longest = max(roomy.lengths)
-    tight, card, loop = rehearsal(3 * longest)
+    tight, card, loop = make_probe(3 * longest)
     result = tight.run()
     assert result.checkpointing is True and is_checkpointing(loop.model)
     assert card.failures > 0
     assert longest <= result.tokens <= 3 * longest
-    configured, _, _ = rehearsal(10**6, checkpointing_is_free=False)
+    configured, _, _ = make_probe(10**6, checkpointing_is_free=False)
     assert configured.run().checkpointing is True
 
 
-def test_one_row_that_does_not_fit_is_an_error_before_the_first_step(rehearsal: Make) -> None:
+def test_one_row_that_does_not_fit_is_an_error_before_the_first_step(make_probe: Make) -> None:
     with pytest.raises(DoesNotFitError, match=r"one row of .* does not fit") as caught:
-        rehearsal(5)[0].run()
+        make_probe(5)[0].run()
     assert "max_seq_len" in str(caught.value)
     with pytest.raises(DoesNotFitError, match="a micro-batch of 50 tokens does not fit"):
-        rehearsal(5, fixed_tokens=50)[0].run()
+        make_probe(5, fixed_tokens=50)[0].run()
 
 
-def test_a_configured_micro_batch_is_measured_as_it_is(rehearsal: Make) -> None:
-    result = rehearsal(10**6, fixed_tokens=50, checkpointing=False)[0].run()
+def test_a_configured_micro_batch_is_measured_as_it_is(make_probe: Make) -> None:
+    result = make_probe(10**6, fixed_tokens=50, checkpointing=False)[0].run()
     assert (result.tokens, result.checkpointing) == (50, False)
     assert 0 < result.peaks["training"][0] * 2**30 <= 4 * 50
 
 
-def test_evaluation_that_runs_out_of_memory_is_lowered_and_stays_so(rehearsal: Make) -> None:
-    trial, card, _ = rehearsal(10**6)
+def test_evaluation_that_runs_out_of_memory_is_lowered_and_stays_so(make_probe: Make) -> None:
+    trial, card, _ = make_probe(10**6)
     allocate = card.allocate
 
     def narrow(tokens: int) -> None:

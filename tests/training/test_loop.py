@@ -73,8 +73,8 @@ def test_bf16_trains_adapters_in_fp32_over_a_16_bit_base(tiny_qwen2: Path, tmp_p
 
 
 def test_full_mode_under_bf16_keeps_fp32_weights(tiny_qwen2: Path, tmp_path: Path) -> None:
-    made = {"tuning": {"mode": "full"}, "train": {"bf16": True}}
-    loop = bench.make_loop(bench.config(tiny_qwen2, tmp_path / "outputs" / "a", **made))
+    sections = {"tuning": {"mode": "full"}, "train": {"bf16": True}}
+    loop = bench.make_loop(bench.config(tiny_qwen2, tmp_path / "outputs" / "a", **sections))
     assert {p.dtype for p in loop.model.parameters()} == {torch.float32}
     loop.fit()
     assert bench.logged(loop, "loss")[-1] < bench.logged(loop, "loss")[0]

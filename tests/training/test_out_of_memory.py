@@ -152,9 +152,9 @@ def test_a_run_continues_as_if_memory_had_not_run_out(
     assert fault.failures == 1
     assert "out of memory" in caplog.text or "memory ran out" in caplog.text
     assert rows == expected_rows and len(rows) == STEPS
-    found = _losses(loop)
-    assert len(found) == 2 * STEPS + 6
-    assert found == pytest.approx(_losses(expected), abs=1e-6)
+    losses = _losses(loop)
+    assert len(losses) == 2 * STEPS + 6
+    assert losses == pytest.approx(_losses(expected), abs=1e-6)
     for name, weight in bench.trained(loop).items():
         assert torch.allclose(weight, bench.trained(expected)[name], rtol=0, atol=1e-8), name
     session = checkpoint.read_state(loop.checkpoints.run.checkpoints()[-1], checkpoint.SESSION)

@@ -48,8 +48,8 @@ def test_resuming_mid_epoch_and_at_its_end_gives_the_same_weights(tiny_qwen2: Pa
 def test_rows_in_groups_of_like_length_resume_exactly_too(tiny_qwen2: Path, tmp_path: Path, mode: str) -> None:
     def settings(out: Path) -> Any:
         train = {**EVERY_STEP, "max_steps": 4, "micro_batch_tokens": 40}
-        made = bench.config(tiny_qwen2, out, tuning={"mode": mode}, train=train)
-        return made.model_copy(update={"model": made.model.model_copy(update={"attn_implementation": "eager"})})
+        config = bench.config(tiny_qwen2, out, tuning={"mode": mode}, train=train)
+        return config.model_copy(update={"model": config.model.model_copy(update={"attn_implementation": "eager"})})
 
     straight = bench.make_loop(settings(tmp_path / "outputs" / "a"))
     assert not straight.step.packed
@@ -99,21 +99,21 @@ def test_another_rate_or_schedule_that_was_allowed_is_used_with_a_warning(
 @pytest.mark.parametrize("budget", [4096, 24])  # a step at once; in groups of like length
 def test_a_seq2seq_model_resumes_exactly(tiny_t5: Path, tmp_path: Path, budget: int) -> None:
     train = {**EVERY_STEP, "learning_rate": 1e-3, "micro_batch_tokens": budget}
-    made = {"tuning": {"mode": "full"}, "train": train}
-    straight = bench.make_loop(bench.config(tiny_t5, tmp_path / "outputs" / "a", **made))
+    sections = {"tuning": {"mode": "full"}, "train": train}
+    straight = bench.make_loop(bench.config(tiny_t5, tmp_path / "outputs" / "a", **sections))
     straight.fit()
     out = shutil.copytree(tmp_path / "outputs" / "a", tmp_path / "outputs" / "b")
-    again = bench.make_loop(bench.config(tiny_t5, Path(out), **made))
+    again = bench.make_loop(bench.config(tiny_t5, Path(out), **sections))
     again.fit(Path(out) / "checkpoint-5")
     assert same(bench.trained(straight), bench.trained(again))
     assert straight.progress.log_history[-1]["eval_loss"] < straight.progress.log_history[1]["loss"]
 
 
 def test_resuming_at_the_last_step_trains_no_further(tiny_qwen2: Path, tmp_path: Path) -> None:
-    made = {"train": {**EVERY_STEP, "max_steps": 4}}  # ends mid-epoch
-    straight = bench.make_loop(bench.config(tiny_qwen2, tmp_path / "outputs" / "a", **made))
+    sections = {"train": {**EVERY_STEP, "max_steps": 4}}  # ends mid-epoch
+    straight = bench.make_loop(bench.config(tiny_qwen2, tmp_path / "outputs" / "a", **sections))
     straight.fit()
-    again = bench.make_loop(bench.config(tiny_qwen2, tmp_path / "outputs" / "a", **made))
+    again = bench.make_loop(bench.config(tiny_qwen2, tmp_path / "outputs" / "a", **sections))
     again.fit(tmp_path / "outputs" / "a" / "checkpoint-4")
     assert again.progress.global_step == 4
     assert same(bench.trained(straight), bench.trained(again))

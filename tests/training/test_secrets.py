@@ -55,7 +55,7 @@ def test_a_token_is_written_nowhere_by_train_eval_check_and_doctor(
 
 
 def _parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser()
-    made.add_argument("--set")
-    made.add_argument("--json", action="store_true")
-    return made
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--set")
+    parser.add_argument("--json", action="store_true")
+    return parser

@@ -3,7 +3,7 @@
 The longest real rows go through all that a run does: training (with the optimizer's state allocated), the evaluation
 loss, answers at their full length and a save. A run that would run out of memory in its third hour does so now. On the
 way the micro-batch is doubled until speed stops growing or memory ends, and gradient checkpointing is switched off
-where enough fits without it. The result is cached under `.cache/rehearsal` for the next start.
+where enough fits without it. The result is cached under `.cache/memory_probe` for the next start.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from sft.training.job import Job, SampleAnswers
     from sft.training.loop import Feature
 
-CACHE = ".cache/rehearsal"  # under the project's root
+CACHE = ".cache/memory_probe"  # under the project's root
 TIME_LIMIT = 60.0  # seconds for all measurements; growing the micro-batch ends at half of them
 MARGIN = 0.1  # share of the GPU's memory that stays free: fragmentation, evaluation, other programs
 MOST_TOKENS = 4096  # speed has stopped growing by then
@@ -132,7 +132,7 @@ def choose(
         result = _read_cache(cache)
         if result is None:
             adapter = ckpt.is_adapter(model) and distributed.rank() == 0
-            result = Rehearsal(
+            result = MemoryProbe(
                 model,
                 step,
                 job.rows.train,
@@ -143,7 +143,7 @@ def choose(
                 fixed_tokens=None if is_free else int(train.micro_batch_tokens),
                 checkpointing_is_free=unresolved.gradient_checkpointing == "auto",
                 state_bytes=0 if train.optim.startswith("paged") else math.prod(optimizer_state(train.optim)),
-                answer=partial(answer.rehearse, model) if answer else None,
+                answer=partial(answer.probe, model) if answer else None,
                 save=partial(_trial_save, model, folder) if adapter else None,
             ).run()
             log.info("measured on this GPU: %s", result)
@@ -162,7 +162,7 @@ def choose(
 
 
 def _trial_save(model: Any, folder: Path) -> None:
-    trial = folder / ".rehearsal"
+    trial = folder / ".memory_probe"
     trial.mkdir(exist_ok=True)
     try:
         ckpt.save_weights(model, trial)
@@ -203,7 +203,7 @@ def _write_cache(path: Path, result: Result) -> None:
 
 
 @dataclass
-class Rehearsal:
+class MemoryProbe:
     """The measurements for one model.
 
     lengths: of the rows, in tokens. gauge: a CudaGauge. most_rows: of a step, on this rank. fixed_tokens: the

@@ -490,7 +490,7 @@ class SampleAnswers:
         )
         return evaluate.score_answers(self.questions, answers, self.config, self.root).metrics, samples
 
-    def rehearse(self, model: Any) -> None:
+    def probe(self, model: Any) -> None:
         """Takes the memory of the longest answers without generating them: the prompt is as long as prompt and answer
         will be, and two tokens follow it.
         """
