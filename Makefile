@@ -1,6 +1,6 @@
 # sft-play: every command in one place. `make help` lists them.
 #
-# CONFIG=file.yaml   default: configs/local.yaml where the quick start has written it, else configs/run_bnb.yaml
+# CONFIG=file.yaml   default: configs/local.yaml if the quick start wrote it, else configs/run_bnb.yaml
 # SET="a.b=1 c.d=2"  overrides single keys        RAW=file   raw data        STYLE="..."   a style or a preset
 # PYTHON=python      use an environment of your own instead of .venv
 
@@ -31,7 +31,7 @@ export RAW STYLE INPUT OUTPUT GPU TASKS
 KNOWN := CONFIG SET RAW STYLE MODEL MODELS TB_PORT INPUT OUTPUT ADAPTERS FORCE GPU PNG TASKS ARGS FORMAT TYPE REPO DRY PYTHON
 GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command line,$(origin $(name))),$(name)))
 $(foreach name,$(filter-out $(KNOWN) SHELL MAKEFLAGS,$(GIVEN)),$(error $(name)= is not a variable of this kit. Known: $(KNOWN). \
-	A setting of the run goes through SET="key=value"))
+	Set a config key with SET="key=value"))
 
 ENV := $(if $(filter .venv/bin/python,$(PYTHON)),.venv/.ready)
 DEV := $(if $(filter .venv/bin/python,$(PYTHON)),.venv/.ready-dev)
@@ -44,11 +44,11 @@ help: ## list every command
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  \033[1m%-18s\033[0m %s\n", $$1, $$2}' Makefile | \
 		if [ -t 1 ]; then cat; else sed 's/\x1b\[[0-9;]*m//g'; fi
 
-quick-start: ## the guided set-up, from nothing to a model you can talk to
+quick-start: ## guided set-up, from nothing to a tuned model that you can chat with
 	./workflows/quick_start.sh
 
-install: .venv/.ready ## create .venv with the exact set in requirements.lock (with uv where it is installed, else pip)
-install-dev: .venv/.ready-dev ## the same, with what tests and lint need
+install: .venv/.ready ## create .venv with the exact set in requirements.lock (with uv if it is installed, else pip)
+install-dev: .venv/.ready-dev ## the same, with the packages for tests and lint
 install-unsloth: ## add the optional unsloth backend (NVIDIA GPUs)
 	env/install.sh unsloth
 .venv/.ready: requirements.txt requirements.lock env/install.sh
@@ -69,20 +69,20 @@ process: $(ENV) ## raw data -> data/processed/{train,val,test}.jsonl (RAW=file)
 	$(RUN)/process_data.py $(WITH) $(if $(RAW),--raw_path "$$RAW")
 style: $(ENV) ## add a style to the system text of every split (STYLE="Answer in JSON" or a preset)
 	$(RUN)/style_prompt.py $(WITH) --style "$$STYLE"
-render: $(ENV) ## write input and target as the chat template renders them
+render: $(ENV) ## write prompt and answer of each row as the chat template renders them (optional)
 	$(RUN)/render_template.py $(WITH)
 full-pipeline: setup-dirs process style-if-asked render ## setup-dirs, process, style (with STYLE=), render
 style-if-asked: $(ENV)
 	$(if $(STYLE),$(RUN)/style_prompt.py $(WITH) --style "$$STYLE",@echo "no STYLE=: skipping style")
-preview: $(ENV) ## show rows token by token: what is trained on, what is masked
+preview: $(ENV) ## show rows token by token: what is in the loss, what is masked
 	$(RUN)/preview.py $(WITH)
 report-data: $(ENV) ## a page with plots about the training rows (outputs/reports/data.html)
 	$(RUN)/report_data.py $(WITH)
-plan: $(ENV) ## will it fit? memory of every phase, itemised, and what would help (SET="model.name=...", GPU="8GiB", PNG=f)
+plan: $(ENV) ## will it fit? memory of every phase by part, and what would help (SET="model.name=...", GPU="8GiB", PNG=f)
 	$(RUN)/plan.py $(WITH) $(if $(GPU),--gpu "$$GPU") $(if $(PNG),--png "$(PNG)")
 plan-models: $(ENV) ## which models fit this card (GPU="8GiB", MODELS="names or a file")
 	$(RUN)/plan.py $(WITH) $(if $(GPU),--gpu "$$GPU") --models $(MODELS)
-check: $(ENV) ## environment, config, data, template, model, disk, memory, ports: each with its fix
+check: $(ENV) ## check environment, config, data, template, model, disk, memory and ports, with a fix for each problem
 	$(RUN)/check.py $(WITH) --port $(TB_PORT)
 doctor: $(ENV) ## versions, machine, checks, last run, last error: one redacted text for a bug report
 	@$(RUN)/doctor.py $(WITH)
@@ -101,9 +101,9 @@ resume: $(ENV) ## resume the newest unfinished run at its newest valid checkpoin
 pause: $(ENV) ## stop the run at the next step, with a checkpoint
 	$(RUN)/pause.py
 
-tensorboard: $(ENV) ## start TensorBoard in the background, or reuse ours (TB_PORT=6006)
+tensorboard: $(ENV) ## start TensorBoard in the background, or reuse the one already started (TB_PORT=6006)
 	$(RUN)/tb.py start --port $(TB_PORT)
-tb-stop: $(ENV) ## stop our TensorBoard, and only ours
+tb-stop: $(ENV) ## stop the TensorBoard that `make tensorboard` started
 	$(RUN)/tb.py stop
 tb-clean: $(ENV) ## remove the event files under outputs/tb (asks, or FORCE=1)
 	$(RUN)/tb.py clean $(if $(FORCE),--force)
@@ -122,9 +122,9 @@ eval-full: $(ENV) ## evaluate on every validation row, whatever eval.limit says
 
 compare: $(ENV) ## base against tuned: verdict, intervals, forgetting, answers side by side (outputs/<run>/report; ARGS=)
 	$(RUN)/compare.py $(WITH) $(FROM) $(ARGS)
-lm-eval: $(ENV) ## tasks of lm-evaluation-harness, where it is installed (TASKS=hellaswag,arc_easy)
+lm-eval: $(ENV) ## run tasks of lm-evaluation-harness, if it is installed (TASKS=hellaswag,arc_easy)
 	$(RUN)/lm_eval.py $(WITH) $(FROM) --tasks "$$TASKS" $(ARGS)
-infer: infer-interactive ## talk to the newest run
+infer: infer-interactive ## chat with the newest run
 infer-interactive: $(ENV) ## the same
 	$(RUN)/infer.py $(WITH) $(FROM)
 infer-batch: $(ENV) ## answer a file (INPUT=demo_inputs.txt or .jsonl, OUTPUT=outputs/preds.txt)
@@ -135,27 +135,27 @@ merge-bf16: $(ENV) ## the same in bf16 (outputs/merged_bf16)
 	$(RUN)/merge_lora.py $(WITH) $(FROM) --out outputs/merged_bf16 --dtype bf16
 merge-test: $(ENV) ## load the merged model and generate answers
 	$(RUN)/merge_lora.py $(WITH) --out outputs/merged_fp16 --test
-export: $(ENV) ## the newest run as GGUF, for Ollama or as safetensors, proven (FORMAT=gguf|ollama|hf TYPE=f16|q8_0)
+export: $(ENV) ## export the newest run as GGUF, for Ollama or as safetensors, and verify its tokens (FORMAT=gguf|ollama|hf TYPE=f16|q8_0)
 	$(RUN)/export.py $(WITH) $(FROM) --format $(or $(FORMAT),gguf) --type $(or $(TYPE),f16)
-push: $(ENV) ## upload the newest export to the hub with its model card (REPO=me/model, DRY=1 only shows what)
+push: $(ENV) ## upload the newest export to the hub with its model card (REPO=me/model, DRY=1 only lists the files)
 	$(RUN)/push.py --repo "$(REPO)" $(if $(DRY),--dry-run)
 
 config-docs: $(ENV) ## write docs/CONFIG.md from the schema
 	$(RUN)/config_reference.py
 test: $(DEV) ## every test but the slow ones, at most 6 minutes on 2 quiet cores
 	$(PYTHON) -m pytest -n 2 -m "not slow"
-coverage: $(DEV) ## the same tests, with the share of scripts/ that they reach (half as long again)
+coverage: $(DEV) ## the same tests with coverage of scripts/ (half as long again)
 	$(PYTHON) -m pytest -n 2 -m "not slow" --cov --cov-report=term:skip-covered
 test-all: $(DEV) ## the slow tests too, at most 60 minutes
 	$(PYTHON) -m pytest -n 2 --timeout 3000 --cov --cov-report=term:skip-covered
-test-faults: $(DEV) ## break a run in every way and resume it; about an hour; writes benchmarks/results/faults-DATE.json
+test-faults: $(DEV) ## inject every fault into a run and resume it; about an hour; writes benchmarks/results/faults-DATE.json
 	$(PYTHON) tests/faults/sweep.py --all --tensorboard --jobs 2 --out benchmarks/results/faults-$$(date +%F).json
 fuzz: $(DEV) ## five minutes of random bytes and rows for the readers
 	PYTHONPATH=scripts $(PYTHON) -m tests.data.fuzz 300
-lint: $(DEV) ## ruff, mypy, and pip-audit where the network answers
+lint: $(DEV) ## ruff, mypy, and pip-audit if the network is available
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
 	@env/audit.sh $(PYTHON)
-clean: $(ENV) ## remove what was generated, never data/raw (asks, or FORCE=1)
+clean: $(ENV) ## remove generated files, never data/raw (asks, or FORCE=1)
 	$(RUN)/clean.py $(if $(FORCE),--force)

@@ -36,7 +36,7 @@ class ModelSection(Section):
     """Which base model, and how long its rows may be."""
 
     name: str = key("Qwen/Qwen2.5-3B-Instruct", "A hub id, or a folder (an existing folder wins).", min_length=1)
-    revision: str | None = key(None, "The hub revision (branch, tag or commit); null is the default one.")
+    revision: str | None = key(None, "The hub revision (branch, tag or commit); null: the default branch.")
     type: Literal["auto", "causal", "seq2seq"] = key(
         "auto", "Decoder-only or encoder-decoder; `auto` reads it from the model's config.json."
     )
@@ -47,10 +47,11 @@ class ModelSection(Section):
         " answer's tail (its end token stays), drop the row and name it, cut a conversation between its turns"
         " into rows that fit, or stop with an error.",
     )
-    trust_remote_code: bool = key(False, "Run code that comes with the model; a warning says so.")
-    device_map: str = key("auto", "`auto`: the GPU where there is one, else the CPU; or `cpu`, `cuda:0`.")
+    trust_remote_code: bool = key(False, "Run code that comes with the model; gives a warning.")
+    device_map: str = key("auto", "`auto`: the GPU if there is one, else the CPU; or `cpu`, `cuda:0`.")
     attn_implementation: str = key(
-        "auto", "`auto`: rows packed without padding where the hardware can, else `sdpa`; or a name."
+        "auto",
+        "`auto`: packing without padding where the hardware supports it, else `sdpa`; or a name of transformers.",
     )
 
 
@@ -61,12 +62,12 @@ class LoraSection(Section):
     alpha: int = key(32, "Scale: the adapter's output is multiplied by alpha / r.", ge=1)
     dropout: float = key(0.05, "Dropout in front of the adapter.", ge=0, lt=1)
     target_modules: Auto | list[str] = key(
-        "auto", "`auto`: every linear layer of the model but the head; or a list of module names."
+        "auto", "`auto`: every linear layer except the head; or a list of module names."
     )
     bias: Literal["none", "all", "lora_only"] = key("none", "Which biases are trained.")
     use_rslora: bool = key(False, "Rank-stabilised LoRA: scale alpha / sqrt(r).")
     use_dora: bool = key(False, "Weight-decomposed LoRA (DoRA).")
-    modules_to_save: list[str] = key([], "Modules trained whole and saved with the adapter, e.g. [embed_tokens].")
+    modules_to_save: list[str] = key([], "Modules trained in full and saved with the adapter, e.g. [embed_tokens].")
 
 
 class TuningSection(Section):
@@ -88,10 +89,10 @@ class SplitSection(Section):
 
     train: float = key(0.8, "Share for training.", ge=0, le=1)
     val: float = key(0.1, "Share for evaluation while training.", ge=0, le=1)
-    test: float = key(0.1, "Share that is never trained on or selected by.", ge=0, le=1)
-    seed: int = key(42, "Another seed, another split.")
+    test: float = key(0.1, "Share that is used neither for training nor for choosing a checkpoint.", ge=0, le=1)
+    seed: int = key(42, "Seed of the split.")
     group_by: str | None = key(
-        None, "Key of raw rows; rows with the same value stay in one split. Null: rows with one question."
+        None, "Key of the raw rows; rows with the same value share a split. Null: rows with the same question do."
     )
 
     @model_validator(mode="after")
@@ -103,7 +104,7 @@ class SplitSection(Section):
 
 
 class ColumnsSection(Section):
-    """Which columns of a plain table are what; null for absent."""
+    """The columns of a plain table; null for none."""
 
     system: str | None = key(None, "Column of the system text.")
     user: str | None = key(None, "Column of the question.")
@@ -115,7 +116,7 @@ class SourceSection(Section):
 
     path: str = Field(description="File, folder of files, or hub data set.")
     weight: float = key(1.0, "How often each row is trained on: 2 twice, 0.5 half of them.", gt=0, le=1000)
-    limit: int | None = key(None, "Most rows to take, by the order of their hashes; null is all.", ge=1)
+    limit: int | None = key(None, "Most rows to use, chosen by the smallest hashes; null is all.", ge=1)
     hub_config: str | None = key(None, "Configuration of a hub data set.")
     hub_split: str = key("train", "Split of a hub data set.")
 
@@ -123,12 +124,12 @@ class SourceSection(Section):
 class ContaminationSection(Section):
     """Benchmarks whose rows must not be trained on."""
 
-    against: list[str] = key([], "Files (or hub data sets) of benchmark rows; rows that hold them are dropped.")
-    ngram: int = key(13, "Words in a row that a row may not share with a benchmark row.", ge=4, le=50)
+    against: list[str] = key([], "Files or hub data sets of benchmark rows; rows that contain one are dropped.")
+    ngram: int = key(13, "A row that shares this many consecutive words with a benchmark row is dropped.", ge=4, le=50)
 
 
 class ReplaySection(Section):
-    """General rows mixed into training, so that the model does not forget what it could."""
+    """General rows mixed into training, so that the model forgets less."""
 
     path: str = Field(description="File, folder or hub data set: chat rows, or plain text as {text: ...}.")
     ratio: float = key(0.1, "Share of the mix that is replay.", gt=0, lt=1)
@@ -144,51 +145,51 @@ class DataSection(Section):
     )
     sources: list[SourceSection] = key(
         [],
-        "Several sources in the place of `raw_path`: [{path: P, weight: 1.0, limit: null}, ...]; also"
+        "Several sources instead of `raw_path`: [{path: P, weight: 1.0, limit: null}, ...]; also"
         " `hub_config`, `hub_split`. A weight of 2 trains on each row twice, 0.5 on half of them; a limit"
-        " takes the first rows by the order of their hashes.",
+        " selects the rows with the smallest hashes.",
     )
     format: Literal["auto", "chat", "qa", "prompt", "alpaca", "sharegpt", "messages", "rendered", "text", "columns"] = (
-        key("auto", "Format of raw rows; `auto` looks at each row. `chat` is {system,user,assistant}.")
+        key("auto", "Format of raw rows; `auto` detects it row by row. `chat` is {system, user, assistant}.")
     )
     columns: ColumnsSection | None = key(None, "Mapping of plain columns, e.g. {user: Question, ...}.")
     hub_config: str | None = key(None, "Configuration of a hub data set.")
     hub_split: str = key("train", "Split of a hub data set.")
     system_prompt: str | None = key(None, "System text for rows that have none.")
-    deduplicate: bool = key(True, "Drop rows that are exactly equal (the first one stays), and say so.")
+    deduplicate: bool = key(True, "Drop exact duplicates (the first row stays) and report how many.")
     near_duplicates: Literal["off", "report", "drop"] = key(
         "off",
-        "Rows that are nearly the same: `report` keeps them and puts each cluster into one split, `drop`"
-        " keeps the first one; `off` does not look.",
+        "Near duplicates: `report` keeps them, each cluster in one split; `drop` keeps the first of each; `off`"
+        " does not search.",
     )
     near_duplicate_threshold: float = key(
-        0.8, "Jaccard similarity of the runs of five words from which rows are nearly the same.", gt=0, le=1
+        0.8, "Jaccard similarity of five-word runs from which rows are near duplicates.", gt=0, le=1
     )
     contamination: ContaminationSection = Field(default_factory=ContaminationSection)
     drop: list[Literal["control_characters", "boilerplate", "length_outliers", "script"]] = key(
-        [], "What the ledger reports that is dropped too."
+        [], "Kinds of flagged rows that are dropped, not only reported in the ledger."
     )
     replay: ReplaySection | None = key(None, "General rows mixed into training: {path: P, ratio: 0.1}.")
-    max_dropped: float = key(0.1, "Share of faulty rows above which process fails.", ge=0, le=1)
+    max_dropped: float = key(0.1, "Share of faulty rows above which `process` fails.", ge=0, le=1)
     split: SplitSection = Field(default_factory=SplitSection)
     stage: Literal["auto", "processed", "styled", "rendered"] = key(
-        "auto", "Which rows to train on; `auto`: styled where there are any, else processed."
+        "auto", "Which rows to train on; `auto`: styled if there are any, else processed."
     )
-    processed_dir: str = key("data/processed", "Where process writes.")
-    styled_dir: str = key("data/processed_with_style", "Where style writes.")
-    rendered_dir: str = key("data/rendered", "Where render writes.")
+    processed_dir: str = key("data/processed", "Output folder of `process`.")
+    styled_dir: str = key("data/processed_with_style", "Output folder of `style`.")
+    rendered_dir: str = key("data/rendered", "Output folder of `render`.")
     train_path: str | None = key(None, "Training rows; null follows `stage`.")
     val_path: str | None = key(
-        None, "Validation rows; null follows `stage`, or is beside `train_path` where that is set."
+        None, "Validation rows; null follows `stage`, or is val.jsonl beside `train_path`, if set."
     )
-    test_path: str | None = key(None, "Test rows; null follows `stage`, or is beside `train_path` where that is set.")
+    test_path: str | None = key(None, "Test rows; null follows `stage`, or is test.jsonl beside `train_path`, if set.")
     template_path: str = key(
         "auto",
         "`auto`: the model's own chat template, else chat_templates/default.jinja; or a name from"
         " chat_templates/ (`llama3`), or a file.",
     )
     template_options: dict[str, Any] = key(
-        {}, "Variables for the template, e.g. {enable_thinking: false}; same in serving."
+        {}, "Variables for the template, e.g. {enable_thinking: false}; serving uses the same."
     )
     template_date: str = key(
         "auto",
@@ -229,12 +230,12 @@ class EvalSection(Section):
         "Metrics of generated answers, besides loss, perplexity, length, stop rate and repetition.",
     )
     limit: int | None = key(None, "Most rows that `eval` scores; null is all.", ge=1)
-    batch_size: int = key(32, "Answers generated side by side; halved when memory runs out.", ge=1)
+    batch_size: int = key(32, "Answers generated in one batch; halved when memory runs out.", ge=1)
     turns: Literal["last", "all"] = key(
-        "last", "Of a row with several answers: the last one with its history, or every one."
+        "last", "In a row with several answers: score the last one, or every one, each with its history."
     )
     shots: int = key(0, "Training rows shown as earlier turns before each question of `eval`.", ge=0)
-    format: str | None = key(None, "Regular expression for `format_adherence`; null: the form of the reference.")
+    format: str | None = key(None, "Regular expression for `format_adherence`; null: the same form as the reference.")
     train_sample: int = key(32, "Validation rows answered at each evaluation while training.", ge=0)
     json_schema: str | None = key(None, "JSON schema file that answers must satisfy (`json_valid`).")
     rouge_stemmer: bool = key(False, "Stem English words before ROUGE.")
@@ -247,16 +248,16 @@ class GenerationSection(Section):
     do_sample: bool = key(False, "False is greedy; true draws with the three settings below.")
     temperature: float = key(0.7, "Below 1 sharpens, above 1 flattens; used when sampling.", gt=0)
     top_p: float = key(0.9, "Draw from the smallest set with this share of probability.", gt=0, le=1)
-    top_k: int = key(50, "Draw from so many tokens at most; 0 is all.", ge=0)
+    top_k: int = key(50, "Draw from at most this many tokens; 0 is all.", ge=0)
     repetition_penalty: float = key(1.0, "Above 1 makes repeated tokens less likely.", gt=0)
-    stop: list[str] = key([], "Texts that end an answer, besides the template's own.")
+    stop: list[str] = key([], "Stop strings, besides the template's own ends.")
     seed: int = key(0, "Seed for sampling.", ge=0)
 
 
 class ExperimentSection(Section):
     """What the run is called in reports."""
 
-    name: str | None = key(None, "A title; null takes the run's name.")
+    name: str | None = key(None, "A title; null: the run's name.")
     description: str = key("", "A sentence for the report and the model card.")
     tags: list[str] = key([], "Words to find the run by.")
 
@@ -267,31 +268,31 @@ class EarlyStoppingSection(Section):
     enabled: Literal["overfitting"] | bool = key(
         "overfitting",
         "`true` stops when the watched metric no longer improves; `overfitting` only if evaluation loss has"
-        " also risen by `min_delta` above its best while training loss fell, 0.1 apart.",
+        " also risen by `min_delta` above its best while training loss fell, and is 0.1 or more above it.",
     )
     patience: int = key(3, "Evaluations without improvement before stopping.", ge=1)
-    min_delta: float = key(0.01, "An improvement smaller than this does not count.", ge=0)
+    min_delta: float = key(0.01, "A smaller improvement does not count.", ge=0)
 
 
 class TrainSection(Section):
-    """One run: how long, how fast, how large a step, which checkpoints."""
+    """One run: length, learning rate, step size, precision, checkpoints."""
 
     output_dir: str = key("outputs/run", "The run's folder; its last part is the run's name.", min_length=1)
     seed: int = key(42, "Seeds the order of rows, adapters and dropout.", ge=0)
     epochs: Auto | Positive = key("auto", "Passes over the data; `auto`: 5 below 1,000 rows, 3 below 10,000, else 1.")
-    max_steps: int | None = key(None, "Stop after so many steps, whatever `epochs` says.", ge=1)
+    max_steps: int | None = key(None, "Stop after this many steps, whatever `epochs` is.", ge=1)
     learning_rate: Auto | Positive = key(
         "auto",
-        "Peak rate; `auto`: adapters 2e-4 below 3B parameters, else 1e-4; full by the nearest size of 1B"
-        " 1e-4, 7B 2e-5, 13B 1e-5, 70B 5e-6.",
+        "Peak rate; `auto`: adapters 2e-4 below 3B parameters, else 1e-4; full tuning by the nearest"
+        " size: 1B 1e-4, 7B 2e-5, 13B 1e-5, 70B 5e-6.",
     )
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = key(
-        "cosine", "How the rate falls after warm-up."
+        "cosine", "Schedule of the learning rate after warm-up."
     )
     warmup_ratio: float = key(0.03, "Share of the steps over which the rate rises.", ge=0, lt=1)
     warmup_steps: int | None = key(None, "Warm-up in steps; wins over `warmup_ratio`.", ge=0)
     weight_decay: float = key(0.01, "Decoupled weight decay of AdamW.", ge=0)
-    max_grad_norm: float = key(1.0, "Gradients are clipped to this norm; 0 switches it off.", ge=0)
+    max_grad_norm: float = key(1.0, "Gradients are clipped to this norm; 0 switches clipping off.", ge=0)
     optim: str = key("auto", "`auto`: fused AdamW on a GPU, torch AdamW on the CPU; or a transformers optimizer name.")
     objective: Literal["response"] = key(
         "response", "What is minimised; `response`: cross-entropy of the labelled tokens (see `labels`)."
@@ -302,23 +303,24 @@ class TrainSection(Section):
     )
     effective_batch: Auto | Count = key(
         "auto",
-        "Rows of one optimizer step over all devices; `auto` is batch_size * grad_accum where both are set,"
+        "Rows of one optimizer step over all devices; `auto` is batch_size * grad_accum if both are set,"
         " else 16, or more to be at least batch_size or a multiple of grad_accum.",
     )
     batch_size: Auto | Count = key(
         "auto",
-        "Most rows in one micro-batch; `auto` sets no limit and is the number of rows at max_seq_len that was"
-        " measured to fit on a GPU, the whole step on the CPU, or ceil(effective_batch / grad_accum) where"
+        "Most rows in one micro-batch; `auto` sets no limit of its own: on a GPU the rows of max_seq_len tokens"
+        " that were measured to fit, on the CPU the whole step, or ceil(effective_batch / grad_accum) if"
         " grad_accum is set.",
     )
     grad_accum: Auto | Count = key("auto", "Micro-batches a step; `auto` follows from the other two.")
     micro_batch_tokens: Auto | Count = key(
-        "auto", "Token budget of a micro-batch; `auto` is batch_size * max_seq_len, at most 4096 (but one row)."
+        "auto",
+        "Token budget of a micro-batch; `auto`: batch_size * max_seq_len, at most 4096 (but at least one row).",
     )
     bf16: Auto | bool = key(
         "auto",
-        "bfloat16; `auto`: where the hardware has it (compute capability >= 8.0, or the CPU) and fp16 is not"
-        " true. Both false is fp32.",
+        "bfloat16; `auto`: if the hardware supports it (compute capability >= 8.0, or the CPU) and fp16 is not"
+        " true. With both false: fp32.",
     )
     fp16: Auto | bool = key("auto", "float16 with loss scaling; `auto`: on a GPU without bfloat16.")
     tf32: Auto | bool = key("auto", "TF32 matrix products on Ampere and newer; `auto` is on there.")
@@ -327,39 +329,39 @@ class TrainSection(Section):
     )
     activation_offload: bool = key(
         False,
-        "What the backward pass needs waits in the machine's memory, with checkpointing best: less of the"
-        " GPU's, more time. Nothing on the CPU.",
+        "Keep activations for the backward pass in CPU memory: less GPU memory, more time. Works best with"
+        " checkpointing; no effect on the CPU.",
     )
     kernels: Auto | Literal["plain", "liger", "compiled"] = key(
         "auto",
-        "How layers are computed: `plain`; `liger`, Liger's kernels for norms and MLPs (pip install liger"
-        "-kernel, CUDA); `compiled`, torch.compile. Loss and gradients are checked on the model first, and"
+        "How layers are computed: `plain`; `liger`: Liger's kernels for norms and MLPs (pip install liger"
+        "-kernel, CUDA); `compiled`: torch.compile. Loss and gradients are checked on the model first, and"
         " kernels that change them are an error. `auto` means plain.",
     )
     logits: Literal["chunked", "full"] = key(
-        "chunked", "`chunked` computes the head on labelled positions in tiles; `full` all at once."
+        "chunked", "`chunked` computes the logits of labelled positions in tiles; `full` all at once."
     )
     logits_tile: int = key(512, "Positions in one tile of the chunked head.", ge=16)
     on_nan: Literal["stop", "skip"] = key(
-        "stop", "A loss or gradient that is not finite: `stop` with the row ids, or `skip` the step."
+        "stop", "If a loss or gradient is not finite: `stop` and name the rows, or `skip` the step."
     )
     eval_strategy: Literal["no", "steps", "epoch"] = key(
-        "epoch", "When to evaluate (`evaluation_strategy` is an accepted spelling)."
+        "epoch", "When to evaluate (`evaluation_strategy` is accepted too)."
     )
-    eval_steps: int | None = key(None, "Steps between evaluations; null takes `save_steps`.", ge=1)
+    eval_steps: int | None = key(None, "Steps between evaluations; null: `save_steps`.", ge=1)
     save_strategy: Auto | Literal["no", "steps", "epoch"] = key(
         "auto",
         "When to write a checkpoint, besides each new best one; `auto` follows `eval_strategy`, or is `epoch`"
-        " where that is `no`.",
+        " if that is `no`.",
     )
     save_steps: int = key(100, "Steps between checkpoints.", ge=1)
-    save_total_limit: int = key(2, "How many checkpoints stay, besides the best one.", ge=1)
+    save_total_limit: int = key(2, "Checkpoints to keep, besides the best one.", ge=1)
     load_best_model_at_end: bool = key(True, "End with the best checkpoint, not the last one.")
     metric_for_best_model: str = key(
         "loss", "`loss`, or any metric of `eval.metrics`, measured on the validation sample."
     )
     min_stop_rate: float = key(
-        0.0, "A checkpoint whose sample answers stop less often than this is never the best one.", ge=0, le=1
+        0.0, "A checkpoint whose sample answers stop less often than this cannot be the best one.", ge=0, le=1
     )
     greater_is_better: Auto | bool = key("auto", "`auto`: false for losses and perplexity, else true.")
     early_stopping: EarlyStoppingSection = Field(default_factory=EarlyStoppingSection)
@@ -367,11 +369,11 @@ class TrainSection(Section):
 
 
 class LoggingSection(Section):
-    """What is written while a run goes on."""
+    """What a run logs."""
 
     backend: Literal["tensorboard", "none"] = key("tensorboard", "`log.jsonl` is written in any case.")
     log_interval: int = key(10, "Steps between log lines.", ge=1)
-    gpu_stats: bool = key(True, "Log GPU memory and utilisation, where there is a GPU.")
+    gpu_stats: bool = key(True, "Log GPU memory and utilisation.")
     samples: int = key(3, "Sample answers logged at each evaluation.", ge=0)
 
 
