@@ -213,9 +213,11 @@ class _Planner:
         if self.device.kind == "cuda" and {train.batch_size, train.grad_accum, train.micro_batch_tokens} == {"auto"}:
             row_tokens = config.model.max_seq_len * (2 if tracer.kind == "seq2seq" else 1)
             most = max(1, min(MOST_TOKENS // row_tokens, int(resolved.train.effective_batch)))
-            rows = _most_rows(
-                lambda rows: self._training(self._resolve(config, rows=rows), tracer), most, self.device.gib
-            )
+
+            def at(rows: int) -> Phase:
+                return self._training(self._resolve(config, rows=rows), tracer)
+
+            rows = _most_rows(at, most, self.device.gib, self._before(resolved, tracer))
         resolved = self._resolve(config, parameters=tracer.size.parameters, rows=rows)
         return _Run(resolved, tracer, self._training(resolved, tracer))
 
@@ -261,6 +263,11 @@ class _Planner:
         allocated = (traced.peak + state) / GIB
         return Phase(allocated, with_overhead(allocated, self.device.kind), parts, note=note)
 
+    def _before(self, config: Config, tracer: Tracer) -> float:
+        """GiB of the device before any pass: no phase takes less."""
+        standing = tracer.standing + tracer.optimizer_bytes(config.train.optim)
+        return with_overhead(standing / GIB, self.device.kind)
+
     def _training(self, config: Config, tracer: Tracer) -> Phase:
         lengths = _row_lengths(config, tracer)
         traced = tracer.step(lengths, accumulating=len(lengths) < int(config.train.effective_batch))
@@ -275,7 +282,7 @@ class _Planner:
             return self._traced(tracer.generation(rows, prompt, answer), config, tracer, note)
 
         rows = min(config.eval.batch_size, config.eval.train_sample)
-        fitting = _most_rows(at, rows, self.device.gib)
+        fitting = _most_rows(at, rows, self.device.gib, self._before(config, tracer))
         while rows > fitting:
             rows //= 2
         return at(rows)
@@ -295,17 +302,19 @@ class _Planner:
         return Phase(allocated, peak, parts, ram, count * checkpoint + weights, note)
 
 
-def _most_rows(at: Callable[[int], Phase], most: int, limit: float) -> int:
+def _most_rows(at: Callable[[int], Phase], most: int, limit: float, before: float) -> int:
     """The most rows, up to `most`, whose phase `at(rows)` fits `limit` GiB; 1 where not even one row does.
 
     The peak is the highest of several moments that each grow linearly with the rows, so it lies below the line between
-    two traced points: what fits by that line fits.
+    two traced points: what fits by that line fits. before: GiB before any pass; above the limit nothing is traced.
     """
-    low = at(1).peak
-    if most == 1 or low > limit:
+    if before > limit:
         return 1
     high = at(most).peak
-    return most if high <= limit else 1 + int((most - 1) * (limit - low) / (high - low))
+    if most == 1 or high <= limit:
+        return most
+    low = at(1).peak
+    return 1 if low > limit else 1 + int((most - 1) * (limit - low) / (high - low))
 
 
 def _row_lengths(config: Config, tracer: Tracer) -> list[int]:
