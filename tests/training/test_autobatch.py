@@ -170,6 +170,13 @@ def test_one_row_that_fits_without_the_margin_is_used_and_one_that_does_not_is_a
         search(card(100, a_row=101), length=512, most_rows=16, total_bytes=100)
 
 
+@pytest.mark.parametrize("total", [9, 19])
+def test_growth_that_the_margin_ends_is_ended_by_memory(total: int) -> None:
+    """Two rows of 9 bytes fit into 19, but leave no margin: with checkpointing more may fit."""
+    best, memory_ended_growth = search(card(total, a_row=9, overhead=1e6), length=1, most_rows=8, total_bytes=total)
+    assert (best.rows, memory_ended_growth) == (1, True)
+
+
 def test_other_errors_are_raised() -> None:
     def broken(rows: int) -> Measurement:
         raise RuntimeError("device-side assert")

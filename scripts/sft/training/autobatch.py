@@ -177,7 +177,8 @@ def _cache_key(job: Job, fixed_tokens: int | None) -> str:
         "gpu": [job.device.name, job.device.total_bytes],
         "model": [job.files.name, job.files.fingerprint(), job.config.model.max_seq_len, job.rows.longest],
         "tuning": job.config.tuning.model_dump(),
-        "step": [train.effective_batch, distributed.world(), train.logits, train.logits_tile, train.optim, train.bf16],
+        "precision": [train.bf16, train.fp16],
+        "step": [train.effective_batch, distributed.world(), train.logits, train.logits_tile, train.optim],
         "memory": [train.activation_offload, train.kernels, job.unresolved.gradient_checkpointing, fixed_tokens],
         "answers": [job.config.eval.batch_size, job.config.generation.max_new_tokens, len(job.rows.answer_rows)],
         "versions": runs.versions(LIBRARIES),
@@ -348,18 +349,17 @@ def search(
             f"one row of {length} tokens does not fit in {total_bytes / 2**30:.1f} GiB",
             fix="lower model.max_seq_len or choose a smaller model; `make plan` shows what each saves",
         )
-    largest, stride = best, 1
+    memory_ended_growth, stride = False, 1
     while best.rows + stride <= most and time_left():
         rows = best.rows + stride
         measurement = _none_if_out_of_memory(partial(measure, rows))
-        largest = max(largest, measurement or largest, key=lambda each: each.rows)
         if measurement is None or measurement.peak_bytes > usable:
-            most, stride = rows - 1, max(1, stride // 2)
+            memory_ended_growth, most, stride = True, rows - 1, max(1, stride // 2)
             continue
         if measurement.speed < WORTH_GROWING * best.speed:
-            break
+            return best, False
         best, stride = measurement, min(measurement.rows, max(1, most - measurement.rows))
-    return best, best.rows < most_rows and largest is best
+    return best, memory_ended_growth
 
 
 def _none_if_out_of_memory(measure: Callable[[], Measurement]) -> Measurement | None:
