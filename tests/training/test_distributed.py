@@ -6,12 +6,15 @@ import os
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from sft.errors import RunError
-from sft.training import distributed
+from sft.training import distributed, job
 from tests.conftest import ROOT
 
 TWO_PROCESSES = """
@@ -44,7 +47,7 @@ if rank == 0:  # the other one has an empty share of the step
         weight.grad = torch.full_like(weight, index + 0.5)
 distributed.sum_gradients(weights)
 assert all(bool((weight.grad == index + 0.5).all()) for index, weight in enumerate(weights))
-distributed.barrier()
+assert distributed.all_gather(rank) == [0, 1]
 """
 
 
@@ -55,6 +58,16 @@ def test_one_process_gets_its_own_result_and_its_own_error() -> None:
         distributed.on_rank0(lambda: (_ for _ in ()).throw(ValueError("mine")))
     with pytest.raises(RunError, match="ours"):
         distributed.on_rank0(lambda: (_ for _ in ()).throw(RunError("ours")))
+
+
+def test_the_end_of_a_run_fails_on_every_process_with_the_error_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "world", lambda: 2)
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    monkeypatch.setattr(dist, "broadcast_object_list", lambda values: values.__setitem__(1, RunError("disk full")))
+    loop: Any = SimpleNamespace(load_best=lambda: None)
+    unused: Any = None
+    with pytest.raises(RunError, match="disk full"):
+        job.finish(unused, loop, unused, unused)
 
 
 def test_gradients_are_reduced_in_buckets_of_one_type(monkeypatch: pytest.MonkeyPatch) -> None:

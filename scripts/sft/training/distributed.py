@@ -121,9 +121,3 @@ def _buckets(gradients: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
 def is_lost_peer(error: BaseException) -> bool:
     """Whether the error means that another process of the run has ended."""
     return world() > 1 and isinstance(error, RuntimeError) and any(text in str(error) for text in _LOST_PEER)
-
-
-def barrier() -> None:
-    """Waits until every rank has called it."""
-    if world() > 1:
-        dist.barrier()

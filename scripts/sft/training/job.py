@@ -527,13 +527,14 @@ def require_finished(loop: TrainingLoop, run: Run) -> None:
 
 def finish(job: Job, loop: TrainingLoop, run: Run, root: Path) -> dict[str, Any]:
     """Writes the adapter or the model, marks the run finished and returns its summary. Every rank calls it."""
+    best = loop.load_best()
+    return distributed.on_rank0(lambda: _write_result(job, loop, run, root, best))
+
+
+def _write_result(job: Job, loop: TrainingLoop, run: Run, root: Path, best: int | None) -> dict[str, Any]:
     from sft.runs import SERVING
     from sft.training.checkpoint import is_adapter, save_weights
 
-    best = loop.load_best()
-    if distributed.rank() != 0:
-        distributed.barrier()
-        return {}
     target = run.adapter_dir if is_adapter(loop.model) else run.model_dir
     with files.atomic_folder(target) as staged:
         save_weights(loop.model, staged)
@@ -549,7 +550,6 @@ def finish(job: Job, loop: TrainingLoop, run: Run, root: Path) -> dict[str, Any]
     loop.loggers.close(_main_settings(job), results)
     runs.point_last(run, root)
     runs.finish(run, summary)
-    distributed.barrier()
     return summary
 
 
