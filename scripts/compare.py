@@ -26,12 +26,12 @@ def parser() -> argparse.ArgumentParser:
     flags = console.parser("Compare base and tuned model on the same rows, and write a report.", EXAMPLES)
     flags.add_argument("--adapters", type=Path, nargs="+", default=[], metavar="DIR", help="adapters, or whole models")
     flags.add_argument("--split", choices=["val", "test"], help="which rows (default: test if there is one, else val)")
-    flags.add_argument("--limit", type=int, metavar="N", help="the first N rows; 0 is all (default: eval.limit)")
+    flags.add_argument("--limit", type=int, metavar="N", help="only the first N rows; 0: all (default: eval.limit)")
     flags.add_argument("--general", metavar="FILE", help="general questions instead of ours, or `none`")
     flags.add_argument("--judge-url", metavar="URL", help="an OpenAI-style address, such as http://localhost:8000/v1")
-    flags.add_argument("--judge-model", metavar="NAME", help="the judge's name there")
+    flags.add_argument("--judge-model", metavar="NAME", help="the model's name at that address")
     flags.add_argument("--judge-limit", type=int, default=50, metavar="N", help="rows to judge (default 50; 0: all)")
-    flags.add_argument("--seed", type=int, default=0, help="of the bootstrap (default 0)")
+    flags.add_argument("--seed", type=int, default=0, help="seed of the bootstrap (default 0)")
     return flags
 
 

@@ -39,7 +39,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     if not current:
         files.write_text(path, text)
     keys = sum(1 for field in reference.table().values() if not field.section)
-    console.say(f"{path}: {keys} keys, {'as it was' if current else 'written'}")
+    console.say(f"{path}: {keys} keys, {'unchanged' if current else 'written'}")
     return {"path": str(path), "keys": keys, "written": not current}
 
 

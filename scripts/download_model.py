@@ -37,7 +37,7 @@ make download-model MODEL=Qwen/Qwen2.5-1.5B-Instruct""",
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
-    """Downloads what is missing, checks that the model is whole, and prints the next command."""
+    """Downloads what is missing, checks that the model is complete, and prints the next command."""
     from sft.model import hub
 
     root = console.project_root()
@@ -53,7 +53,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         hub.download(section, root)
     model = hub.find(section, root)
     console.say(
-        f"{model.name} is whole: {model.size} parameters, {model.bytes / 1e6:,.0f} MB of weights"
+        f"{model.name} is complete: {model.size} parameters, {model.bytes / 1e6:,.0f} MB of weights"
         f"{f', revision {model.revision[:12]}' if model.revision else ''}\nwhere: {model.path}"
     )
     console.say(f"next:  make plan SET=model.name={model.name}   (does it fit?), then make train")
@@ -80,10 +80,10 @@ def _section(args: argparse.Namespace, root: Path) -> Any:
 
 
 def convert_pickles(folder: Path, name: str) -> list[Path]:
-    """Writes model*.safetensors beside pytorch_model*.bin and returns what it wrote; nothing where they exist already.
+    """Writes model*.safetensors beside pytorch_model*.bin and returns what it wrote; nothing if they exist already.
 
-    Read with weights_only=True, which builds tensors and runs no other code of the file. Raises ModelError where there
-    is nothing to convert or a file holds more than tensors.
+    Read with weights_only=True, which builds tensors and runs no other code of the file. Raises ModelError if there
+    is nothing to convert or a file contains more than tensors.
     """
     from safetensors.torch import save_file
 
@@ -96,7 +96,7 @@ def convert_pickles(folder: Path, name: str) -> list[Path]:
     pickles = sorted(folder.glob("pytorch_model*.bin"))
     if not pickles:
         raise ModelError(f"{name} has no weights at all", where=str(folder), fix="name a folder with model weights")
-    log.warning("--allow-pickle: reading %s, tensors alone", ", ".join(path.name for path in pickles))
+    log.warning("--allow-pickle: reading only the tensors of %s", ", ".join(path.name for path in pickles))
     written: list[Path] = []
     weight_map: dict[str, str] = {}
     for path in pickles:
@@ -113,7 +113,7 @@ def convert_pickles(folder: Path, name: str) -> list[Path]:
 
 
 def _read_pickle(path: Path) -> dict[str, Any]:
-    """The tensors of one file by name. Raises ModelError where it holds more than a table of tensors."""
+    """The tensors of one file by name. Raises ModelError if it contains more than a state dict."""
     import pickle
 
     import torch
@@ -124,12 +124,12 @@ def _read_pickle(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         raise ModelError(
-            f"{path.name} holds more than tensors, or is cut short: {one_line(error, 160)}",
+            f"{path.name} contains more than tensors, or is truncated: {one_line(error, 160)}",
             where=str(path),
             fix="use a repository with model.safetensors",
         ) from None
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise ModelError(f"{path.name} is not a table of tensors", where=str(path), fix="use another copy of the model")
+        raise ModelError(f"{path.name} is not a state dict", where=str(path), fix="use another copy of the model")
     return {name: tensor.contiguous().clone() for name, tensor in state.items()}
 
 

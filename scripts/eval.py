@@ -26,14 +26,18 @@ def parser() -> argparse.ArgumentParser:
     """The command's flags."""
     flags = console.parser("Evaluate a model on held-out rows.", EXAMPLES)
     flags.add_argument("--split", choices=["val", "test"], default="val", help="which rows (default: val)")
-    flags.add_argument("--limit", type=int, metavar="N", help="the first N rows; 0 is all (default: eval.limit)")
-    flags.add_argument("--base", action="store_true", help="score the base alone; the tuned side's scores stay")
+    flags.add_argument("--limit", type=int, metavar="N", help="only the first N rows; 0: all (default: eval.limit)")
+    flags.add_argument(
+        "--base", action="store_true", help="score only the base; earlier scores of the tuned model stay"
+    )
     flags.add_argument("--both", action="store_true", help="score the base and the tuned model")
     flags.add_argument("--adapters", type=Path, metavar="DIR", help="an adapter (default: the newest run's)")
     flags.add_argument("--merged", type=Path, metavar="DIR", help="a folder of merged weights")
     flags.add_argument("--metrics", metavar="A,B", help="metrics instead of eval.metrics")
     flags.add_argument("--samples", type=int, default=0, metavar="N", help="print N answers")
-    flags.add_argument("--predictions", type=Path, metavar="FILE", help="score this file of answers, with no model")
+    flags.add_argument(
+        "--predictions", type=Path, metavar="FILE", help="score the answers in this file; loads no model"
+    )
     return flags
 
 
@@ -49,7 +53,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     from sft.generation import load
 
     if args.base and args.both:
-        raise ConfigError("--base is one side, --both is two", fix="give one of them")
+        raise ConfigError("--base and --both exclude each other", fix="use one of them")
     target = load.resolve_model(
         Path(args.config), args.set, adapters=args.adapters, merged=args.merged, base=args.base,
         is_default=args.config == console.default_config(), root=root,

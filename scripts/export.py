@@ -38,7 +38,9 @@ python scripts/export.py --format hf --out outputs/export/mine""",
     flags.add_argument("--type", choices=["f16", "q8_0", "bf16", "f32"], default="f16", help="of the weights")
     source = flags.add_mutually_exclusive_group()
     source.add_argument("--adapters", metavar="DIR", type=Path, help="an adapter (default: the newest run's)")
-    source.add_argument("--merged", metavar="DIR", type=Path, help="whole weights: a merged model, or a full run's")
+    source.add_argument(
+        "--merged", metavar="DIR", type=Path, help="full weights: a merged model, or the result of a full fine-tune"
+    )
     flags.add_argument("--out", metavar="DIR", type=Path, help="default: outputs/export/RUN-FORMAT")
     return flags
 

@@ -26,7 +26,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--input_file", type=Path, metavar="F", help="questions: .txt (lines) or .jsonl (rows)")
     flags.add_argument("--output_file", type=Path, metavar="F", help="answers: .txt or .jsonl")
     flags.add_argument("--adapters", type=Path, metavar="DIR", help="an adapter (default: the newest run's)")
-    flags.add_argument("--base", action="store_true", help="the base model alone")
+    flags.add_argument("--base", action="store_true", help="only the base model")
     flags.add_argument("--merged", type=Path, metavar="DIR", help="a folder of merged weights")
     flags.add_argument("--system", metavar="TEXT", help="system text (default: the one the run was trained with)")
     return flags

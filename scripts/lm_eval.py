@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--tasks", required=True, metavar="A,B", help="names of the harness's tasks, or YAML files")
     arguments.add_argument("--adapters", type=Path, metavar="DIR", help="an adapter (default: the newest run's)")
     arguments.add_argument("--limit", type=int, metavar="N", help="the first N questions of each task")
-    arguments.add_argument("--chat", action="store_true", help="put the chat template around the questions")
+    arguments.add_argument("--chat", action="store_true", help="apply the chat template to the questions")
     arguments.add_argument("--tuned-only", action="store_true", help="leave the base out")
     arguments.add_argument(
         "options", nargs="*", metavar="-- OPTION", help="arguments of lm_eval.simple_evaluate: --num_fewshot 0"
@@ -71,7 +71,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def check_installed() -> None:
-    """Raises EnvironmentProblem, with the command that installs it, where the harness is missing or too old."""
+    """Raises EnvironmentProblem, with the command that installs it, if the harness is missing or too old."""
     from sft.errors import EnvironmentProblem
 
     fix = f"{sys.executable} -m pip install 'lm_eval[hf]>={'.'.join(map(str, MINIMUM))}'"
@@ -146,7 +146,7 @@ def read_scores(results: dict[str, dict[str, Any]]) -> Scores:
 
 
 def table(scores: dict[str, Scores]) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows of both sides, without a word on which is better: the harness does not say it of its metrics."""
+    """Columns and rows of both sides, without a verdict: the harness does not say whether higher is better."""
     sides = [side for side in ("base", "tuned") if side in scores]
     rows = []
     for name in dict.fromkeys(name for side in sides for name in scores[side]):

@@ -28,8 +28,8 @@ python scripts/merge_lora.py --set model.name=/new/place/of/the/base""",
     )
     flags.add_argument("--adapters", metavar="DIR", type=Path, help="the adapter's folder (default: adapters/last)")
     flags.add_argument("--out", metavar="DIR", type=Path, help="the new model (default: outputs/merged_DTYPE)")
-    flags.add_argument("--dtype", choices=["fp16", "bf16", "fp32"], default="fp16", help="its type (default: fp16)")
-    flags.add_argument("--test", action="store_true", help="merge nothing: load --out and ask it a question")
+    flags.add_argument("--dtype", choices=["fp16", "bf16", "fp32"], default="fp16", help="its dtype (default: fp16)")
+    flags.add_argument("--test", action="store_true", help="do not merge: load --out and generate an answer")
     flags.add_argument("--prompt", help="the question for --test (default: the first held-out row of its run)")
     return flags
 
@@ -79,8 +79,8 @@ def _merge(args: argparse.Namespace, out: Path, root: Path) -> dict[str, Any]:
     console.table(f"merged into {report.out}", ["", "value"], rows)
     if report.trained_on != report.measured_on:
         console.say(
-            f"The adapter was trained on the {report.trained_on} base and is measured here on the full-precision one,"
-            f" which is what is merged. What that changes: python scripts/eval.py --merged {report.out}"
+            f"The adapter was trained on the {report.trained_on} base, but merged into the full-precision one and"
+            f" measured on it. To measure the difference: python scripts/eval.py --merged {report.out}"
         )
     console.say(f"next: python scripts/merge_lora.py --test --out {report.out}")
     console.say(f"      python scripts/infer.py --merged {report.out}")

@@ -20,7 +20,9 @@ python scripts/pause.py run-2
 
 
 def build_parser() -> argparse.ArgumentParser:
-    result = console.parser("Stop a running training after its step, with a checkpoint.", EXAMPLES, config=False)
+    result = console.parser(
+        "Stop a running training after its current step, with a checkpoint.", EXAMPLES, config=False
+    )
     result.add_argument("run", nargs="?", help="the run's name (default: every running run)")
     return result
 
@@ -37,7 +39,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         raise RunError(what, where=f"running: {names}", fix="ls outputs")
     for run in selected:
         (run.folder / runs.PAUSE).touch()
-        console.say(f"{run.name} stops after its step; `make train` resumes it")
+        console.say(f"{run.name} stops after its current step; `make train` resumes it")
     return {"paused": [run.name for run in selected]}
 
 

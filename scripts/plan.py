@@ -78,10 +78,10 @@ def show_models(results: dict[str, Any], title: str) -> dict[str, Any]:
         for name, plan in results.items()
     ]
     console.table(title, ("model", "10^9", "peak GiB", "rows", "fits"), rows)
-    console.say("10^9: parameters; rows: of a micro-batch")
+    console.say("10^9: billions of parameters; rows: in one micro-batch")
     for name, plan in results.items():
         if "error" in plan:
-            console.warn(f"{name} is not planned: {plan['error']}")
+            console.warn(f"{name} cannot be planned: {plan['error']}")
     fitting = [name for name, plan in results.items() if plan.get("fits")]
     return {"largest": fitting[-1] if fitting else None, "fit": fitting, "models": results}
 

@@ -27,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
     result = console.parser("Show rows token by token: what is in the loss, what is masked, what is cut.", EXAMPLES)
     add = result.add_argument
     add("--in", dest="rows", metavar="FILE", help="rows to show (default: the config's)")
-    add("--split", choices=["train", "val", "test"], default="train", help="which of the config's rows")
+    add("--split", choices=["train", "val", "test"], default="train", help="which split of the config")
     add("--limit", type=int, metavar="N", help=f"how many rows, 0 for all (default {DEFAULT_LIMIT}; --json: all)")
     add("--id", metavar="ID", help="the row whose id begins with this")
     add("--html", metavar="FILE", help="write a page instead of the terminal")
@@ -67,7 +67,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def rows_of_split(data: Any, root: Path, split: str) -> Path:
-    """The config's rows of one split. Raises DataError where there are none."""
+    """The config's rows of one split. Raises DataError if there are none."""
     from sft.data import store
     from sft.errors import DataError
 
@@ -79,7 +79,7 @@ def rows_of_split(data: Any, root: Path, split: str) -> Path:
 
 
 def choose_rows(rows: list[dict[str, Any]], path: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """The rows that --id and --limit name. Raises DataError where no id fits."""
+    """The rows that --id and --limit name. Raises DataError if no id fits."""
     from sft.chat import preview
     from sft.data import rows as records
     from sft.errors import DataError

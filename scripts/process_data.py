@@ -70,7 +70,7 @@ def show(ledger: Ledger) -> None:
         console.say(f"the first row became: {text if len(text) < 400 else text[:400] + ' ...'}")
     named = {f"  {reason}": count for reason, count in ledger.named.items()}
     splits = {f"  {name}": count for name, count in ledger.splits.items()}
-    again = {"  of them copies by weight": ledger.repeated, "  of them replay": ledger.replayed}
+    again = {"  of which copies by weight": ledger.repeated, "  of them replay": ledger.replayed}
     more = {name: count for name, count in again.items() if count}
     counts = {"rows read": ledger.read, **more, **named, "rows written": ledger.written, **splits}
     console.table("What became of the rows", ("", "rows"), [(name, f"{count:,}") for name, count in counts.items()])

@@ -28,7 +28,7 @@ python scripts/push.py --repo me/my-model --folder outputs/export/run-gguf --pub
     flags.add_argument("--repo", metavar="NAME/MODEL", required=True, help="the repository on the hub")
     flags.add_argument("--folder", metavar="DIR", type=Path, help="an export (default: the newest in outputs/export)")
     flags.add_argument("--public", action="store_true", help="create it public (default: private)")
-    flags.add_argument("--dry-run", action="store_true", help="send nothing, list the files")
+    flags.add_argument("--dry-run", action="store_true", help="list the files, upload nothing")
     return flags
 
 
@@ -45,8 +45,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     done = "would be sent" if args.dry_run else "sent"
     visibility = "private" if report.private else "public"
     console.table(f"{folder} {done} to {args.repo} ({visibility})", ["file", "size"], sizes)
-    unsent = f"nothing was sent; to send it: make push REPO={args.repo}, without DRY=1 (or without --dry-run)"
-    console.say(f"it is at {report.address}" if report.address else unsent)
+    unsent = f"nothing was uploaded; to upload it: make push REPO={args.repo}, without DRY=1 (or without --dry-run)"
+    console.say(f"uploaded to {report.address}" if report.address else unsent)
     return asdict(report)
 
 

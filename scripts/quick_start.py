@@ -26,7 +26,7 @@ SAMPLE = "data/samples/support_desk.jsonl"
 LOCAL = console.LOCAL_CONFIG
 NEXT = """
 What to do next:
-  make infer                  talk to it
+  make infer                  chat with it
   make tensorboard            look at the curves
   make compare                what got better, what was forgotten, every answer on one page
   make merge && make merge-test   one folder of weights, checked (make export: for llama.cpp or Ollama)
@@ -45,7 +45,9 @@ class Choice:
 def parser() -> argparse.ArgumentParser:
     """The command's flags."""
     result = console.parser(
-        "From a file of examples to a model you can talk to.", "python scripts/quick_start.py --yes", config=False
+        "From a file of examples to a tuned model that you can chat with.",
+        "python scripts/quick_start.py --yes",
+        config=False,
     )
     result.add_argument("--yes", action="store_true", help="take every default without asking")
     result.add_argument("--demo", action="store_true", help="use the shipped demo model")
@@ -67,7 +69,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     step("show what is trained on", "preview", "--limit", "1")
     step("check the set-up", "check")
     if interactive and input("\ntrain now? [Y/n] ").strip().lower() == "n":
-        console.say("make train starts it whenever you like")
+        console.say("to start training later: make train")
         return {"model": choice.name, "trained": False}
     step("train", "train")
     step(
@@ -119,7 +121,7 @@ def choices(gpu: str | None, gib: float, hub: bool, fitting: list[str]) -> list[
 def raw_data(root: Path) -> tuple[Path, str]:
     """The raw file to use and where it comes from; copies the shipped sample where data/raw is empty.
 
-    Raises DataError where data/raw holds several files and none has a default name, or none that can be read.
+    Raises DataError if data/raw holds several files and none has a default name, or none that can be read.
     """
     from sft.data.readers import SUFFIXES, is_data_file, plain_name
 

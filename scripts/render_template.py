@@ -1,4 +1,4 @@
-"""Write rows out as the chat template renders them: {"id", "input", "target"}, for other trainers or for a close look.
+"""Write rows out as the chat template renders them: {"id", "input", "target"}, for other trainers or for inspection.
 
     python scripts/render_template.py                             # data/rendered/{train,val,test}.jsonl
     python scripts/render_template.py --in rows.jsonl --out rendered.jsonl
@@ -61,7 +61,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def render(encoder: Any, source: Path, target: Path) -> dict[str, Any]:
-    """Rows written, and the rows that the template or the proof refuses, with the reason."""
+    """Rows written, and the rows that the template or the label derivation refuses, with the reason."""
     import json
 
     from sft.chat.template import Refused

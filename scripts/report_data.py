@@ -30,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         default=LIMIT,
         metavar="N",
-        help=f"rows that are tokenised, drawn by seed (0: all; {LIMIT:,})",
+        help=f"rows to tokenise, a seeded sample (0: all; {LIMIT:,})",
     )
     flags.add_argument("--out", type=Path, metavar="FILE", help="the page (default: outputs/reports/data.html)")
     return flags
@@ -52,7 +52,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     write_text(out, data_report.page(result, f"Data report: {config.experiment.name or stage.train.parent.name}"))
     console.say(result["verdict"])
     if len(rows) < result["sample"]["of"]:
-        console.say(f"token figures are of {len(rows):,} rows drawn from {result['sample']['of']:,} (--limit 0: all)")
+        console.say(f"token figures come from {len(rows):,} of {result['sample']['of']:,} rows (--limit 0: all)")
     console.say(f"written to {display_path(out.resolve(), root)}")
     for name in ("sizes", "shares"):
         (result["tokens"] or {}).pop(name, None)
@@ -68,7 +68,7 @@ def in_tokens(config: Any, root: Path, rows: list[dict[str, Any]]) -> dict[str, 
     try:
         encoder = load_encoder(config, root)
     except ModelError as error:
-        console.warn(f"the page says nothing of tokens, since there is no tokenizer: {error}")
+        console.warn(f"the page has no token figures, because there is no tokenizer: {error}")
         return None
     with console.progress("tokenising") as advance:
         return data_report.token_figures(encoder, rows, advance)

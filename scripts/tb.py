@@ -34,11 +34,11 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     logdir = console.project_root() / "outputs" / "tb"
     if args.action == "start":
         ours, new = tensorboard.start(logdir, args.port)
-        console.say(f"TensorBoard {'started' if new else 'already runs'}: {ours.address} (make tb-stop ends it)")
+        console.say(f"TensorBoard {'started' if new else 'already runs'}: {ours.address} (make tb-stop stops it)")
         return {"pid": ours.pid, "port": ours.port, "started": new}
     if args.action == "stop":
         stopped = tensorboard.stop(logdir)
-        console.say(f"stopped TensorBoard (pid {stopped.pid})" if stopped else "no TensorBoard of ours is running")
+        console.say(f"stopped TensorBoard (pid {stopped.pid})" if stopped else "no TensorBoard of sft-play is running")
         return {"stopped": stopped.pid if stopped else None}
     if args.action == "clean":
         return _clean(args.force)

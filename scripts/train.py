@@ -31,7 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--resume",
         metavar="auto|never|PATH",
         default="auto",
-        help="auto (the default) resumes the newest run if it is unfinished; never starts a new one; or a folder",
+        help="auto (default): resume the newest run if it is unfinished; never: start a new one; or a folder to resume",
     )
     parser.add_argument("--dry-run", action="store_true", help="show settings and steps; load no weights, start no run")
     parser.add_argument("--force", action="store_true", help="train even if the memory plan says that it does not fit")
@@ -40,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="KEY",
         action="append",
         default=[],
-        help="resume although this setting of the run has changed (the refusal names the keys)",
+        help="resume although this setting has changed (the error names the keys)",
     )
     return parser
 

@@ -36,7 +36,7 @@ Batch = tuple[torch.Tensor, torch.Tensor]  # token ids and loss weights, both (r
 @dataclass(frozen=True)
 class Progress:
     """Figures of one step: tokens seen so far, weighted loss in nats a token, share of held-out chats of which every
-    answer token would have been chosen (None where nobody looked), seconds of training so far."""
+    answer token would have been chosen (None if nobody looked), seconds of training so far."""
 
     step: int
     tokens: int
@@ -192,7 +192,7 @@ def _keep(
 
 
 def _resume(model: Qwen2ForCausalLM, optims: list[torch.optim.Optimizer], recipe: Recipe, path: Path) -> list[Progress]:
-    """Loads the checkpoint's state; returns its log, empty where there is no checkpoint of this recipe."""
+    """Loads the checkpoint's state; returns its log, empty if there is no checkpoint of this recipe."""
     if not path.exists():
         return []
     state = torch.load(path, map_location=model.device, weights_only=True)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 DEFAULT_CONFIG = "configs/run_bnb.yaml"
 LOCAL_CONFIG = "configs/local.yaml"
-SECONDS_PER_LINE = 30.0  # of progress where there is no terminal
+SECONDS_PER_LINE = 30.0  # of progress if there is no terminal
 _json_mode = False
 
 
@@ -206,7 +206,7 @@ def _report_bug(error: Exception) -> int:
 
 
 def _save_error(text: str, *, make_folder: bool = False) -> Path | None:
-    """Writes the last error to outputs/last_error.txt for `make doctor`; None where that cannot be written."""
+    """Writes the last error to outputs/last_error.txt for `make doctor`; None if that cannot be written."""
     import shlex
     import time
 

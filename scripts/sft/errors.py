@@ -54,7 +54,7 @@ class DataError(SftError):
 
 
 class TemplateError(SftError):
-    """A chat template does not compile, does not render, or its labels cannot be proven."""
+    """A chat template does not compile, does not render, or its labels cannot be derived."""
 
 
 class ModelError(SftError):
@@ -83,7 +83,7 @@ def one_line(error: object, limit: int = 300) -> str:
 
 
 def nearest(name: str, choices: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The choice most like `name`, for "did you mean"; None where none is similar enough (0 any, 1 equal)."""
+    """The choice most like `name`, for "did you mean"; None if none is similar enough (0 any, 1 equal)."""
     return next(iter(difflib.get_close_matches(name, list(choices), 1, cutoff)), None)
 
 

@@ -185,7 +185,7 @@ def write_json(target: Path | str, value: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`; {} where it is missing, broken or no object."""
+    """The JSON object in `path`; {} if it is missing, broken or no object."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -381,7 +381,7 @@ def is_locked(path: Path) -> bool:
 
 
 def size(path: Path) -> int:
-    """Bytes of a file, or of all files below a folder; 0 where there is none."""
+    """Bytes of a file, or of all files below a folder; 0 if there is none."""
     paths = path.rglob("*") if path.is_dir() else [path]
     return sum(each.stat().st_size for each in paths if each.is_file())
 
@@ -398,7 +398,7 @@ def free_bytes(path: Path) -> int:
 
 
 def require_free(path: Path, needed: int, what: str, *, fix: str, items: str = "") -> None:
-    """Raises EnvironmentProblem where the disk of `path` has fewer than `needed` bytes free.
+    """Raises EnvironmentProblem if the disk of `path` has fewer than `needed` bytes free.
 
     what: what needs them. items: what they consist of, for the message.
     """

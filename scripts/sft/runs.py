@@ -70,7 +70,7 @@ def step_of(checkpoint: Path) -> int:
     """The step in a checkpoint folder's name."""
     match = _CHECKPOINT.fullmatch(checkpoint.name)
     if not match:
-        raise RunError(f"{checkpoint} is no checkpoint folder", fix="name a run's folder or its checkpoint-<step>")
+        raise RunError(f"{checkpoint} is not a checkpoint folder", fix="name a run's folder or its checkpoint-<step>")
     return int(match[1])
 
 
@@ -85,7 +85,7 @@ def open_run(output_dir: str, root: Path, resume: str) -> OpenRun:
     """
     base = resolve_path(root, output_dir)
     if base.name in _RESERVED:
-        what = f"train.output_dir ends in {base.name!r}, which is a folder of sft-play itself"
+        what = f"train.output_dir ends in {base.name!r}, which is a reserved name"
         raise ConfigError(what, where="train.output_dir", fix="--set train.output_dir=outputs/NAME")
     if resume not in {"auto", "never"}:
         return _resume_path(Path(resume), root)
@@ -124,7 +124,7 @@ def _resume_path(path: Path, root: Path) -> OpenRun:
     if not is_checkpoint:
         return _resume(run, root)
     if problem := files.manifest_problem(path):
-        raise RunError(f"{path.name} cannot be used: {problem}", where=str(path), fix="--resume auto takes a good one")
+        raise RunError(f"{path.name} cannot be used: {problem}", where=str(path), fix="--resume auto uses a valid one")
     return OpenRun(run, path, f"resuming {display_path(run.folder, root)} at {path.name} (--resume)")
 
 
@@ -141,7 +141,7 @@ def newest_checkpoint(run: Run) -> tuple[Path | None, list[tuple[Path, str]]]:
         skipped.append((path, problem))
     if skipped:
         reasons = "; ".join(f"{path.name}: {reason}" for path, reason in skipped)
-        fix = "--resume never starts a new run and leaves the old folder alone"
+        fix = "start a new run beside it: --resume never"
         raise RunError(f"all checkpoints of {run.name} are damaged: {reasons}", where=str(run.folder), fix=fix)
     return None, []
 
@@ -180,7 +180,7 @@ def check_place(output_dir: str, root: Path) -> None:
 
 
 def make_folders(run: Run) -> None:
-    """Makes the run's folder and adapters/. Raises RunError where they cannot be written to."""
+    """Makes the run's folder and adapters/. Raises RunError if they cannot be written to."""
     for folder in (run.folder, run.adapter_dir.parent):
         _require_writable(folder)
         files.make_folder(folder)

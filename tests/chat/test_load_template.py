@@ -76,7 +76,7 @@ def test_every_row_has_one_begin_token(tmp_path: Path, caplog: pytest.LogCapture
         assert row.input_ids[0] == words.ID["<s>"] and row.input_ids.count(words.ID["<s>"]) == 1, name
     with caplog.at_level(logging.WARNING, "sft.chat"):
         load_template(DataSection(template_path="loop.jinja"), tokenizer, tmp_path)
-    assert "put {{ bos_token }} first in it" in caplog.text
+    assert "start the template with {{ bos_token }}" in caplog.text
 
 
 def test_a_tokenizer_that_encodes_to_nothing_still_loads_a_template(tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def test_system_text_that_a_template_refuses_goes_before_the_question(caplog: py
     assert row.text == encode(encoder, user("S\n\na"), *talk[1:]).text
     assert in_loss(encoder, row) == ["d<|end|>"]
     assert encoder.prompt([{"role": "system", "content": "S"}, user("a")]) == encoder.prompt([user("S\n\na")])
-    assert "takes no system text" in caplog.text
+    assert "accepts no system text" in caplog.text
 
 
 def test_content_none_becomes_empty_where_a_template_needs_a_string() -> None:

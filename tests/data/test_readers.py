@@ -262,7 +262,7 @@ def test_the_content_decides_and_a_wrong_name_is_a_warning(tmp_path: Path, name:
     source = open_source(path, tmp_path)
     assert [raw.value for raw in source.rows()] == [{"q": 1}, {"q": 2}]
     assert source.warnings == (
-        () if name == "a.txt" else (f"{name} is JSON lines in spite of its name, and is read as that",)
+        () if name == "a.txt" else (f"{name} is JSON lines despite its name, and is read as such",)
     )
 
 

@@ -110,7 +110,7 @@ def test_a_file_cut_short_is_named(tiny_qwen2, tmp_path):
     shutil.copytree(tiny_qwen2, tmp_path / "m")
     whole = (tmp_path / "m" / "model.safetensors").read_bytes()
     (tmp_path / "m" / "model.safetensors").write_bytes(whole[:-1])
-    with pytest.raises(ModelError, match=r"model.safetensors of m is cut short"):
+    with pytest.raises(ModelError, match=r"model.safetensors of m is truncated"):
         find("m", tmp_path)
     (tmp_path / "m" / "model.safetensors").write_bytes(b"")
     with pytest.raises(ModelError, match="not a safetensors file"):

@@ -19,7 +19,7 @@ FLAGS = ("--headless", "--no-sandbox", "--disable-3d-apis", "--disable-gpu", "--
 
 
 def chromium() -> str:
-    """The browser; the test is skipped, and says so, where there is none."""
+    """The browser; the test is skipped, and says so, if there is none."""
     path = next((path for name in NAMES if (path := shutil.which(name))), None)
     if path is None:
         pytest.skip("no Chromium here: the pages were not opened")

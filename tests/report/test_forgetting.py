@@ -54,7 +54,7 @@ def test_a_check_that_cannot_be_read_is_an_error_with_its_line(tmp_path: Path) -
         compare.general_rows(path, tmp_path)
     assert "g.jsonl:2" in str(error.value)
     path.write_text('{"user": "a", "assistant": "b", "check": {"matches": "("}}\n')
-    with pytest.raises(DataError, match="no pattern"):
+    with pytest.raises(DataError, match="not a regular expression"):
         compare.general_rows(path, tmp_path)
 
 

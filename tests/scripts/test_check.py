@@ -85,7 +85,7 @@ def test_models_that_are_not_here_or_not_whole_are_errors(project):
     assert (gone.level, gone.fix) == ("error", "make download-model")
     weights = project / "models" / "base" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-9])
-    assert "cut short" in findings(project)["model"].message
+    assert "truncated" in findings(project)["model"].message
 
 
 def test_a_template_that_never_shows_the_answer_is_an_error(project):

@@ -71,7 +71,7 @@ def test_a_run_and_its_base_are_evaluated_and_written(
     after = run(project, "--split", "test", "--base", "--limit", "3", "--metrics", "rougeL")
     assert after["tuned"] == result["tuned"] and after["rows"] == 3
     assert "sari" not in after["base"]
-    assert "evaluated on different rows" in capsys.readouterr().err
+    assert "evaluated on different numbers of rows" in capsys.readouterr().err
 
 
 def test_answers_from_elsewhere_are_scored_and_no_file_is_written(command: Command, tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_answers_from_elsewhere_are_scored_and_no_file_is_written(command: Comma
         (["--adapters", "adapters/none"], "no adapter folder adapters/none"),
         (["--predictions", "configs/run_bnb.yaml"], "run_bnb.yaml:2"),
         (["--base", "--set", "data.processed_dir=elsewhere"], "make process"),
-        (["--base", "--both"], "--base is one side"),
+        (["--base", "--both"], "--base and --both exclude each other"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused_before_a_model_is_opened(

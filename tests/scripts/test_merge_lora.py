@@ -53,7 +53,7 @@ def test_the_newest_adapter_is_merged_and_answers(project, command, monkeypatch)
     assert report["max_logit_difference"] <= 1e-3
     assert report["base"] == "models/base"
     assert (report["trained_on"], report["measured_on"]) == ("nf4", "full precision")
-    assert "trained on the nf4 base and is measured here on the full-precision one" in " ".join(done.stderr.split())
+    assert "trained on the nf4 base, but merged into the full-precision one" in " ".join(done.stderr.split())
     assert (report["held_out_rows"], report["held_out_of"]) == (64, 66)
     names = {path.name for path in (project / "outputs" / "merged_fp32").iterdir()}
     assert {

@@ -144,12 +144,12 @@ def test_an_interrupted_upload_continues_and_no_token_is_shown(hub, export, comm
 
     hub.lose = "/commit/"
     code, output = push("lab/run")
-    assert (code, "the upload broke off" in output) == (2, True)
+    assert (code, "the upload was interrupted" in output) == (2, True)
     assert len([line for line in hub.requests if line.startswith("PUT")]) == 1
     assert hub.commits == {}
 
     code, output = push("lab/run")
-    assert (code, f"it is at {hub.address}/lab/run" in output) == (0, True)
+    assert (code, f"uploaded to {hub.address}/lab/run" in output) == (0, True)
     assert not [line for line in hub.requests if line.startswith("PUT")]
     assert hub.repos["lab/run"] is True
     sent = hub.commits["lab/run"]

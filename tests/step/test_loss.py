@@ -130,7 +130,7 @@ def test_an_unknown_head_keeps_full_logits_with_one_warning(tiny_qwen2: Path, ca
     model.forward = bent
     assert max(_both(model)) < 1e-12
     assert max(_both(model)) < 1e-12
-    assert caplog.text.count("full logits are kept") == 1
+    assert caplog.text.count("the loss uses full logits") == 1
 
 
 def test_full_logits_are_never_computed(tiny_qwen2: Path) -> None:

@@ -158,7 +158,7 @@ def test_a_damaged_best_checkpoint_is_replaced_by_the_next_best_and_both_are_rep
     assert resumed["best_step"] == 4 and resumed["eval"]["loss"] < best
     printed = capsys.readouterr().out
     assert "resuming outputs/t at checkpoint-6" in printed
-    assert f"the best checkpoint (step 2, {best:.4f}) was damaged; what is left (step 4): loss" in printed
+    assert f"the best checkpoint (step 2, {best:.4f}) was damaged; best one left (step 4): loss" in printed
 
 
 def test_full_mode_leaves_a_whole_model_that_loads(root: Path, tiny_qwen2: Path) -> None:

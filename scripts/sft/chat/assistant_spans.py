@@ -1,4 +1,4 @@
-"""Where the answers are in a rendered conversation: the regions that the model writes, proven from sentinels.
+"""Where the answers are in a rendered conversation: the regions that the model writes, derived from sentinels.
 
 A region starts where the serving prompt for it ends and ends behind the template's own end of turn. Both come from
 comparing renders of the same words: with and without the generation prompt, with and without what follows.
@@ -88,7 +88,7 @@ class AssistantSpans:
     def layout(self, messages: list[Message], tools: Tools = None, *, prompt: bool = False) -> Layout:
         """The text of a conversation and its regions; with `prompt`, up to where the model begins to write.
 
-        Raises Refused with the reason where the template refuses the row or the proof fails.
+        Raises Refused with the reason if the template refuses the row or the proof fails.
         """
         text = self.template.render(messages, tools=tools, add_generation_prompt=prompt)
         try:
@@ -160,7 +160,9 @@ class AssistantSpans:
                 raise _CallMisplaced(k, dropped=True)
             if not times:
                 raise Refused(f"the template does not show the answer in message {k + 1}")
-            raise Refused(f"the template shows the answer in message {k + 1} {times} times: its place cannot be proven")
+            raise Refused(
+                f"the template shows the answer in message {k + 1} {times} times: its position cannot be determined"
+            )
         start, exact = self._start(k, talk)
         close = start if close is None else close
         if start > close:
@@ -242,7 +244,7 @@ class AssistantSpans:
         """How many characters the prompt and the text before the answer share, down to a control token or a line.
 
         tail: what the prompt has after the anchor. gap: what the text has between the anchor and the answer's first
-        word, where that is known (`whole`). 0 where they share nothing.
+        word, where that is known (`whole`). 0 if they share nothing.
         """
         shared = common_prefix(tail, gap)
         if whole and shared == len(gap):
@@ -259,7 +261,7 @@ class AssistantSpans:
         floor = max((at for j, places in rendered.closed.items() for at in places if j < k and at <= limit), default=0)
         at = rendered.text.rfind(prompt, floor, limit) if prompt else -1
         if at < 0:
-            raise Refused(f"where the answer of message {k + 1} begins cannot be proven: the text before it")
+            raise Refused(f"where the answer of message {k + 1} begins cannot be determined: the text before it")
         return at + len(prompt)
 
     # --- where a region ends
@@ -267,7 +269,7 @@ class AssistantSpans:
     def _end(self, k: int, close: int, talk: _Conversation) -> str:
         """What follows the words of message k up to the end of its turn, trailing white space left out.
 
-        Raises Refused where the comparisons do not show it.
+        Raises Refused if the comparisons do not show it.
         """
         turn, after, continues = self.turn, talk.rendered.text[close:], talk.continues(k)
         if not continues and turn.known and after == turn.tail:
@@ -287,7 +289,7 @@ class AssistantSpans:
         if talk.messages[k].get("tool_calls"):
             end = self._end_of_call(end, after, usual)
         if end is None:
-            raise Refused(f"where the turn of message {k + 1} ends cannot be proven")
+            raise Refused(f"where the turn of message {k + 1} ends cannot be determined")
         return end
 
     def _last_end(self, k: int, after: str, talk: _Conversation) -> str:
@@ -300,7 +302,7 @@ class AssistantSpans:
         return after.rstrip()
 
     def _middle_end(self, k: int, gap: str, talk: _Conversation) -> str | None:
-        """The end of a turn that others follow; "" where the template writes none, None where it is unclear.
+        """The end of a turn that others follow; "" if the template writes none, None if it is unclear.
 
         gap: the text between its last word and the next turn's first.
         """
@@ -341,7 +343,7 @@ class AssistantSpans:
         return after.removesuffix(self.turn.prompt) if self.turn.always_prompts else after
 
     def _after(self, k: int, marked: list[Message], tools: Tools, *, prompt: bool) -> str | None:
-        """What follows message k in this conversation; None where the template refuses it or hides the sentinel."""
+        """What follows message k in this conversation; None if the template refuses it or hides the sentinel."""
         try:
             rendered = read_sentinels(self._tracked(marked, tools, prompt=prompt))
         except Refused:

@@ -184,7 +184,7 @@ class Tokeniser:
                 _remove_old_entries(self.cache)
                 return _split(pyarrow.memory_map(str(entry / ROWS)), about)
             except (OSError, EnvironmentProblem) as error:
-                log.warning("tokens cannot be cached in %s (%s): they stay in memory", self.cache, error)
+                log.warning("tokens cannot be cached in %s (%s): they are kept in memory", self.cache, error)
         buffer = pyarrow.BufferOutputStream()
         about = self._write(path, buffer, summarise, on_progress)
         return _split(pyarrow.BufferReader(buffer.getvalue()), about)

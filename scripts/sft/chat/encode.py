@@ -33,13 +33,13 @@ _PROMPT_DIFFERS = (
     " data.template_options may set it)"
 )
 _NORMALIZED = (
-    "the template refuses row {row} as it is, so parts of text are joined, absent texts are empty, and tool calls get"
-    " new ids"
+    "the template refuses row {row} as it is; it is rendered in a plainer form: text parts joined, missing texts empty,"
+    " new ids for tool calls"
 )
-_NO_SYSTEM = "the template takes no system text: that of row {row} is put before its first question"
+_NO_SYSTEM = "the template accepts no system text: in row {row} it is put before the first question"
 _NO_CALLS = (
-    "the template leaves out tool calls: row {row} is trained without them, and a turn that is nothing else as an empty"
-    " answer; use a template that writes them"
+    "the template leaves out tool calls: row {row} is trained without them (a turn with nothing else becomes an empty"
+    " answer); use a template that writes them"
 )
 
 
@@ -65,7 +65,7 @@ class Encoded:
 
 
 class Encoder:
-    """Encodes rows for a decoder-only model. Raises TemplateError where labels cannot be proven for the template.
+    """Encodes rows for a decoder-only model. Raises TemplateError if labels cannot be derived for the template.
 
     eos_ids: the end tokens of the model's generation_config.
     """
@@ -200,7 +200,7 @@ class Encoder:
         """
         layout = self._layout(records.row_id(row), records.messages(row), records.tools(row))
         if not layout.regions:
-            raise Refused("there is no answer in it")
+            raise Refused("it has no answer")
         region, turn, text = layout.regions[-1], self.traits.turn, layout.text
         end = region.end - len(turn.end)
         if text[end:] == turn.tail:
@@ -231,7 +231,7 @@ class Encoder:
     def prompt(self, row: Row | list[Message]) -> list[int]:
         """The token ids that generation starts from: a row without its last answer, or the messages as they are.
 
-        The ids are those that training showed before that answer. Raises TemplateError where the template refuses.
+        The ids are those that training showed before that answer. Raises TemplateError if the template refuses.
         """
         messages: list[Message] = []
         try:
@@ -335,10 +335,10 @@ def _call_id(call: dict[str, Any], message: int, at: int) -> str:
 def build_encoder(
     config: Config, tokenizer: PreTrainedTokenizerBase, kind: Kind, root: Path, *, eos_ids: Iterable[int] = ()
 ) -> Encoder:
-    """The encoder that a config means, for a tokenizer that is loaded already; see `generation.encoder.load_encoder`.
+    """The encoder for a config, for a tokenizer that is loaded already; see `generation.encoder.load_encoder`.
 
-    eos_ids: the end tokens of the model's generation_config. Raises TemplateError where the template does not exist,
-    shows no answer, or its labels cannot be proven.
+    eos_ids: the end tokens of the model's generation_config. Raises TemplateError if the template does not exist,
+    shows no answer, or its labels cannot be derived.
     """
     from sft.chat.seq2seq import Seq2SeqEncoder
 

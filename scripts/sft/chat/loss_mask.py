@@ -29,7 +29,7 @@ class LabelledRow:
 def mask_loss(
     line: Line, regions: list[Region], missing_ends: dict[Region, list[int]], in_loss: InLoss, messages: list[Message]
 ) -> LabelledRow:
-    """The one place that makes a loss mask: labels are the token's id where a loss is taken, else IGNORED.
+    """The only place where a loss mask is built: labels are the token's id where a loss is taken, else IGNORED.
 
     A token is in the loss if it starts inside a region (what the model writes as one answer, its end token included),
     unless the message has `weight: 0` or `in_loss` excludes it. missing_ends: region -> the end tokens to append to it

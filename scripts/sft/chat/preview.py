@@ -1,4 +1,4 @@
-"""Encoded rows for the eye: tokens that are in the loss, masked or cut, as terminal text and as one HTML page."""
+"""Encoded rows made visible: tokens that are in the loss, masked or cut, as terminal text and as one HTML page."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STYLES: dict[str, str] = {"labelled": "bold green", "masked": "bright_black", "c
 
 @dataclass(frozen=True)
 class Token:
-    """One token: its id, its text, whether it is a control token, and what becomes of it."""
+    """One token: its id, its text, whether it is a control token, and its state (in the loss, masked, cut)."""
 
     id: int
     text: str

@@ -24,7 +24,7 @@ _RESERVED = re.compile("[\U000ffff0-\U000fffff\U00100000-\U0010ffff]")
 class Region:
     """Characters [start, end) of the text that the model writes as message `message` (an index).
 
-    missing_end: None where the template ends the turn itself, else the end token that encoding appends ("": the
+    missing_end: None if the template ends the turn itself, else the end token that encoding appends ("": the
     tokenizer's own). prompt_end: where the serving prompt ends, if the loss does not start there.
     """
 
@@ -87,7 +87,7 @@ class Rendered:
 def insert_sentinels(messages: list[Message], placements: list[Placement], controls: Controls) -> list[Message]:
     """A copy of the messages with sentinels, one placement a message, and every control token in their words broken.
 
-    Raises Refused where a message holds characters that serve as sentinels.
+    Raises Refused if a message holds characters that serve as sentinels.
     """
     if len(messages) > MAX_MESSAGES:
         raise Refused(f"{len(messages):,} messages in one conversation")
@@ -171,7 +171,7 @@ def render_with_sentinels(
     """Messages with sentinels that render to exactly `text`, and what the sentinels show.
 
     Usually they are at both ends of every message's words. Where the template looks at those ends, each message is
-    tried by itself. Raises Refused where an answer can take no sentinel.
+    tried by itself. Raises Refused if an answer can take no sentinel.
     """
 
     def attempt(placements: list[Placement]) -> tuple[list[Message], Rendered | None]:
@@ -196,10 +196,10 @@ def render_with_sentinels(
     placements = [placement_of(k) for k in range(len(messages))]
     for k, message in enumerate(messages):
         if message.get("role") == "assistant" and placements[k] == NONE and has_content(message):
-            raise Refused(f"the template changes with the words of message {k + 1}: its place cannot be proven")
+            raise Refused(f"the template changes with the words of message {k + 1}: its position cannot be determined")
     marked, rendered = attempt(placements)
     if rendered is None:
-        raise Refused("the template changes with the words of the messages, so their places cannot be proven")
+        raise Refused("the template changes with the words of the messages, so their positions cannot be determined")
     return marked, rendered
 
 

@@ -176,7 +176,7 @@ class ChatTemplate:
     def date_macro(self) -> str:
         """A jinja macro `strftime_now` that always prints `day`, to put before the source of an exported template.
 
-        "" where the template prints no date. It knows only the formats that the template writes as constants.
+        "" if the template prints no date. It knows only the formats that the template writes as constants.
         """
         if not self.prints_date:
             return ""
@@ -198,7 +198,7 @@ class ChatTemplate:
     ) -> str:
         """The text of a conversation, as `apply_chat_template` gives it.
 
-        tracked: put the private characters GENERATION around {% generation %} blocks. Raises Refused where the template
+        tracked: put the private characters GENERATION around {% generation %} blocks. Raises Refused if the template
         raises, TemplateError past its limits.
         """
         template = self._with_tools if tools and self._with_tools else self._plain
@@ -325,8 +325,8 @@ def load_template(data: DataSection, tokenizer: PreTrainedTokenizerBase, root: P
     if template.style == "turn":
         return ChatTemplate(shown, "{{ bos_token }}" + source, **common)
     log.warning(
-        f"this model's texts begin with {tokenizer.bos_token}, but {shown} does not write it: put {{{{ bos_token }}}}"
-        " first in it, unless you mean to leave it out"
+        f"this model's texts begin with {tokenizer.bos_token}, but {shown} does not write it: start the"
+        " template with {{ bos_token }}, unless its absence is intended"
     )
     return template
 

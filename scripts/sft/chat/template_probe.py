@@ -53,7 +53,7 @@ class Stops:
 def probe_template(template: ChatTemplate, vocabulary: Vocabulary) -> TemplateTraits:
     """Probes the template. Sets `template.parts` where contents must be lists of parts, and the vocabulary's turns.
 
-    Raises TemplateError where no answer is shown or where its place cannot be proven.
+    Raises TemplateError if no answer is shown or where its position cannot be determined.
     """
     probe = _Probe(template, vocabulary)
     probe.find_opening()
@@ -66,7 +66,7 @@ def probe_template(template: ChatTemplate, vocabulary: Vocabulary) -> TemplateTr
         region = probe.layout(probe.exchange, turn).regions[0]
         text, close = probe.render(probe.exchange), probe.tracked(probe.exchange).closed[len(probe.opening)][0]
     except Refused as refused:
-        raise TemplateError(f"labels cannot be proven: {refused}", where=template.name, fix=_FIX) from None
+        raise TemplateError(f"labels cannot be derived: {refused}", where=template.name, fix=_FIX) from None
     turn = replace(turn, tail=text[close:], end=text[close : region.end])
     header, middle_end = probe.next_turn(turn)
     turn = replace(turn, middle_end=turn.end if middle_end is None else middle_end)
@@ -105,7 +105,7 @@ class _Probe:
     def find_opening(self) -> None:
         """Finds the shortest beginning of a conversation after which the template shows an answer.
 
-        Sets `template.parts` where contents must be lists of parts. Raises TemplateError where there is none.
+        Sets `template.parts` where contents must be lists of parts. Raises TemplateError if there is none.
         """
         refusals: list[str] = []
         hidden = False

@@ -142,7 +142,7 @@ def batch_plan(
 
     Both parts explicit: their product is the step. An `auto` step has 16 rows, or more where batch_size is larger or to
     be a multiple of grad_accum. `auto` batch_size: ceil(effective / grad_accum), or `measured` rows, evened out over
-    the micro-batches. Raises ConfigError where explicit values cannot all hold.
+    the micro-batches. Raises ConfigError if explicit values cannot all hold.
     """
     if isinstance(effective_batch, int):
         effective = effective_batch

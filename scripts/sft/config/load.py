@@ -31,7 +31,7 @@ class Problems(list[SftError]):
         self.append(ConfigError(what, where=where, fix=fix))
 
     def raise_all(self, path: Path) -> None:
-        """Raises one error with all problems, in the order of files and lines; nothing where there are none."""
+        """Raises one error with all problems, in the order of files and lines; nothing if there are none."""
 
         def position(problem: SftError) -> tuple[bool, list[str | int]]:
             parts = re.split(r"(\d+)", problem.where or "")
@@ -279,7 +279,7 @@ def parse_file(path: Path, name: str, problems: Problems) -> Tree:
 
 
 def parse_set(item: str, problems: Problems) -> Tree:
-    """The tree of one `--set a.b=value`, {} where it has no such form.
+    """The tree of one `--set a.b=value`, {} if it has no such form.
 
     A value that starts with a bracket or a quote is YAML; anything else is one plain scalar as it is, so that
     `--set data.system_prompt=Be brief: no #tags` needs no quotes.

@@ -76,7 +76,7 @@ class Formats:
         self.unread: Counter[str] = Counter()  # key -> rows that have it although no format reads it
 
     def parse(self, row: Any) -> Parsed:
-        """The row's turns. Raises RowFault where its format is unknown or a field is not text."""
+        """The row's turns. Raises RowFault if its format is unknown or a field is not text."""
         if not isinstance(row, dict):
             raise RowFault(UNKNOWN_FORMAT, "not an object with keys")
         keys = tuple(row)
@@ -339,7 +339,7 @@ LLAMA2_SYSTEM = re.compile(r"<<SYS>>\s*(.*?)\s*<</SYS>>\s*(.*)", re.DOTALL)
 def parse_text(text: str) -> tuple[str, list[Message]]:
     """The template's name and the turns of a text that begins with a template's control tokens.
 
-    Raises RowFault (unknown format) for any other text, and where a turn is not closed: the turns would be a guess.
+    Raises RowFault (unknown format) for any other text, and if a turn is not closed: the turns would be a guess.
     """
     text = TEXT_BEGIN.sub("", text)
     name = next((name for name, (start, _) in TEXT_TEMPLATES.items() if start.match(text)), None)

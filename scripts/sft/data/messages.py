@@ -1,4 +1,4 @@
-"""Turns as people store them (messages, sharegpt, content in parts, many spellings of tool calls), normalised to
+"""Turns as data sets store them (messages, sharegpt, content in parts, many spellings of tool calls), normalised to
 `{"role": system|user|assistant|tool, "content": str, "tool_calls"?, "reasoning_content"?, "name"?, ...}`.
 """
 

@@ -210,7 +210,7 @@ class SplitWriter(ExitStack):
             self.ledger.count(copy, format, name)
 
     def count_leaks(self) -> dict[str, dict[str, int | None]]:
-        """Held-out split -> kind -> its rows that also occur in train; None where that was not searched."""
+        """Held-out split -> kind -> its rows that also occur in train; None if that was not searched."""
         leaks: dict[str, dict[str, int | None]] = {}
         for name, kinds in self._keys.items():
             if name != "train" and kinds["exact"]:

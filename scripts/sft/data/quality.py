@@ -146,7 +146,7 @@ class DataProfile:
 
 
 def quantiles(counts: Counter[int], shares: Sequence[float]) -> list[int]:
-    """The values at or below which these shares (0-1, ascending) of everything counted lie; 0 where nothing is."""
+    """The values at or below which these shares (0-1, ascending) of everything counted lie; 0 if nothing is."""
     total, values = sum(counts.values()), []
     for share in shares:
         so_far, value = 0, 0

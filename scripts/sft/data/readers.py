@@ -91,7 +91,7 @@ class Source:
         return KIND_NAMES[self.format] if self.format else f"hub data set, split {self.hub_split}"
 
     def rows(self, on_progress: Progress | None = None) -> Iterator[RawRow]:
-        """Every row, in order. Raises DataError where the source cannot be read to its end."""
+        """Every row, in order. Raises DataError if the source cannot be read to its end."""
         if self.format is None:
             return _hub(self)
         return {"jsonl": _json_lines, "json": _json, "csv": _csv, "parquet": _parquet}[self.format](self, on_progress)
@@ -138,9 +138,9 @@ def open_source(path: Path, root: Path, text: str = "", section: Section | None 
     kind, delimiter = _kind(path, content, named, cut=len(head) == HEAD) if not parquet else (PARQUET, "")
     warnings = []
     if not parquet and encoding != "utf-8":
-        warnings.append(f"{path.name} is not UTF-8, but {encoding.upper()}: read as that")
+        warnings.append(f"{path.name} is not UTF-8: it is read as {encoding.upper()}")
     if named not in (None, kind):
-        warnings.append(f"{path.name} is {KIND_NAMES[kind]} in spite of its name, and is read as that")
+        warnings.append(f"{path.name} is {KIND_NAMES[kind]} despite its name, and is read as such")
     return Source(display_path(path, root), path, kind, encoding, delimiter, tuple(warnings))
 
 
@@ -213,7 +213,7 @@ def _pieces(
 ) -> Iterator[str]:
     """What `read` returns of the source's text, to its end; the progress is reported every so many pieces.
 
-    Raises DataError where the encoding or the compression breaks.
+    Raises DataError if the encoding or the compression breaks.
     """
     path, encoding = source.path or Path(), "utf-8-sig" if source.encoding == "utf-8" else source.encoding
     with open_bytes(path) as (stream, raw), io.TextIOWrapper(stream, encoding, "surrogateescape", newline="\n") as text:
@@ -225,7 +225,9 @@ def _pieces(
                     on_progress(min(raw.tell(), total), total)
                 yield piece
         except (UnicodeDecodeError, *BROKEN) as error:
-            raise DataError(f"the file breaks off: {error}", where=str(path), fix="save or fetch it again") from None
+            raise DataError(
+                f"the file is truncated: {error}", where=str(path), fix="save or download it again"
+            ) from None
 
 
 def _lines(source: Source, on_progress: Progress | None) -> Iterator[tuple[int, str]]:
@@ -259,7 +261,7 @@ def _json(source: Source, on_progress: Progress | None) -> Iterator[RawRow]:
     """The rows of an array, of an object around an array, or of objects one after the other.
 
     Origins are lines where each row begins on its own, else indexes. An array is streamed; an object is read whole.
-    Raises DataError with the line where the text is no JSON: the next row could begin anywhere.
+    Raises DataError with the line if the text is no JSON: the next row could begin anywhere.
     """
     text = _JsonText(source, _pieces(source, lambda text: text.read(BLOCK), 1, on_progress))
     while start := text.peek():
@@ -319,7 +321,7 @@ class _JsonText:
         return accepted
 
     def value(self) -> str:
-        """The text of the value at the cursor, moved over. Raises DataError where it is no JSON."""
+        """The text of the value at the cursor, moved over. Raises DataError if it is no JSON."""
         while True:
             try:
                 end = LENIENT_DECODER.raw_decode(self.buffer, self.at)[1]

@@ -185,7 +185,7 @@ def content_hash(content: Any) -> str:
 
 
 def shared_system_text(rows: Iterable[Row]) -> str | None:
-    """The system text that every row has, character by character; None where they differ or have none."""
+    """The system text that every row has, character by character; None if they differ or have none."""
     shared: str | None = None
     for row in rows:
         if is_rendered(row):

@@ -30,7 +30,7 @@ def replace_dir(target: Path, own_files: set[str], key: str) -> Iterator[Path]:
     """Yields an empty folder to fill, which replaces `target` on a clean exit; on an error nothing changes.
 
     own_files: names that are not carried over from the old folder, as all others are. key: the config key of the
-    folder. Raises DataError where `target` holds folders (somebody else's) or cannot be written.
+    folder. Raises DataError if `target` holds folders (somebody else's) or cannot be written.
     """
     target, fix = target.resolve(), f"name a folder of its own: --set {key}=DIR"
     if target.exists() and not target.is_dir():
@@ -158,7 +158,7 @@ def resolve_stage(data: DataSection, root: Path) -> Stage:
 
 
 def _existing(root: Path, text: str, key: str) -> Path:
-    """The file that the config key `key` names. Raises DataError where there is none."""
+    """The file that the config key `key` names. Raises DataError if there is none."""
     path = resolve_path(root, text)
     if not path.is_file():
         raise DataError(f"the file of {key} does not exist", where=str(path), fix=f"correct {key}, or make process")
@@ -185,7 +185,7 @@ def record_style(target: Path, source: Path, digest: str, **style: str) -> None:
 
 
 def style_records(folder: Path) -> dict[str, dict[str, Any]]:
-    """File name -> its record; nothing where source.json does not exist or cannot be read."""
+    """File name -> its record; nothing if source.json does not exist or cannot be read."""
     entries = files.read_json(folder / STYLE_RECORD).get("files")
     items = entries.items() if isinstance(entries, dict) else ()
     return {name: entry for name, entry in items if isinstance(entry, dict)}

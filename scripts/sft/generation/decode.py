@@ -125,7 +125,7 @@ class KVCache(Cache):  # type: ignore[misc]
     """A transformers cache, each layer [rows, heads, columns, width], that is read and written within a window.
 
     The next forward reads rows `first` to `last` and columns from `low`, and writes from column `at` on.
-    is_text: bool [rows, queries], false where a query is padding and the cached value must stay; None: all are text.
+    is_text: bool [rows, queries], false if a query is padding and the cached value must stay; None: all are text.
     """
 
     def __init__(self, layers: int, rows: int, columns: int) -> None:
@@ -327,12 +327,12 @@ def rows_in_memory(base: Any, columns: int, device: torch.device) -> int:
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     row_bytes = 2 * config.num_hidden_layers * heads * width * columns * base.dtype.itemsize
     rows: int = max(1, hardware.memory()[1] // 2 // row_bytes)
-    log.debug("the keys and values of %d rows would fit into half of the free memory", rows)
+    log.debug("the KV caches of %d rows fit into half of the free memory", rows)
     return rows
 
 
 def shared_prefix(prompts: Sequence[list[int]]) -> int:
-    """How many first tokens all prompts have in common, at least one of each left over; 0 where they are too few."""
+    """How many first tokens all prompts have in common, at least one of each left over; 0 if they are too few."""
     first, last = min(prompts), max(prompts)
     equal = next((at for at, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
     length = min(equal, min(len(prompt) for prompt in prompts) - 1)

@@ -1,4 +1,4 @@
-"""The encoder that a config means: template, tokenizer and the model's end tokens; the one way for every command."""
+"""The encoder for a config: template, tokenizer and the model's end tokens; the one way for every command."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def load_encoder(
 ) -> Encoder:
     """The encoder of `config`, with its tokenizer.
 
-    files: the model, where it is known already; else `config.model` is looked up, of which a folder with tokenizer
+    files: the model, if it is known already; else `config.model` is looked up, of which a folder with tokenizer
     files is enough. tokenizer: used instead of the model's own (an adapter's). The end tokens of the model's
     generation_config are stops too. Raises ModelError (no tokenizer), TemplateError.
     """

@@ -32,7 +32,7 @@ Message = dict[str, Any]
 
 
 def context_length(model: nn.Module, kind: Kind) -> int | None:
-    """Most tokens of prompt and answer together; None where nothing limits them (T5's positions are relative)."""
+    """Most tokens of prompt and answer together; None if nothing limits them (T5's positions are relative)."""
     config: Any = unwrap(model).config
     return None if kind == "seq2seq" else getattr(config.get_text_config(), "max_position_embeddings", None)
 
@@ -111,7 +111,7 @@ def generate(
                     "there is not enough memory for a single answer",
                     fix="--set generation.max_new_tokens=64, a shorter prompt, or a smaller model",
                 )
-            log.warning("out of memory: going on with %d answers side by side", rows_together)
+            log.warning("out of memory: continuing with %d answers in a batch", rows_together)
             for sequence in left:
                 sequence.restart()
             release_memory()

@@ -61,7 +61,7 @@ class Question:
 def questions(prompt: Prompt, rows: Sequence[Row], config: Config, root: Path) -> list[Question]:
     """The rows' last answers, or all of them (`eval.turns`), each after `eval.shots` training rows as examples.
 
-    Raises DataError for a row without an answer to compare with, ConfigError where there are too few training rows.
+    Raises DataError for a row without an answer to compare with, ConfigError if there are too few training rows.
     """
     shots = _shots(config, root) if config.eval.shots else []
     result = [question for row in rows for question in _of_row(prompt, row, config, shots)]
@@ -159,7 +159,7 @@ def evaluate(
 def losses(loaded: LoadedModel, rows: Sequence[Row], config: Config) -> tuple[dict[str, float], list[float]]:
     """Loss and perplexity over the rows' labelled tokens, as in training, and each row's mean loss.
 
-    A row's loss is nan where it has none (too long, no label left); the metrics are empty where no row has one.
+    A row's loss is nan if it has none (too long, no label left); the metrics are empty if no row has one.
     """
     encoded = [loaded.encoder.encode(row) for row in rows]
     used = [index for index, row in enumerate(encoded) if row.dropped is None]

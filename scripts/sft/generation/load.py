@@ -115,7 +115,7 @@ def _target_of(folder: Path, config: Path, sets: Sequence[str], is_default: bool
 
 
 def _folder_with(file: str, path: Path, flag: str, command: str) -> Path:
-    """The flag's folder, resolved. Raises ModelError where it has no such file, which `command` would have written."""
+    """The flag's folder, resolved. Raises ModelError if it has no such file, which `command` would have written."""
     folder, what = path.expanduser().resolve(), "adapter" if flag == "--adapters" else "model"
     if not (folder / file).is_file():
         problem = f"there is no {what} in {path}" if folder.is_dir() else f"there is no {what} folder {path}"

@@ -1,4 +1,4 @@
-"""GPUs by name or by memory, as people write them (`8GiB`, `RTX 4060`, `cpu`), and what this machine has."""
+"""GPUs by name or by memory, as users write them (`8GiB`, `RTX 4060`, `cpu`), and what this machine has."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from sft.errors import ConfigError, nearest
 
-# Dense 16-bit TFLOP/s with fp32 accumulation as the makers publish them (laptop cards at full power; None where not
+# Dense 16-bit TFLOP/s with fp32 accumulation as the makers publish them (laptop cards at full power; None if not
 # looked up), then memory in GiB as sold, the most common version first.
 CARDS: dict[str, tuple[Any, ...]] = {
     "RTX 2060": (25.8, 6, 12), "RTX 2060 Super": (None, 8), "RTX 2070": (29.9, 8), "RTX 2070 Super": (None, 8),
@@ -88,7 +88,7 @@ def parse(text: str) -> Device:
 
 
 def this_cpu() -> Device:
-    """This machine's memory, or the container's limit where there is one."""
+    """This machine's memory, or the container's limit if there is one."""
     from sft.model.hardware import memory
 
     return Device("cpu", "the CPU of this machine", memory()[0] / 2**30)
@@ -103,7 +103,7 @@ def this_machine() -> Device:
 
 
 def smallest_card(gib: float) -> str | None:
-    """The smallest known card with at least this much memory, e.g. `RTX 3060 (12 GiB)`; None where there is none."""
+    """The smallest known card with at least this much memory, e.g. `RTX 3060 (12 GiB)`; None if there is none."""
     sizes = sorted((size, rank, card) for rank, (card, (_, *sold)) in enumerate(CARDS.items()) for size in sold)
     return next((f"{card} ({size:g} GiB)" for size, _, card in sizes if size >= gib), None)
 

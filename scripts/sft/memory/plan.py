@@ -47,7 +47,7 @@ log = logging.getLogger("sft.memory")
 class Phase:
     """Sizes in GiB. allocated: tensors on the device at the highest moment, `parts` their kinds; peak: with overhead.
 
-    ram, disk: needed beside the device, None where negligible. note: what the phase was traced with.
+    ram, disk: needed beside the device, None if negligible. note: what the phase was traced with.
     """
 
     allocated: float
@@ -72,7 +72,7 @@ class Phase:
 class Suggestion:
     """A change of settings that saves memory.
 
-    setting: for `--set`. saves_gib: of a training step's peak. costs: in words. slower: share of time more, None where
+    setting: for `--set`. saves_gib: of a training step's peak. costs: in words. slower: share of time more, None if
     not known. fits: whether a training step fits with this change alone.
     """
 
@@ -158,7 +158,7 @@ def make_plan(config: Config, description: Mapping[str, Any], device: Device, *,
     """The plan for `config` on `device` of the model that `description`, its config.json, describes.
 
     A micro-batch that the config leaves open is the most rows at max_seq_len that fit. suggest: look for changes that
-    help where it does not fit. Raises ConfigError where batch settings contradict each other, ModelError for a model
+    help where it does not fit. Raises ConfigError if batch settings contradict each other, ModelError for a model
     that cannot be traced or is stored quantised.
     """
     _refuse_unusable(config, description)
@@ -303,7 +303,7 @@ class _Planner:
 
 
 def _most_rows(at: Callable[[int], Phase], most: int, limit: float, before: float) -> int:
-    """The most rows, up to `most`, whose phase `at(rows)` fits `limit` GiB; 1 where not even one row does.
+    """The most rows, up to `most`, whose phase `at(rows)` fits `limit` GiB; 1 if not even one row does.
 
     The peak is the highest of several moments that each grow linearly with the rows, so it lies below the line between
     two traced points: what fits by that line fits. before: GiB before any pass; above the limit nothing is traced.
@@ -361,7 +361,7 @@ def _suggestions(config: Config, run: _Run, planner: _Planner) -> tuple[list[Sug
 
 
 def _changes(config: Config, resolved: Config, *, gpu: bool) -> Iterator[tuple[dict[str, Any], str, float | None]]:
-    """(settings, what they cost, share of time more or None where not known), in order of preference."""
+    """(settings, what they cost, share of time more or None if not known), in order of preference."""
     train, mode, rank, length = resolved.train, resolved.tuning.mode, resolved.tuning.lora.r, resolved.model.max_seq_len
     checkpointing = {"train.gradient_checkpointing": True}
     offloading = {**checkpointing, "train.activation_offload": True}
@@ -420,7 +420,7 @@ def _smaller_model(config: Config, run: _Run, device: Device) -> list[Suggestion
 
 
 def memory_check(config: Config, files: ModelFiles, hardware: Hardware, *, longest: int, force: bool = False) -> None:
-    """Raises EnvironmentProblem where not even the smallest micro-batch fits what is free on the device.
+    """Raises EnvironmentProblem if not even the smallest micro-batch fits what is free on the device.
 
     config: as the user wrote it, before `auto` is resolved. longest: tokens of the longest row. force: only warn.
     A model that cannot be traced passes, with a warning.

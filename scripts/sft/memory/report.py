@@ -22,7 +22,7 @@ Table = tuple[str, tuple[str, ...], list[tuple[Any, ...]]]  # title, columns, ro
 def duration(plan: Plan, root: Path) -> dict[str, Any] | None:
     """How fast the run would go, as JSON; None for a device of unknown speed.
 
-    `tokens` (of all epochs, estimated from the prepared file) and `seconds` are None where no rows are prepared.
+    `tokens` (of all epochs, estimated from the prepared file) and `seconds` are None if no rows are prepared.
     """
     known = presumed_flops(plan.device)
     if known is None:
@@ -143,7 +143,7 @@ def draw(plan: Plan, target: Path) -> None:
 
 
 def model_names(arguments: Sequence[str]) -> list[str]:
-    """Names given as arguments or in files (a name a line, `#` for comments); the shipped list where there are none.
+    """Names given as arguments or in files (a name a line, `#` for comments); the shipped list if there are none.
 
     Raises ConfigError for a file without names.
     """

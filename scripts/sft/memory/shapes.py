@@ -109,7 +109,7 @@ def meta_model(
 
 
 def base_on_meta(description: Mapping[str, Any], name: str, dtype: torch.dtype, attention: str) -> Any:
-    """The bare model on the meta device. Raises ModelError where transformers cannot build it."""
+    """The bare model on the meta device. Raises ModelError if transformers cannot build it."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     def config() -> Any:

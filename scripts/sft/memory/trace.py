@@ -523,7 +523,7 @@ class _Stack(NamedTuple):
 def remove_layers(model: nn.Module, *, deeper: bool) -> int:
     """Removes as many periods as possible from every list of layers, the same number from each; returns that number.
 
-    deeper: leaves one more. 0 where nothing repeats often enough.
+    deeper: leaves one more. 0 if nothing repeats often enough.
     """
     config: Any = getattr(model, "config", None)
     settings = [value for value in vars(config).values() if isinstance(value, list | tuple)] if config else []
@@ -550,7 +550,7 @@ def _layer_lists(model: nn.Module) -> list[nn.ModuleList]:
 
 
 def _repeating(layers: nn.ModuleList, settings: Sequence[Any]) -> _Stack | None:
-    """The repetition in a list of layers that saves most; None where tracing two shallow models saves nothing.
+    """The repetition in a list of layers that saves most; None if tracing two shallow models saves nothing.
 
     settings: lists of the model's config; those as long as `layers` say something about each layer.
     """
@@ -583,7 +583,7 @@ def _layer_kind(layer: nn.Module, settings: list[Any]) -> str:
 def extrapolate(shallow: Sequence[Interval], deep: Sequence[Interval], removed: int) -> list[Interval] | None:
     """The intervals of the full model, from a trace without `removed` periods of layers and one with one period more.
 
-    Of intervals that repeat, the first and the last ones, which bound those between. None where the two traces differ
+    Of intervals that repeat, the first and the last ones, which bound those between. None if the two traces differ
     in more than the repetition.
     """
     runs = [

@@ -206,16 +206,16 @@ def change(name: str, base: float | None, tuned: float | None) -> str:
 
 
 def unequal_rows(result: Mapping[str, Any]) -> str | None:
-    """A warning when the two sides were measured on different numbers of rows."""
+    """A warning when base and tuned were evaluated on different numbers of rows."""
     counts = {side: about["rows"] for side, about in result["about"].items()}
     if len(set(counts.values())) < 2:
         return None
     each = ", ".join(f"{side} on {rows}" for side, rows in counts.items())
-    return f"the sides were evaluated on different rows ({each}): evaluate both again (--both) to compare them"
+    return f"base and tuned were evaluated on different numbers of rows ({each}): evaluate both again (--both)"
 
 
 def sample_text(sample: Mapping[str, Any]) -> str:
-    """A row's question, reference and answers, for people."""
+    """A row's question, reference and answers, as readable text."""
     lines = [f"\nprompt:    {sample['prompt']}", f"reference: {sample['reference']}"]
     if "base" in sample:
         lines.append(f"base:      {sample['base']['prediction']}")

@@ -102,7 +102,7 @@ def _correct_fields(prediction: str, reference: str) -> dict[str, bool]:
 
 
 def json_fields(prediction: str, references: Sequence[str]) -> float:
-    """The share of the reference's fields that are correct; 1 or 0 where the reference is no object."""
+    """The share of the reference's fields that are correct; 1 or 0 if the reference is no object."""
 
     def share(reference: str) -> float:
         if correct := _correct_fields(prediction, reference):
@@ -242,7 +242,7 @@ def _sacrebleu(name: str, **options: bool) -> Any:
 def corpus_score(name: str, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """`bleu` or `chrf` of the corpus with sacrebleu's defaults, 0 to 100: n-grams are counted over all rows together,
     so it is not the mean of the rows' scores."""
-    most = max((len(options) for options in references), default=0)  # sacrebleu wants columns, None where one is short
+    most = max((len(options) for options in references), default=0)  # sacrebleu wants columns, None if one is short
     columns = [[options[i] if i < len(options) else None for options in references] for i in range(most)]
     return float(_sacrebleu(name).corpus_score(list(predictions), columns).score)
 

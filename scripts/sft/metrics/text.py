@@ -41,7 +41,7 @@ def mean(values: Sequence[float]) -> float:
 def text_stats(
     predictions: Sequence[str], *, stopped: Sequence[bool] | None = None, tokens: Sequence[int] | None = None
 ) -> dict[str, float]:
-    """Means over the answers: words, repeated 3-grams, share that is empty; and, where they are known, the share that
+    """Means over the answers: words, repeated 3-grams, share that is empty; and, if they are known, the share that
     stopped by itself and the length in tokens."""
     stats = {
         "length_words": mean([words(text) for text in predictions]),

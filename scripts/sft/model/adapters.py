@@ -24,7 +24,7 @@ WEIGHTS, CONFIG, BASE = "adapter_model.safetensors", "adapter_config.json", "bas
 
 
 def head(model: Any) -> Any:
-    """The module that turns hidden states into logits, None where the model names none."""
+    """The module that turns hidden states into logits, None if the model names none."""
     return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
 
 
@@ -54,7 +54,7 @@ def hits(target: str, name: str) -> bool:
 
 def linear_names(model: nn.Module) -> list[str]:
     """Every linear layer but the head, as peft takes them: last parts of names (`q_proj`), whole names where a last
-    part alone would also hit the head or something that is not linear. Raises ModelError where there is none.
+    part alone would also hit the head or something that is not linear. Raises ModelError if there is none.
     """
     top = head(model)
     modules = [(name, module) for name, module in model.named_modules() if name]
@@ -116,7 +116,7 @@ def attach(model: PreTrainedModel, tuning: TuningSection, *, gradient_checkpoint
         where, fix = "tuning.lora", None
         if "dropout" in str(error) and lora.dropout > 0:  # peft's adapters on a bare tensor, as of experts
             where = "tuning.lora.dropout"
-            fix = "this model's experts are tensors, whose adapters take no dropout: --set tuning.lora.dropout=0"
+            fix = "adapters on this model's fused experts support no dropout: --set tuning.lora.dropout=0"
         raise ModelError(f"no adapter can be attached: {one_line(error)}", where=where, fix=fix) from None
     for weight in adapted.parameters():
         if weight.requires_grad and weight.is_floating_point():
@@ -142,7 +142,7 @@ def save(model: PeftModel, folder: Path, state: Mapping[str, Any] | None = None)
 
 
 def load(model: PreTrainedModel, folder: Path, *, trainable: bool = False) -> PeftModel:
-    """The adapter of `folder` on its base. Raises ModelError where `model` is another base, naming both."""
+    """The adapter of `folder` on its base. Raises ModelError if `model` is another base, naming both."""
     from peft import PeftModel
 
     _refuse_other_base(model, folder, base_of(folder))
@@ -153,8 +153,8 @@ def load(model: PreTrainedModel, folder: Path, *, trainable: bool = False) -> Pe
 
 
 def base_of(folder: Path) -> dict[str, Any]:
-    """What the adapter was trained on: {"name", "revision", "fingerprint"}, None where not recorded; and the peft
-    config under "config". Raises ModelError where the folder holds no adapter, or only a pickled one.
+    """What the adapter was trained on: {"name", "revision", "fingerprint"}, None if not recorded; and the peft
+    config under "config". Raises ModelError if the folder holds no adapter, or only a pickled one.
     """
     if not (folder / CONFIG).is_file():
         raise ModelError(
@@ -188,7 +188,7 @@ def other_base(folder: Path, trained_on: str, loaded: str, problem: str) -> Mode
 
 
 def _refuse_other_base(model: Any, folder: Path, base: dict[str, Any]) -> None:
-    """Raises ModelError, naming both, where `base` (see `base_of`) is not the base that `model` was loaded from."""
+    """Raises ModelError, naming both, if `base` (see `base_of`) is not the base that `model` was loaded from."""
     loaded = getattr(model, "sft_base", None) or {"name": model.name_or_path, "fingerprint": None}
     problem = _shape_problem(model, folder, base["config"].get("target_modules"))
     if problem is None and base["fingerprint"] and loaded["fingerprint"]:
@@ -203,7 +203,7 @@ def _refuse_other_base(model: Any, folder: Path, base: dict[str, Any]) -> None:
 
 
 def _shape_problem(model: Any, folder: Path, target_modules: Any) -> str | None:
-    """The first way in which the adapter's shapes are not this model's, None where all fit."""
+    """The first way in which the adapter's shapes are not this model's, None if all fit."""
     modules, adapted = dict(model.named_modules()), set()
     for key, entry in tensors(folder / WEIGHTS).items():
         name, _, side = key.removeprefix("base_model.model.").rpartition(".lora_")
@@ -220,7 +220,7 @@ def _shape_problem(model: Any, folder: Path, target_modules: Any) -> str | None:
     if isinstance(target_modules, list):
         for name, layer in modules.items():
             if name not in adapted and is_linear(layer) and any(hits(target, name) for target in target_modules):
-                return f"it has nothing for the layer {name}"
+                return f"it has no weights for the layer {name}"
     return None
 
 

@@ -25,7 +25,7 @@ log = logging.getLogger("sft.model")
 
 @dataclass(frozen=True)
 class Backend:
-    """The backend that is used; `reason` says why it is not the configured one, None where it is."""
+    """The backend that is used; `reason` says why it is not the configured one, None if it is."""
 
     name: Literal["bnb", "unsloth"]
     reason: str | None = None
@@ -39,7 +39,7 @@ def choose(tuning: TuningSection, *, cuda: bool, kind: str = "causal") -> Backen
     if not cuda:
         reason = "there is no CUDA GPU"
     elif kind != "causal":
-        reason = "unsloth trains decoder-only models alone"
+        reason = "unsloth trains only decoder-only models"
     elif importlib.util.find_spec("unsloth") is None:
         reason = "it is not installed (make install-unsloth)"
     return Backend("bnb", reason) if reason else Backend("unsloth")
@@ -68,7 +68,7 @@ def prepare(tuning: TuningSection, *, kind: str = "causal") -> Backend:
 def load_unsloth(
     files: ModelFiles, model: ModelSection, tuning: TuningSection, dtype: torch.dtype, *, gradient_checkpointing: bool
 ) -> Any:
-    """The base with adapters, loaded by unsloth. Untested where there is no CUDA GPU. Raises ModelError."""
+    """The base with adapters, loaded by unsloth. Untested if there is no CUDA GPU. Raises ModelError."""
     from unsloth import FastLanguageModel
 
     from sft.model import adapters, load

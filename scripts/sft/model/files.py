@@ -26,7 +26,7 @@ _ENCODERS = frozenset(
 def kind_of(config: dict[str, Any], requested: str = "auto", *, name: str = "the model") -> Kind:
     """The kind of the model that `config` (a config.json) describes; `requested` is `model.type`.
 
-    Raises ModelError for encoders (BERT), classifiers and models without a language head, and where `requested` is
+    Raises ModelError for encoders (BERT), classifiers and models without a language head, and if `requested` is
     another kind.
     """
     architecture = str((config.get("architectures") or [""])[0])
@@ -84,7 +84,7 @@ class ModelFiles:
 
     @cached_property
     def weights(self) -> list[Path]:
-        """The safetensors files, each one checked to be whole. Raises ModelError."""
+        """The safetensors files, each one checked for completeness. Raises ModelError."""
         return weight_files(self.path, self.name)
 
     @cached_property
@@ -103,7 +103,7 @@ class ModelFiles:
 
     @property
     def size(self) -> str:
-        """The number of parameters for people: `3.09B`, `494M`."""
+        """The number of parameters, human-readable: `3.09B`, `494M`."""
         count = self.parameters
         return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.3g}M"
 
@@ -135,7 +135,7 @@ class ModelFiles:
 
 
 def read_config(folder: Path, name: str) -> dict[str, Any]:
-    """The folder's config.json. Raises ModelError where it is missing or no JSON object."""
+    """The folder's config.json. Raises ModelError if it is missing or no JSON object."""
     path = folder / "config.json"
     if not path.is_file():
         what, fix = f"the folder {name} has no config.json, so it is no model", "name a folder with config.json,"
@@ -156,12 +156,12 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether the folder has safetensors weights, whole or not."""
+    """Whether the folder has safetensors weights, complete or not."""
     return (folder / INDEX).is_file() or (folder / SINGLE).is_file()
 
 
 def weight_files(folder: Path, name: str) -> list[Path]:
-    """The safetensors files of a folder. Raises ModelError where one is missing or cut short, or there are none."""
+    """The safetensors files of a folder. Raises ModelError if one is missing or truncated, or there are none."""
     if (folder / INDEX).is_file():
         paths = _shards(folder, name)
     elif (folder / SINGLE).is_file():
@@ -178,12 +178,12 @@ def weight_files(folder: Path, name: str) -> list[Path]:
     for path in paths:
         end = max((entry["data_offsets"][1] for entry in tensors(path).values()), default=0)
         if path.stat().st_size < end + _data_start(path):
-            raise ModelError(f"{path.name} of {name} is cut short", where=str(path), fix=_again(name))
+            raise ModelError(f"{path.name} of {name} is truncated", where=str(path), fix=_again(name))
     return paths
 
 
 def _shards(folder: Path, name: str) -> list[Path]:
-    """The files that the index names. Raises ModelError where it cannot be read or one is missing."""
+    """The files that the index names. Raises ModelError if it cannot be read or one is missing."""
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         paths = [folder / shard for shard in sorted(set(index["weight_map"].values()))]
@@ -210,7 +210,7 @@ def tensors(path: Path) -> dict[str, dict[str, Any]]:
             header: dict[str, dict[str, Any]] = json.loads(file.read(length))
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"{path.name} is not a safetensors file, or is cut short ({error})",
+            f"{path.name} is not a safetensors file, or is truncated ({error})",
             where=str(path),
             fix="download or write it again",
         ) from None

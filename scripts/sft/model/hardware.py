@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class Hardware:
-    """The device of this process. Bytes are of the GPU's memory, or of the system's where there is no GPU."""
+    """The device of this process. Bytes are of the GPU's memory, or of the system's if there is no GPU."""
 
     device: Literal["cuda", "cpu"]
     name: str
@@ -54,12 +54,12 @@ def probe() -> Hardware:
 
 
 def local_rank() -> int:
-    """This process's rank among those of this machine; 0 where there is one."""
+    """This process's rank among those of this machine; 0 for a single process."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def memory() -> tuple[int, int]:
-    """The system's memory: (total, available) bytes, within the container's limit where there is one."""
+    """The system's memory: (total, available) bytes, within the container's limit if there is one."""
     import psutil
 
     now = psutil.virtual_memory()

@@ -30,8 +30,8 @@ _FOLDER_OR_ID = "fix model.name: a folder (counted from the project root), or a 
 def find(section: ModelSection, root: Path, *, weights: bool = True) -> ModelFiles:
     """The model's files, downloaded if need be. With `weights` false, config and tokenizer are enough.
 
-    What is whole in the cache is used without asking the hub. Raises ModelError: not found, gated, offline and not in
-    the cache, incomplete, no safetensors, no text generator.
+    A complete model in the cache is used without a request to the hub. Raises ModelError: not found, gated, offline
+    and not in the cache, incomplete, no safetensors, no text generator.
     """
     folder = local_folder(section.name, root)
     revision = section.revision
@@ -55,9 +55,9 @@ def find(section: ModelSection, root: Path, *, weights: bool = True) -> ModelFil
 
 
 def local_folder(name: str, root: Path) -> Path | None:
-    """The folder that `name` means, or None where it can only be a hub id.
+    """The folder that `name` means, or None if it can only be a hub id.
 
-    Counted from the project root, then from what the kit ships. Raises ModelError where it can only be a folder that
+    Counted from the project root, then from what the kit ships. Raises ModelError if it can only be a folder that
     does not exist.
     """
     path = str(Path(name).expanduser())
@@ -72,7 +72,7 @@ def local_folder(name: str, root: Path) -> Path | None:
 
 
 def cached(name: str, revision: str | None) -> Path | None:
-    """The snapshot folder of a hub model in the cache, whole or not; None where there is none."""
+    """The snapshot folder of a hub model in the cache, complete or not; None if there is none."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -226,7 +226,7 @@ def _download_large(repository: str, commit: str, name: str, token: str | None) 
     """Downloads a file to where `snapshot_download` finds it in the cache, resuming at the byte where it stopped.
 
     huggingface_hub 1.33 starts a file from its beginning in every new process. Raises what the hub client raises, and
-    ModelError where the bytes are not the hub's.
+    ModelError if the bytes are not the hub's.
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.constants import HF_HUB_CACHE

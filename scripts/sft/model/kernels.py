@@ -35,7 +35,7 @@ def apply_kernels(
 ) -> None:
     """Computes the layers of `model`, wrappers included, with these kernels from here on; `auto` means plain.
 
-    autocast: the 16-bit type that training computes in, None for the weights' own. Raises EnvironmentProblem where the
+    autocast: the 16-bit type that training computes in, None for the weights' own. Raises EnvironmentProblem if the
     kernels are not available, fail, or give another loss or other gradients, NaN included; the layers are plain then.
     """
     restore_plain_layers(model)

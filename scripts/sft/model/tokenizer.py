@@ -41,7 +41,7 @@ def load_tokenizer(source: ModelFiles | Path | str, *, trust_remote_code: bool =
     """The tokenizer of a model or of a folder with tokenizer files alone, with a pad token that is not its end token.
 
     Where transformers rebuilds it into one with other ids, tokenizer.json is used as it is, with a warning.
-    Raises ModelError where the folder has none, or one that cannot be read.
+    Raises ModelError if the folder has none, or one that cannot be read.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -139,7 +139,7 @@ def _rebuild_problem(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 def _embedding_rows(folder: Path) -> int | None:
-    """Rows of the embedding by config.json, None where it does not say."""
+    """Rows of the embedding by config.json, None if it does not say."""
     path = folder / "config.json"
     if not path.is_file():
         return None

@@ -155,15 +155,17 @@ def check_model(context: CheckContext) -> Iterator[Finding]:
         except SftError:
             if local is not None or hub.offline():
                 raise
-            yield Finding("warning", "model", f"{section.name} is in the cache in part", "make download-model")
+            yield Finding("warning", "model", f"{section.name} is only partly in the cache", "make download-model")
             return
         context.model = model
         yield Finding("ok", "model", f"{section.name}: {model.size} parameters, {model.kind}, all files complete")
     elif hub.offline():
-        yield Finding("error", "model", f"{section.name} is not here, and HF_HUB_OFFLINE is set", "make download-model")
+        yield Finding(
+            "error", "model", f"{section.name} is not in the cache, and HF_HUB_OFFLINE is set", "make download-model"
+        )
     elif not hub.reachable(1.5):
         fix = "fix the network, or --set model.name=models/demo"
-        yield Finding("error", "model", f"{section.name} is not here, and the hub does not answer", fix)
+        yield Finding("error", "model", f"{section.name} is not in the cache, and the hub does not answer", fix)
     else:
         context.download_bytes = hub.list_files(section, context.root, timeout=1.5).bytes
         message = f"{section.name} is on the hub: {context.download_bytes / 1e9:.2f} GB to download"

@@ -43,7 +43,7 @@ def parts(config: Config, model: ModelFiles) -> dict[str, int]:
 
 
 def require_disk_space(config: Config, model: ModelFiles, run: Run) -> dict[str, int]:
-    """The bytes of each part, less the run's older checkpoints. Raises EnvironmentProblem where they are not free.
+    """The bytes of each part, less the run's older checkpoints. Raises EnvironmentProblem if they are not free.
 
     An adapter folder on another disk than the run's is checked there.
     """

@@ -55,7 +55,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Side:
-    """What one model answered, and the value of each row: `{metric: [one a row]}`; nan where a row has none."""
+    """What one model answered, and the value of each row: `{metric: [one a row]}`; nan if a row has none."""
 
     name: str
     kind: Kind
@@ -81,7 +81,7 @@ def targets(config: Path, sets: Sequence[str], folders: Sequence[Path], is_defau
     bases = dict.fromkeys((target.config.model.name, target.config.model.revision) for target in resolved)
     if len(bases) > 1:
         shown = " and ".join(f"{name}{f' ({revision})' if revision else ''}" for name, revision in bases)
-        raise ModelError(f"the adapters have different bases: {shown}", fix="compare those of one base at a time")
+        raise ModelError(f"the adapters have different bases: {shown}", fix="compare adapters of one base at a time")
     return resolved
 
 
@@ -98,7 +98,7 @@ def unique_names(targets: Sequence[Target]) -> list[str]:
 
 
 def held_out_rows(target: Target, split: str | None, limit: int | None, root: Path) -> tuple[str, list[Row], Path]:
-    """The split's name, its rows, and the training file. Raises DataError where there are none."""
+    """The split's name, its rows, and the training file. Raises DataError if there are none."""
     stage = store.resolve_stage(target.config.data, root)
     split = split or ("test" if stage.test is not None else "val")
     path = stage.test if split == "test" else stage.val
@@ -123,7 +123,7 @@ def general_rows(path: Path | None, root: Path) -> list[Row]:
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise DataError(f"{pattern!r} is no pattern: {error}", where=where) from None
+                raise DataError(f"{pattern!r} is not a regular expression: {error}", where=where) from None
     return rows
 
 
@@ -133,7 +133,7 @@ def general_rows(path: Path | None, root: Path) -> list[Row]:
 def measure_sides(
     targets: Sequence[Target], rows: Sequence[Row], general: Sequence[Row], root: Path, on_progress: Progress | None
 ) -> list[Side]:
-    """The base first, then each target; the base is measured with the first adapter switched off where there is one."""
+    """The base first, then each target; the base is measured with the first adapter switched off if there is one."""
     progress = _ProgressParts(on_progress, (len(targets) + 1) * (len(rows) + len(general)))
     sides: list[Side] = []
     base: Side | None = None
@@ -207,7 +207,7 @@ def _per_answer(rows: Sequence[Row], losses: Sequence[float]) -> list[float]:
 
 
 def passes(answer: str, check: Mapping[str, Any]) -> float:
-    """1 where the answer is not empty and every check holds, else 0; nan without checks."""
+    """1 if the answer is not empty and every check holds, else 0; nan without checks."""
     if not check:
         return float("nan")
     answer = answer.strip()

@@ -125,7 +125,7 @@ def _answer_row(entry: Mapping[str, Any], names: Sequence[str]) -> list[object]:
 
 
 def _folded(text: str) -> Markup:
-    """The text, folded behind its beginning where it is long."""
+    """The text, folded behind its beginning if it is long."""
     if len(text) <= FOLDED_AFTER:
         return escape(text)
     return Markup("<details><summary>{} …</summary>{}</details>").format(text[:160], text)

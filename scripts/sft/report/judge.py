@@ -133,7 +133,7 @@ class Judge:
 
 
 def parse_scores(reply: str) -> tuple[Scores, Scores]:
-    """The scores of the first and the second answer in a judge's reply. Raises ValueError where there are none."""
+    """The scores of the first and the second answer in a judge's reply. Raises ValueError if there are none."""
     start, decoder = reply.find("{"), json.JSONDecoder()
     while start >= 0:
         try:

@@ -191,7 +191,7 @@ def vocabulary_of_tokenizer(
 ) -> Vocabulary:
     """The vocabulary of a byte-level BPE tokenizer. rows: of the embedding. texts: probes besides our own.
 
-    Raises ModelError for other kinds of tokenizer, and where no pre-tokenizer of llama.cpp gives the model's ids.
+    Raises ModelError for other kinds of tokenizer, and if no pre-tokenizer of llama.cpp gives the model's ids.
     """
     state = byte_level_bpe(tokenizer)
     tokens, types = [f"[PAD{at}]" for at in range(rows)], [UNUSED] * rows
@@ -222,7 +222,7 @@ def vocabulary_of_tokenizer(
 
 
 def byte_level_bpe(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """The tokenizer's tokenizer.json. Raises ModelError where it is not a byte-level BPE."""
+    """The tokenizer's tokenizer.json. Raises ModelError if it is not a byte-level BPE."""
     state: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     model = state["model"]
     if model["type"] != "BPE" or model.get("byte_fallback") or "ByteLevel" not in json.dumps(state["pre_tokenizer"]):
@@ -367,7 +367,7 @@ def write(
 def check(files: ModelFiles, path: Path, kind: str, progress: Progress) -> float:
     """Reads the file back and compares every tensor with the model's; returns the largest error of a number.
 
-    Raises ModelError where one is missing or off by more than its type's rounding.
+    Raises ModelError if one is missing or off by more than its type's rounding.
     """
     arch = architecture(files.config, files.name)
     plans, largest = _plan_tensors(files, arch, kind), 0.0

@@ -124,7 +124,7 @@ def rename_to_files(
     stayed in training; otherwise a delta on one of the two unties them, and the head gets a tensor of its own
     (lm_head.weight, with an empty delta where the base's embedding stays the head).
 
-    Raises ModelError where a delta has no tensor.
+    Raises ModelError if a delta has no tensor.
     """
     renamed: dict[str, TensorDelta] = {}
     for name, delta in deltas.items():
@@ -211,7 +211,7 @@ def write_merged(
 ) -> MergeCounts:
     """Writes each source file's tensors to `out` under the same file name, merged and in `dtype` (fp32, fp16, bf16).
 
-    Raises ModelError where a number does not fit the type. OSError (a full disk) passes through.
+    Raises ModelError if a number does not fit the type. OSError (a full disk) passes through.
     """
     counts, done, total = MergeCounts(), 0, sum(len(tensors(path)) for path in sources)
     for source in sources:

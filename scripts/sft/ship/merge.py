@@ -143,7 +143,7 @@ def require_replaceable(out: Path, report: str, what: str) -> None:
 
 
 def config_of(adapter: Path, record: dict[str, Any]) -> Config:
-    """The config that the adapter was trained with; where there is none beside it, its base under the defaults."""
+    """The config that the adapter was trained with; if there is none beside it, its base under the defaults."""
     try:
         return runs.run_of_adapter(adapter)
     except RunError:
@@ -158,7 +158,7 @@ def find_base(section: ModelSection, moved: str | None, adapter: Path, root: Pat
     try:
         return hub.find(section.model_copy(update={"name": moved, "revision": None}) if moved else section, root)
     except ModelError as error:
-        hint = f"if the base of {adapter.name} ({section.name}) has moved: --set model.name=NEW_PLACE"
+        hint = f"if the base of {adapter.name} ({section.name}) has moved: --set model.name=NEW_FOLDER"
         error.fix = f"{error.fix}\n         {hint}" if error.fix else hint
         raise
 

@@ -68,7 +68,7 @@ class Certificate:
 def certify(encoder: Encoder, routes: Sequence[Route], rows: Sequence[Row], sources: list[str]) -> Certificate:
     """Compares every route with training on every row. encoder: the run's own, for rows of any length.
 
-    Raises TemplateError at the first difference, shown in tokens, and where a route could not be compared at all.
+    Raises TemplateError at the first difference, shown in tokens, and if a route could not be compared at all.
     """
     certificate = Certificate([route.name for route in routes], sources)
     certificate.template, certificate.template_sha256 = encoder.template.name, encoder.template.digest
@@ -93,7 +93,7 @@ def certify(encoder: Encoder, routes: Sequence[Route], rows: Sequence[Row], sour
 
 
 def _compare_row(encoder: Encoder, routes: Sequence[Route], row: Row, name: str, certificate: Certificate) -> list[int]:
-    """Compares one row over all routes; returns its training ids. Raises Refused where no route can express it."""
+    """Compares one row over all routes; returns its training ids. Raises Refused if no route can express it."""
     _refuse_plain_control_tokens(encoder, row)
     encoded = encoder.encode(row)
     if encoded.dropped:
@@ -235,7 +235,7 @@ _SYSTEM, _USER, _ANSWER, _NEXT_USER = "\ue000Wfgh", "\ue000Kquv", "\ue000Zbmt", 
 
 @dataclass(frozen=True)
 class GoTemplate:
-    """A chat template as the texts before each message; None where the template has no such message.
+    """A chat template as the texts before each message; None if the template has no such message.
 
     first_user: before the first user's message without a system text, after_system: with one, next_user: before a later
     one. prompt: at the end of a prompt. end: after the last answer.
@@ -283,7 +283,7 @@ class GoTemplate:
 def go_template(template: ChatTemplate, begin: str) -> GoTemplate:
     """The Go form of a template, from renderings of marked messages; parity then proves that nothing is missing.
 
-    begin: the begin token that llama.cpp itself puts first, "" where it puts none. Raises TemplateError where a message
+    begin: the begin token that llama.cpp itself puts first, "" if it puts none. Raises TemplateError if a message
     is missing from its rendering or shown twice.
     """
 

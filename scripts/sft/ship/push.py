@@ -81,7 +81,7 @@ def upload_error(error: BaseException, repo: str) -> ModelError:
     reason = _SIGNED_URL.sub(r"\1", reason)[:300] or type(error).__name__
     again = "then push again: files that have arrived are not sent twice"
     if status is None:
-        return ModelError(f"the upload broke off: {reason}", where=repo, fix=f"check the network, {again}")
+        return ModelError(f"the upload was interrupted: {reason}", where=repo, fix=f"check the network, {again}")
     return ModelError(f"the hub refused: {reason}", where=repo, fix=f"{_FIXES.get(status, 'see its reason,')} {again}")
 
 
@@ -104,7 +104,7 @@ def _files_to_send(folder: Path, repo: str) -> dict[str, int]:
 
 
 def newest_export(root: Path) -> Path:
-    """The folder of the last export. Raises RunError where there is none."""
+    """The folder of the last export. Raises RunError if there is none."""
     place = root / "outputs" / "export"
     reports = sorted(place.glob(f"*/{EXPORT_REPORT}"), key=lambda path: path.stat().st_mtime)
     if not reports:

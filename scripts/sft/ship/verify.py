@@ -91,7 +91,7 @@ def held_out_sample(encoder: Encoder, config: Config, root: Path, vocabulary: in
     """Up to HELD_OUT_ROWS rows of the run's validation file, else of the shipped sample, with logits in LOGIT_BYTES.
 
     vocabulary: width of the logits. A row that is too long loses its beginning (seq2seq: its end). Raises DataError
-    where no row fits.
+    if no row fits.
     """
     most_tokens = max(8, LOGIT_BYTES // (4 * vocabulary))
     own = run_rows(config, root)
@@ -110,7 +110,7 @@ def held_out_sample(encoder: Encoder, config: Config, root: Path, vocabulary: in
 
 
 def run_rows(config: Config, root: Path) -> tuple[str, list[Row]] | None:
-    """The run's validation file and its rows, else those of its training file; None where its data is gone.
+    """The run's validation file and its rows, else those of its training file; None if its data is gone.
 
     A file outside the project is named without its folder, since what is exported may be published.
     """
@@ -156,7 +156,7 @@ class Comparison:
 def verify_merge(files: ModelFiles, folder: Path, config: Config, adapter: Path, dtype: str, root: Path) -> Comparison:
     """Compares the adapter on the base `files` with the merged weights in `folder`, on held-out rows.
 
-    Raises ModelError where they differ by more than rounding, or the held-out loss rises by more than LOSS_LIMIT.
+    Raises ModelError if they differ by more than rounding, or the held-out loss rises by more than LOSS_LIMIT.
     """
     trusted = config.model.trust_remote_code
     merged = ModelFiles(folder, str(folder), None, read_config(folder, str(folder)), files.kind)
@@ -211,10 +211,10 @@ def difference(one: list[Tensor], other: list[Tensor]) -> tuple[float, float, fl
 def open_streamed(
     files: ModelFiles, overrides: dict[str, Any], *, trust_remote_code: bool, adapter: Path | None = None
 ) -> Any:
-    """The model in eval mode in float32, with peft's adapter where one is named; each module reads its weights from
+    """The model in eval mode in float32, with peft's adapter if one is named; each module reads its weights from
     the files for the time of its forward.
 
-    overrides: what differs from the model's config.json (a resized vocabulary). Raises ModelError where the files lack
+    overrides: what differs from the model's config.json (a resized vocabulary). Raises ModelError if the files lack
     a parameter.
     """
     settings = AutoConfig.from_pretrained(files.path, local_files_only=True, trust_remote_code=trust_remote_code)
@@ -305,7 +305,7 @@ def _linear(layer: Any, own: dict[str, Callable[..., Tensor]]) -> Any:
 
 @dataclass(frozen=True)
 class SmokeTest:
-    """One answer. source: where the question is from. reference: the expected answer, where it is known.
+    """One answer. source: where the question is from. reference: the expected answer, if it is known.
 
     stopped: the answer ended by itself. tokens: generated ones, the end token included. device: where the model was
     loaded: the GPU, or the CPU where its 16-bit weights do not fit the GPU's free memory.
@@ -320,7 +320,7 @@ class SmokeTest:
     device: str
 
     def summary(self) -> str:
-        """Question, reference and answer for people, long ones shortened."""
+        """Question, reference and answer as readable text, long ones shortened."""
         texts = {f"question ({self.source})": self.question, "reference": self.reference, "answer": self.text}
         lines = [f"{name}: {text[:_SHOWN]}{' ...' * (len(text) > _SHOWN)}" for name, text in texts.items() if text]
         ended = "stopped by itself" if self.stopped else "cut off at max_new_tokens"
@@ -359,7 +359,7 @@ def smoke_test(folder: Path, question: str | None, root: Path) -> SmokeTest:
 
 
 def first_question(prompt: Prompt, config: Config, root: Path) -> tuple[str, Question] | None:
-    """The run's first held-out row with an answer, and the file it is from; None where the run's rows are gone.
+    """The run's first held-out row with an answer, and the file it is from; None if the run's rows are gone.
 
     Rows that the template refuses are skipped, as in training.
     """

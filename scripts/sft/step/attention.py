@@ -88,7 +88,7 @@ def keeps_rows_apart(model: nn.Module) -> bool:
     if base not in _verified:
         _verified[base] = _passes_leak_check(base)
         if not _verified[base]:
-            log.warning("this model does not keep packed rows apart: micro-batches are padded instead")
+            log.warning("this model lets packed rows attend to each other: micro-batches are padded instead")
     return _verified[base]
 
 

@@ -50,7 +50,7 @@ class Collator:
         self.kind = kind
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """The step batch of these rows, in their order. Raises ValueError where tokens and labels differ in number."""
+        """The step batch of these rows, in their order. Raises ValueError if tokens and labels differ in number."""
         ids = [torch.tensor(list(feature["input_ids"]), dtype=torch.long) for feature in features]
         labels = [torch.tensor(list(feature["labels"]), dtype=torch.long) for feature in features]
         sources = {"input_ids": torch.cat(ids)}

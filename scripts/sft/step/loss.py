@@ -43,7 +43,7 @@ class LogitTransform:
 
 
 IDENTITY = LogitTransform()
-# The transform of each model seen so far; None where it is unknown, and full logits are kept.
+# The transform of each model seen so far; None if it is unknown, and the loss uses full logits.
 _transforms: WeakKeyDictionary[nn.Module, LogitTransform | None] = WeakKeyDictionary()
 
 
@@ -89,7 +89,7 @@ def tiled_cross_entropy(
         _transforms[base] = _find_transform(base, raw, logits)
     transform = _transforms[base]
     if transform is None or hidden is None or raw is None:
-        log.warning("%s computes its logits in an unknown way: full logits are kept", type(base).__name__)
+        log.warning("%s computes its logits in an unknown way: the loss uses full logits", type(base).__name__)
         return full_cross_entropy(model, inputs, targets, smoothing=smoothing, labelled_only=True)
     labelled = targets != IGNORED
     hidden, targets = hidden[labelled], targets[labelled]
@@ -239,7 +239,7 @@ def _run_to_head(
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """The head's input [B, L, h], and one position's logits: the head's output and the model's.
 
-    The first two are None where the model does not call its head exactly once.
+    The first two are None if the model does not call its head exactly once.
     """
     hidden_states: list[Tensor] = []
     outputs: list[Tensor] = []
@@ -278,7 +278,7 @@ def _find_transform(base: nn.Module, raw: Tensor, logits: Tensor) -> LogitTransf
 
 
 def _plain_linear(head: nn.Module) -> nn.Linear | None:
-    """The head's only matrix, also behind peft's `modules_to_save`; None where the head is more than that."""
+    """The head's only matrix, also behind peft's `modules_to_save`; None if the head is more than that."""
     saved = getattr(head, "modules_to_save", None)
     if isinstance(saved, nn.ModuleDict):
         active = [name for name in getattr(head, "active_adapters", []) if name in saved]

@@ -200,7 +200,7 @@ def evaluate_loss(model: nn.Module, rows: Sequence[Mapping[str, Any]], config: S
                 raise
         release_memory()
         config = replace(config, eval_tokens=smaller_budget(micros, tokens))
-        log.warning("out of memory in evaluation: going on in micro-batches of at most %d tokens", config.eval_tokens)
+        log.warning("out of memory in evaluation: continuing in micro-batches of at most %d tokens", config.eval_tokens)
     return EvaluationLoss(sums, counts, replace(config, label_smoothing=smoothing))
 
 
@@ -285,7 +285,7 @@ def optimizer_step(optimizer: Any, on_retry: Callable[[], None]) -> None:
     """`optimizer.step()`; if the first step, which allocates the state, runs out of memory, restores the weights and
     retries once.
 
-    For its duration a copy of the weights waits in the machine's memory. Raises EnvironmentProblem where a later step
+    For its duration a copy of the weights waits in the machine's memory. Raises EnvironmentProblem if a later step
     runs out of memory, which may have changed part of the weights. on_retry: called before the second try.
     """
     inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it

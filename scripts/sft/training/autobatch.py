@@ -52,7 +52,7 @@ class DoesNotFitError(EnvironmentProblem):
 
 
 class CudaGauge:
-    """This process's memory on its GPU, within `set_per_process_memory_fraction` where that is set. Bytes."""
+    """This process's memory on its GPU, within `set_per_process_memory_fraction` if that is set. Bytes."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -88,7 +88,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Result:
-    """What was measured. eval_tokens: the budget that evaluation was lowered to, None where it was not.
+    """What was measured. eval_tokens: the budget that evaluation was lowered to, None if it was not.
 
     peaks: for each stage the GiB of tensors and the GiB reserved.
     """
@@ -116,7 +116,7 @@ def choose(
     """The step with the micro-batch to use, and the values of section `train` that were chosen ({} on the CPU).
 
     folder: the run's. A resumed run uses what its checkpoint has, so that it continues bit for bit. Raises
-    EnvironmentProblem where no row fits.
+    EnvironmentProblem if no row fits.
     """
     if job.device.device != "cuda":
         return step, {}
@@ -208,8 +208,8 @@ class MemoryProbe:
     """The measurements for one model.
 
     lengths: of the rows, in tokens. gauge: a CudaGauge. most_rows: of a step, on this rank. fixed_tokens: the
-    configured micro-batch, None where it is free. state_bytes: of the optimizer for each trained number. answer, save:
-    what the run does between steps, None where it never does.
+    configured micro-batch, None if it is free. state_bytes: of the optimizer for each trained number. answer, save:
+    what the run does between steps, None if it never does.
     """
 
     model: Any

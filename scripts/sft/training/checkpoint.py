@@ -1,4 +1,4 @@
-"""Checkpoints: what a resumed run needs, written so that a folder is either whole or absent.
+"""Checkpoints: what a resumed run needs, written so that a folder is either complete or absent.
 
 A checkpoint holds the trained weights (safetensors), the optimizer, the learning-rate schedule, the random state of
 every rank, the loop's progress, the resolved config and the fingerprint of the run's settings. It is written to a
@@ -162,7 +162,7 @@ def save_weights(model: Any, folder: Path) -> None:
 
 
 def load_weights(model: Any, folder: Path) -> None:
-    """Loads what `save_weights` wrote into the model, bit for bit. Raises RunError where the names differ."""
+    """Loads what `save_weights` wrote into the model, bit for bit. Raises RunError if the names differ."""
     if is_adapter(model):
         from peft import set_peft_model_state_dict
 
@@ -181,7 +181,7 @@ def load_weights(model: Any, folder: Path) -> None:
         raise RunError(
             f"the weights in {folder.name} do not fit this model: {len(wrong)} names differ, such as {wrong[0]}",
             where=str(folder),
-            fix="--resume never starts a new run",
+            fix="start a new run: --resume never",
         )
 
 
@@ -271,7 +271,7 @@ def check_fingerprint(folder: Path, fingerprint: dict[str, Any], allowed: Iterab
         raise RunError(
             f"{FINGERPRINT} cannot be read ({type(error).__name__}), so the settings of this checkpoint are unknown",
             where=str(folder / FINGERPRINT),
-            fix="--resume never starts a new run",
+            fix="start a new run: --resume never",
         ) from None
     current = json.loads(json.dumps(fingerprint, default=str))
     changed = [key for key in sorted({*stored, *current}) if stored.get(key) != current.get(key)]
@@ -279,7 +279,7 @@ def check_fingerprint(folder: Path, fingerprint: dict[str, Any], allowed: Iterab
     refused = [key for key in changed if key in NEVER_ALLOWED or key not in set(allowed)]
     if not refused:
         return [line + (f" ({CONSEQUENCES[key]})" if key in CONSEQUENCES else "") for key, line in lines.items()]
-    fix = "--resume never starts a new run; or restore these settings"
+    fix = "start a new run (--resume never), or restore these settings"
     if not NEVER_ALLOWED & set(refused):
         fix += "; or accept the change: " + " ".join(f"--allow-change {key}" for key in refused)
     raise RunError(

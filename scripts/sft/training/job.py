@@ -112,7 +112,7 @@ class Job:
         }
 
     def write_settings(self, folder: Path) -> None:
-        """Writes the resolved config and the fingerprint, which stand beside weights wherever they are."""
+        """Writes the resolved config and the fingerprint, which are stored wherever weights are."""
         from sft.training.checkpoint import write_fingerprint
 
         runs.write_resolved(folder, self.config)
@@ -227,7 +227,7 @@ def read_rows(
 
 
 def _find_device(config: Config) -> hardware.Hardware:
-    """The machine's device, or the one that `model.device_map` names. Raises ConfigError where it does not exist."""
+    """The machine's device, or the one that `model.device_map` names. Raises ConfigError if it does not exist."""
     device = hardware.probe()
     name = config.model.device_map
     if name == "cpu":
@@ -277,7 +277,7 @@ def make_schedule(config: Config, rows: int, *, validation: bool) -> Schedule:
 
 
 def _best_metric(config: Config) -> str:
-    """The metric that chooses the best checkpoint. Raises ConfigError where it is not measured while training."""
+    """The metric that chooses the best checkpoint. Raises ConfigError if it is not measured while training."""
     from sft.metrics.scoring import check_names
 
     name = config.train.metric_for_best_model.removeprefix("eval_").removeprefix("eval/")
@@ -514,12 +514,12 @@ def _quoted(text: str) -> str:
 
 
 def require_finished(loop: TrainingLoop, run: Run) -> None:
-    """Raises Stopped, with the command that resumes the run, where it was stopped before its end."""
+    """Raises Stopped, with the command that resumes the run, if it was stopped before its end."""
     code, progress = loop.signals.exit_code, loop.progress
     if code is None or loop.complete:
         return
     raise Stopped(
-        f"{run.name} was stopped after step {progress.global_step} of {progress.max_steps}, with a checkpoint of it",
+        f"{run.name} was stopped after step {progress.global_step} of {progress.max_steps}, with a checkpoint",
         exit_code=code,
         fix="the same command resumes it (make train or make resume, or python scripts/train.py)",
     )
@@ -598,7 +598,7 @@ def summarize(job: Job, loop: TrainingLoop, run: Run, best: int | None, target: 
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has used: of the GPU where there is one, else of the system."""
+    """The most memory that this process has used: of the GPU if there is one, else of the system."""
     import torch
 
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
@@ -627,17 +627,17 @@ def describe_result(job: Job, summary: dict[str, Any], root: Path) -> list[str]:
         f" {summary['tokens_per_second']:,.0f} tokens/s, peak memory {summary['peak_memory_gib']:.2f} GiB",
     ]
     if summary["steps"] < summary["planned_steps"]:
-        lines.append(f"stopped early, of {summary['planned_steps']:,} planned steps: evaluation no longer improved")
+        lines.append(f"stopped early ({summary['planned_steps']:,} steps were planned): evaluation no longer improved")
     if summary["eval"]:
         chosen = "the best checkpoint" if summary["best_step"] else "the last evaluation"
         if lost := summary["best_lost"]:
-            chosen = f"the best checkpoint (step {lost['step']}, {lost['value']:.4f}) was damaged; what is left"
+            chosen = f"the best checkpoint (step {lost['step']}, {lost['value']:.4f}) was damaged; best one left"
         metrics = "  ".join(f"{name} {value:.4f}" for name, value in summary["eval"].items())
         lines.append(f"{chosen} (step {summary['best_step'] or summary['steps']}): {metrics}")
     lines += [
         f"written to {display_path(Path(summary['output']), root)}",
         "next:   make eval    (scores it on the validation rows; make eval-test for the test rows)",
-        "next:   make infer   (talk to it)",
+        "next:   make infer   (chat with it)",
     ]
     if job.config.tuning.mode != "full" and not job.config.train.merge_at_end:
         lines.append("next:   make merge   (one model, without the adapter)")

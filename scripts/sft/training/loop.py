@@ -48,7 +48,7 @@ Answer = Callable[[Any], tuple[dict[str, float], str]]  # the model -> metrics o
 class Schedule:
     """The steps of a run and what happens at which of them.
 
-    metric: the metric that chooses the best checkpoint, None where the last one is the result. notes: for the user.
+    metric: the metric that chooses the best checkpoint, None if the last one is the result. notes: for the user.
     """
 
     steps_per_epoch: int
@@ -272,7 +272,7 @@ class TrainingLoop:
         if self.schedule.metric is None:
             return False
         if metrics.get("eval_stop_rate", 1.0) < self.schedule.min_stop_rate:
-            log.warning("too few answers end by themselves (train.min_stop_rate): this is not a best checkpoint")
+            log.warning("too few answers end by themselves (train.min_stop_rate): this checkpoint cannot be the best")
             return False
         value, best = metrics[f"eval_{self.schedule.metric}"], self.progress.best_metric
         better = value > best if best is not None and self.schedule.greater_is_better else best is None or value < best
@@ -301,10 +301,11 @@ class TrainingLoop:
             return False
         older = [path.name for path in self.checkpoints.run.checkpoints()]
         raise RunError(
-            f"the {what} is {value} at step {step}: training cannot go on from here",
+            f"the {what} is {value} at step {step}: training cannot continue",
             where=where,
             fix="look at those rows (make preview), lower train.learning_rate, use bf16 instead of fp16, or"
-            " --set train.on_nan=skip; " + (f"{older[-1]} is from before" if older else "there is no checkpoint yet"),
+            " --set train.on_nan=skip; "
+            + (f"{older[-1]} was saved before this step" if older else "there is no checkpoint yet"),
         )
 
     def _not_finite_alone(self, ids: Sequence[str]) -> list[str]:
@@ -396,15 +397,15 @@ class TrainingLoop:
             log.info("kernels were %s and are now %s: same steps, but the last bits may differ", stored, current)
 
     def load_best(self) -> int | None:
-        """Loads the best weights that are available; returns their step, None where the last weights are the result."""
+        """Loads the best weights that are available; returns their step, None if the last weights are the result."""
         best = self._best_available() if self.schedule.load_best else None
         if best is not None and best[0] != self.progress.global_step:
             ckpt.load_weights(self.model, self.checkpoints.folder(best[0]))
         return best[0] if best else None
 
     def _best_available(self) -> tuple[int, float] | None:
-        """(step, value) of the best evaluation whose checkpoint is whole, or which the model has now; of equal ones the
-        oldest. Warns where a better one is damaged.
+        """(step, value) of the best evaluation with a valid checkpoint, or whose weights the model has now; the oldest
+        of equal ones. Warns if a better one is damaged.
         """
         key, sign = f"eval_{self.schedule.metric}", -1 if self.schedule.greater_is_better else 1
         ranked = sorted(
@@ -459,7 +460,7 @@ def make_accelerator(train: TrainSection, device: str) -> Any:
 def create_optimizer(model: nn.Module, train: TrainSection) -> torch.optim.Optimizer:
     """The optimizer that `train.optim` names (see transformers' OptimizerNames); no weight decay on biases and norms.
 
-    Raises ConfigError where the name is unknown, or its library is missing.
+    Raises ConfigError if the name is unknown, or its library is missing.
     """
     from transformers import Trainer, TrainingArguments
     from transformers.trainer_pt_utils import get_parameter_names
