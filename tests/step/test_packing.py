@@ -17,21 +17,21 @@ BUDGET = 2048
 
 
 def test_most_of_what_is_computed_is_real_at_lengths_like_alpacas() -> None:
-    rows = material.made(800, longest=BUDGET, vocabulary=1000)
-    packed = packing.measure(rows, budget=BUDGET, effective=16, apart=True)
-    groups = packing.measure(rows, budget=BUDGET, effective=16, apart=False)
+    rows = material.generated_rows(800, longest=BUDGET, vocabulary=1000)
+    packed = packing.measure(rows, budget=BUDGET, effective=16, packed=True)
+    groups = packing.measure(rows, budget=BUDGET, effective=16, packed=False)
     assert packed["real_of_computed"] == 1.0
     assert packed["micro_batches"] == packed["fewest_possible"]
     assert groups["real_of_computed"] >= 0.90
-    larger = packing.measure(rows, budget=BUDGET, effective=256, apart=True)
+    larger = packing.measure(rows, budget=BUDGET, effective=256, packed=True)
     assert larger["real_of_budget"] >= 0.90
 
 
 def test_rows_of_a_real_data_set_too(shared: Path) -> None:
     files = (shared / "instruct" / "alpaca_52k.json", shared / "tokenizers" / "qwen2.5" / "tokenizer.json")
     rows = material.alpaca(*files, longest=BUDGET, most=800)
-    assert packing.measure(rows, budget=BUDGET, effective=16, apart=True)["real_of_computed"] >= 0.95
-    assert packing.measure(rows, budget=BUDGET, effective=16, apart=False)["real_of_computed"] >= 0.90
+    assert packing.measure(rows, budget=BUDGET, effective=16, packed=True)["real_of_computed"] >= 0.95
+    assert packing.measure(rows, budget=BUDGET, effective=16, packed=False)["real_of_computed"] >= 0.90
 
 
 def test_bins_are_filled_best_fit_first() -> None:
@@ -79,6 +79,8 @@ def test_no_mode_does_more_operations_than_its_formula() -> None:
         "tie_word_embeddings": True,
     }
     modes = [(True, False, True), (True, True, True), (True, True, False), (False, True, True)]
-    modes_measured = flops.measure(material.made(6, longest=128, vocabulary=2000), shapes, tokens=256, modes=modes)
+    modes_measured = flops.measure(
+        material.generated_rows(6, longest=128, vocabulary=2000), shapes, tokens=256, modes=modes
+    )
     assert len(modes_measured) == len(modes)
     assert all(0.9 < mode["ratio"] <= 1.03 for mode in modes_measured), modes_measured
