@@ -10,17 +10,20 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from sft.config.schema import TrainSection
 from sft.errors import EnvironmentProblem
 from sft.training.autobatch import (
     DoesNotFitError,
     Measurement,
     MemoryProbe,
     Result,
+    choose,
     is_checkpointing,
     longest_batch,
     search,
@@ -123,6 +126,22 @@ def test_evaluation_that_runs_out_of_memory_is_lowered_and_stays_so(make_probe: 
     rows = [*trial.validation, *bench.features(12, seed=3)]
     result = replace(trial, validation=rows, fixed_tokens=120).run()
     assert result.eval_tokens is not None and result.eval_tokens <= 80
+
+
+@pytest.mark.parametrize("explicit", [{}, {"micro_batch_tokens": 64, "gradient_checkpointing": True}])
+def test_a_resumed_run_uses_its_checkpoints_micro_batch_unless_the_config_has_one(
+    tiny_qwen2: Path, tmp_path: Path, explicit: dict[str, Any]
+) -> None:
+    loop = bench.make_loop(bench.config(tiny_qwen2, tmp_path / "outputs/a", train=explicit))
+    session = {"asked_budget": [160, None, True], "checkpointing": False}
+    (tmp_path / "session.json").write_text(json.dumps(session), encoding="utf-8")
+    config = bench.config(tiny_qwen2, tmp_path, train=explicit)
+    job: Any = SimpleNamespace(
+        config=config, unresolved=TrainSection(**explicit), device=SimpleNamespace(device="cuda")
+    )
+    step, settings = choose(job, loop.model, loop.step, tmp_path, tmp_path, tmp_path, None)
+    assert step.micro_batch_tokens == settings["micro_batch_tokens"] == explicit.get("micro_batch_tokens", 160)
+    assert is_checkpointing(loop.model) == settings["gradient_checkpointing"] == bool(explicit)
 
 
 def test_the_longest_rows_make_the_batch() -> None:

@@ -115,8 +115,8 @@ def choose(
 ) -> tuple[StepConfig, dict[str, Any]]:
     """The step with the micro-batch to use, and the values of section `train` that were chosen ({} on the CPU).
 
-    folder: the run's. A resumed run uses what its checkpoint has, so that it continues bit for bit. Raises
-    EnvironmentProblem if no row fits.
+    folder: the run's. Where the config leaves them open, a resumed run uses the values of its checkpoint, so that it
+    continues bit for bit. Raises EnvironmentProblem if no row fits.
     """
     if job.device.device != "cuda":
         return step, {}
@@ -125,8 +125,10 @@ def choose(
     eval_tokens = None
     if checkpoint is not None:
         session = ckpt.read_state(checkpoint, ckpt.SESSION)
-        tokens, checkpointing = int(session["asked_budget"][0]), bool(session["checkpointing"])
-        reason = "as in the checkpoint"
+        tokens = int(session["asked_budget"][0] if is_free else train.micro_batch_tokens)
+        is_open = unresolved.gradient_checkpointing == "auto"
+        checkpointing = bool(session["checkpointing"] if is_open else train.gradient_checkpointing)
+        reason = "as in the checkpoint" if is_free else "as configured"
     else:
         cache = root / CACHE / f"{_cache_key(job, None if is_free else int(train.micro_batch_tokens))}.json"
         result = _read_cache(cache)
