@@ -25,7 +25,7 @@ TILE = 512
 
 
 def losses(side: str, hidden: Any, weight: Any, targets: Any) -> Any:
-    """The summed cross-entropy of `hidden @ weight.T`, computed the way of `side`."""
+    """The summed cross-entropy of `hidden @ weight.T`, computed by the variant `side`."""
     import torch
     from torch.nn import LinearCrossEntropyOptions, functional
 

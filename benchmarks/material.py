@@ -1,4 +1,4 @@
-"""What the benchmarks share: rows of real or generated lengths, facts about the machine, saving of results."""
+"""Shared by the benchmarks: rows of real or generated lengths, facts about the machine, saving of results."""
 
 from __future__ import annotations
 

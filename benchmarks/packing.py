@@ -1,4 +1,4 @@
-"""How much of what a micro-batch computes is real tokens: packed, and in groups of like length.
+"""The share of computed tokens that are real: packed, and in groups of similar length.
 
     python benchmarks/packing.py [--data alpaca.json --tokenizer tokenizer.json] [--budget 2048] [--json]
 

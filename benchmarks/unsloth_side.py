@@ -1,4 +1,4 @@
-"""Unsloth's side of `gpu.py`, in a process of its own: `python benchmarks/unsloth_side.py FOLDER`.
+"""Unsloth's side of `gpu.py`, in its own process: `python benchmarks/unsloth_side.py FOLDER`.
 
 FOLDER has `weights/` (a model and a tokenizer) and `rows.json`. Prints one JSON line. Untested on a GPU so far.
 """

@@ -1,4 +1,4 @@
-"""Builds the demo model again from generated text, or writes the shipped samples again.
+"""Rebuilds the demo model from generated text, or rewrites the shipped samples.
 
 It reads nothing. It writes the model, its tokenizer, `build_log.jsonl` (figures every 100 steps) and `build.json` (what
 was built, when, with what). A build that was stopped goes on from the checkpoint in its folder.

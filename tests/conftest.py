@@ -1,4 +1,4 @@
-"""Fixtures that many tests share: tiny models, a runner of commands, the shared data where it is there."""
+"""Fixtures that many tests share: tiny models, a command runner, the shared data if it is there."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def tiny_t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of real data sets and tokenizers; tests that need it skip where it is not there."""
+    """The folder of real data sets and tokenizers; tests that need it are skipped without it."""
     if not SHARED.exists():
         pytest.skip("the shared data is not here")
     return SHARED
@@ -51,7 +51,7 @@ Result = subprocess.CompletedProcess[str]
 
 @pytest.fixture
 def command(tmp_path: Path) -> Callable[..., Result]:
-    """Runs `python scripts/NAME.py ARGS` as a user would, in a folder of its own, and returns what came of it."""
+    """Runs `python scripts/NAME.py ARGS` as a user would, in a folder of its own, and returns the completed process."""
 
     def run(
         name: str, *args: object, cwd: Path | None = None, stdin: str | None = None, timeout: int = 280, **env: str

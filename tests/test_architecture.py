@@ -173,7 +173,7 @@ def test_small_modules_with_one_importer_are_rare() -> None:
     assert len(small) <= MOST["small modules with one importer"], small
 
 
-def test_no_import_circles() -> None:
+def test_no_import_cycles() -> None:
     """Of imports at the top of files: those in functions are there to keep `--help` fast."""
     top = {name: module_targets(path, top_only=True) - {name} for name, path in modules().items()}
     done: set[str] = set()

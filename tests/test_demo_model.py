@@ -1,4 +1,4 @@
-"""The shipped demo model and samples: what they are, that they come out the same again, and that nothing leaks."""
+"""The shipped demo model and samples: their content, that they are reproducible, and that nothing leaks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folders change at once, also where the file system cannot exchange two names."""
+"""Folders are replaced atomically, also on file systems that cannot exchange two names."""
 
 from __future__ import annotations
 

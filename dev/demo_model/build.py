@@ -1,4 +1,4 @@
-"""The demo model's parts: its recipe, its tokenizer, its first weights, and the folder they are saved to."""
+"""The parts of the demo model: its recipe, tokenizer, initial weights, and the folder they are saved to."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ class Recipe:
 
     @property
     def settling_from(self) -> int:
-        """First step of the second, shorter fall of the rate, after 26 of 33 parts."""
+        """First step of the second, shorter decay of the rate, after 26 of 33 parts."""
         return self.steps - self.steps * 7 // 33
 
 
 def train_tokenizer(recipe: Recipe) -> Qwen2Tokenizer:
-    """A byte-level BPE inside Qwen2's own normaliser and splitter, as AutoTokenizer will put them together again."""
+    """A byte-level BPE inside Qwen2's own normaliser and splitter, as AutoTokenizer will rebuild it."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     shell = Qwen2Tokenizer().backend_tokenizer
     raw = Tokenizer(models.BPE())
@@ -86,7 +86,7 @@ def render(chat: list[Message]) -> list[tuple[str, bool]]:
 
 
 def new_model(recipe: Recipe, vocab_size: int) -> Qwen2ForCausalLM:
-    """A Qwen2 with drawn weights; the token embedding serves as output layer too, to stay under 8 MB."""
+    """A Qwen2 with random weights; the token embedding serves as output layer too, to stay under 8 MB."""
     torch.manual_seed(recipe.seed)
     config = Qwen2Config(
         vocab_size=vocab_size,

@@ -68,7 +68,7 @@ def chunk_chats(recipe: Recipe, chunk: int) -> Iterator[list[Message]]:
 
 
 def batches(tokenizer: Qwen2Tokenizer, drawn: Iterable[list[Message]], seed: int) -> list[Batch]:
-    """Chats in batches of like length, in a drawn order."""
+    """Chats in batches of similar length, in a seeded order."""
     encoded = [encode(tokenizer, chat) for chat in drawn]
     encoded.sort(key=lambda row: len(row[0]))
     groups = [encoded[start : start + MICRO_ROWS] for start in range(0, len(encoded), MICRO_ROWS)]
@@ -122,7 +122,7 @@ def losses(model: Qwen2ForCausalLM, batch: Batch) -> tuple[torch.Tensor, torch.T
 
 
 def one_step(model: Qwen2ForCausalLM, optims: list[torch.optim.Optimizer], window: list[Batch]) -> float:
-    """One optimizer step over the window's micro-batches; returns its weighted mean loss in nats."""
+    """One optimizer step over the step's micro-batches; returns its weighted mean loss in nats."""
     total = sum(float(weights[:, 1:].sum()) for _, weights in window)
     summed = 0.0
     for batch in window:
@@ -150,9 +150,9 @@ def pretrain(
     folder: Path,
     report: Callable[[Progress], None],
 ) -> Progress:
-    """Trains the model in place, from the folder's checkpoint where it is of this recipe; `report` hears of every step.
+    """Trains the model in place, from the folder's checkpoint if it has this recipe; `report` is called each step.
 
-    The folder gets `checkpoint.pt` and `build_log.jsonl`, a line for each time it looked at the held-out chats.
+    The folder gets `checkpoint.pt` and `build_log.jsonl`, a line for each evaluation on the held-out chats.
     """
     optims = optimizers(model, recipe)
     log = _resume(model, optims, recipe, folder / CHECKPOINT)
@@ -205,7 +205,7 @@ def _resume(model: Qwen2ForCausalLM, optims: list[torch.optim.Optimizer], recipe
 
 
 def prepare(threads: int | None) -> torch.device:
-    """Picks the device and asks torch for the same bytes every time."""
+    """Chooses the device and makes torch deterministic."""
     if threads:
         torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True, warn_only=True)

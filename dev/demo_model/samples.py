@@ -174,7 +174,7 @@ def _message(rng: random.Random, name: str, order: str, item: str, issue: str, d
 
 
 def support_desk(rows: int = ROWS, seed: int = SEED) -> Iterator[dict[str, str]]:
-    """Rows `{"system","user","assistant"}`; no full name and no order number comes twice."""
+    """Rows `{"system","user","assistant"}`; no full name and no order number occurs twice."""
     rng = random.Random(seed)
     names = [f"{first} {last}" for first in FIRST_NAMES for last in LAST_NAMES]
     # No digit twice: the smallest of models loses its place where digits repeat.

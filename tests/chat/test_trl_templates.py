@@ -1,4 +1,4 @@
-"""trl's chat templates, plain and with generation marks, against an oracle that does not use our proof.
+"""trl's chat templates, plain and with generation marks, against an oracle that does not use sentinels.
 
 The oracle uses the author's marks as transformers reads them. For the template without marks it subtracts what the
 generation prompt already contains (some authors mark their header too).

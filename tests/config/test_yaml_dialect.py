@@ -1,4 +1,4 @@
-"""YAML as people mean it, and every mistake by its line."""
+"""Our YAML dialect, and every mistake with its line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bytes and rows that nobody would write, and what must hold of them; for minutes at a time: make fuzz, or
+"""Random bytes and rows, and the properties that must hold for them; for minutes at a time: make fuzz, or
 
     python -m tests.data.fuzz 300        seconds; prints each new seed, stops at the first that fails
 
@@ -162,7 +162,7 @@ CHECKS: dict[Callable[..., None], dict[str, st.SearchStrategy[Any]]] = {
 
 
 def check(function: Callable[..., None], number: int, examples: int) -> None:
-    """Runs one check on so many examples, drawn from the seed `number`; raises what fails, shrunk."""
+    """Runs one check on this many examples from the seed `number`; raises the shrunk failure."""
 
     @seed(number)
     @settings(BOUNDED, max_examples=examples)

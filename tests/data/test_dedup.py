@@ -56,7 +56,7 @@ def test_the_bands_of_some_thresholds() -> None:
 
 
 @pytest.mark.parametrize("threshold", [0.5, 0.8, 0.95])
-def test_every_pair_by_brute_force_is_found_and_no_other(threshold: float) -> None:
+def test_the_pairs_are_exactly_those_of_a_brute_force_search(threshold: float) -> None:
     bases = [text(random.Random(seed).randint(3, 60)) for seed in range(60)]
     texts = [" ".join(base) for base in bases]
     for seed, base in enumerate(bases):

@@ -111,7 +111,7 @@ def test_a_weight_of_a_row_is_stored_and_reported_as_unused(tmp_path: Path) -> N
     assert any("1 rows have a `weight`" in text for text in ledger.warnings)
 
 
-def test_more_turns_stay_messages() -> None:
+def test_rows_of_several_turns_are_stored_as_messages() -> None:
     turns = [("human", "1"), ("gpt", "2"), ("human", "3"), ("gpt", "4")]
     row = {"system": "s", "conversations": [{"from": role, "value": text} for role, text in turns]}
     assert stored(row)[1]["messages"] == [

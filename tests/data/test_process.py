@@ -1,4 +1,4 @@
-"""The whole way from a file to the processed folder: exact counts, exact files, nothing lost, nothing half done."""
+"""From a raw file to the processed folder: exact counts, exact files, no partial results."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ def test_deduplicate_false_leaves_duplicates(tmp_path: Path) -> None:
     assert process(DataSection(), tmp_path, str(raw)).named == {"exact duplicate": 2}
 
 
-def test_files_of_others_survive_and_folders_of_others_are_refused(tmp_path: Path) -> None:
+def test_foreign_files_survive_and_foreign_folders_are_refused(tmp_path: Path) -> None:
     raw = write(tmp_path / "a.jsonl", [qa(f"q{i}") for i in range(5)])
     (tmp_path / "data/processed").mkdir(parents=True)
     (tmp_path / "data/processed/notes.txt").write_text("mine")
@@ -221,7 +221,7 @@ EXPECTED = {  # rows read, faults; the rest are written or duplicates
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_real_files_balance(tmp_path: Path, shared: Path, name: str) -> None:
+def test_the_ledger_of_real_files_balances(tmp_path: Path, shared: Path, name: str) -> None:
     ledger = process(DataSection(), tmp_path, str(shared / name))
     assert (ledger.read, ledger.faults) == EXPECTED[name]
     written = sum(

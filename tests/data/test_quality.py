@@ -58,7 +58,7 @@ def test_rows_of_a_benchmark_are_named_and_are_no_faults(tmp_path: Path) -> None
         run(tmp_path, rows, contamination=ContaminationSection(against=["gone.jsonl"]))
 
 
-def test_what_all_benchmark_rows_share_is_no_contamination(tmp_path: Path) -> None:
+def test_a_prompt_shared_by_all_benchmark_rows_is_not_contamination(tmp_path: Path) -> None:
     put(tmp_path / "bench.jsonl", [qa(f"{LONG} number {i}") for i in range(20)])
     ledger = run(tmp_path, [qa(f"{LONG} and more")], contamination=ContaminationSection(against=["bench.jsonl"]))
     assert ledger.named == {}
@@ -122,7 +122,7 @@ def test_the_former_name_of_the_script_check_is_an_error_that_names_its_successo
         ("\u0645\u0631\u062d\u0628\u0627", "arabic"),
     ],
 )
-def test_the_script_is_that_of_most_letters(text: str, script: str) -> None:
+def test_a_rows_script_is_that_of_most_letters(text: str, script: str) -> None:
     assert script_of(text) == script
 
 

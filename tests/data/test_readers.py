@@ -1,4 +1,4 @@
-"""Files of every kind, whole and broken: which rows come out, from where, and which faults the others have."""
+"""Files of every kind, whole and broken: their rows, origins and faults."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_a_table_of_one_column_and_chinese_utf16_without_a_mark_are_recognised(t
 
 
 @pytest.mark.parametrize("cell", ["x" * 300_000, "line\n" * 60, "x" * 300_000 + "\n,y"])
-def test_the_first_cells_may_be_larger_than_the_head_that_is_detected_by(tmp_path: Path, cell: str) -> None:
+def test_cells_may_be_larger_than_the_head_used_for_detection(tmp_path: Path, cell: str) -> None:
     path = put(tmp_path / "a.csv", f'question,answer\n"{cell}",yes\nq,a\n')
     assert values(path) == [{"question": cell, "answer": "yes"}, {"question": "q", "answer": "a"}]
 
@@ -251,7 +251,7 @@ def test_gzip_is_decompressed_while_reading(tmp_path: Path) -> None:
         ("a.csv", b'question,answer\nq,"a\0b"\nr,s\n', "binary"),
     ],
 )
-def test_files_that_are_no_rows_are_refused_by_name(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+def test_files_without_rows_are_refused_by_kind(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     with pytest.raises(DataError, match=message):
         read(put(tmp_path / name, content))
 
@@ -288,7 +288,7 @@ def test_the_order_in_which_raw_rows_are_searched(tmp_path: Path, monkeypatch: p
     assert sources.find_sources(DataSection(raw_path="mine.csv"), tmp_path, "own.jsonl")[0].name == "here/own.jsonl"
 
 
-def test_a_name_that_is_no_file_is_a_hub_data_set_or_an_error(tmp_path: Path) -> None:
+def test_a_name_that_is_not_a_file_is_a_hub_data_set_or_an_error(tmp_path: Path) -> None:
     source = open_source(Path("owner/name"), tmp_path, "owner/name", DataSection(hub_config="main", hub_split="test"))
     assert (source.kind, source.path) == ("hub data set, split test", None)
     with pytest.raises(DataError, match="cannot be loaded") as caught:
@@ -316,7 +316,7 @@ def test_hub_rows_come_through_the_datasets_library(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("block", [1, 2, 7, 64])
-def test_where_a_block_ends_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+def test_block_boundaries_do_not_change_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     monkeypatch.setattr("sft.data.readers.BLOCK", block)
     rows: list[Any] = [{"a": 'é\\"[{', "n": [1, -2.5e3, None, True], "o": {"x": {}}}, {"a": 12}, {"b": "\U0001f600"}]
     bad = '{"a": 1, "a": 2}'

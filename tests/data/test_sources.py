@@ -1,4 +1,4 @@
-"""Several files as one: folders, packed files, sources with weights and limits."""
+"""Several files as one source: folders, compressed files, sources with weights and limits."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def test_modes_on_short_rows_and_on_messages(mode: str, none: str, some: str) ->
         }
 
 
-def test_presets_are_texts_and_near_misses_are_mistakes() -> None:
+def test_presets_expand_to_texts_and_misspelt_ones_are_errors() -> None:
     assert style.style_text("concise") == style.PRESETS["concise"]
     assert set(style.PRESETS) == {"concise", "json", "step-by-step", "structured"}
     assert style.style_text("Be brief.") == "Be brief."

@@ -19,7 +19,7 @@ def sweep(*args: str) -> dict:
     return json.loads(done.stdout)
 
 
-def test_a_fault_of_every_sort_end_with_the_same_weights() -> None:
+def test_a_fault_of_every_kind_ends_with_the_same_weights() -> None:
     result = sweep("--sample", "1", "--seed", "5")
     assert result["failed"] == 0, json.dumps(result["modes"][0]["failed"], indent=1)
     assert result["cases"] == 5 and result["modes"][0]["calls"] > 100

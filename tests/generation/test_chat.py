@@ -71,7 +71,7 @@ def test_a_conversation_keeps_its_history_and_its_system_text(tmp_path: Path) ->
     assert session.turns[-1] == {"role": "assistant", "content": "answer 4.0"}
 
 
-def test_an_unknown_command_asks_the_model_nothing(tmp_path: Path) -> None:
+def test_an_unknown_command_does_not_reach_the_model(tmp_path: Path) -> None:
     output, _, model = chat(tmp_path, "/hlep", "/ask()", "/help")
     assert output.startswith("there is no command /hlep: /help lists them\nthere is no command /ask()")
     assert "/retry" in output and not model.calls

@@ -56,7 +56,7 @@ def by_hand(model: Any, ids: list[int], ends: frozenset[int], most: int) -> list
     return tokens
 
 
-def test_a_batch_answers_as_one_by_one_and_as_decoding_by_hand(qwen2: Any) -> None:
+def test_a_batch_gives_the_answers_of_single_prompts_and_of_a_manual_loop(qwen2: Any) -> None:
     model, tokenizer, prompts = qwen2
     together = engine.generate(model, tokenizer, prompts, GREEDY, SOME, batch_size=4)
     alone = engine.generate(model, tokenizer, prompts, GREEDY, SOME, batch_size=1)
@@ -67,7 +67,7 @@ def test_a_batch_answers_as_one_by_one_and_as_decoding_by_hand(qwen2: Any) -> No
 
 
 @pytest.mark.parametrize("family", ["tiny_gpt2", "tiny_t5"])
-def test_other_families_answer_in_batches_as_one_by_one(family: str, request: pytest.FixtureRequest) -> None:
+def test_other_families_give_the_same_answers_in_batches(family: str, request: pytest.FixtureRequest) -> None:
     model, tokenizer, prompts = opened(request.getfixturevalue(family))
     kind: Any = "seq2seq" if family == "tiny_t5" else "causal"
     together = engine.generate(model, tokenizer, prompts, GREEDY, SOME, batch_size=8, kind=kind)
@@ -76,7 +76,7 @@ def test_other_families_answer_in_batches_as_one_by_one(family: str, request: py
     assert any(answer.ids for answer in together)
 
 
-def test_the_padding_free_attention_of_training_answers_alike(qwen2: Any, tiny_qwen2: Path) -> None:
+def test_the_packed_attention_of_training_gives_the_same_answers(qwen2: Any, tiny_qwen2: Path) -> None:
     attention.register()
     model, tokenizer, prompts = opened(tiny_qwen2, attn_implementation=attention.NAME)
     expected = engine.generate(qwen2[0], tokenizer, prompts, GREEDY, SOME, batch_size=4)

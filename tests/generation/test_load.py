@@ -103,7 +103,7 @@ def test_a_conversation_too_long_loses_its_oldest_turns(project: Path) -> None:
 
 
 @pytest.mark.parametrize("proven", [True, False])  # by our own loop, and by transformers' generate
-def test_chat_batch_evaluation_and_training_give_the_same_text(
+def test_chat_batch_evaluation_and_training_generate_the_same_text(
     proven: bool, project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(decode, "PROVEN", decode.PROVEN if proven else frozenset())

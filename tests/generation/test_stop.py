@@ -48,7 +48,7 @@ def test_an_answer_ends_before_a_stop_string_even_within_a_token(tokenizer: Any)
     assert tokenizer.decode(inside.ids) == "The qu"[: len(tokenizer.decode(inside.ids))]
 
 
-def test_special_tokens_and_half_characters_leave_no_trace(tokenizer: Any) -> None:
+def test_special_tokens_and_incomplete_characters_are_not_shown(tokenizer: Any) -> None:
     start = tokenizer.convert_tokens_to_ids("<|im_start|>")
     tick = tokenizer.encode("✓")
     assert len(tick) == 3
@@ -57,7 +57,7 @@ def test_special_tokens_and_half_characters_leave_no_trace(tokenizer: Any) -> No
 
 
 @pytest.mark.parametrize(("text", "count"), [("Paris", 0), ("Paris.<|us", 4), ("a <", 1), ("<|user", 6), ("", 0)])
-def test_the_possible_beginning_of_a_stop_string_is_held_back(text: str, count: int) -> None:
+def test_a_possible_beginning_of_a_stop_string_is_not_streamed_yet(text: str, count: int) -> None:
     assert StopCriteria(None, Stops(strings=("<|user|>",)), ["###"]).held_back(text) == count
 
 

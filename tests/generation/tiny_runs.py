@@ -52,7 +52,7 @@ def project(root: Path, model: Path, *, mode: str = "lora") -> Path:
 
 
 def finished_run(root: Path, *, name: str = "tiny", seed: int = 1, scale: float = 0.3) -> Path:
-    """Attaches an adapter with random weights and leaves it as training would; returns its folder."""
+    """Attaches an adapter with random weights and saves it as training would; returns its folder."""
     import torch
 
     from sft import runs

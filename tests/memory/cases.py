@@ -1,4 +1,4 @@
-"""Small models of many families as config.json, resolved configs, and peaks that others have traced."""
+"""Small models of many families as config.json, resolved configs, and published traced peaks."""
 
 from __future__ import annotations
 

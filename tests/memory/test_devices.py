@@ -1,4 +1,4 @@
-"""Cards by name and by size, as people write them."""
+"""Cards by name and by size, as users write them."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_an_unknown_card_is_an_error_with_a_fix(text: str, message: str) -> None
     assert "--gpu 8GiB" in str(caught.value)
 
 
-def test_the_smallest_card_that_would_do() -> None:
+def test_the_smallest_sufficient_card() -> None:
     assert devices.smallest_card(9.5) == "RTX 3080 (10 GiB)"
     assert devices.smallest_card(500) is None
 

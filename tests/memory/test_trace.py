@@ -1,4 +1,4 @@
-"""The traced peak against models that really train, against others' traces, and against the trace of every layer."""
+"""The traced peak against models that really train, against published traces, and against the trace of every layer."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_the_trace_is_within_three_percent_of_real_training(
 @pytest.mark.parametrize(
     "size", [pytest.param(size, marks=[] if size == "0.5B" else pytest.mark.slow) for size in PEAKS]
 )
-def test_the_trace_meets_the_table_of_others(size: str) -> None:
+def test_the_trace_matches_published_figures(size: str) -> None:
     model = shapes.shipped_models()[f"Qwen/Qwen2.5-{size}-Instruct"]
     for (length, logits), expected in zip(CELLS, PEAKS[size], strict=True):
         config = resolved("qlora", "cuda", dropout=0.0, logits=logits, effective_batch=1)

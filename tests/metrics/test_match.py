@@ -1,4 +1,4 @@
-"""Exact match in its strengths, token F1 and the number at the end."""
+"""Exact match in its variants, token F1, and numeric answers."""
 
 from __future__ import annotations
 

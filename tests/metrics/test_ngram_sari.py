@@ -41,7 +41,7 @@ def test_a_sentence_worked_out_by_hand() -> None:
     assert got["sari"] == pytest.approx(100 * (0.625 + 0.75 + 0.5) / 3)
 
 
-def test_an_empty_answer_has_the_one_word_that_split_gives_it() -> None:
+def test_an_empty_answer_counts_as_one_empty_token() -> None:
     # keep 0, 1, 1, 1; delete 1, 1, 1, 1; add: "" is new and wrong, then 0/0: 0, 1, 1, 1
     got = score(["sari"], [""], ["a"], ["a"])
     assert got["sari"] == pytest.approx(100 * ((0 + 3) / 4 + (0 + 3) / 4 + (0 + 3) / 4) / 3)

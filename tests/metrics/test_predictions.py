@@ -18,7 +18,7 @@ def merged(previous: object, **changes: object) -> dict[str, object]:
     return predictions.merge_metrics(previous, **arguments)  # type: ignore[arg-type]
 
 
-def test_the_other_side_stays_for_the_same_run_and_split_only() -> None:
+def test_scores_of_the_other_model_stay_for_the_same_run_and_split_only() -> None:
     tuned = merged({}, sides={"tuned": {"rougeL": 0.5}}, constant={"answer": "x", "rougeL": 0.1, "exact_match": 0.0})
     assert "base" not in tuned
     both = merged(tuned, sides={"base": {"rougeL": 0.123456789}}, rows=3)

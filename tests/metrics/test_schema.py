@@ -14,7 +14,7 @@ from sft.metrics.scoring import score_rows
 SCHEMA = {"type": "object", "required": ["name", "age"], "properties": {"age": {"type": "integer"}}}
 
 
-def test_only_one_whole_json_value_is_valid() -> None:
+def test_only_a_single_complete_json_value_is_valid() -> None:
     texts = ['{"a": 1}', " [1]\n", '"x"', "{'a': 1}", "```json\n{}\n```", "NaN", '{"a": 1, "a": 2}', "", "[" * 100_000]
     got = score_rows(["json_valid"], texts, texts)
     assert got.rows["json_valid"] == [1, 1, 1, 0, 0, 0, 0, 0, 0]

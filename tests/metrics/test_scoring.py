@@ -18,7 +18,7 @@ def test_an_unknown_name_suggests_the_nearest_one() -> None:
         check_names(["evaluate:meteor"])
 
 
-def test_which_way_is_better() -> None:
+def test_direction_of_each_metric() -> None:
     assert greater_is_better("rougeL") and greater_is_better("eval_stop_rate")
     assert not any(
         map(greater_is_better, ["loss", "eval_loss", "row_loss", "eval/perplexity", "repetition", "empty_rate"])

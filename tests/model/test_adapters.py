@@ -65,7 +65,7 @@ def test_nf4_trains_on_the_cpu_and_leaves_the_base_alone(tiny_qwen2, dtype, chec
     assert frozen_bytes(model) == before
 
 
-def test_training_goes_on_after_an_evaluation(tiny_qwen2):
+def test_training_continues_after_an_evaluation(tiny_qwen2):
     # bitsandbytes 0.50.2 repacks 4-bit weights at the first evaluation on AVX512-BF16, and then has no gradient
     model = adapters.attach(base(tiny_qwen2, QLORA, torch.bfloat16), QLORA, gradient_checkpointing=False)
     before = frozen_bytes(model)
@@ -127,7 +127,7 @@ def test_t5_trains_with_adapters(tiny_t5, tuning):
 
 
 @pytest.mark.parametrize("extra", [{"use_rslora": True}, {"use_dora": True}, {"bias": "lora_only"}])
-def test_variants_train(tiny_qwen2, extra):
+def test_lora_variants_train(tiny_qwen2, extra):
     tuning = TuningSection(mode="qlora", lora=LoraSection(r=4, alpha=8, dropout=0.0, **extra))
     model = adapters.attach(base(tiny_qwen2, tuning), tuning, gradient_checkpointing=False)
     losses = train(model, input_ids=ids(), labels=ids())
@@ -150,7 +150,7 @@ def saved(folder: Path, tuning: TuningSection, out: Path) -> Path:
     return out
 
 
-def test_an_adapter_comes_back_as_it_was_saved(tiny_qwen2, tmp_path):
+def test_a_saved_adapter_loads_unchanged(tiny_qwen2, tmp_path):
     torch.manual_seed(0)
     model = adapters.attach(base(tiny_qwen2, LORA), LORA, gradient_checkpointing=False)
     train(model, input_ids=ids(), labels=ids())

@@ -67,12 +67,12 @@ def test_the_kind_is_read_from_the_config(config, expected):
         {"model_type": "no-such-type"},
     ],
 )
-def test_what_cannot_write_text_is_refused(config):
+def test_models_that_cannot_generate_text_are_refused(config):
     with pytest.raises(ModelError, match="no head that writes text"):
         files.kind_of(config)
 
 
-def test_a_type_that_cannot_be_is_refused(tiny_qwen2, tmp_path):
+def test_a_wrong_model_type_is_refused(tiny_qwen2, tmp_path):
     with pytest.raises(ModelError, match=r"model.type is seq2seq, but .* is causal"):
         find(tiny_qwen2, tmp_path, type="seq2seq")
 
@@ -106,7 +106,7 @@ def test_a_missing_shard_is_named(tiny_qwen2, tmp_path):
     assert "make download-model MODEL=m" in str(caught.value)
 
 
-def test_a_file_cut_short_is_named(tiny_qwen2, tmp_path):
+def test_a_truncated_file_is_named(tiny_qwen2, tmp_path):
     shutil.copytree(tiny_qwen2, tmp_path / "m")
     whole = (tmp_path / "m" / "model.safetensors").read_bytes()
     (tmp_path / "m" / "model.safetensors").write_bytes(whole[:-1])
@@ -117,7 +117,7 @@ def test_a_file_cut_short_is_named(tiny_qwen2, tmp_path):
         find("m", tmp_path)
 
 
-def test_pickled_weights_are_never_taken(tiny_qwen2, tmp_path):
+def test_pickled_weights_are_never_used(tiny_qwen2, tmp_path):
     shutil.copytree(tiny_qwen2, tmp_path / "m", ignore=shutil.ignore_patterns("*.safetensors"))
     (tmp_path / "m" / "pytorch_model.bin").write_bytes(b"x")
     with pytest.raises(ModelError, match=r"no safetensors weights, only pytorch_model.bin"):
@@ -139,7 +139,7 @@ def test_an_adapter_given_as_a_model_is_an_error(tmp_path):
         ("not a name!", "neither an existing folder nor a hub id"),
     ],
 )
-def test_a_model_that_is_nowhere_is_an_error_offline(tmp_path, name, message):
+def test_a_model_that_is_not_cached_is_an_error_offline(tmp_path, name, message):
     with pytest.raises(ModelError, match=message):
         find(name, tmp_path)
 
@@ -191,7 +191,7 @@ def test_an_unknown_attention_is_an_error(tiny_qwen2, tmp_path, name, message):
     assert "model.attn_implementation" in str(caught.value)
 
 
-def test_code_that_comes_with_a_model_is_run_only_loudly(tiny_qwen2, tmp_path, caplog):
+def test_code_that_comes_with_a_model_runs_only_with_consent_and_a_warning(tiny_qwen2, tmp_path, caplog):
     logging.getLogger("sft").propagate = True
     section = ModelSection(name=str(tiny_qwen2), trust_remote_code=True)
     with caplog.at_level("WARNING"):

@@ -1,8 +1,8 @@
 """Faster layers give the same step or are refused; weights keep their names, evaluation stays plain.
 
 Liger's kernels are Triton's: on a machine without a GPU they run in Triton's interpreter, which shows that they are
-put in the right places with the right settings and that their arithmetic is right in fp32. It shows nothing of speed,
-of bf16 (which the interpreter lacks), or of what the Triton compiler makes of them.
+put in the right places with the right settings and that their arithmetic is right in fp32. It shows nothing about
+speed, bf16 (which the interpreter lacks), or what the Triton compiler generates.
 """
 
 from __future__ import annotations

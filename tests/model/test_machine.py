@@ -56,7 +56,7 @@ def test_unsloth_falls_back_where_there_is_no_gpu_and_logs_why_once(caplog):
     ]
 
 
-def test_unsloth_is_for_installed_and_causal_models_alone():
+def test_unsloth_needs_its_package_and_a_causal_model():
     assert backends.choose(UNSLOTH, cuda=True, kind="seq2seq").reason == "unsloth trains only decoder-only models"
     assert "not installed" in str(backends.choose(UNSLOTH, cuda=True).reason)
 

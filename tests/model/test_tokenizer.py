@@ -18,7 +18,7 @@ def test_a_tokenizer_with_its_own_pad_token_keeps_it(tiny_qwen2):
 
 
 @pytest.mark.parametrize("pad", [None, "<|im_end|>"])
-def test_no_pad_or_pad_that_is_the_end_takes_a_free_token(tiny_qwen2, pad):
+def test_a_missing_pad_token_or_one_equal_to_the_end_token_is_replaced(tiny_qwen2, pad):
     tokenizer = load_tokenizer(tiny_qwen2)
     tokenizer.pad_token = pad
     assert choose_pad(tokenizer) == "<|endoftext|>"
@@ -35,7 +35,7 @@ def test_a_dedicated_pad_token_comes_first_and_one_beyond_the_embedding_never(ti
     assert choose_pad(tokenizer) == "<|finetune_right_pad_id|>"
 
 
-def test_without_any_free_token_the_end_token_pads(tmp_path):
+def test_without_a_free_token_the_end_token_is_used_for_padding(tmp_path):
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 

@@ -1,4 +1,4 @@
-"""A page in a real Chromium, with a script of the test's own beside the page's, and all that the console says."""
+"""A page in a real Chromium, with a script of the test's own beside the page's, and the console's output."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FLAGS = ("--headless", "--no-sandbox", "--disable-3d-apis", "--disable-gpu", "--
 
 
 def chromium() -> str:
-    """The browser; the test is skipped, and says so, if there is none."""
+    """The browser; the test is skipped with a message if there is none."""
     path = next((path for name in NAMES if (path := shutil.which(name))), None)
     if path is None:
         pytest.skip("no Chromium here: the pages were not opened")

@@ -10,7 +10,7 @@ import pytest
 from sft.report import bootstrap
 
 
-def test_equal_sides_differ_by_exactly_nothing() -> None:
+def test_equal_models_have_a_difference_of_exactly_zero() -> None:
     values = [0.1, 0.7, 1.0, 0.3] * 10
     result = bootstrap.difference(values, list(values))
     assert (result.difference, result.low, result.high) == (0.0, 0.0, 0.0)
@@ -24,7 +24,7 @@ def test_the_interval_of_two_values_is_the_exact_one() -> None:
     assert bootstrap.interval([]) == (0.0, 0.0)
 
 
-def test_the_interval_is_the_normal_one_where_rows_are_many() -> None:
+def test_the_interval_is_close_to_the_normal_one_for_many_rows() -> None:
     draw = np.random.default_rng(7)
     steps = draw.normal(0.2, 1.0, size=400)
     low, high = bootstrap.interval(steps.tolist())
@@ -33,7 +33,7 @@ def test_the_interval_is_the_normal_one_where_rows_are_many() -> None:
     assert high == pytest.approx(steps.mean() + half, abs=0.01)
 
 
-def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
+def test_intervals_cover_the_true_value_as_often_as_stated() -> None:
     draw = np.random.default_rng(3)
     covered = 0
     for trial in range(200):
@@ -53,7 +53,7 @@ def test_wins_follow_the_direction_in_which_a_metric_is_good() -> None:
     assert bootstrap.difference([0.0, 1.0] * 10, [1.0, 0.0] * 10).finding == "unclear"
 
 
-def test_rows_without_a_value_are_left_out_of_both_sides() -> None:
+def test_rows_without_a_value_are_left_out_for_both_models() -> None:
     result = bootstrap.difference([1.0, math.nan, 3.0], [2.0, 9.0, math.nan])
     assert (result.rows, result.base, result.tuned) == (1, 1.0, 2.0)
     assert bootstrap.difference([math.nan], [1.0]).finding == "too few rows"

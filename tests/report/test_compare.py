@@ -98,7 +98,7 @@ def test_an_overfitted_adapter_raises_the_forgetting_warning(
     assert len(answers) == 4 and all(answer["answers"]["over"] == "It is 80." for answer in answers)
 
 
-def test_several_sides_stand_beside_each_other_and_the_hub_can_read_the_card(
+def test_several_models_are_compared_and_the_hub_can_read_the_card(
     project: Path, monkeypatch: pytest.MonkeyPatch, tiny_qwen2: Path
 ) -> None:
     from huggingface_hub import ModelCard
@@ -148,7 +148,7 @@ def test_every_answer_of_a_row_is_compared_when_eval_turns_is_all(
     ]  # fmt: skip
 
 
-def test_sides_that_cannot_be_compared_are_an_error(
+def test_models_that_cannot_be_compared_are_an_error(
     project: Path, monkeypatch: pytest.MonkeyPatch, tiny_gpt2: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ModelError, match="no adapter"):

@@ -81,7 +81,7 @@ def test_a_cut_row_loses_its_prompt_and_a_sample_is_announced(
     assert none["tokens"] is None and "no tokenizer" in capsys.readouterr().err
 
 
-def test_a_draw_is_seeded_keeps_the_order_and_leaves_nothing_out_without_a_limit() -> None:
+def test_a_sample_is_seeded_in_file_order_and_complete_without_a_limit() -> None:
     rows = [{"id": i} for i in range(100)]
     drawn, total = data_report.sample_rows(iter(rows), 10, 1)
     numbers = [one["id"] for one in drawn]

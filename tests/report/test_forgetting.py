@@ -39,11 +39,11 @@ def test_every_shipped_reference_passes_its_own_check_and_no_other_kinds_answer_
         ("pear", {"matches": ["pear", "plum"]}, 0.0),
     ],
 )
-def test_checks_hold_or_do_not(answer: str, check: dict[str, object], holds: float) -> None:
+def test_each_kind_of_check_passes_and_fails(answer: str, check: dict[str, object], holds: float) -> None:
     assert compare.passes(answer, check) == holds
 
 
-def test_a_row_without_a_check_has_no_share_in_them() -> None:
+def test_a_row_without_a_check_does_not_count() -> None:
     assert math.isnan(compare.passes("anything", {}))
 
 

@@ -1,4 +1,4 @@
-"""The judge, against a real server on this machine: marks in both orders, retries, refusals, and no key in any text."""
+"""The judge, against a real local server: scores in both orders, retries, refusals, and no key in any text."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def biased(body: dict[str, Any], _: dict[str, str]) -> tuple[int, Any]:
     return chat(marks(first + 2, second))
 
 
-def test_both_orders_cancel_what_the_judge_gives_to_the_first_place(serve: Callable[[Reply], Server]) -> None:
+def test_both_orders_cancel_the_judges_position_bias(serve: Callable[[Reply], Server]) -> None:
     server = serve(biased)
     judge = judging.Judge(server.url, "a-judge")
     base, tuned, _ = judge.score_pair("Why?", "Because.", "short", "a much longer answer")
@@ -147,6 +147,6 @@ def test_the_key_of_another_service_goes_to_that_service_alone(monkeypatch: pyte
 
 
 @pytest.mark.parametrize("reply", ["", "{}", '{"first": 3, "second": 4}', marks(0, 5), marks(5, 11)])
-def test_a_reply_without_marks_from_one_to_ten_is_refused(reply: str) -> None:
+def test_a_reply_without_scores_from_one_to_ten_is_refused(reply: str) -> None:
     with pytest.raises(ValueError, match="no JSON with scores"):
         judging.parse_scores(reply)

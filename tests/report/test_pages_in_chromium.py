@@ -1,4 +1,4 @@
-"""The reports in a real browser: they render, sort and filter, fit a phone, can be read in the dark, say no error."""
+"""The reports in a real browser: they render, sort and filter, fit a phone and dark mode, and log no error."""
 
 from __future__ import annotations
 
@@ -98,7 +98,9 @@ def test_the_table_of_answers_sorts_and_filters(page: Path, tmp_path: Path) -> N
     ],
     ids=["desk", "phone", "phone in the dark"],
 )
-def test_it_can_be_read_everywhere(page: Path, tmp_path: Path, flags: tuple[str, ...], dark: bool) -> None:
+def test_the_page_works_on_small_screens_in_the_dark_and_on_paper(
+    page: Path, tmp_path: Path, flags: tuple[str, ...], dark: bool
+) -> None:
     report: dict[str, Any]
     report, console = tried(page, LOOK, tmp_path, *flags)
     assert console == [] and "error" not in report, (console, report)

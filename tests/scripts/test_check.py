@@ -72,7 +72,7 @@ def test_raw_rows_that_are_not_processed_yet_are_a_warning(project):
     assert findings(project)["data"].level == "error"
 
 
-def test_a_row_that_is_no_row_is_an_error_with_its_line(project):
+def test_an_invalid_row_is_an_error_with_its_line(project):
     path = project / "data" / "processed" / "train.jsonl"
     path.write_text('{"question": 1}\n' + path.read_text())
     finding = findings(project)["data"]
@@ -80,7 +80,7 @@ def test_a_row_that_is_no_row_is_an_error_with_its_line(project):
     assert "train.jsonl:1" in finding.message
 
 
-def test_models_that_are_not_here_or_not_whole_are_errors(project):
+def test_missing_or_incomplete_models_are_errors(project):
     gone = findings(project, "model.name=nobody/nothing")["model"]
     assert (gone.level, gone.fix) == ("error", "make download-model")
     weights = project / "models" / "base" / "model.safetensors"

@@ -30,7 +30,7 @@ def environment(address: str, home: Path) -> dict[str, str]:
     }
 
 
-def test_a_model_is_fetched_whole_without_pickles_and_then_works_offline(repository, tmp_path, command):
+def test_a_model_is_downloaded_without_pickles_and_then_works_offline(repository, tmp_path, command):
     home = tmp_path / "home"
     with serve(repository) as (address, requests):
         done = command("download_model", "--model", "lab/tiny", "--json", **environment(address, home))
@@ -66,7 +66,7 @@ def test_a_broken_download_resumes(repository, tmp_path, command):
     assert not [line for line in requests if line.startswith("GET") and "/tokenizer.json" in line]
 
 
-def test_a_file_that_arrives_damaged_is_deleted(repository, tmp_path, command):
+def test_a_damaged_download_is_deleted(repository, tmp_path, command):
     home = tmp_path / "home"
     with serve(repository) as (address, _):
         command("download_model", "--model", "lab/tiny", **environment(address, home))

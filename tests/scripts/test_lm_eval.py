@@ -64,7 +64,7 @@ def test_the_harness_runs_on_the_nf4_model_that_was_trained(
         command.main(command.parser().parse_args([*flags, "--", "--num_fewshots", "0"]))
 
 
-def test_scores_are_set_beside_each_other() -> None:
+def test_scores_of_base_and_tuned_are_in_one_table() -> None:
     measured = {"alias": "mini", "acc,none": 0.75, "acc_stderr,none": 0.1, "acc_norm,none": 0.5, "sample_len": 12}
     tuned = command.read_scores({"mini": measured})
     assert tuned == {"mini acc": 0.75, "mini acc_norm": 0.5}

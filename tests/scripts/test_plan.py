@@ -64,7 +64,7 @@ def test_a_model_too_large_for_the_card_gets_suggestions_that_suffice(
     assert "smallest card that would do" in done.stderr
 
 
-def test_models_of_a_card_a_model_in_a_folder_and_the_picture(
+def test_models_that_fit_a_card_a_local_model_and_the_picture(
     config: Path, tiny_t5: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SFT_ROOT", str(tmp_path))

@@ -153,7 +153,7 @@ def test_the_demo_holds_its_bars_for_three_seeds(command: Command, tmp_path: Pat
 
 @slow
 @pytest.mark.parametrize("name", ["alpaca_en_demo.json", "gsm8k_train.jsonl", "truthfulqa.csv"])
-def test_real_files_go_the_whole_way(command: Command, shared: Path, tmp_path: Path, name: str) -> None:
+def test_real_files_go_from_raw_rows_to_scores(command: Command, shared: Path, tmp_path: Path, name: str) -> None:
     env = {"SFT_ROOT": str(tmp_path), "OMP_NUM_THREADS": "1"}
     flags: list[Any] = ["--config", ROOT / "configs" / "demo_cpu.yaml", "--set", "tuning.mode=qlora"]
     flags += ["--set", "train.max_steps=200", "--set", "train.epochs=100", "--set", "train.eval_strategy=no"]
@@ -179,7 +179,7 @@ def test_real_files_go_the_whole_way(command: Command, shared: Path, tmp_path: P
 
 
 @slow
-def test_several_data_sets_go_through_and_a_broken_one_stops_nobody(tmp_path: Path) -> None:
+def test_a_broken_data_set_does_not_stop_the_others(tmp_path: Path) -> None:
     good, bad = tmp_path / "good.jsonl", tmp_path / "bad.jsonl"
     good.write_text("".join(json.dumps({"question": f"q {n}", "answer": f"a {n}"}) + "\n" for n in range(20)))
     bad.write_text("not json at all\n")

@@ -20,7 +20,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def test_it_starts_is_reused_and_stopped(command: Command, tmp_path: Path) -> None:
+def test_tensorboard_is_started_reused_and_stopped(command: Command, tmp_path: Path) -> None:
     port = free_port()
     try:
         first = command("tb", "start", "--port", port, "--json", SFT_ROOT=str(tmp_path))

@@ -22,7 +22,7 @@ from tests.conftest import ROOT
 from tests.training import project
 
 
-def test_ctrl_c_stops_with_a_checkpoint_and_the_same_command_goes_on(
+def test_ctrl_c_stops_with_a_checkpoint_and_the_same_command_resumes(
     tmp_path: Path, tiny_qwen2: Path, command: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
     root = project.make(tmp_path, tiny_qwen2, mode="qlora")
@@ -83,7 +83,7 @@ def test_closing_the_terminal_stops_with_a_checkpoint(tmp_path: Path, tiny_qwen2
 
 
 def torchrun(root: Path, count: int, **how: str) -> subprocess.Popen[str]:
-    """A bare launch of `count` processes, which say what they say into one pipe."""
+    """Launches `count` processes whose output goes into one pipe."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -100,9 +100,7 @@ def torchrun(root: Path, count: int, **how: str) -> subprocess.Popen[str]:
 
 
 @pytest.mark.slow
-def test_a_rank_that_is_killed_ends_the_launch_and_the_next_one_goes_on_bit_for_bit(
-    tmp_path: Path, tiny_qwen2: Path
-) -> None:
+def test_a_killed_rank_ends_the_launch_and_the_next_one_resumes_bit_for_bit(tmp_path: Path, tiny_qwen2: Path) -> None:
     import psutil
     from safetensors.torch import load_file
 
@@ -133,7 +131,7 @@ def test_a_rank_that_is_killed_ends_the_launch_and_the_next_one_goes_on_bit_for_
 
 
 @pytest.mark.slow
-def test_two_processes_give_what_one_gives(tmp_path: Path, tiny_qwen2: Path) -> None:
+def test_two_processes_give_the_result_of_one(tmp_path: Path, tiny_qwen2: Path) -> None:
     for name, count in (("one", 1), ("two", 2)):
         root = project.make(tmp_path / name, tiny_qwen2)
         with socket.socket() as free:

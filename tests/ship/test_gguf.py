@@ -1,4 +1,4 @@
-"""GGUF files: read back number by number, the ids that llama.cpp makes, and what is refused."""
+"""GGUF files: read back value by value, llama.cpp's token ids, and what is refused."""
 
 from __future__ import annotations
 
@@ -287,7 +287,7 @@ def test_llama_cpp_answers_as_transformers_does_in_every_family(llama, tmp_path,
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 def test_llama_cpp_gives_the_tuned_demo_s_text_for_20_prompts_in_f16(llama, tmp_path, command):
-    """The whole way: train, export, load in llama.cpp, and the same greedy text."""
+    """End to end: train, export, load in llama.cpp, and compare the greedy text."""
     from sft.chat.encode import build_encoder
     from sft.runs import run_of_adapter
     from sft.ship.parity import GOLDEN_ROWS

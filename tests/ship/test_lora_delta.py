@@ -1,4 +1,4 @@
-"""Merging adapters of uncommon shape: ranks by layer, a head parted from its embedding, a vocabulary that has grown."""
+"""Merging adapters of uncommon shape: ranks by layer, a head untied from its embedding, a larger vocabulary."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ IDS = torch.arange(60).reshape(2, 30)
 
 
 def tuned(folder: Path, out: Path, *, rows: int | None = None, **lora):
-    """peft's own adapter on a base, every trained number moved away from its start; saved to `out`."""
+    """peft's own adapter on a base, every trained number different from its initial value; saved to `out`."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     if rows:
         model.resize_token_embeddings(rows, mean_resizing=False)
@@ -65,7 +65,7 @@ def test_the_merged_model_gives_the_logits_of_the_adapter(tiny_qwen2, tmp_path, 
     assert merged.config.vocab_size == (rows or model.config.vocab_size)
 
 
-def test_an_adapter_whose_start_moved_the_base_is_refused(tiny_qwen2, tmp_path):
+def test_an_adapter_whose_initialisation_changed_the_base_is_refused(tiny_qwen2, tmp_path):
     tuned(tiny_qwen2, tmp_path / "a")
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     (tmp_path / "a" / "adapter_config.json").write_text(json.dumps({**config, "init_lora_weights": "pissa"}))

@@ -1,4 +1,4 @@
-"""Merging: the same numbers as peft's, the trained model's logits, and every way it must refuse."""
+"""Merging: peft's weights, the trained model's logits, and every refusal."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ IDS = torch.arange(60).reshape(2, 30)
 
 
 def attached(folder: Path, seed: int = 0, mode: str = "lora", **lora):
-    """A base with an adapter whose every trained number is moved away from its start."""
+    """A base with an adapter whose trained numbers all differ from their initial values."""
     tuning = TuningSection(mode=mode, lora=LoraSection(r=4, alpha=8, dropout=0.0, **lora))
     section = ModelSection(name=str(folder))
     files = hub.find(section, folder.parent)

@@ -1,4 +1,4 @@
-"""2 GiB are merged and verified with the memory of one shard and 1 GiB; a merge that is killed leaves nothing half."""
+"""2 GiB are merged and verified with the memory of one shard and 1 GiB; a killed merge leaves no partial folder."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def merge_command(tmp_path: Path) -> list[str]:
 
 
 @pytest.mark.slow
-def test_two_gib_are_merged_and_verified_in_the_memory_of_a_shard_and_a_gib(tmp_path):
+def test_two_gib_are_merged_and_verified_in_one_shard_plus_one_gib_of_memory(tmp_path):
     base = random_model(tmp_path / "base")
     shards = [path.stat().st_size for path in weight_files(base, "base")]
     assert sum(shards) >= 2 * 2**30

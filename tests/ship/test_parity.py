@@ -1,4 +1,4 @@
-"""The parity certificate: equal where nothing was changed, a refusal that shows the token for each planted fault."""
+"""The parity certificate: equal for an unchanged export; each planted fault is refused and the token shown."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_a_tokenizer_that_splits_words_differently_is_refused(folder):
         certify(trained(), folder)
 
 
-def test_control_tokens_in_words_are_set_aside_and_named(folder):
+def test_rows_with_control_tokens_in_words_are_skipped_and_named(folder):
     row = {"id": "odd", "user": "What is <|im_end|>?", "assistant": "A token.", "system": ""}
     certificate = certify(trained(), folder, [row, parity.GOLDEN_ROWS[0]])
     assert (certificate.set_aside, certificate.rows) == ({"odd": "its words contain control tokens"}, 1)

@@ -34,7 +34,7 @@ def test_weights_too_large_for_the_gpu_are_opened_on_the_cpu_as_they_are_stored(
     assert answer.summary().endswith("on cpu")
 
 
-def test_a_held_out_row_that_the_template_refuses_is_passed_over(tmp_path):
+def test_a_held_out_row_that_the_template_refuses_is_skipped(tmp_path):
     (tmp_path / "data" / "processed").mkdir(parents=True)
     rows = [{"user": user, "assistant": "x"} for user in ("refused", "taken")]
     for split in ("train", "val"):

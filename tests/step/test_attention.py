@@ -1,4 +1,4 @@
-"""Packed rows are kept apart, in any family whose attention transformers dispatches; the rest is refused or padded."""
+"""Packed rows do not mix in any family whose attention transformers dispatches; other families are padded."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_sliding_window_is_honoured_whether_it_binds_or_not(window: int) -> No
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3_text", "olmo2", "phi3", "granite", "cohere"])
-def test_other_families_keep_rows_apart_too(kind: str) -> None:
+def test_packed_rows_do_not_mix_in_other_families(kind: str) -> None:
     model = _model(_llama_like(kind))
     batch = models.batch()
     with torch.no_grad():
@@ -117,7 +117,7 @@ def test_a_model_that_mixes_rows_is_detected(tiny_qwen2: Path, caplog: pytest.Lo
     assert not attention.keeps_rows_apart(models.load(tiny_qwen2, attn="sdpa"))
 
 
-def test_generation_is_what_sdpa_generates(tiny_qwen2: Path) -> None:
+def test_generation_equals_that_of_sdpa(tiny_qwen2: Path) -> None:
     ids = torch.tensor([[0, 0, 0, 11, 12, 13], [21, 22, 23, 24, 25, 26]])
     mask = torch.tensor([[0, 0, 0, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
     answers = [
@@ -142,7 +142,7 @@ def test_checkpointing_recomputes_packed_rows_alike(tiny_qwen2: Path) -> None:
 
 
 def _one_by_one(q: Any, k: Any, v: Any, at: Any, _at: Any, longest: int, _longest: int, *, scale: Any) -> Any:
-    """What torch's kernel computes, [T, heads, width], as torch 2.11 declares it and as 2.13 does."""
+    """The result of torch's kernel, [T, heads, width], as torch 2.11 declares it and as 2.13 does."""
     assert longest == int(at.diff().max())
     q, k, v = (tensor.transpose(0, 1) for tensor in (q, k, v))
     k, v = (tensor.repeat_interleave(len(q) // len(k), 0) for tensor in (k, v))

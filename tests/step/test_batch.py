@@ -54,7 +54,7 @@ def test_rows_kept_apart_are_packed_without_padding_and_positions_restart() -> N
     assert (first.computed, first.labelled) == (6, 3)
 
 
-def test_groups_of_like_length_are_padded_on_the_right() -> None:
+def test_groups_of_similar_length_are_padded_on_the_right() -> None:
     (micro,) = split_micro_batches(Collator()(ROWS), tokens=12, rows=None, packed=False)
     assert micro.rows == (0, 1, 2)
     assert micro.inputs["input_ids"].tolist() == [[5, 6, 7, 0], [8, 9, 0, 0], [1, 2, 3, 4]]
@@ -117,7 +117,7 @@ def test_packing_fills_the_budget_and_groups_stay_tight() -> None:
     assert sum(lengths) / sum(micro.computed for micro in grouped) > 0.9
 
 
-def test_the_trainers_loader_carries_a_step_batch_through_pinning_and_accelerate() -> None:
+def test_a_step_batch_survives_the_data_loader_pinning_and_accelerate() -> None:
     from accelerate import Accelerator
     from torch.utils.data import DataLoader
 

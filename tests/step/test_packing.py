@@ -1,4 +1,4 @@
-"""Packing inside the step batch: nearly all that is computed is real, and no row affects another."""
+"""Packing inside the step batch: nearly all computed tokens are real, and no row affects another."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.step import models
 BUDGET = 2048
 
 
-def test_most_of_what_is_computed_is_real_at_lengths_like_alpacas() -> None:
+def test_most_computed_tokens_are_real_at_alpacas_lengths() -> None:
     rows = material.generated_rows(800, longest=BUDGET, vocabulary=1000)
     packed = packing.measure(rows, budget=BUDGET, effective=16, packed=True)
     groups = packing.measure(rows, budget=BUDGET, effective=16, packed=False)

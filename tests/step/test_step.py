@@ -1,4 +1,4 @@
-"""However a step batch is split, and even when memory runs out on the way, the step is the same step."""
+"""A step gives the same result however its batch is split, even if memory runs out during it."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_any_split_of_a_seq2seq_batch_too(tiny_t5: Path) -> None:
     assert abs(total / count_labels(batch) - results[0][0]) < 1e-6  # transformers' own loss, in fp32
 
 
-def test_the_normalizer_may_count_more_than_this_batch(tiny_qwen2: Path) -> None:
+def test_the_normalizer_may_cover_more_than_this_batch(tiny_qwen2: Path) -> None:
     model, batch = models.load(tiny_qwen2), models.batch()
     mine, _ = forward_backward(model, batch, SPLITS["8x1 packed"])
     gradient = models.gradients(model)
@@ -83,7 +83,7 @@ def test_the_normalizer_may_count_more_than_this_batch(tiny_qwen2: Path) -> None
     assert models.relative(2 * models.gradients(model), gradient) < 1e-12
 
 
-def test_a_batch_without_a_label_is_a_step_of_nothing(tiny_qwen2: Path) -> None:
+def test_a_batch_without_a_label_changes_nothing(tiny_qwen2: Path) -> None:
     model = models.load(tiny_qwen2)
     batch = Collator("causal")([{"input_ids": [4, 5, 6], "labels": [-100] * 3}])
     (micro,) = split_micro_batches(batch, tokens=64, packed=True)
@@ -112,7 +112,7 @@ def test_evaluation_gives_each_rows_own_loss_without_smoothing_or_gradients(
     assert evaluated.loss_sum == pytest.approx(float(evaluated.row_sums.sum()))
 
 
-def test_evaluation_goes_on_with_half_the_budget_and_keeps_it(
+def test_evaluation_continues_with_half_the_budget_from_then_on(
     tiny_qwen2: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model, rows = models.load(tiny_qwen2).eval(), models.rows()

@@ -75,7 +75,7 @@ def as_if_killed_after(root: Path, step: int) -> None:
     (root / "outputs/t/finished.json").unlink()
 
 
-def test_a_killed_run_goes_on_to_the_same_adapter_and_the_same_curve(root: Path) -> None:
+def test_a_killed_run_resumes_to_the_same_adapter_and_curve(root: Path) -> None:
     project.run(root)
     adapter, curve = load_file(root / "adapters/t/adapter_model.safetensors"), project.losses(root, "t")
     metrics = project.losses(root, "t", "eval/rougeL")

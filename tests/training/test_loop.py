@@ -81,7 +81,7 @@ def test_full_mode_under_bf16_keeps_fp32_weights(tiny_qwen2: Path, tmp_path: Pat
 
 
 def plain_mean_loss(loop: bench.TrainingLoop, rows: list[dict]) -> float:
-    """The mean over labelled tokens, one row at a time, by nothing of ours."""
+    """The mean over labelled tokens, one row at a time, without our code."""
     total = count = 0.0
     loop.model.eval()
     for row in rows:

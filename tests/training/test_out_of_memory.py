@@ -1,4 +1,4 @@
-"""Memory runs out once at every stage of a run: it goes on, and nothing but the budget is another than it would be."""
+"""Memory runs out once at every stage of a run: the run continues, and only its token budget changes."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _backward(loop: bench.TrainingLoop, fault: Once, _: Any) -> None:
 
 
 def _optimizer(loop: bench.TrainingLoop, fault: Once, patch: pytest.MonkeyPatch) -> None:
-    """The state of the first few weights is there, that of the next one finds no memory."""
+    """The optimizer state of the first few weights is allocated; that of the next one runs out of memory."""
     real, calls = torch.zeros_like, []
 
     def zeros_like(*args: Any, **kwargs: Any) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Stopping and going on gives, bit for bit, what going straight through gives."""
+"""A stopped and resumed run gives, bit for bit, the result of an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_resuming_mid_epoch_and_at_its_end_gives_the_same_weights(tiny_qwen2: Pa
 
 
 @pytest.mark.parametrize("mode", ["qlora", "full"])
-def test_rows_in_groups_of_like_length_resume_exactly_too(tiny_qwen2: Path, tmp_path: Path, mode: str) -> None:
+def test_rows_in_groups_of_similar_length_resume_exactly_too(tiny_qwen2: Path, tmp_path: Path, mode: str) -> None:
     def settings(out: Path) -> Any:
         train = {**EVERY_STEP, "max_steps": 4, "micro_batch_tokens": 40}
         config = bench.config(tiny_qwen2, out, tuning={"mode": mode}, train=train)

@@ -53,7 +53,7 @@ class Stops:
 def probe_template(template: ChatTemplate, vocabulary: Vocabulary) -> TemplateTraits:
     """Probes the template. Sets `template.parts` where contents must be lists of parts, and the vocabulary's turns.
 
-    Raises TemplateError if no answer is shown or where its position cannot be determined.
+    Raises TemplateError if no answer is shown or if its position cannot be determined.
     """
     probe = _Probe(template, vocabulary)
     probe.find_opening()

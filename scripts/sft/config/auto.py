@@ -18,7 +18,7 @@ log = logging.getLogger("sft.config")
 
 EFFECTIVE_BATCH = 16
 MAX_MICRO_BATCH_TOKENS = 4096
-# Full fine-tuning, by the model's nominal size in billions of parameters (guide seed, "guidelines by model size").
+# Full fine-tuning, by the model's nominal size in billions of parameters (decision 0001).
 FULL_RATES = {1: 1e-4, 7: 2e-5, 13: 1e-5, 70: 5e-6}
 ADAPTER_RATE_SMALL, ADAPTER_RATE_LARGE, ADAPTER_LARGE_FROM = 2e-4, 1e-4, 3e9
 LOWER_IS_BETTER = ("loss", "perplexity", "repetition", "empty_rate", "wer", "cer", "ter")

@@ -85,7 +85,7 @@ def model_name(name: str) -> str:
     return Path(name).name if is_model_folder(name) else name
 
 
-# --- YAML as people mean it: YAML 1.2's numbers, booleans and null; everything else is text
+# --- our YAML dialect: YAML 1.2's numbers, booleans and null; everything else is text
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,7 @@ def iter_rows(path: Path | str) -> Iterator[Row]:
 
 
 def _stored_row(text: bytes) -> Row:
-    """Raises RowFault unless this is a row of one of the three stored shapes, with text where text belongs."""
+    """Raises RowFault unless this is a row of one of the three stored shapes, with text if text belongs."""
     row = parse_json(text.decode("utf-8"))
     keys = set(row) if isinstance(row, dict) else set()
     if "messages" in keys:

@@ -1,7 +1,7 @@
 """The training loop: epochs, steps, evaluation, logging, saving and resuming.
 
-Read `TrainingLoop.fit` first, then `train_step` and `after_step`: they call everything else, in the order in which it
-stands here. A step is a batch of `train.effective_batch` rows; `sft.step` splits it into micro-batches. accelerate has
+Read `TrainingLoop.fit` first, then `train_step` and `after_step`: they call everything else, which follows in
+that order. A step is a batch of `train.effective_batch` rows; `sft.step` splits it into micro-batches. accelerate has
 the device, the gradient scaler and clipping, transformers the learning-rate schedules and the choice of optimizers.
 Everything that happens after a step happens at its end (log, evaluate, save, stop, in this order), so a checkpoint
 always knows the evaluation of its own step.
@@ -387,7 +387,7 @@ class TrainingLoop:
         self.throughput.restore(session)
         self.skipped, self.last_loss = session.get("skipped", []), session.get("last_loss", 0.0)
         self.unlogged = tuple(session.get("unlogged", (0.0, self.progress.global_step)))  # type: ignore[assignment]
-        if session["asked_budget"] == self.initial_step.budget:  # then the budget that fitted when memory ran out
+        if session["asked_budget"] == self.initial_step.budget:  # then the budget that fit when memory ran out
             tokens, eval_tokens = session["budget"][0], session.get("evaluating")
             self.step = replace(self.step, micro_batch_tokens=tokens, eval_tokens=eval_tokens)
         else:
