@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
 
 from sft.training import loggers
 
@@ -22,7 +24,7 @@ def write(tmp_path: Path, after: int, steps: range, offset: float) -> None:
         for output in outputs:
             output.numbers(step, {"train/loss": step + offset})
     for output in outputs:
-        output.close()
+        output.close({}, {})
 
 
 def test_a_resumed_run_leaves_one_curve_without_overlap(tmp_path: Path) -> None:
@@ -39,6 +41,17 @@ def test_an_incomplete_line_of_a_crash_is_ignored(tmp_path: Path) -> None:
     assert loggers.read(path) == [{"step": 1, "train/loss": 2.0}]
     loggers.JsonLines(path, 5).numbers(3, {"train/loss": 1.0})
     assert [entry["step"] for entry in loggers.read(path)] == [1, 3]
+
+
+def test_a_disk_that_refuses_tensorboards_last_file_does_not_fail_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("no space left on the device")
+
+    monkeypatch.setattr(SummaryWriter, "add_hparams", refuse)
+    loggers.Loggers([loggers.TensorBoard(tmp_path, 0)]).close(7, {"rows": 1}, {"hparam/loss": 1.0})
+    assert "TensorBoard's curves end at step 7 (no space left on the device)" in caplog.text
 
 
 def test_entries_are_logged_under_their_public_names() -> None:

@@ -547,7 +547,7 @@ def _write_result(job: Job, loop: TrainingLoop, run: Run, root: Path, best: int 
     summary = summarize(job, loop, run, best, target)
     results = {f"hparam/{name}": float(value) for name, value in summary["eval"].items()}
     results["hparam/train_loss"] = float(summary["train_loss_last"] or 0.0)
-    loop.loggers.close(_main_settings(job), results)
+    loop.loggers.close(loop.progress.global_step, _main_settings(job), results)
     runs.point_last(run, root)
     runs.finish(run, summary)
     return summary

@@ -49,8 +49,8 @@ class Logger:
     def sync(self) -> None:
         """Called before a checkpoint is written: it must never know more than the log beside it."""
 
-    def close(self) -> None:
-        """The run has ended."""
+    def close(self, settings: Mapping[str, Any], results: Mapping[str, float]) -> None:
+        """The run has ended. settings, results: for TensorBoard's HParams tab."""
 
 
 class JsonLines(Logger):
@@ -106,17 +106,14 @@ class TensorBoard(Logger):
     def text(self, step: int, name: str, text: str) -> None:
         self.writer.add_text(name, text, step)
 
-    def settings(self, values: Mapping[str, Any], results: Mapping[str, float]) -> None:
-        """The HParams tab: the settings and the results, in the run's own folder."""
-        plain = {
-            key: value if isinstance(value, bool | int | float | str) else str(value) for key, value in values.items()
-        }
-        self.writer.add_hparams(plain, dict(results), run_name=".")  # type: ignore[no-untyped-call]
-
     def sync(self) -> None:
         self.writer.flush()
 
-    def close(self) -> None:
+    def close(self, settings: Mapping[str, Any], results: Mapping[str, float]) -> None:
+        plain = {
+            key: value if isinstance(value, bool | int | float | str) else str(value) for key, value in settings.items()
+        }
+        self.writer.add_hparams(plain, dict(results), run_name=".")  # type: ignore[no-untyped-call]
         self.writer.close()
 
 
@@ -179,12 +176,9 @@ class Loggers:
     def sync(self, step: int) -> None:
         self._each(step, lambda logger: logger.sync())
 
-    def close(self, settings: Mapping[str, Any], results: Mapping[str, float]) -> None:
+    def close(self, step: int, settings: Mapping[str, Any], results: Mapping[str, float]) -> None:
         """Writes the run's settings and results where a logger takes them, and closes all."""
-        for logger in self.loggers:
-            if isinstance(logger, TensorBoard):
-                logger.settings(settings, results)
-        self._each(0, lambda logger: logger.close())
+        self._each(step, lambda logger: logger.close(settings, results))
 
     def _each(self, step: int, call: Callable[[Logger], object]) -> None:
         """Calls every logger. TensorBoard's is dropped where its disk refuses; log.jsonl's refusal ends the run."""
