@@ -76,7 +76,7 @@ style-if-asked: $(ENV)
 	$(if $(STYLE),$(RUN)/style_prompt.py $(WITH) --style "$$STYLE",@echo "no STYLE=: skipping style")
 preview: $(ENV) ## show rows token by token: what is in the loss, what is masked
 	$(RUN)/preview.py $(WITH)
-report-data: $(ENV) ## a page with plots about the training rows (outputs/reports/data.html)
+report-data: $(ENV) ## write a page with plots of the training rows (outputs/reports/data.html)
 	$(RUN)/report_data.py $(WITH)
 plan: $(ENV) ## will it fit? memory of every phase by part, and what would help (SET="model.name=...", GPU="8GiB", PNG=f)
 	$(RUN)/plan.py $(WITH) $(if $(GPU),--gpu "$$GPU") $(if $(PNG),--png "$(PNG)")

@@ -29,13 +29,15 @@ NEXT = {
 def parser() -> argparse.ArgumentParser:
     """The command's flags."""
     flags = console.parser(
-        "Export a tuned model as GGUF, for Ollama, or as safetensors; checked, with a parity certificate.",
+        "Export a tuned model as GGUF, for Ollama, or as safetensors, and verify its tokens against training.",
         """python scripts/export.py --format gguf --type f16
 python scripts/export.py --format ollama --type q8_0 --adapters adapters/last
 python scripts/export.py --format hf --out outputs/export/mine""",
     )
     flags.add_argument("--format", choices=["gguf", "ollama", "hf"], default="gguf", help="default: gguf")
-    flags.add_argument("--type", choices=["f16", "q8_0", "bf16", "f32"], default="f16", help="of the weights")
+    flags.add_argument(
+        "--type", choices=["f16", "q8_0", "bf16", "f32"], default="f16", help="dtype of the weights (default: f16)"
+    )
     source = flags.add_mutually_exclusive_group()
     source.add_argument("--adapters", metavar="DIR", type=Path, help="an adapter (default: the newest run's)")
     source.add_argument(

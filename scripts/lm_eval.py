@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--adapters", type=Path, metavar="DIR", help="an adapter (default: the newest run's)")
     arguments.add_argument("--limit", type=int, metavar="N", help="the first N questions of each task")
     arguments.add_argument("--chat", action="store_true", help="apply the chat template to the questions")
-    arguments.add_argument("--tuned-only", action="store_true", help="leave the base out")
+    arguments.add_argument("--tuned-only", action="store_true", help="do not evaluate the base")
     arguments.add_argument(
         "options", nargs="*", metavar="-- OPTION", help="arguments of lm_eval.simple_evaluate: --num_fewshot 0"
     )

@@ -27,7 +27,9 @@ python scripts/merge_lora.py --out outputs/merged_fp16 --test
 python scripts/merge_lora.py --set model.name=/new/place/of/the/base""",
     )
     flags.add_argument("--adapters", metavar="DIR", type=Path, help="the adapter's folder (default: adapters/last)")
-    flags.add_argument("--out", metavar="DIR", type=Path, help="the new model (default: outputs/merged_DTYPE)")
+    flags.add_argument(
+        "--out", metavar="DIR", type=Path, help="folder of the merged model (default: outputs/merged_DTYPE)"
+    )
     flags.add_argument("--dtype", choices=["fp16", "bf16", "fp32"], default="fp16", help="its dtype (default: fp16)")
     flags.add_argument("--test", action="store_true", help="do not merge: load --out and generate an answer")
     flags.add_argument("--prompt", help="the question for --test (default: the first held-out row of its run)")

@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
     add("--html", metavar="FILE", help="write a page instead of the terminal")
     add("--tokenizer", metavar="DIR", help="a folder of tokenizer files instead of model.name")
     add("--template", metavar="NAME|FILE", help="a chat template instead of data.template_path")
-    add("--seed", type=int, default=0, help="which random rows")
+    add("--seed", type=int, default=0, help="seed of the random rows")
     return result
 
 

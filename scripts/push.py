@@ -27,7 +27,7 @@ python scripts/push.py --repo me/my-model --folder outputs/export/run-gguf --pub
     )
     flags.add_argument("--repo", metavar="NAME/MODEL", required=True, help="the repository on the hub")
     flags.add_argument("--folder", metavar="DIR", type=Path, help="an export (default: the newest in outputs/export)")
-    flags.add_argument("--public", action="store_true", help="create it public (default: private)")
+    flags.add_argument("--public", action="store_true", help="make the repository public (default: private)")
     flags.add_argument("--dry-run", action="store_true", help="list the files, upload nothing")
     return flags
 

@@ -22,9 +22,9 @@ python scripts/render_template.py --set data.template_path=alpaca --in rows.json
 
 
 def parser() -> argparse.ArgumentParser:
-    result = console.parser("Write rows out as the chat template renders them.", EXAMPLES)
+    result = console.parser("Render rows with the chat template.", EXAMPLES)
     result.add_argument("--in", dest="source", metavar="FILE", help="one file of rows (default: every split)")
-    result.add_argument("--out", dest="target", metavar="FILE", help="where its rendered rows go; needed with --in")
+    result.add_argument("--out", dest="target", metavar="FILE", help="file for the rendered rows; needed with --in")
     result.add_argument("--tokenizer", metavar="DIR", help="a folder of tokenizer files instead of model.name")
     result.add_argument("--template", metavar="NAME|FILE", help="a chat template instead of data.template_path")
     return result

@@ -24,13 +24,13 @@ LIMIT = 10_000
 
 def parser() -> argparse.ArgumentParser:
     """The command's flags."""
-    flags = console.parser("Write a page with plots about the training rows.", EXAMPLES)
+    flags = console.parser("Write a page with plots of the training rows.", EXAMPLES)
     flags.add_argument(
         "--limit",
         type=int,
         default=LIMIT,
         metavar="N",
-        help=f"rows to tokenise, a seeded sample (0: all; {LIMIT:,})",
+        help=f"rows to tokenise, a seeded sample (0: all; default {LIMIT:,})",
     )
     flags.add_argument("--out", type=Path, metavar="FILE", help="the page (default: outputs/reports/data.html)")
     return flags

@@ -23,11 +23,11 @@ python scripts/style_prompt.py --style json --in data/processed/train.jsonl --ou
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = console.parser("Put a style into the system text of rows.", EXAMPLES)
+    parser = console.parser("Add a style to the system text of rows.", EXAMPLES)
     parser.add_argument("--style", metavar="TEXT", help="a sentence of your own, or a preset's name")
     parser.add_argument("--mode", choices=MODES, default="replace", help="what happens to an existing system text")
     parser.add_argument("--in", dest="source", metavar="F", help="one file of rows (default: every processed split)")
-    parser.add_argument("--out", dest="target", metavar="F", help="where its styled rows go; needed with --in")
+    parser.add_argument("--out", dest="target", metavar="F", help="file for the styled rows; needed with --in")
     return parser
 
 

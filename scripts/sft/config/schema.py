@@ -74,7 +74,7 @@ class TuningSection(Section):
     """How the weights are changed, and with which backend."""
 
     backend: Literal["bnb", "unsloth"] = key(
-        "bnb", "`unsloth` falls back to `bnb`, and says why, where it cannot be used."
+        "bnb", "`unsloth` falls back to `bnb`, and logs the reason, if it cannot be used."
     )
     mode: Literal["qlora", "lora", "full"] = key(
         "qlora", "4-bit base with adapters, 16-bit base with adapters, or every weight."
