@@ -4,8 +4,8 @@
     python scripts/download_model.py --model Qwen/Qwen2.5-1.5B-Instruct
     python scripts/download_model.py --model Qwen/Qwen2.5-1.5B-Instruct --revision main
 
-Reads the config (for the name), writes to the hub's cache (HF_HOME) alone: safetensors, JSON, templates and tokenizer
-files, never pickles. --allow-pickle converts a local folder's pickled weights to safetensors, tensors alone. Needs no
+Reads the config (for the name), writes only to the hub's cache (HF_HOME): safetensors, JSON, templates and tokenizer
+files, never pickles. --allow-pickle converts a local folder's pickled weights to safetensors (tensors only). Needs no
 GPU and loads no model.
 """
 

@@ -102,7 +102,7 @@ def main(args: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def say(lines: list[str]) -> None:
-    """Prints on the first process alone, where a launcher has started several."""
+    """Prints on rank 0 only."""
     if os.environ.get("RANK", "0") == "0":
         for line in lines:
             console.say(line)

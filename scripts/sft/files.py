@@ -316,7 +316,7 @@ def _manifest_text(entries: Any) -> str:
 def manifest_problem(folder: Path, *, hashes: bool = True) -> str | None:
     """How `folder` differs from its manifest (a file missing or changed, no manifest); None if it does not.
 
-    hashes: False compares names and sizes alone, right after the manifest was written.
+    hashes: False compares only names and sizes, right after the manifest was written.
     """
     try:
         text = (folder / MANIFEST).read_text(encoding="utf-8")

@@ -120,7 +120,7 @@ class Encoder:
     def encode_pieces(self, rows: list[Row]) -> list[list[Encoded]]:
         """All that each row is trained on as: itself, or under `split_turns` pieces that fit, if it is too long.
 
-        Every answer is in the loss of one piece alone, and every piece begins with the row's system text. A single
+        Every answer is in the loss of exactly one piece, and every piece begins with the row's system text. A single
         exchange that is too long is cut as under `truncate_left`.
         """
         splits = self.over_length == "split_turns" and self.in_loss != "last_assistant"

@@ -2,7 +2,7 @@
 
 Such models usually have no chat template. Then the source is the system text, a newline and the question; in longer
 conversations every earlier turn is a line that begins with `User: ` or `Assistant: `. A template that is named, or that
-came with the model, is rendered up to the answer instead. The target is the answer alone.
+came with the model, is rendered up to the answer instead. The target is only the answer.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ def is_model_folder(name: str) -> bool:
 
 
 def model_name(name: str) -> str:
-    """A hub id as it is; of a folder the last part alone, since its path means nothing on another machine."""
+    """A hub id unchanged; of a folder only the last part, since its path means nothing on another machine."""
     return Path(name).name if is_model_folder(name) else name
 
 
@@ -124,7 +124,7 @@ def scalar(text: str) -> Any:
 
 
 def plain(node: Node, *, text: bool = False) -> Any:
-    """The value without its places. text: numbers as they were written, for keys that take text alone."""
+    """The value without its places. text: numbers as they were written, for keys that take only text."""
     if isinstance(node.value, dict):
         return {key: plain(child, text=text) for key, child in node.value.items()}
     if isinstance(node.value, list):

@@ -182,7 +182,7 @@ def fake_ops() -> Callable[[Any, Any, Any], Any]:
     reads = itertools.count(1)
 
     def run(func: Any, args: Any, kwargs: Any) -> Any:
-        if func is torch.ops.prim.device.default:  # asked twice as often as anything is computed
+        if func is torch.ops.prim.device.default:  # called twice as often as any operation
             return CPU
         packet = func.overloadpacket
         if packet is aten._local_scalar_dense:
@@ -192,7 +192,7 @@ def fake_ops() -> Callable[[Any, Any, Any], Any]:
             return 1e-6 / next(reads) if value.is_floating_point() else 1
         if packet is aten.nonzero:
             return args[0].new_empty((args[0].numel(), args[0].ndim), dtype=torch.long)
-        if packet.__name__ == "_grouped_mm":  # the experts' product: its shape rule accepts bf16 alone
+        if packet.__name__ == "_grouped_mm":  # the experts' product: its shape rule accepts only bf16
             half = [args[0].to(torch.bfloat16), args[1].to(torch.bfloat16), *args[2:]]
             return func(*half, **kwargs).to(args[0].dtype)
         if _is_plain(func) and (mode := _fake_mode(args)) is not None:
@@ -296,7 +296,7 @@ def _attention(
                 module, query, key, value, attention_mask, dropout=dropout, scaling=scaling
             )[0]
             return out, None
-        shared = query.shape[1] // key.shape[1]  # the fused kernel takes a mask with repeated keys and values alone
+        shared = query.shape[1] // key.shape[1]  # the fused kernel takes a mask only with repeated keys and values
         repeated = shared > 1 and attention_mask is not None
         spread = [tensor.repeat_interleave(shared, 1) for tensor in (key, value)] if repeated else []
         out = torch.empty((query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), dtype=query.dtype)

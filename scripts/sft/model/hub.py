@@ -116,7 +116,7 @@ def reachable(timeout: float = 2.0) -> bool:
 def find_token(root: Path) -> tuple[str | None, str]:
     """The hub token and where it comes from ("" without one): the environment, `.env` at `root`, `hf auth login`.
 
-    It is for the hub client alone; `errors.redact` keeps it out of everything that is printed or written.
+    It is only for the hub client; `errors.redact` keeps it out of everything that is printed or written.
     """
     tokens = {name: os.environ.get(name, "").strip() for name in TOKEN_NAMES}
     if not any(tokens.values()) and (root / ".env").is_file():

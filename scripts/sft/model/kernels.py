@@ -111,7 +111,7 @@ def compiler_failed(error: BaseException) -> bool:
 
 
 def _use_liger(model: nn.Module, device: str) -> None:
-    """Liger's norms and gated MLPs on the modules of this model alone.
+    """Liger's norms and gated MLPs on the modules of this model only.
 
     Its rotation is left out, as it can only be replaced for the whole process, and so is its loss, for the loss head is
     ours (`step/loss.py`). Liger also replaces classes in the model's Python module, which is undone.

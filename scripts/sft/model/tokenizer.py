@@ -38,7 +38,7 @@ PROBES = (
 
 
 def load_tokenizer(source: ModelFiles | Path | str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model or of a folder with tokenizer files alone, with a pad token that is not its end token.
+    """The tokenizer of a model or of a folder with only tokenizer files, with a pad token that is not its end token.
 
     Where transformers rebuilds it into one with other ids, tokenizer.json is used as it is, with a warning.
     Raises ModelError if the folder has none, or one that cannot be read.

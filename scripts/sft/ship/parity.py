@@ -139,7 +139,7 @@ def _refuse_plain_control_tokens(encoder: Encoder, row: Row) -> None:
     for turn in [] if records.is_rendered(row) else records.messages(row):
         pattern, content = encoder.vocabulary.controls(str(turn.get("role"))), turn.get("content")
         if not isinstance(content, str):
-            raise Refused("one of its turns is not text alone")
+            raise Refused("one of its turns has more than text")
         contains |= pattern is not None and pattern.search(content) is not None
     if contains:
         raise Refused("its words contain control tokens")

@@ -66,7 +66,7 @@ def full_cross_entropy(
 ) -> Tensor:
     """Cross-entropy [N] of the N labelled positions of `targets` [B, L] from the model's full logits.
 
-    All logits are taken to fp32 at once, as a plain loop does; with `labelled_only` those of labelled positions alone.
+    All logits are taken to fp32 at once, as a plain loop does; with `labelled_only` those of labelled positions only.
     """
     logits, labelled = model(**inputs, use_cache=False).logits, targets != IGNORED
     if labelled_only:

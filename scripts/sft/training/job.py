@@ -570,7 +570,7 @@ def _save_tokenizer(job: Job, folder: Path) -> None:
 
 
 def summarize(job: Job, loop: TrainingLoop, run: Run, best: int | None, target: Path) -> dict[str, Any]:
-    """The run's finished.json. Losses are means over labelled tokens; seconds are those of training steps alone."""
+    """The run's finished.json. Losses are means over labelled tokens; seconds are those of training steps only."""
     history, throughput = loop.progress.log_history, loop.throughput
     losses = [entry["loss"] for entry in history if "loss" in entry]
     evaluations = [entry for entry in history if "eval_loss" in entry]

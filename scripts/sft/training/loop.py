@@ -77,7 +77,7 @@ def step_batches(
 ) -> list[list[int]]:
     """The row indices of each step of an epoch that one rank computes.
 
-    The order depends on seed and epoch alone, so that resuming is exact. Every rank draws the same order and takes
+    The order depends only on seed and epoch, so that resuming is exact. Every rank draws the same order and takes
     every world-th row of a step. No row is dropped or repeated: the last step is smaller, and a share may be empty.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
