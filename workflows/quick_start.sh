@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From nothing to a model you can talk to: environment, model, data, training, evaluation, sample answers.
+# From nothing to a tuned model that you can chat with: environment, model, data, training, evaluation, sample answers.
 #   ./workflows/quick_start.sh            guided on a terminal
 #   ./workflows/quick_start.sh --yes      takes every default
 #   ./workflows/quick_start.sh --demo     the small demo model, with or without a GPU

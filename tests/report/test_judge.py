@@ -135,7 +135,7 @@ def test_a_refusal_is_reported_at_once_with_its_fix_and_without_the_key(serve: C
     with pytest.raises(EnvironmentProblem, match="cannot be reached") as error:
         gone.check()
     assert "pass" not in str(error.value)
-    with pytest.raises(EnvironmentProblem, match="no address"):
+    with pytest.raises(EnvironmentProblem, match="is not an address"):
         judging.Judge("localhost:8000", "a-judge")
 
 

@@ -152,7 +152,7 @@ def check_turns(messages: list[Message]) -> None:
 
 
 def _as_list(value: Any, where: str, what: str) -> list[Any]:
-    """A list, one item, or either of them as JSON text; null and empty text are no items."""
+    """A list, one item, or either of them as JSON text; null and empty text give no items."""
     if isinstance(value, str):
         try:
             value = parse_json(value) if value.strip() else None

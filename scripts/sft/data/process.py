@@ -127,7 +127,7 @@ def _row_warnings(reports: dict[str, Any], weighted: int) -> list[str]:
 
 
 def _require_good_rows(ledger: Ledger, staged: Path, target: Path) -> None:
-    """Raises Rejected, with the faulty rows in rejected.jsonl, where this is no data to train on."""
+    """Raises Rejected, with the faulty rows in rejected.jsonl, if too many rows are faulty or none is left."""
     if ledger.written and not ledger.too_many_faults:
         return
     rejected = target / "rejected.jsonl"

@@ -45,7 +45,7 @@ OTHER_FILES = {  # first bytes -> what the file is
 }
 HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 CONTROL = re.compile("[\0-\x08\x0e-\x1f\ufffe\uffff]")
-INVALID = re.compile("[\ud800-\udfff]")  # bytes that are no text in the encoding are decoded to these
+INVALID = re.compile("[\ud800-\udfff]")  # bytes that are invalid in the encoding are decoded to these
 BYTE_ORDER_MARKS = {"utf-32": (b"\xff\xfe\0\0", b"\0\0\xfe\xff"), "utf-16": (b"\xff\xfe", b"\xfe\xff")}
 UNUSED_IN_CP1252 = set("\udc81\udc8d\udc8f\udc90\udc9d\udcfe\udcff")  # or hardly ever written
 SPACE = re.compile(r"[ \t\r\n]*")
@@ -236,7 +236,7 @@ def _lines(source: Source, on_progress: Progress | None) -> Iterator[tuple[int, 
 
 
 def _json_lines(source: Source, on_progress: Progress | None) -> Iterator[RawRow]:
-    """One row a line; blank lines are no rows."""
+    """One row a line; blank lines are skipped."""
     for number, line in _lines(source, on_progress):
         if line.strip(" \t\r\n"):
             yield _json_row(source, f"{source.name}:{number}", line.strip("\n\r"))
@@ -252,7 +252,7 @@ def _json_row(source: Source, origin: str, text: str) -> RawRow:
 
 
 def _invalid_text(source: Source, text: str) -> str | None:
-    """Where `text` holds a byte that is no text in the encoding of its file."""
+    """Where `text` has a byte that is invalid in the encoding of its file."""
     invalid = None if text.isascii() else INVALID.search(text)
     return f"not {source.encoding.upper()} at column {invalid.start() + 1}" if invalid else None
 
@@ -261,7 +261,7 @@ def _json(source: Source, on_progress: Progress | None) -> Iterator[RawRow]:
     """The rows of an array, of an object around an array, or of objects one after the other.
 
     Origins are lines where each row begins on its own, else indexes. An array is streamed; an object is read whole.
-    Raises DataError with the line if the text is no JSON: the next row could begin anywhere.
+    Raises DataError with the line if the text is not JSON: the next row could begin anywhere.
     """
     text = _JsonText(source, _pieces(source, lambda text: text.read(BLOCK), 1, on_progress))
     while start := text.peek():
@@ -321,7 +321,7 @@ class _JsonText:
         return accepted
 
     def value(self) -> str:
-        """The text of the value at the cursor, moved over. Raises DataError if it is no JSON."""
+        """The text of the value at the cursor, moved over. Raises DataError if it is not JSON."""
         while True:
             try:
                 end = LENIENT_DECODER.raw_decode(self.buffer, self.at)[1]

@@ -105,7 +105,7 @@ def is_rendered(row: Row) -> bool:
 
 
 def messages(row: Row) -> list[Message]:
-    """The turns of a stored row of either shape; an empty system text is no turn."""
+    """The turns of a stored row of either shape; an empty system text is left out."""
     if "messages" in row:
         return list(row["messages"])
     turns = [{"role": "system", "content": row["system"]}] if row.get("system") else []

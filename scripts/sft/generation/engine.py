@@ -38,7 +38,7 @@ def context_length(model: nn.Module, kind: Kind) -> int | None:
 
 
 def max_prompt_tokens(model: nn.Module, settings: GenerationSection, kind: Kind) -> int | None:
-    """Most tokens of a prompt: the context less `max_new_tokens`, but at least half of it; None is no limit."""
+    """Most tokens of a prompt: the context less `max_new_tokens`, but at least half of it; None: no limit."""
     limit = context_length(model, kind)
     return None if limit is None else max(limit - settings.max_new_tokens, limit // 2, 1)
 

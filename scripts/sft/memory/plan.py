@@ -29,7 +29,7 @@ from sft.memory.trace import Traced, Tracer, is_optimizer_traced
 from sft.model.files import ModelFiles
 from sft.model.hardware import Hardware
 
-MOST_TOKENS = 4096  # of a micro-batch; a larger one is no faster
+MOST_TOKENS = 4096  # of a micro-batch; a larger one is not faster
 WORTHWHILE = 0.01  # GiB: a suggestion that saves less is left out
 UNTRACED = 0.5  # a run whose upper bound is below this share of the free memory is not traced
 SAVED_PARTS = ("weights in 4 bit", "embedding and head", "weights", "adapters", "optimizer")

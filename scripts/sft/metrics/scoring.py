@@ -30,7 +30,7 @@ _NOT_JSON = object()
 
 
 def _parse(text: str) -> Any:
-    """The JSON value that the whole text is, else _NOT_JSON; NaN, Infinity and duplicate keys are no JSON."""
+    """The JSON value that the whole text is, else _NOT_JSON; NaN, Infinity and duplicate keys are not JSON."""
 
     def refuse(name: str) -> Any:
         raise ValueError(f"{name} is not JSON")
@@ -93,7 +93,7 @@ def _equal(first: Any, second: Any) -> bool:
 
 
 def _correct_fields(prediction: str, reference: str) -> dict[str, bool]:
-    """Of each field of the reference object: has the answer the same value. Empty where it is no object."""
+    """Of each field of the reference object: whether the answer has the same value. Empty if it is not an object."""
     expected, answer = _parse(reference), _parse(prediction)
     if not isinstance(expected, dict):
         return {}
@@ -102,7 +102,7 @@ def _correct_fields(prediction: str, reference: str) -> dict[str, bool]:
 
 
 def json_fields(prediction: str, references: Sequence[str]) -> float:
-    """The share of the reference's fields that are correct; 1 or 0 if the reference is no object."""
+    """The share of the reference's fields that are correct; 1 or 0 if the reference is not an object."""
 
     def share(reference: str) -> float:
         if correct := _correct_fields(prediction, reference):
@@ -215,7 +215,7 @@ def contains(prediction: str, references: Sequence[str]) -> float:
 def number(text: str) -> Decimal | None:
     """The answer's number: the one after `####` as GSM8K writes it, else the last one in the text; None without one.
 
-    Commas and a $, € or £ in front are ignored; units behind it are no part of it; 1e3 is 1000.
+    Commas and a $, € or £ in front are ignored; units after it are ignored; 1e3 is 1000.
     """
     text = text.replace("\u2212", "-")
     marked = _MARKED_NUMBER.search(text)

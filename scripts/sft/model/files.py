@@ -138,7 +138,7 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
     """The folder's config.json. Raises ModelError if it is missing or no JSON object."""
     path = folder / "config.json"
     if not path.is_file():
-        what, fix = f"the folder {name} has no config.json, so it is no model", "name a folder with config.json,"
+        what, fix = f"the folder {name} has no config.json, so it is not a model", "name a folder with config.json,"
         fix += " tokenizer and safetensors, or a hub id"
         if (folder / "adapter_config.json").is_file():
             what, fix = (

@@ -114,7 +114,7 @@ def keep_4bit_layout(model: Any) -> None:
 
 
 def quiet_libraries() -> None:
-    """Silences bitsandbytes and transformers while they load, and progress bars where stderr is no terminal."""
+    """Silences bitsandbytes and transformers while they load, and progress bars where stderr is not a terminal."""
     for name in ("bitsandbytes.backends.cpu.ops", "transformers.distributed.tensor_parallel"):
         logging.getLogger(name).setLevel(logging.ERROR)
     if not sys.stderr.isatty():

@@ -52,7 +52,9 @@ class Judge:
     def __post_init__(self) -> None:
         parts = urlsplit(self.url)
         if parts.scheme not in {"http", "https"} or not parts.hostname:
-            raise EnvironmentProblem(f"--judge-url {self.shown} is no address", fix="such as http://localhost:8000/v1")
+            raise EnvironmentProblem(
+                f"--judge-url {self.shown} is not an address", fix="such as http://localhost:8000/v1"
+            )
         openai_key = os.environ.get(OPENAI_KEY) if parts.hostname == OPENAI_HOST else None
         self.key = self.key or os.environ.get(KEY) or openai_key
         self._client = httpx.Client(timeout=TIMEOUT_SECONDS)

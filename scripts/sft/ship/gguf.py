@@ -297,7 +297,7 @@ class TensorPlan:
 
 def _plan_tensors(files: ModelFiles, arch: str, kind: str) -> list[TensorPlan]:
     """The tensors in the files' order; a head that is the embedding is left out. Vectors and norms stay f32, and rows
-    that are no whole q8_0 blocks become f16. Raises ModelError for a tensor that GGUF has no name for.
+    that are not whole q8_0 blocks become f16. Raises ModelError for a tensor that GGUF has no name for.
     """
     arch_id = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == arch)
     mapping = gguf.get_tensor_name_map(arch_id, files.config["num_hidden_layers"])
