@@ -198,7 +198,7 @@ def test_a_checkpoint_whose_answers_do_not_stop_is_never_the_best(root: Path, ca
     logging.getLogger("sft").propagate = True
     summary = project.run(root, "train.min_stop_rate=1.0", "train.max_steps=2", "generation.max_new_tokens=1")
     assert summary["eval"]["stop_rate"] < 1.0 and summary["best_step"] is None
-    assert "this is not a best checkpoint" in caplog.text
+    assert "this checkpoint cannot be the best" in caplog.text
 
 
 @pytest.mark.parametrize(("sets", "most"), [(["train.batch_size=2"], 2), (["train.grad_accum=8"], 1), ([], 8)])
