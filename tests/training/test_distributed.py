@@ -48,6 +48,8 @@ if rank == 0:  # the other one has an empty share of the step
 distributed.sum_gradients(weights)
 assert all(bool((weight.grad == index + 0.5).all()) for index, weight in enumerate(weights))
 assert distributed.all_gather(rank) == [0, 1]
+torch.distributed.barrier()  # neither process ends while the other one still receives
+torch.distributed.destroy_process_group()
 """
 
 
