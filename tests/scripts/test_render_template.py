@@ -34,7 +34,7 @@ def test_splits_are_rendered_and_train_the_same(command: Callable[..., Result], 
     done = command("render_template", *settings, "--json", SFT_ROOT=str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == {
-        "train": {"rows": 3, "refused": {"mute": "there is no answer in it"}},
+        "train": {"rows": 3, "refused": {"mute": "it has no answer"}},
         "test": {"rows": 1, "refused": {}},
     }
     rendered = tmp_path / "data" / "rendered" / "train.jsonl"
