@@ -6,7 +6,7 @@
 
 .DEFAULT_GOAL := help
 .PHONY: help coverage install install-dev install-unsloth lock setup-dirs download-model demo-model process style render \
-	full-pipeline style-if-asked preview report-data plan check train train-bnb train-unsloth train-with-tb train-bnb-tb \
+	full-pipeline style-if-set preview report-data plan check train train-bnb train-unsloth train-with-tb train-bnb-tb \
 	train-unsloth-tb pause resume doctor tensorboard tb-stop tb-clean tb-open eval eval-val eval-test eval-quick eval-full compare lm-eval infer \
 	infer-interactive infer-batch merge merge-bf16 merge-test export push \
 	config-docs test test-all fuzz test-faults lint clean quick-start
@@ -71,8 +71,8 @@ style: $(ENV) ## add a style to the system text of every split (STYLE="Answer in
 	$(RUN)/style_prompt.py $(WITH) --style "$$STYLE"
 render: $(ENV) ## write prompt and answer of each row as the chat template renders them (optional)
 	$(RUN)/render_template.py $(WITH)
-full-pipeline: setup-dirs process style-if-asked render ## setup-dirs, process, style (with STYLE=), render
-style-if-asked: $(ENV)
+full-pipeline: setup-dirs process style-if-set render ## setup-dirs, process, style (with STYLE=), render
+style-if-set: $(ENV)
 	$(if $(STYLE),$(RUN)/style_prompt.py $(WITH) --style "$$STYLE",@echo "no STYLE=: skipping style")
 preview: $(ENV) ## show rows token by token: what is in the loss, what is masked
 	$(RUN)/preview.py $(WITH)

@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], help="settings for process_data")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        data = args.data or Path(folder) / "made.jsonl"
+        data = args.data or Path(folder) / "rows.jsonl"
         if args.data is None:
             write_rows(data, args.rows)
         command = [sys.executable, str(ROOT / "scripts/process_data.py"), "--raw_path", str(data.resolve()), "--json"]

@@ -4,7 +4,7 @@
     python scripts/style_prompt.py --style "Answer like a pirate." --mode append --in a.jsonl --out b.jsonl
 
 Without --in and --out it reads every split of data/processed and writes data/processed_with_style, which training then
-uses by default, with source.json, the record of what it was made from.
+uses by default, with source.json, the record of its source.
 """
 
 from __future__ import annotations

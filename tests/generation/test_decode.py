@@ -103,9 +103,9 @@ def test_every_proven_family_answers_as_transformers_does_prompt_by_prompt(
     assert shared_prefix(prompts) == 10
     for rows in (1, 3, 20):
         assert ours(model, prompts, GREEDY, rows, ends) == expected
-    apart = questions(alike=0)
-    free = [alone(model, prompt, 30)[: max_tokens(index, 30)] for index, prompt in enumerate(apart)]
-    assert ours(model, apart, GREEDY, 4) == free
+    distinct = questions(alike=0)
+    free = [alone(model, prompt, 30)[: max_tokens(index, 30)] for index, prompt in enumerate(distinct)]
+    assert ours(model, distinct, GREEDY, 4) == free
     assert shifts
 
 

@@ -43,7 +43,7 @@ def test_a_held_out_row_that_the_template_refuses_is_skipped(tmp_path):
 
     def prompt(row):
         if records.question(row) == "refused":
-            raise TemplateError("no prompt can be made")
+            raise TemplateError("no prompt can be rendered")
         return [1], 0
 
     row = verify.first_question(prompt, Config(), tmp_path)

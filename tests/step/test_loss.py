@@ -107,7 +107,7 @@ def test_soft_caps_scales_and_biases_are_honoured(
     off, gradient = _both(model.train().requires_grad_(), smoothing=0.1)
     assert loss._transforms[model] == expected
     assert off < 1e-9
-    assert gradient < 1e-6  # models scale and cap by constants kept in their own precision
+    assert gradient < 1e-6  # models scale and cap by constants in their own precision
 
 
 def test_t5_tied_and_untied(tiny_t5: Path) -> None:

@@ -1,4 +1,4 @@
-"""Encoded rows made visible: tokens that are in the loss, masked or cut, as terminal text and as one HTML page."""
+"""Encoded rows for inspection: tokens that are in the loss, masked or cut, as terminal text and as one HTML page."""
 
 from __future__ import annotations
 

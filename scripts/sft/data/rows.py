@@ -1,4 +1,4 @@
-"""Stored rows and what they are made of: strict JSON, reasons to exclude a row, and the three shapes.
+"""Stored rows and their parts: strict JSON, reasons to exclude a row, and the three shapes.
 
 A row is short (`system`, `user`, `assistant`), `messages` (with `tools`), or rendered (`input`, `target`); each has
 `id`, a hash of its content, and `origin`, the file and line that it was read from.

@@ -166,7 +166,7 @@ def _existing(root: Path, text: str, key: str) -> Path:
 
 
 def check_styled(data: DataSection, root: Path) -> None:
-    """Raises DataError unless the styled rows were made from the processed rows in their current state."""
+    """Raises DataError unless the styled rows come from the processed rows in their current state."""
     folder, processed = resolve_path(root, data.styled_dir), resolve_path(root, data.processed_dir)
     records = style_records(folder)
     for name in (f"{split}.jsonl" for split in SPLITS):
@@ -179,7 +179,7 @@ def check_styled(data: DataSection, root: Path) -> None:
 
 
 def record_style(target: Path, source: Path, digest: str, **style: str) -> None:
-    """Writes beside `target` that it was made from `source`, whose bytes had the SHA-256 `digest`."""
+    """Writes beside `target` that it comes from `source`, whose bytes had the SHA-256 `digest`."""
     entry = {"source": source.name, "sha256": digest, **style}
     files.write_json(target.parent / STYLE_RECORD, {"files": {**style_records(target.parent), target.name: entry}})
 

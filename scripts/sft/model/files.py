@@ -119,7 +119,7 @@ class ModelFiles:
         return sum(path.stat().st_size for path in self.weights)
 
     def fingerprint(self) -> str:
-        """A hash that tells two bases of the same shape apart without reading them whole.
+        """A hash that distinguishes two bases of the same shape without reading all of their weights.
 
         Of every tensor its name, type, shape and 256 bytes from its middle, whatever files the tensors are in.
         """

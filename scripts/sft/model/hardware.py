@@ -36,8 +36,9 @@ class Gpu:
 def probe() -> Hardware:
     """The device to use: the process's first visible CUDA GPU, else the CPU. bf16: compute capability >= 8, or CPU.
 
-    Lets torch's segments of GPU memory grow in place, before the first is made, so that rows of mixed lengths fragment
-    it less; not where the user has set the allocator, nor on WSL, whose driver refuses it (pytorch/pytorch#192330).
+    Lets torch's segments of GPU memory grow in place (set before the first is allocated), so that rows of mixed lengths
+    fragment it less; not if the user has set the allocator, nor on WSL, whose driver refuses it
+    (pytorch/pytorch#192330).
     """
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ and "microsoft" not in platform.release().lower():
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("sft.model")
 FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model", "tokenizer.model", "vocab.json", "vocab.txt")
-# Existing tokens that serve as padding, best first: made for it, then never trained, then the end of a document where
+# Existing tokens that serve as padding, best first: meant for it, then never trained, then the end of a document where
 # a turn ends with another token. Embeddings are never resized for a pad token.
 PAD_TOKENS = (
     "<pad>",

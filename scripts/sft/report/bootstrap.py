@@ -46,7 +46,7 @@ class Difference:
 
 
 def draws_for(rows: int) -> int:
-    """How many bootstrap draws are made for this many rows."""
+    """The number of bootstrap draws for this many rows."""
     return DRAWS if rows <= MANY_ROWS else FEWER_DRAWS
 
 

@@ -110,7 +110,7 @@ def _answer_row(entry: Mapping[str, Any], names: Sequence[str]) -> list[object]:
     base = marked[0][0] if len(names) == 1 else escape(entry["base"])
     row: list[object] = [
         Cell(str(entry["id"])[:8], str(entry["id"])),
-        Cell(_folded(entry["prompt"]), kind="answer asked"),
+        Cell(_folded(entry["prompt"]), kind="answer question"),
         Cell(_folded(entry["reference"]), kind="answer"),
         Cell(base, kind="answer"),
     ]

@@ -293,7 +293,7 @@ def _left_out_chart(named: dict[str, int] | None) -> list[Chart]:
 
 def _ledger_facts(ledger: Figures) -> dict[str, str]:
     facts = {"format": ledger.get("formats"), "shape": ledger.get("shapes"), "encoding": ledger.get("encoding")}
-    facts |= {"copies made for weights": ledger.get("rows_repeated"), "replayed": ledger.get("rows_replayed")}
+    facts |= {"copies by weight": ledger.get("rows_repeated"), "replayed": ledger.get("rows_replayed")}
     shown = {}
     for name, value in facts.items():
         if isinstance(value, dict):

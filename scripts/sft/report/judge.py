@@ -1,4 +1,4 @@
-"""A judge model behind an OpenAI-style address: scores from 1 to 10 for two answers, asked in both orders.
+"""A judge model behind an OpenAI-style address: scores from 1 to 10 for two answers, shown in both orders.
 
 A judge favours what it reads first (Zheng et al. 2023, "Judging LLM-as-a-Judge"), so each pair is shown in both orders
 and the scores are averaged: the position cancels out. The key comes from the environment and is never written.
