@@ -1,7 +1,7 @@
 """Checks everything a run needs without loading a model: each line is ok, a warning or an error, with its fix.
 
-    python scripts/check.py
-    python scripts/check.py --config configs/demo_cpu.yaml --json
+    python scripts/check.py --config configs/demo_cpu.yaml
+    make check TB_PORT=6007
 
 Reads the config, the first rows of the data, the headers of the model's files, the template, the machine; writes
 nothing. Exit 2 where anything is an error.
@@ -18,13 +18,7 @@ from sft import console
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command's flags."""
-    result = console.parser(
-        "Check environment, config, data, template, model, disk, memory and ports; no model is loaded.",
-        """python scripts/check.py
-python scripts/check.py --config configs/demo_cpu.yaml
-make check TB_PORT=6007""",
-    )
+    result = console.parser(__doc__)
     result.add_argument("--port", type=int, default=6006, help="TensorBoard's port (default 6006)")
     return result
 

@@ -18,8 +18,7 @@ GENERATED = ("data/processed", "data/processed_with_style", "data/rendered", "ou
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command's flags."""
-    result = console.parser("Remove generated files, never data/raw.", "python scripts/clean.py --force", config=False)
+    result = console.parser(__doc__, config=False)
     result.add_argument("--force", action="store_true", help="do not ask first")
     return result
 

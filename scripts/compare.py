@@ -1,8 +1,9 @@
 """Is the tuned model better than its base, and what has it forgotten? Both answer the same rows, greedily; one report.
 
-python scripts/compare.py                              the newest run on its test rows
-python scripts/compare.py --adapters adapters/a adapters/b
-python scripts/compare.py --judge-url http://localhost:8000/v1 --judge-model NAME      (key: JUDGE_API_KEY)
+    python scripts/compare.py                              the newest run on its test rows
+    python scripts/compare.py --adapters adapters/first adapters/second --general my_questions.jsonl --limit 200
+    python scripts/compare.py --judge-url http://localhost:8000/v1 --judge-model NAME      (key: JUDGE_API_KEY)
+
 Writes outputs/<run>/report/: index.html, compare.json, answers.jsonl and the model card, README.md.
 """
 
@@ -14,16 +15,9 @@ from typing import Any
 
 from sft import console
 
-EXAMPLES = """
-python scripts/compare.py --split test --limit 200
-python scripts/compare.py --adapters adapters/first adapters/second --general my_questions.jsonl
-python scripts/compare.py --judge-url http://localhost:8000/v1 --judge-model judge --judge-limit 50
-"""
-
 
 def parser() -> argparse.ArgumentParser:
-    """The command's flags."""
-    flags = console.parser("Compare base and tuned model on the same rows, and write a report.", EXAMPLES)
+    flags = console.parser(__doc__)
     flags.add_argument("--adapters", type=Path, nargs="+", default=[], metavar="DIR", help="adapters, or whole models")
     flags.add_argument("--split", choices=["val", "test"], help="which rows (default: test if there is one, else val)")
     flags.add_argument("--limit", type=int, metavar="N", help="only the first N rows; 0: all (default: eval.limit)")

@@ -1,7 +1,7 @@
 """Writes docs/CONFIG.md, the table of every configuration key, from the schema.
 
-python scripts/config_reference.py            # writes the page
-python scripts/config_reference.py --check    # exit 2 when the page does not match the schema
+python scripts/config_reference.py            writes the page
+python scripts/config_reference.py --check    exit 2 when the page does not match the schema
 """
 
 from __future__ import annotations
@@ -11,14 +11,9 @@ from typing import Any
 
 from sft import console
 
-EXAMPLES = """
-python scripts/config_reference.py
-python scripts/config_reference.py --check
-"""
-
 
 def build_parser() -> argparse.ArgumentParser:
-    result = console.parser("Write docs/CONFIG.md from the configuration's schema.", EXAMPLES, config=False)
+    result = console.parser(__doc__, config=False)
     result.add_argument("--out", metavar="FILE", help="where to write (default: docs/CONFIG.md of the project)")
     result.add_argument("--check", action="store_true", help="write nothing; exit 2 when the file is out of date")
     return result

@@ -1,7 +1,6 @@
-"""Doctor: what a bug report needs as one text without secrets: versions, machine, checks, last run, last error.
+"""Gathers what a bug report needs as one text: versions, machine, checks, last run, last error.
 
-    python scripts/doctor.py
-    python scripts/doctor.py > report.txt
+    python scripts/doctor.py --config configs/demo_cpu.yaml > report.txt
 
 Reads everything, changes nothing. Tokens are redacted, the home folder is written as ~.
 """
@@ -15,14 +14,9 @@ from typing import Any
 from sft import console
 from sft.errors import redact
 
-EXAMPLES = """
-python scripts/doctor.py
-python scripts/doctor.py --config configs/demo_cpu.yaml > report.txt
-"""
-
 
 def build_parser() -> argparse.ArgumentParser:
-    return console.parser("Gather what a bug report needs into one redacted text.", EXAMPLES)
+    return console.parser(__doc__)
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:

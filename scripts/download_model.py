@@ -1,12 +1,11 @@
 """Downloads a model into the hub's cache; a broken download resumes where it stopped.
 
-    python scripts/download_model.py                                       # the config's model
-    python scripts/download_model.py --model Qwen/Qwen2.5-1.5B-Instruct
+    python scripts/download_model.py                                       the config's model
     python scripts/download_model.py --model Qwen/Qwen2.5-1.5B-Instruct --revision main
+    make download-model MODEL=Qwen/Qwen2.5-1.5B-Instruct
 
-Reads the config (for the name), writes only to the hub's cache (HF_HOME): safetensors, JSON, templates and tokenizer
-files, never pickles. --allow-pickle converts a local folder's pickled weights to safetensors (tensors only). Needs no
-GPU and loads no model.
+Writes only to the hub's cache (HF_HOME): safetensors, JSON, templates and tokenizer files, never pickles.
+--allow-pickle converts a local folder's pickled weights to safetensors (tensors only). Needs no GPU, loads no model.
 """
 
 from __future__ import annotations
@@ -22,12 +21,7 @@ log = logging.getLogger("sft.model")
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command's flags."""
-    flags = console.parser(
-        "Download a model into the hub's cache, resumable.",
-        """python scripts/download_model.py --model Qwen/Qwen2.5-1.5B-Instruct
-make download-model MODEL=Qwen/Qwen2.5-1.5B-Instruct""",
-    )
+    flags = console.parser(__doc__)
     flags.add_argument("--model", metavar="NAME", help="hub id (default: the config's model.name)")
     flags.add_argument("--revision", metavar="REV", help="branch, tag or commit (default: the config's, else main)")
     flags.add_argument(

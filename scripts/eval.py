@@ -1,9 +1,11 @@
 """Evaluates a model on held-out rows: answers and scores them, tuned, base or both, beside the best constant answer.
 
-python scripts/eval.py --split test              the newest run on the test split
-python scripts/eval.py --split test --both       its base too, in one go
-python scripts/eval.py --predictions FILE        scores a file of answers; loads no model
-Writes outputs/metrics.json, outputs/samples.jsonl and the run's own copies.
+    python scripts/eval.py --split test              the newest run on the test split
+    python scripts/eval.py --split test --both       its base too, in one go
+    python scripts/eval.py --adapters adapters/my-run --limit 100 --samples 3
+    python scripts/eval.py --predictions answers.jsonl --metrics rougeL,sari,exact_match --json
+
+Writes outputs/metrics.json, outputs/samples.jsonl and the run's own copies; with --predictions neither model nor file.
 """
 
 from __future__ import annotations
@@ -15,16 +17,9 @@ from typing import Any
 
 from sft import console
 
-EXAMPLES = """
-python scripts/eval.py --split test --both
-python scripts/eval.py --adapters adapters/my-run --limit 100 --samples 3
-python scripts/eval.py --predictions answers.jsonl --metrics rougeL,sari,exact_match --json
-"""
-
 
 def parser() -> argparse.ArgumentParser:
-    """The command's flags."""
-    flags = console.parser("Evaluate a model on held-out rows.", EXAMPLES)
+    flags = console.parser(__doc__)
     flags.add_argument("--split", choices=["val", "test"], default="val", help="which rows (default: val)")
     flags.add_argument("--limit", type=int, metavar="N", help="only the first N rows; 0: all (default: eval.limit)")
     flags.add_argument(

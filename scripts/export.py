@@ -1,6 +1,6 @@
 """Exports what a run trained: GGUF for llama.cpp, a folder for Ollama, safetensors for transformers and vLLM.
 
-    python scripts/export.py --format gguf                         # the newest run -> outputs/export/<run>-gguf
+    python scripts/export.py --format gguf                         the newest run -> outputs/export/<run>-gguf
     python scripts/export.py --format ollama --type q8_0
     python scripts/export.py --format hf --adapters adapters/run --out DIR
 
@@ -27,13 +27,7 @@ NEXT = {
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command's flags."""
-    flags = console.parser(
-        "Export a tuned model as GGUF, for Ollama, or as safetensors, and verify its tokens against training.",
-        """python scripts/export.py --format gguf --type f16
-python scripts/export.py --format ollama --type q8_0 --adapters adapters/last
-python scripts/export.py --format hf --out outputs/export/mine""",
-    )
+    flags = console.parser(__doc__)
     flags.add_argument("--format", choices=["gguf", "ollama", "hf"], default="gguf", help="default: gguf")
     flags.add_argument(
         "--type", choices=["f16", "q8_0", "bf16", "f32"], default="f16", help="dtype of the weights (default: f16)"

@@ -1,7 +1,8 @@
 """Chats with a model, or answers a file of questions, with the template and stop criteria of its training.
 
 python scripts/infer.py                                                       a chat with the newest run
-python scripts/infer.py --mode batch --input_file q.txt --output_file a.txt   a line a question
+python scripts/infer.py --base --set generation.temperature=0.7 --set generation.do_sample=true
+python scripts/infer.py --mode batch --input_file q.txt --output_file a.txt   a line a question (or .jsonl)
 """
 
 from __future__ import annotations
@@ -12,16 +13,9 @@ from typing import Any
 
 from sft import console
 
-EXAMPLES = """
-python scripts/infer.py
-python scripts/infer.py --base --set generation.temperature=0.7 --set generation.do_sample=true
-python scripts/infer.py --mode batch --input_file questions.jsonl --output_file outputs/answers.jsonl
-"""
-
 
 def parser() -> argparse.ArgumentParser:
-    """The command's flags."""
-    flags = console.parser("Chat with a model, or answer a file of questions.", EXAMPLES)
+    flags = console.parser(__doc__)
     flags.add_argument("--mode", choices=["interactive", "batch"], help="default: batch with --input_file")
     flags.add_argument("--input_file", type=Path, metavar="F", help="questions: .txt (lines) or .jsonl (rows)")
     flags.add_argument("--output_file", type=Path, metavar="F", help="answers: .txt or .jsonl")

@@ -1,7 +1,8 @@
 """Runs tasks of lm-evaluation-harness on the tuned model and its base, where the harness is installed.
 
-python scripts/lm_eval.py --tasks hellaswag,arc_easy          the newest run and its base
-python scripts/lm_eval.py --tasks gsm8k --limit 100 --adapters adapters/my-run
+    python scripts/lm_eval.py --tasks hellaswag,arc_easy --limit 200       the newest run and its base
+    python scripts/lm_eval.py --tasks ifeval --chat -- --num_fewshot 0
+
 The models are opened as `eval` opens them (the same 4-bit base, adapter and tokenizer) and handed to the harness.
 Results go to outputs/<run>/lm_eval/{tuned,base}; the tasks' data come from the hub.
 """
@@ -20,17 +21,12 @@ from typing import Any
 
 from sft import console
 
-EXAMPLES = """
-python scripts/lm_eval.py --tasks hellaswag,arc_easy --limit 200
-python scripts/lm_eval.py --tasks ifeval --chat -- --num_fewshot 0
-"""
 MINIMUM = (0, 4, 9)
 Scores = dict[str, float]
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command's flags."""
-    arguments = console.parser("Run lm-evaluation-harness tasks on base and tuned model.", EXAMPLES)
+    arguments = console.parser(__doc__)
     arguments.add_argument("--tasks", required=True, metavar="A,B", help="names of the harness's tasks, or YAML files")
     arguments.add_argument("--adapters", type=Path, metavar="DIR", help="an adapter (default: the newest run's)")
     arguments.add_argument("--limit", type=int, metavar="N", help="the first N questions of each task")

@@ -1,8 +1,9 @@
 """Merges an adapter into its full-precision base, checks the result, and leaves a model that any library can load.
 
-    python scripts/merge_lora.py                                          # adapters/last -> outputs/merged_fp16
+    python scripts/merge_lora.py                                          adapters/last -> outputs/merged_fp16
     python scripts/merge_lora.py --adapters adapters/run --out DIR --dtype bf16
-    python scripts/merge_lora.py --out DIR --test                         # load DIR and ask it a question
+    python scripts/merge_lora.py --out DIR --test                         load DIR and generate an answer
+    python scripts/merge_lora.py --set model.name=/new/place/of/the/base
 
 Reads the adapter, the config beside it (which names base and template) and the base's full-precision weights, tensor by
 tensor; writes safetensors, tokenizer, chat template, stop tokens and merge.json with the figures.
@@ -19,13 +20,7 @@ from sft import console
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command's flags."""
-    flags = console.parser(
-        "Merge an adapter into its full-precision base and check the result.",
-        """python scripts/merge_lora.py --adapters adapters/last --out outputs/merged_fp16 --dtype fp16
-python scripts/merge_lora.py --out outputs/merged_fp16 --test
-python scripts/merge_lora.py --set model.name=/new/place/of/the/base""",
-    )
+    flags = console.parser(__doc__)
     flags.add_argument("--adapters", metavar="DIR", type=Path, help="the adapter's folder (default: adapters/last)")
     flags.add_argument(
         "--out", metavar="DIR", type=Path, help="folder of the merged model (default: outputs/merged_DTYPE)"

@@ -1,7 +1,7 @@
-"""Pause: stops the running training after its current step, with a checkpoint; `make train` resumes it.
+"""Stops the running training after its current step, with a checkpoint; `make train` resumes it.
 
-    python scripts/pause.py            # every running run
-    python scripts/pause.py run-2      # that one
+    python scripts/pause.py            every running run
+    python scripts/pause.py run-2      that one
 
 Writes a file `pause` into the run's folder, which the run looks for after each step.
 """
@@ -13,16 +13,9 @@ from typing import Any
 
 from sft import console
 
-EXAMPLES = """
-python scripts/pause.py
-python scripts/pause.py run-2
-"""
-
 
 def build_parser() -> argparse.ArgumentParser:
-    result = console.parser(
-        "Stop a running training after its current step, with a checkpoint.", EXAMPLES, config=False
-    )
+    result = console.parser(__doc__, config=False)
     result.add_argument("run", nargs="?", help="the run's name (default: every running run)")
     return result
 

@@ -1,9 +1,12 @@
 """Will it fit: the memory that a run needs, traced from the model's config.json before anything else is downloaded.
 
-    python scripts/plan.py --gpu "RTX 4060" --set model.max_seq_len=2048 --json
+    python scripts/plan.py                            this machine
+    python scripts/plan.py --gpu "RTX 4060"           a card, by name or by its memory: --gpu 8GiB, --gpu cpu
+    python scripts/plan.py --gpu 12GiB --png plan.png with a picture of where the memory goes
+    python scripts/plan.py --gpu 24GiB --models       which models of the shipped list fit, with this config's settings
+    python scripts/plan.py --models my-models.txt     of a file with one name per line, or of names
 
-Reads the run's config and the model's config.json; writes nothing but the picture of `--png`. Exits with 0 whether it
-fits or not: the answer is `fits`.
+Writes nothing but the picture of --png. Exits with 0 whether it fits or not: the answer is `fits`.
 """
 
 from __future__ import annotations
@@ -15,17 +18,9 @@ from typing import Any
 
 from sft import console
 
-EXAMPLES = """
-python scripts/plan.py                            # this machine
-python scripts/plan.py --gpu "RTX 4060"           # a card, by name or by its memory: --gpu 8GiB, --gpu cpu
-python scripts/plan.py --gpu 12GiB --png plan.png # with a picture of where the memory goes
-python scripts/plan.py --gpu 24GiB --models       # which models of the shipped list fit, with this config's settings
-python scripts/plan.py --models my-models.txt     # of a file with one name per line, or of names
-"""
-
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = console.parser("Show whether a run fits a card, and where its memory goes.", EXAMPLES)
+    parser = console.parser(__doc__)
     parser.add_argument("--gpu", metavar="CARD", help='`8GiB`, `"RTX 4060"` or `cpu` (default: this machine)')
     parser.add_argument(
         "--models",

@@ -1,7 +1,8 @@
-"""Show rows as the model is trained on them: coloured tokens on the terminal, an HTML page, or a JSON line a row.
+"""Shows rows as the model is trained on them: coloured tokens on the terminal, an HTML page, or a JSON line a row.
 
-    python scripts/preview.py                                  # some training rows of the config
-    python scripts/preview.py --in rows.jsonl --id 3f2a --html preview.html
+    python scripts/preview.py --split val --limit 3            rows of the config
+    python scripts/preview.py --in rows.jsonl --limit 0 --json > tokens.jsonl
+    python scripts/preview.py --in rows.jsonl --id 3f2a --tokenizer DIR --template llama3 --html preview.html
 
 Reads rows, config and tokenizer; loads no model. Rows are shown as they are, not cleaned.
 """
@@ -15,16 +16,11 @@ from typing import Any
 
 from sft import console
 
-EXAMPLES = """
-python scripts/preview.py --split val --limit 3
-python scripts/preview.py --in rows.jsonl --limit 0 --json > tokens.jsonl
-python scripts/preview.py --in rows.jsonl --tokenizer path/to/tokenizer --template llama3 --html preview.html
-"""
 DEFAULT_LIMIT = 6
 
 
 def parser() -> argparse.ArgumentParser:
-    result = console.parser("Show rows token by token: what is in the loss, what is masked, what is cut.", EXAMPLES)
+    result = console.parser(__doc__)
     add = result.add_argument
     add("--in", dest="rows", metavar="FILE", help="rows to show (default: the config's)")
     add("--split", choices=["train", "val", "test"], default="train", help="which split of the config")

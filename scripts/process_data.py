@@ -1,6 +1,8 @@
 """Processes raw rows: reads any format, checks and splits the rows, and accounts for every one.
 
-    python scripts/process_data.py --raw_path my_rows.json
+    python scripts/process_data.py                             data/raw/raw.jsonl, else raw.json
+    python scripts/process_data.py --raw_path my_rows.csv --set data.columns.user=Question \\
+                                   --set data.columns.assistant="Best Answer"
     python scripts/process_data.py --raw_path owner/name --set data.hub_split=train
 
 Reads JSON, JSONL, CSV, TSV or Parquet, compressed or not, a folder of them, a hub data set, or several (data.sources).
@@ -20,16 +22,10 @@ if TYPE_CHECKING:
     from sft.data.ledger import Ledger
 
 FORMATS = ("auto", "chat", "qa", "prompt", "alpaca", "sharegpt", "messages", "rendered", "text", "columns")
-EXAMPLES = """
-python scripts/process_data.py                                   # data/raw/raw.jsonl, else raw.json
-python scripts/process_data.py --raw_path my_rows.csv --set data.columns.user=Question \\
-                               --set data.columns.assistant="Best Answer"
-python scripts/process_data.py --raw_path owner/name --set data.hub_split=train
-"""
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = console.parser("Turn raw rows into checked, split rows to train on.", EXAMPLES)
+    parser = console.parser(__doc__)
     parser.add_argument("--raw_path", metavar="P", help="file, or hub data set as owner/name (default: data.raw_path)")
     parser.add_argument("--format", choices=FORMATS, help="format of the rows (default: data.format, which is auto)")
     return parser

@@ -1,6 +1,6 @@
 """Uploads an export to the model hub, with its model card and its parity certificate; --dry-run lists the files.
 
-    python scripts/push.py --repo me/my-model --dry-run             # the newest export
+    python scripts/push.py --repo me/my-model --dry-run             the newest export
     python scripts/push.py --repo me/my-model --folder outputs/export/run-hf --public
 
 The token comes from HF_TOKEN, .env or `hf auth login`, and is never shown. A repository that does not exist is created,
@@ -18,13 +18,7 @@ from sft import console
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command's flags."""
-    flags = console.parser(
-        "Upload an export to the model hub with its model card.",
-        """python scripts/push.py --repo me/my-model --dry-run
-python scripts/push.py --repo me/my-model --folder outputs/export/run-gguf --public""",
-        config=False,
-    )
+    flags = console.parser(__doc__, config=False)
     flags.add_argument("--repo", metavar="NAME/MODEL", required=True, help="the repository on the hub")
     flags.add_argument("--folder", metavar="DIR", type=Path, help="an export (default: the newest in outputs/export)")
     flags.add_argument("--public", action="store_true", help="make the repository public (default: private)")

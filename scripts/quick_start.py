@@ -1,8 +1,8 @@
 """The guided set-up behind workflows/quick_start.sh: choose model and data, process, check, train, evaluate.
 
-python scripts/quick_start.py             guided on a terminal
-python scripts/quick_start.py --yes       takes every default
-python scripts/quick_start.py --demo      the small demo model
+    python scripts/quick_start.py             guided on a terminal
+    python scripts/quick_start.py --yes       takes every default
+    python scripts/quick_start.py --demo      the small demo model
 
 Reads data/raw; writes configs/local.yaml, which every command then takes by default, and what those commands write.
 """
@@ -43,12 +43,7 @@ class Choice:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command's flags."""
-    result = console.parser(
-        "From a file of examples to a tuned model that you can chat with.",
-        "python scripts/quick_start.py --yes",
-        config=False,
-    )
+    result = console.parser(__doc__, config=False)
     result.add_argument("--yes", action="store_true", help="take every default without asking")
     result.add_argument("--demo", action="store_true", help="use the shipped demo model")
     return result

@@ -1,7 +1,7 @@
-"""Write rows out as the chat template renders them: {"id", "input", "target"}, for other trainers or for inspection.
+"""Writes rows as the chat template renders them: {"id", "input", "target"}, for other trainers or for inspection.
 
-    python scripts/render_template.py                             # data/rendered/{train,val,test}.jsonl
-    python scripts/render_template.py --in rows.jsonl --out rendered.jsonl
+    python scripts/render_template.py                             data/rendered/{train,val,test}.jsonl
+    python scripts/render_template.py --set data.template_path=alpaca --in rows.jsonl --out rendered.jsonl
 
 Reads processed (or styled) rows. `input` is the prompt, `target` the last answer without the end token.
 Training takes these rows only where `data.stage` is `rendered`, and then gives the same tokens as the rows themselves.
@@ -15,14 +15,9 @@ from typing import Any
 
 from sft import console
 
-EXAMPLES = """
-python scripts/render_template.py
-python scripts/render_template.py --set data.template_path=alpaca --in rows.jsonl --out rendered.jsonl
-"""
-
 
 def parser() -> argparse.ArgumentParser:
-    result = console.parser("Render rows with the chat template.", EXAMPLES)
+    result = console.parser(__doc__)
     result.add_argument("--in", dest="source", metavar="FILE", help="one file of rows (default: every split)")
     result.add_argument("--out", dest="target", metavar="FILE", help="file for the rendered rows; needed with --in")
     result.add_argument("--tokenizer", metavar="DIR", help="a folder of tokenizer files instead of model.name")

@@ -1,7 +1,8 @@
 """Writes a page about the training rows: lengths in tokens, what is cut, what repeats, what was left out.
 
-python scripts/report_data.py                          the config's rows -> outputs/reports/data.html
-python scripts/report_data.py --limit 0 --out data.html
+    python scripts/report_data.py                          the config's rows -> outputs/reports/data.html
+    python scripts/report_data.py --set model.max_seq_len=1024 --limit 0 --out data.html
+    python scripts/report_data.py --json > figures.json
 
 Reads processed rows, ledger.json and quarantine.jsonl; loads the tokenizer and no model; changes no row.
 """
@@ -14,17 +15,11 @@ from typing import Any
 
 from sft import console
 
-EXAMPLES = """
-python scripts/report_data.py
-python scripts/report_data.py --set model.max_seq_len=1024 --limit 0
-python scripts/report_data.py --json > figures.json
-"""
 LIMIT = 10_000
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command's flags."""
-    flags = console.parser("Write a page with plots of the training rows.", EXAMPLES)
+    flags = console.parser(__doc__)
     flags.add_argument(
         "--limit",
         type=int,

@@ -1,7 +1,7 @@
 """Puts a style ("Answer in two sentences.") into the system text of processed rows.
 
-    python scripts/style_prompt.py --style concise
-    python scripts/style_prompt.py --style "Answer like a pirate." --mode append --in a.jsonl --out b.jsonl
+    python scripts/style_prompt.py --style concise             presets: concise, json, step-by-step, structured
+    python scripts/style_prompt.py --style "Use British spelling." --mode append --in a.jsonl --out b.jsonl
 
 Without --in and --out it reads every split of data/processed and writes data/processed_with_style, which training then
 uses by default, with source.json, the record of its source.
@@ -15,15 +15,10 @@ from typing import Any
 from sft import console
 
 MODES = ("replace", "prepend", "append", "fill")
-EXAMPLES = """
-python scripts/style_prompt.py --style concise                     # presets: concise, json, step-by-step, structured
-python scripts/style_prompt.py --style "Use British spelling." --mode append
-python scripts/style_prompt.py --style json --in data/processed/train.jsonl --out data/processed_with_style/train.jsonl
-"""
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = console.parser("Add a style to the system text of rows.", EXAMPLES)
+    parser = console.parser(__doc__)
     parser.add_argument("--style", metavar="TEXT", help="a sentence of your own, or a preset's name")
     parser.add_argument("--mode", choices=MODES, default="replace", help="what happens to an existing system text")
     parser.add_argument("--in", dest="source", metavar="F", help="one file of rows (default: every processed split)")

@@ -17,10 +17,7 @@ from sft.errors import EnvironmentProblem
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command's flags."""
-    flags = console.parser(
-        "Start, stop, clean or find TensorBoard.", "python scripts/tb.py start --port 6007", config=False
-    )
+    flags = console.parser(__doc__, config=False)
     flags.add_argument("action", choices=["start", "stop", "clean", "open"])
     flags.add_argument("--port", type=int, default=6006, help="port on 127.0.0.1 (default 6006)")
     flags.add_argument("--force", action="store_true", help="clean without asking")

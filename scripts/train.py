@@ -1,6 +1,8 @@
-"""Train: fine-tunes the model of a config on the processed rows, and leaves an adapter (or a model) to eval and infer.
+"""Fine-tunes the model of a config on the processed rows, and leaves an adapter (or a model) to eval and infer.
 
     python scripts/train.py --config configs/run_bnb.yaml
+    python scripts/train.py --set tuning.mode=lora --set train.epochs=2 --dry-run
+    python scripts/train.py --resume outputs/run/checkpoint-200
     accelerate launch --config_file env/accelerate_config.yaml scripts/train.py --config configs/run_bnb.yaml
 
 Reads data/processed (or what data.stage says); writes outputs/<run>, outputs/tb/<run> and adapters/<run>, or
@@ -17,16 +19,9 @@ from typing import Any
 
 from sft import console
 
-EXAMPLES = """
-python scripts/train.py --config configs/run_bnb.yaml
-python scripts/train.py --set tuning.mode=lora --set train.epochs=2
-python scripts/train.py --dry-run
-python scripts/train.py --resume outputs/run/checkpoint-200
-"""
-
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = console.parser("Fine-tune a model on your rows.", EXAMPLES)
+    parser = console.parser(__doc__)
     parser.add_argument(
         "--resume",
         metavar="auto|never|PATH",

@@ -265,7 +265,7 @@ def test_help_shows_examples_before_anything_heavy_is_imported(script: Path) -> 
     )
     done = subprocess.run([sys.executable, "-c", code, str(script)], capture_output=True, text=True, check=True)
     assert done.stdout.rstrip().endswith("code 0 heavy []"), done.stdout[-300:] + done.stderr
-    assert "examples:" in done.stdout and "--json" in done.stdout
+    assert f"scripts/{script.name}" in done.stdout and "--json" in done.stdout
 
 
 def test_the_architecture_page_names_functions_that_exist() -> None:

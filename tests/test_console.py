@@ -29,7 +29,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
     def command(main: Callable[[argparse.Namespace], Any]) -> tuple[int, str, str]:
         code = 0
         try:
-            console.run(console.parser("a command", "none"), main)
+            console.run(console.parser("a command"), main)
         except SystemExit as stop:
             code = int(stop.code or 0)
         return code, *capsys.readouterr()

@@ -40,12 +40,10 @@ def default_config() -> str:
     return str(root / (LOCAL_CONFIG if (root / LOCAL_CONFIG).exists() else DEFAULT_CONFIG))
 
 
-def parser(description: str, examples: str, *, config: bool = True) -> argparse.ArgumentParser:
-    """A parser with the flags that all commands share: --config, --set, --json, --help with examples."""
+def parser(doc: str | None, *, config: bool = True) -> argparse.ArgumentParser:
+    """A parser with the flags that all commands share (--config, --set, --json). doc: the script's own, for --help."""
     result = argparse.ArgumentParser(
-        description=description,
-        epilog="examples:\n" + "\n".join("  " + line for line in examples.strip().splitlines()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=(doc or "").strip().replace("%", "%%"), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     if config:
         result.add_argument(

@@ -247,7 +247,7 @@ def main(args):
     from sft.config.load import load
     return {"seed": load(args.config, args.set, root=Path.cwd()).config.train.seed}
 
-console.run(console.parser("a command", "none"), main)
+console.run(console.parser("a command"), main)
 """
 
 
