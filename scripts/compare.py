@@ -36,7 +36,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 
     root, is_default = console.project_root(), args.config == console.default_config()
     targets = compare.targets(Path(args.config), args.set, args.adapters, is_default, root)
-    split, rows, train = compare.held_out_rows(targets[0], args.split, args.limit, root)
+    split, rows, train = evaluate.held_out_rows(targets[0].config, args.split, args.limit, root)
     general = [] if args.general == "none" else compare.general_rows(Path(args.general) if args.general else None, root)
     judge = compare.open_judge(args.judge_url, args.judge_model)
     names = ", ".join(compare.unique_names(targets))

@@ -43,47 +43,32 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         args.set.append(f"eval.metrics=[{args.metrics}]")
     if args.predictions is not None:
         return score_file(args, root)
-    from sft.data import store
-    from sft.errors import ConfigError, DataError
-    from sft.generation import load
+    from sft import files
+    from sft.errors import ConfigError
+    from sft.generation import evaluate, load
+    from sft.metrics import predictions
 
     if args.base and args.both:
         raise ConfigError("--base and --both exclude each other", fix="use one of them")
+    sides = ["base"] if args.base else ["tuned", "base"] if args.both else ["tuned"]
     target = load.resolve_model(
         Path(args.config), args.set, adapters=args.adapters, merged=args.merged, base=args.base,
         is_default=args.config == console.default_config(), root=root,
     )  # fmt: skip
-    stage = store.resolve_stage(target.config.data, root)
-    path = stage.test if args.split == "test" else stage.val
-    if path is None:
-        raise DataError(f"there are no {args.split} rows", where=f"data.{args.split}_path", fix="make process")
-    limit = target.config.eval.limit if args.limit is None else args.limit
-    rows = store.read_rows(path)[: limit or None]
-    return evaluate(args, root, target, stage.train, rows)
-
-
-def evaluate(args: argparse.Namespace, root: Path, target: Any, train: Path | None, rows: list[Any]) -> dict[str, Any]:
-    """Score the sides and the best constant answer, write the files, print the table."""
-    from sft import files
-    from sft.generation import load
-    from sft.generation.evaluate import constant_baseline, evaluate_sides
-    from sft.metrics import predictions
-
-    sides = ["base"] if args.base else ["tuned", "base"] if args.both else ["tuned"]
-    console.say(f"{target.name}: {len(rows)} rows of the {args.split} split")
+    split, rows, train = evaluate.held_out_rows(target.config, args.split, args.limit, root)
+    console.say(f"{target.name}: {len(rows)} rows of the {split} split")
     with console.progress("answering") as advance:
         opened = load.open_sides(target, sides, root)
-        evaluations = evaluate_sides(opened, len(sides), rows, target.config, root, advance)
+        evaluations = evaluate.evaluate_sides(opened, len(sides), rows, target.config, root, advance)
     result = predictions.merge_metrics(
-        files.read_json(root / "outputs" / predictions.METRICS), run=target.name, split=args.split, rows=len(rows),
-        sides={side: evaluation.metrics for side, evaluation in evaluations.items()},
-        constant=constant_baseline(target.config, train, rows),
-        fields={side: evaluation.fields for side, evaluation in evaluations.items()},
-        tags={side: evaluation.by_tag for side, evaluation in evaluations.items()},
+        files.read_json(root / "outputs" / predictions.METRICS), run=target.name, split=split, rows=len(rows),
+        sides={side: vars(evaluation) for side, evaluation in evaluations.items()},
+        constant=evaluate.constant_baseline(target.config, train, rows),
     )  # fmt: skip
     samples = evaluations[sides[0]].samples
     if len(sides) == 2:
-        samples = predictions.both_sides(samples, evaluations["base"].samples)
+        bases = [{key: sample[key] for key in ("prediction", "scores")} for sample in evaluations["base"].samples]
+        samples = [{**sample, "base": base} for sample, base in zip(samples, bases, strict=True)]
     predictions.write_results(root / "outputs", target.run.folder if target.run else None, result, samples)
     show(result, samples[: args.samples])
     return result

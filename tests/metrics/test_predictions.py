@@ -14,25 +14,26 @@ from tests.metrics.helpers import score
 
 
 def merged(previous: object, **changes: object) -> dict[str, object]:
-    arguments = {"run": "r", "split": "test", "rows": 4, "sides": {}, "constant": None, "fields": {}} | changes
+    arguments = {"run": "r", "split": "test", "rows": 4, "sides": {}, "constant": None} | changes
     return predictions.merge_metrics(previous, **arguments)  # type: ignore[arg-type]
 
 
 def test_scores_of_the_other_model_stay_for_the_same_run_and_split_only() -> None:
-    tuned = merged({}, sides={"tuned": {"rougeL": 0.5}}, constant={"answer": "x", "rougeL": 0.1, "exact_match": 0.0})
+    constant = {"answer": "x", "rougeL": 0.1, "exact_match": 0.0}
+    tuned = merged({}, sides={"tuned": {"metrics": {"rougeL": 0.5}}}, constant=constant)
     assert "base" not in tuned
-    both = merged(tuned, sides={"base": {"rougeL": 0.123456789}}, rows=3)
+    both = merged(tuned, sides={"base": {"metrics": {"rougeL": 0.123456789}}}, rows=3)
     assert (both["tuned"], both["base"], both["rows"]) == ({"rougeL": 0.5}, {"rougeL": 0.123457}, 3)
     assert both["constant"] == tuned["constant"]
     assert {side: about["rows"] for side, about in both["about"].items()} == {"tuned": 4, "base": 3}  # type: ignore
-    assert "tuned" not in merged(tuned, split="val", sides={"base": {"rougeL": 0.1}})
-    assert "tuned" not in merged(tuned, run="r-2", sides={"base": {"rougeL": 0.1}})
+    assert "tuned" not in merged(tuned, split="val", sides={"base": {"metrics": {"rougeL": 0.1}}})
+    assert "tuned" not in merged(tuned, run="r-2", sides={"base": {"metrics": {"rougeL": 0.1}}})
 
 
 def test_results_are_written_to_outputs_and_to_the_run(tmp_path: Path) -> None:
     run = tmp_path / "outputs" / "r"
     run.mkdir(parents=True)
-    result = merged({}, sides={"tuned": {"rougeL": 0.5}}, fields={"tuned": {"name": 1.0}})
+    result = merged({}, sides={"tuned": {"metrics": {"rougeL": 0.5}, "fields": {"name": 1.0}}})
     predictions.write_results(tmp_path / "outputs", run, result, [{"id": "1", "prediction": "é\n"}])
     for folder in (tmp_path / "outputs", run):
         assert files.read_json(folder / "metrics.json") == result
@@ -45,7 +46,10 @@ def test_results_are_written_to_outputs_and_to_the_run(tmp_path: Path) -> None:
 def test_the_table_marks_what_got_worse() -> None:
     result = merged(
         {},
-        sides={"tuned": {"rougeL": 0.5, "loss": 1.5, "length_words": 3.0}, "base": {"rougeL": 0.25, "loss": 1.0}},
+        sides={
+            "tuned": {"metrics": {"rougeL": 0.5, "loss": 1.5, "length_words": 3.0}},
+            "base": {"metrics": {"rougeL": 0.25, "loss": 1.0}},
+        },
         constant={"answer": "x", "rougeL": 0.1, "exact_match": 0.0},
     )
     assert predictions.metrics_table(result) == (
@@ -56,7 +60,7 @@ def test_the_table_marks_what_got_worse() -> None:
             ["length_words", "", "3.0000", "", ""],
         ],
     )
-    alone = merged({}, sides={"base": {"sari": 40.123}})
+    alone = merged({}, sides={"base": {"metrics": {"sari": 40.123}}})
     assert predictions.metrics_table(alone) == (["metric", "base"], [["sari", "40.12"]])
 
 

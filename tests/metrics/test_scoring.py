@@ -6,7 +6,7 @@ import pytest
 
 from sft.errors import ConfigError, DataError
 from sft.metrics.scoring import check_names, constant_baseline, greater_is_better, score_rows
-from sft.metrics.text import text_stats
+from sft.metrics.text import means, text_stats
 from tests.metrics.helpers import score
 
 
@@ -51,7 +51,7 @@ def test_bleu_and_chrf_as_hugging_face_publishes_them() -> None:
 
 def test_the_statistics_of_answers() -> None:
     # 3-grams of the first answer: 5, of which "a b a" and "b a b" are each there again
-    stats = text_stats(["a b a b a b a", "", "one two"], stopped=[False, True, True], tokens=[9, 0, 3])
+    stats = means(text_stats(["a b a b a b a", "", "one two"], stopped=[False, True, True], tokens=[9, 0, 3]))
     assert stats == pytest.approx(
         {
             "length_words": 3.0,

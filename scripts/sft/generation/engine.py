@@ -51,14 +51,13 @@ def truncate_prompt(encoder: Encoder, row: rows.Row | list[Message], limit: int 
     ids, removed = encoder.prompt(row), 0
     if isinstance(row, dict) and rows.is_rendered(row):
         return ids, 0
-    messages = row if isinstance(row, list) else rows.messages(row)
-    tools = None if isinstance(row, list) else rows.tools(row)
+    messages, tools = rows.prompt_messages(row)
     while limit is not None and len(ids) > limit:
         questions = [index for index, message in enumerate(messages) if message["role"] == "user"]
         if len(questions) < 2:
             break
         messages, removed = [*messages[: questions[0]], *messages[questions[1] :]], removed + 1
-        ids = encoder.prompt({"messages": messages, "tools": tools} if tools else messages)
+        ids = encoder.prompt({"messages": messages, "tools": tools})
     return ids, removed
 
 

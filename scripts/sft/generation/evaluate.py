@@ -133,17 +133,33 @@ def _text(turn: Message) -> str:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """metrics: {name: value}. samples: a dictionary a row. fields: share of rows with each JSON field right.
+    """metrics: {name: value}. samples: a dictionary a row. values: {name: of each answer}, and row_losses the mean loss
+    of each row, nan without one.
 
-    by_tag: for each tag of the rows, how many have it and their metrics. row_losses: mean loss of each row, nan
-    without one.
+    fields: share of rows with each JSON field right. by_tag: for each tag of the rows, how many have it and their
+    metrics.
     """
 
     metrics: dict[str, float]
     samples: list[dict[str, Any]]
-    fields: dict[str, float] = field(default_factory=dict)
-    by_tag: dict[str, dict[str, float]] = field(default_factory=dict)
+    values: dict[str, list[float]]
+    fields: dict[str, float]
+    by_tag: dict[str, dict[str, float]]
     row_losses: list[float] = field(default_factory=list)
+
+
+def held_out_rows(config: Config, split: str | None, limit: int | None, root: Path) -> tuple[str, list[Row], Path]:
+    """The split's name, its first `limit` rows (None: `eval.limit`; 0: all), and the training file.
+
+    split: None is test if there is one, else val. Raises DataError if there are no such rows.
+    """
+    stage = store.resolve_stage(config.data, root)
+    split = split or ("test" if stage.test is not None else "val")
+    path = stage.test if split == "test" else stage.val
+    rows = store.read_rows(path)[: (config.eval.limit if limit is None else limit) or None] if path else []
+    if not rows:
+        raise DataError(f"there are no {split} rows", where=str(path or f"data.{split}_path"), fix="make process")
+    return split, rows, stage.train
 
 
 def evaluate(
@@ -153,7 +169,8 @@ def evaluate(
     of_rows = questions(lambda row: loaded.prompt(row, config.generation), rows, config, root)
     answers = loaded.generate([question.ids for question in of_rows], config, on_progress)
     loss, row_losses = losses(loaded, rows, config)
-    return replace(score_answers(of_rows, answers, config, root, loss), row_losses=row_losses)
+    result = score_answers(of_rows, answers, config, root)
+    return replace(result, metrics=result.metrics | loss, row_losses=row_losses)
 
 
 def losses(loaded: LoadedModel, rows: Sequence[Row], config: Config) -> tuple[dict[str, float], list[float]]:
@@ -186,17 +203,10 @@ def losses(loaded: LoadedModel, rows: Sequence[Row], config: Config) -> tuple[di
     return {"loss": mean, "perplexity": math.exp(min(mean, 700.0))}, of_rows
 
 
-def score_answers(
-    of_rows: Sequence[Question],
-    answers: Sequence[Answer],
-    config: Config,
-    root: Path,
-    loss: dict[str, float] | None = None,
-) -> Evaluation:
-    """The answers' metrics: their means, each row's own, and by tag."""
+def score_answers(of_rows: Sequence[Question], answers: Sequence[Answer], config: Config, root: Path) -> Evaluation:
+    """The answers' metrics: their means, each answer's own, and by tag."""
     names, schema = metric_names(config, root)
     texts, references = [answer.text for answer in answers], [question.options for question in of_rows]
-    stopped = [answer.stopped for answer in answers]
     scores = scoring.score_rows(
         names, texts, references, [question.source for question in of_rows],
         stemmer=config.eval.rouge_stemmer, json_schema=schema, pattern=scoring.compiled(config.eval.format),
@@ -216,17 +226,16 @@ def score_answers(
         }
         for index, (question, answer, row_tags) in enumerate(zip(of_rows, answers, tags, strict=True))
     ]
-    more = {
-        "stop_rate": [float(flag) for flag in stopped],
-        "empty_rate": [text.empty(answer) for answer in texts],
-        "repetition": [text.repetition(answer) for answer in texts],
-    }
-    stats = text.text_stats(texts, stopped=stopped, tokens=[answer.tokens for answer in answers])
+    stats = text.text_stats(
+        texts, stopped=[answer.stopped for answer in answers], tokens=[answer.tokens for answer in answers]
+    )
+    per_tag = {name: values for name, values in stats.items() if not name.startswith("length")}
     return Evaluation(
-        {**scores.means, **(loss or {}), **stats},
+        scores.means | text.means(stats),
         samples,
+        scores.rows | stats,
         scoring.by_field(texts, references) if "json_fields" in names else {},
-        scoring.by_tag(tags, scores, texts, references, more),
+        scoring.by_tag(tags, scores, texts, references, per_tag),
     )
 
 
@@ -260,10 +269,8 @@ def evaluate_sides(
     return result
 
 
-def constant_baseline(config: Config, train: Path | None, rows: Sequence[Row]) -> dict[str, Any] | None:
+def constant_baseline(config: Config, train: Path, rows: Sequence[Row]) -> dict[str, Any] | None:
     """The scores of the best constant answer: one training answer to every question; None without rows."""
-    if train is None:
-        return None
     try:
         answers = [records.reference(row) for row in store.iter_rows(train)]
     except DataError:

@@ -14,7 +14,7 @@ from typing import Any
 from sft import files
 from sft.errors import DataError
 from sft.metrics.scoring import by_tag, greater_is_better, score_rows
-from sft.metrics.text import tags_of, text_stats
+from sft.metrics.text import means, tags_of, text_stats
 
 log = logging.getLogger("sft.metrics")
 METRICS, SAMPLES = "metrics.json", "samples.jsonl"
@@ -58,7 +58,7 @@ def score_file(
         stemmer=stemmer, json_schema=json_schema, pattern=pattern,
     )  # fmt: skip
     tags = by_tag(table.tags, scores, table.predictions, table.references)
-    metrics = scores.means | text_stats(table.predictions)
+    metrics = scores.means | means(text_stats(table.predictions))
     return {"rows": len(table.predictions), "metrics": metrics} | ({"by_tag": tags} if tags else {})
 
 
@@ -117,38 +117,34 @@ def json_rows(text: str, path: Path, shape: str) -> Iterator[tuple[dict[str, Any
 
 
 def merge_metrics(
-    previous: Mapping[str, Any],
-    *,
-    run: str,
-    split: str,
-    rows: int,
-    sides: Mapping[str, Values],
-    constant: Mapping[str, Any] | None,
-    fields: Mapping[str, Values],
-    tags: Mapping[str, Mapping[str, Values]] | None = None,
-) -> dict[str, Any]:
+    previous: Mapping[str, Any], *, run: str, split: str, rows: int,
+    sides: Mapping[str, Mapping[str, Any]], constant: Mapping[str, Any] | None,
+) -> dict[str, Any]:  # fmt: skip
     """The new contents of metrics.json: these sides ("tuned", "base"), and the other one where `previous` (the file's
     contents, {} without a file) has it for this run and split.
 
-    `about` has when and on how many rows each side was measured; `by_tag` its metrics for each tag.
+    sides: of each the `metrics`, `fields` and `by_tag` of its evaluation. `about` has when and on how many rows each
+    was measured.
     """
     previous = previous if (previous.get("run"), previous.get("split")) == (run, split) else {}
     result: dict[str, Any] = {"run": run, "split": split, "rows": rows}
-    about = dict(previous.get("about", {}))
+    about, by_tag = dict(previous.get("about", {})), dict(previous.get("by_tag", {}))
     for side in ("tuned", "base"):
         if side in sides:
-            result[side] = {name: round(value, 6) for name, value in sides[side].items()}
+            result[side] = _rounded(sides[side]["metrics"])
             about[side] = {"rows": rows, "at": time.strftime("%Y-%m-%d %H:%M:%S")}
-            if fields.get(side):
-                about[side]["fields"] = {name: round(value, 6) for name, value in fields[side].items()}
+            if fields := sides[side].get("fields"):
+                about[side]["fields"] = _rounded(fields)
+            by_tag[side] = sides[side].get("by_tag")
         elif side in previous:
             result[side] = previous[side]
-    by_tag = {**previous.get("by_tag", {}), **{side: values for side, values in (tags or {}).items() if values}}
-    if by_tag:
-        result["by_tag"] = by_tag
-    if constant is not None or "constant" in previous:
-        result["constant"] = constant if constant is not None else previous["constant"]
-    return result | {"about": about}
+    constant = constant if constant is not None else previous.get("constant")
+    more = {"by_tag": {side: values for side, values in by_tag.items() if values}, "constant": constant}
+    return result | {key: value for key, value in more.items() if value} | {"about": about}
+
+
+def _rounded(values: Values) -> dict[str, float]:
+    return {name: round(value, 6) for name, value in values.items()}
 
 
 def write_results(
@@ -159,14 +155,6 @@ def write_results(
     for folder in [outputs, *([run_folder] if run_folder is not None and run_folder.is_dir() else [])]:
         files.write_json(folder / METRICS, result)
         files.write_text(folder / SAMPLES, text)
-
-
-def both_sides(tuned: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The samples of the tuned model, each with the base's answer and scores."""
-    return [
-        {**sample, "base": {"prediction": other["prediction"], "scores": other["scores"]}}
-        for sample, other in zip(tuned, base, strict=True)
-    ]
 
 
 def metrics_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:

@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import json
 import logging
-import random
 import re
 import string
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from sft.errors import ConfigError, DataError, nearest
 from sft.metrics import ngram, text
-from sft.metrics.text import mean
+from sft.metrics.text import mean, means
 
 log = logging.getLogger("sft.metrics")
 References = Sequence[str | Sequence[str]]
@@ -58,27 +58,25 @@ def read_schema(path: Path) -> dict[str, Any]:
     fix = "fix the file, or set eval.json_schema to another (null for none)"
     try:
         schema = _parse(path.read_text(encoding="utf-8"))
+        if not isinstance(schema, dict):
+            raise ConfigError("eval.json_schema is not a file with one JSON object", where=str(path), fix=fix)
+        validators.validator_for(schema).check_schema(schema)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the JSON schema cannot be read: {error}", where=str(path), fix=fix) from None
-    if not isinstance(schema, dict):
-        raise ConfigError("eval.json_schema is not a file with one JSON object", where=str(path), fix=fix)
-    try:
-        validators.validator_for(schema).check_schema(schema)
     except exceptions.SchemaError as error:
         raise ConfigError(f"not a JSON schema: {error.message}", where=str(path), fix=fix) from None
     return schema
 
 
-def _json_schema(predictions: Sequence[str], schema: dict[str, Any] | None) -> list[float]:
-    """1 for each answer that satisfies the schema; references to other files are never fetched."""
+def _satisfies(schema: dict[str, Any] | None) -> Callable[[str], float]:
+    """A metric: 1 for an answer that satisfies the schema; references to other files are never fetched."""
     if schema is None:
         raise ConfigError("the metric json_schema has no schema", fix="set eval.json_schema to its file")
     from jsonschema import validators
     from referencing import Registry
 
     validator = validators.validator_for(schema)(schema, registry=Registry())
-    values = [_parse(prediction) for prediction in predictions]
-    return [float(value is not _NOT_JSON and bool(validator.is_valid(value))) for value in values]
+    return lambda prediction: float((value := _parse(prediction)) is not _NOT_JSON and validator.is_valid(value))
 
 
 def _equal(first: Any, second: Any) -> bool:
@@ -232,26 +230,18 @@ def numeric(prediction: str, references: Sequence[str]) -> float:
 # --- sacrebleu
 
 
-def _sacrebleu(name: str, **options: bool) -> Any:
+def _sacrebleu(name: str, *, of_row: bool) -> Any:
     from sacrebleu.metrics.bleu import BLEU
     from sacrebleu.metrics.chrf import CHRF
 
-    return BLEU(**options) if name == "bleu" else CHRF()
+    return BLEU(effective_order=of_row) if name == "bleu" else CHRF()
 
 
 def corpus_score(name: str, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """`bleu` or `chrf` of the corpus with sacrebleu's defaults, 0 to 100: n-grams are counted over all rows together,
     so it is not the mean of the rows' scores."""
-    most = max((len(options) for options in references), default=0)  # sacrebleu wants columns, None if one is short
-    columns = [[options[i] if i < len(options) else None for options in references] for i in range(most)]
-    return float(_sacrebleu(name).corpus_score(list(predictions), columns).score)
-
-
-def sentence_scores(name: str, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
-    """Each row's own `bleu` (of the orders that it is long enough for) or `chrf`, 0 to 100."""
-    metric = _sacrebleu(name, effective_order=True)
-    pairs = zip(predictions, references, strict=True)
-    return [float(metric.sentence_score(prediction, list(options)).score) for prediction, options in pairs]
+    columns = list(zip_longest(*references))  # sacrebleu wants columns, None where a row has fewer references
+    return float(_sacrebleu(name, of_row=False).corpus_score(list(predictions), columns).score)
 
 
 # --- all metrics by name
@@ -279,12 +269,6 @@ NAMES = (
     *("format_adherence", "json_schema"),
     *_CORPUS,
 )
-_SPELLINGS = {
-    "exact_match_normalized": "exact_match_normalised",
-    "rouge_l": "rougeL",
-    "rougel": "rougeL",
-    "rougelsum": "rougeLsum",
-}
 _SMALLER_IS_BETTER = {"loss", "row_loss", "perplexity", "repetition", "empty_rate", "length_words", "length_tokens"}
 
 
@@ -303,8 +287,7 @@ class Scores:
 def check_names(names: Sequence[str]) -> list[str]:
     """The names in their own spelling. Raises ConfigError with the nearest name for one that is not known."""
     problems, known = [], []
-    for spelling in names:
-        name = _SPELLINGS.get(spelling, spelling)
+    for name in (name.replace("normalized", "normalised") for name in names):
         if name in NAMES or _ROUGE.fullmatch(name):
             known.append(name)
             continue
@@ -312,13 +295,10 @@ def check_names(names: Sequence[str]) -> list[str]:
             problems.append(f"{name!r} (removed: score outputs/samples.jsonl with that library yourself)")
             continue
         close = nearest(name, NAMES, 0.4)
-        problems.append(f"{spelling!r}" + (f" (did you mean {close}?)" if close else ""))
+        problems.append(f"{name!r}" + (f" (did you mean {close}?)" if close else ""))
     if problems:
-        raise ConfigError(
-            f"no such metric: {', '.join(problems)}",
-            where="eval.metrics",
-            fix=f"choose from {', '.join(NAMES)}",
-        )
+        what = f"no such metric: {', '.join(problems)}"
+        raise ConfigError(what, where="eval.metrics", fix=f"choose from {', '.join(NAMES)}")
     return list(dict.fromkeys(known))
 
 
@@ -348,16 +328,20 @@ def score_rows(
         raise DataError("predictions, references and sources differ in number")
     if not predictions:
         raise DataError("there are no answers to score")
-    means: dict[str, float] = {}
+    pairs = list(zip(predictions, options, strict=True))
     rows: dict[str, list[float]] = {}
     for name in names:
-        if name in _CORPUS:
-            means[name] = corpus_score(name, predictions, options)
-            rows[name] = sentence_scores(name, predictions, options)
+        if name == "sari":
+            if sources is None:
+                what = "sari compares with the source text, and there is none"
+                raise DataError(what, fix='add "source" to every row')
+            rows[name] = [ngram.sari(source, *pair) for source, pair in zip(sources, pairs, strict=True)]
         else:
-            rows[name] = _rows(name, predictions, options, sources, stemmer, json_schema, pattern)
-            means[name] = mean(rows[name])
-    return Scores(means, rows)
+            metric = _metric(name, stemmer, json_schema, pattern)
+            rows[name] = [metric(*pair) for pair in pairs]
+            _warn_unsuited(name, options, stemmer)
+    corpus = {name: corpus_score(name, predictions, options) for name in names if name in _CORPUS}
+    return Scores(means(rows) | corpus, rows)
 
 
 def _as_lists(references: References) -> list[list[str]]:
@@ -368,39 +352,36 @@ def _as_lists(references: References) -> list[list[str]]:
     return lists
 
 
-def _rows(
-    name: str,
-    predictions: Sequence[str],
-    references: list[list[str]],
-    sources: Sequence[str] | None,
-    stemmer: bool,
-    json_schema: dict[str, Any] | None,
-    pattern: re.Pattern[str] | None,
-) -> list[float]:
-    """Each row's value of a metric that has one."""
-    pairs = list(zip(predictions, references, strict=True))
+def _metric(
+    name: str, stemmer: bool, json_schema: dict[str, Any] | None, pattern: re.Pattern[str] | None
+) -> Callable[[str, list[str]], float]:
+    """The value of a row's answer and its references."""
     if name in _BY_REFERENCE:
-        without = sum(all(number(r) is None for r in options) for options in references) if name == "numeric" else 0
-        if without:
-            log.warning("numeric: %d of %d references have no number; those rows count as wrong", without, len(pairs))
-        return [_BY_REFERENCE[name](*pair) for pair in pairs]
-    if name in _BY_ANSWER:
-        return [_BY_ANSWER[name](prediction) for prediction in predictions]
+        return _BY_REFERENCE[name]
     if name == "format_adherence":
-        return [adherence(prediction, options, pattern) for prediction, options in pairs]
-    if name == "json_schema":
-        return _json_schema(predictions, json_schema)
-    if name == "sari":
-        if sources is None:
-            raise DataError("sari compares with the source text, and there is none", fix='add "source" to every row')
-        return [ngram.sari(source, *pair) for source, pair in zip(sources, pairs, strict=True)]
-    invisible = sum(not ngram.rouge_tokens(options[0], stemmer) and bool(options[0].strip()) for options in references)
-    if invisible > len(references) / 2:
-        log.warning(
-            "%s sees only the letters a-z and digits, and %d of %d references have none: use chrf for this language",
-            name, invisible, len(references),
-        )  # fmt: skip
-    return [ngram.rouge(name, prediction, options, stemmer=stemmer) for prediction, options in pairs]
+        return lambda prediction, references: adherence(prediction, references, pattern)
+    if name in _CORPUS:
+        score = _sacrebleu(name, of_row=True).sentence_score
+        return lambda prediction, references: float(score(prediction, references).score)
+    if name in _BY_ANSWER or name == "json_schema":
+        of_answer = _BY_ANSWER.get(name) or _satisfies(json_schema)
+        return lambda prediction, _: of_answer(prediction)
+    return lambda prediction, references: ngram.rouge(name, prediction, references, stemmer=stemmer)
+
+
+def _warn_unsuited(name: str, references: list[list[str]], stemmer: bool) -> None:
+    """Warns if most of the references hold nothing that the metric can see."""
+    if name == "numeric":
+        without = sum(all(number(reference) is None for reference in options) for options in references)
+        if without:
+            what = "numeric: %d of %d references have no number; those rows count as wrong"
+            log.warning(what, without, len(references))
+    elif _ROUGE.fullmatch(name):
+        firsts = [options[0] for options in references]
+        invisible = sum(bool(first.strip()) and not ngram.rouge_tokens(first, stemmer) for first in firsts)
+        if invisible > len(references) / 2:
+            what = "%s sees only the letters a-z and digits, and %d of %d references have none: use chrf"
+            log.warning(what + " for this language", name, invisible, len(references))
 
 
 def by_tag(
@@ -425,26 +406,21 @@ def by_tag(
 
 
 def constant_baseline(
-    training_answers: Sequence[str], references: References, *, stemmer: bool = False, seed: int = 0
+    training_answers: Sequence[str], references: References, *, stemmer: bool = False
 ) -> dict[str, Any] | None:
     """{"answer", "rougeL", "exact_match"} of the best constant answer: one training answer to every question.
 
-    Tries up to 200 training answers, half of them the most frequent, half a seeded draw; ROUGE-L chooses on at most 400
-    references and is computed on all. exact_match is that of the best answer in it: no constant does better in either.
-    None when there is nothing to choose from.
+    The 200 most frequent training answers are tried; ROUGE-L chooses on the first 400 references and is computed on
+    all. exact_match is that of the best answer in it: no constant does better in either. None without answers.
     """
     options = _as_lists(references)
-    candidates = [answer for answer, _ in Counter(training_answers).most_common()]
+    candidates = [answer for answer, _ in Counter(training_answers).most_common(200)]
     if not candidates or not options:
         return None
-    draw = random.Random(seed)
-    if len(candidates) > 200:
-        candidates = candidates[:100] + draw.sample(candidates[100:], 100)
-    sample = options if len(options) <= 400 else random.Random(seed).sample(options, 400)
 
     def rouge_l(answer: str, targets: Sequence[Sequence[str]]) -> float:
         return mean([ngram.rouge("rougeL", answer, target, stemmer=stemmer) for target in targets])
 
-    best = max(candidates, key=lambda answer: rouge_l(answer, sample))
+    best = max(candidates, key=lambda answer: rouge_l(answer, options[:400]))
     exact = max(mean([exact_match(answer, target) for target in options]) for answer in candidates)
     return {"answer": best, "rougeL": rouge_l(best, options), "exact_match": exact}

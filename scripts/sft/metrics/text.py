@@ -38,18 +38,23 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
+def means(values: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """The mean of each metric's values."""
+    return {name: mean(of_rows) for name, of_rows in values.items()}
+
+
 def text_stats(
     predictions: Sequence[str], *, stopped: Sequence[bool] | None = None, tokens: Sequence[int] | None = None
-) -> dict[str, float]:
-    """Means over the answers: words, repeated 3-grams, share that is empty; and, if they are known, the share that
-    stopped by itself and the length in tokens."""
+) -> dict[str, list[float]]:
+    """Of each answer: its words, repeated 3-grams and whether it is empty; where they are known, its length in tokens
+    and whether it stopped by itself."""
     stats = {
-        "length_words": mean([words(text) for text in predictions]),
-        "repetition": mean([repetition(text) for text in predictions]),
-        "empty_rate": mean([empty(text) for text in predictions]),
+        "length_words": [words(text) for text in predictions],
+        "repetition": [repetition(text) for text in predictions],
+        "empty_rate": [empty(text) for text in predictions],
     }
     if tokens is not None:
-        stats["length_tokens"] = mean([float(count) for count in tokens])
+        stats["length_tokens"] = [float(count) for count in tokens]
     if stopped is not None:
-        stats["stop_rate"] = mean([float(flag) for flag in stopped])
+        stats["stop_rate"] = [float(flag) for flag in stopped]
     return stats

@@ -31,7 +31,6 @@ from sft.errors import ConfigError, DataError, ModelError
 from sft.generation import evaluate, load
 from sft.generation.engine import LoadedModel
 from sft.generation.load import Target
-from sft.metrics import text
 from sft.metrics.scoring import greater_is_better, number
 from sft.model.files import Kind
 from sft.report import bootstrap, compare_page, judge, model_card
@@ -95,20 +94,6 @@ def unique_names(targets: Sequence[Target]) -> list[str]:
             name = f"{target.name} ({number})"
         names.append(name)
     return names
-
-
-def held_out_rows(target: Target, split: str | None, limit: int | None, root: Path) -> tuple[str, list[Row], Path]:
-    """The split's name, its rows, and the training file. Raises DataError if there are none."""
-    stage = store.resolve_stage(target.config.data, root)
-    split = split or ("test" if stage.test is not None else "val")
-    path = stage.test if split == "test" else stage.val
-    if path is None:
-        raise DataError(f"there are no {split} rows", where=f"data.{split}_path", fix="make process")
-    limit = target.config.eval.limit if limit is None else limit
-    rows = store.read_rows(path)[: limit or None]
-    if not rows:
-        raise DataError(f"there are no {split} rows", where=str(path), fix="make process")
-    return split, rows, stage.train
 
 
 def general_rows(path: Path | None, root: Path) -> list[Row]:
@@ -179,22 +164,19 @@ def _measure(
     progress: _ProgressParts,
 ) -> Side:  # fmt: skip
     evaluation = evaluate.evaluate(model, rows, config, root, progress.part(len(rows)))
-    samples = evaluation.samples
-    values: Values = {metric: [float(one["scores"][metric]) for one in samples] for metric in samples[0]["scores"]}
-    values["stop_rate"] = [float(one["stopped"]) for one in samples]
-    values["repetition"] = [text.repetition(one["prediction"]) for one in samples]
-    values["empty_rate"] = [text.empty(one["prediction"]) for one in samples]
-    values["length_tokens"] = [float(one["tokens"]) for one in samples]
+    values: Values = {name: of_rows for name, of_rows in evaluation.values.items() if name != "length_words"}
     losses = evaluation.row_losses
     values[ROW_LOSS] = losses if config.eval.turns == "last" else _per_answer(rows, losses)
     if not general:
-        return Side(name, model.kind, samples, values, [], {})
+        return Side(name, model.kind, evaluation.samples, values, [], {})
     plain = {"metrics": ["token_f1"], "json_schema": None, "shots": 0, "format": None, "turns": "last"}
     section = config.model_copy(update={"eval": config.eval.model_copy(update=plain)})
     of_general = evaluate.evaluate(model, general, section, root, progress.part(len(general)))
     answers = of_general.samples
     passed = [passes(one["prediction"], row.get("check", {})) for one, row in zip(answers, general, strict=True)]
-    return Side(name, model.kind, samples, values, answers, {ROW_LOSS: of_general.row_losses, "passed": passed})
+    return Side(
+        name, model.kind, evaluation.samples, values, answers, {ROW_LOSS: of_general.row_losses, "passed": passed}
+    )
 
 
 def _per_answer(rows: Sequence[Row], losses: Sequence[float]) -> list[float]:
