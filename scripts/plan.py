@@ -47,18 +47,17 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         return show_models(results, f"{device.name}, {config.tuning.mode}, rows of {config.model.max_seq_len} tokens")
     with console.progress("tracing the model"):
         plan = make_plan(config, report.model_config(config.model, root), device)
-    duration = report.duration(plan, root)
     parts, phases, *suggestions = report.tables(plan)
     for table in (parts, phases):
         console.table(*table)
-    for line in report.sentences(plan, duration):
+    for line in report.sentences(plan):
         console.say(line)
     for table in suggestions:
         console.table(*table)
     if args.png:
         report.draw(plan, args.png)
         console.say(f"picture: {args.png}")
-    return {"model": config.model.name, **plan.to_json(), "time": duration}
+    return {"model": config.model.name, **plan.to_json()}
 
 
 def show_models(results: dict[str, Any], title: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sft.errors import ConfigError
-from sft.memory import devices, estimate
+from sft.memory import devices
 
 
 @pytest.mark.parametrize(
@@ -63,13 +63,3 @@ def test_an_unknown_card_is_an_error_with_a_fix(text: str, message: str) -> None
 def test_the_smallest_sufficient_card() -> None:
     assert devices.smallest_card(9.5) == "RTX 3080 (10 GiB)"
     assert devices.smallest_card(500) is None
-
-
-@pytest.mark.parametrize(
-    ("driver", "teraflops"),
-    [("Tesla T4", 65), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA GeForce RTX 4060 Laptop GPU", 29.1)],
-)
-def test_the_speed_of_a_card_is_known_by_the_drivers_name(driver: str, teraflops: float) -> None:
-    flops = estimate.presumed_flops(devices.Device("cuda", driver, 16))
-    assert flops is not None and flops[0] == pytest.approx(0.4 * teraflops * 1e12)
-    assert estimate.presumed_flops(devices.Device("cuda", "Some Other Card", 16)) is None

@@ -25,12 +25,10 @@ KEYS = {
     "remedies",
     "together",
     "smallest_card",
-    "sixteen_bit_experts",
     "residual",
     "method",
     "device",
     "model",
-    "time",
 }
 
 
@@ -54,12 +52,10 @@ def test_a_model_too_large_for_the_card_gets_suggestions_that_suffice(
     settings = {remedy["setting"]: remedy for remedy in plan["remedies"]}
     assert settings["train.micro_batch_tokens=2048"]["saves_gib"] > 0.5
     assert plan["together"]["settings"][0] == "train.micro_batch_tokens=2048"
-    assert {"training", "evaluation", "generation", "saving", "merging"} == set(plan["phases"])
-    assert plan["phases"]["merging"]["disk_gib"] == pytest.approx(14.2, abs=0.1)
+    assert {"training", "evaluation", "generation"} == set(plan["phases"])
     assert plan["peak_gib"] == max(phase["peak_gib"] for phase in plan["phases"].values())
     assert settings["model.name=Qwen/Qwen2.5-3B-Instruct"]["fits"]
     assert plan["method"] == "traced"
-    assert plan["time"]["tokens_per_second"] > 0
     assert "7B-Instruct, qlora (traced)" in done.stderr
     assert "smallest card that would do" in done.stderr
 

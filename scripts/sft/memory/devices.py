@@ -4,34 +4,28 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from sft.errors import ConfigError, nearest
 
-# Dense 16-bit TFLOP/s with fp32 accumulation as the makers publish them (laptop cards at full power; None if not
-# looked up), then memory in GiB as sold, the most common version first.
-CARDS: dict[str, tuple[Any, ...]] = {
-    "RTX 2060": (25.8, 6, 12), "RTX 2060 Super": (None, 8), "RTX 2070": (29.9, 8), "RTX 2070 Super": (None, 8),
-    "RTX 2080": (40.3, 8), "RTX 2080 Super": (None, 8), "RTX 2080 Ti": (53.8, 11), "RTX 3050": (18.2, 8, 6),
-    "RTX 3050 Laptop": (None, 4, 6), "RTX 3060": (25.5, 12, 8), "RTX 3060 Laptop": (None, 6), "RTX 3060 Ti": (32.4, 8),
-    "RTX 3070": (40.6, 8), "RTX 3070 Laptop": (None, 8), "RTX 3070 Ti": (43.5, 8), "RTX 3070 Ti Laptop": (None, 8),
-    "RTX 3080": (59.5, 10, 12), "RTX 3080 Laptop": (None, 8, 16), "RTX 3080 Ti": (68.2, 12),
-    "RTX 3080 Ti Laptop": (None, 16), "RTX 3090": (71.2, 24), "RTX 3090 Ti": (80, 24), "RTX 4050 Laptop": (None, 6),
-    "RTX 4060": (30.2, 8), "RTX 4060 Laptop": (29.1, 8), "RTX 4060 Ti": (44.1, 8, 16), "RTX 4070": (58.3, 12),
-    "RTX 4070 Laptop": (31.2, 8), "RTX 4070 Super": (71, 12), "RTX 4070 Ti": (80.2, 12),
-    "RTX 4070 Ti Super": (88.2, 16), "RTX 4080": (97.5, 16), "RTX 4080 Laptop": (49.5, 12),
-    "RTX 4080 Super": (104.4, 16), "RTX 4090": (165.2, 24), "RTX 4090 Laptop": (66, 16), "RTX 5050": (26.3, 8),
-    "RTX 5060": (38.4, 8), "RTX 5060 Laptop": (None, 8), "RTX 5060 Ti": (47.4, 8, 16), "RTX 5070": (61.7, 12),
-    "RTX 5070 Laptop": (None, 8), "RTX 5070 Ti": (87.9, 16), "RTX 5070 Ti Laptop": (None, 12), "RTX 5080": (112.6, 16),
-    "RTX 5080 Laptop": (None, 16), "RTX 5090": (209.5, 32), "RTX 5090 Laptop": (None, 24), "RTX A2000": (31.9, 6, 12),
-    "RTX A4000": (76.7, 16), "RTX A4500": (None, 20), "RTX A5000": (111, 24), "RTX A6000": (154.8, 48),
-    "RTX 2000 Ada": (None, 16), "RTX 4000 Ada": (None, 20), "RTX 4500 Ada": (None, 24), "RTX 5000 Ada": (None, 32),
-    "RTX 6000 Ada": (None, 48), "RTX Pro 6000": (None, 96), "Quadro RTX 6000": (None, 24), "Titan RTX": (None, 24),
-    "T4": (65, 16), "V100": (112, 16, 32), "P100": (18.7, 16), "P40": (None, 24), "L4": (121, 24), "L40": (None, 48),
-    "L40S": (362, 48), "A10": (125, 24), "A10G": (70, 24), "A30": (None, 24), "A40": (None, 48), "A100": (312, 40, 80),
-    "H100": (989, 80), "H200": (989, 141), "GTX 1060": (None, 6, 3), "GTX 1070": (None, 8), "GTX 1070 Ti": (None, 8),
-    "GTX 1080": (None, 8), "GTX 1080 Ti": (None, 11), "GTX 1650": (None, 4), "GTX 1650 Super": (None, 4),
-    "GTX 1660": (None, 6), "GTX 1660 Super": (None, 6), "GTX 1660 Ti": (None, 6),
+CARDS: dict[str, tuple[float, ...]] = {  # memory in GiB as sold, the most common version first
+    "RTX 2060": (6, 12), "RTX 2060 Super": (8,), "RTX 2070": (8,), "RTX 2070 Super": (8,), "RTX 2080": (8,),
+    "RTX 2080 Super": (8,), "RTX 2080 Ti": (11,), "RTX 3050": (8, 6), "RTX 3050 Laptop": (4, 6), "RTX 3060": (12, 8),
+    "RTX 3060 Laptop": (6,), "RTX 3060 Ti": (8,), "RTX 3070": (8,), "RTX 3070 Laptop": (8,), "RTX 3070 Ti": (8,),
+    "RTX 3070 Ti Laptop": (8,), "RTX 3080": (10, 12), "RTX 3080 Laptop": (8, 16), "RTX 3080 Ti": (12,),
+    "RTX 3080 Ti Laptop": (16,), "RTX 3090": (24,), "RTX 3090 Ti": (24,), "RTX 4050 Laptop": (6,), "RTX 4060": (8,),
+    "RTX 4060 Laptop": (8,), "RTX 4060 Ti": (8, 16), "RTX 4070": (12,), "RTX 4070 Laptop": (8,),
+    "RTX 4070 Super": (12,), "RTX 4070 Ti": (12,), "RTX 4070 Ti Super": (16,), "RTX 4080": (16,),
+    "RTX 4080 Laptop": (12,), "RTX 4080 Super": (16,), "RTX 4090": (24,), "RTX 4090 Laptop": (16,), "RTX 5050": (8,),
+    "RTX 5060": (8,), "RTX 5060 Laptop": (8,), "RTX 5060 Ti": (8, 16), "RTX 5070": (12,), "RTX 5070 Laptop": (8,),
+    "RTX 5070 Ti": (16,), "RTX 5070 Ti Laptop": (12,), "RTX 5080": (16,), "RTX 5080 Laptop": (16,), "RTX 5090": (32,),
+    "RTX 5090 Laptop": (24,), "RTX A2000": (6, 12), "RTX A4000": (16,), "RTX A4500": (20,), "RTX A5000": (24,),
+    "RTX A6000": (48,), "RTX 2000 Ada": (16,), "RTX 4000 Ada": (20,), "RTX 4500 Ada": (24,), "RTX 5000 Ada": (32,),
+    "RTX 6000 Ada": (48,), "RTX Pro 6000": (96,), "Quadro RTX 6000": (24,), "Titan RTX": (24,), "T4": (16,),
+    "V100": (16, 32), "P100": (16,), "P40": (24,), "L4": (24,), "L40": (48,), "L40S": (48,), "A10": (24,),
+    "A10G": (24,), "A30": (24,), "A40": (48,), "A100": (40, 80), "H100": (80,), "H200": (141,), "GTX 1060": (6, 3),
+    "GTX 1070": (8,), "GTX 1070 Ti": (8,), "GTX 1080": (8,), "GTX 1080 Ti": (11,), "GTX 1650": (4,),
+    "GTX 1650 Super": (4,), "GTX 1660": (6,), "GTX 1660 Super": (6,), "GTX 1660 Ti": (6,),
 }  # fmt: skip
 _SIZE = re.compile(r"(?<![\d.e])(\d+(?:\.\d+)?)\s*(gib|gb|g|mib|mb)\b", re.IGNORECASE)
 _OTHER_MAKERS = re.compile(r"\b(amd|radeon|rocm|instinct|rx ?\d{3,4}|mi\d{2,3}x?|apple|m[1-5]|mps|metal|intel|arc)\b")
@@ -44,12 +38,6 @@ class Device:
     kind: Literal["cuda", "cpu"]
     name: str
     gib: float
-
-    @property
-    def flops(self) -> float | None:
-        """Published dense 16-bit operations per second; None for a card that is not in the table, and for a CPU."""
-        tflops = {normalize_name(card): peak for card, (peak, *_) in CARDS.items()}.get(normalize_name(self.name))
-        return None if tflops is None else tflops * 1e12
 
 
 def parse(text: str) -> Device:
@@ -74,7 +62,7 @@ def parse(text: str) -> Device:
     known = {normalize_name(card): card for card in CARDS}
     if name in known:
         card = known[name]
-        return Device("cuda", card, gib or CARDS[card][1])
+        return Device("cuda", card, gib or CARDS[card][0])
     if gib is not None:
         return Device("cuda", f"a card of {gib:g} GiB", gib)
     similar = next((card for card in known if name and card.startswith(name)), None) or nearest(name, known, 0.5)
@@ -104,7 +92,7 @@ def this_machine() -> Device:
 
 def smallest_card(gib: float) -> str | None:
     """The smallest known card with at least this much memory, e.g. `RTX 3060 (12 GiB)`; None if there is none."""
-    sizes = sorted((size, rank, card) for rank, (card, (_, *sold)) in enumerate(CARDS.items()) for size in sold)
+    sizes = sorted((size, rank, card) for rank, (card, sold) in enumerate(CARDS.items()) for size in sold)
     return next((f"{card} ({size:g} GiB)" for size, _, card in sizes if size >= gib), None)
 
 

@@ -1,4 +1,4 @@
-"""Memory and time by formula, where nothing is traced: presumed overhead, an upper bound, operations per token.
+"""Memory by formula, where nothing is traced: presumed overhead, an upper bound, what the quick start offers.
 
 Imports no torch: `make check` and the quick start use it.
 """
@@ -6,11 +6,9 @@ Imports no torch: `make check` and the quick start use it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from sft.config.schema import Config, TrainSection, TuningSection
-from sft.memory.devices import Device
+from sft.config.schema import Config
 
 GIB = float(2**30)
 # What a tensor trace cannot see. Presumed: no consumer card has been measured yet (docs/MEMORY.md).
@@ -20,7 +18,6 @@ CONTEXT = {"cuda": 0.6, "cpu": 0.5}
 FRAGMENTATION = 0.06
 OVERHEAD_SOURCE = "presumed: not measured on such a card"
 LIBRARIES_RAM = {"cuda": 2.0, "cpu": CONTEXT["cpu"]}  # GiB of RAM for Python and torch; presumed with CUDA's libraries
-PRESUMED_SHARE = 0.4  # of a card's published speed; published runs reach 0.19 (a 4060) to 0.68 (a tuned 4090)
 MARGIN = 0.1  # share of a card left free when the quick start proposes a model: the desktop, a browser
 # GiB of a QLoRA step with the default config and one row of 512 tokens, overhead included, as `plan` traces it
 # (tests/memory/test_estimate.py). In the order in which they are offered: a good default, smaller ones, larger ones.
@@ -77,47 +74,3 @@ def upper_bound(description: Mapping[str, Any], config: Config, parameters: int,
     per_token = layers * (32 * hidden + 12 * widest + 2 * heads * longest) + 4 * size("vocab_size")
     answers = config.eval.batch_size * (config.generation.max_new_tokens + longest) * layers * 4 * hidden
     return (16.0 * parameters + 4.0 * (tokens * per_token + answers)) / GIB
-
-
-@dataclass(frozen=True)
-class ModelSize:
-    """Counts of the base model, in weights (or features, where it says width).
-
-    parameters: all, tied ones once. largest_tensor, widest_linear: the largest tensor, and the largest linear layer but
-    the head. fused_experts: in three-dimensional tensors, which 4-bit quantisation leaves in 16 bit. active: of linear
-    layers, those that one token passes through. adapted: input + output widths summed over the layers that take
-    adapters. attention: width of all heads, times layers. head: of the output head.
-    """
-
-    parameters: int
-    largest_tensor: int
-    widest_linear: int
-    fused_experts: int
-    active: int
-    adapted: int
-    attention: int
-    head: int
-
-
-def flops_per_token(size: ModelSize, tuning: TuningSection, train: TrainSection, *, length: float) -> float:
-    """Floating-point operations of a training step per token, every position labelled. length: mean row, in tokens.
-
-    With checkpointing and adapters: 6 N + 8 N_lora + 9 S d L + 4 V h (N active linear weights, N_lora those of the
-    adapters, S the row's length, d L attention's width times layers, V h the head). Causal attention counts half of
-    its square: 2 S d forward, 2 recomputed, 5 backward. Without checkpointing one forward pass less; full fine-tuning
-    adds the weights' gradients, 2 N and 2 V h.
-    """
-    recomputed = 2 if train.gradient_checkpointing is True else 0
-    full = tuning.mode == "full"
-    linear = ((6 if full else 4) + recomputed) * size.active
-    adapters = 0 if full else (6 + recomputed) * tuning.lora.r * size.adapted
-    attention = (7 + recomputed) * length * size.attention
-    return linear + adapters + attention + (6 if full else 4) * size.head
-
-
-def presumed_flops(device: Device) -> tuple[float, str] | None:
-    """(operations per second to count on, their source in words); None for a device whose speed is not known."""
-    peak = device.flops
-    return (
-        None if peak is None else (peak * PRESUMED_SHARE, f"{PRESUMED_SHARE:.0%} of {peak / 1e12:g} TFLOP/s, presumed")
-    )

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,27 +15,14 @@ from sft.config.schema import Config
 from sft.errors import EnvironmentProblem, ModelError, SftError
 from sft.memory import shapes
 from sft.memory.devices import Device, smallest_card
-from sft.memory.estimate import (
-    CONTEXT,
-    GIB,
-    LIBRARIES_RAM,
-    OVERHEAD_SOURCE,
-    QUICK_START_MODELS,
-    ModelSize,
-    upper_bound,
-    with_overhead,
-)
-from sft.memory.trace import Traced, Tracer, is_optimizer_traced
+from sft.memory.estimate import CONTEXT, GIB, OVERHEAD_SOURCE, QUICK_START_MODELS, upper_bound, with_overhead
+from sft.memory.trace import Interval, Tracer, is_optimizer_traced
 from sft.model.files import ModelFiles
 from sft.model.hardware import Hardware
 
 MOST_TOKENS = 4096  # of a micro-batch; a larger one is not faster
 WORTHWHILE = 0.01  # GiB: a suggestion that saves less is left out
 UNTRACED = 0.5  # a run whose upper bound is below this share of the free memory is not traced
-SAVED_PARTS = ("weights in 4 bit", "embedding and head", "weights", "adapters", "optimizer")
-# A merge works in blocks of 2^24 numbers (`ship.lora_delta`); bytes per number measured for a layer with an adapter,
-# and for another tensor (docs/MEMORY.md).
-MERGE_BLOCK, MERGE_ADAPTED, MERGE_PLAIN = 1 << 24, 20, 8
 _TRACED_KEYS = {  # of `train`: what a trace depends on besides its row lengths
     "objective", "gradient_checkpointing", "logits", "logits_tile", "max_grad_norm", "label_smoothing", "bf16", "fp16",
     "weight_decay", "activation_offload",
@@ -47,23 +34,19 @@ log = logging.getLogger("sft.memory")
 class Phase:
     """Sizes in GiB. allocated: tensors on the device at the highest moment, `parts` their kinds; peak: with overhead.
 
-    ram, disk: needed beside the device, None if negligible. note: what the phase was traced with.
+    note: what the phase was traced with.
     """
 
     allocated: float
     peak: float
-    parts: dict[str, float] = field(default_factory=dict)
-    ram: float | None = None
-    disk: float | None = None
-    note: str = ""
+    parts: dict[str, float]
+    note: str
 
     def to_json(self) -> dict[str, Any]:
         return {
             "allocated_gib": round(self.allocated, 3),
             "peak_gib": round(self.peak, 3),
             "parts": {name: round(size, 4) for name, size in self.parts.items()},
-            "ram_gib": None if self.ram is None else round(self.ram, 3),
-            "disk_gib": None if self.disk is None else round(self.disk, 3),
             "note": self.note,
         }
 
@@ -72,14 +55,13 @@ class Phase:
 class Suggestion:
     """A change of settings that saves memory.
 
-    setting: for `--set`. saves_gib: of a training step's peak. costs: in words. slower: share of time more, None if
-    not known. fits: whether a training step fits with this change alone.
+    setting: for `--set`. saves_gib: of a training step's peak. costs: in words. fits: whether a training step fits with
+    this change alone.
     """
 
     setting: str
     saves_gib: float
     costs: str
-    slower: float | None
     fits: bool
 
 
@@ -99,7 +81,7 @@ class Plan:
     device: Device
     config: Config
     phases: dict[str, Phase]
-    size: ModelSize
+    parameters: int
     suggestions: list[Suggestion] = field(default_factory=list)
     combination: Combination | None = None
 
@@ -126,11 +108,6 @@ class Plan:
         """The smallest known GPU that would do, where the plan is for one."""
         return smallest_card(self.peak) if self.device.kind == "cuda" else None
 
-    @property
-    def sixteen_bit_experts(self) -> int:
-        """Weights of experts that stay in 16 bit under qlora, because transformers fuses them into one tensor."""
-        return self.size.fused_experts if self.config.tuning.mode == "qlora" else 0
-
     def to_json(self) -> dict[str, Any]:
         train = self.config.train
         return {
@@ -147,7 +124,6 @@ class Plan:
             "remedies": [vars(suggestion) for suggestion in self.suggestions],
             "together": None if self.combination is None else vars(self.combination),
             "smallest_card": self.smallest_card,
-            "sixteen_bit_experts": self.sixteen_bit_experts,
             "residual": OVERHEAD_SOURCE,
             "method": "traced",
             "device": {"kind": self.device.kind, "name": self.device.name, "gib": round(self.device.gib, 2)},
@@ -164,7 +140,7 @@ def make_plan(config: Config, description: Mapping[str, Any], device: Device, *,
     _refuse_unusable(config, description)
     planner = _Planner(description, device)
     run = planner.run(config)
-    plan = Plan(device, run.config, planner.phases(run), run.tracer.size)
+    plan = Plan(device, run.config, planner.phases(run), run.tracer.parameters)
     if plan.fits or not suggest:
         return plan
     suggestions, combination = _suggestions(config, run, planner)
@@ -208,18 +184,27 @@ class _Planner:
     def run(self, config: Config) -> _Run:
         """The config resolved, with the most rows that fit where its micro-batch is open."""
         resolved = self._resolve(config)
-        tracer = self._tracer(resolved)
-        train, rows = config.train, None
+        tracer, train = self._tracer(resolved), config.train
         if self.device.kind == "cuda" and {train.batch_size, train.grad_accum, train.micro_batch_tokens} == {"auto"}:
-            row_tokens = config.model.max_seq_len * (2 if tracer.kind == "seq2seq" else 1)
-            most = max(1, min(MOST_TOKENS // row_tokens, int(resolved.train.effective_batch)))
-
-            def at(rows: int) -> Phase:
-                return self._training(self._resolve(config, rows=rows), tracer)
-
-            rows = _most_rows(at, most, self.device.gib, self._before(resolved, tracer))
-        resolved = self._resolve(config, parameters=tracer.size.parameters, rows=rows)
+            rows = self._most_rows(config, resolved, tracer)
+            resolved = self._resolve(config, parameters=tracer.parameters, rows=rows)
+        else:
+            resolved = self._resolve(config, parameters=tracer.parameters)
         return _Run(resolved, tracer, self._training(resolved, tracer))
+
+    def _most_rows(self, config: Config, resolved: Config, tracer: Tracer) -> int:
+        """The most rows at max_seq_len whose training step fits, within MOST_TOKENS; 1 if not even one does.
+
+        The peak is the highest of several moments that each grow linearly with the rows, so it lies below the line
+        between two traced points: what fits by that line fits.
+        """
+        row_tokens = config.model.max_seq_len * (2 if tracer.kind == "seq2seq" else 1)
+        most = max(1, min(MOST_TOKENS // row_tokens, int(resolved.train.effective_batch)))
+        low, high = (self._training(self._resolve(config, rows=rows), tracer).peak for rows in (1, most))
+        limit = self.device.gib
+        if low > limit or high <= limit:
+            return 1 if low > limit else most
+        return 1 + int((most - 1) * (limit - low) / (high - low))
 
     def phases(self, run: _Run) -> dict[str, Phase]:
         """All phases of a run, training first."""
@@ -231,9 +216,6 @@ class _Planner:
             phases["evaluation"] = self._traced(tracer.evaluation(lengths), config, tracer, note)
             if config.eval.train_sample:
                 phases["generation"] = self._generation(config, tracer)
-        phases["saving"] = self._saving(config, run.training)
-        if config.tuning.mode != "full":
-            phases["merging"] = _merging(tracer.size)
         return phases
 
     def _resolve(self, config: Config, *, parameters: int | None = None, rows: int | None = None) -> Config:
@@ -255,18 +237,13 @@ class _Planner:
             self._tracers[key] = Tracer(config, self.description, device=self.device.kind)
         return self._tracers[key]
 
-    def _traced(self, traced: Traced, config: Config, tracer: Tracer, note: str) -> Phase:
+    def _traced(self, traced: Interval, config: Config, tracer: Tracer, note: str) -> Phase:
         state = tracer.optimizer_bytes(config.train.optim)
         parts = {name: size / GIB for name, size in traced.parts.items()}
         if state:
             parts["optimizer"] = state / GIB
         allocated = (traced.peak + state) / GIB
         return Phase(allocated, with_overhead(allocated, self.device.kind), parts, note=note)
-
-    def _before(self, config: Config, tracer: Tracer) -> float:
-        """GiB of the device before any pass: no phase takes less."""
-        standing = tracer.standing + tracer.optimizer_bytes(config.train.optim)
-        return with_overhead(standing / GIB, self.device.kind)
 
     def _training(self, config: Config, tracer: Tracer) -> Phase:
         lengths = _row_lengths(config, tracer)
@@ -277,44 +254,13 @@ class _Planner:
         """Answers side by side; where they do not fit half as many, as generation itself does."""
         prompt, answer = config.model.max_seq_len, config.generation.max_new_tokens
 
-        def at(rows: int) -> Phase:
-            note = f"{rows} answers side by side, prompts of {prompt} and answers of {answer} tokens"
-            return self._traced(tracer.generation(rows, prompt, answer), config, tracer, note)
-
         rows = min(config.eval.batch_size, config.eval.train_sample)
-        fitting = _most_rows(at, rows, self.device.gib, self._before(config, tracer))
-        while rows > fitting:
+        while True:
+            note = f"{rows} answers side by side, prompts of {prompt} and answers of {answer} tokens"
+            phase = self._traced(tracer.generation(rows, prompt, answer), config, tracer, note)
+            if phase.peak <= self.device.gib or rows == 1:
+                return phase
             rows //= 2
-        return at(rows)
-
-    def _saving(self, config: Config, training: Phase) -> Phase:
-        """A checkpoint holds what is trained and the optimizer's state; on the disk are the retained ones, the best,
-        one being written, and the run's result. From a GPU the weights are written from a copy in RAM.
-        """
-        parts = {name: training.parts[name] for name in SAVED_PARTS if name in training.parts}
-        weights = parts.get("adapters" if config.tuning.mode != "full" else "weights", 0.0)
-        checkpoint = weights + parts.get("optimizer", 0.0)
-        count = config.train.save_total_limit + (2 if config.train.load_best_model_at_end else 1)
-        allocated = sum(parts.values())
-        ram = LIBRARIES_RAM["cuda"] + weights if self.device.kind == "cuda" else None
-        note = f"{count} checkpoints of {checkpoint:.2f} GiB and the result"
-        peak = with_overhead(allocated, self.device.kind)
-        return Phase(allocated, peak, parts, ram, count * checkpoint + weights, note)
-
-
-def _most_rows(at: Callable[[int], Phase], most: int, limit: float, before: float) -> int:
-    """The most rows, up to `most`, whose phase `at(rows)` fits `limit` GiB; 1 if not even one row does.
-
-    The peak is the highest of several moments that each grow linearly with the rows, so it lies below the line between
-    two traced points: what fits by that line fits. before: GiB before any pass; above the limit nothing is traced.
-    """
-    if before > limit:
-        return 1
-    high = at(most).peak
-    if most == 1 or high <= limit:
-        return most
-    low = at(1).peak
-    return 1 if low > limit else 1 + int((most - 1) * (limit - low) / (high - low))
 
 
 def _row_lengths(config: Config, tracer: Tracer) -> list[int]:
@@ -326,13 +272,6 @@ def _row_lengths(config: Config, tracer: Tracer) -> list[int]:
     return [length] * rows + ([rest] if tracer.packed and rows < effective and rest > 1 else [])
 
 
-def _merging(size: ModelSize) -> Phase:
-    """Tensor by tensor from the base's 16-bit files: RAM for one tensor's pages and the blocks that are worked on."""
-    worked = ((size.largest_tensor, MERGE_PLAIN), (size.widest_linear, MERGE_ADAPTED))
-    ram = LIBRARIES_RAM["cpu"] + max(2 * numbers + work * min(numbers, MERGE_BLOCK) for numbers, work in worked) / GIB
-    return Phase(0.0, 0.0, {}, ram, 2 * size.parameters / GIB, "on the CPU, from file to file; 16-bit")
-
-
 # ---- suggestions
 
 
@@ -341,11 +280,11 @@ def _suggestions(config: Config, run: _Run, planner: _Planner) -> tuple[list[Sug
     limit, peak = planner.device.gib, run.training.peak
     suggestions: list[Suggestion] = []
     changes: list[dict[str, Any]] = []
-    for settings, costs, slower in _changes(config, run.config, gpu=planner.device.kind == "cuda"):
+    for settings, costs in _changes(config, run.config, gpu=planner.device.kind == "cuda"):
         new = planner.run(_with(config, settings)).training.peak
         if peak - new > WORTHWHILE:
             saves = round(peak - new, 3)
-            suggestions.append(Suggestion(" ".join(_as_flags(settings)), saves, costs, slower, new <= limit))
+            suggestions.append(Suggestion(" ".join(_as_flags(settings)), saves, costs, new <= limit))
             changes.append(settings)
     merged: dict[str, Any] = {}
     reached, saved = peak, 0.0
@@ -360,30 +299,30 @@ def _suggestions(config: Config, run: _Run, planner: _Planner) -> tuple[list[Sug
     return suggestions, Combination(_as_flags(merged), round(reached, 3), reached <= limit)
 
 
-def _changes(config: Config, resolved: Config, *, gpu: bool) -> Iterator[tuple[dict[str, Any], str, float | None]]:
-    """(settings, what they cost, share of time more or None if not known), in order of preference."""
+def _changes(config: Config, resolved: Config, *, gpu: bool) -> Iterator[tuple[dict[str, Any], str]]:
+    """(settings, what they cost), in order of preference."""
     train, mode, rank, length = resolved.train, resolved.tuning.mode, resolved.tuning.lora.r, resolved.model.max_seq_len
     checkpointing = {"train.gradient_checkpointing": True}
     offloading = {**checkpointing, "train.activation_offload": True}
     one_row, half_rank = {"train.micro_batch_tokens": length}, {"tuning.lora.r": rank // 2}
-    changes: list[tuple[bool, dict[str, Any], str, float | None]] = [  # the first column: whether it applies
-        (int(train.micro_batch_tokens) > length, one_row, "speed: one row at a time, the same steps", None),
-        (train.gradient_checkpointing is not True, checkpointing, "about 1.45 times the time of a step", 0.45),
-        (train.logits == "full", {"train.logits": "chunked"}, "nothing: the same loss", 0.0),
-        (gpu and not train.activation_offload, offloading, "time: activations go to RAM and back", None),
-        (train.logits_tile > 128, {"train.logits_tile": 128}, "a little speed in the loss head", None),
-        (gpu and "8bit" not in train.optim, {"train.optim": "adamw_8bit"}, "optimizer state rounded to 8 bits", 0.02),
-        (gpu and "paged" not in train.optim, {"train.optim": "paged_adamw_8bit"}, "optimizer state in RAM", 0.05),
-        (mode == "lora", {"tuning.mode": "qlora"}, "a base rounded to 4 bits, dequantised in every step", 0.3),
-        (mode == "full", {"tuning.mode": "lora"}, "adapters are trained, not the weights themselves", 0.0),
-        (mode == "full", {"tuning.mode": "qlora"}, "adapters on a base rounded to 4 bits", 0.3),
-        (mode != "full" and rank > 4, half_rank, "half the capacity of the adapter", 0.0),
+    changes: list[tuple[bool, dict[str, Any], str]] = [  # the first column: whether it applies
+        (int(train.micro_batch_tokens) > length, one_row, "speed: one row at a time, the same steps"),
+        (train.gradient_checkpointing is not True, checkpointing, "about 1.45 times the time of a step"),
+        (train.logits == "full", {"train.logits": "chunked"}, "nothing: the same loss"),
+        (gpu and not train.activation_offload, offloading, "time: activations go to RAM and back"),
+        (train.logits_tile > 128, {"train.logits_tile": 128}, "a little speed in the loss head"),
+        (gpu and "8bit" not in train.optim, {"train.optim": "adamw_8bit"}, "optimizer state rounded to 8 bits"),
+        (gpu and "paged" not in train.optim, {"train.optim": "paged_adamw_8bit"}, "optimizer state in RAM"),
+        (mode == "lora", {"tuning.mode": "qlora"}, "a base rounded to 4 bits, dequantised in every step"),
+        (mode == "full", {"tuning.mode": "lora"}, "adapters are trained, not the weights themselves"),
+        (mode == "full", {"tuning.mode": "qlora"}, "adapters on a base rounded to 4 bits"),
+        (mode != "full" and rank > 4, half_rank, "half the capacity of the adapter"),
     ]
     for shorter in (length // 2, length // 4):
         budget = {} if config.train.micro_batch_tokens == "auto" else {"train.micro_batch_tokens": shorter}
         settings = {"model.max_seq_len": shorter, **budget}
-        changes.append((shorter >= 64, settings, f"rows longer than {shorter} tokens are truncated or dropped", 0.0))
-    return ((settings, costs, slower) for applies, settings, costs, slower in changes if applies)
+        changes.append((shorter >= 64, settings, f"rows longer than {shorter} tokens are truncated or dropped"))
+    return ((settings, costs) for applies, settings, costs in changes if applies)
 
 
 def _with(config: Config, settings: Mapping[str, Any]) -> Config:
@@ -412,7 +351,7 @@ def _smaller_model(config: Config, run: _Run, device: Device) -> list[Suggestion
             peak = _Planner(shapes.shipped_models()[name], device).run(smaller).training.peak
             if peak <= device.gib:
                 saves = round(run.training.peak - peak, 3)
-                return [Suggestion(f"model.name={name}", saves, "a smaller model", None, True)]
+                return [Suggestion(f"model.name={name}", saves, "a smaller model", True)]
     return []
 
 

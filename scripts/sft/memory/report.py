@@ -1,4 +1,4 @@
-"""A plan in words, tables and a picture; how long the run takes; plans of many models."""
+"""A plan in words, tables and a picture; plans of many models."""
 
 from __future__ import annotations
 
@@ -10,64 +10,30 @@ from sft import files
 from sft.config.schema import Config, ModelSection
 from sft.errors import ConfigError, SftError
 from sft.memory.devices import Device
-from sft.memory.estimate import OVERHEAD_SOURCE, flops_per_token, presumed_flops
+from sft.memory.estimate import OVERHEAD_SOURCE
 from sft.memory.plan import Plan, make_plan
 from sft.memory.shapes import shipped_models
 from sft.memory.trace import PARTS, quiet
 
-CHARACTERS_PER_TOKEN = 4.0  # of English text, roughly
 Table = tuple[str, tuple[str, ...], list[tuple[Any, ...]]]  # title, columns, rows
-
-
-def duration(plan: Plan, root: Path) -> dict[str, Any] | None:
-    """How fast the run would go, as JSON; None for a device of unknown speed.
-
-    `tokens` (of all epochs, estimated from the prepared file) and `seconds` are None if no rows are prepared.
-    """
-    known = presumed_flops(plan.device)
-    if known is None:
-        return None
-    flops, source = known
-    config, rows, tokens = plan.config, 0, 0.0
-    path = root / (config.data.train_path or f"{config.data.processed_dir}/train.jsonl")
-    if path.is_file():
-        with path.open("rb") as file:
-            rows = sum(1 for line in file if line.strip())
-        tokens = min(path.stat().st_size / CHARACTERS_PER_TOKEN, float(rows * config.model.max_seq_len))
-    length = tokens / rows if rows else config.model.max_seq_len
-    per_token = flops_per_token(plan.size, config.tuning, config.train, length=length)
-    all_tokens = int(tokens * float(config.train.epochs)) if rows else None
-    return {
-        "flops_per_token": per_token,
-        "tokens_per_second": flops / per_token,
-        "tokens": all_tokens,
-        "speed": source,
-        "seconds": None if all_tokens is None else all_tokens * per_token / flops,
-    }
 
 
 def tables(plan: Plan) -> list[Table]:
     """Where the memory goes, every phase, and (where it does not fit) what would help."""
     parts = [(name, f"{size:.2f}") for name, size in plan.training.parts.items()]
     parts.append(("allocated in a training step", f"{plan.training.allocated:.2f}"))
-    phases = [
-        (name, f"{phase.peak:.2f}" if phase.peak else "", _gib(phase.ram), _gib(phase.disk), phase.note)
-        for name, phase in plan.phases.items()
-    ]
+    phases = [(name, f"{phase.peak:.2f}", phase.note) for name, phase in plan.phases.items()]
     result: list[Table] = [
         (f"{plan.config.model.name}, {plan.config.tuning.mode} (traced)", ("part", "GiB"), parts),
-        ("phases, with context and fragmentation", ("phase", "GiB", "RAM", "disk", "of"), phases),
+        ("phases, with context and fragmentation", ("phase", "GiB", "of"), phases),
     ]
     if plan.suggestions:
-        rows = [
-            (s.setting, f"{s.saves_gib:.2f}", s.costs, _percent(s.slower), "yes" if s.fits else "no")
-            for s in plan.suggestions
-        ]
-        result.append(("what would help", ("--set", "saves GiB", "costs", "time", "enough alone"), rows))
+        rows = [(s.setting, f"{s.saves_gib:.2f}", s.costs, "yes" if s.fits else "no") for s in plan.suggestions]
+        result.append(("what would help", ("--set", "saves GiB", "costs", "enough alone"), rows))
     return result
 
 
-def sentences(plan: Plan, duration: dict[str, Any] | None) -> list[str]:
+def sentences(plan: Plan) -> list[str]:
     """The answer in sentences."""
     train, device = plan.config.train, plan.device
     lines = [
@@ -76,34 +42,13 @@ def sentences(plan: Plan, duration: dict[str, Any] | None) -> list[str]:
         f"a step: {train.effective_batch} rows, {train.batch_size} of {plan.config.model.max_seq_len} tokens at a time"
         f" (micro-batches of at most {train.micro_batch_tokens} tokens)",
     ]
-    if plan.sixteen_bit_experts:
-        lines.append(
-            f"{plan.sixteen_bit_experts / 1e9:.2f}e9 weights of experts stay in 16 bit: transformers stores them as one"
-            " tensor, and bitsandbytes quantises linear layers only (attention and shared experts here)"
-        )
     if plan.smallest_card:
         lines.append(f"the smallest card that would do: {plan.smallest_card}")
-    if duration is not None:
-        seconds = duration["seconds"]
-        time = "" if seconds is None else f", {_time(seconds)} for all epochs of the prepared rows (roughly)"
-        lines.append(f"about {duration['tokens_per_second']:,.0f} tokens/s{time} ({duration['speed']})")
     if plan.combination is not None:
         verdict = "fits with" if plan.combination.fits else "does not fit even with"
         settings = " ".join(f"--set {setting}" for setting in plan.combination.settings)
         lines.append(f"{verdict} {settings or 'any of these'} ({plan.combination.peak_gib:.2f} GiB)")
     return lines
-
-
-def _gib(size: float | None) -> str:
-    return "" if size is None else f"{size:.1f}"
-
-
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"+{share:.0%}" if share else "same"
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds / 3600:.1f} h" if seconds >= 5400 else f"{max(1, round(seconds / 60))} min"
 
 
 _COLOURS = (
@@ -115,7 +60,7 @@ def draw(plan: Plan, target: Path) -> None:
     """Writes a bar per phase as PNG, atomically."""
     from matplotlib.figure import Figure
 
-    phases = {name: phase for name, phase in plan.phases.items() if phase.allocated}
+    phases = plan.phases
     present = {part for phase in phases.values() for part, size in phase.parts.items() if size > 0.005}
     figure = Figure(figsize=(9, 1.6 + 0.62 * len(phases)), dpi=130, layout="constrained")
     axes = figure.add_subplot()
@@ -181,7 +126,7 @@ def plan_models(
             try:
                 settings = config.model_copy(update={"model": section})
                 plan = make_plan(settings, model_config(section, root), device, suggest=False)
-                results[name] = {"billions": plan.size.parameters / 1e9, **plan.to_json()}
+                results[name] = {"billions": plan.parameters / 1e9, **plan.to_json()}
             except SftError as error:
                 results[name] = {"fits": False, "error": str(error).splitlines()[0]}
             progress(done, len(names))

@@ -15,9 +15,7 @@ from torch import Tensor, nn
 
 from sft.config.schema import TuningSection
 from sft.errors import ModelError
-from sft.memory.estimate import ModelSize
 from sft.model import adapters
-from sft.model.adapters import head, hits, is_linear, widths
 from sft.model.load import empty_4bit_weight, four_bit_config, keep_4bit_layout, quiet_libraries
 
 _KEYS = (
@@ -112,21 +110,19 @@ def base_on_meta(description: Mapping[str, Any], name: str, dtype: torch.dtype, 
     """The bare model on the meta device. Raises ModelError if transformers cannot build it."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    def config() -> Any:
-        keys = {key: value for key, value in description.items() if key not in ("quantization_config", "dtype")}
-        config = AutoConfig.for_model(**keys)
-        if getattr(config, "is_encoder_decoder", False) and getattr(config, "decoder_start_token_id", None) is None:
-            config.decoder_start_token_id = 0  # any token will do
-        return config
-
+    keys = {key: value for key, value in description.items() if key not in ("quantization_config", "dtype")}
     with model_errors(name), torch.device("meta"):
-        maker = AutoModelForSeq2SeqLM if getattr(config(), "is_encoder_decoder", False) else AutoModelForCausalLM
+        config: Any = AutoConfig.for_model(**keys)
+        seq2seq = getattr(config, "is_encoder_decoder", False)
+        if seq2seq and getattr(config, "decoder_start_token_id", None) is None:
+            config.decoder_start_token_id = 0  # any token will do
+        maker = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
         try:
-            return maker.from_config(config(), dtype=dtype, attn_implementation=attention)
+            return maker.from_config(config, dtype=dtype, attn_implementation=attention)
         except (ValueError, ImportError) as error:
             if "attention" not in str(error):
                 raise
-            return maker.from_config(config(), dtype=dtype, attn_implementation="eager")
+            return maker.from_config(config, dtype=dtype, attn_implementation="eager")
 
 
 @contextlib.contextmanager
@@ -141,35 +137,6 @@ def model_errors(name: str) -> Iterator[None]:
             where="config.json",
             fix="plan reads models that transformers itself implements, without code of their own",
         ) from None
-
-
-_EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
-
-
-def model_size(model: Any, tuning: TuningSection) -> ModelSize:
-    """Counts of a bare model, before quantisation and adapters."""
-    top, config = head(model), model.config.get_text_config()
-    tensors = [(weight.numel(), weight.ndim) for weight in model.parameters()]
-    linear = {name: module for name, module in model.named_modules() if is_linear(module) and module is not top}
-    adapted = [] if tuning.mode == "full" or not linear else adapters.targets(model, tuning)
-    fused = sum(size for size, dimensions in tensors if dimensions == 3)
-    experts = next((n for key in _EXPERT_KEYS if (n := int(getattr(config, key, 0) or 0))), 0)
-    chosen = int(getattr(config, "num_experts_per_tok", 0) or max(1, experts))
-    heads = int(getattr(config, "num_attention_heads", 0) or 0)  # 0: a state-space model
-    hidden = int(getattr(config, "hidden_size", 0) or 0)
-    layers = int(getattr(config, "num_hidden_layers", 0))
-    if getattr(config, "is_encoder_decoder", False):
-        layers += int(getattr(config, "num_decoder_layers", 0) or 0)
-    return ModelSize(
-        parameters=sum(size for size, _ in tensors),
-        largest_tensor=max(size for size, _ in tensors),
-        widest_linear=max((module.weight.numel() for module in linear.values()), default=0),
-        fused_experts=fused if experts else 0,
-        active=sum(module.weight.numel() for module in linear.values()) + fused * chosen // max(1, experts),
-        adapted=sum(sum(widths(m)) for name, m in linear.items() if any(hits(target, name) for target in adapted)),
-        attention=heads * int(getattr(config, "head_dim", None) or hidden // max(1, heads)) * layers,
-        head=int(config.vocab_size) * hidden,
-    )
 
 
 def add_storage(model: nn.Module, dtype: torch.dtype) -> None:

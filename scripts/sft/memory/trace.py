@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -29,7 +29,6 @@ from sft.config.auto import optimizer_state
 from sft.config.schema import Config
 from sft.errors import ModelError
 from sft.memory import shapes
-from sft.memory.estimate import ModelSize
 from sft.model.adapters import head
 from sft.step import attention, unwrap
 from sft.step.batch import Collator, MicroBatch, split_micro_batches
@@ -165,25 +164,17 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 # ---- operations on fake tensors
 
 aten = torch.ops.aten
-CPU = torch.device("cpu")
-PLAIN = {
-    aten.mm, aten.bmm, aten.addmm, aten._unsafe_view, aten.clone, aten.cat, aten._to_copy, aten.empty_like,
-    aten.zeros_like, aten.ones_like, aten.mean, aten.sum, aten.linalg_vector_norm, aten.bernoulli_,
-}  # fmt: skip
 
 
 def fake_ops() -> Callable[[Any, Any, Any], Any]:
     """A function that runs operations on fake tensors, with a stand-in wherever a value would be read.
 
     Flags are true, masks choose every position, integers are 1, and floats fall with every read, so that the last of
-    several candidates is the best. No layer is dropped. Plain operations (views, pointwise ones, products) go to
-    PyTorch's meta kernels directly: the same shapes and storages in about half of FakeTensorMode's time.
+    several candidates is the best. No layer is dropped.
     """
     reads = itertools.count(1)
 
     def run(func: Any, args: Any, kwargs: Any) -> Any:
-        if func is torch.ops.prim.device.default:  # called twice as often as any operation
-            return CPU
         packet = func.overloadpacket
         if packet is aten._local_scalar_dense:
             value = args[0]
@@ -195,48 +186,16 @@ def fake_ops() -> Callable[[Any, Any, Any], Any]:
         if packet.__name__ == "_grouped_mm":  # the experts' product: its shape rule accepts only bf16
             half = [args[0].to(torch.bfloat16), args[1].to(torch.bfloat16), *args[2:]]
             return func(*half, **kwargs).to(args[0].dtype)
-        if _is_plain(func) and (mode := _fake_mode(args)) is not None:
-            if kwargs.get("device") is not None:
-                kwargs = {**kwargs, "device": "meta"}
-            with in_kernel_invocation_manager(mode):
-                out = func(*args, **kwargs)
-            out = out if isinstance(out, FakeTensor) else FakeTensor(mode, out, CPU)
-            return _without_layer_drop(packet, args, out)
         # a real mask (see `_FakeModel.trace`) becomes a fake one where it enters a computation
         args = [torch.empty(a.shape, dtype=a.dtype) if type(a) is Tensor and a.ndim == 2 else a for a in args]
         if packet in (aten.index, aten.index_put, aten.index_put_):
             args[1] = _positions(args[1])
-        return _without_layer_drop(packet, args, func(*args, **kwargs))
+        out = func(*args, **kwargs)
+        if packet is aten.lt and args[0].ndim == 0 and isinstance(args[1], float):
+            out.sft_false = True  # `random number < layer-drop rate`
+        return out
 
     return run
-
-
-def _without_layer_drop(packet: Any, args: Any, out: Any) -> Any:
-    """Marks `random number < layer-drop rate` as false."""
-    if packet is aten.lt and args[0].ndim == 0 and isinstance(args[1], float):
-        out.sft_false = True
-    return out
-
-
-@functools.cache
-def _is_plain(func: Any) -> bool:
-    """Whether a meta kernel gives its one result from shapes alone."""
-    returns = func._schema.returns
-    if func.namespace != "aten" or len(returns) != 1 or str(returns[0].type) != "Tensor" or "out" in func._overloadname:
-        return False
-    return func.is_view or torch.Tag.pointwise in func.tags or func.overloadpacket in PLAIN
-
-
-def _fake_mode(args: Any) -> Any:
-    """The mode of the fake tensors in `args`; None if one of them is real or has a value."""
-    mode = None
-    for arg in args:
-        for tensor in arg if isinstance(arg, list | tuple) else (arg,):
-            if isinstance(tensor, FakeTensor) and tensor.constant is None:
-                mode = tensor.fake_mode
-            elif isinstance(tensor, Tensor):
-                return None
-    return mode
 
 
 def _positions(indices: Any) -> list[Any]:
@@ -606,68 +565,56 @@ def extrapolate(shallow: Sequence[Interval], deep: Sequence[Interval], removed: 
 # ---- the tracer
 
 
-@dataclass(frozen=True)
-class Traced:
-    """Bytes alive at the highest moment, by kind, and their sum.
-
-    The optimizer's state is in it only where its step is traced: add `Tracer.optimizer_bytes`.
-    """
-
-    parts: dict[str, int]
-    peak: int
-
-
 class Tracer:
     """Traces one model under one config, which must be resolved for `device` (except its batch sizes).
 
-    description: the model's config.json. extrapolated: False traces every layer. size: counts of the base model. kind:
-    `causal` or `seq2seq`. packed: whether rows go without padding. standing: bytes before any pass. Nothing is traced
-    twice. Raises ModelError for a family that transformers does not implement or that cannot run without values.
+    description: the model's config.json. extrapolated: False traces every layer. parameters: of the base model. kind:
+    `causal` or `seq2seq`. packed: whether rows go without padding. Nothing is traced twice. What is traced has the
+    optimizer's state only where its step allocates: add `optimizer_bytes`. Raises ModelError for a family that
+    transformers does not implement or that cannot run without values.
     """
 
     def __init__(
         self, config: Config, description: Mapping[str, Any], *, device: str, extrapolated: bool = True
     ) -> None:
         self.config, self.description, self.device = config, description, device
-        self.size: ModelSize
+        self.parameters = 0
         self.removed = 0  # periods of layers that the shallower model is without
-        self._results: dict[tuple[Any, ...], Traced] = {}
+        self._results: dict[tuple[Any, ...], Interval] = {}
         self._models = [_FakeModel(self, deeper=False if extrapolated else None)]
         if self.removed:
             self._models.append(_FakeModel(self, deeper=True))
         self.kind, self.packed = self._models[0].kind, self._models[0].packed
-        self.standing = self._at_full_depth([model.phases.tracker.total for model in self._models])
 
     def optimizer_bytes(self, optim: str) -> int:
         """Bytes of optimizer state on the device beside a trace; paged state is in the machine's memory."""
         if is_optimizer_traced(optim, self.device):
             return 0
+        if optim.startswith("paged"):
+            return 0
         moments, size = optimizer_state(optim)
-        return (
-            0
-            if optim.startswith("paged")
-            else moments * self._at_full_depth([model.trained_bytes(size) for model in self._models])
+        shallow, *deep = (  # one allocation per weight
+            sum(model.tracker.rounded(weight.numel() * size) for weight in model.phases.trained)
+            for model in self._models
         )
+        return moments * (shallow + self.removed * (sum(deep) - shallow))
 
-    def step(self, lengths: Sequence[int], *, accumulating: bool) -> Traced:
+    def step(self, lengths: Sequence[int], *, accumulating: bool) -> Interval:
         """The peak of a step whose largest micro-batch has rows of these lengths, every token labelled.
 
         An encoder-decoder has a source and a target of each length. accumulating: gradients of earlier micro-batches of
         the same step exist already.
         """
-        return self._trace(
-            ("step", accumulating), lengths, lambda phases, micro: phases.step(micro, accumulating=accumulating)
-        )
+        return self._trace(("step", accumulating), lengths, functools.partial(Phases.step, accumulating=accumulating))
 
-    def evaluation(self, lengths: Sequence[int]) -> Traced:
+    def evaluation(self, lengths: Sequence[int]) -> Interval:
         """The peak of an evaluation's forward pass over such rows, in the middle of a run."""
-        return self._trace(("evaluation",), lengths, lambda phases, micro: phases.evaluation(micro))
+        return self._trace(("evaluation",), lengths, Phases.evaluation)
 
-    def generation(self, rows: int, prompt: int, answer: int) -> Traced:
+    def generation(self, rows: int, prompt: int, answer: int) -> Interval:
         """The peak of answering `rows` prompts of `prompt` tokens side by side, with `answer` tokens each."""
-        return self._trace(
-            ("generation", answer), [prompt] * rows, lambda phases, micro: phases.generation(micro, answer), pad=True
-        )
+        run = functools.partial(Phases.generation, answer=answer)
+        return self._trace(("generation", answer), [prompt] * rows, run, pad=True)
 
     def _trace(
         self,
@@ -676,7 +623,7 @@ class Tracer:
         run: Callable[[Phases, MicroBatch], list[Interval]],
         *,
         pad: bool = False,
-    ) -> Traced:
+    ) -> Interval:
         key = (*phase, *lengths)
         if key in self._results:
             return self._results[key]
@@ -689,11 +636,8 @@ class Tracer:
             self._models, self.removed = [_FakeModel(self, deeper=None)], 0
             intervals = self._models[0].trace(micro, run)
         top = max(intervals, key=lambda interval: interval.peak)
-        self._results[key] = Traced({part: size for part, size in top.parts.items() if size}, top.peak)
+        self._results[key] = replace(top, parts={part: size for part, size in top.parts.items() if size})
         return self._results[key]
-
-    def _at_full_depth(self, bytes_: Sequence[int]) -> int:
-        return bytes_[0] + self.removed * (bytes_[-1] - bytes_[0])
 
 
 class _FakeModel:
@@ -706,7 +650,7 @@ class _FakeModel:
             chosen, self.packed = attention_for(tracer.description)
 
         def on_base(base: Any) -> None:
-            tracer.size = shapes.model_size(base, config.tuning)
+            tracer.parameters = sum(weight.numel() for weight in base.parameters())
             if deeper is not None:
                 removed = remove_layers(base, deeper=deeper)
                 tracer.removed = tracer.removed or removed
@@ -728,10 +672,6 @@ class _FakeModel:
         with self._faking():
             shapes.add_storage(model, dtype)
             self.phases = Phases(model, config, self.tracker, device=self.device)
-
-    def trained_bytes(self, size: int) -> int:
-        """Bytes of a number of `size` bytes for every trained weight, one allocation per weight."""
-        return sum(self.tracker.rounded(weight.numel() * size) for weight in self.phases.trained)
 
     def trace(self, real: MicroBatch, run: Callable[[Phases, MicroBatch], list[Interval]]) -> list[Interval]:
         """The intervals of `run` on a micro-batch of the shapes of `real`."""
