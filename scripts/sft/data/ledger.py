@@ -61,14 +61,12 @@ class Ledger:
         if len(examples) < EXAMPLES:
             examples.append({"origin": origin, "detail": fault.detail})
 
-    def count(self, row: dict[str, Any], format: str, split: str) -> None:
+    def count(self, format: str, shape: str, split: str) -> None:
         """Counts one row that is written."""
         self.written += 1
         self.splits[split] += 1
         self.formats[format] = self.formats.get(format, 0) + 1
-        shape = "messages" if "messages" in row else "rendered" if "input" in row else "one turn"
         self.shapes[shape] = self.shapes.get(shape, 0) + 1
-        self.example = self.example or row
 
     @property
     def faults(self) -> int:

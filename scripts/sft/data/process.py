@@ -1,13 +1,16 @@
-"""From raw rows to the processed folder: every row is checked, then written to its split or to the quarantine."""
+"""From raw rows to the processed folder: every row is checked, then written to its split or to the quarantine.
+
+Rows that pass the checks wait on disk until all are read, since the split of one may depend on others; so few of their
+facts are in memory (`Pending`).
+"""
 
 from __future__ import annotations
 
 import shutil
-from array import array
 from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from sft import files
 from sft.config.load import resolve_path
@@ -15,19 +18,35 @@ from sft.config.schema import DataSection
 from sft.data import split, store
 from sft.data.formats import MAX_KEYS, Formats, make_row, to_line
 from sft.data.ledger import DUPLICATE, LEAK, NEAR_DUPLICATE, Ledger
-from sft.data.quality import DataProfile, RowStats, check_flags, row_stats
+from sft.data.quality import DataProfile, check_flags, row_stats
 from sft.data.readers import Progress, RawRow
-from sft.data.rows import DECODER, Row, RowFault, comparison_text, dump_json, prompt_id
+from sft.data.rows import DECODER, Row, RowFault, comparison_text, dump_json, prompt_id, shape
 from sft.data.sources import SourcePart, add_replay, find_sources
 from sft.errors import DataError
 
 if TYPE_CHECKING:
     from sft.data.contamination import Contamination
-    from sft.data.dedup import MinHashIndex
+    from sft.data.dedup import NearDuplicates
 
 FILES = {"train.jsonl", "val.jsonl", "test.jsonl", "ledger.json", "quarantine.jsonl", "rejected.jsonl"}
 MAX_TEXT = 100_000  # characters of an unreadable row in the quarantine
 EXAMPLES = 5  # pairs of near duplicates in the ledger
+PENDING = "pending.part"
+Pairs = list[tuple[int, int]]  # numbers of near duplicates, the later row first
+Places = list[str | RowFault]  # the split of each row, or why it is not used
+
+
+class Pending(NamedTuple):
+    """A row that passed the checks. id, prompt: as integers. group: its value under data.split.group_by, as JSON."""
+
+    id: int
+    prompt: int
+    group: str | None
+    format: str
+    shape: str
+    copies: int
+    size: int
+    script: str
 
 
 class Rejected(DataError):
@@ -49,16 +68,25 @@ def process(data: DataSection, root: Path, raw_path: str | None = None, on_progr
     )
     warnings = [line for part in parts for line in part.warnings()]
     ledger = Ledger(name, kind, encoding, max_dropped=data.max_dropped, warnings=warnings)
+    ledger.splits = dict.fromkeys(split.ranges(data.split), 0)
     with store.replace_dir(target, FILES, "data.processed_dir") as staged:
         checks = RowChecks(data, root)
-        fixed = _write_rows(parts, checks, staged, ledger, on_progress)
-        keys = ("name", "rows", "taken", "weight", "limit")
-        ledger.sources = [{key: getattr(part, key) for key in keys} for part in parts]
+        with (staged / "quarantine.jsonl").open("wb") as quarantine:
+            rows = _read(parts, checks, staged / PENDING, quarantine, ledger, on_progress)
+            pairs = list(checks.near.pairs()) if checks.near is not None else []
+            places = _choose_splits(rows, pairs, checks.profile, data)
+            moved = split.fill_empty(places, [row.prompt for row in rows], _fixed(rows, pairs, places), data.split)
+            _write(rows, places, staged, quarantine, ledger)
+        ledger.sources = [part.to_json() for part in parts]
         _require_good_rows(ledger, staged, target)
-        for name, row_id in split.fill_empty(staged, ledger.splits, data.split, fixed).items():
+        ledger.reports |= _reports(rows, pairs, places, checks)
+        ledger.warnings += _row_warnings(ledger.reports, checks)
+        for name, number in moved.items():
+            row_id = f"{rows[number].id:016x}"
             ledger.warnings.append(f"{name} had no row by its share: the nearest one was moved to it (id {row_id})")
         ledger.warnings += split.share_warnings(ledger.splits, data.split)
-        add_replay(data, root, staged, ledger, checks.check_replay)
+        held_out = {row.prompt for row, place in zip(rows, places, strict=True) if place in ("val", "test")}
+        add_replay(data, root, staged, ledger, lambda row: checks.check_replay(row, held_out))
         for name in [name for name, count in ledger.splits.items() if count == 0]:
             (staged / f"{name}.jsonl").unlink()
             why = "its share is small, and rows with the same question, or that belong together, stay in one split"
@@ -71,49 +99,207 @@ def process(data: DataSection, root: Path, raw_path: str | None = None, on_progr
     return ledger
 
 
-def _write_rows(
-    parts: list[SourcePart], checks: RowChecks, staged: Path, ledger: Ledger, on_progress: Progress | None
-) -> set[str]:
-    """Writes every row to its split or the quarantine; returns the ids of rows that may not change their split."""
-    data = checks.data
-    formats = Formats(data.format, {role: name for role, name in data.columns if name} if data.columns else None)
-    with SplitWriter(staged, ledger, list(split.ranges(data.split))) as writer:
-        pending = PendingRows(staged, data) if PendingRows.needed(data) else None
-        for raw in (raw for part in parts for raw in part.read(data.split.seed, on_progress)):
+class RowChecks:
+    """What every readable row must pass: not seen before, not of a benchmark, no flag that is to be dropped."""
+
+    def __init__(self, data: DataSection, root: Path) -> None:
+        self.data, self.profile = data, DataProfile()
+        columns = {role: name for role, name in data.columns if name} if data.columns else None
+        self.formats = Formats(data.format, columns)
+        self.contamination: Contamination | None = None
+        self.near: NearDuplicates | None = None
+        self._seen: set[int] = set()
+        if data.contamination.against:
+            from sft.data.contamination import Contamination
+
+            self.contamination = Contamination(data.contamination, root)
+        if data.near_duplicates != "off":
+            from sft.data.dedup import NearDuplicates
+
+            self.near = NearDuplicates(data.near_duplicate_threshold)
+
+    def check(self, row: Row, format: str, raw: RawRow) -> Pending:
+        """Raises RowFault for a row that is not used."""
+        key, by = int(row["id"], 16), self.data.split.group_by
+        if self.data.deduplicate and key in self._seen:
+            raise RowFault(DUPLICATE, f"the same as an earlier row, id {key:016x}")
+        if self.data.deduplicate or self.data.replay:
+            self._seen.add(key)
+        if self.contamination is not None:
+            self.contamination.check(row)
+        stats = row_stats(row)
+        self.profile.flags.update(stats.flags)  # of dropped rows too
+        check_flags(stats, self.data.drop)
+        self.profile.add(stats)
+        if self.near is not None:
+            self.near.add(comparison_text(row))
+        value = raw.value.get(by) if by is not None else None
+        group = None if value is None else dump_json(value, sort_keys=True).decode()
+        prompt = int(prompt_id(row), 16)
+        return Pending(key, prompt, group, format, shape(row), raw.copies, stats.size, stats.script)
+
+    def check_replay(self, row: Row, held_out: set[int]) -> None:
+        """Raises RowFault for a replay row that is among the rows already, or is of val, test or a benchmark."""
+        if int(row["id"], 16) in self._seen:
+            raise RowFault(DUPLICATE, "among the rows already")
+        if int(prompt_id(row), 16) in held_out:
+            raise RowFault(LEAK, "val or test has the same question")
+        if self.contamination is not None:
+            self.contamination.check(row)
+
+
+def _read(
+    parts: list[SourcePart],
+    checks: RowChecks,
+    path: Path,
+    quarantine: BinaryIO,
+    ledger: Ledger,
+    on_progress: Progress | None,
+) -> list[Pending]:
+    """Reads and checks every row: those that pass wait in the file at `path`, the others go to the quarantine."""
+    rows: list[Pending] = []
+    with path.open("wb") as waiting:
+        for raw in (raw for part in parts for raw in part.read(checks.data.split.seed, on_progress)):
             ledger.read += 1
             try:
-                row, format = make_row(raw, formats, data.system_prompt)
+                row, format = make_row(raw, checks.formats, checks.data.system_prompt)
                 line = to_line(row)
-                stats = checks.check(row)
+                rows.append(checks.check(row, format, raw))
+                waiting.write(line)
             except RowFault as fault:
-                writer.quarantine(raw, fault)
+                _exclude(raw, fault, quarantine, ledger)
+    return rows
+
+
+def _exclude(raw: RawRow, fault: RowFault, quarantine: BinaryIO, ledger: Ledger) -> None:
+    """One row that is not used: counted in the ledger, and whole in the quarantine with its reason and origin."""
+    ledger.exclude(fault, raw.origin)
+    entry: dict[str, Any] = {"reason": fault.reason, "detail": fault.detail, "origin": raw.origin}
+    content = {"row": raw.value} if raw.fault is None else {"text": (raw.text or "")[:MAX_TEXT]}
+    try:
+        line = dump_json(entry | content)
+    except (TypeError, ValueError):  # half surrogates, bytes: with escapes
+        text = raw.text if raw.text is not None else repr(raw.value)
+        escaped = {"detail": fault.detail, "text": text[:MAX_TEXT]}
+        escaped = {key: value.encode("utf-8", "backslashreplace").decode() for key, value in escaped.items()}
+        line = dump_json(entry | escaped)
+    quarantine.write(line + b"\n")
+
+
+def _choose_splits(rows: list[Pending], pairs: Pairs, profile: DataProfile, data: DataSection) -> Places:
+    """Each row goes to the split of the earlier rows that it belongs to, else by the hash of its key."""
+    near: dict[int, list[int]] = {}
+    for later, earlier in pairs:
+        near.setdefault(later, []).append(earlier)
+    places: Places = []
+    split_of_key: dict[str, str] = {}
+    for number, row in enumerate(rows):
+        key = f"{row.prompt:016x}" if row.group is None else f"group {row.group}"
+        alike = [(rows[other], place) for other in near.get(number, ()) if isinstance(place := places[other], str)]
+        names = {place for _, place in alike} | ({split_of_key[key]} if key in split_of_key else set())
+        try:
+            profile.check(row.size, row.script, data.drop)
+            if alike and data.near_duplicates == "drop":
+                raise RowFault(NEAR_DUPLICATE, f"nearly the same as an earlier row, id {alike[0][0].id:016x}")
+            if len(names) > 1:
+                examples = ", ".join(sorted(f"{other.id:016x}" for other, _ in alike)[:3])
+                raise RowFault(LEAK, f"it belongs to rows of both {' and '.join(sorted(names))} (near: {examples})")
+        except RowFault as fault:
+            places.append(fault)
+            continue
+        name = names.pop() if names else split.choose_split(key, data.split)
+        places.append(name)
+        if pairs:  # without near duplicates, equal keys have the same hash
+            split_of_key[key] = name
+    return places
+
+
+def _fixed(rows: list[Pending], pairs: Pairs, places: Places) -> set[int]:
+    """Numbers of the rows that belong to others, by their group or as near duplicates, and so may not move alone."""
+    groups = Counter(row.group for row, place in zip(rows, places, strict=True) if isinstance(place, str))
+    used = [pair for pair in pairs if all(isinstance(places[number], str) for number in pair)]
+    grouped = (number for number, row in enumerate(rows) if row.group is not None and groups[row.group] > 1)
+    return {*grouped, *(number for pair in used for number in pair)}
+
+
+def _write(rows: list[Pending], places: Places, staged: Path, quarantine: BinaryIO, ledger: Ledger) -> None:
+    """Writes every waiting row to its split, into train as often as the weight of its source says, or excludes it."""
+    with ExitStack() as stack:
+        out = {name: stack.enter_context((staged / f"{name}.jsonl").open("wb")) for name in ledger.splits}
+        lines = stack.enter_context((staged / PENDING).open("rb"))
+        for line, facts, place in zip(lines, rows, places, strict=True):
+            if isinstance(place, RowFault):
+                row = DECODER.decode(line.decode())
+                _exclude(RawRow(row["origin"], row), place, quarantine, ledger)
                 continue
-            if pending is not None:
-                pending.add(row, line, format, raw, stats)
-            else:
-                prompt = prompt_id(row)
-                writer.write(split.choose_split(prompt, data.split), row, line, format, raw.copies, prompt)
-        if pending is not None:
-            pending.write_to(writer, checks.profile)
-    ledger.reports["leaks"] = writer.count_leaks()
-    checks.held_out_prompts = writer.held_out_prompts()
-    ledger.reports |= checks.profile.report()
-    unread = {key: count for key, count in formats.unread.most_common(MAX_KEYS) if key != data.split.group_by}
-    if unread:
-        ledger.reports["keys_not_read"] = unread
+            ledger.example = ledger.example or DECODER.decode(line.decode())
+            out[place].write(line)
+            ledger.count(facts.format, facts.shape, place)
+            for number in range(2, facts.copies + 1 if place == "train" else 0):
+                row = DECODER.decode(line.decode())
+                out[place].write(to_line({**row, "id": f"{row['id']}-{number}"}))
+                ledger.read += 1
+                ledger.repeated += 1
+                ledger.count(facts.format, facts.shape, place)
+    (staged / PENDING).unlink()
+
+
+def _reports(rows: list[Pending], pairs: Pairs, places: Places, checks: RowChecks) -> dict[str, Any]:
+    """What the ledger says of the rows as a whole."""
+    data, by = checks.data, checks.data.split.group_by
+    leaks = {}
+    in_train = [row for row, place in zip(rows, places, strict=True) if place == "train"]
+    ids, prompts = {row.id for row in in_train}, {row.prompt for row in in_train}
+    for name in ("val", "test"):
+        if held_out := [row for row, place in zip(rows, places, strict=True) if place == name]:
+            leaks[name] = {
+                "exact": sum(row.id in ids for row in held_out),
+                "same question": sum(row.prompt in prompts for row in held_out),
+                "near": None if checks.near is None else 0,  # they share a split
+            }
+    reports: dict[str, Any] = {"leaks": leaks, **checks.profile.report()}
+    if unread := {key: count for key, count in checks.formats.unread.most_common(MAX_KEYS) if key != by}:
+        reports["keys_not_read"] = unread
     if checks.contamination is not None:
-        ledger.reports["contamination"] = checks.contamination.report()
-    ledger.warnings += _row_warnings(ledger.reports, formats.unread["weight"])
-    return writer.fixed
+        reports["contamination"] = checks.contamination.report()
+    if by is not None:
+        groups = [row.group for row in rows if row.group is not None]
+        reports["groups"] = {"by": by, "groups": len(set(groups)), "without": len(rows) - len(groups)}
+    if checks.near is not None:
+        clusters = _clusters(pairs)
+        reports["near_duplicates"] = {
+            "mode": data.near_duplicates,
+            "threshold": data.near_duplicate_threshold,
+            "pairs": len(pairs),
+            "clusters": len(clusters),
+            "rows_in_clusters": sum(map(len, clusters)),
+            "largest_cluster": max(map(len, clusters), default=0),
+            "examples": [[f"{rows[number].id:016x}" for number in pair] for pair in pairs[:EXAMPLES]],
+        }
+    return reports
 
 
-def _row_warnings(reports: dict[str, Any], weighted: int) -> list[str]:
-    warnings = []
-    if weighted:
+def _clusters(pairs: Pairs) -> list[set[int]]:
+    """The rows that pairs connect."""
+    cluster_of: dict[int, set[int]] = {}
+    for later, earlier in pairs:
+        clusters = (cluster_of.setdefault(later, {later}), cluster_of.setdefault(earlier, {earlier}))
+        small, large = sorted(clusters, key=len)
+        if small is not large:
+            large |= small
+            cluster_of.update(dict.fromkeys(small, large))
+    return list({id(cluster): cluster for cluster in cluster_of.values()}.values())
+
+
+def _row_warnings(reports: dict[str, Any], checks: RowChecks) -> list[str]:
+    warnings, by = [], checks.data.split.group_by
+    if weighted := checks.formats.unread["weight"]:
         warnings.append(
             f"{weighted:,} rows have a `weight` of their own: it is stored, but training does not use it;"
             " weigh a whole source (data.sources) or a turn (`weight` in messages)"
         )
+    if by is not None and not reports["groups"]["groups"]:
+        warnings.append(f"no row has the key data.split.group_by={by}")
     near = reports.get("near_duplicates")
     if near and near["pairs"]:
         how = "the first of each stays" if near["mode"] == "drop" else "all stay, each cluster in one split"
@@ -144,213 +330,3 @@ def _require_good_rows(ledger: Ledger, staged: Path, target: Path) -> None:
         fix = "say which column is what: --set data.columns.user=NAME --set data.columns.assistant=NAME"
     fix = f"all are listed in {rejected}, for example: {first['detail']}; {fix}"
     raise Rejected(what, ledger, where=first["origin"], fix=fix)
-
-
-class RowChecks:
-    """What every readable row must pass: not seen before, not of a benchmark, no flag that is to be dropped."""
-
-    def __init__(self, data: DataSection, root: Path) -> None:
-        self.data, self.profile = data, DataProfile()
-        self.contamination: Contamination | None = None
-        self._seen: set[int] = set()
-        self.held_out_prompts: set[int] = set()  # of val and test, when all rows are written
-        if data.contamination.against:
-            from sft.data.contamination import Contamination
-
-            self.contamination = Contamination(data.contamination, root)
-
-    def check(self, row: Row) -> RowStats:
-        """Raises RowFault for a row that is not used."""
-        key = int(row["id"], 16)
-        if self.data.deduplicate and key in self._seen:
-            raise RowFault(DUPLICATE, f"the same as an earlier row, id {key:016x}")
-        if self.data.deduplicate or self.data.replay:
-            self._seen.add(key)
-        if self.contamination is not None:
-            self.contamination.check(row)
-        stats = row_stats(row)
-        self.profile.flags.update(stats.flags)  # of dropped rows too
-        check_flags(stats, self.data.drop)
-        self.profile.add(stats)
-        return stats
-
-    def check_replay(self, row: Row) -> None:
-        """Raises RowFault for a replay row that is among the rows already, or is of val, test or a benchmark."""
-        if int(row["id"], 16) in self._seen:
-            raise RowFault(DUPLICATE, "among the rows already")
-        if int(prompt_id(row), 16) in self.held_out_prompts:
-            raise RowFault(LEAK, "val or test has the same question")
-        if self.contamination is not None:
-            self.contamination.check(row)
-
-
-class SplitWriter(ExitStack):
-    """The open files of one run of process. fixed: ids of rows that a group or near duplicates hold in their split."""
-
-    def __init__(self, folder: Path, ledger: Ledger, splits: list[str]) -> None:
-        super().__init__()
-        self.ledger, self.fixed = ledger, set[str]()
-        self.near: Counter[str] | None = None  # split -> near duplicates of rows in another; None: not searched
-        self._keys = {name: {"exact": array("Q"), "same question": array("Q")} for name in splits}
-        ledger.splits = dict.fromkeys(splits, 0)
-        names = [*splits, "quarantine"]
-        self._files = {name: self.enter_context((folder / f"{name}.jsonl").open("wb")) for name in names}
-
-    def write(self, name: str, row: Row, line: bytes, format: str, copies: int, prompt: str) -> None:
-        """One row into its split; into train as often as the weight of its source says."""
-        self._files[name].write(line)
-        self.ledger.count(row, format, name)
-        self._keys[name]["exact"].append(int(row["id"], 16))
-        self._keys[name]["same question"].append(int(prompt, 16))
-        for number in range(2, copies + 1 if name == "train" else 0):
-            copy = {**row, "id": f"{row['id']}-{number}"}
-            self._files[name].write(to_line(copy))
-            self.ledger.read += 1
-            self.ledger.repeated += 1
-            self.ledger.count(copy, format, name)
-
-    def count_leaks(self) -> dict[str, dict[str, int | None]]:
-        """Held-out split -> kind -> its rows that also occur in train; None if that was not searched."""
-        leaks: dict[str, dict[str, int | None]] = {}
-        for name, kinds in self._keys.items():
-            if name != "train" and kinds["exact"]:
-                leaks[name] = {"near": None if self.near is None else self.near[name]}
-                for kind, keys in kinds.items():
-                    shared = set(keys).intersection(self._keys["train"][kind] if "train" in self._keys else ())
-                    leaks[name][kind] = sum(key in shared for key in keys)
-        return leaks
-
-    def held_out_prompts(self) -> set[int]:
-        """The prompt ids of val and test."""
-        return {key for name, keys in self._keys.items() if name != "train" for key in keys["same question"]}
-
-    def quarantine(self, raw: RawRow, fault: RowFault) -> None:
-        """One row that is not used: counted in the ledger, and whole in the quarantine with its reason and origin."""
-        self.ledger.exclude(fault, raw.origin)
-        entry: dict[str, Any] = {"reason": fault.reason, "detail": fault.detail, "origin": raw.origin}
-        try:
-            content = {"text": raw.text[:MAX_TEXT]} if raw.text is not None else {"row": raw.value}
-            line = dump_json(entry | content)
-        except (TypeError, ValueError):  # half surrogates, bytes: with escapes
-            text = raw.text if raw.text is not None else repr(raw.value)
-            escaped = {"detail": fault.detail, "text": text[:MAX_TEXT]}
-            escaped = {key: value.encode("utf-8", "backslashreplace").decode() for key, value in escaped.items()}
-            line = dump_json(entry | escaped)
-        self._files["quarantine"].write(line + b"\n")
-
-
-class PendingRows:
-    """Rows that wait on disk, in order, because their split or their use depends on other rows."""
-
-    def __init__(self, folder: Path, data: DataSection) -> None:
-        self.data, self.path = data, folder / "pending.part"
-        self._file = self.path.open("wb")
-        self._rows: list[tuple[str, int, str | None, RowStats]] = []  # format, copies, group, stats
-        self._splits: list[str | None] = []  # of each row that was written, in order; None: not used
-        self._index: MinHashIndex | None = None
-        if data.near_duplicates != "off":
-            from sft.data.dedup import MinHashIndex
-
-            self._index = MinHashIndex(data.near_duplicate_threshold)
-
-    @staticmethod
-    def needed(data: DataSection) -> bool:
-        """Whether this config makes rows depend on other rows."""
-        profiled = {"length_outliers", "script"} & set(data.drop)
-        return data.near_duplicates != "off" or data.split.group_by is not None or bool(profiled)
-
-    def add(self, row: Row, line: bytes, format: str, raw: RawRow, stats: RowStats) -> None:
-        """The next row."""
-        key = self.data.split.group_by
-        value = raw.value.get(key) if key is not None else None
-        group = None if value is None else dump_json(value, sort_keys=True).decode()
-        self._file.write(line)
-        self._rows.append((format, raw.copies, group, stats))
-        if self._index is not None:
-            self._index.add(comparison_text(row))
-
-    def write_to(self, writer: SplitWriter, profile: DataProfile) -> None:
-        """Writes every row, or excludes it; then reports. profile: of all these rows."""
-        self._file.close()
-        pairs = list(self._index.pairs()) if self._index is not None else []
-        near: dict[int, list[int]] = {}
-        for later, earlier in pairs:
-            near.setdefault(later, []).append(earlier)
-        ids: list[str] = []
-        split_of_key: dict[str, str] = {}  # a group, or a prompt id -> its split
-        with self.path.open("rb") as file:
-            for number, line in enumerate(file):
-                row: Row = DECODER.decode(line.decode("utf-8"))
-                ids.append(row["id"])
-                format, copies, group, stats = self._rows[number]
-                prompt = prompt_id(row)
-                key = prompt if group is None else f"group {group}"
-                try:
-                    profile.check(stats, self.data.drop)
-                    name = self._choose(near.get(number, []), split_of_key.get(key), key, ids)
-                except RowFault as fault:
-                    self._splits.append(None)
-                    writer.quarantine(RawRow(row["origin"], row), fault)
-                    continue
-                split_of_key[key] = name
-                self._splits.append(name)
-                writer.write(name, row, line, format, copies, prompt)
-        self.path.unlink()
-        groups = [group if name else None for (_, _, group, _), name in zip(self._rows, self._splits, strict=True)]
-        used = [pair for pair in pairs if self._splits[pair[0]] and self._splits[pair[1]]]
-        writer.fixed |= {ids[number] for cluster in _clusters(used, groups) for number in cluster}
-        self._report(writer, pairs, ids)
-
-    def _choose(self, near: list[int], of_key: str | None, key: str, ids: list[str]) -> str:
-        """The split of a row: that of earlier rows that it belongs to, else by the hash of its key."""
-        alike = [number for number in near if self._splits[number]]
-        if alike and self.data.near_duplicates == "drop":
-            raise RowFault(NEAR_DUPLICATE, f"nearly the same as an earlier row, id {ids[alike[0]]}")
-        names = {name for name in (of_key, *(self._splits[number] for number in alike)) if name}
-        if len(names) > 1:
-            examples = ", ".join(sorted({ids[number] for number in alike})[:3])
-            raise RowFault(LEAK, f"it belongs to rows of both {' and '.join(sorted(names))} (near: {examples})")
-        return names.pop() if names else split.choose_split(key, self.data.split)
-
-    def _report(self, writer: SplitWriter, pairs: list[tuple[int, int]], ids: list[str]) -> None:
-        reports, by = writer.ledger.reports, self.data.split.group_by
-        if by is not None:
-            groups = [group for _, _, group, _ in self._rows if group is not None]
-            reports["groups"] = {"by": by, "groups": len(set(groups)), "without": len(self._rows) - len(groups)}
-            if not groups:
-                writer.ledger.warnings.append(f"no row has the key data.split.group_by={by}")
-        if self._index is None:
-            return
-        splits = [(self._splits[later], self._splits[earlier]) for later, earlier in pairs]
-        crossing = [(one, other) for one, other in splits if one and other and (one == "train") != (other == "train")]
-        writer.near = Counter(name for pair in crossing for name in pair)
-        clusters = _clusters(pairs, [None] * len(self._rows))
-        reports["near_duplicates"] = {
-            "mode": self.data.near_duplicates,
-            "threshold": self.data.near_duplicate_threshold,
-            "pairs": len(pairs),
-            "clusters": len(clusters),
-            "rows_in_clusters": sum(map(len, clusters)),
-            "largest_cluster": max(map(len, clusters), default=0),
-            "pairs_across_splits": len(crossing),
-            "examples": [[ids[later], ids[earlier]] for later, earlier in pairs[:EXAMPLES]],
-        }
-
-
-def _clusters(pairs: list[tuple[int, int]], groups: list[str | None]) -> list[list[int]]:
-    """Numbers of rows that belong together by a pair or an equal group, where there is more than one (union-find)."""
-    parent = list(range(len(groups)))
-
-    def root(number: int) -> int:
-        while parent[number] != number:
-            parent[number] = number = parent[parent[number]]
-        return number
-
-    first: dict[str, int] = {}
-    same_group = [(number, first.setdefault(group, number)) for number, group in enumerate(groups) if group is not None]
-    for later, earlier in [*same_group, *pairs]:
-        parent[root(later)] = root(earlier)
-    clusters: dict[int, list[int]] = {}
-    for number in range(len(groups)):
-        clusters.setdefault(root(number), []).append(number)
-    return [members for members in clusters.values() if len(members) > 1]

@@ -108,13 +108,13 @@ class DataProfile:
         """The script of most rows."""
         return max(self.scripts, key=lambda name: self.scripts[name], default="none")
 
-    def check(self, stats: RowStats, drop: Sequence[str]) -> None:
+    def check(self, size: int, script: str, drop: Sequence[str]) -> None:
         """Raises RowFault for a row that differs from the others in a way that is to be dropped."""
         low, high = self.fences
-        if "length_outliers" in drop and not low <= stats.size <= high:
-            raise RowFault(DROPS["length_outliers"], f"{stats.size:,} characters, outside {low:,.0f} to {high:,.0f}")
-        if "script" in drop and stats.script not in (self.script, "none"):
-            raise RowFault(DROPS["script"], f"its script is {stats.script}, that of most rows {self.script}")
+        if "length_outliers" in drop and not low <= size <= high:
+            raise RowFault(DROPS["length_outliers"], f"{size:,} characters, outside {low:,.0f} to {high:,.0f}")
+        if "script" in drop and script not in (self.script, "none"):
+            raise RowFault(DROPS["script"], f"its script is {script}, that of most rows {self.script}")
 
     def report(self) -> dict[str, Any]:
         """For the ledger; lengths in characters."""

@@ -48,7 +48,6 @@ CONTROL = re.compile("[\0-\x08\x0e-\x1f\ufffe\uffff]")
 INVALID = re.compile("[\ud800-\udfff]")  # bytes that are invalid in the encoding are decoded to these
 BYTE_ORDER_MARKS = {"utf-32": (b"\xff\xfe\0\0", b"\0\0\xfe\xff"), "utf-16": (b"\xff\xfe", b"\xfe\xff")}
 UNUSED_IN_CP1252 = set("\udc81\udc8d\udc8f\udc90\udc9d\udcfe\udcff")  # or hardly ever written
-SPACE = re.compile(r"[ \t\r\n]*")
 WRAPPERS = ("data", "rows", "train", "examples", "instances", "items", "records", "samples")
 SPLITS = ("train", "val", "valid", "validation", "dev", "eval", "test")
 LENIENT_DECODER = json.JSONDecoder(parse_int=str, parse_float=str)  # finds where a value ends, whatever its faults
@@ -260,21 +259,18 @@ def _invalid_text(source: Source, text: str) -> str | None:
 def _json(source: Source, on_progress: Progress | None) -> Iterator[RawRow]:
     """The rows of an array, of an object around an array, or of objects one after the other.
 
-    Origins are lines where each row begins on its own, else indexes. An array is streamed; an object is read whole.
-    Raises DataError with the line if the text is not JSON: the next row could begin anywhere.
+    Origins are lines where each row begins on its own, else indexes. The text is in memory as a whole, but not its
+    rows. Raises DataError with the line if the text is not JSON: the next row could begin anywhere.
     """
-    text = _JsonText(source, _pieces(source, lambda text: text.read(BLOCK), 1, on_progress))
+    text = _JsonText(source, "".join(_pieces(source, lambda file: file.read(BLOCK), 1, on_progress)))
     while start := text.peek():
         index, last_line = 0, text.line()
         if start == "{":
             row = _json_row(source, f"{source.name}:{last_line}", text.value())
             lists = _lists_of_rows(row.value) if row.fault is None else []
             if len(lists) > 1:
-                what, fix = (
-                    f"the file holds more than one list of rows: {', '.join(lists)}",
-                    "put each into its own file",
-                )
-                raise DataError(what, where=f"{source.path}:{last_line}", fix=fix)
+                what = f"the file holds more than one list of rows: {', '.join(lists)}"
+                raise DataError(what, where=f"{source.path}:{last_line}", fix="put each into its own file")
             values = row.value[lists[0]] if lists else []
             yield from (RawRow(f"{source.name}[{index}]", value) for index, value in enumerate(values))
             if not lists:
@@ -294,25 +290,23 @@ def _json(source: Source, on_progress: Progress | None) -> Iterator[RawRow]:
 
 
 class _JsonText:
-    """A cursor over JSON text that arrives in blocks: `buffer[at:]` is not read yet; `start`: lines counted so far."""
+    """A cursor over JSON text."""
 
-    def __init__(self, source: Source, blocks: Iterator[str]) -> None:
-        self.source, self.blocks = source, blocks
-        self.buffer, self.at, self.start, self._line = "", 0, 0, 1
+    def __init__(self, source: Source, text: str) -> None:
+        self.source, self.text, self.at = source, text, 0
+        self._line, self._counted = 1, 0  # the line at a position up to which line ends are counted
 
     def line(self) -> int:
         """The line at the cursor."""
-        self._line += self.buffer.count("\n", self.start, self.at)
-        self.start = self.at
+        self._line += self.text.count("\n", self._counted, self.at)
+        self._counted = self.at
         return self._line
 
     def peek(self) -> str:
         """The character after white space, "" at the end."""
-        while True:
-            space = SPACE.match(self.buffer, self.at)
-            self.at = space.end() if space else self.at
-            if self.at < len(self.buffer) or not self._more():
-                return self.buffer[self.at : self.at + 1]
+        while self.text[self.at : self.at + 1] in (" ", "\n", "\t", "\r"):
+            self.at += 1
+        return self.text[self.at : self.at + 1]
 
     def accept(self, character: str) -> bool:
         """Moves over `character` if it is next."""
@@ -322,34 +316,19 @@ class _JsonText:
 
     def value(self) -> str:
         """The text of the value at the cursor, moved over. Raises DataError if it is not JSON."""
-        while True:
-            try:
-                end = LENIENT_DECODER.raw_decode(self.buffer, self.at)[1]
-                if end < len(self.buffer) or not self._more():
-                    break
-            except json.JSONDecodeError as error:
-                if not self._more():
-                    self.at = min(error.pos, len(self.buffer))
-                    raise self.broken(error.msg) from None
-            except RecursionError:
-                raise self.broken(f"nested deeper than {MAX_DEPTH} levels") from None
-        text, self.at = self.buffer[self.at : end], end
-        return text
+        start = self.at
+        try:
+            self.at = LENIENT_DECODER.raw_decode(self.text, start)[1]
+        except json.JSONDecodeError as error:
+            self.at = min(error.pos, len(self.text))
+            raise self.broken(error.msg) from None
+        except RecursionError:
+            raise self.broken(f"nested deeper than {MAX_DEPTH} levels") from None
+        return self.text[start : self.at]
 
     def broken(self, problem: str) -> DataError:
         where = f"{self.source.path}:{self.line()}"
         return DataError(f"broken JSON: {problem}", where=where, fix="correct the file at that line")
-
-    def _more(self) -> bool:
-        """Drops what was read and doubles the rest of the buffer, so that a long row is decoded a few times only."""
-        pieces = [self.buffer[self.start :]]
-        missing = max(1, len(pieces[0]))
-        while missing > 0 and (block := next(self.blocks, "")):
-            pieces.append(block)
-            missing -= len(block)
-        if len(pieces) > 1:
-            self.buffer, self.at, self.start = "".join(pieces), self.at - self.start, 0
-        return len(pieces) > 1
 
 
 def _csv(source: Source, on_progress: Progress | None) -> Iterator[RawRow]:

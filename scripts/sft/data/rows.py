@@ -104,6 +104,11 @@ def is_rendered(row: Row) -> bool:
     return "input" in row and "target" in row and "messages" not in row and "user" not in row
 
 
+def shape(row: Row) -> str:
+    """For the user: which of the three shapes a row has."""
+    return "messages" if "messages" in row else "rendered" if is_rendered(row) else "one turn"
+
+
 def messages(row: Row) -> list[Message]:
     """The turns of a stored row of either shape; an empty system text is left out."""
     if "messages" in row:

@@ -12,6 +12,7 @@ import heapq
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from sft.config.load import display_path, resolve_path
 from sft.config.schema import DataSection, ReplaySection
@@ -62,6 +63,10 @@ class SourcePart:
             names = ", ".join(source.path.name for source in self.sources[:8] if source.path)
             lines.append(f"{self.name} is a folder of {len(self.sources)} files, all read as one: {names}")
         return lines
+
+    def to_json(self) -> dict[str, Any]:
+        """For the ledger."""
+        return {key: getattr(self, key) for key in ("name", "rows", "taken", "weight", "limit")}
 
     def read(self, seed: int, on_progress: Progress | None) -> Iterator[RawRow]:
         """The rows that weight and limit let pass, in the order of the files."""
@@ -148,7 +153,7 @@ def add_replay(data: DataSection, root: Path, staged: Path, ledger: Ledger, chec
             out.write(to_line(row))
             ledger.read += 1
             ledger.replayed += 1
-            ledger.count(row, format, "train")
+            ledger.count(format, rows.shape(row), "train")
     share = len(chosen) / ledger.splits["train"]
     report = {"path": section.path, "ratio": section.ratio, **counts, "taken": len(chosen)}
     ledger.reports["replay"] = {**report, "share": round(share, 6)}

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
-from pathlib import Path
+from typing import Any
 
 from sft.config.schema import SplitSection
-from sft.data.rows import DECODER, prompt_id
 from sft.data.store import SPLITS
 
 MIN_ROWS = 3  # below which a split may stay empty
@@ -37,38 +35,28 @@ def choose_split(key: str, split: SplitSection) -> str:
     return next((name for name, (_, end) in parts.items() if at < end), list(parts)[-1])
 
 
-def fill_empty(folder: Path, counts: dict[str, int], split: SplitSection, fixed: set[str]) -> dict[str, str]:
+def fill_empty(places: list[Any], prompts: list[int], fixed: set[int], split: SplitSection) -> dict[str, int]:
     """Gives each empty split with a share the row whose hash is nearest to it, from a split that has two.
 
-    fixed: ids of rows that may not move; nor do rows that share their question. Changes the files in `folder` and
-    `counts`; returns split -> id of its row.
+    places: the split of each row (or why it is not used), changed in place. prompts: their prompt ids. fixed: numbers
+    of rows that may not move; nor do rows that share their question. Returns split -> number of its new row.
     """
-    moved: dict[str, str] = {}
-    empty = [name for name in ranges(split) if not counts[name]]
-    for name in empty if sum(counts.values()) >= MIN_ROWS else ():
-        start, end = ranges(split)[name]
-        rows = [(donor, number, *ids) for donor in counts for number, ids in enumerate(_ids(folder / f"{donor}.jsonl"))]
-        prompts = Counter(prompt for _, _, _, prompt in rows)
+    parts, moved = ranges(split), dict[str, int]()
+    for name, (start, end) in parts.items():
+        counts = Counter(place for place in places if place in parts)
+        if counts[name] or counts.total() < MIN_ROWS:
+            continue
+        same_prompt = Counter(prompt for prompt, place in zip(prompts, places, strict=True) if place in parts)
         candidates = [
-            (max(start - at, at - end), donor, number, row_id)
-            for donor, number, row_id, prompt in rows
-            if counts[donor] > 1 and prompts[prompt] == 1 and row_id not in fixed
-            for at in [position(prompt, split.seed)]
+            (max(start - at, at - end), number)
+            for number, (prompt, place) in enumerate(zip(prompts, places, strict=True))
+            if counts[place] > 1 and same_prompt[prompt] == 1 and number not in fixed
+            for at in [position(f"{prompt:016x}", split.seed)]
         ]
         if candidates:
-            _, donor, number, row_id = min(candidates)
-            lines = (folder / f"{donor}.jsonl").read_bytes().splitlines(keepends=True)
-            (folder / f"{name}.jsonl").write_bytes(lines.pop(number))
-            (folder / f"{donor}.jsonl").write_bytes(b"".join(lines))
-            counts[donor], counts[name], moved[name] = counts[donor] - 1, 1, row_id
+            moved[name] = min(candidates)[1]
+            places[moved[name]] = name
     return moved
-
-
-def _ids(path: Path) -> Iterator[tuple[str, str]]:
-    with path.open("rb") as file:
-        for line in file:
-            row = DECODER.decode(line.decode("utf-8"))
-            yield row["id"], prompt_id(row)
 
 
 def share_warnings(counts: dict[str, int], split: SplitSection) -> list[str]:

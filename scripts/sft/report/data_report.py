@@ -20,7 +20,7 @@ from sft.chat.loss_mask import IGNORED
 from sft.config.schema import Config
 from sft.data import rows as records
 from sft.data import store
-from sft.data.dedup import WORD, MinHashIndex
+from sft.data.dedup import WORD, NearDuplicates
 from sft.data.ledger import SIZES
 from sft.data.quality import quantiles
 from sft.report import html
@@ -196,7 +196,7 @@ def duplicates(rows: Sequence[Row], threshold: float, ledger: Figures) -> Figure
     exact = ledger.get("named", {}).get("exact duplicate", 0)
     if near := ledger.get("near_duplicates"):
         return {"exact_dropped": exact, "near": {**near, "of": ledger.get("rows_written"), "from": "ledger"}}
-    index = MinHashIndex(threshold)
+    index = NearDuplicates(threshold)
     for row in rows:
         index.add(records.comparison_text(row))
     pairs = list(index.pairs())
