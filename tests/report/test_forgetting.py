@@ -66,10 +66,10 @@ def test_the_verdict_follows_loss_and_checks() -> None:
 
     unchanged = bootstrap.difference([1.0] * 25 + [0.0] * 25, [1.0] * 25 + [0.0] * 25)
     lost = bootstrap.difference([1.0] * 25 + [0.0] * 25, [1.0] * 5 + [0.0] * 45)
-    assert compare.forgetting(loss(0.0), unchanged)[0] == "none"
-    assert compare.forgetting(loss(-0.4), unchanged)[0] == "none"
-    assert compare.forgetting(loss(0.05), unchanged)[0] == "slight"
-    assert compare.forgetting(loss(0.5), unchanged)[0] == "forgotten"
-    assert compare.forgetting(loss(0.0), lost)[0] == "forgotten"
-    assert compare.forgetting(loss(0.5), None)[0] == "forgotten"
-    assert "x1.65" in compare.forgetting_numbers(loss(0.5), None)  # e to the half
+    assert compare.forgetting(loss(0.0), unchanged)["level"] == "none"
+    assert compare.forgetting(loss(-0.4), unchanged)["level"] == "none"
+    assert compare.forgetting(loss(0.05), unchanged)["level"] == "slight"
+    assert compare.forgetting(loss(0.5), unchanged)["level"] == "forgotten"
+    assert compare.forgetting(loss(0.0), lost)["level"] == "forgotten"
+    assert compare.forgetting(loss(0.5), None)["level"] == "forgotten"
+    assert "x1.65" in compare.forgetting(loss(0.5), None)["words"]  # e to the half

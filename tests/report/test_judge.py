@@ -129,7 +129,7 @@ def test_a_refusal_is_reported_at_once_with_its_fix_and_without_the_key(serve: C
     server = serve(lambda body, headers: (401, f"no such key: {headers['Authorization']}"))
     with pytest.raises(EnvironmentProblem) as error:
         judging.Judge(server.url, "a-judge").check()
-    assert len(server.requests) == 1 and "refuses (401)" in str(error.value) and KEY not in str(error.value)
+    assert len(server.requests) == 1 and "answers 401" in str(error.value) and KEY not in str(error.value)
     assert "export JUDGE_API_KEY" in str(error.value)
     gone = judging.Judge("http://user:pass@127.0.0.1:9/v1", "a-judge", wait=0.01)
     with pytest.raises(EnvironmentProblem, match="cannot be reached") as error:

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 LEVEL = 0.95
 DRAWS, FEWER_DRAWS, MANY_ROWS = 10_000, 2_000, 5_000
@@ -50,26 +49,20 @@ def draws_for(rows: int) -> int:
     return DRAWS if rows <= MANY_ROWS else FEWER_DRAWS
 
 
-def interval(values: Sequence[float], *, seed: int = 0, level: float = LEVEL) -> tuple[float, float]:
+def interval(values: Sequence[float], *, seed: int = 0) -> tuple[float, float]:
     """The bootstrap interval of the mean; of one value, or none, an interval of width zero."""
     array = np.asarray(values, dtype=np.float64)
     if len(array) == 0:
         return 0.0, 0.0
-    tail = (1 - level) / 2
-    low, high = np.quantile(_resampled_means(array, seed), [tail, 1 - tail])
-    return float(low), float(high)
-
-
-def _resampled_means(values: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
-    """The mean of each draw, [draws]; in blocks of at most two million indices."""
-    generator, rows = np.random.default_rng(seed), len(values)
+    generator, rows, tail = np.random.default_rng(seed), len(array), (1 - LEVEL) / 2
     draws = draws_for(rows)
-    block = max(1, min(draws, 2_000_000 // rows))
-    parts = [
-        values[generator.integers(0, rows, size=(min(block, draws - start), rows))].mean(axis=1)
+    block = max(1, min(draws, 2_000_000 // rows))  # draws at a time, so that the indices stay small
+    means = [
+        array[generator.integers(0, rows, size=(min(block, draws - start), rows))].mean(axis=1)
         for start in range(0, draws, block)
     ]
-    return np.concatenate(parts)
+    low, high = np.quantile(np.concatenate(means), [tail, 1 - tail])
+    return float(low), float(high)
 
 
 def difference(

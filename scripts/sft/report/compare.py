@@ -2,10 +2,8 @@
 
 Base and tuned models answer the same rows greedily; every metric is compared row by row (`bootstrap`). A small general
 set with answers that a program can check shows forgetting. A general row is {"user", "assistant"} or any other
-processed row; the assistant's text is a good answer, on which the loss is measured. Its `check` says what an answer
-must be, and everything in it must hold:
-  number: the answer's last number         matches: a pattern (a list: each)    excludes: a pattern that must be absent
-  json: the answer is JSON with these keys  max_words, lines: at most so many words; exactly so many lines with text
+processed row; the assistant's text is a good answer, on which the loss is measured. Everything in its `check` (CHECKS)
+must hold for an answer.
 """
 
 from __future__ import annotations
@@ -17,8 +15,10 @@ import platform
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from decimal import Decimal
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,6 @@ from sft.report.bootstrap import Difference
 from sft.runs import Run
 
 SHIPPED = "data/samples/general.jsonl"
-CHECKS = ("number", "matches", "excludes", "json", "max_words", "lines")
 FORGETTING_LOSS = 0.1  # nats a token above which general answers count as forgotten: a perplexity a tenth higher
 UNKNOWING_LOSS = 6.0  # nats a token of good answers above which the base itself does not know them
 MIN_STOP_RATE = 0.9  # share of answers that end by themselves, below which there is a warning
@@ -46,10 +45,11 @@ ROW_LOSS = "row_loss"  # of a row: mean over its labelled tokens (`loss` in metr
 OF_ANSWERS = ("stop_rate", "repetition", "empty_rate", "length_tokens")  # metrics that need no reference
 NEUTRAL = {"length_tokens", "length_words"}  # neither direction is better
 LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "tokenizers")  # that answers depend on
+LEDGER = ("rows_read", "rows_written", "rows_named", "named", "splits", "verdict", "formats")  # keys that are shown
 FOLDER, PAGE, RESULT, ANSWERS, CARD = "report", "index.html", "compare.json", "answers.jsonl", "README.md"
 Row = dict[str, Any]
 Values = dict[str, list[float]]
-Progress = Callable[[int, int], None]
+Progress = Callable[..., None]  # rows done, of how many, and whose answers
 
 
 @dataclass(frozen=True)
@@ -85,15 +85,12 @@ def targets(config: Path, sets: Sequence[str], folders: Sequence[Path], is_defau
 
 
 def unique_names(targets: Sequence[Target]) -> list[str]:
-    """A name for each target, no two alike."""
-    names: list[str] = []
+    """A name for each target, no two alike, and none of them `base`."""
+    names = ["base"]
     for target in targets:
-        name, number = target.name, 1
-        while name in [*names, "base"]:
-            number += 1
-            name = f"{target.name} ({number})"
-        names.append(name)
-    return names
+        numbered = (f"{target.name} ({number})" if number > 1 else target.name for number in count(1))
+        names.append(next(name for name in numbered if name not in names))
+    return names[1:]
 
 
 def general_rows(path: Path | None, root: Path) -> list[Row]:
@@ -104,7 +101,7 @@ def general_rows(path: Path | None, root: Path) -> list[Row]:
         unknown = sorted(set(check) - set(CHECKS)) if isinstance(check, dict) else [str(check)]
         if unknown:
             raise DataError(f"no such check: {', '.join(unknown)}", where=where, fix=f"use {', '.join(CHECKS)}")
-        for pattern in _patterns(check, "matches") + _patterns(check, "excludes"):
+        for pattern in _patterns(check.get("matches", [])) + _patterns(check.get("excludes", [])):
             try:
                 re.compile(pattern)
             except re.error as error:
@@ -119,39 +116,21 @@ def measure_sides(
     targets: Sequence[Target], rows: Sequence[Row], general: Sequence[Row], root: Path, on_progress: Progress | None
 ) -> list[Side]:
     """The base first, then each target; the base is measured with the first adapter switched off if there is one."""
-    progress = _ProgressParts(on_progress, (len(targets) + 1) * (len(rows) + len(general)))
     sides: list[Side] = []
     base: Side | None = None
     for name, target in zip(unique_names(targets), targets, strict=True):
         config = _greedy(target.config)
         model = load.open_model(config, adapter=target.adapter, merged=target.merged, root=root)
-        sides.append(_measure(model, name, rows, general, config, root, progress))
+        sides.append(_measure(model, name, rows, general, config, root, on_progress))
         if base is None and target.adapter is not None:
             with model.base_only():
-                base = _measure(model, "base", rows, general, config, root, progress)
+                base = _measure(model, "base", rows, general, config, root, on_progress)
         del model
         gc.collect()
     if base is None:
         config = _greedy(targets[0].config)
-        base = _measure(load.open_model(config, root=root), "base", rows, general, config, root, progress)
+        base = _measure(load.open_model(config, root=root), "base", rows, general, config, root, on_progress)
     return [base, *sides]
-
-
-class _ProgressParts:
-    """One progress bar over all answers of all models."""
-
-    def __init__(self, on_progress: Progress | None, total: int) -> None:
-        self.on_progress, self.total, self.before = on_progress, total, 0
-
-    def part(self, amount: int) -> Progress:
-        """The progress of the next part, which counts for `amount` whatever its own total is."""
-        before, self.before = self.before, self.before + amount
-
-        def update(done: int, total: int) -> None:
-            if self.on_progress is not None:
-                self.on_progress(before + done * amount // total, self.total)
-
-        return update
 
 
 def _greedy(config: Config) -> Config:
@@ -161,9 +140,13 @@ def _greedy(config: Config) -> Config:
 
 def _measure(
     model: LoadedModel, name: str, rows: Sequence[Row], general: Sequence[Row], config: Config, root: Path,
-    progress: _ProgressParts,
+    on_progress: Progress | None,
 ) -> Side:  # fmt: skip
-    evaluation = evaluate.evaluate(model, rows, config, root, progress.part(len(rows)))
+    def advance(done: int, total: int) -> None:
+        if on_progress is not None:
+            on_progress(done, total, name)
+
+    evaluation = evaluate.evaluate(model, rows, config, root, advance)
     values: Values = {name: of_rows for name, of_rows in evaluation.values.items() if name != "length_words"}
     losses = evaluation.row_losses
     values[ROW_LOSS] = losses if config.eval.turns == "last" else _per_answer(rows, losses)
@@ -171,7 +154,7 @@ def _measure(
         return Side(name, model.kind, evaluation.samples, values, [], {})
     plain = {"metrics": ["token_f1"], "json_schema": None, "shots": 0, "format": None, "turns": "last"}
     section = config.model_copy(update={"eval": config.eval.model_copy(update=plain)})
-    of_general = evaluate.evaluate(model, general, section, root, progress.part(len(general)))
+    of_general = evaluate.evaluate(model, general, section, root, advance)
     answers = of_general.samples
     passed = [passes(one["prediction"], row.get("check", {})) for one, row in zip(answers, general, strict=True)]
     return Side(
@@ -188,28 +171,12 @@ def _per_answer(rows: Sequence[Row], losses: Sequence[float]) -> list[float]:
     return values
 
 
-def passes(answer: str, check: Mapping[str, Any]) -> float:
-    """1 if the answer is not empty and every check holds, else 0; nan without checks."""
-    if not check:
-        return float("nan")
-    answer = answer.strip()
-    flags = re.IGNORECASE | re.DOTALL
-    if not answer or not all(re.search(pattern, answer, flags) for pattern in _patterns(check, "matches")):
-        return 0.0
-    if any(re.search(pattern, answer, flags) for pattern in _patterns(check, "excludes")):
-        return 0.0
-    if "number" in check and number(answer) != Decimal(str(check["number"])):
-        return 0.0
-    if "max_words" in check and len(answer.split()) > check["max_words"]:
-        return 0.0
-    if "lines" in check and sum(bool(line.strip()) for line in answer.splitlines()) != check["lines"]:
-        return 0.0
-    return float("json" not in check or _is_json(answer, check["json"]))
-
-
-def _patterns(check: Mapping[str, Any], name: str) -> list[str]:
-    value = check.get(name, [])
+def _patterns(value: str | Sequence[str]) -> list[str]:
     return [value] if isinstance(value, str) else list(value)
+
+
+def _matches(answer: str, pattern: str) -> bool:
+    return re.search(pattern, answer, re.IGNORECASE | re.DOTALL) is not None
 
 
 def _is_json(answer: str, keys: Sequence[str]) -> bool:
@@ -220,13 +187,32 @@ def _is_json(answer: str, keys: Sequence[str]) -> bool:
     return set(keys) <= set(value) if isinstance(value, dict) else not keys
 
 
+CHECKS: dict[str, Callable[[str, Any], bool]] = {  # of an answer without spaces around it, and the check's value
+    "number": lambda answer, value: number(answer) == Decimal(str(value)),  # the answer's last number
+    "matches": lambda answer, value: all(_matches(answer, pattern) for pattern in _patterns(value)),
+    "excludes": lambda answer, value: not any(_matches(answer, pattern) for pattern in _patterns(value)),
+    "json": _is_json,  # JSON with at least these keys
+    "max_words": lambda answer, value: len(answer.split()) <= value,
+    "lines": lambda answer, value: sum(bool(line.strip()) for line in answer.splitlines()) == value,  # with text
+}
+
+
+def passes(answer: str, check: Mapping[str, Any]) -> float:
+    """1 if the answer is not empty and every check holds, else 0; nan without checks."""
+    answer = answer.strip()
+    holds = bool(answer) and all(CHECKS[name](answer, value) for name, value in check.items())
+    return float(holds) if check else math.nan
+
+
 # What it means
 
 
 def compare_side(base: Side, tuned: Side, split: str, seed: int) -> dict[str, Any]:
     """One tuned model against the base: metrics, verdict, stopping, forgetting."""
-    names = [name for name in ordered_metrics(tuned) if name in base.values]
-    metrics = {name: _difference(name, base.values, tuned.values, seed) for name in names}
+    metrics = {
+        name: _difference(name, base.values, tuned.values, seed)
+        for name in ordered_metrics(tuned) if name in base.values
+    }  # fmt: skip
     same_text = [a["prediction"] for a in base.samples] == [b["prediction"] for b in tuned.samples]
     compared: dict[str, Any] = {
         "name": tuned.name,
@@ -238,9 +224,8 @@ def compare_side(base: Side, tuned: Side, split: str, seed: int) -> dict[str, An
         loss = _difference(ROW_LOSS, base.general_values, tuned.general_values, seed)
         passed = bootstrap.difference(base.general_values["passed"], tuned.general_values["passed"], seed=seed)
         checked = passed if passed.rows else None
-        level, headline = forgetting(loss, checked)
         compared["general"] = {
-            "level": level, "headline": headline, "words": forgetting_numbers(loss, checked),
+            **forgetting(loss, checked),
             "rows": len(tuned.general), ROW_LOSS: loss.to_json(), "passed": checked.to_json() if checked else None,
             "perplexity": {side: round(_perplexity(getattr(loss, side)), 4) for side in ("base", "tuned")},
         }  # fmt: skip
@@ -297,8 +282,8 @@ def stopping(side: Side) -> dict[str, Any]:
     return {"share": round(share, 6), "headline": headline, "good": share >= MIN_STOP_RATE}
 
 
-def forgetting(loss: Difference, passed: Difference | None) -> tuple[str, str]:
-    """The verdict on the general questions, by the loss of good answers and the share of checks passed.
+def forgetting(loss: Difference, passed: Difference | None) -> dict[str, str]:
+    """level, headline and words on the general questions, by the loss of good answers and the share of checks passed.
 
     forgotten: the loss has risen by more than FORGETTING_LOSS beyond its interval, or fewer checks pass beyond theirs.
     slight: the loss has risen beyond its interval, by less than that. unknown: too few questions, or the base cannot
@@ -307,18 +292,15 @@ def forgetting(loss: Difference, passed: Difference | None) -> tuple[str, str]:
     fewer = passed is not None and passed.finding == "worse"
     if fewer or (loss.finding == "worse" and loss.low > FORGETTING_LOSS):
         reason = "fewer answers pass their checks" if fewer else "good general answers have become much less likely"
-        return "forgotten", f"It has forgotten general abilities: {reason}"
-    if loss.finding == "worse":
-        return "slight", "Slight forgetting: general answers have become a little less likely"
-    if loss.finding == "too few rows":
-        return "unknown", "Too few general questions to tell whether it forgot"
-    if loss.base > UNKNOWING_LOSS and (passed is None or passed.base < 0.1):
-        return "unknown", "The general questions show little: the base itself cannot answer them"
-    return "none", "No sign of forgetting on the general questions"
-
-
-def forgetting_numbers(loss: Difference, passed: Difference | None) -> str:
-    """The numbers behind the verdict, in a sentence."""
+        level, headline = "forgotten", f"It has forgotten general abilities: {reason}"
+    elif loss.finding == "worse":
+        level, headline = "slight", "Slight forgetting: general answers have become a little less likely"
+    elif loss.finding == "too few rows":
+        level, headline = "unknown", "Too few general questions to tell whether it forgot"
+    elif loss.base > UNKNOWING_LOSS and (passed is None or passed.base < 0.1):
+        level, headline = "unknown", "The general questions show little: the base itself cannot answer them"
+    else:
+        level, headline = "none", "No sign of forgetting on the general questions"
     words = (
         f"perplexity of good answers x{_perplexity(loss.difference):.3g} (loss {loss.difference:+.3f}, "
         f"95 % interval {loss.low:+.3f} to {loss.high:+.3f})"
@@ -328,7 +310,7 @@ def forgetting_numbers(loss: Difference, passed: Difference | None) -> str:
             f"; checks passed: {passed.base:.0%}, now {passed.tuned:.0%} (interval of the change "
             f"{passed.low:+.0%} to {passed.high:+.0%}, {passed.rows} questions)"
         )
-    return words
+    return {"level": level, "headline": headline, "words": words}
 
 
 def _perplexity(nats: float) -> float:
@@ -374,7 +356,16 @@ def build_result(
         "first_metric": next(name for name in base.values if name not in OF_ANSWERS),
         "sides": _spreads(measured, seed),
         "comparisons": comparisons,
-        "general": [_general_entry(index, row, measured) for index, row in enumerate(general)],
+        "general": [
+            {
+                "id": row["id"],
+                "kind": str(row.get("kind", "")),
+                "prompt": base.general[index]["prompt"],
+                "answers": {side.name: side.general[index]["prediction"] for side in measured},
+                "passed": {side.name: _none_if_nan(side.general_values["passed"][index]) for side in measured},
+            }
+            for index, row in enumerate(general)
+        ],
         "bootstrap": {"draws": bootstrap.draws_for(len(base.samples)), "seed": seed, "level": bootstrap.LEVEL},
         "generation": {**config.generation.model_dump(), "do_sample": False},
         "hardware": {"device": device.name, "memory": f"{device.total_bytes / 2**30:.1f} GiB"},
@@ -397,16 +388,6 @@ def _spreads(sides: Sequence[Side], seed: int) -> dict[str, dict[str, dict[str, 
     return spreads
 
 
-def _general_entry(index: int, row: Row, sides: Sequence[Side]) -> Row:
-    return {
-        "id": row["id"],
-        "kind": str(row.get("kind", "")),
-        "prompt": sides[0].general[index]["prompt"],
-        "answers": {side.name: side.general[index]["prediction"] for side in sides},
-        "passed": {side.name: _none_if_nan(side.general_values["passed"][index]) for side in sides},
-    }
-
-
 def _none_if_nan(value: float) -> float | None:
     return None if math.isnan(value) else value
 
@@ -426,30 +407,21 @@ def _ledgers(target: Target, root: Path) -> dict[str, Any]:
     ledgers = {"run": files.read_json(run_of(target, root).folder / "ledger.json")}
     if target.config.data.train_path is None:
         ledger = files.read_json(resolve_path(root, target.config.data.processed_dir) / "ledger.json")
-        keys = ("rows_read", "rows_written", "rows_named", "named", "splits", "verdict", "formats")
-        ledgers["processed"] = {key: ledger[key] for key in keys if key in ledger}
+        ledgers["processed"] = {key: ledger[key] for key in LEDGER if key in ledger}
     return ledgers
 
 
 def log_curves(run: Run) -> dict[str, list[tuple[float, float]]]:
-    """{name: [(step, value)]} from the run's log.jsonl, else from TensorBoard's event files; empty without either."""
+    """{name: [(step, value)]} from the run's log.jsonl."""
     curves: dict[str, list[tuple[float, float]]] = {}
     path = run.folder / "log.jsonl"
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
+        with suppress(ValueError):  # a last line that a crash cut short
             entry = json.loads(line)
-        except ValueError:  # a last line that a crash cut short
-            continue
-        for name, value in entry.items():
-            if name != "step" and isinstance(value, int | float):
-                curves.setdefault(name, []).append((entry["step"], value))
-    if curves or not run.tb_dir.is_dir():
-        return curves
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events: Any = EventAccumulator(str(run.tb_dir), size_guidance={"scalars": 0})
-    events.Reload()
-    return {name: [(one.step, one.value) for one in events.Scalars(name)] for name in events.Tags()["scalars"]}
+            for name in entry.keys() - {"step"}:
+                if isinstance(entry[name], int | float):
+                    curves.setdefault(name, []).append((entry["step"], entry[name]))
+    return curves
 
 
 def answer_rows(measured: Sequence[Side], metric: str) -> list[Row]:

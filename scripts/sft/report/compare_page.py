@@ -23,7 +23,7 @@ COLUMNS = ["metric", "base", "tuned", "difference", "95 % interval", "won / tied
 
 def page(result: Mapping[str, Any], answers: Sequence[dict[str, Any]], curves: Mapping[str, Any], yaml: str) -> str:
     """The whole page. result: compare.json. answers: one entry a row. curves: of the run's log. yaml: its settings."""
-    compared, data = result["comparisons"], result["data"]
+    compared = result["comparisons"]
     names = [one["name"] for one in compared]
     return html.render(
         "compare.html.j2",
@@ -44,13 +44,7 @@ def page(result: Mapping[str, Any], answers: Sequence[dict[str, Any]], curves: M
         },
         hidden_rows=len(answers) > MAX_ROWS,
         curves=_curve_charts(curves),
-        training={name: _plain(value) for name, value in result["training"].items() if value is not None},
-        processed=_processed(data.get("processed")),
-        run_rows={
-            split: {name.replace("_", " "): _plain(value) for name, value in entry.items() if name != "dropped"}
-            for split, entry in data.get("run", {}).items()
-            if split in {"train", "val"} and entry
-        },
+        data=result["data"],
         settings={**result["generation"], **result["hardware"], **result["versions"], "measured": result["at"]},
         yaml=yaml,
     )
@@ -160,19 +154,3 @@ def _curve_charts(curves: Mapping[str, Any]) -> list[Chart]:
             svg = html.curves(series, axis, f"{title} over the steps of training")
             charts.append(Chart(svg, title, ["curve", "step", "value"], rows))
     return charts
-
-
-def _processed(ledger: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """The counts of `make process`, as a table."""
-    if not ledger:
-        return None
-    rows = [["rows read", ledger["rows_read"]], *ledger.get("named", {}).items()]
-    rows += [["rows written", ledger["rows_written"]], *ledger.get("splits", {}).items()]
-    return {"rows": rows, "caption": str(ledger.get("verdict", ""))}
-
-
-def _plain(value: Any) -> str:
-    """A value of finished.json or of a ledger in one line."""
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {_plain(entry)}" for name, entry in value.items())
-    return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)

@@ -24,7 +24,7 @@ from sft.data.dedup import WORD, NearDuplicates
 from sft.data.ledger import SIZES
 from sft.data.quality import quantiles
 from sft.report import html
-from sft.report.html import Cell, Chart
+from sft.report.html import Chart
 
 Row = dict[str, Any]
 Figures = dict[str, Any]
@@ -83,20 +83,19 @@ def token_figures(encoder: Encoder, rows: Sequence[Row], on_progress: Progress |
             lengths.setdefault(role, Counter())[size] += 1
         if on_progress:
             on_progress(min(start + BATCH, len(rows)), len(rows))
-    if encoder.kind == "seq2seq":
-        sizes = [len(one.input_ids) + len(one.labels) for one in encoded]
-    else:
-        sizes = [len(one.input_ids) for one in encoded]
+    sizes = [len(one.input_ids) + len(one.labels) * (encoder.kind == "seq2seq") for one in encoded]
     labelled = [sum(label != IGNORED for label in one.labels) for one in encoded]
     total = sum(sizes)
+    run = _cut_at(encoder, encoder.max_seq_len, rows, encoded, sizes)[0].to_dict()
+    first = {reason: ids[:EXAMPLES] for reason, ids in run.pop("dropped").items()}
     return {
         "total": total,
         "sizes": sizes,
         "shares": [part / size for part, size in zip(labelled, sizes, strict=True) if size],
         "labelled": {"tokens": sum(labelled), "share": sum(labelled) / total if total else 0.0},
         "by_role": {role: _spread(counts) for role, counts in {"whole row": Counter(sizes), **lengths}.items()},
-        "limits": [_loss_at(encoder, limit, rows, encoded, sizes) for limit in LIMITS],
-        "run": _training_outcome(encoder, rows, encoded),
+        "limits": [_cut_at(encoder, limit, rows, encoded, sizes)[1] for limit in LIMITS],
+        "run": {"max_seq_len": encoder.max_seq_len, "over_length": encoder.over_length, **run, "first_dropped": first},
     }
 
 
@@ -129,46 +128,32 @@ def _spread(counts: Counter[int]) -> Figures:
     return {"count": counts.total(), "total": sum(size * n for size, n in counts.items()), **named}
 
 
-def _encode_over(
-    encoder: Encoder, limit: int, rows: Sequence[Row], encoded: Sequence[Encoded]
-) -> dict[int, list[Encoded]]:
-    """The rows over the limit, encoded under it, by their index: one piece each, or several (split_turns)."""
-    probe = _with_limit(encoder, limit)
-    over = [i for i, one in enumerate(encoded) if max(len(one.input_ids), len(one.labels)) > limit]
-    parts = (over[start : start + BATCH] for start in range(0, len(over), BATCH))
-    pairs = (zip(part, probe.encode_pieces([rows[i] for i in part]), strict=True) for part in parts)
-    return {i: pieces for part in pairs for i, pieces in part}
-
-
-def _loss_at(
+def _cut_at(
     encoder: Encoder, limit: int, rows: Sequence[Row], encoded: Sequence[Encoded], sizes: Sequence[int]
-) -> Figures:
-    """Rows and tokens that would be lost with model.max_seq_len = limit."""
-    again = _encode_over(encoder, limit, rows, encoded)
-    dropped = [i for i, parts in again.items() if all(part.dropped for part in parts)]
-    lost = sum(sizes[i] for i in dropped)
+) -> tuple[RunLedger, Figures]:
+    """What training with model.max_seq_len = limit would do: rows read = rows trained on + rows named; what is lost.
+
+    encoded, sizes: the rows without a limit; only those over it are encoded again, each as one piece or several.
+    """
+    probe, ledger, again = _with_limit(encoder, limit), RunLedger(), dict[int, list[Encoded]]()
+    over = [i for i, one in enumerate(encoded) if max(len(one.input_ids), len(one.labels)) > limit]
+    for start in range(0, len(over), BATCH):
+        part = over[start : start + BATCH]
+        again |= zip(part, probe.encode_pieces([rows[i] for i in part]), strict=True)
+    lost = 0
     for i, parts in again.items():
-        if i not in dropped:
-            lost += sum(len(part.input_ids) if part.dropped else part.truncated_tokens for part in parts)
-    return {
-        "max_seq_len": limit,
-        "rows_over": len(again),
-        "share_of_rows": len(again) / len(rows) if rows else 0.0,
-        "rows_dropped": len(dropped),
-        "tokens_lost": lost,
-        "share_of_tokens": lost / sum(sizes) if sum(sizes) else 0.0,
-    }
-
-
-def _training_outcome(encoder: Encoder, rows: Sequence[Row], encoded: Sequence[Encoded]) -> Figures:
-    """What training with these settings would do: rows read = rows trained on + rows named."""
-    again = _encode_over(encoder, encoder.max_seq_len, rows, encoded)
-    ledger = RunLedger()
+        kept = not all(part.dropped for part in parts)
+        lost += sum(len(p.input_ids) if p.dropped else p.truncated_tokens for p in parts) if kept else sizes[i]
     for i, one in enumerate(encoded):
         ledger.add(*again.get(i, [one]))
-    counts = ledger.to_dict()
-    first = {reason: ids[:EXAMPLES] for reason, ids in counts.pop("dropped").items()}
-    return {"max_seq_len": encoder.max_seq_len, "over_length": encoder.over_length, **counts, "first_dropped": first}
+    return ledger, {
+        "max_seq_len": limit,
+        "rows_over": len(again),
+        "share_of_rows": len(again) / max(1, len(rows)),
+        "rows_dropped": sum(all(part.dropped for part in parts) for parts in again.values()),
+        "tokens_lost": lost,
+        "share_of_tokens": lost / max(1, sum(sizes)),
+    }
 
 
 def phrases(rows: Sequence[Row]) -> Figures:
@@ -192,21 +177,21 @@ def _joined(words: Sequence[str]) -> str:
 
 
 def duplicates(rows: Sequence[Row], threshold: float, ledger: Figures) -> Figures:
-    """Exact ones that processing left out, and near ones: of all rows where it looked, else among the sample."""
-    exact = ledger.get("named", {}).get("exact duplicate", 0)
-    if near := ledger.get("near_duplicates"):
-        return {"exact_dropped": exact, "near": {**near, "of": ledger.get("rows_written"), "from": "ledger"}}
+    """Exact duplicates that processing left out, and near duplicates among the rows."""
     index = NearDuplicates(threshold)
     for row in rows:
         index.add(records.comparison_text(row))
     pairs = list(index.pairs())
-    shown = [
-        [_short(records.comparison_text(rows[later])), _short(records.comparison_text(rows[earlier]))]
-        for later, earlier in pairs[:EXAMPLES]
-    ]
-    clustered = len({number for pair in pairs for number in pair})
-    near = {"threshold": threshold, "pairs": len(pairs), "rows_in_clusters": clustered, "of": len(rows), "shown": shown}
-    return {"exact_dropped": exact, "near": {**near, "from": "sample"}}
+    return {
+        "exact_dropped": ledger.get("named", {}).get("exact duplicate", 0),
+        "near": {
+            "threshold": threshold,
+            "pairs": len(pairs),
+            "rows_in_clusters": len({number for pair in pairs for number in pair}),
+            "of": len(rows),
+            "shown": [[_short(records.comparison_text(rows[at])) for at in pair] for pair in pairs[:EXAMPLES]],
+        },
+    }
 
 
 def examples(path: Path, named: dict[str, int]) -> Figures:
@@ -238,11 +223,9 @@ def page(result: Figures, title: str) -> str:
         title,
         **{**result, "tokens": tokens},
         findings=_findings(result),
-        left_out_chart=_left_out_chart(ledger.get("named")),
         facts=_ledger_facts(ledger),
         length_charts=_length_charts(tokens) if tokens else [],
-        limits=[_limit_row(entry) for entry in tokens["limits"]] if tokens else [],
-        phrase_charts=_phrase_charts(result["phrases"], max(1, result["sample"]["rows"])),
+        bar_charts=_bar_charts(result),
     )
 
 
@@ -284,23 +267,10 @@ def _token_findings(tokens: Figures) -> list[tuple[str, str, str]]:
     return [("Length", words, "bad" if bad else "good"), ("Labels", labels, "bad" if share < 0.02 else "even")]
 
 
-def _left_out_chart(named: dict[str, int] | None) -> list[Chart]:
-    if not named:
-        return []
-    svg = html.bars(list(named), list(named.values()), "rows", "rows left out, by reason")
-    return [Chart(svg, "Rows left out", ["reason", "rows"], list(named.items()), "by reason")]
-
-
 def _ledger_facts(ledger: Figures) -> dict[str, str]:
     facts = {"format": ledger.get("formats"), "shape": ledger.get("shapes"), "encoding": ledger.get("encoding")}
     facts |= {"copies by weight": ledger.get("rows_repeated"), "replayed": ledger.get("rows_replayed")}
-    shown = {}
-    for name, value in facts.items():
-        if isinstance(value, dict):
-            shown[name] = ", ".join(f"{key} {count:,}" for key, count in value.items())
-        elif value:
-            shown[name] = f"{value:,}" if isinstance(value, int) else str(value)
-    return shown
+    return {name: html.plain(value) for name, value in facts.items() if value}
 
 
 def _length_charts(tokens: Figures) -> list[Chart]:
@@ -317,21 +287,16 @@ def _length_charts(tokens: Figures) -> list[Chart]:
     ]
 
 
-def _limit_row(entry: Figures) -> list[object]:
-    def percent(share: float) -> Cell:
-        return Cell(f"{share:.2%}" if share < 0.1 else f"{share:.1%}", share, "n")
-
-    return [
-        entry["max_seq_len"], entry["rows_over"], percent(entry["share_of_rows"]), entry["rows_dropped"],
-        entry["tokens_lost"], percent(entry["share_of_tokens"]),
-    ]  # fmt: skip
-
-
-def _phrase_charts(phrases: Figures, rows: int) -> list[Chart]:
-    charts = []
+def _bar_charts(result: Figures) -> dict[str, list[Chart]]:
+    """Rows left out by reason, and what many answers share: charts by the section that they belong to."""
+    named, rows = result["ledger"].get("named"), max(1, result["sample"]["rows"])
+    charts: dict[str, list[Chart]] = {"rows": [], "repetition": []}
+    if named:
+        svg = html.bars(list(named), list(named.values()), "rows", "rows left out, by reason")
+        charts["rows"] = [Chart(svg, "Rows left out", ["reason", "rows"], list(named.items()), "by reason")]
     for key, title in (("openings", "Answers begin with"), ("runs", "Answers contain")):
-        if entries := phrases[key]:
-            shares = [100 * count / rows for _, count in entries]
-            svg = html.bars([text for text, _ in entries], shares, "% of rows", title)
-            charts.append(Chart(svg, title, ["words", "rows"], entries, "the same words, by share of rows"))
+        if entries := result["phrases"][key]:
+            svg = html.bars([text for text, _ in entries], [100 * n / rows for _, n in entries], "% of rows", title)
+            note = "the same words, by share of rows"
+            charts["repetition"].append(Chart(svg, title, ["words", "rows"], entries, note))
     return charts

@@ -74,6 +74,8 @@ def _environment() -> Environment:
         "numeric": lambda rows, at: bool(rows) and all(row[at].kind == "n" for row in rows),
         "slug": lambda title: "s-" + re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-"),
         "number": number,
+        "plain": plain,
+        "percent": lambda share: Cell(f"{share:.2%}" if share < 0.1 else f"{share:.1%}", share, "n"),
     }  # fmt: skip
     return environment
 
@@ -98,6 +100,15 @@ def number(value: float) -> str:
     if isinstance(value, int) or (float(value).is_integer() and abs(value) >= 100):
         return f"{int(value):,}"
     return f"{value:.4f}" if abs(value) < 10 else f"{value:,.2f}"
+
+
+def plain(value: Any) -> str:
+    """A value of a ledger or a summary in one line."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {plain(entry)}" for name, entry in value.items())
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
 
 
 # Placeholder colours in a chart; each becomes a CSS variable of the page, so that charts follow the dark mode.

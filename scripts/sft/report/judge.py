@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from sft.errors import EnvironmentProblem, SftError
+from sft.errors import EnvironmentProblem, SftError, one_line
 from sft.report import bootstrap
 
 ASPECTS = ("helpfulness", "format", "safety")
@@ -57,7 +57,8 @@ class Judge:
             )
         openai_key = os.environ.get(OPENAI_KEY) if parts.hostname == OPENAI_HOST else None
         self.key = self.key or os.environ.get(KEY) or openai_key
-        self._client = httpx.Client(timeout=TIMEOUT_SECONDS)
+        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        self._client = httpx.Client(timeout=TIMEOUT_SECONDS, headers=headers)
 
     @property
     def shown(self) -> str:
@@ -72,65 +73,49 @@ class Judge:
     def score_pair(
         self, question: str, reference: str, base_answer: str, tuned_answer: str
     ) -> tuple[Scores, Scores, bool]:
-        """Mean scores of both answers over both orders, and whether both orders favour the same one.
-
-        Equal answers are sent once and get equal scores.
-        """
+        """Mean scores of both answers over both orders, and whether both orders favour the same one."""
         base_first, tuned_second = self._ask(question, reference, base_answer, tuned_answer)
         if base_answer.strip() == tuned_answer.strip():
             both = {name: (base_first[name] + tuned_second[name]) / 2 for name in ASPECTS}
             return both, dict(both), True
         tuned_first, base_second = self._ask(question, reference, tuned_answer, base_answer)
-        leads = [
-            sum(tuned_second.values()) - sum(base_first.values()),
-            sum(tuned_first.values()) - sum(base_second.values()),
-        ]
+        lead_first = sum(tuned_second.values()) - sum(base_first.values())
+        lead_second = sum(tuned_first.values()) - sum(base_second.values())
         return (
             {name: (base_first[name] + base_second[name]) / 2 for name in ASPECTS},
             {name: (tuned_first[name] + tuned_second[name]) / 2 for name in ASPECTS},
-            leads[0] * leads[1] > 0 or leads == [0, 0],
+            lead_first * lead_second > 0 or lead_first == lead_second == 0,
         )
 
     def _ask(self, question: str, reference: str, first: str, second: str) -> tuple[Scores, Scores]:
         """Scores of the first and second answer. Raises EnvironmentProblem after TRIES failures or a refusal."""
         reference = f"<reference>\n{reference}\n</reference>\n" if reference else ""
         content = PROMPT.format(question=question, reference=reference, first=first, second=second)
+        request = {"model": self.model, "messages": [{"role": "user", "content": content}], "temperature": 0}
+        address = self.url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
         problem = ""
         for attempt in range(TRIES):
-            if attempt:
-                time.sleep(self.wait * 2 ** (attempt - 1))
+            time.sleep(self.wait * 2 ** (attempt - 1) if attempt else 0)
             try:
-                reply = self._post(content)
+                reply = self._client.post(address, json=request)
+                if reply.status_code == 200:
+                    return parse_scores(reply.json()["choices"][0]["message"]["content"])
+                problem = f"answers {reply.status_code}: {self._clean(reply.text)}"
             except httpx.HTTPError as error:
                 problem = f"cannot be reached ({type(error).__name__})"
                 continue
-            if reply.status_code in RETRIED:
-                problem = f"answers {reply.status_code}: {self._clean(reply.text)}"
-            elif reply.status_code != 200:
-                raise self._refusal(reply)
-            else:
-                try:
-                    return parse_scores(reply.json()["choices"][0]["message"]["content"])
-                except (ValueError, KeyError, IndexError, TypeError) as error:
-                    problem = f"gives no scores: {self._clean(str(error))}"
+            except (ValueError, KeyError, IndexError, TypeError) as error:
+                problem = f"gives no scores: {self._clean(str(error))}"
+                continue
+            if reply.status_code not in RETRIED:
+                fix = f"is --judge-url right, and is there a model {self.model}?"
+                if reply.status_code in {401, 403}:
+                    fix = f"put the judge's key into the environment: export {KEY}=..."
+                raise EnvironmentProblem(f"the judge {problem}", where=self.shown, fix=fix)
         raise EnvironmentProblem(f"the judge {problem}, {TRIES} times in a row", where=self.shown, fix="is it running?")
 
-    def _post(self, content: str) -> httpx.Response:
-        address = self.url.rstrip("/")
-        address += "" if address.endswith("/chat/completions") else "/chat/completions"
-        request = {"model": self.model, "messages": [{"role": "user", "content": content}], "temperature": 0}
-        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
-        return self._client.post(address, json=request, headers=headers)
-
-    def _refusal(self, reply: httpx.Response) -> SftError:
-        fix = f"is --judge-url right, and is there a model {self.model}?"
-        if reply.status_code in {401, 403}:
-            fix = f"put the judge's key into the environment: export {KEY}=..."
-        what = f"the judge refuses ({reply.status_code}): {self._clean(reply.text)}"
-        return EnvironmentProblem(what, where=self.shown, fix=fix)
-
     def _clean(self, text: str) -> str:
-        text = " ".join(text.split())[:200]
+        text = one_line(text, 200)
         return text.replace(self.key, "***") if self.key else text
 
 
@@ -175,9 +160,7 @@ def score_rows(
             if on_progress is not None:
                 on_progress(done, len(futures))
     aspects = {
-        name: bootstrap.difference(
-            [base[name] for base, _, _ in scores], [tuned[name] for _, tuned, _ in scores], seed=seed
-        )
+        name: bootstrap.difference([s[0][name] for s in scores], [s[1][name] for s in scores], seed=seed)
         for name in ASPECTS
     }
     return {
