@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import platform
 import sys
 from collections.abc import Callable, Iterator
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from sft import files, runs
 from sft.config.load import PROJECT, display_path, load, resolve_path
-from sft.errors import ConfigError, SftError, TemplateError, one_line
+from sft.errors import ConfigError, SftError, one_line
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -54,17 +53,19 @@ class CheckContext:
     gpu_bytes: int | None = None
 
 
+def _finding(name: str, message: str, fix: str | None, level: Level = "warning") -> Finding:
+    """`ok` where there is nothing to fix, else `level`."""
+    return Finding(level if fix else "ok", name, message, fix)
+
+
 def check_system(context: CheckContext) -> Iterator[Finding]:
     """Linux or WSL2, and a Python that the kit is tested on."""
-    release = platform.release()
+    release, linux = platform.release(), platform.system() == "Linux"
     kind = "WSL2" if "microsoft" in release.lower() else platform.system()
-    supported = platform.system() == "Linux"
-    fix = None if supported else "use Linux, or WSL2 on Windows"
-    yield Finding("ok" if supported else "error", "system", f"{kind} {release}", fix)
+    yield _finding("system", f"{kind} {release}", None if linux else "use Linux, or WSL2 on Windows", "error")
     version = sys.version_info[:2]
-    supported = OLDEST_PYTHON <= version <= NEWEST_PYTHON
-    fix = None if supported else "install Python 3.10 to 3.13, make install"
-    yield Finding("ok" if supported else "error", "python", f"{version[0]}.{version[1]} ({sys.executable})", fix)
+    fix = None if OLDEST_PYTHON <= version <= NEWEST_PYTHON else "install Python 3.10 to 3.13, then: make install"
+    yield _finding("python", f"{version[0]}.{version[1]} ({sys.executable})", fix, "error")
 
 
 def requirements() -> Iterator[Requirement]:
@@ -128,11 +129,8 @@ def check_data(context: CheckContext) -> Iterator[Finding]:
         return
     next(iter(store.iter_rows(stage.train)))
     message = f"{stage.name} rows: {', '.join(f'{name} {rows}' for name, rows in counts.items())}"
-    if counts.get("val"):
-        yield Finding("ok", "data", message)
-    else:
-        fix = "raise data.split.val: without validation rows no best checkpoint can be chosen"
-        yield Finding("warning", "data", message, fix)
+    fix = "raise data.split.val: without validation rows no best checkpoint can be chosen"
+    yield _finding("data", message, None if counts.get("val") else fix)
 
 
 def check_model(context: CheckContext) -> Iterator[Finding]:
@@ -175,27 +173,22 @@ def check_model(context: CheckContext) -> Iterator[Finding]:
 
 
 def check_template(context: CheckContext) -> Iterator[Finding]:
-    """Renders one exchange: it must show question and answer, and start with the generation prompt."""
+    """Labels can be derived, and one exchange shows question and answer and starts with the generation prompt."""
     if context.config is None or context.model is None:
         return
-    from sft.chat.template import load_template
-    from sft.model.tokenizer import load_tokenizer
+    from sft.generation.encoder import load_encoder
 
-    tokenizer = load_tokenizer(context.model, trust_remote_code=context.config.model.trust_remote_code)
-    template = load_template(context.config.data, tokenizer, context.root)
-    question, answer = "the-question", "the-answer"
-    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    text = template.render(messages)
-    for part, content in (("answer", answer), ("question", question)):
-        if content not in text:
-            what = f"the template never shows the {part}"
-            raise TemplateError(what, where=template.name, fix="make preview shows what it renders")
-    prompt = template.render(messages[:1], add_generation_prompt=True)
-    if answer in prompt or not text.startswith(prompt.rstrip()):
-        message = f"{template.name}: the generation prompt differs from the start of a training row"
-        yield Finding("warning", "template", message, "make preview shows both")
+    encoder = load_encoder(context.config, context.root, files=context.model)
+    row = {"user": "the-question", "assistant": "the-answer"}
+    encoded, prompt = encoder.encode(row), encoder.prompt(row)
+    name, fix = encoder.template.name, "look at the rows: make preview"
+    if "the-question" not in encoder.tokenizer.decode(encoded.input_ids):
+        yield Finding("error", "template", f"{name} never shows the question", fix)
+    elif encoded.input_ids[: len(prompt)] != prompt:
+        message = f"{name}: the generation prompt differs from the start of a training row"
+        yield Finding("warning", "template", message, fix)
     else:
-        yield Finding("ok", "template", f"{template.name} shows question and answer")
+        yield Finding("ok", "template", f"{name} shows question and answer")
 
 
 def check_gpu(context: CheckContext) -> Iterator[Finding]:
@@ -206,63 +199,53 @@ def check_gpu(context: CheckContext) -> Iterator[Finding]:
     if not cards:
         slow = context.model is not None and context.model.parameters > 2e8
         fix = "training this model here takes days; --set model.name=models/demo shows the pipeline" if slow else None
-        yield Finding("warning" if slow else "ok", "gpu", "none: training on the CPU", fix)
+        yield _finding("gpu", "none: training on the CPU", fix)
     for card in cards:
         context.gpu_bytes = context.gpu_bytes or card.total_bytes
-        busy = card.free_bytes < 0.8 * card.total_bytes
-        precision = "bf16" if card.capability >= (8, 0) else "fp16 only (no bf16)"
         memory = f"{card.free_bytes / GIB:.1f} of {card.total_bytes / GIB:.1f} GiB free"
+        precision = "bf16" if card.capability >= (8, 0) else "fp16 only (no bf16)"
+        busy = card.free_bytes < 0.8 * card.total_bytes
         fix = "another process uses its memory: nvidia-smi names it" if busy else None
-        yield Finding("warning" if busy else "ok", "gpu", f"{card.name}, {memory}, {precision}", fix)
+        yield _finding("gpu", f"{card.name}, {memory}, {precision}", fix)
     if cards and "+cpu" in metadata.version("torch"):
         fix = "remove .venv and make install, which installs the CUDA build"
         yield Finding("error", "torch", "this torch is built for the CPU only, so the GPU would not be used", fix)
     if context.config is not None and context.config.tuning.backend == "unsloth":
-        if cards and importlib.util.find_spec("unsloth") is not None:
-            yield Finding("ok", "backend", f"unsloth {metadata.version('unsloth')}")
-        else:
-            missing = "it is not installed" if cards else "there is no CUDA GPU"
-            yield Finding("warning", "backend", f"unsloth falls back to bnb: {missing}", "make install-unsloth")
+        missing = "" if runs.versions(["unsloth"]) else "it is not installed"
+        missing = missing if cards else "there is no CUDA GPU"
+        message = f"unsloth falls back to bnb: {missing}" if missing else "unsloth is installed"
+        yield _finding("backend", message, "make install-unsloth" if missing else None)
 
 
 def check_disk(context: CheckContext) -> Iterator[Finding]:
-    """Free space for checkpoints, adapter and a model still to be downloaded; write access to the output folders."""
+    """Free space for checkpoints, adapter and a model still to be downloaded."""
     if context.config is None:
         return
     from sft.preflight import disk_space
 
-    run = runs.at(resolve_path(context.root, context.config.train.output_dir), context.root)
-    if context.model is None:
-        needed = context.download_bytes + 2 * GIB
-    else:
-        needed = sum(disk_space.parts(context.config, context.model).values())
-    free = files.free_bytes(run.folder)
+    parts = disk_space.parts(context.config, context.model) if context.model else {"model": context.download_bytes}
+    needed = sum(parts.values())
+    free = files.free_bytes(resolve_path(context.root, context.config.train.output_dir))
     message = f"{files.format_bytes(free)} free, a run needs about {files.format_bytes(needed)}"
     fix = "free space (old runs: outputs/), or --set train.save_total_limit=1" if free < needed else None
-    yield Finding("error" if free < needed else "ok", "disk", message, fix)
-    try:
+    yield _finding("disk", message, fix, "error")
+
+
+def check_outputs(context: CheckContext) -> Iterator[Finding]:
+    """Write access to the folders of a run."""
+    if context.config is not None:
         runs.check_place(context.config.train.output_dir, context.root)
-        yield Finding("ok", "outputs", f"{display_path(run.folder, context.root)} can be written to")
-    except SftError as error:
-        yield _error("outputs", error)
+        yield Finding("ok", "outputs", f"{context.config.train.output_dir} can be written to")
 
 
 def check_memory(context: CheckContext) -> Iterator[Finding]:
-    """The machine's memory against a rough need: the libraries, and on a CPU the weights."""
-    from sft.memory import estimate
+    """The machine's memory; where training is on the CPU, at least the weights must fit."""
     from sft.model import hardware
 
     total, free = hardware.memory()
-    message = f"{free / GIB:.1f} of {total / GIB:.1f} GiB free"
-    if context.model is None or context.config is None:
-        yield Finding("ok", "memory", message)
-        return
-    device = "cpu" if context.gpu_bytes is None else "cuda"
-    needed = estimate.ram_needed(context.model.parameters, context.config.tuning.mode, device)
-    message += f", a run needs {needed:.1f} for libraries{' and weights' if device == 'cpu' else ''}"
-    short = needed * GIB > free
-    fix = "close other programs, or choose a smaller model (make plan)" if short else None
-    yield Finding("warning" if short else "ok", "memory", f"{message} (all of it: make plan)", fix)
+    needed = 4 * context.model.parameters if context.model and context.gpu_bytes is None else 0
+    fix = "close other programs, or choose a smaller model: make plan" if needed > free else None
+    yield _finding("memory", f"{free / GIB:.1f} of {total / GIB:.1f} GiB free (what a run needs: make plan)", fix)
 
 
 def check_port(context: CheckContext) -> Iterator[Finding]:
@@ -270,13 +253,10 @@ def check_port(context: CheckContext) -> Iterator[Finding]:
     from sft.report import tensorboard
 
     ours = tensorboard.running(context.root / "outputs" / "tb")
-    if ours is not None:
-        yield Finding("ok", "tensorboard", f"runs at {ours.address}")
-    elif tensorboard.port_in_use(context.port):
-        fix = f"another port: TB_PORT={context.port + 1}"
-        yield Finding("warning", "tensorboard", f"port {context.port} is in use by another program", fix)
-    else:
-        yield Finding("ok", "tensorboard", f"port {context.port} is free")
+    in_use = ours is None and tensorboard.port_in_use(context.port)
+    message = f"port {context.port} is {'in use by another program' if in_use else 'free'}"
+    fix = f"another port: TB_PORT={context.port + 1}" if in_use else None
+    yield _finding("tensorboard", f"runs at {ours.address}" if ours else message, fix)
 
 
 CHECKS: dict[str, Callable[[CheckContext], Iterator[Finding]]] = {
@@ -288,6 +268,7 @@ CHECKS: dict[str, Callable[[CheckContext], Iterator[Finding]]] = {
     "template": check_template,
     "gpu": check_gpu,
     "disk": check_disk,
+    "outputs": check_outputs,
     "memory": check_memory,
     "tensorboard": check_port,
 }
@@ -302,8 +283,8 @@ def run(context: CheckContext) -> list[Finding]:
         except SftError as error:
             findings.append(_error(name, error))
         except Exception as error:
-            message = f"{type(error).__name__}: {one_line(error)}"
-            findings.append(Finding("error", name, message, "this is a bug of sft-play: report it with this line"))
+            fix = "this is a bug of sft-play: report it with this line"
+            findings.append(Finding("error", name, f"{type(error).__name__}: {one_line(error)}", fix))
     return findings
 
 
