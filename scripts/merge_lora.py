@@ -45,7 +45,7 @@ def _merge(args: argparse.Namespace, out: Path, root: Path) -> dict[str, Any]:
     from sft.ship.merge import merge
 
     loaded = load(args.config, args.set, root=root)
-    base = loaded.config.model.name if loaded.origin["model.name"] == "--set" else None
+    base = loaded.config.model.name if str(loaded.origin("model.name")).startswith("--set") else None
     with console.progress("merging") as advance:
         report = merge(
             args.adapters or root / "adapters" / "last",

@@ -113,8 +113,8 @@ def test_a_key_written_twice_names_both_lines() -> None:
     problems = load.Problems()
     load.parse("train:\n  seed: 1\n  epochs: 2\n  seed: 3\ntrain: {}\n", "x.yaml", problems)
     assert [(problem.what, problem.where) for problem in problems] == [
-        ("the key `train.seed` is given twice: x.yaml:2 and x.yaml:4", "x.yaml:4"),
-        ("the key `train` is given twice: x.yaml:1 and x.yaml:5", "x.yaml:5"),
+        ("the key `train.seed` is set twice: x.yaml:2 and x.yaml:4", "x.yaml:4"),
+        ("the key `train` is set twice: x.yaml:1 and x.yaml:5", "x.yaml:5"),
     ]
 
 
@@ -136,15 +136,9 @@ def test_a_recursive_anchor_is_refused() -> None:
         read("a: &a [*a]")
 
 
-@pytest.mark.parametrize("depth", [60, 5_000])
-def test_deep_nesting_is_refused(depth: int) -> None:
+def test_deep_nesting_is_refused() -> None:
     with pytest.raises(ConfigError, match="nested too deeply"):
-        read("a: " + "[" * depth + "]" * depth)
-
-
-def test_a_huge_file_is_refused() -> None:
-    with pytest.raises(ConfigError, match="too long for a configuration"):
-        read("# " + "x" * 300_000)
+        read("a: " + "[" * 5_000 + "]" * 5_000)
 
 
 # The same examples every time, however busy the machine is.

@@ -20,7 +20,6 @@ EFFECTIVE_BATCH = 16
 MAX_MICRO_BATCH_TOKENS = 4096
 # Full fine-tuning, by the model's nominal size in billions of parameters (decision 0001).
 FULL_RATES = {1: 1e-4, 7: 2e-5, 13: 1e-5, 70: 5e-6}
-ADAPTER_RATE_SMALL, ADAPTER_RATE_LARGE, ADAPTER_LARGE_FROM = 2e-4, 1e-4, 3e9
 LOWER_IS_BETTER = ("loss", "perplexity", "repetition", "empty_rate", "wer", "cer", "ter")
 
 
@@ -43,11 +42,9 @@ class Facts:
 
     @property
     def has_bf16(self) -> bool:
-        if self.device == "cpu":
-            return True
-        if self.capability is None:
-            return bool(self.bf16_supported)
-        return self.ampere and self.bf16_supported is not False
+        if self.device == "cuda" and self.capability is not None:
+            return self.ampere and self.bf16_supported is not False
+        return self.device == "cpu" or bool(self.bf16_supported)
 
     @property
     def ampere(self) -> bool:
@@ -63,36 +60,30 @@ class Facts:
 
 @dataclass(frozen=True)
 class Resolved:
-    """A configuration without `auto` in `train`, and the reason of every value that a rule chose.
-
-    warnings: consequences of explicit values that the user should know; they have been logged.
-    """
+    """A configuration without `auto` in `train`, and the reason of every value that a rule chose."""
 
     config: Config
     reasons: dict[str, str]
-    warnings: tuple[str, ...] = ()
 
 
 def resolve(config: Config, facts: Facts) -> Resolved:
-    """Replaces every `auto` of `train` by the value of its rule.
+    """Replaces every `auto` of `train` by the value of its rule; logs explicit values that this machine handles badly.
 
     data.template_path, tuning.lora.target_modules and the `auto`s of `model` depend on the model and are resolved when
     it is loaded. Raises ConfigError when batch_size, grad_accum and effective_batch contradict each other.
     """
-    reasons, warnings = {}, list[str]()
+    reasons = {}
     if config.train.bf16 is True and not facts.has_bf16:
-        warnings.append(f"train.bf16 is true, but {facts.name} has no bfloat16: it is emulated and slow")
+        log.warning(f"train.bf16 is true, but {facts.name} has no bfloat16: it is emulated and slow")
     if config.train.fp16 is True and facts.device == "cpu":
-        warnings.append("train.fp16 is true on the CPU, where it is slow and may overflow: bf16 is better there")
+        log.warning("train.fp16 is true on the CPU, where it is slow and may overflow: bf16 is better there")
     for name, rule in RULES.items():
         if getattr(config.train, name) in ("auto", None):
             value, reasons[f"train.{name}"] = rule(config, facts)
             config = config.model_copy(update={"train": config.train.model_copy(update={name: value})})
     if facts.seq2seq and config.train.fp16 is True and facts.device == "cuda":
-        warnings.append("fp16 overflows in some encoder-decoder models: --set train.fp16=false if the loss is NaN")
-    for warning in warnings:
-        log.warning(warning)
-    return Resolved(config, reasons, tuple(warnings))
+        log.warning("fp16 overflows in some encoder-decoder models: --set train.fp16=false if the loss is NaN")
+    return Resolved(config, reasons)
 
 
 def _bf16(config: Config, facts: Facts) -> tuple[bool, str]:
@@ -104,10 +95,8 @@ def _bf16(config: Config, facts: Facts) -> tuple[bool, str]:
 def _fp16(config: Config, facts: Facts) -> tuple[bool, str]:
     if config.train.bf16:
         return False, "bf16 is on"
-    return (
-        facts.device == "cuda",
-        "16-bit on a GPU without bf16" if facts.device == "cuda" else "bf16 is off: fp32 on the CPU",
-    )
+    on_gpu = facts.device == "cuda"
+    return on_gpu, "16-bit on a GPU without bf16" if on_gpu else "bf16 is off: fp32 on the CPU"
 
 
 def _learning_rate(config: Config, facts: Facts) -> tuple[float, str]:
@@ -119,17 +108,15 @@ def _learning_rate(config: Config, facts: Facts) -> tuple[float, str]:
         nominal = min(FULL_RATES, key=lambda known: abs(math.log(billions / known)))
         return FULL_RATES[nominal], f"full tuning of {size}: the rate of the {nominal}B class"
     if parameters is None:
-        return ADAPTER_RATE_LARGE, f"{mode} on {size}, which may be 3B or more"
-    small = parameters < ADAPTER_LARGE_FROM
-    rate = ADAPTER_RATE_SMALL if small else ADAPTER_RATE_LARGE
-    return rate, f"{mode} on {size}: {'below 3B' if small else '3B or more'}"
+        return 1e-4, f"{mode} on {size}, which may be 3B or more"
+    return (2e-4, f"{mode} on {size}: below 3B") if parameters < 3e9 else (1e-4, f"{mode} on {size}: 3B or more")
 
 
 def _epochs(config: Config, facts: Facts) -> tuple[float, str]:
     rows = facts.train_rows
-    epochs = 3.0 if rows is None else 5.0 if rows < 1_000 else 3.0 if rows < 10_000 else 1.0
-    reason = "the number of rows is not known" if rows is None else f"{rows:,} training rows"
-    return epochs, reason + ("; max_steps ends the run" if config.train.max_steps is not None else "")
+    if rows is None:
+        return 3.0, "the number of rows is not known"
+    return 5.0 if rows < 1_000 else 3.0 if rows < 10_000 else 1.0, f"{rows:,} training rows"
 
 
 Number = int | Literal["auto"]
@@ -167,31 +154,28 @@ def batch_plan(
     return effective, rows, micro_batches
 
 
-def _batch(config: Config, facts: Facts) -> tuple[int, int, int]:
-    train, measured = config.train, facts.measured_batch
-    if facts.device == "cpu" and measured is None:
-        measured = 1 << 30
-    return batch_plan(train.effective_batch, train.batch_size, train.grad_accum, measured)
+def _batch(name: str) -> Callable[[Config, Facts], tuple[int, str]]:
+    """The rule of effective_batch, batch_size or grad_accum."""
 
+    def rule(config: Config, facts: Facts) -> tuple[int, str]:
+        train, measured, on_cpu = config.train, facts.measured_batch, facts.device == "cpu"
+        whole_step = 1 << 30 if on_cpu and measured is None else measured
+        effective, rows, count = batch_plan(train.effective_batch, train.batch_size, train.grad_accum, whole_step)
+        if name == "effective_batch":
+            return effective, "the default" if effective == EFFECTIVE_BATCH else "follows batch_size and grad_accum"
+        if name == "grad_accum":
+            return count, f"{effective} rows in micro-batches of {rows}"
+        if train.grad_accum != "auto":
+            return rows, f"{effective} rows in {train.grad_accum} micro-batches"
+        if measured is not None:
+            return rows, f"{measured} rows at max_seq_len were measured to fit"
+        return rows, "the whole step; micro_batch_tokens splits it" if on_cpu else "not measured yet"
 
-def _effective_batch(config: Config, facts: Facts) -> tuple[int, str]:
-    effective = _batch(config, facts)[0]
-    return effective, "the default" if effective == EFFECTIVE_BATCH else "follows batch_size and grad_accum"
-
-
-def _batch_size(config: Config, facts: Facts) -> tuple[int, str]:
-    if config.train.grad_accum != "auto":
-        reason = f"{config.train.effective_batch} rows in {config.train.grad_accum} micro-batches"
-    elif facts.measured_batch is not None:
-        reason = f"{facts.measured_batch} rows at max_seq_len were measured to fit"
-    else:
-        reason = "the whole step; micro_batch_tokens splits it" if facts.device == "cpu" else "not measured yet"
-    return _batch(config, facts)[1], reason
+    return rule
 
 
 def _micro_batch_tokens(config: Config, facts: Facts) -> tuple[int, str]:
-    effective, rows, _ = _batch(config, facts)
-    rows, length = min(rows, effective), config.model.max_seq_len
+    rows, length = min(int(config.train.batch_size), int(config.train.effective_batch)), config.model.max_seq_len
     tokens = max(length, min(rows * length, MAX_MICRO_BATCH_TOKENS))
     return tokens, f"{rows} rows of {length}, at most {MAX_MICRO_BATCH_TOKENS}"
 
@@ -216,11 +200,9 @@ RULES: dict[str, Callable[[Config, Facts], tuple[Any, str]]] = {
     ),
     "learning_rate": _learning_rate,
     "epochs": _epochs,
-    "effective_batch": _effective_batch,
-    "batch_size": _batch_size,
-    "grad_accum": lambda config, facts: (
-        _batch(config, facts)[2], f"{config.train.effective_batch} rows in micro-batches of {config.train.batch_size}"
-    ),
+    "effective_batch": _batch("effective_batch"),
+    "batch_size": _batch("batch_size"),
+    "grad_accum": _batch("grad_accum"),
     "micro_batch_tokens": _micro_batch_tokens,
     "eval_steps": lambda config, facts: (config.train.save_steps, "follows save_steps"),
     "save_strategy": lambda config, facts: (

@@ -17,11 +17,11 @@ import yaml
 from pydantic import ValidationError
 
 from sft.config.reference import Field, table
-from sft.config.schema import RENAMED, Config, train_conflicts
+from sft.config.schema import RENAMED, Config
 from sft.errors import ConfigError, SftError, nearest, one_line
 
 PROJECT = Path(__file__).resolve().parents[3]
-MAX_CHARACTERS, MAX_NODES, MAX_DEPTH = 256 * 1024, 20_000, 40
+MAX_NODES = 20_000
 
 
 class Problems(list[SftError]):
@@ -54,7 +54,7 @@ def resolve_path(root: Path, text: str | Path, *, inside: bool = True) -> Path:
     must not reach files that its reader never named.
     """
     path = Path(text).expanduser()
-    resolved = Path(os.path.normpath(path if path.is_absolute() else root.absolute() / path))
+    resolved = Path(os.path.normpath(root.absolute() / path))
     if inside and not path.is_absolute() and not resolved.is_relative_to(os.path.normpath(root.absolute())):
         raise ConfigError(
             f"the path {text} leads out of the project ({root})", fix=f"if it is meant, write it out: {resolved}"
@@ -123,14 +123,14 @@ def scalar(text: str) -> Any:
     return int(value) if "." not in text and abs(value) < 2**53 and value == int(value) else value
 
 
-def plain(node: Node, *, text: bool = False) -> Any:
-    """The value without its places. text: numbers as they were written, for keys that take only text."""
+def plain(node: Node, key: str = "") -> Any:
+    """The value of the dotted `key` without its places; numbers are as they were written where the key takes text."""
     if isinstance(node.value, dict):
-        return {key: plain(child, text=text) for key, child in node.value.items()}
+        return {name: plain(child, f"{key}.{name}".lstrip(".")) for name, child in node.value.items()}
     if isinstance(node.value, list):
-        return [plain(child, text=text) for child in node.value]
-    is_number = isinstance(node.value, int | float) and not isinstance(node.value, bool)
-    return node.raw if text and is_number and node.raw is not None else node.value
+        return [plain(child, f"{key}[]") for child in node.value]
+    field, is_number = table().get(key.removesuffix("[]")), isinstance(node.value, int | float)
+    return node.raw if field and field.text and is_number and not isinstance(node.value, bool) else node.value
 
 
 class _Loader(yaml.SafeLoader):
@@ -145,10 +145,44 @@ def parse(text: str, name: str, problems: Problems, prefix: str = "") -> Node | 
     name: the file in messages. prefix: the dotted section that the text belongs to. Duplicate keys and unusual tags are
     added to `problems`. Raises ConfigError with file:line when the text is not YAML at all.
     """
-    if len(text) > MAX_CHARACTERS:
-        raise ConfigError(f"too long for a configuration ({len(text):,} characters)", where=name)
+    count = 0
+
+    def place(node: yaml.Node) -> str:
+        return name if name.startswith("--set") else f"{name}:{node.start_mark.line + 1}"
+
+    def read(node: yaml.Node, prefix: str) -> Node:
+        nonlocal count
+        count += 1
+        if count > MAX_NODES:
+            raise ConfigError("its aliases expand to too many values", where=place(node), fix="write the values out")
+        if isinstance(node, yaml.MappingNode):
+            return Node(mapping(node, prefix), place(node))
+        if isinstance(node, yaml.SequenceNode):
+            return Node([read(child, prefix) for child in node.value], place(node))
+        if node.tag == _PLAIN:
+            return Node(scalar(node.value), place(node), node.value)
+        if node.tag != f"{_CORE}str":
+            problems.add(f"the tag `{node.tag}` is not supported", place(node), "write the value without it")
+        return Node(node.value, place(node))
+
+    def mapping(node: yaml.MappingNode, prefix: str) -> Tree:
+        tree = Tree()
+        for key_node, value_node in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                problems.add("a key must be a plain word", place(key_node))
+                continue
+            key = RENAMED.get(prefix + key_node.value, prefix + key_node.value)
+            own, value = key.removeprefix(prefix), read(value_node, f"{key}.")
+            if own in tree:
+                what = f"the key `{key}` is set twice: {tree[own].where} and {place(key_node)}"
+                problems.add(what, place(key_node), "remove one of the two lines")
+            elif value.value is not None or not _is_section(key):
+                tree[own] = Node(value.value, place(key_node), value.raw)
+        return tree
+
     try:
         root = _Loader(text).get_single_node()  # type: ignore[no-untyped-call]
+        return None if root is None else read(root, prefix)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
         what = getattr(error, "problem", None) or getattr(error, "context", None) or error
@@ -157,48 +191,6 @@ def parse(text: str, name: str, problems: Problems, prefix: str = "") -> Node | 
         raise ConfigError(f"not valid YAML: {one_line(what)}", where=where, fix=fix) from None
     except RecursionError:
         raise ConfigError("nested too deeply", where=name) from None
-    return None if root is None else _Reader(name, problems).read(root, 0, prefix)
-
-
-class _Reader:
-    """Turns PyYAML's nodes into ours: keys by their current name, duplicates reported, sizes bounded."""
-
-    def __init__(self, name: str, problems: Problems) -> None:
-        self.name, self.problems, self.nodes = name, problems, 0
-
-    def place(self, node: yaml.Node) -> str:
-        return self.name if self.name.startswith("--set") else f"{self.name}:{node.start_mark.line + 1}"
-
-    def read(self, node: yaml.Node, depth: int, prefix: str) -> Node:
-        self.nodes += 1
-        if self.nodes > MAX_NODES or depth > MAX_DEPTH:
-            what = "nested too deeply" if depth > MAX_DEPTH else "its aliases expand to too many values"
-            raise ConfigError(what, where=self.place(node), fix="write the values out without `*` and `<<`")
-        if isinstance(node, yaml.MappingNode):
-            return Node(self.mapping(node, depth, prefix), self.place(node))
-        if isinstance(node, yaml.SequenceNode):
-            return Node([self.read(child, depth + 1, prefix) for child in node.value], self.place(node))
-        if node.tag == _PLAIN:
-            return Node(scalar(node.value), self.place(node), node.value)
-        if node.tag != f"{_CORE}str":
-            self.problems.add(f"the tag `{node.tag}` is not supported", self.place(node), "write the value without it")
-        return Node(node.value, self.place(node))
-
-    def mapping(self, node: yaml.MappingNode, depth: int, prefix: str) -> Tree:
-        tree = Tree()
-        for key_node, value_node in node.value:
-            place = self.place(key_node)
-            if not isinstance(key_node, yaml.ScalarNode):
-                self.problems.add("a key must be a plain word", place)
-                continue
-            key = RENAMED.get(prefix + key_node.value, prefix + key_node.value)
-            name, value = key.removeprefix(prefix), self.read(value_node, depth + 1, f"{key}.")
-            if name in tree:
-                what = f"the key `{key}` is given twice: {tree[name].where} and {place}"
-                self.problems.add(what, place, "remove one of the two lines")
-            elif value.value is not None or not _is_section(key):
-                tree[name] = Node(value.value, place, value.raw)
-        return tree
 
 
 def _is_section(key: str) -> bool:
@@ -249,7 +241,7 @@ def read(path: Path, root: Path, problems: Problems, chain: tuple[Path, ...] = (
         places = (path.parent / Path(entry.value).expanduser(), resolve_path(root, entry.value, inside=False))
         included = next((place for place in (*places, shipped(root, entry.value)) if place.is_file()), None)
         if included is None:
-            what = f"the included file `{entry.value}` was not found: neither {places[0]} nor {places[1]}"
+            what = f"the included file `{entry.value}` was not found beside this file or in {root}"
             problems.add(what, entry.where, "correct the path, or remove the line")
         elif included.resolve() in chain:
             links = [*chain[chain.index(included.resolve()) :], included]
@@ -313,35 +305,18 @@ def parse_set(item: str, problems: Problems) -> Tree:
 
 def validate(tree: Tree, problems: Problems) -> Config | None:
     """The Config, or None with every mistake added to `problems`."""
-    train = find(tree, "train")
-    for what, keys in train_conflicts(plain(train) if train and isinstance(train.value, dict) else {}):
-        nodes = {key: node for key in keys if (node := find(tree, key))}
-        where = ", ".join(f"{node.where} ({key})" for key, node in nodes.items())
-        problems.add(what, where, "remove one of them, so that it takes its default")
     try:
-        return Config.model_validate(_values(tree, ""), strict=True)
+        return Config.model_validate(plain(Node(tree, "")), strict=True)
     except ValidationError as error:
-        entries = [entry for entry in error.errors(include_url=False, include_context=False) if entry["loc"]]
-    located: dict[str, tuple[str, Node | None, Any]] = {}
+        entries = error.errors(include_url=False, include_context=False)
+    located: dict[str, tuple[Node, Any]] = {}
     for entry in entries:  # pydantic reports every member of a union; one problem for each value is enough
-        key, item, node = _locate(tree, entry["loc"])
-        located.setdefault(item, (key, node, entry))
-    for item, (key, node, entry) in located.items():
+        item, node = _locate(tree, entry["loc"])
+        located.setdefault(item, (node, entry))
+    for item, (node, entry) in located.items():
         if not any(other.startswith(item + "[") for other in located):
-            problems.append(_problem(key, item, node, entry))
+            problems.append(_problem(item, node, entry))
     return None
-
-
-def _values(tree: Tree, prefix: str) -> dict[str, Any]:
-    """Plain values for the schema."""
-    values: dict[str, Any] = {}
-    for key, node in tree.items():
-        field = table().get(prefix + key)
-        if field and field.section and isinstance(node.value, dict):
-            values[key] = _values(node.value, f"{prefix}{key}.")
-        else:
-            values[key] = plain(node, text=bool(field and field.text))
-    return values
 
 
 def find(tree: Tree, key: str) -> Node | None:
@@ -352,84 +327,75 @@ def find(tree: Tree, key: str) -> Node | None:
     return node
 
 
-def _locate(tree: Tree, location: tuple[int | str, ...]) -> tuple[str, str, Node | None]:
-    """The key, the item in it (`key[0].name`) and its node; the names of union members in `location` are skipped."""
-    node, key, item = Node(tree, ""), "", ""
+def _locate(tree: Tree, location: tuple[int | str, ...]) -> tuple[str, Node]:
+    """The dotted key or item (`key[0].name`) and its node; the names of union members in `location` are skipped."""
+    node, item = Node(tree, ""), ""
     for part in location:
         if isinstance(node.value, dict) and part in node.value:
             node, item = node.value[part], f"{item}.{part}".lstrip(".")
-        elif isinstance(node.value, list) and isinstance(part, int) and part < len(node.value):
+        elif isinstance(node.value, list) and isinstance(part, int):
             node, item = node.value[part], f"{item}[{part}]"
-        key = key if "[" in item else item
-    return key, item, node if key else None
+    return item, node
 
 
-def _problem(key: str, item: str, node: Node | None, entry: Any) -> ConfigError:
+def _problem(item: str, node: Node, entry: Any) -> ConfigError:
     """One of pydantic's errors with the key, its place and what to write instead."""
-    where, field, kind = node.where if node else None, table().get(key), entry["type"]
+    key, kind = re.sub(r"\[\d+\]", "[]", item), entry["type"]
+    field = table().get(key.removesuffix("[]"))
+    page = f"see `{field.key}` in docs/CONFIG.md" if field else "see docs/CONFIG.md for every key"
     if kind == "value_error":
-        return ConfigError(f"`{item}`: {entry['msg'].removeprefix('Value error, ')}", where=where, fix=_page(key))
+        what = f"`{item}`: {entry['msg'].removeprefix('Value error, ')}"
+        if not isinstance(node.value, dict):
+            return ConfigError(what, where=node.where, fix=page)
+        keys = {name: child for name, child in node.value.items() if re.search(rf"\b{name}\b", what)}
+        places = ", ".join(f"{child.where} ({item}.{name})" for name, child in keys.items())
+        return ConfigError(what, where=places or node.where, fix="change one, or remove it to take its default")
     if field is None or kind == "extra_forbidden":
-        return ConfigError(f"unknown key `{item}`", where=where, fix=_did_you_mean(item) or _page(key))
+        return ConfigError(f"unknown key `{item}`", where=node.where, fix=_did_you_mean(key) or page)
     if kind == "missing":
-        return ConfigError(f"`{item}`: `{entry['loc'][-1]}` is missing", where=where, fix=_page(key))
-    if item != key and field.expected == "a list of mappings":
-        expected = "a mapping" if kind == "model_type" else entry["msg"].removeprefix("Input should be ")
-        return ConfigError(f"`{item}`: expected {expected}, not {_shown(node)}", where=where, fix=_page(key))
-    expected = "text" if item != key else field.expected
-    return ConfigError(f"`{item}`: expected {expected}, not {_shown(node)}", where=where, fix=_fix(field, node))
+        return ConfigError(f"`{item}`: `{entry['loc'][-1]}` is missing", where=node.where, fix=page)
+    expected = field.expected
+    if item.endswith("]"):  # of a list
+        expected = "a mapping" if "mappings" in expected else f"one of {expected}" if "`" in expected else "text"
+    return ConfigError(f"`{item}`: expected {expected}, not {_shown(node)}", where=node.where, fix=_fix(field, node))
 
 
-def _page(key: str) -> str:
-    return f"see `{key}` in docs/CONFIG.md" if key in table() else "see docs/CONFIG.md for every key"
-
-
-def _shown(node: Node | None) -> str:
-    value = plain(node) if node else None
+def _shown(node: Node) -> str:
+    value = node.value
     if isinstance(value, dict | list):
         return "a mapping" if isinstance(value, dict) else "a list"
     if isinstance(value, bool) or value is None:
         return "null" if value is None else f"`{str(value).lower()}`"
-    return f"the text {value[:60]!r}" if isinstance(value, str) else str(node.raw if node and node.raw else value)[:60]
+    return f"the text {value[:60]!r}" if isinstance(value, str) else str(node.raw or value)[:60]
 
 
-def _fix(field: Field, node: Node | None) -> str:
-    name, value = field.key.rpartition(".")[2], node.value if node else None
-    if field.section and value is not None:
-        keys = [each.key for each in table().values() if each.key.rpartition(".")[0] == field.key]
-        return f"its keys are {', '.join(key.rpartition('.')[2] for key in keys)}, each on an indented line of its own"
-    if isinstance(value, str) and (close := nearest(value.lower(), field.choices)):
+def _fix(field: Field, node: Node) -> str:
+    if field.section and node.value is not None:
+        names = [key.removeprefix(f"{field.key}.") for key in table() if key.startswith(f"{field.key}.")]
+        return f"its keys are {', '.join(name for name in names if '.' not in name)}, each on an indented line"
+    if isinstance(node.value, str) and (close := nearest(node.value.lower(), field.choices)):
         return f"did you mean `{close}`?"
-    return f"the default is `{name}: {field.shown_default}`"
+    return f"the default is `{field.key.rpartition('.')[2]}: {field.shown_default}`"
 
 
-OTHER_TRAINERS = {  # keys of TRL, transformers, Axolotl and LLaMA-Factory -> ours
-    "base_model": "model.name",
-    "model_name": "model.name",
-    "model_name_or_path": "model.name",
-    "max_seq_length": "model.max_seq_len",
-    "max_length": "model.max_seq_len",
-    "sequence_len": "model.max_seq_len",
-    "cutoff_len": "model.max_seq_len",
-    "lora_r": "tuning.lora.r",
-    "lora_rank": "tuning.lora.r",
-    "lora_alpha": "tuning.lora.alpha",
-    "lora_dropout": "tuning.lora.dropout",
-    "lora_target": "tuning.lora.target_modules",
-    "load_in_4bit": "tuning.mode",
-    "adapter": "tuning.mode",
-    "lr": "train.learning_rate",
-    "num_epochs": "train.epochs",
-    "num_train_epochs": "train.epochs",
-    "per_device_train_batch_size": "train.batch_size",
-    "micro_batch_size": "train.batch_size",
-    "gradient_accumulation_steps": "train.grad_accum",
-    "lr_scheduler": "train.lr_scheduler_type",
-    "mixed_precision": "train.bf16",
-    "optimizer": "train.optim",
-    "logging_steps": "logging.log_interval",
-    "report_to": "logging.backend",
-    "dataset": "data.raw_path",
+OTHER_TRAINERS = {  # our key -> its names in TRL, transformers, Axolotl and LLaMA-Factory
+    "model.name": ("base_model", "model_name", "model_name_or_path"),
+    "model.max_seq_len": ("max_seq_length", "max_length", "sequence_len", "cutoff_len"),
+    "tuning.lora.r": ("lora_r", "lora_rank"),
+    "tuning.lora.alpha": ("lora_alpha",),
+    "tuning.lora.dropout": ("lora_dropout",),
+    "tuning.lora.target_modules": ("lora_target", "lora_target_modules"),
+    "tuning.mode": ("load_in_4bit", "adapter", "finetuning_type"),
+    "train.learning_rate": ("lr",),
+    "train.epochs": ("num_epochs", "num_train_epochs"),
+    "train.batch_size": ("per_device_train_batch_size", "micro_batch_size"),
+    "train.grad_accum": ("gradient_accumulation_steps",),
+    "train.lr_scheduler_type": ("lr_scheduler",),
+    "train.bf16": ("mixed_precision",),
+    "train.optim": ("optimizer",),
+    "logging.log_interval": ("logging_steps",),
+    "logging.backend": ("report_to",),
+    "data.raw_path": ("dataset", "datasets"),
 }
 
 
@@ -439,8 +405,7 @@ def _did_you_mean(key: str) -> str | None:
     names = {known: known.rpartition(".")[2] for known in table()}
     siblings = [last for known, last in names.items() if known.rpartition(".")[0] == section]
     hits = [known for known, last in names.items() if last == name]
-    if not hits and name in OTHER_TRAINERS:
-        hits = [OTHER_TRAINERS[name]]
+    hits = hits or [known for known, others in OTHER_TRAINERS.items() if name in others]
     if not hits and (close := nearest(name, siblings)):
         hits = [f"{section}.{close}".lstrip(".")]
     if not hits and (close := nearest(name, names.values(), 0.7)):
@@ -454,20 +419,19 @@ def _did_you_mean(key: str) -> str | None:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A configuration and where it came from.
-
-    origin: dotted key -> "file:line", "--set" or "default".
-    """
+    """A configuration and the merged tree that it came from."""
 
     config: Config
-    origin: dict[str, str]
+    tree: Tree
+
+    def origin(self, key: str) -> str | None:
+        """The "file:line" or "--set ..." that sets `key`, or begins to set a section; None for a default."""
+        node = find(self.tree, key)
+        return node.where if node else None
 
     def is_set(self, key: str) -> bool:
         """Whether a file or --set sets `key` (or, for a section, a key in it)."""
-        origins = [origin for known, origin in self.origin.items() if known == key or known.startswith(key + ".")]
-        if not origins:
-            raise KeyError(key)
-        return any(origin != "default" for origin in origins)
+        return find(self.tree, key) is not None
 
 
 def load(path: Path | str, sets: Sequence[str] = (), *, root: Path) -> Loaded:
@@ -489,18 +453,7 @@ def load(path: Path | str, sets: Sequence[str] = (), *, root: Path) -> Loaded:
     config = validate(tree, problems)
     problems.raise_all(path)
     assert config is not None
-    return Loaded(config, _origins(tree))
-
-
-def _origins(tree: Tree) -> dict[str, str]:
-    """The place that sets each key (sections left out), or "default"."""
-    origins: dict[str, str] = {}
-    for key, field in table().items():
-        node = find(tree, key)
-        if field.section and (not field.nullable or node is None or isinstance(node.value, dict)):
-            continue
-        origins[key] = "default" if node is None else "--set" if node.where.startswith("--set") else node.where
-    return origins
+    return Loaded(config, tree)
 
 
 def dump_config(config: Config) -> str:

@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-import types
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Any
 
-from annotated_types import Ge, Gt, Le, Lt, MinLen
-from pydantic.fields import FieldInfo
+from sft.config.schema import Config
 
-from sft.config.schema import Config, Section
+WORDS = {
+    "boolean": "`true` or `false`", "string": "text", "null": "null", "integer": "a whole number", "number": "a number",
+    "object": "a mapping",
+}  # fmt: skip
+LIMITS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
 
 
 @dataclass(frozen=True)
 class Field:
-    """One key of the schema.
+    """One key of the schema; of an entry of a list of mappings, `data.sources[].path`.
 
-    section: its class, when the key is a mapping of other keys. text: it takes text, or a list of texts, and no number,
-    so that `2024` or `007` is read as written.
+    section: whether the key is a mapping of other keys. text: it takes text, or a list of texts, and no number, so that
+    `2024` or `007` is read as written.
     """
 
     key: str
     expected: str
     default: Any
     description: str
-    section: type[Section] | None
+    section: bool
     nullable: bool
     text: bool
     choices: tuple[str, ...]
@@ -42,72 +44,55 @@ class Field:
 @cache
 def table() -> dict[str, Field]:
     """Every key, sections included, in the order of the schema."""
-    return {field.key: field for field in _walk(Config, "")}
+    schema = Config.model_json_schema()
+    return {field.key: field for field in _walk(schema, "", schema["$defs"])}
 
 
-def _walk(section: type[Section], prefix: str) -> Iterator[Field]:
-    for name, info in section.model_fields.items():
-        field = _field(prefix + name, info)
-        yield field
-        if field.section:
-            yield from _walk(field.section, field.key + ".")
+def _walk(section: dict[str, Any], prefix: str, definitions: dict[str, Any]) -> Iterator[Field]:
+    """The keys of one section of the JSON schema, and of the sections in it."""
+    for name, entry in section["properties"].items():
+        members = entry.get("anyOf", [entry])
+        items = [member.get("items", {}) for member in members]
+        inner = next((definitions[each["$ref"].split("/")[-1]] for each in members + items if "$ref" in each), None)
+        is_section = any("$ref" in member for member in members)
+        yield Field(
+            key=prefix + name,
+            expected=" or ".join(map(_expected, members)),
+            default=None if is_section else entry.get("default", "(required)"),
+            description=entry.get("description") or inner["description"],
+            section=is_section,
+            nullable={"type": "null"} in members,
+            text=any(_takes_text(each) for each in members + items) and not any(map(_takes_numbers, members)),
+            choices=tuple(str(choice) for each in members + items for choice in _choices(each)),
+        )
+        if inner:
+            yield from _walk(inner, f"{prefix}{name}." if is_section else f"{prefix}{name}[].", definitions)
 
 
-def _field(key: str, info: FieldInfo) -> Field:
-    members = list(_members(info.annotation, info.metadata))
-    kinds = [kind for kind, _ in members]
-    section = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)
-    default = "(required)" if info.is_required() else info.get_default(call_default_factory=True)  # type: ignore[call-arg]
-    return Field(
-        key=key,
-        expected=" or ".join(_expected(kind, limits) for kind, limits in members),
-        default=None if section else default,
-        description=info.description or (section.__doc__ if section else None) or "",
-        section=section,
-        nullable=type(None) in kinds,
-        text=(str in kinds or list[str] in kinds) and not {int, float} & set(kinds),
-        choices=tuple(str(choice) for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)),
-    )
+def _choices(member: dict[str, Any]) -> list[Any]:
+    return member.get("enum") or ([member["const"]] if "const" in member else [])
 
 
-def _members(annotation: Any, limits: list[Any]) -> Iterator[tuple[Any, list[Any]]]:
-    """The members of a union, each with its limits."""
-    if get_origin(annotation) in (Union, types.UnionType):
-        for member in get_args(annotation):
-            yield from _members(member, limits)
-    elif get_origin(annotation) is Annotated:
-        kind, *own = get_args(annotation)
-        yield kind, [*own, *limits]
-    else:
-        yield annotation, limits
+def _takes_text(member: dict[str, Any]) -> bool:
+    return member.get("type") == "string" and not _choices(member)
 
 
-def _expected(kind: Any, limits: list[Any]) -> str:
+def _takes_numbers(member: dict[str, Any]) -> bool:
+    return member.get("type") in ("integer", "number")
+
+
+def _expected(member: dict[str, Any]) -> str:
     """What one member of a type takes, in words."""
-    origin, arguments = get_origin(kind), get_args(kind)
-    if origin is Literal:
-        choices = ", ".join(f"`{choice}`" for choice in arguments)
-        return choices if len(arguments) == 1 else f"one of {choices}"
-    if origin is list and get_origin(arguments[0]) is Literal:
-        return f"a list of {', '.join(f'`{choice}`' for choice in get_args(arguments[0]))}"
-    if origin is list and arguments[0] is not str:
-        return "a list of mappings"
-    if origin is None and issubclass(kind, Section):
+    if choices := [f"`{choice}`" for choice in _choices(member)]:
+        return choices[0] if len(choices) == 1 else f"one of {', '.join(choices)}"
+    if "$ref" in member:
         return "a mapping of keys"
-    words = {
-        bool: "`true` or `false`", str: "text", type(None): "null", int: "a whole number", float: "a number",
-        list: "a list of texts", dict: "a mapping",
-    }[origin or kind]  # fmt: skip
-    limit_words = [text for limit in limits for text in _limit(limit, kind)]
-    return f"{words} ({', '.join(limit_words)})" if limit_words else words
-
-
-def _limit(limit: Any, kind: Any) -> Iterator[str]:
-    if kind is str and isinstance(limit, MinLen):
-        yield "not empty"
-    for family, name, word in ((Ge, "ge", "at least"), (Gt, "gt", "above"), (Le, "le", "at most"), (Lt, "lt", "below")):
-        if kind in (int, float) and isinstance(limit, family):
-            yield f"{word} {getattr(limit, name)}"
+    if member["type"] == "array":
+        choices = [f"`{choice}`" for choice in _choices(member["items"])]
+        return f"a list of {', '.join(choices) or ('mappings' if '$ref' in member['items'] else 'texts')}"
+    limits = [f"{word} {member[limit]:g}" for limit, word in LIMITS.items() if limit in member]
+    limits += ["not empty"] if "minLength" in member else []
+    return WORDS[member["type"]] + (f" ({', '.join(limits)})" if limits else "")
 
 
 HEAD = """# Every key of a configuration
@@ -127,14 +112,11 @@ def markdown() -> str:
     """The text of docs/CONFIG.md."""
     lines, fields = [HEAD], list(table().values())
     for section in (field for field in fields if field.section and "." not in field.key):
-        lines += [
-            f"## `{section.key}`\n\n{section.description}\n",
-            "| key | takes | default | meaning |\n|---|---|---|---|",
-        ]
+        lines.append(f"## `{section.key}`\n\n{section.description}\n\n| key | takes | default | meaning |")
+        lines.append("|---|---|---|---|")
         for field in fields:
             if field.key.startswith(section.key + ".") and (not field.section or field.nullable):
-                default = "null" if field.section else field.shown_default
-                cells = (f"`{field.key}`", field.expected, f"`{default}`", field.description)
+                cells = (f"`{field.key}`", field.expected, f"`{field.shown_default}`", field.description)
                 lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         lines.append("")
     return "\n".join(lines).rstrip() + "\n"

@@ -6,7 +6,6 @@ Sections are frozen and strict and take no unknown key; `load` reads files into 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
 from datetime import date
 from typing import Annotated, Any, Literal
 
@@ -145,9 +144,7 @@ class DataSection(Section):
     )
     sources: list[SourceSection] = key(
         [],
-        "Several sources instead of `raw_path`: [{path: P, weight: 1.0, limit: null}, ...]; also"
-        " `hub_config`, `hub_split`. A weight of 2 trains on each row twice, 0.5 on half of them; a limit"
-        " selects the rows with the smallest hashes.",
+        "Several sources instead of `raw_path`: [{path: P, weight: 1.0, limit: null}, ...].",
     )
     format: Literal["auto", "chat", "qa", "prompt", "alpaca", "sharegpt", "messages", "rendered", "text", "columns"] = (
         key("auto", "Format of raw rows; `auto` detects it row by row. `chat` is {system, user, assistant}.")
@@ -367,6 +364,18 @@ class TrainSection(Section):
     early_stopping: EarlyStoppingSection = Field(default_factory=EarlyStoppingSection)
     merge_at_end: bool = key(False, "Merge the adapter into 16-bit weights when training ends.")
 
+    @model_validator(mode="after")
+    def _is_consistent(self) -> TrainSection:
+        if self.bf16 is True and self.fp16 is True:
+            raise ValueError("bf16 and fp16 are both true, and a run has one precision")
+        effective, batch, accum = self.effective_batch, self.batch_size, self.grad_accum
+        if "auto" in (effective, batch, accum):
+            return self
+        if accum != math.ceil(effective / batch):  # type: ignore[operator]  # a step's last micro-batch may be smaller
+            product = f"batch_size {batch} * grad_accum {accum} is {batch * accum}"  # type: ignore[operator]
+            raise ValueError(f"{product}, but effective_batch is {effective}")
+        return self
+
 
 class LoggingSection(Section):
     """What a run logs."""
@@ -388,22 +397,3 @@ class Config(Section):
     eval: EvalSection = Field(default_factory=EvalSection)
     generation: GenerationSection = Field(default_factory=GenerationSection)
     logging: LoggingSection = Field(default_factory=LoggingSection)
-
-    @model_validator(mode="after")
-    def _is_consistent(self) -> Config:
-        for message, _ in train_conflicts(self.train.model_dump()):
-            raise ValueError(message)
-        return self
-
-
-def train_conflicts(train: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Settings of `train` that contradict each other: a message, and the dotted keys that it is about."""
-    if train.get("bf16") is True and train.get("fp16") is True:
-        yield "train.bf16 and train.fp16 are both true, and a run has one precision", ("train.bf16", "train.fp16")
-    names = ("effective_batch", "batch_size", "grad_accum")
-    numbers: list[Any] = [train.get(name) for name in names]
-    effective, batch, accum = numbers
-    whole = all(type(number) is int and number > 0 for number in numbers)
-    if whole and accum != math.ceil(effective / batch):  # the last micro-batch of a step may be smaller
-        message = f"train.batch_size {batch} * train.grad_accum {accum} is {batch * accum}"
-        yield f"{message}, but train.effective_batch is {effective}", tuple(f"train.{name}" for name in names)
