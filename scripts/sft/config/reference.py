@@ -59,7 +59,7 @@ def _walk(section: dict[str, Any], prefix: str, definitions: dict[str, Any]) -> 
             key=prefix + name,
             expected=" or ".join(map(_expected, members)),
             default=None if is_section else entry.get("default", "(required)"),
-            description=entry.get("description") or inner["description"],
+            description=entry.get("description") or (inner or {})["description"],
             section=is_section,
             nullable={"type": "null"} in members,
             text=any(_takes_text(each) for each in members + items) and not any(map(_takes_numbers, members)),
