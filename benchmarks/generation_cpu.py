@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import torch
 
 from sft.config.load import load
-from sft.generation import batch_io, engine
+from sft.generation import batch_io
 from sft.generation import load as serving
 from sft.generation.stop import StopCriteria
 
@@ -39,7 +39,7 @@ def one_at_a_time(loaded: Any, prompts: list[list[int]], max_new_tokens: int) ->
         with torch.no_grad():
             tokens = base.generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False,
-                eos_token_id=sorted(stops.ids), pad_token_id=engine.pad_id(loaded.tokenizer, stops),
+                eos_token_id=sorted(stops.ids), pad_token_id=loaded.pad_id(),
             )  # fmt: skip
         texts.append(StopCriteria(loaded.tokenizer, stops).answer(tokens[0, len(prompt) :].tolist()).text)
     return texts
@@ -72,12 +72,7 @@ def main() -> None:
     prompts = [loaded.encoder.prompt(request.row) for request in requests if request.row is not None]
 
     def batched(size: int) -> list[str]:
-        return [
-            answer.text
-            for answer in engine.generate(
-                loaded.model, loaded.tokenizer, prompts, config.generation, loaded.encoder.stops, batch_size=size
-            )
-        ]
+        return [answer.text for answer in loaded.generate(prompts, config.generation, size)]
 
     variants: dict[str, Texts] = {"loop": lambda: one_at_a_time(loaded, prompts, config.generation.max_new_tokens)}
     variants |= {f"engine, {size}": lambda size=size: batched(size) for size in (1, *map(int, args.sizes.split(",")))}

@@ -11,11 +11,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 
 from sft.config.schema import GenerationSection
 from sft.errors import EnvironmentProblem
-from sft.generation import decode, engine
-from sft.generation.engine import stream
 from sft.generation.stop import Answer
 from sft.step import attention
-from tests.generation.test_stop import Stops
+from tests.generation.test_stop import Stops, answering
 
 TEXTS = [
     "What is the capital of France?",
@@ -41,6 +39,24 @@ def qwen2(tiny_qwen2: Path) -> tuple[Any, Any, list[list[int]]]:
     return opened(tiny_qwen2)
 
 
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Any,
+    settings: Any,
+    stops: Any,
+    *,
+    batch_size: int,
+    kind: Any = "causal",
+    **more: Any,
+) -> list[Answer]:
+    return answering(model, tokenizer, stops, kind).generate(prompts, settings, batch_size, **more)
+
+
+def stream(model: Any, tokenizer: Any, prompt: list[int], settings: Any, stops: Any) -> Any:
+    return answering(model, tokenizer, stops).stream(prompt, settings)  # type: ignore[arg-type]
+
+
 # of the tokens that random weights like, so that some answers stop and some do not
 SOME = Stops(frozenset(range(3, 400, 9)))
 
@@ -58,8 +74,8 @@ def by_hand(model: Any, ids: list[int], ends: frozenset[int], most: int) -> list
 
 def test_a_batch_gives_the_answers_of_single_prompts_and_of_a_manual_loop(qwen2: Any) -> None:
     model, tokenizer, prompts = qwen2
-    together = engine.generate(model, tokenizer, prompts, GREEDY, SOME, batch_size=4)
-    alone = engine.generate(model, tokenizer, prompts, GREEDY, SOME, batch_size=1)
+    together = generate(model, tokenizer, prompts, GREEDY, SOME, batch_size=4)
+    alone = generate(model, tokenizer, prompts, GREEDY, SOME, batch_size=1)
     assert together == alone
     assert [answer.ids for answer in together] == [by_hand(model, prompt, SOME.ids, 24) for prompt in prompts]
     assert {answer.stopped for answer in together} == {True, False}
@@ -70,8 +86,8 @@ def test_a_batch_gives_the_answers_of_single_prompts_and_of_a_manual_loop(qwen2:
 def test_other_families_give_the_same_answers_in_batches(family: str, request: pytest.FixtureRequest) -> None:
     model, tokenizer, prompts = opened(request.getfixturevalue(family))
     kind: Any = "seq2seq" if family == "tiny_t5" else "causal"
-    together = engine.generate(model, tokenizer, prompts, GREEDY, SOME, batch_size=8, kind=kind)
-    alone = engine.generate(model, tokenizer, prompts, GREEDY, SOME, batch_size=1, kind=kind)
+    together = generate(model, tokenizer, prompts, GREEDY, SOME, batch_size=8, kind=kind)
+    alone = generate(model, tokenizer, prompts, GREEDY, SOME, batch_size=1, kind=kind)
     assert together == alone
     assert any(answer.ids for answer in together)
 
@@ -79,19 +95,17 @@ def test_other_families_give_the_same_answers_in_batches(family: str, request: p
 def test_the_packed_attention_of_training_gives_the_same_answers(qwen2: Any, tiny_qwen2: Path) -> None:
     attention.register()
     model, tokenizer, prompts = opened(tiny_qwen2, attn_implementation=attention.NAME)
-    expected = engine.generate(qwen2[0], tokenizer, prompts, GREEDY, SOME, batch_size=4)
-    assert engine.generate(model, tokenizer, prompts, GREEDY, SOME, batch_size=4) == expected
-    assert engine.generate(model, tokenizer, prompts, GREEDY, SOME, batch_size=1) == expected
+    expected = generate(qwen2[0], tokenizer, prompts, GREEDY, SOME, batch_size=4)
+    assert generate(model, tokenizer, prompts, GREEDY, SOME, batch_size=4) == expected
+    assert generate(model, tokenizer, prompts, GREEDY, SOME, batch_size=1) == expected
 
 
 def test_stop_strings_end_answers_wherever_they_occur(qwen2: Any) -> None:
     model, tokenizer, prompts = qwen2
-    free = engine.generate(model, tokenizer, prompts, GREEDY, Stops(), batch_size=4)
+    free = generate(model, tokenizer, prompts, GREEDY, Stops(), batch_size=4)
     assert not any(answer.stopped for answer in free)
     string = free[0].text[3:6]
-    got = engine.generate(
-        model, tokenizer, prompts, GREEDY.model_copy(update={"stop": [string]}), Stops(), batch_size=4
-    )
+    got = generate(model, tokenizer, prompts, GREEDY.model_copy(update={"stop": [string]}), Stops(), batch_size=4)
     assert [answer.text for answer in got] == [answer.text.split(string)[0] for answer in free]
     assert [answer.stopped for answer in got] == [string in answer.text for answer in free]
     assert got[0].tokens < free[0].tokens
@@ -102,16 +116,16 @@ def test_sampling_is_seeded_and_leaves_the_random_state_alone(qwen2: Any) -> Non
     drawn = GenerationSection(max_new_tokens=16, do_sample=True, temperature=1.5, top_p=1.0, top_k=0, seed=7)
     torch.manual_seed(123)
     before = torch.get_rng_state()
-    first = engine.generate(model, tokenizer, prompts, drawn, Stops(), batch_size=4)
+    first = generate(model, tokenizer, prompts, drawn, Stops(), batch_size=4)
     assert torch.equal(torch.get_rng_state(), before)
-    assert first == engine.generate(model, tokenizer, prompts, drawn, Stops(), batch_size=4)
+    assert first == generate(model, tokenizer, prompts, drawn, Stops(), batch_size=4)
     other = drawn.model_copy(update={"seed": 8})
-    assert first != engine.generate(model, tokenizer, prompts, other, Stops(), batch_size=4)
+    assert first != generate(model, tokenizer, prompts, other, Stops(), batch_size=4)
 
 
 def test_the_models_own_generation_config_is_ignored(qwen2: Any) -> None:
     model, tokenizer, prompts = qwen2
-    expected = engine.generate(model, tokenizer, prompts, GREEDY, SOME, batch_size=4)
+    expected = generate(model, tokenizer, prompts, GREEDY, SOME, batch_size=4)
     liked = next(answer.ids[0] for answer in expected if answer.ids)
     surprise = GenerationConfig(
         do_sample=True, temperature=3.0, top_k=5, repetition_penalty=3.0, no_repeat_ngram_size=1, min_new_tokens=20,
@@ -119,7 +133,7 @@ def test_the_models_own_generation_config_is_ignored(qwen2: Any) -> None:
     )  # fmt: skip
     original, model.generation_config = model.generation_config, surprise
     try:
-        assert engine.generate(model, tokenizer, prompts, GREEDY, SOME, batch_size=4) == expected
+        assert generate(model, tokenizer, prompts, GREEDY, SOME, batch_size=4) == expected
         assert model.generation_config is surprise
     finally:
         model.generation_config = original
@@ -133,8 +147,8 @@ def test_a_model_in_training_mode_returns_to_training_mode(tiny_qwen2: Path, qwe
     model.model.norm.eval()
     graphs: list[bool] = []
     model.register_forward_pre_hook(lambda *_: graphs.append(torch.is_grad_enabled()))
-    got = engine.generate(model, tokenizer, prompts, GREEDY, SOME, batch_size=4)
-    assert got == engine.generate(qwen2[0], tokenizer, prompts, GREEDY, SOME, batch_size=4)
+    got = generate(model, tokenizer, prompts, GREEDY, SOME, batch_size=4)
+    assert got == generate(qwen2[0], tokenizer, prompts, GREEDY, SOME, batch_size=4)
     assert graphs and not any(graphs)
     assert model.training and not model.model.norm.training and model.is_gradient_checkpointing
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
@@ -143,9 +157,9 @@ def test_a_model_in_training_mode_returns_to_training_mode(tiny_qwen2: Path, qwe
 def test_the_repetition_penalty_is_the_same_in_a_batch(qwen2: Any) -> None:
     model, tokenizer, prompts = qwen2
     settings = GREEDY.model_copy(update={"repetition_penalty": 1.6})
-    together = engine.generate(model, tokenizer, prompts, settings, SOME, batch_size=7)
-    assert together == engine.generate(model, tokenizer, prompts, settings, SOME, batch_size=1)
-    assert together != engine.generate(model, tokenizer, prompts, GREEDY, SOME, batch_size=7)
+    together = generate(model, tokenizer, prompts, settings, SOME, batch_size=7)
+    assert together == generate(model, tokenizer, prompts, settings, SOME, batch_size=1)
+    assert together != generate(model, tokenizer, prompts, GREEDY, SOME, batch_size=7)
 
 
 def test_when_memory_runs_out_the_batch_is_halved_and_nothing_is_lost(tiny_qwen2: Path, qwen2: Any) -> None:
@@ -163,31 +177,27 @@ def test_when_memory_runs_out_the_batch_is_halved_and_nothing_is_lost(tiny_qwen2
 
     handle = scarce(2)
     done: list[tuple[int, int]] = []
-    got = engine.generate(
-        model, tokenizer, prompts, GREEDY, SOME, batch_size=6, on_progress=lambda *at: done.append(at)
-    )
-    assert got == engine.generate(qwen2[0], tokenizer, prompts, GREEDY, SOME, batch_size=1)
+    got = generate(model, tokenizer, prompts, GREEDY, SOME, batch_size=6, on_progress=lambda *at: done.append(at))
+    assert got == generate(qwen2[0], tokenizer, prompts, GREEDY, SOME, batch_size=1)
     assert (seen[:2], max(seen[2:])) == ([6, 3], 1)
     assert done[-1] == (7, 7)
     handle.remove()
     scarce(0)
     with pytest.raises(EnvironmentProblem, match="not enough memory for a single answer"):
-        engine.generate(model, tokenizer, prompts, GREEDY, SOME, batch_size=2)
+        generate(model, tokenizer, prompts, GREEDY, SOME, batch_size=2)
 
 
 def test_a_prompt_too_long_loses_its_oldest_tokens(tiny_gpt2: Path) -> None:
     model, tokenizer, prompts = opened(tiny_gpt2)
     long = (prompts[2] * 40)[:600]
-    answers = engine.generate(model, tokenizer, [long, prompts[0]], GREEDY, Stops(), batch_size=2)
+    answers = generate(model, tokenizer, [long, prompts[0]], GREEDY, Stops(), batch_size=2)
     assert [answer.truncated for answer in answers] == [600 - (512 - 24), 0]
-    assert answers[0].ids == engine.generate(model, tokenizer, [long[-488:]], GREEDY, Stops(), batch_size=1)[0].ids
+    assert answers[0].ids == generate(model, tokenizer, [long[-488:]], GREEDY, Stops(), batch_size=1)[0].ids
 
 
 def test_streaming_gives_the_same_text_in_pieces(qwen2: Any) -> None:
     model, tokenizer, prompts = qwen2
-    for prompt, expected in zip(
-        prompts, engine.generate(model, tokenizer, prompts, GREEDY, SOME, batch_size=4), strict=True
-    ):
+    for prompt, expected in zip(prompts, generate(model, tokenizer, prompts, GREEDY, SOME, batch_size=4), strict=True):
         pieces, answer = drained(stream(model, tokenizer, prompt, GREEDY, SOME))
         assert ("".join(pieces), answer) == (expected.text, expected)
         assert all("�" not in piece for piece in pieces)
@@ -220,14 +230,6 @@ def drained(generator: Any) -> tuple[list[str], Answer]:
             return pieces, stop.value
 
 
-@pytest.fixture(params=["own loop", "library"])
-def either_loop(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Our decode loop, then transformers' generate."""
-    if request.param == "library":
-        monkeypatch.setattr(decode, "PROVEN", frozenset())
-
-
-@pytest.mark.usefixtures("either_loop")
 def test_a_stream_that_is_closed_stops_the_model(tiny_qwen2: Path) -> None:
     model, tokenizer, prompts = opened(tiny_qwen2)
     model.train()
@@ -240,7 +242,6 @@ def test_a_stream_that_is_closed_stops_the_model(tiny_qwen2: Path) -> None:
     assert model.training
 
 
-@pytest.mark.usefixtures("either_loop")
 def test_an_error_in_the_model_reaches_the_reader_of_the_stream(tiny_qwen2: Path) -> None:
     model, tokenizer, prompts = opened(tiny_qwen2)
 

@@ -17,7 +17,7 @@ from sft.config.load import load
 from sft.data import rows as records
 from sft.data import store
 from sft.errors import DataError, ModelError, RunError
-from sft.generation import decode, engine, evaluate
+from sft.generation import decode, evaluate
 from sft.generation import load as serving
 from sft.model import hardware
 from sft.model import load as model_load
@@ -94,7 +94,7 @@ def test_a_conversation_too_long_loses_its_oldest_turns(project: Path) -> None:
     ]
     messages = [{"role": "system", "content": "S"}, *turns, {"role": "user", "content": "last"}]
     ids, lost = served.prompt(messages, target.config.generation)
-    limit = engine.max_prompt_tokens(served.model, target.config.generation, "causal")
+    limit = served.max_prompt_tokens(target.config.generation)
     assert limit == 512 and len(ids) <= limit and 0 < lost < 12
     text = served.tokenizer.decode(ids)
     assert "<|im_start|>system\nS<|im_end|>" in text and "last" in text

@@ -5,11 +5,13 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
 
+from sft.generation.engine import LoadedModel
 from sft.generation.stop import Answer, IncrementalText, StopCriteria
 
 
@@ -17,6 +19,11 @@ from sft.generation.stop import Answer, IncrementalText, StopCriteria
 class Stops:
     ids: frozenset[int] = frozenset()
     strings: tuple[str, ...] = ()
+
+
+def answering(model: Any, tokenizer: Any, stops: Stops, kind: Any = "causal") -> LoadedModel:
+    """The model with these stops and without a template."""
+    return LoadedModel(model, tokenizer, SimpleNamespace(stops=stops, prompt=list), kind)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import torch
 
 from sft.chat.encode import Encoded
 from sft.config.schema import GenerationSection
-from sft.generation import engine, load
+from sft.generation import load
 from tests.generation import tiny_runs
 
 ROWS = [{"user": f"say {word}", "assistant": word} for word in ("fox", "dog", "her", "please")]
@@ -34,9 +34,7 @@ def trained(root: Path, *, masks_the_end: bool) -> float:
         optimizer.zero_grad()
     prompts = [served.encoder.prompt(row) for row in ROWS]
     settings = GenerationSection(max_new_tokens=12)
-    answers = engine.generate(
-        served.model, served.tokenizer, prompts, settings, served.encoder.stops, batch_size=4, kind=served.kind
-    )
+    answers = served.generate(prompts, settings, 4)
     return sum(answer.stopped for answer in answers) / len(answers)
 
 

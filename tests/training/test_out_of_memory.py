@@ -12,10 +12,9 @@ from transformers import AutoTokenizer
 
 from sft.config.schema import GenerationSection
 from sft.errors import EnvironmentProblem
-from sft.generation import engine
 from sft.step.step import optimizer_step
 from sft.training import checkpoint
-from tests.generation.test_stop import Stops
+from tests.generation.test_stop import Stops, answering
 from tests.training import bench
 
 STEPS = 6
@@ -107,7 +106,7 @@ def _answers(model: Any, folder: Path) -> tuple[dict[str, float], str]:
     """Three answers as one number, so that they can be compared in the log."""
     prompts, settings = [[20, 21, 22], [23, 24], [30, 31, 32, 33]], GenerationSection(max_new_tokens=5)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    answers = engine.generate(model, tokenizer, prompts, settings, Stops(), batch_size=3)
+    answers = answering(model, tokenizer, Stops()).generate(prompts, settings, 3)
     ids = [token for answer in answers for token in answer.ids]
     return {"answers": float(sum(place * token for place, token in enumerate(ids, 1)))}, ""
 

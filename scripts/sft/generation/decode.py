@@ -26,7 +26,9 @@ from sft.step import unwrap
 
 log = logging.getLogger("sft.generation")
 PROVEN = frozenset(
-    "qwen2 qwen3 llama mistral gemma gemma2 gemma3_text gpt2 phi3 smollm3 granite olmo2 starcoder2".split()
+    "bitnet cohere cohere2 ernie4_5 exaone4 gemma gemma2 gemma3_text glm glm4 gpt2 gpt_neox granite granitemoe helium"
+    " llama ministral mistral mixtral nemotron olmo olmo2 olmo3 olmoe opt phi phi3 qwen2 qwen3 qwen3_moe seed_oss"
+    " smollm3 stablelm starcoder2".split()
 )
 PREFILL_TOKENS = 4096  # most prompt tokens in one forward
 SPARE_COLUMNS = 64  # beyond the longest sequence, so that the cache is shifted seldom

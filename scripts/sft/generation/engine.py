@@ -1,4 +1,4 @@
-"""Answers to prompts: `generate` in batches, in the prompts' order, `stream` one answer piece by piece.
+"""A model that answers: many prompts in batches, or one conversation piece by piece.
 
 Proven families are decoded by our own loop (`decode`), all others by transformers' `generate`.
 """
@@ -9,153 +9,47 @@ import logging
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from queue import SimpleQueue
-from threading import Event, Thread
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sft.chat.encode import Encoder
-from sft.config.schema import Config, GenerationSection
+from sft.config.schema import GenerationSection
 from sft.data import rows
 from sft.errors import EnvironmentProblem
 from sft.generation import decode
 from sft.generation.decode import Decoder, DecodingSequence, choose_tokens, seeds
-from sft.generation.stop import Answer, IncrementalText, StopCriteria, Stops
+from sft.generation.stop import Answer, IncrementalText, StopCriteria
 from sft.model.files import Kind
 from sft.step import unwrap
 from sft.step.step import out_of_memory, release_memory
 
 log = logging.getLogger("sft.generation")
 Message = dict[str, Any]
-
-
-def context_length(model: nn.Module, kind: Kind) -> int | None:
-    """Most tokens of prompt and answer together; None if nothing limits them (T5's positions are relative)."""
-    config: Any = unwrap(model).config
-    return None if kind == "seq2seq" else getattr(config.get_text_config(), "max_position_embeddings", None)
-
-
-def max_prompt_tokens(model: nn.Module, settings: GenerationSection, kind: Kind) -> int | None:
-    """Most tokens of a prompt: the context less `max_new_tokens`, but at least half of it; None: no limit."""
-    limit = context_length(model, kind)
-    return None if limit is None else max(limit - settings.max_new_tokens, limit // 2, 1)
-
-
-def truncate_prompt(encoder: Encoder, row: rows.Row | list[Message], limit: int | None) -> tuple[list[int], int]:
-    """The ids of a row's or a conversation's prompt in at most `limit` tokens, and how many oldest turns were removed.
-
-    The system text and the newest turn always stay; if they alone are too long, `generate` cuts the oldest tokens.
-    """
-    ids, removed = encoder.prompt(row), 0
-    if isinstance(row, dict) and rows.is_rendered(row):
-        return ids, 0
-    messages, tools = rows.prompt_messages(row)
-    while limit is not None and len(ids) > limit:
-        questions = [index for index, message in enumerate(messages) if message["role"] == "user"]
-        if len(questions) < 2:
-            break
-        messages, removed = [*messages[: questions[0]], *messages[questions[1] :]], removed + 1
-        ids = encoder.prompt({"messages": messages, "tools": tools})
-    return ids, removed
-
-
-def warn_truncated(removed: Sequence[int], unit: str) -> None:
-    """Warns how many prompts were too long and how many of their oldest `unit` (turns, tokens) were removed."""
-    if counts := [count for count in removed if count]:
-        log.warning(
-            "%d prompts are too long for the model: their oldest %d %s were removed", len(counts), sum(counts), unit
-        )
-
-
-def generate(
-    model: nn.Module,
-    tokenizer: Any,
-    prompts: Sequence[Sequence[int]],
-    settings: GenerationSection,
-    stops: Stops,
-    *,
-    batch_size: int,
-    kind: Kind = "causal",
-    on_progress: Callable[[int, int], None] | None = None,
-) -> list[Answer]:
-    """An answer to each prompt (token ids), in their order, the same as one prompt at a time but for rounding.
-
-    The longest prompts come first, `batch_size` side by side, halved for good when memory runs out. A prompt that
-    leaves the answer too little of the model's context loses its oldest tokens. on_progress: (answered, all).
-    Raises EnvironmentProblem when not even one answer fits into memory.
-    """
-    engine = _Engine(model, tokenizer, settings, stops, kind)
-    sequences, truncated = engine.sequences(prompts)
-    answers: dict[int, Answer] = {}
-    rows_together = max(1, batch_size)
-    with engine.answering():
-        while left := [sequence for sequence in sequences if sequence.index not in answers]:
-            try:
-                for advanced in engine.steps(left, rows_together):
-                    for sequence in advanced:
-                        if sequence.done:
-                            index = sequence.index
-                            answers[index] = engine.stop.answer(sequence.tokens, truncated[index])
-                            if on_progress is not None:
-                                on_progress(len(answers), len(sequences))
-                continue
-            except (RuntimeError, MemoryError) as error:
-                if not out_of_memory(error):
-                    raise
-            rows_together = min(rows_together, len(left)) // 2
-            if not rows_together:
-                raise EnvironmentProblem(
-                    "there is not enough memory for a single answer",
-                    fix="--set generation.max_new_tokens=64, a shorter prompt, or a smaller model",
-                )
-            log.warning("out of memory: continuing with %d answers in a batch", rows_together)
-            for sequence in left:
-                sequence.restart()
-            release_memory()
-    return [answers[index] for index in range(len(prompts))]
-
-
-def stream(
-    model: nn.Module,
-    tokenizer: Any,
-    prompt: Sequence[int],
-    settings: GenerationSection,
-    stops: Stops,
-    *,
-    kind: Kind = "causal",
-) -> Generator[str, None, Answer]:
-    """Yields the text of the answer that `generate` would give piece by piece, and returns the whole `Answer`.
-
-    Closing the generator, or an exception in its consumer (Ctrl-C), ends the model's work at its next token.
-    """
-    engine = _Engine(model, tokenizer, settings, stops, kind)
-    (sequence,), (truncated,) = engine.sequences([prompt])
-    text, shown = IncrementalText(tokenizer), 0
-    with engine.answering():
-        for token in engine.tokens_before_end(sequence):
-            text.add(token)
-            certain = len(text.text) - engine.stop.held_back(text.text)
-            if certain > shown:
-                yield text.text[shown:certain]
-                shown = certain
-    answer = engine.stop.answer(sequence.tokens, truncated)
-    if rest := answer.text[shown:]:
-        yield rest
-    return answer
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready to answer, with the encoder that it was trained with."""
+    """A model ready to answer, with the encoder that it was trained with. name: for messages."""
 
     model: Any
     tokenizer: Any
     encoder: Encoder
     kind: Kind
-    device: str
-    name: str
+    name: str = ""
+
+    @property
+    def base(self) -> Any:
+        """The transformers model inside of wrappers and adapters."""
+        return unwrap(self.model)
+
+    @property
+    def device(self) -> str:
+        """Where inputs belong."""
+        embedding = self.base.get_input_embeddings()
+        return str((embedding.weight if embedding is not None else next(self.base.parameters())).device)
 
     @property
     def adapted(self) -> bool:
@@ -168,19 +62,104 @@ class LoadedModel:
         with self.model.disable_adapter() if self.adapted else nullcontext():
             yield
 
+    def context_length(self) -> int | None:
+        """Most tokens of prompt and answer together; None if nothing limits them (T5's positions are relative)."""
+        config = self.base.config
+        return None if self.kind == "seq2seq" else getattr(config.get_text_config(), "max_position_embeddings", None)
+
+    def max_prompt_tokens(self, settings: GenerationSection) -> int | None:
+        """Most tokens of a prompt: the context less `max_new_tokens`, but at least half of it; None: no limit."""
+        limit = self.context_length()
+        return None if limit is None else max(limit - settings.max_new_tokens, limit // 2, 1)
+
     def prompt(self, row: rows.Row | list[Message], settings: GenerationSection) -> tuple[list[int], int]:
-        """The prompt's ids for a row or a conversation, and how many of its oldest turns were removed to fit."""
-        return truncate_prompt(self.encoder, row, max_prompt_tokens(self.model, settings, self.kind))
+        """The prompt's ids for a row or a conversation, and how many of its oldest turns were removed to fit.
+
+        The system text and the newest turn always stay; if they alone are too long, `generate` cuts the oldest tokens.
+        """
+        ids, removed = self.encoder.prompt(row), 0
+        limit = self.max_prompt_tokens(settings)
+        if limit is None or len(ids) <= limit or (isinstance(row, dict) and rows.is_rendered(row)):
+            return ids, 0
+        messages, tools = rows.prompt_messages(row)
+        while len(ids) > limit:
+            questions = [index for index, message in enumerate(messages) if message["role"] == "user"]
+            if len(questions) < 2:
+                break
+            messages, removed = [*messages[: questions[0]], *messages[questions[1] :]], removed + 1
+            ids = self.encoder.prompt({"messages": messages, "tools": tools})
+        return ids, removed
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        settings: GenerationSection,
+        batch_size: int,
+        on_progress: Progress | None = None,
+    ) -> list[Answer]:
+        """An answer to each prompt (token ids), in their order, the same as one prompt at a time but for rounding.
+
+        The longest prompts come first, `batch_size` side by side, halved for good when memory runs out. A prompt that
+        leaves the answer too little of the model's context loses its oldest tokens. on_progress: (answered, all).
+        Raises EnvironmentProblem when not even one answer fits into memory.
+        """
+        stop = StopCriteria(self.tokenizer, self.encoder.stops, settings.stop)
+        sequences, truncated = self._sequences(prompts, settings)
+        answers: dict[int, Answer] = {}
+        rows_together = max(1, batch_size)
+        with self._answering():
+            while left := [sequence for sequence in sequences if sequence.index not in answers]:
+                try:
+                    for advanced in self._steps(left, settings, stop, rows_together):
+                        for sequence in advanced:
+                            if sequence.done:
+                                index = sequence.index
+                                answers[index] = stop.answer(sequence.tokens, truncated[index])
+                                if on_progress is not None:
+                                    on_progress(len(answers), len(sequences))
+                    continue
+                except (RuntimeError, MemoryError) as error:
+                    if not out_of_memory(error):
+                        raise
+                rows_together = min(rows_together, len(left)) // 2
+                if not rows_together:
+                    raise EnvironmentProblem(
+                        "there is not enough memory for a single answer",
+                        fix="--set generation.max_new_tokens=64, a shorter prompt, or a smaller model",
+                    )
+                log.warning("out of memory: continuing with %d answers in a batch", rows_together)
+                for sequence in left:
+                    sequence.restart()
+                release_memory()
+        return [answers[index] for index in range(len(prompts))]
 
     def stream(
         self, messages: list[Message], settings: GenerationSection, attempt: int = 0
     ) -> Generator[str, None, Answer]:
-        """The answer to a conversation in pieces; each attempt draws with another seed."""
+        """Yields the answer to a conversation piece by piece, as `generate` would give it, and returns the `Answer`.
+
+        attempt: each draws with another seed. Closing the generator, or an exception in its consumer (Ctrl-C), ends the
+        model's work at its next token. Families that our own loop does not decode give the whole answer at once.
+        """
         ids, removed = self.prompt(messages, settings)
         if removed:
             log.warning("the conversation is too long for the model: its oldest %d turns were left out", removed)
-        seeded = settings.model_copy(update={"seed": settings.seed + attempt})
-        return stream(self.model, self.tokenizer, ids, seeded, self.encoder.stops, kind=self.kind)
+        settings = settings.model_copy(update={"seed": settings.seed + attempt})
+        stop = StopCriteria(self.tokenizer, self.encoder.stops, settings.stop)
+        (sequence,), (truncated,) = self._sequences([ids], settings)
+        text, shown = IncrementalText(self.tokenizer), 0
+        with self._answering():
+            for _ in self._steps([sequence], settings, stop, 1):
+                if not sequence.done:
+                    text.add(sequence.tokens[-1])
+                    certain = len(text.text) - stop.held_back(text.text)
+                    if certain > shown:
+                        yield text.text[shown:certain]
+                        shown = certain
+        answer = stop.answer(sequence.tokens, truncated)
+        if rest := answer.text[shown:]:
+            yield rest
+        return answer
 
     def stream_base(
         self, messages: list[Message], settings: GenerationSection, attempt: int = 0
@@ -189,134 +168,81 @@ class LoadedModel:
         with self.base_only():
             return (yield from self.stream(messages, settings, attempt))
 
-    def generate(
-        self, prompts: Sequence[list[int]], config: Config, on_progress: Callable[[int, int], None] | None = None
-    ) -> list[Answer]:
-        """An answer to each prompt; warns of prompts that lost their oldest tokens."""
-        answers = generate(
-            self.model, self.tokenizer, prompts, config.generation, self.encoder.stops,
-            batch_size=config.eval.batch_size, kind=self.kind, on_progress=on_progress,
-        )  # fmt: skip
-        warn_truncated([answer.truncated for answer in answers], "tokens")
-        return answers
-
-
-class _Engine:
-    """A model with what all of its answers share: settings, stop criteria, padding, device."""
-
-    def __init__(self, model: nn.Module, tokenizer: Any, settings: GenerationSection, stops: Stops, kind: Kind) -> None:
-        self.model, self.base, self.settings, self.kind = model, cast(Any, unwrap(model)), settings, kind
-        self.stop = StopCriteria(tokenizer, stops, settings.stop)
-        self.pad = pad_id(tokenizer, stops)
-        embedding = self.base.get_input_embeddings()
-        self.device = embedding.weight.device if embedding is not None else next(self.base.parameters()).device
-        self.own_loop = kind == "causal" and decode.supports(model)
-
     @contextmanager
-    def answering(self) -> Iterator[None]:
+    def _answering(self) -> Iterator[None]:
         """Evaluation mode, and a generation_config without the model's own settings; both are restored afterwards."""
         from transformers import GenerationConfig
 
-        modes, config = [(module, module.training) for module in self.model.modules()], self.base.generation_config
+        base = self.base
+        modes, config = [(module, module.training) for module in self.model.modules()], base.generation_config
         start = getattr(config, "decoder_start_token_id", None)
         if start is None:
-            start = getattr(self.base.config, "decoder_start_token_id", None)
-        bos = getattr(self.base.config, "bos_token_id", None)
+            start = getattr(base.config, "decoder_start_token_id", None)
+        bos = getattr(base.config, "bos_token_id", None)
         self.model.eval()
-        self.base.generation_config = GenerationConfig(decoder_start_token_id=start, bos_token_id=bos)
+        base.generation_config = GenerationConfig(decoder_start_token_id=start, bos_token_id=bos)
         try:
             yield
         finally:
-            self.base.generation_config = config
+            base.generation_config = config
             for module, training in modes:
                 module.training = training
 
-    def sequences(self, prompts: Sequence[Sequence[int]]) -> tuple[list[DecodingSequence], list[int]]:
+    def _sequences(
+        self, prompts: Sequence[Sequence[int]], settings: GenerationSection
+    ) -> tuple[list[DecodingSequence], list[int]]:
         """The prompts as sequences to decode, and how many of its oldest tokens each lost to the context's limit."""
-        limit = max_prompt_tokens(self.model, self.settings, self.kind)
-        context = context_length(self.model, self.kind)
+        limit, context = self.max_prompt_tokens(settings), self.context_length()
         sequences, truncated = [], []
-        for index, (prompt, seed) in enumerate(zip(prompts, seeds(prompts, self.settings.seed), strict=True)):
+        for index, (prompt, seed) in enumerate(zip(prompts, seeds(prompts, settings.seed), strict=True)):
             ids = list(prompt if limit is None else prompt[-limit:])
             truncated.append(len(prompt) - len(ids))
-            max_tokens = self.settings.max_new_tokens
+            max_tokens = settings.max_new_tokens
             if context is not None:
                 max_tokens = max(1, min(max_tokens, context - len(ids)))
             penalised = frozenset[int]() if self.kind == "seq2seq" else frozenset(ids)
-            sequences.append(DecodingSequence(index, ids or [self.pad], max_tokens, seed, penalised))
+            sequences.append(DecodingSequence(index, ids or [self.pad_id()], max_tokens, seed, penalised))
         return sequences, truncated
 
-    def steps(self, sequences: list[DecodingSequence], rows_together: int) -> Iterator[list[DecodingSequence]]:
+    def _steps(
+        self, sequences: list[DecodingSequence], settings: GenerationSection, stop: StopCriteria, rows_together: int
+    ) -> Iterator[list[DecodingSequence]]:
         """Decodes all sequences, at most `rows_together` side by side; yields those that advanced, `done` at the end.
 
         The library's `generate` advances a whole batch to its end.
         """
-        if self.own_loop:
-            decoder = Decoder(self.model, sequences, self.settings, self.stop, rows=rows_together, device=self.device)
-            yield from decoder.steps()
+        if self.kind == "causal" and decode.supports(self.model):
+            device = torch.device(self.device)
+            yield from Decoder(self.model, sequences, settings, stop, rows=rows_together, device=device).steps()
             return
-        log.debug("%s is not in PROVEN: it is answered by transformers' generate", type(self.base).__name__)
         order = sorted(sequences, key=lambda sequence: (-len(sequence.prompt), sequence.index))
         for at in range(0, len(order), rows_together):
-            self._library_generate(order[at : at + rows_together])
+            self._library_generate(order[at : at + rows_together], settings, stop)
             yield order[at : at + rows_together]
 
-    def tokens_before_end(self, sequence: DecodingSequence) -> Iterator[int]:
-        """Each token of one sequence at once, except the one that ends it."""
-        if self.own_loop:
-            for _ in self.steps([sequence], 1):
-                if not sequence.done:
-                    yield sequence.tokens[-1]
-            return
-        queue: SimpleQueue[int | BaseException | None] = SimpleQueue()  # `generate` calls back, so it gets a thread
-        cancelled = Event()
-
-        def keep_on() -> bool:
-            if not sequence.done:
-                queue.put(sequence.tokens[-1])
-            return not cancelled.is_set()
-
-        def work() -> None:
-            try:
-                self._library_generate([sequence], keep_on)
-                queue.put(None)
-            except BaseException as error:
-                queue.put(error)
-
-        worker = Thread(target=work, daemon=True)
-        worker.start()
-        try:
-            while (token := queue.get()) is not None:
-                if isinstance(token, BaseException):
-                    raise token
-                yield token
-        finally:
-            cancelled.set()
-            worker.join()
-
-    def _library_generate(self, batch: Sequence[DecodingSequence], keep_on: Callable[[], bool] = lambda: True) -> None:
-        """Decodes the batch with transformers' `generate`, until `keep_on`, called after each step, is false."""
+    def _library_generate(
+        self, batch: Sequence[DecodingSequence], settings: GenerationSection, stop: StopCriteria
+    ) -> None:
+        """Decodes the batch with transformers' `generate`; tokens and ends are chosen as in our own loop."""
         from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
         longest = max(len(sequence.prompt) for sequence in batch)
-        ids = torch.full((len(batch), longest), self.pad, dtype=torch.long)
+        ids = torch.full((len(batch), longest), self.pad_id(), dtype=torch.long)
         mask = torch.zeros_like(ids)
         for row, prompt in enumerate(sequence.prompt for sequence in batch):  # decoders are padded on the left
             columns = slice(0, len(prompt)) if self.kind == "seq2seq" else slice(longest - len(prompt), longest)
             ids[row, columns], mask[row, columns] = torch.tensor(prompt), 1
-        ended = torch.zeros(len(batch), dtype=torch.bool, device=self.device)
 
         def choose(_: Tensor, scores: Tensor) -> Tensor:
-            tokens = choose_tokens(scores, batch, self.settings, self.stop.ids)
-            for row, (sequence, token) in enumerate(zip(batch, tokens, strict=True)):
+            tokens = choose_tokens(scores, batch, settings, stop.ids)
+            for sequence, token in zip(batch, tokens, strict=True):
                 if not sequence.done:
-                    sequence.append(token, self.stop)
-                if sequence.done:
-                    ended[row] = True
-            if not keep_on():
-                ended[:] = True
+                    sequence.append(token, stop)
             chosen = torch.tensor(tokens, device=scores.device)[:, None]
             return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)
+
+        def ended(ids: Tensor, *_: Any, **__: Any) -> Tensor:
+            return torch.tensor([sequence.done for sequence in batch], device=ids.device)
 
         self.base.generate(
             input_ids=ids.to(self.device),
@@ -326,17 +252,22 @@ class _Engine:
                 do_sample=False,
                 num_beams=1,
                 use_cache=True,
-                pad_token_id=self.pad,
+                pad_token_id=self.pad_id(),
                 decoder_start_token_id=self.base.generation_config.decoder_start_token_id,
             ),
             logits_processor=LogitsProcessorList([choose]),
-            stopping_criteria=StoppingCriteriaList([lambda *_, **__: ended]),
+            stopping_criteria=StoppingCriteriaList([ended]),
         )
-        for sequence in batch:
-            sequence.done = True
+
+    def pad_id(self) -> int:
+        """A token for padding, which is always masked."""
+        candidates = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, *sorted(self.encoder.stops.ids))
+        return next((int(token) for token in candidates if token is not None), 0)
 
 
-def pad_id(tokenizer: Any, stops: Stops) -> int:
-    """A token for padding, which is always masked."""
-    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, *sorted(stops.ids))
-    return next((int(token) for token in candidates if token is not None), 0)
+def warn_truncated(removed: Sequence[int], unit: str) -> None:
+    """Warns how many prompts were too long and how many of their oldest `unit` (turns, tokens) were removed."""
+    if counts := [count for count in removed if count]:
+        log.warning(
+            "%d prompts are too long for the model: their oldest %d %s were removed", len(counts), sum(counts), unit
+        )

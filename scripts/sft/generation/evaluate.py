@@ -167,7 +167,9 @@ def evaluate(
 ) -> Evaluation:
     """Answers every row and scores the answers with `eval.metrics`; adds loss, perplexity, length, stop rate, ..."""
     of_rows = questions(lambda row: loaded.prompt(row, config.generation), rows, config, root)
-    answers = loaded.generate([question.ids for question in of_rows], config, on_progress)
+    prompts = [question.ids for question in of_rows]
+    answers = loaded.generate(prompts, config.generation, config.eval.batch_size, on_progress)
+    warn_truncated([answer.truncated for answer in answers], "tokens")
     loss, row_losses = losses(loaded, rows, config)
     result = score_answers(of_rows, answers, config, root)
     return replace(result, metrics=result.metrics | loss, row_losses=row_losses)

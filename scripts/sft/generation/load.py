@@ -5,9 +5,10 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -80,47 +81,43 @@ def resolve_model(
     if adapters is not None and merged is not None:
         raise ModelError("--adapters and --merged name two models", fix="give one of them")
     if adapters is not None:
-        folder = _folder_with("adapter_config.json", adapters, "--adapters", "make train")
-        return replace(_target_of(folder, config, sets, is_default, root), adapter=folder)
+        return _target_of(adapters, "--adapters", config, sets, is_default, root)
     if merged is not None:
-        folder = _folder_with("config.json", merged, "--merged", "make merge")
-        return replace(_target_of(folder, config, sets, is_default, root), merged=folder)
-    if not (root / "outputs" / "last").is_dir():
+        return _target_of(merged, "--merged", config, sets, is_default, root)
+    last = root / "outputs" / "last"
+    if not last.is_dir():
         if base:
             return Target(load(config, sets, root=root).config, None)
-        raise RunError(
-            "there is no trained model yet", where=str(root / "outputs" / "last"), fix="make train, or --base"
-        )
+        raise RunError("there is no trained model yet", where=str(last), fix="make train, or --base")
     run = runs.last_run(root)
     settings = _settings(config, sets, run.folder, is_default, root)
     if run.adapter_dir.is_dir():
         return Target(settings, run, adapter=run.adapter_dir)
     if run.model_dir.is_dir():
         return Target(settings, run, merged=run.model_dir)
-    if base:
-        return Target(settings, run)
-    raise RunError(
-        f"the run {run.name} left neither an adapter nor a model", where=str(run.folder), fix="make train, or --base"
+    if not base:
+        what = f"the run {run.name} left neither an adapter nor a model"
+        raise RunError(what, where=str(run.folder), fix="make train, or --base")
+    return Target(settings, run)
+
+
+def _target_of(path: Path, flag: str, config: Path, sets: Sequence[str], is_default: bool, root: Path) -> Target:
+    """The adapter or model in the flag's folder, its settings and its run. Raises ModelError for another folder."""
+    folder, adapted = path.expanduser().resolve(), flag == "--adapters"
+    what, file, command = (
+        ("adapter", "adapter_config.json", "make train") if adapted else ("model", "config.json", "make merge")
     )
-
-
-def _target_of(folder: Path, config: Path, sets: Sequence[str], is_default: bool, root: Path) -> Target:
-    """The settings and the run of an adapter or model in `folder`."""
-    home = next((place for place in (folder, folder.parent) if (place / RESOLVED).is_file()), None)
-    if home is None:
-        log.warning("%s has no %s: its base and template are taken from %s", folder, RESOLVED, config)
-        return Target(load(config, sets, root=root).config, None)
-    settings = _settings(config, sets, home, is_default, root)
-    return Target(settings, _run_of(folder, settings, root))
-
-
-def _folder_with(file: str, path: Path, flag: str, command: str) -> Path:
-    """The flag's folder, resolved. Raises ModelError if it has no such file, which `command` would have written."""
-    folder, what = path.expanduser().resolve(), "adapter" if flag == "--adapters" else "model"
     if not (folder / file).is_file():
         problem = f"there is no {what} in {path}" if folder.is_dir() else f"there is no {what} folder {path}"
         raise ModelError(problem, where=flag, fix=f"name a folder that has {file}; {command} writes one")
-    return folder
+    home = next((place for place in (folder, folder.parent) if (place / RESOLVED).is_file()), None)
+    if home is None:
+        log.warning("%s has no %s: its base and template are taken from %s", folder, RESOLVED, config)
+        settings, run = load(config, sets, root=root).config, None
+    else:
+        settings = _settings(config, sets, home, is_default, root)
+        run = _run_of(folder, settings, root)
+    return Target(settings, run, adapter=folder if adapted else None, merged=None if adapted else folder)
 
 
 def _run_of(folder: Path, settings: Config, root: Path) -> Run | None:
@@ -140,16 +137,11 @@ def _settings(config: Path, sets: Sequence[str], home: Path, is_default: bool, r
     if is_default and not config.is_file():
         return resolved
     current = load(config, sets, root=root)
-    stem = Path(current.config.train.output_dir).name
-    if is_default and not any(_of_series(stem, run) for run in (home.name, Path(resolved.train.output_dir).name)):
+    series = re.compile(re.escape(Path(current.config.train.output_dir).name) + r"(-\d+)?")
+    if is_default and not any(map(series.fullmatch, (home.name, Path(resolved.train.output_dir).name))):
         return resolved
     update = {name: getattr(current.config, name) for name in ("eval", "generation") if current.is_set(name)}
     return resolved.model_copy(update=update)
-
-
-def _of_series(stem: str, run: str) -> bool:
-    """Whether a run is one of the series X, X-2, X-3, ... of `stem`."""
-    return run == stem or (run.startswith(stem + "-") and run[len(stem) + 1 :].isdigit())
 
 
 def system_text(config: Config, folder: Path | None, root: Path) -> str | None:
@@ -180,8 +172,11 @@ def answer_all(
     """An answer to each row (in the form that the encoder takes), None for None."""
     prompts = {index: loaded.prompt(row, config.generation) for index, row in enumerate(rows) if row is not None}
     warn_truncated([removed for _, removed in prompts.values()], "turns")
-    answers = iter(loaded.generate([ids for ids, _ in prompts.values()], config, on_progress))
-    return [next(answers) if index in prompts else None for index in range(len(rows))]
+    settings, batch_size = config.generation, config.eval.batch_size
+    answers = loaded.generate([ids for ids, _ in prompts.values()], settings, batch_size, on_progress)
+    warn_truncated([answer.truncated for answer in answers], "tokens")
+    by_index = dict(zip(prompts, answers, strict=True))
+    return [by_index.get(index) for index in range(len(rows))]
 
 
 def open_sides(target: Target, sides: Sequence[str], root: Path) -> Iterator[tuple[str, LoadedModel]]:
@@ -253,4 +248,4 @@ def open_model(
     if adapter is not None:
         model = adapters.load(model, adapter)
     name = str(adapter or merged or files.name)
-    return LoadedModel(model.eval(), encoder.tokenizer, encoder, files.kind, device, name)
+    return LoadedModel(model.eval(), encoder.tokenizer, encoder, files.kind, name)

@@ -353,7 +353,7 @@ def smoke_test(folder: Path, question: str | None, root: Path) -> SmokeTest:
         logits = loaded.model(input_ids=newest, **decoder_start).logits
     if not bool(torch.isfinite(logits).all()):
         raise ModelError("the merged model's logits are not finite", fix="merge again with --dtype bf16 or fp32")
-    answer = loaded.generate([prompt.ids], config)[0]
+    (answer,) = loaded.generate([prompt.ids], config.generation, 1)
     reference = prompt.reference or None
     return SmokeTest(prompt.source, source, reference, answer.text, answer.stopped, answer.tokens, loaded.device)
 

@@ -467,12 +467,11 @@ class SampleAnswers:
         kind: Kind,
         rows: list[dict[str, Any]],
     ) -> None:
-        from sft.generation.engine import max_prompt_tokens, truncate_prompt
+        from sft.generation.engine import LoadedModel
         from sft.generation.evaluate import questions
 
-        self.config, self.root, self.tokenizer, self.encoder, self.kind = config, root, tokenizer, encoder, kind
-        longest = max_prompt_tokens(model, config.generation, kind)
-        self.questions = questions(lambda row: truncate_prompt(encoder, row, longest), rows, config, root)
+        self.config, self.root, self.loaded = config, root, LoadedModel(model, tokenizer, encoder, kind)
+        self.questions = questions(lambda row: self.loaded.prompt(row, config.generation), rows, config, root)
 
     def __call__(self, model: Any) -> tuple[dict[str, float], str]:
         """The metrics of all answers, over all ranks, and the first `logging.samples` of them as Markdown."""
@@ -500,10 +499,7 @@ class SampleAnswers:
         self._generate(model, prompts, section.model_copy(update={"max_new_tokens": 2}))
 
     def _generate(self, model: Any, prompts: list[list[int]], section: GenerationSection) -> list[Any]:
-        from sft.generation import engine
-
-        batch_size, stops = self.config.eval.batch_size, self.encoder.stops
-        return engine.generate(model, self.tokenizer, prompts, section, stops, batch_size=batch_size, kind=self.kind)
+        return replace(self.loaded, model=model).generate(prompts, section, self.config.eval.batch_size)
 
 
 def _quoted(text: str) -> str:
