@@ -54,7 +54,7 @@ def build(
     description: dict[str, Any], config: Config, device: str, *, checkpointing: bool = True, attn: str | None = None
 ) -> Any:
     """The model with its adapters on `device`, bf16 where it is not 4-bit, ready to train."""
-    implementation = attn or attention.implementation(device, description) or attention.fallback(description)
+    implementation = attn or attention.choose(device, description)
     attention.register()
     full = config.tuning.mode == "full"
     dtype = torch.float32 if full else torch.bfloat16

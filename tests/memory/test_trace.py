@@ -27,7 +27,7 @@ LENGTHS = [192, 192, 192]
 def measured(folder: Path, config: Config) -> Interval:
     """The highest moment of the second step of a model that really trains on the CPU."""
     files = find(changed(Config().model, name=str(folder)), folder, weights=True)
-    chosen = attention.implementation("cpu", files.config) or attention.fallback(files.config)
+    chosen = attention.choose("cpu", files.config)
     dtype = torch.float32 if config.tuning.mode == "full" else compute_dtype(config.train)
     model: Any = load.load_base(files, config.model, config.tuning, dtype, device="cpu", train=True, attention=chosen)
     checkpointing = config.train.gradient_checkpointing is True

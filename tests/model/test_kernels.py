@@ -52,7 +52,7 @@ def small(family: str) -> Any:
     more = {"num_key_value_heads": 2, "head_dim": 16, "vocab_size": 300, "pad_token_id": 0, "eos_token_id": 1}
     config = AutoConfig.for_model(family, **sizes, **more, bos_token_id=2)
     torch.manual_seed(0)
-    name = attention.implementation("cpu", config) or attention.fallback(config)
+    name = attention.choose("cpu", config)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=name, dtype=torch.float32).to(DEVICE).train()
     for name, weight in model.named_parameters():
         if "norm" in name:

@@ -59,7 +59,7 @@ def _llama_like(kind: str, **settings: object) -> Any:
 
 def _model(config: Any) -> Any:
     torch.manual_seed(0)
-    name = attention.implementation("cpu", config)
+    name = attention.choose("cpu", config)
     assert name == attention.NAME
     return AutoModelForCausalLM.from_config(config, attn_implementation=name).eval()
 
@@ -87,20 +87,17 @@ def test_caps_sinks_encoders_and_own_attention_are_refused() -> None:
     from transformers import AutoConfig
 
     gemma2 = _llama_like("gemma2")
-    assert attention.implementation("cpu", gemma2) is None
-    assert attention.fallback(gemma2) == "eager"
-    assert attention.implementation("cpu", AutoConfig.for_model("t5")) is None
-    assert attention.implementation("cpu", AutoConfig.for_model("falcon")) is None
-    assert attention.implementation("cpu", AutoConfig.for_model("gpt_oss")) is None
-    assert attention.implementation("cpu", {"model_type": "never-heard-of"}) is None
-    assert attention.implementation("cpu", {"model_type": "qwen2"}) == attention.NAME
-    assert attention.implementation("mps", {"model_type": "qwen2"}) is None
+    for kind, chosen in (("t5", "sdpa"), ("falcon", "sdpa"), ("gpt_oss", "eager"), ("bloom", "eager")):
+        assert attention.choose("cpu", AutoConfig.for_model(kind)) == chosen, kind
+    assert attention.choose("cpu", gemma2) == "eager"
+    assert attention.choose("cpu", {"model_type": "never-heard-of"}) == "sdpa"
+    assert attention.choose("cpu", {"model_type": "qwen2"}) == attention.NAME
+    assert attention.choose("mps", {"model_type": "qwen2"}) == "sdpa"
 
 
 def test_without_a_capable_gpu_cuda_uses_padded_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
-    assert attention.implementation("cuda", {"model_type": "qwen2"}) is None
+    assert attention.choose("cuda", {"model_type": "qwen2"}) == "sdpa"
 
 
 def test_a_model_that_mixes_rows_is_detected(tiny_qwen2: Path, caplog: pytest.LogCaptureFixture) -> None:

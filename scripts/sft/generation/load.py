@@ -243,7 +243,7 @@ def open_model(
         dtype = torch.float32 if quantise or 4 * files.parameters < 0.6 * free else torch.bfloat16
     model: Any = model_load.load_base(
         files, section, tuning, dtype, device=device, train=False, quantise=quantise,
-        attention=attention.implementation(device, files.config) or attention.fallback(files.config),
+        attention=attention.choose(device, files.config),
     )  # fmt: skip
     if adapter is not None:
         model = adapters.load(model, adapter)

@@ -222,7 +222,7 @@ def attention_for(description: Mapping[str, Any]) -> tuple[str, bool]:
     An Ampere GPU or newer is assumed where the device is a GPU.
     """
     if not attention.supports(description):
-        return attention.fallback(description), False
+        return attention.padded(description), False
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(ATTENTION, _attention)

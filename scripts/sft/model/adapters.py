@@ -5,11 +5,11 @@ A layer is linear by its class, and the head by what the model says; names decid
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sft import files
 from sft.errors import ModelError, nearest, one_line
 from sft.model.files import tensors
 
@@ -31,15 +31,9 @@ def head(model: Any) -> Any:
 def is_linear(module: Any) -> bool:
     """Whether this is a linear layer: nn.Linear, bitsandbytes' kinds (subclasses of it), or GPT-2's Conv1D."""
     from torch import nn
-
-    return isinstance(module, nn.Linear) or _is_conv1d(module)
-
-
-def _is_conv1d(module: Any) -> bool:
-    """Whether this is GPT-2's Conv1D, which stores its weight as (in, out)."""
     from transformers.pytorch_utils import Conv1D
 
-    return isinstance(module, Conv1D)
+    return isinstance(module, nn.Linear | Conv1D)
 
 
 def widths(layer: Any) -> tuple[int, int]:
@@ -94,6 +88,7 @@ def attach(model: PreTrainedModel, tuning: TuningSection, *, gradient_checkpoint
     from peft import LoraConfig, TaskType, get_peft_model
 
     lora, names = tuning.lora, targets(model, tuning)
+    adapted_layers = [layer for name, layer in model.named_modules() if any(hits(target, name) for target in names)]
     tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False) and lora.modules_to_save)
     config = LoraConfig(
         r=lora.r,
@@ -105,7 +100,8 @@ def attach(model: PreTrainedModel, tuning: TuningSection, *, gradient_checkpoint
         use_dora=lora.use_dora,
         modules_to_save=lora.modules_to_save or None,
         ensure_weight_tying=tied,
-        fan_in_fan_out=any(_is_conv1d(m) and any(hits(n, name) for n in names) for name, m in model.named_modules()),
+        # GPT-2's Conv1D, alone without in_features, stores its weight as (in, out)
+        fan_in_fan_out=any(is_linear(module) and not hasattr(module, "in_features") for module in adapted_layers),
         task_type=TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM,
         revision=(getattr(model, "sft_base", None) or {}).get("revision"),
     )
@@ -138,14 +134,22 @@ def save(model: PeftModel, folder: Path, state: Mapping[str, Any] | None = None)
     model.save_pretrained(str(folder), safe_serialization=True, state_dict=state, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
     if base := getattr(model.get_base_model(), "sft_base", None):
-        (folder / BASE).write_text(json.dumps(base, indent=2) + "\n", encoding="utf-8")
+        files.write_json(folder / BASE, base)
 
 
 def load(model: PreTrainedModel, folder: Path, *, trainable: bool = False) -> PeftModel:
     """The adapter of `folder` on its base. Raises ModelError if `model` is another base, naming both."""
     from peft import PeftModel
 
-    _refuse_other_base(model, folder, base_of(folder))
+    base, loaded = base_of(folder), getattr(model, "sft_base", None) or {"name": model.name_or_path}
+    names = str(base["name"]), str(loaded["name"])
+    problem = _shape_problem(model, folder, base["config"].get("target_modules"))
+    if problem is None and base["fingerprint"] and loaded.get("fingerprint"):
+        problem = None if base["fingerprint"] == loaded["fingerprint"] else "the weights differ"
+    elif problem is None and base["name"] and Path(names[0]).name != Path(names[1]).name:  # a project can be moved
+        problem = "the names differ, and nothing shows that the weights are the same"
+    if problem:
+        raise other_base(folder, *names, problem)
     adapted = PeftModel.from_pretrained(
         model, str(folder), is_trainable=trainable, use_safetensors=True, local_files_only=True
     )
@@ -167,13 +171,9 @@ def base_of(folder: Path) -> dict[str, Any]:
             where=str(folder),
             fix="save it again as safetensors" if pickled else "train again, or use another checkpoint",
         )
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        base = json.loads((folder / BASE).read_text(encoding="utf-8")) if (folder / BASE).is_file() else {}
-        if not isinstance(config, dict) or not isinstance(base, dict):
-            raise ValueError("not an object")
-    except ValueError as error:
-        raise ModelError(f"the adapter's description is not JSON: {error}", where=str(folder)) from None
+    config, base = files.read_json(folder / CONFIG), files.read_json(folder / BASE)
+    if not config:
+        raise ModelError("the adapter's description is not JSON", where=str(folder / CONFIG))
     name = base.get("name") or config.get("base_model_name_or_path")
     return {"name": name, "revision": base.get("revision"), "fingerprint": base.get("fingerprint"), "config": config}
 
@@ -187,39 +187,23 @@ def other_base(folder: Path, trained_on: str, loaded: str, problem: str) -> Mode
     )
 
 
-def _refuse_other_base(model: Any, folder: Path, base: dict[str, Any]) -> None:
-    """Raises ModelError, naming both, if `base` (see `base_of`) is not the base that `model` was loaded from."""
-    loaded = getattr(model, "sft_base", None) or {"name": model.name_or_path, "fingerprint": None}
-    problem = _shape_problem(model, folder, base["config"].get("target_modules"))
-    if problem is None and base["fingerprint"] and loaded["fingerprint"]:
-        if base["fingerprint"] != loaded["fingerprint"]:
-            problem = "the weights differ"
-    elif problem is None and base["name"]:
-        one, other = str(base["name"]), str(loaded["name"])
-        if one != other and Path(one).name != Path(other).name:  # a project can be moved
-            problem = "the names differ, and nothing shows that the weights are the same"
-    if problem:
-        raise other_base(folder, str(base["name"]), str(loaded["name"]), problem)
-
-
 def _shape_problem(model: Any, folder: Path, target_modules: Any) -> str | None:
     """The first way in which the adapter's shapes are not this model's, None if all fit."""
-    modules, adapted = dict(model.named_modules()), set()
+    layers, adapted = {name: module for name, module in model.named_modules() if is_linear(module)}, set()
     for key, entry in tensors(folder / WEIGHTS).items():
         name, _, side = key.removeprefix("base_model.model.").rpartition(".lora_")
         if side not in ("A.weight", "B.weight"):
             continue
-        layer = modules.get(name)
-        if layer is None or not is_linear(layer):
+        if name not in layers:
             return f"it has no layer {name}"
-        width = widths(layer)[0 if side == "A.weight" else 1]
-        saved = entry["shape"][1 if side == "A.weight" else 0]
+        index = ("A.weight", "B.weight").index(side)
+        width, saved = widths(layers[name])[index], entry["shape"][1 - index]
         if saved != width:
             return f"{name} is {width} wide here, {saved} in the adapter"
         adapted.add(name)
     if isinstance(target_modules, list):
-        for name, layer in modules.items():
-            if name not in adapted and is_linear(layer) and any(hits(target, name) for target in target_modules):
+        for name in layers.keys() - adapted:
+            if any(hits(target, name) for target in target_modules):
                 return f"it has no weights for the layer {name}"
     return None
 

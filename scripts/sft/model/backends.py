@@ -35,14 +35,13 @@ def choose(tuning: TuningSection, *, cuda: bool, kind: str = "causal") -> Backen
     """The backend for this machine. unsloth falls back to bnb where it is not installed, or there is no CUDA GPU."""
     if tuning.backend == "bnb":
         return Backend("bnb")
-    reason = None
     if not cuda:
-        reason = "there is no CUDA GPU"
-    elif kind != "causal":
-        reason = "unsloth trains only decoder-only models"
-    elif importlib.util.find_spec("unsloth") is None:
-        reason = "it is not installed (make install-unsloth)"
-    return Backend("bnb", reason) if reason else Backend("unsloth")
+        return Backend("bnb", "there is no CUDA GPU")
+    if kind != "causal":
+        return Backend("bnb", "unsloth trains only decoder-only models")
+    if importlib.util.find_spec("unsloth") is None:
+        return Backend("bnb", "it is not installed (make install-unsloth)")
+    return Backend("unsloth")
 
 
 def prepare(tuning: TuningSection, *, kind: str = "causal") -> Backend:
@@ -53,9 +52,8 @@ def prepare(tuning: TuningSection, *, kind: str = "causal") -> Backend:
     backend = choose(tuning, cuda=bool(hardware.gpus()), kind=kind)
     if backend.name == "unsloth":
         # XFormers' wheels often fit another torch, and SDPA is as good
-        os.environ.setdefault("XFORMERS_DISABLED", "1")
-        os.environ.setdefault("XFORMERS_FORCE_DISABLE_TRITON", "1")
-        os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
+        for name in ("XFORMERS_DISABLED", "XFORMERS_FORCE_DISABLE_TRITON", "UNSLOTH_DISABLE_STATISTICS"):
+            os.environ.setdefault(name, "1")
         try:
             importlib.import_module("unsloth")
         except Exception as error:  # unsloth raises anything at import: a wrong CUDA, torch or driver

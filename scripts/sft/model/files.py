@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from sft import files
 from sft.errors import ModelError
 
 Kind = Literal["causal", "seq2seq"]
@@ -29,15 +30,11 @@ def kind_of(config: dict[str, Any], requested: str = "auto", *, name: str = "the
     Raises ModelError for encoders (BERT), classifiers and models without a language head, and if `requested` is
     another kind.
     """
-    architecture = str((config.get("architectures") or [""])[0])
-    kind = _kind(config, architecture)
-    shown = architecture or config.get("model_type")
+    kind = _kind(config)
+    shown = str((config.get("architectures") or [""])[0]) or config.get("model_type")
     if kind is None:
-        what = "a classifier" if "Classification" in architecture else "not a text generator"
-        if "MaskedLM" in architecture or "Encoder" in architecture:
-            what = "an encoder"
         raise ModelError(
-            f"{name} is {what} ({shown}): it has no head that writes text, so it cannot learn answers",
+            f"{name} has no head that writes text ({shown}), so it cannot be trained on answers",
             where="model.name",
             fix="choose a decoder-only model (Qwen2.5, Llama, Mistral, GPT-2) or an encoder-decoder (T5)",
         )
@@ -50,8 +47,9 @@ def kind_of(config: dict[str, Any], requested: str = "auto", *, name: str = "the
     return kind
 
 
-def _kind(config: dict[str, Any], architecture: str) -> Kind | None:
+def _kind(config: dict[str, Any]) -> Kind | None:
     """By the class name that saved the weights; by transformers' own lists where that is missing or says nothing."""
+    architecture = str((config.get("architectures") or [""])[0])
     model_type, decoder = config.get("model_type"), config.get("is_decoder")
     seq2seq = bool(config.get("is_encoder_decoder"))
     if seq2seq and architecture.endswith(("ForConditionalGeneration", "LMHeadModel")):
@@ -65,11 +63,9 @@ def _kind(config: dict[str, Any], architecture: str) -> Kind | None:
     if seq2seq:
         names = auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
         return "seq2seq" if model_type in names and architecture in ("", names[model_type]) else None
-    if model_type not in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        return None
     masked = model_type in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not decoder
     writes = not architecture or architecture.endswith("ForConditionalGeneration")
-    return "causal" if writes and not masked else None
+    return "causal" if writes and not masked and model_type in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else None
 
 
 @dataclass(frozen=True)
@@ -91,7 +87,13 @@ class ModelFiles:
     def parameters(self) -> int:
         """Number of parameters, tied ones counted once; from the weights' headers, else from the config alone."""
         if not has_weights(self.path):
-            return _parameters_of_config(self)
+            import torch
+            from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+            config = AutoConfig.from_pretrained(self.path, local_files_only=True)
+            family = AutoModelForSeq2SeqLM if self.kind == "seq2seq" else AutoModelForCausalLM
+            with torch.device("meta"):
+                return sum(weight.numel() for weight in family.from_config(config).parameters())
         headers = [tensors(path) for path in self.weights]
         packed = 2 if self.quantised else 1  # bitsandbytes stores two 4-bit numbers in a byte
         return sum(
@@ -137,21 +139,21 @@ class ModelFiles:
 def read_config(folder: Path, name: str) -> dict[str, Any]:
     """The folder's config.json. Raises ModelError if it is missing or no JSON object."""
     path = folder / "config.json"
+    if (folder / "adapter_config.json").is_file() and not path.is_file():
+        raise ModelError(
+            f"{name} is an adapter, not a model",
+            where=str(folder),
+            fix="set model.name to its base; name the adapter by --adapters",
+        )
     if not path.is_file():
-        what, fix = f"the folder {name} has no config.json, so it is not a model", "name a folder with config.json,"
-        fix += " tokenizer and safetensors, or a hub id"
-        if (folder / "adapter_config.json").is_file():
-            what, fix = (
-                f"{name} is an adapter, not a model",
-                "set model.name to its base; name the adapter by --adapters",
-            )
-        raise ModelError(what, where=str(folder), fix=fix)
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError("not an object")
-    except ValueError as error:
-        raise ModelError(f"config.json of {name} is not JSON: {error}", where=str(path), fix=_again(name)) from None
+        raise ModelError(
+            f"the folder {name} has no config.json, so it is not a model",
+            where=str(folder),
+            fix="name a folder with config.json, tokenizer and safetensors, or a hub id",
+        )
+    config = files.read_json(path)
+    if not config:
+        raise ModelError(f"config.json of {name} is not a JSON object", where=str(path), fix=_again(name))
     return config
 
 
@@ -162,11 +164,14 @@ def has_weights(folder: Path) -> bool:
 
 def weight_files(folder: Path, name: str) -> list[Path]:
     """The safetensors files of a folder. Raises ModelError if one is missing or truncated, or there are none."""
-    if (folder / INDEX).is_file():
-        paths = _shards(folder, name)
-    elif (folder / SINGLE).is_file():
-        paths = [folder / SINGLE]
-    else:
+    index, paths = folder / INDEX, [folder / SINGLE]
+    if index.is_file():
+        try:
+            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            paths = [folder / shard for shard in sorted(set(shards))]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ModelError(f"the index of {name} cannot be read", where=str(index), fix=_again(name)) from None
+    elif not has_weights(folder):
         pickles = sorted(path.name for path in folder.glob("*.bin"))
         raise ModelError(
             f"{name} has no safetensors weights" + (f", only {pickles[0]}, which can run code" if pickles else ""),
@@ -175,28 +180,17 @@ def weight_files(folder: Path, name: str) -> list[Path]:
             if pickles
             else "use a repository or folder with model.safetensors",
         )
-    for path in paths:
-        end = max((entry["data_offsets"][1] for entry in tensors(path).values()), default=0)
-        if path.stat().st_size < end + _data_start(path):
-            raise ModelError(f"{path.name} of {name} is truncated", where=str(path), fix=_again(name))
-    return paths
-
-
-def _shards(folder: Path, name: str) -> list[Path]:
-    """The files that the index names. Raises ModelError if it cannot be read or one is missing."""
-    try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        paths = [folder / shard for shard in sorted(set(index["weight_map"].values()))]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ModelError(f"the index of {name} cannot be read", where=str(folder / INDEX), fix=_again(name)) from None
-    missing = [path.name for path in paths if not path.is_file()]
-    if missing:
+    if missing := [path.name for path in paths if not path.is_file()]:
         names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise ModelError(
             f"{name} is incomplete: {len(missing)} of {len(paths)} shards are missing ({names})",
             where=str(folder),
             fix=_again(name),
         )
+    for path in paths:
+        end = max((entry["data_offsets"][1] for entry in tensors(path).values()), default=0)
+        if path.stat().st_size < end + _data_start(path):
+            raise ModelError(f"{path.name} of {name} is truncated", where=str(path), fix=_again(name))
     return paths
 
 
@@ -226,14 +220,3 @@ def _data_start(path: Path) -> int:
 
 def _again(name: str) -> str:
     return f"download it again: make download-model MODEL={name}"
-
-
-def _parameters_of_config(files: ModelFiles) -> int:
-    """Parameters of the architecture, built on the meta device: no memory, no weights."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
-
-    config = AutoConfig.from_pretrained(files.path, local_files_only=True)
-    family = AutoModelForSeq2SeqLM if files.kind == "seq2seq" else AutoModelForCausalLM
-    with torch.device("meta"):
-        return sum(weight.numel() for weight in family.from_config(config).parameters())

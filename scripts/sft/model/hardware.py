@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 
@@ -49,9 +51,8 @@ def probe() -> Hardware:
         return Hardware("cpu", platform.processor() or platform.machine(), None, total, available, bf16=True, count=1)
     index = local_rank() % torch.cuda.device_count()
     free, total = torch.cuda.mem_get_info(index)
-    major, minor = torch.cuda.get_device_capability(index)
-    name, count = torch.cuda.get_device_name(index), torch.cuda.device_count()
-    return Hardware("cuda", name, (major, minor), total, free, bf16=major >= 8, count=count)
+    name, capability = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
+    return Hardware("cuda", name, capability, total, free, capability[0] >= 8, torch.cuda.device_count())
 
 
 def local_rank() -> int:
@@ -74,42 +75,42 @@ def memory() -> tuple[int, int]:
 def gpus() -> list[Gpu]:
     """Every NVIDIA GPU that CUDA_VISIBLE_DEVICES allows, by NVML alone; none without a driver. Imports no torch."""
     nvml = _nvml()
+    setting = os.environ.get("CUDA_VISIBLE_DEVICES")
+    allowed = None if setting is None else [part.strip() for part in setting.split(",") if part.strip()]
     visible = []
     for index in range(nvml.nvmlDeviceGetCount() if nvml is not None else 0):
         handle = nvml.nvmlDeviceGetHandleByIndex(index)
-        sizes = nvml.nvmlDeviceGetMemoryInfo(handle)
-        major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
-        if _is_visible(index, _text(nvml.nvmlDeviceGetUUID(handle))):
-            name = _text(nvml.nvmlDeviceGetName(handle))
-            visible.append(Gpu(index, name, (int(major), int(minor)), int(sizes.total), int(sizes.free)))
+        uuid = nvml.nvmlDeviceGetUUID(handle)
+        if allowed is None or any(part == str(index) or uuid.startswith(part) for part in allowed):
+            sizes = nvml.nvmlDeviceGetMemoryInfo(handle)
+            capability = nvml.nvmlDeviceGetCudaComputeCapability(handle)
+            name = nvml.nvmlDeviceGetName(handle)
+            visible.append(Gpu(index, name, tuple(capability), int(sizes.total), int(sizes.free)))
     return visible
 
 
 def driver() -> str | None:
     """The NVIDIA driver's version; None without one."""
     nvml = _nvml()
-    return None if nvml is None else _text(nvml.nvmlSystemGetDriverVersion())
+    return None if nvml is None else nvml.nvmlSystemGetDriverVersion()
 
 
 def gpu_stats() -> dict[str, float] | None:
     """Memory (bytes), utilisation (0-1), temperature (degrees C) and power (W) of this process's GPU; None without."""
-    nvml = _nvml()
-    visible = gpus()
-    if nvml is None or not visible:
+    nvml, visible = _nvml(), gpus()
+    if not visible:
         return None
-    handle = nvml.nvmlDeviceGetHandleByIndex(visible[local_rank() % len(visible)].index)
-    sizes = nvml.nvmlDeviceGetMemoryInfo(handle)
-    stats = {"memory_used": float(sizes.used), "memory_total": float(sizes.total)}
+    gpu = visible[local_rank() % len(visible)]
+    handle = nvml.nvmlDeviceGetHandleByIndex(gpu.index)
+    stats = {"memory_used": float(gpu.total_bytes - gpu.free_bytes), "memory_total": float(gpu.total_bytes)}
     readings: dict[str, Callable[[], float]] = {
         "utilisation": lambda: nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100,
         "temperature": lambda: float(nvml.nvmlDeviceGetTemperature(handle, 0)),  # 0: the sensor on the chip
         "power": lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1000,
     }
     for name, read in readings.items():
-        try:
-            stats[name] = float(read())
-        except nvml.NVMLError:  # some cards do not report it
-            continue
+        with contextlib.suppress(nvml.NVMLError):  # some cards do not report it
+            stats[name] = read()
     return stats
 
 
@@ -123,21 +124,8 @@ def _nvml() -> Any:
     return pynvml
 
 
-def _is_visible(index: int, uuid: str) -> bool:
-    setting = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if setting is None:
-        return True
-    devices = [part.strip() for part in setting.split(",") if part.strip()]
-    return str(index) in devices or any(uuid.startswith(part) for part in devices if part.startswith("GPU-"))
-
-
-def _text(value: Any) -> str:
-    return value.decode() if isinstance(value, bytes) else str(value)
-
-
 def _cgroup(name: str) -> int | None:
     try:
-        with open(f"/sys/fs/cgroup/{name}", encoding="ascii") as file:
-            return int(file.read())
+        return int(Path("/sys/fs/cgroup", name).read_text(encoding="ascii"))
     except (OSError, ValueError):
         return None

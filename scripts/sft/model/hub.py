@@ -5,6 +5,7 @@ Only safetensors, JSON, templates and tokenizer files are downloaded, never pick
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -33,16 +34,13 @@ def find(section: ModelSection, root: Path, *, weights: bool = True) -> ModelFil
     A complete model in the cache is used without a request to the hub. Raises ModelError: not found, gated, offline
     and not in the cache, incomplete, no safetensors, no text generator.
     """
-    folder = local_folder(section.name, root)
-    revision = section.revision
+    folder, revision = local_folder(section.name, root), section.revision
     if folder is None:
         folder = cached(section.name, revision)
-        if folder is not None and weights:
+        if folder is not None and weights and not offline():
             try:
                 weight_files(folder, section.name)
             except ModelError:
-                if offline():
-                    raise
                 folder = None
         folder = folder or download(section, root, weights=weights)
         revision = folder.name
@@ -87,9 +85,9 @@ def cached(name: str, revision: str | None) -> Path | None:
 
 def offline() -> bool:
     """Whether HF_HUB_OFFLINE forbids the network."""
-    from huggingface_hub import constants
+    from huggingface_hub import is_offline_mode
 
-    return bool(constants.HF_HUB_OFFLINE)
+    return is_offline_mode()
 
 
 def reachable(timeout: float = 2.0) -> bool:
@@ -100,10 +98,8 @@ def reachable(timeout: float = 2.0) -> bool:
         import httpx
         from huggingface_hub import constants
 
-        try:
+        with contextlib.suppress(Exception):  # no proxy, no route, no certificate: all mean no
             answers.append(httpx.head(constants.ENDPOINT, timeout=timeout).status_code < 500)
-        except Exception:  # no proxy, no route, no certificate: all mean no
-            answers.append(False)
 
     if offline():
         return False
@@ -118,19 +114,17 @@ def find_token(root: Path) -> tuple[str | None, str]:
 
     It is only for the hub client; `errors.redact` keeps it out of everything that is printed or written.
     """
-    tokens = {name: os.environ.get(name, "").strip() for name in TOKEN_NAMES}
-    if not any(tokens.values()) and (root / ".env").is_file():
-        from dotenv import dotenv_values
+    from dotenv import dotenv_values
+    from huggingface_hub import get_token
 
-        values = dotenv_values(root / ".env")
-        tokens = {f".env ({name})": (values.get(name) or "").strip() for name in TOKEN_NAMES}
-    if not any(tokens.values()):
-        from huggingface_hub import get_token
-
-        tokens = {"hf auth login": get_token() or ""}
-    place, token = next(((place, token) for place, token in tokens.items() if token), ("", ""))
-    register_secret(token)
-    return token or None, place
+    in_file = dotenv_values(root / ".env")
+    tokens = {name: os.environ.get(name) for name in TOKEN_NAMES}
+    tokens |= {f".env ({name})": in_file.get(name) for name in TOKEN_NAMES}
+    for place, token in [*tokens.items(), ("hf auth login", get_token())]:
+        if token := (token or "").strip():
+            register_secret(token)
+            return token, place
+    return None, ""
 
 
 def install_token(root: Path) -> str:
@@ -158,35 +152,29 @@ def download(section: ModelSection, root: Path, *, weights: bool = True) -> Path
     from huggingface_hub import constants, snapshot_download
 
     name = section.name
-    problem, fix = "", ""
     if offline():
-        problem = "HF_HUB_OFFLINE forbids downloading it"
-        fix = f"with a network: HF_HUB_OFFLINE=0 make download-model MODEL={name}; or name a folder"
-    elif not reachable(5.0):
-        problem = "the hub does not answer"
-        fix = "fix the network, or name a folder (the shipped demo model: --set model.name=models/demo)"
-    if problem:
-        raise ModelError(f"{name} is not in the hub's cache, and {problem}", where="model.name", fix=fix)
-    token, _ = find_token(root)
-    try:
-        listing = list_files(section, root, weights=weights)
-        files.require_free(
-            Path(constants.HF_HUB_CACHE),
-            int(listing.bytes * 1.02),
-            name,
-            fix="free space there, or set HF_HOME to a larger disk",
+        raise ModelError(
+            f"{name} is not in the hub's cache, and HF_HUB_OFFLINE forbids downloading it",
+            where="model.name",
+            fix=f"with a network: HF_HUB_OFFLINE=0 make download-model MODEL={name}; or name a folder",
         )
-        log.info(f"downloading {name}: {listing.bytes / 1e6:,.0f} MB in {len(listing.names)} files to the hub's cache")
+    if not reachable(5.0):
+        raise ModelError(
+            f"{name} is not in the hub's cache, and the hub does not answer",
+            where="model.name",
+            fix="fix the network, or name a folder (the shipped demo model: --set model.name=models/demo)",
+        )
+    token, _ = find_token(root)
+    listing = list_files(section, root, weights=weights)
+    cache, fix = Path(constants.HF_HUB_CACHE), "free space there, or set HF_HOME to a larger disk"
+    files.require_free(cache, int(listing.bytes * 1.02), name, fix=fix)
+    log.info(f"downloading {name}: {listing.bytes / 1e6:,.0f} MB in {len(listing.names)} files to the hub's cache")
+    try:
         for file in listing.names:
             if file.endswith(".safetensors"):
                 _download_large(name, listing.commit, file, token)
-        folder = Path(snapshot_download(name, revision=listing.commit, allow_patterns=listing.names, token=token))
-        branch = section.revision or constants.DEFAULT_REVISION
-        if branch != listing.commit:  # so that it is found offline by the branch's name
-            ref = folder.parent.parent / "refs" / branch
-            ref.parent.mkdir(parents=True, exist_ok=True)
-            ref.write_text(listing.commit, encoding="utf-8")
-        return folder
+        # by the branch's name, so that it is found by it when offline
+        return Path(snapshot_download(name, revision=section.revision, allow_patterns=listing.names, token=token))
     except SftError:
         raise
     except Exception as error:
@@ -228,27 +216,23 @@ def _download_large(repository: str, commit: str, name: str, token: str | None) 
     huggingface_hub 1.33 starts a file from its beginning in every new process. Raises what the hub client raises, and
     ModelError if the bytes are not the hub's.
     """
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.file_download import http_get, repo_folder_name
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
+    url = hf_hub_url(repository, name, revision=commit)
     if isinstance(try_to_load_from_cache(repository, name, revision=commit), str):
         return
-    url = hf_hub_url(repository, name, revision=commit)
     remote = get_hf_file_metadata(url, token=token)
     if remote.etag is None or remote.size is None:
         return
-    blob = Path(HF_HUB_CACHE) / repo_folder_name(repo_id=repository, repo_type="model") / "blobs" / remote.etag
-    part = blob.with_name(f"{remote.etag}.part")
-    headers = build_hf_headers(token=token)
-    if urlsplit(remote.location).netloc != urlsplit(url).netloc:
-        headers.pop("authorization", None)
-    with files.lock(part.with_name(f"{part.name}.lock"), f"the download of {name}"):
+    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repository, repo_type="model") / "blobs"
+    blob, part = folder / remote.etag, folder / f"{remote.etag}.part"
+    same_host = urlsplit(remote.location).netloc == urlsplit(url).netloc
+    headers = build_hf_headers(token=token if same_host else False)
+    with files.lock(folder / f"{part.name}.lock", f"the download of {name}"):
         if blob.exists():
             return
-        if part.exists() and part.stat().st_size > remote.size:
-            part.unlink()
         with open(part, "ab") as file:
             start, size = file.tell(), remote.size
             http_get(

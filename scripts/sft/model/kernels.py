@@ -97,10 +97,8 @@ def restore_plain_layers(model: nn.Module) -> None:
 
 def kernels_of(model: nn.Module) -> Kernels:
     """The kernels that the model's layers use now."""
-    for module in model.modules():
-        if name := getattr(module.__dict__.get("forward"), "sft_kernels", None):
-            return name  # type: ignore[no-any-return]
-    return PLAIN
+    forwards = (module.__dict__.get("forward") for module in model.modules())
+    return next((name for forward in forwards if (name := getattr(forward, "sft_kernels", None))), PLAIN)
 
 
 def compiler_failed(error: BaseException) -> bool:
@@ -123,15 +121,14 @@ def _use_liger(model: nn.Module, device: str) -> None:
     if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise EnvironmentProblem("Liger's kernels need a CUDA GPU")
     before = {module for module in model.modules() if "forward" in module.__dict__}
-    defining_modules = [sys.modules[name] for name in {type(module).__module__ for module in model.modules()}]
-    names = [(module, dict(vars(module))) for module in defining_modules]
+    classes = [vars(sys.modules[name]) for name in {type(module).__module__ for module in model.modules()}]
+    originals = [dict(namespace) for namespace in classes]
     apply_liger_kernel(model, {"rope": False, "cross_entropy": False, "fused_linear_cross_entropy": False})
-    for defining_module, values in names:
-        vars(defining_module).update(values)
+    for namespace, original in zip(classes, originals, strict=True):
+        namespace.update(original)
     for module in model.modules():
         if "forward" in module.__dict__ and module not in before:
-            faster = module.__dict__.pop("forward")
-            _set_forward(module, faster, "liger")
+            _set_forward(module, module.__dict__.pop("forward"), "liger")
 
 
 def _compile_layers(model: nn.Module) -> None:

@@ -140,22 +140,18 @@ def _refuse_missing_weights(files: ModelFiles, report: Any) -> None:
 def _as_our_error(files: ModelFiles, error: Exception) -> Exception:
     """transformers' error as ours, with its fix."""
     message = one_line(error, 400)
-    if isinstance(error, ModelError):
-        return error
     if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
         return EnvironmentProblem(
             f"there is not enough memory to load {files.name}: {message}",
             fix="make plan shows what fits; a smaller model, or tuning.mode: qlora",
         )
+    what, where, fix = f"{files.name} cannot be loaded: {type(error).__name__}: {message}", str(files.path), None
     if "trust_remote_code" in message:
-        return ModelError(
-            f"{files.name} comes with code of its own",
-            where="model.name",
-            fix="if you trust its authors: --set model.trust_remote_code=true",
-        )
-    if "attn_implementation" in message or "attention" in message.lower():
-        return ModelError(message, where="model.attn_implementation", fix="--set model.attn_implementation=eager")
-    return ModelError(f"{files.name} cannot be loaded: {type(error).__name__}: {message}", where=str(files.path))
+        what, where = f"{files.name} comes with code of its own", "model.name"
+        fix = "if you trust its authors: --set model.trust_remote_code=true"
+    elif "attention" in message.lower() or "attn_implementation" in message:
+        what, where, fix = message, "model.attn_implementation", "--set model.attn_implementation=eager"
+    return ModelError(what, where=where, fix=fix)
 
 
 def empty_4bit_weight(weight: Any, dtype: torch.dtype, codes: dict[str, torch.Tensor]) -> torch.nn.Parameter:
@@ -163,11 +159,7 @@ def empty_4bit_weight(weight: Any, dtype: torch.dtype, codes: dict[str, torch.Te
     import torch
     from bitsandbytes.functional import QuantState
 
-    blocks = -(-weight.numel() // 64)
-    if "map" not in codes:
-        codes["map"] = torch.empty(256)
-    inner = QuantState(absmax=torch.empty(-(-blocks // 256)), code=codes["map"], blocksize=256, dtype=torch.float32)
-    nested = weight.compress_statistics
+    blocks, nested = -(-weight.numel() // 64), weight.compress_statistics
     state = QuantState(
         absmax=torch.empty(blocks, dtype=torch.uint8 if nested else torch.float32),
         shape=weight.shape,
@@ -175,9 +167,11 @@ def empty_4bit_weight(weight: Any, dtype: torch.dtype, codes: dict[str, torch.Te
         blocksize=64,
         quant_type=weight.quant_type,
         dtype=dtype,
-        offset=torch.empty(()) if nested else None,
-        state2=inner if nested else None,
     )
+    if nested:
+        code = codes.setdefault("map", torch.empty(256))
+        state.state2 = QuantState(torch.empty(-(-blocks // 256)), code=code, blocksize=256, dtype=torch.float32)
+        state.offset, state.nested = torch.empty(()), True
     packed: Any = torch.nn.Parameter(torch.empty((-(-weight.numel() // 2), 1), dtype=torch.uint8), requires_grad=False)
     packed.quant_state, packed.quant_type, packed.compress_statistics = state, weight.quant_type, nested
     return packed  # type: ignore[no-any-return]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sft import files
 from sft.errors import ModelError, one_line
 from sft.model.files import ModelFiles
 
@@ -18,17 +18,8 @@ FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model", "tokenizer.m
 # Existing tokens that serve as padding, best first: meant for it, then never trained, then the end of a document where
 # a turn ends with another token. Embeddings are never resized for a pad token.
 PAD_TOKENS = (
-    "<pad>",
-    "[PAD]",
-    "<|pad|>",
-    "<|finetune_right_pad_id|>",
-    "<|padding|>",
-    "<|dummy_0|>",
-    "<|endoftext|>",
-    "<|end_of_text|>",
-    "<unk>",
-    "[UNK]",
-)
+    "<pad> [PAD] <|pad|> <|finetune_right_pad_id|> <|padding|> <|dummy_0|> <|endoftext|> <|end_of_text|> <unk> [UNK]"
+).split()
 PROBES = (
     "Order 48213, due 2024-07-31: 3 × €19.95.",
     "def f(x):\n    return {'a': [1, 2.5e-3], \"b\": None}\n",
@@ -66,7 +57,8 @@ def load_tokenizer(source: ModelFiles | Path | str, *, trust_remote_code: bool =
     if problem := _rebuild_problem(tokenizer):
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
         log.warning(f"{problem}. Here it is loaded as its file says; other programs may still rebuild it")
-    choose_pad(tokenizer, _embedding_rows(folder))
+    config = files.read_json(folder / "config.json")
+    choose_pad(tokenizer, config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size"))
     return tokenizer  # type: ignore[no-any-return]
 
 
@@ -82,15 +74,13 @@ def choose_pad(tokenizer: PreTrainedTokenizerBase, rows: int | None = None) -> s
     vocabulary = tokenizer.get_vocab()
     added: dict[int, Any] = getattr(tokenizer, "added_tokens_decoder", {})
     special = {str(token) for token in added.values() if token.special} | set(tokenizer.all_special_tokens)
-    by_id = sorted(special, key=lambda token: vocabulary.get(token, 0))
     candidates = [token for token in PAD_TOKENS if token in vocabulary]
-    candidates += [token for token in by_id if "pad" in token.lower()]
-    candidates += [token for token in by_id if "reserved" in token or "unused" in token]
-    candidates += [str(tokenizer.unk_token)] if tokenizer.unk_token else []
+    for part in ("pad", "reserved", "unused"):
+        candidates += [token for token in sorted(special) if part in token.lower()]
     for token in candidates:
         if token not in (eos, tokenizer.bos_token) and (rows is None or vocabulary[token] < rows):
             tokenizer.pad_token = token
-            log.info(f"padding with {token}, since the tokenizer pads with {'its end token' if pad else 'nothing'}")
+            log.debug("padding with %s, since the tokenizer pads with %s", token, "its end token" if pad else "nothing")
             return token
     if eos is None:
         raise ModelError(
@@ -99,7 +89,7 @@ def choose_pad(tokenizer: PreTrainedTokenizerBase, rows: int | None = None) -> s
             fix="choose another model, or add eos_token to its tokenizer_config.json",
         )
     tokenizer.pad_token = eos
-    log.info(f"padding with the end token {eos}: no other token is free; it stays in the labels where an answer ends")
+    log.debug("padding with the end token %s: no other token is free; it stays in the labels of an answer's end", eos)
     return str(eos)
 
 
@@ -136,13 +126,3 @@ def _rebuild_problem(tokenizer: PreTrainedTokenizerBase) -> str | None:
                 f" {text!r} becomes {len(ids)} tokens instead of {len(expected)}; the model was trained on the latter"
             )
     return None
-
-
-def _embedding_rows(folder: Path) -> int | None:
-    """Rows of the embedding by config.json, None if it does not say."""
-    path = folder / "config.json"
-    if not path.is_file():
-        return None
-    config = json.loads(path.read_text(encoding="utf-8"))
-    rows = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
-    return int(rows) if rows else None

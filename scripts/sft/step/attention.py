@@ -34,45 +34,35 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, rows_mask)
 
 
-def implementation(device: str | torch.device, config: Any) -> str | None:
-    """`sft_rows`, registered, where it supports this model on this device; else None: micro-batches are padded.
+def choose(device: str | torch.device, config: Any) -> str:
+    """The attention to load: `sft_rows`, registered, where it supports this model on this device. Else micro-batches
+    are padded: `sdpa`; `eager` for soft caps, sinks and families without SDPA (BLOOM).
 
     config: the model's, as a transformers config or as the mapping of its config.json.
     """
     kind = torch.device(device).type
-    if kind not in ("cuda", "cpu") or not supports(config) or (kind == "cuda" and not _varlen_available()):
-        return None
-    register()
-    return NAME
+    usable = kind == "cpu" or (kind == "cuda" and _varlen_available(torch.cuda.get_device_capability()))
+    if usable and supports(config):
+        register()
+        return NAME
+    return padded(config)
 
 
 def supports(config: Any) -> bool:
     """Whether `sft_rows` supports this family on some device.
 
     Not supported: encoder-decoders, families that do not take their attention from transformers' interface, and
-    attention with a soft cap or sinks, which SDPA would silently ignore (see `fallback`).
+    attention with a soft cap or sinks, which SDPA would silently ignore.
     """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    config = _as_config(config)
-    if config is None or getattr(config, "is_encoder_decoder", False) or _needs_eager(config):
-        return False
-    family = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    return bool(getattr(family, "_supports_attention_backend", False) and getattr(family, "_supports_sdpa", False))
+    config, family = _family(config)
+    interface = getattr(family, "_supports_attention_backend", False) and getattr(family, "_supports_sdpa", False)
+    return bool(interface) and not config.is_encoder_decoder and not _needs_eager(config)
 
 
-def fallback(config: Any) -> str:
-    """The attention to load where `implementation` is None: `sdpa`; `eager` for soft caps, sinks and families without
-    SDPA (BLOOM)."""
-    from transformers.models.auto import modeling_auto as auto
-
-    config = _as_config(config)
-    if config is None:
-        return "sdpa"
-    mappings = (auto.MODEL_FOR_CAUSAL_LM_MAPPING, auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING)
-    family = next((mapping[type(config)] for mapping in mappings if type(config) in mapping), None)
-    has_sdpa = family is None or bool(getattr(family, "_supports_sdpa", False))
-    return "sdpa" if has_sdpa and not _needs_eager(config) else "eager"
+def padded(config: Any) -> str:
+    """The attention for padded micro-batches: `sdpa` or `eager`."""
+    config, family = _family(config)
+    return "sdpa" if getattr(family, "_supports_sdpa", True) and not (config and _needs_eager(config)) else "eager"
 
 
 def keeps_rows_apart(model: nn.Module) -> bool:
@@ -178,28 +168,19 @@ def _half(query: Tensor) -> torch.dtype | None:
     return dtype if dtype in (torch.float16, torch.bfloat16) else None
 
 
-def _varlen_available() -> bool:
-    """Whether this GPU and torch have the kernel; warns once where they have not."""
-    if not torch.cuda.is_available():
-        return False
-    missing = "torch 2.11"
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-
-        if {"window_size", "scale"} <= _parameters(varlen_attn):
-            missing = ""
-    except ImportError:
-        pass
-    if torch.cuda.get_device_capability()[0] < 8:
-        missing = "a GPU of compute capability 8.0 (Ampere)"
-    if missing:
-        _warn_once("micro-batches are padded: packing rows on a GPU needs %s or newer", missing)
-    return not missing
-
-
 @functools.cache
-def _warn_once(message: str, *args: str) -> None:
-    log.warning(message, *args)
+def _varlen_available(capability: tuple[int, int]) -> bool:
+    """Whether a GPU of this capability and this torch have the kernel; warns where they have not."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    if capability[0] < 8:
+        missing = "a GPU of compute capability 8.0 (Ampere)"
+    elif not {"window_size", "scale"} <= _parameters(varlen_attn):
+        missing = "torch 2.11"
+    else:
+        return True
+    log.warning("micro-batches are padded: packing rows on a GPU needs %s or newer", missing)
+    return False
 
 
 @functools.cache
@@ -207,16 +188,18 @@ def _parameters(function: Callable[..., Any]) -> frozenset[str]:
     return frozenset(inspect.signature(function).parameters)
 
 
-def _as_config(config: Any) -> Any:
-    """A transformers config of `config`; None for a family that transformers does not know."""
+def _family(config: Any) -> tuple[Any, Any]:
+    """A transformers config of `config` and the class that generates text with it; None for what is unknown."""
     from transformers import AutoConfig
+    from transformers.models.auto import modeling_auto as auto
 
-    if not isinstance(config, Mapping):
-        return config
-    try:
-        return AutoConfig.for_model(**config)
-    except (ValueError, KeyError, TypeError):
-        return None
+    if isinstance(config, Mapping):
+        try:
+            config = AutoConfig.for_model(**config)
+        except (ValueError, KeyError, TypeError):
+            return None, None
+    mappings = (auto.MODEL_FOR_CAUSAL_LM_MAPPING, auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING)
+    return config, next((mapping[type(config)] for mapping in mappings if type(config) in mapping), None)
 
 
 def _needs_eager(config: Any) -> bool:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 IGNORED = -100
@@ -75,21 +76,19 @@ def split_micro_batches(batch: Batch, *, tokens: int, rows: int | None = None, p
     packed: without padding, for a model whose attention keeps rows apart; else groups of similar length, padded on the
     right, where padding counts as tokens. A row longer than the budget gets a micro-batch of its own. Deterministic.
     """
-    lengths = batch["lengths"].tolist()
+    lengths, seq2seq = batch["lengths"].tolist(), "source_ids" in batch
     most_rows = rows or len(lengths)
-    labels = torch.split(batch["labels"], lengths)
-    if "source_ids" in batch:
+    targets = list(torch.split(batch["labels"], lengths))
+    if seq2seq:
         source_lengths = batch["source_lengths"].tolist()
-        ids, targets = torch.split(batch["source_ids"], source_lengths), list(labels)
-        sizes = list(zip(source_lengths, lengths, strict=True))
+        ids, sizes = torch.split(batch["source_ids"], source_lengths), list(zip(source_lengths, lengths, strict=True))
     else:
         ids, sizes = torch.split(batch["input_ids"], lengths), [(length, 0) for length in lengths]
         # a label moves to the position that predicts it
-        targets = [torch.cat([row[1:], row.new_full((min(1, len(row)),), IGNORED)]) for row in labels]
-    if packed and "source_ids" not in batch:
+        targets = [pad(row[1:], (0, min(1, len(row))), value=IGNORED) for row in targets]
+    if packed and not seq2seq:
         return [_pack(ids, targets, group) for group in _best_fit(lengths, tokens, most_rows)]
-    groups = _group_by_length(sizes, tokens, most_rows)
-    return [_pad(ids, targets, group, seq2seq="source_ids" in batch) for group in groups]
+    return [_pad(ids, targets, group, seq2seq=seq2seq) for group in _group_by_length(sizes, tokens, most_rows)]
 
 
 def row_indices(micro: MicroBatch, batch: Batch) -> Tensor:
@@ -122,7 +121,7 @@ def _group_by_length(sizes: Sequence[tuple[int, int]], tokens: int, most_rows: i
     Dynamic programming over the sorted rows: `best[j]` is the least cost of the first j.
     """
     order = sorted(range(len(sizes)), key=lambda i: (-sizes[i][0], -sizes[i][1], i))
-    best: list[float] = [0.0] + [float("inf")] * len(order)
+    best = [0.0] + [float("inf")] * len(order)
     start = [0] * (len(order) + 1)
     for first in range(len(order)):
         longest_source = longest_target = 0

@@ -150,6 +150,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         needs = tuple(grad_enabled and need for need in ctx.needs_input_grad[:3])
         losses, ctx.grads = _compute_tiles(hidden, weight, bias, targets, transform, tile, smoothing, needs)
+        ctx.again = None
         if needs[1] or needs[2]:
             ctx.again = lambda upstream: _compute_tiles(
                 hidden, weight, bias, targets, transform, tile, smoothing, (False, *needs[1:]), upstream
@@ -163,11 +164,12 @@ class _TiledCrossEntropy(torch.autograd.Function):
         uniform = scale.numel() == 1 or scale.stride(0) == 0  # the gradient of a sum is expanded from one number
         if grad_hidden is not None:
             grad_hidden.mul_(scale[0] if uniform else scale[:, None])
-        if (grad_weight is not None or grad_bias is not None) and not uniform:
+        if not uniform and ctx.again is not None:
             _, grad_weight, grad_bias = ctx.again(scale)
         else:
-            grad_weight = None if grad_weight is None else grad_weight.mul_(scale[0])
-            grad_bias = None if grad_bias is None else grad_bias.mul_(scale[0])
+            for grad in (grad_weight, grad_bias):
+                if grad is not None:
+                    grad.mul_(scale[0])
         ctx.grads = ctx.again = None
         return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
 

@@ -37,15 +37,11 @@ def response(model: nn.Module, micro: MicroBatch, config: StepConfig) -> Tensor:
 OBJECTIVES: dict[ObjectiveName, Objective] = {"response": response}
 
 
-def _decoder_inputs(base: nn.Module, labels: Tensor) -> Tensor:
+def _decoder_inputs(base: Any, labels: Tensor) -> Tensor:
     """The target shifted right behind the decoder's start token, [B, L], as for any encoder-decoder."""
-    shift = getattr(base, "prepare_decoder_input_ids_from_labels", None)
-    if callable(shift):
-        shifted: Tensor = shift(labels=labels)
-        return shifted
-    config: Any = base.config
-    pad = config.pad_token_id or 0
-    start = config.decoder_start_token_id if config.decoder_start_token_id is not None else pad
+    if shift := getattr(base, "prepare_decoder_input_ids_from_labels", None):
+        return shift(labels=labels)  # type: ignore[no-any-return]
+    pad, start = base.config.pad_token_id or 0, base.config.decoder_start_token_id
     shifted = labels.roll(1, dims=1)
-    shifted[:, 0] = start
+    shifted[:, 0] = pad if start is None else start
     return shifted.masked_fill(shifted == IGNORED, pad)

@@ -62,11 +62,10 @@ class StepConfig:
     @contextlib.contextmanager
     def forward_context(self) -> Iterator[None]:
         """The precision of a forward pass, and where its activations wait; not for the backward pass."""
-        with contextlib.ExitStack() as stack:
-            if self.autocast is not None:
-                stack.enter_context(torch.autocast(torch.device(self.device).type, dtype=self.autocast))
-            if self.offload:
-                stack.enter_context(offload_activations())
+        precision = torch.autocast(
+            torch.device(self.device).type, dtype=self.autocast, enabled=self.autocast is not None
+        )
+        with precision, offload_activations() if self.offload else contextlib.nullcontext():
             yield
 
 
@@ -145,16 +144,10 @@ def forward_backward(
     Gradients must be clear at the start: when memory runs out, all of them are dropped and formed again, with the same
     random numbers, in smaller micro-batches. Raises EnvironmentProblem if a single row does not fit.
     """
-    normalizer = count_labels(batch) if normalizer is None else normalizer
-    random_state = _random_state(batch["labels"].device)
+    normalizer, device = count_labels(batch) if normalizer is None else normalizer, batch["labels"].device
+    random_state, gpu_state = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     while True:
-        micros = [
-            micro
-            for micro in split_micro_batches(
-                batch, tokens=config.micro_batch_tokens, rows=config.max_rows, packed=config.packed
-            )
-            if micro.labelled
-        ]
+        micros = [micro for micro in _split(batch, config, config.micro_batch_tokens) if micro.labelled]
         try:
             return StepResult(_accumulate(model, micros, config, normalizer, backward), config)
         except (RuntimeError, MemoryError) as error:
@@ -164,15 +157,20 @@ def forward_backward(
             message = one_line(error, 200)
         model.zero_grad(set_to_none=True)
         release_memory()
-        _restore_random_state(random_state, batch["labels"].device)
+        torch.set_rng_state(random_state)
+        if gpu_state is not None:
+            torch.cuda.set_rng_state(gpu_state, device)
         if memory:
-            config = replace(config, micro_batch_tokens=smaller_budget(micros, config.micro_batch_tokens))
-            log.warning(
-                "out of memory: replaying this step in micro-batches of at most %d tokens", config.micro_batch_tokens
-            )
+            tokens = smaller_budget(micros, config.micro_batch_tokens)
+            config = replace(config, micro_batch_tokens=tokens)
+            log.warning("out of memory: replaying this step in micro-batches of at most %d tokens", tokens)
         else:
             kernels.restore_plain_layers(model)
             log.warning("torch.compile failed: replaying this step with plain layers (%s)", message)
+
+
+def _split(batch: Batch, config: StepConfig, tokens: int) -> list[MicroBatch]:
+    return split_micro_batches(batch, tokens=tokens, rows=config.max_rows, packed=config.packed)
 
 
 def evaluate_loss(model: nn.Module, rows: Sequence[Mapping[str, Any]], config: StepConfig) -> EvaluationLoss:
@@ -181,18 +179,16 @@ def evaluate_loss(model: nn.Module, rows: Sequence[Mapping[str, Any]], config: S
     Leaves the model's training mode as it is. When memory runs out, goes on in smaller micro-batches.
     Raises EnvironmentProblem if a single row does not fit.
     """
-    smoothing, config = config.label_smoothing, replace(config, label_smoothing=0.0)
     sums, counts = torch.zeros(len(rows), dtype=torch.float64), torch.zeros(len(rows), dtype=torch.long)
     order = sorted(range(len(rows)), key=lambda i: (len(rows[i]["input_ids"]), len(rows[i]["labels"])))
-    collate = Collator(config.kind)
-    start = 0
+    collate, start = Collator(config.kind), 0
     while start < len(order):
         chosen = order[start : start + EVALUATED_TOGETHER]
         batch = {name: tensor.to(config.device) for name, tensor in collate([rows[i] for i in chosen]).items()}
         tokens = min(config.eval_tokens or config.micro_batch_tokens, config.micro_batch_tokens)
-        micros = split_micro_batches(batch, tokens=tokens, rows=config.max_rows, packed=config.packed)
+        micros = _split(batch, config, tokens)
         try:
-            sums[chosen], counts[chosen] = _evaluate_batch(model, batch, micros, config)
+            sums[chosen], counts[chosen] = _evaluate_batch(model, batch, micros, replace(config, label_smoothing=0.0))
             start += len(chosen)
             continue
         except (RuntimeError, MemoryError) as error:
@@ -201,7 +197,7 @@ def evaluate_loss(model: nn.Module, rows: Sequence[Mapping[str, Any]], config: S
         release_memory()
         config = replace(config, eval_tokens=smaller_budget(micros, tokens))
         log.warning("out of memory in evaluation: continuing in micro-batches of at most %d tokens", config.eval_tokens)
-    return EvaluationLoss(sums, counts, replace(config, label_smoothing=smoothing))
+    return EvaluationLoss(sums, counts, config)
 
 
 def _accumulate(
@@ -244,9 +240,8 @@ def out_of_memory(error: BaseException | None) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     message = str(error)
-    return isinstance(error, RuntimeError) and any(
-        text in message for text in ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
-    )
+    texts = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
+    return isinstance(error, RuntimeError) and any(text in message for text in texts)
 
 
 def release_memory() -> None:
@@ -268,17 +263,6 @@ def smaller_budget(micros: Sequence[MicroBatch], tokens: int) -> int:
         fix="lower model.max_seq_len, set train.gradient_checkpointing=true, or lower train.logits_tile;"
         " `make plan` shows what each saves",
     )
-
-
-def _random_state(device: torch.device) -> list[Tensor]:
-    states = [torch.get_rng_state()]
-    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
-
-
-def _restore_random_state(state: list[Tensor], device: torch.device) -> None:
-    torch.set_rng_state(state[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state[1], device)
 
 
 def optimizer_step(optimizer: Any, on_retry: Callable[[], None]) -> None:

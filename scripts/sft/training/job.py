@@ -428,7 +428,7 @@ def load_model(config: Config, model_files: ModelFiles, backend: str, *, device:
     dtype = torch.float32 if tuning.mode == "full" else compute_dtype(train)
     if backend == "unsloth":
         return backends.load_unsloth(model_files, config.model, tuning, dtype, gradient_checkpointing=checkpointing)
-    implementation = attention.implementation(device, model_files.config) or attention.fallback(model_files.config)
+    implementation = attention.choose(device, model_files.config)
     model = load_base(model_files, config.model, tuning, dtype, device=device, train=True, attention=implementation)
     if tuning.mode == "full":
         adapters.set_checkpointing(model, checkpointing)
