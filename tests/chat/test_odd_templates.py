@@ -81,22 +81,11 @@ def test_a_token_that_contains_the_start_of_the_mark_is_in_the_loss() -> None:
     assert (row.input_ids, row.labels) == ([4, 5, 0, 3, 1], [-100, -100, -100, 3, 1])
 
 
-def test_left_out_calls_give_a_warning_and_the_words_stay_in_the_loss(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("content", ["", "Let me see"])
+def test_a_row_whose_call_the_template_leaves_out_is_refused_by_name(content: str) -> None:
     encoder = encoder_of(NO_CALLS)
-    talk = [user("w?"), answer("Let me see", tool_calls=[called(a="b")]), RESULT, answer("12")]
-    with caplog.at_level(logging.WARNING, "sft.chat"):
-        row = encode(encoder, *talk)
-    assert in_loss(encoder, row) == ["Let me see<|end|>", "12<|end|>"]
-    assert "leaves out tool calls" in caplog.text
-
-
-@pytest.mark.parametrize("content", [{"content": ""}, {"content": "", "reasoning_content": "hm"}])
-def test_a_turn_with_only_a_left_out_call_is_an_empty_answer(content: dict[str, str]) -> None:
-    encoder = encoder_of(NO_CALLS)
-    silent = {"role": "assistant", "tool_calls": [called(a="b")], **content}
-    assert in_loss(encoder, encode(encoder, user("w?"), silent, RESULT, answer("12"))) == ["<|end|>", "12<|end|>"]
-    alone = encoder.encode({"messages": [user("w?"), silent]})
-    assert (alone.dropped, set(alone.labels)) == ("no label left", {-100})
+    row = encode(encoder, user("w?"), answer(content, tool_calls=[called(a="b")]), RESULT, answer("12"))
+    assert "the template leaves out tool calls: name one that writes them" in str(row.dropped)
 
 
 def test_system_text_that_a_template_refuses_goes_before_the_question(caplog: pytest.LogCaptureFixture) -> None:
@@ -112,10 +101,10 @@ def test_system_text_that_a_template_refuses_goes_before_the_question(caplog: py
 
 
 def test_content_none_becomes_empty_where_a_template_needs_a_string() -> None:
-    source = NO_CALLS.replace("m.content", "(m.content + '')")
-    encoder = encoder_of(source)
+    encoder = encoder_of(NEEDS_TOOLS.replace("{{ m.content }}", "{{ m.content + '' }}"))
     silent = {"role": "assistant", "content": None, "tool_calls": [called(a="b")]}
-    assert in_loss(encoder, encode(encoder, user("w?"), silent, RESULT, answer("12"))) == ["<|end|>", "12<|end|>"]
+    row = encode(encoder, user("w?"), silent, RESULT, answer("12"), tools=[TOOL])
+    assert in_loss(encoder, row) == ['<|call|>get{"a": "b"}<|end|>', "12<|end|>"]
 
 
 def test_reasoning_parts_become_reasoning_content_where_a_template_takes_no_parts() -> None:
@@ -145,12 +134,11 @@ def test_a_template_that_fails_without_tools_works_for_rows_with_tools() -> None
     assert "TypeError" in str(encode(encoder, user("a"), answer("b")).dropped)
 
 
-def test_a_call_rendered_differently_in_the_last_turn_ends_at_the_end_of_the_turn() -> None:
+def test_a_call_rendered_differently_in_the_last_turn_is_refused() -> None:
     encoder = encoder_of(LATER_CALLS_DIFFER)
-    row = encode(encoder, user("w?"), answer("", tool_calls=[called(a="b")]), RESULT, answer("12"))
-    assert in_loss(encoder, row) == ['<|call|>get{"a": "b"} id<|end|>', "12<|end|>"]
-    row = encode(encoder, user("w?"), answer("", tool_calls=[called(a="b")]))
-    assert in_loss(encoder, row) == ['<|call|>get{"a": "b"}<|end|>']
+    talk = [user("w?"), answer("", tool_calls=[called(a="b")]), RESULT, answer("12")]
+    for row in (encode(encoder, *talk), encode(encoder, *talk[:2])):
+        assert "where the turn of message 2 ends cannot be determined" in str(row.dropped)
 
 
 def test_words_rendered_after_the_result_of_their_call_are_in_the_loss() -> None:

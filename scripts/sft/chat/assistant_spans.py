@@ -10,12 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from sft.chat.sentinels import (
-    REASONING,
     Layout,
     Region,
     Rendered,
     has_content,
-    has_words,
     read_sentinels,
     render_with_sentinels,
 )
@@ -33,7 +31,6 @@ class TurnShape:
     turn there. middle_end: the end of the turn where the conversation goes on. shares_end: the template writes no end,
     the next turn's control token ends it (GLM). tool_end: the token that ends a tool call, where that is shared too.
     space: the white space that ends the prompt, where the template writes it together with the answer's words.
-    always_prompts: the template writes the prompt behind every conversation (Llama 3 as first released).
     """
 
     prompt: str = ""
@@ -43,7 +40,6 @@ class TurnShape:
     shares_end: bool = False
     tool_end: str = ""
     space: str = ""
-    always_prompts: bool = False
 
     @property
     def known(self) -> bool:
@@ -59,21 +55,22 @@ class TurnShape:
         return None if expected and end.endswith(expected) else expected
 
 
-class _CallMisplaced(Refused):
-    """The template leaves out the tool call of message `index`, or writes its words elsewhere: no region fits."""
+class _WordsBehindCall(Refused):
+    """The template writes the words of message `index` behind the result of its tool call: no region fits."""
 
-    def __init__(self, index: int, *, dropped: bool) -> None:
-        what = "leaves out the tool call in" if dropped else "separates tool call and words of"
-        super().__init__(f"the template {what} message {index + 1}")
-        self.index, self.dropped = index, dropped
+    def __init__(self, index: int) -> None:
+        super().__init__(f"the template separates tool call and words of message {index + 1}")
+        self.index = index
 
 
 def shared_end(vocabulary: Vocabulary, text: str, other: str) -> str:
     """The common beginning of two texts that follow an answer, trailing white space left out: the end of its turn.
 
-    It stops before a token that opens turns.
+    It stops before a token that opens turns, and after a whole line or token.
     """
-    shared = vocabulary.common_prefix(text, other)
+    shared = common_prefix(text, other)
+    if shared < min(len(text), len(other)):
+        shared = vocabulary.token_edge(text, other, shared)
     opening = text.find(vocabulary.opener, 1, shared) if vocabulary.opener else -1
     return text[: shared if opening < 0 else opening].rstrip()
 
@@ -93,8 +90,18 @@ class AssistantSpans:
         text = self.template.render(messages, tools=tools, add_generation_prompt=prompt)
         try:
             return self._layout(text, messages, tools, prompt)
-        except _CallMisplaced as refusal:
-            return self._equivalent(refusal, text, messages, tools, prompt)
+        except _WordsBehindCall as refusal:
+            k = refusal.index
+        # the same text with these words as an answer of their own
+        after = next((j for j in range(k + 1, len(messages)) if messages[j].get("role") != "tool"), len(messages))
+        words = {"role": "assistant", "content": messages[k]["content"]}
+        same = [*messages[:k], {**messages[k], "content": ""}, *messages[k + 1 : after], words, *messages[after:]]
+        if self.template.render(same, tools=tools, add_generation_prompt=prompt) != text:
+            raise _WordsBehindCall(k)
+        layout = self.layout(same, tools, prompt=prompt)
+        origin = [*range(after), k, *range(after, len(messages))]
+        layout.regions = [replace(region, message=origin[region.message]) for region in layout.regions]
+        return layout
 
     def _layout(self, text: str, messages: list[Message], tools: Tools, prompt: bool) -> Layout:
         marked, rendered = render_with_sentinels(
@@ -105,64 +112,26 @@ class AssistantSpans:
         for k in (k for k, message in enumerate(messages) if message.get("role") == "assistant"):
             try:
                 region, exact = self._region(k, conversation)
-            except _CallMisplaced:
-                raise
-            except Refused as refusal:
-                if not has_content(messages[k]):
-                    continue  # nothing of it is shown, and there was nothing to show
-                region, exact = self._marked_by_author(k, rendered, refusal), False
+            except Refused:
+                if has_content(messages[k]):
+                    raise
+                continue  # nothing of it is shown, and there was nothing to show
             if layout.regions and region.start < layout.regions[-1].end:
                 raise Refused(f"the regions of messages {layout.regions[-1].message + 1} and {k + 1} overlap")
             layout.regions.append(region)
             layout.prompt_shown = exact
         return layout
 
-    def _equivalent(
-        self, refusal: _CallMisplaced, text: str, messages: list[Message], tools: Tools, prompt: bool
-    ) -> Layout:
-        """The layout of another conversation that the template writes as the very same text, else the refusal.
-
-        A call that the template leaves out is removed; without words beside it that is an empty answer, and a row that
-        has no other answer has no regions. Words written behind the result of their call become a separate answer.
-        """
-        k, message = refusal.index, messages[refusal.index]
-        silent = refusal.dropped and not has_words(message)
-        if refusal.dropped:
-            removed = ("tool_calls", *REASONING) if silent else ("tool_calls",)
-            same = [*messages[:k], {key: message[key] for key in message if key not in removed}, *messages[k + 1 :]]
-            origin = list(range(len(same)))
-        else:
-            after = next((j for j in range(k + 1, len(messages)) if messages[j].get("role") != "tool"), len(messages))
-            words = {"role": "assistant", "content": message["content"]}
-            same = [*messages[:k], {**message, "content": ""}, *messages[k + 1 : after], words, *messages[after:]]
-            origin = [*range(after), k, *range(after, len(messages))]
-        if not (silent or has_content({**message, "tool_calls": None})):
-            raise refusal
-        try:
-            if self.template.render(same, tools=tools, add_generation_prompt=prompt) != text:
-                raise refusal
-            layout = self.layout(same, tools, prompt=prompt)
-        except Refused:
-            raise refusal from None
-        layout.regions = [replace(region, message=origin[region.message]) for region in layout.regions]
-        layout.drops_calls = layout.drops_calls or refusal.dropped
-        if silent and not prompt and not any(one["role"] == "assistant" and has_content(one) for one in same):
-            layout.regions = []
-        return layout
-
     def _region(self, k: int, talk: _Conversation) -> tuple[Region, bool]:
         """Region k, and whether the text up to it is exactly the serving prompt."""
         rendered, message = talk.rendered, talk.messages[k]
         close = rendered.end_of(k, message)
-        if close is None and (rendered.closed.get(k) or has_content(message)):
-            times = len(rendered.closed.get(k, []))
-            if not times and message.get("tool_calls"):
-                raise _CallMisplaced(k, dropped=True)
-            if not times:
-                raise Refused(f"the template does not show the answer in message {k + 1}")
-            raise Refused(
-                f"the template shows the answer in message {k + 1} {times} times: its position cannot be determined"
-            )
+        if close is None and (times := len(rendered.closed.get(k, []))):
+            raise Refused(f"the template shows the answer in message {k + 1} {times} times, so its place is unclear")
+        if close is None and has_content(message):
+            if message.get("tool_calls"):
+                raise Refused("the template leaves out tool calls: name one that writes them in data.template_path")
+            raise Refused(f"the template does not show the answer in message {k + 1}")
         start, exact = self._start(k, talk)
         close = start if close is None else close
         if start > close:
@@ -170,7 +139,7 @@ class AssistantSpans:
         end = close + len(self._end(k, close, talk))
         words = rendered.open(k)
         if words is not None and words > end:
-            raise _CallMisplaced(k, dropped=False)
+            raise _WordsBehindCall(k)
         header, limit = self.turn.prompt, close if words is None else words
         at = rendered.text.rfind(header, max(0, start - len(header)), start + len(header)) if header.strip() else -1
         if at >= 0 and start < at + len(header) <= limit:
@@ -194,19 +163,6 @@ class AssistantSpans:
         others = (at for j, places in rendered.closed.items() if j != k for at in places)
         return None if any(block[0] < at < block[1] for at in others) else block
 
-    def _marked_by_author(self, k: int, rendered: Rendered, refusal: Refused) -> Region:
-        """The {% generation %} block around message k, extended to the end of the turn; without one, the refusal."""
-        close = next(iter(rendered.closed.get(k, [])), None)
-        block = None if close is None else self._generation_block(k, close, rendered)
-        if block is None:
-            raise refusal
-        region, end = rendered.text[slice(*block)].rstrip(), self.turn.middle_end
-        if not end or region.endswith(end):
-            return Region(k, block[0], block[0] + len(region))
-        if rendered.text.startswith(end, block[1]):
-            return Region(k, block[0], block[1] + len(end))
-        return Region(k, block[0], block[0] + len(region), end)
-
     # --- where a region starts
 
     def _start(self, k: int, talk: _Conversation) -> tuple[int, bool]:
@@ -218,24 +174,19 @@ class AssistantSpans:
         known = (str(talk.messages[k - 1].get("role")), text[before:limit]) if before is not None and opened else None
         if talk.continues(k) and known in self._starts and known is not None and before is not None:
             return before + self._starts[known], False
-        try:
-            prompt = read_sentinels(self._tracked(talk.marked[:k], talk.tools, prompt=True))
-        except Refused:
+        prompt = self._read(talk.marked[:k], talk.tools, prompt=True)
+        if prompt is None:
             return self._start_behind_prompt(k, rendered, limit), False
-        anchors = (j for j in range(k - 1, -1, -1) if prompt.close(j) is not None and _shown_before(rendered, j, limit))
-        anchor = next(anchors, None)  # the last message that both renders show exactly once
+        shown = (j for j in range(k - 1, -1, -1) if prompt.close(j) is not None and rendered.close(j) is not None)
+        anchor = next((j for j in shown if rendered.closed[j][0] <= limit), None)  # the last that both show once
         at = rendered.closed[anchor][0] if anchor is not None else 0
         tail = prompt.text[prompt.closed[anchor][0] if anchor is not None else 0 :]
         gap, answer = text[at : max(limit, at)], text[at : len(text) if close is None else close]
-        offset, header = len(tail), self.turn.prompt
+        offset = len(tail)
         if not answer.startswith(tail):
             offset = self._shared_prompt(tail, gap, whole=opened is not None)
-            if not offset and tail and header.strip() and tail.endswith(header) and gap.startswith(header):
-                offset = len(header)  # the end of the turn before it is written in the prompt alone
-            if not offset and not k:
-                return self._start_behind_prompt(k, rendered, limit), False  # nothing comes before it
             if not offset:
-                raise Refused(f"the generation prompt and the text before message {k + 1} have nothing in common")
+                return self._start_behind_prompt(k, rendered, limit), False
         if known is not None and anchor == k - 1 and offset <= len(gap):
             self._starts[known] = offset
         return at + offset, prompt.text == text[: at + offset]
@@ -247,8 +198,6 @@ class AssistantSpans:
         word, where that is known (`whole`). 0 if they share nothing.
         """
         shared = common_prefix(tail, gap)
-        if whole and shared == len(gap):
-            return shared  # the prompt goes on where the text has the answer already
         if not tail[shared:].strip():
             return shared  # only white space of the prompt is missing
         if whole and not gap[shared:].strip():
@@ -256,7 +205,7 @@ class AssistantSpans:
         return self.vocabulary.token_edge(tail, gap, shared)
 
     def _start_behind_prompt(self, k: int, rendered: Rendered, limit: int) -> int:
-        """The start where the conversation before k cannot be rendered alone: behind the probed generation prompt."""
+        """The start where no prompt for k can be rendered, or none like this text: behind the probed prompt."""
         prompt = self.turn.prompt
         floor = max((at for j, places in rendered.closed.items() for at in places if j < k and at <= limit), default=0)
         at = rendered.text.rfind(prompt, floor, limit) if prompt else -1
@@ -286,15 +235,14 @@ class AssistantSpans:
             end = self._middle_end(k, after, talk)
         else:
             end = self._last_end(k, after, talk)
-        if talk.messages[k].get("tool_calls"):
-            end = self._end_of_call(end, after, usual)
-        if end is None:
+        tokens = self.vocabulary.tokens_in(end or "")
+        ended = not self.vocabulary.tokens_in(usual) or bool(tokens and end and end.endswith(tokens[-1]))
+        if end is None or (talk.messages[k].get("tool_calls") and not ended):  # the last call is written differently
             raise Refused(f"where the turn of message {k + 1} ends cannot be determined")
         return end
 
     def _last_end(self, k: int, after: str, talk: _Conversation) -> str:
         """The end of the last turn: what it shares with the same turn in conversations that go on."""
-        after = self._without_prompt(after)
         for marked, prompt in (([*talk.marked, _FOLLOW_UP], False), (talk.marked, True)):
             other = self._after(k, marked, talk.tools, prompt=prompt)
             if other is not None and (shared := shared_end(self.vocabulary, after, other)).strip():
@@ -307,7 +255,6 @@ class AssistantSpans:
         gap: the text between its last word and the next turn's first.
         """
         alone = self._after(k, talk.marked[: k + 1], talk.tools, prompt=False)
-        alone = None if alone is None else self._without_prompt(alone)
         prompted = self._after(k, talk.marked[: k + 1], talk.tools, prompt=True)
         prompt = self.turn.prompt
         if alone is not None and gap.startswith(alone) and (self.turn.shares_end or not alone.strip()):
@@ -323,36 +270,19 @@ class AssistantSpans:
                 return between.rstrip()
         return "" if alone is not None and not alone.strip() else None
 
-    def _end_of_call(self, end: str | None, after: str, usual: str) -> str | None:
-        """The end of a turn that calls a tool.
-
-        The call may be written differently where it comes last, so that the comparison stops inside it. Then the only
-        usual end in what follows counts, if no other turn lies between.
-        """
-        tokens = self.vocabulary.tokens_in(end or "")
-        if end is not None and (not self.vocabulary.tokens_in(usual) or (tokens and end.endswith(tokens[-1]))):
-            return end
-        usual = usual.strip()
-        if not usual or after.count(usual) != 1:
-            return None
-        before = after[: after.index(usual)]
-        return None if self.vocabulary.has_turn_token(before) else before + usual
-
-    def _without_prompt(self, after: str) -> str:
-        """What follows a last turn, without the prompt that some templates always write there."""
-        return after.removesuffix(self.turn.prompt) if self.turn.always_prompts else after
-
     def _after(self, k: int, marked: list[Message], tools: Tools, *, prompt: bool) -> str | None:
         """What follows message k in this conversation; None if the template refuses it or hides the sentinel."""
+        rendered = self._read(marked, tools, prompt=prompt)
+        close = rendered.end_of(k, marked[k]) if rendered else None
+        return rendered.text[close:] if rendered and close is not None else None
+
+    def _read(self, marked: list[Message], tools: Tools, *, prompt: bool) -> Rendered | None:
+        """What the sentinels of these messages show; None if the template refuses them."""
         try:
-            rendered = read_sentinels(self._tracked(marked, tools, prompt=prompt))
+            text = self.template.render(marked, tools=tools, add_generation_prompt=prompt, tracked=True)
         except Refused:
             return None
-        close = rendered.end_of(k, marked[k])
-        return None if close is None else rendered.text[close:]
-
-    def _tracked(self, messages: list[Message], tools: Tools, *, prompt: bool) -> str:
-        return self.template.render(messages, tools=tools, add_generation_prompt=prompt, tracked=True)
+        return read_sentinels(text)
 
 
 @dataclass(frozen=True)
@@ -368,8 +298,3 @@ class _Conversation:
     def continues(self, k: int) -> bool:
         """Whether anything follows message k."""
         return self.prompt or k < len(self.messages) - 1
-
-
-def _shown_before(rendered: Rendered, j: int, limit: int) -> bool:
-    at = rendered.close(j)
-    return at is not None and at <= limit

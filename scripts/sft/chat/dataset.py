@@ -8,12 +8,11 @@ import logging
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -29,7 +28,6 @@ from sft.errors import DataError, EnvironmentProblem
 log = logging.getLogger("sft.chat")
 Feature = dict[str, Any]
 Progress = Callable[[int, int], None]  # rows done, rows in all
-Summarise = Callable[[Iterable[Row]], Any]
 BATCH = 256  # rows tokenised together
 FOLDER = ".cache/tokenised"  # below the project root; `make clean` removes it
 MAX_ENTRIES = 16  # of the cache; the least recently used go
@@ -37,8 +35,7 @@ ROWS, ABOUT = "rows.arrow", "about.json"
 CODE = ("chat/*.py", "data/*.py", "model/tokenizer.py")  # the files that decide ids and labels
 LIBRARIES = ("transformers", "tokenizers", "jinja2", "pyarrow")
 _IDS = pyarrow.list_(pyarrow.int32())
-_COLUMNS = {"id": pyarrow.string(), "prompt_id": pyarrow.uint64(), "input_ids": _IDS, "labels": _IDS}
-SCHEMA = pyarrow.schema(_COLUMNS)
+SCHEMA = pyarrow.schema({"id": pyarrow.string(), "prompt_id": pyarrow.uint64(), "input_ids": _IDS, "labels": _IDS})
 
 
 @dataclass
@@ -119,18 +116,12 @@ class TokenisedRows(Sequence[Feature]):
     def __len__(self) -> int:
         return int(self._table.num_rows)
 
-    @overload
-    def __getitem__(self, index: int) -> Feature: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Feature]: ...
-    def __getitem__(self, index: int | slice) -> Feature | list[Feature]:
+    def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[one] for one in range(*index.indices(len(self)))]
         index = range(len(self))[index]
-        row: Feature = {"id": self._table.column("id")[index].as_py()}
-        for name in ("input_ids", "labels"):
-            row[name] = self._table.column(name)[index].values.to_numpy().tolist()
-        return row
+        ids = {name: self._table.column(name)[index].values.to_numpy().tolist() for name in ("input_ids", "labels")}
+        return {"id": self._table.column("id")[index].as_py(), **ids}
 
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of each row's `input_ids`."""
@@ -144,13 +135,12 @@ class TokenisedRows(Sequence[Feature]):
 
 @dataclass(frozen=True)
 class Split:
-    """One file of rows, tokenised. about: what `summarise` returned. warnings: logged while encoding."""
+    """One file of rows, tokenised. system: the system text that all rows share."""
 
     rows: TokenisedRows
     ledger: RunLedger
-    about: Any
-    warnings: list[str]
-    cached: bool
+    system: str | None
+    cached: bool = False
 
 
 class Tokeniser:
@@ -164,37 +154,32 @@ class Tokeniser:
         self.encoder, self.cache = encoder, cache
         self.fingerprint = fingerprint(encoder) if cache is not None else ""
 
-    def __call__(
-        self, path: Path, digest: str, *, summarise: Summarise = lambda _: None, on_progress: Progress | None = None
-    ) -> Split:
-        """The rows of `path` that can be trained on, from the cache or encoded.
-
-        digest: SHA-256 of the file. summarise: a function of all its rows; what it returns (JSON) is cached with them.
-        """
+    def __call__(self, path: Path, digest: str, on_progress: Progress | None = None) -> Split:
+        """The rows of `path` (`digest`: its SHA-256) that can be trained on, from the cache or encoded."""
         if self.cache is not None:
             entry = self.cache / hashlib.sha256(f"{digest} {self.fingerprint}".encode()).hexdigest()[:32]
             try:
-                if entry.exists() and (split := _read_entry(entry)):
+                if entry.exists() and (split := self._read(entry)):
                     return split
                 with files.atomic_folder(entry) as staged:
                     with pyarrow.OSFile(str(staged / ROWS), "wb") as sink:
-                        about = self._write(path, sink, summarise, on_progress)
+                        about = self._write(path, sink, on_progress)
                     files.write_json(staged / ABOUT, about)
                     files.write_manifest(staged)
                 _remove_old_entries(self.cache)
                 return _split(pyarrow.memory_map(str(entry / ROWS)), about)
             except (OSError, EnvironmentProblem) as error:
-                log.warning("tokens cannot be cached in %s (%s): they are kept in memory", self.cache, error)
+                log.warning("tokens cannot be cached in %s (%s): they stay in memory", self.cache, error)
         buffer = pyarrow.BufferOutputStream()
-        about = self._write(path, buffer, summarise, on_progress)
+        about = self._write(path, buffer, on_progress)
         return _split(pyarrow.BufferReader(buffer.getvalue()), about)
 
-    def _write(self, path: Path, sink: Any, summarise: Summarise, on_progress: Progress | None) -> dict[str, Any]:
-        """Writes the rows to `sink` as they are encoded; returns ledger, summary and warnings as JSON values."""
-        ledger = RunLedger()
+    def _write(self, path: Path, sink: Any, on_progress: Progress | None) -> dict[str, Any]:
+        """Writes the rows to `sink` as they are encoded; returns ledger, system text and warnings as JSON values."""
+        ledger, earlier = RunLedger(), set(self.encoder.warnings)
         with path.open("rb") as lines:
             total = sum(1 for _ in lines)
-        with _collect_warnings() as warnings, pyarrow.ipc.new_file(sink, SCHEMA) as out:
+        with pyarrow.ipc.new_file(sink, SCHEMA) as out:
             encoded = encode_rows(self.encoder, store.iter_rows(path), ledger, total, on_progress)
             while part := list(islice(encoded, 4 * BATCH)):
                 columns = {
@@ -204,30 +189,30 @@ class Tokeniser:
                     "labels": [piece.labels for _, piece in part],
                 }
                 out.write_batch(pyarrow.RecordBatch.from_pydict(columns, schema=SCHEMA))
-        return {"ledger": vars(ledger), "about": summarise(store.iter_rows(path)), "warnings": warnings}
+        warnings = {kind: text for kind, text in self.encoder.warnings.items() if kind not in earlier}
+        system = records.shared_system_text(store.iter_rows(path))
+        return {"ledger": vars(ledger), "system": system, "warnings": warnings}
 
-
-def _read_entry(entry: Path) -> Split | None:
-    """What is cached in `entry`, with the warnings of when it was written; None, with a warning, if it is damaged."""
-    problem = files.manifest_problem(entry)
-    try:
-        if not problem:
-            about = json.loads((entry / ABOUT).read_text(encoding="utf-8"))
-            split = _split(pyarrow.memory_map(str(entry / ROWS)), about, cached=True)
-            for text in split.warnings:
-                log.warning("%s", text)
-            entry.touch()
-            return split
-    except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
-        problem = f"they cannot be read: {type(error).__name__}"
-    log.warning("the cached tokens in %s cannot be used (%s): they are encoded again", entry, problem)
-    return None
+    def _read(self, entry: Path) -> Split | None:
+        """What is cached in `entry`, with the warnings of when it was written; None, with a warning, if damaged."""
+        problem = files.manifest_problem(entry)
+        try:
+            if not problem:
+                about = json.loads((entry / ABOUT).read_text(encoding="utf-8"))
+                split = _split(pyarrow.memory_map(str(entry / ROWS)), about, cached=True)
+                for kind, text in about["warnings"].items():
+                    self.encoder.warn_once(kind, text)
+                entry.touch()
+                return split
+        except (OSError, pyarrow.ArrowException) as error:
+            problem = f"they cannot be read: {type(error).__name__}"
+        log.warning("the cached tokens in %s cannot be used (%s): rows are encoded again", entry, problem)
+        return None
 
 
 def _split(source: Any, about: dict[str, Any], *, cached: bool = False) -> Split:
-    table = pyarrow.ipc.open_file(source).read_all()
-    ledger = RunLedger(**about["ledger"])
-    return Split(TokenisedRows(table), ledger, about["about"], list(about["warnings"]), cached)
+    rows = TokenisedRows(pyarrow.ipc.open_file(source).read_all())
+    return Split(rows, RunLedger(**about["ledger"]), about["system"], cached)
 
 
 def fingerprint(encoder: Encoder) -> str:
@@ -253,16 +238,3 @@ def _remove_old_entries(cache: Path) -> None:
     entries = [path for path in cache.iterdir() if path.is_dir() and not path.name.startswith(".")]
     for path in sorted(entries, key=lambda path: path.stat().st_mtime, reverse=True)[MAX_ENTRIES:]:
         shutil.rmtree(path, ignore_errors=True)
-
-
-@contextmanager
-def _collect_warnings() -> Iterator[list[str]]:
-    """Collects what this package warns of meanwhile."""
-    texts: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: texts.append(record.getMessage())  # type: ignore[method-assign]
-    log.addHandler(handler)
-    try:
-        yield texts
-    finally:
-        log.removeHandler(handler)

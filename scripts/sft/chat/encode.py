@@ -32,15 +32,11 @@ _PROMPT_DIFFERS = (
     "the generation prompt differs from the training text for row {row} (usually a <think> block;"
     " data.template_options may set it)"
 )
-_NORMALIZED = (
+_PLAINER = (
     "the template refuses row {row} as it is; it is rendered in a plainer form: text parts joined, missing texts empty,"
     " new ids for tool calls"
 )
 _NO_SYSTEM = "the template accepts no system text: in row {row} it is put before the first question"
-_NO_CALLS = (
-    "the template leaves out tool calls: row {row} is trained without them (a turn with nothing else becomes an empty"
-    " answer); use a template that writes them"
-)
 
 
 @dataclass
@@ -85,7 +81,7 @@ class Encoder:
         self.template, self.tokenizer = template, tokenizer
         self.max_seq_len, self.over_length, self.in_loss = max_seq_len, over_length, labels
         self.vocabulary = Vocabulary(tokenizer, control_text=template.control_text)
-        self.warned: set[str] = set()
+        self.warnings: dict[str, str] = {}  # kind -> text, as logged
         self.stops = self._prepare(eos_ids)
 
     def _prepare(self, eos_ids: Iterable[int]) -> Stops:
@@ -125,11 +121,12 @@ class Encoder:
         """
         splits = self.over_length == "split_turns" and self.in_loss != "last_assistant"
         pairs = zip(rows, self.encode_batch(rows), strict=True)
-        return [self._pieces(row, whole) if splits and not whole.fits else [whole] for row, whole in pairs]
+        return [
+            self._pieces(row, whole) if splits and not whole.fits and not records.is_rendered(row) else [whole]
+            for row, whole in pairs
+        ]
 
     def _pieces(self, row: Row, whole: Encoded) -> list[Encoded]:
-        if records.is_rendered(row):
-            return [whole]
         shared = {"id": whole.id, "tools": records.tools(row)}
         chats = split_long_chat(records.messages(row), lambda chat: self.encode({**shared, "messages": chat}).fits)
         return [self.encode({**shared, "messages": chat}) for chat in chats] if len(chats) > 1 else [whole]
@@ -145,9 +142,7 @@ class Encoder:
         except Refused as refused:
             return Encoded(name, [], [], dropped=f"template: {refused}")
         if layout.regions and not layout.prompt_shown and messages[-1].get("role") == "assistant":
-            self._warn_once(name, _PROMPT_DIFFERS)
-        if layout.drops_calls:
-            self._warn_once(name, _NO_CALLS)
+            self._warn(name, _PROMPT_DIFFERS)
         return layout
 
     def _layout(self, name: str, messages: list[Message], tools: Tools, *, prompt: bool = False) -> Layout:
@@ -157,14 +152,14 @@ class Encoder:
             return self.spans.layout(messages, tools, prompt=prompt)
         except Refused as refused:
             plain = plain_messages(messages)
-            for form in (plain,) if self.traits.takes_system else (plain, system_in_question(plain)):
+            for form in (plain, system_in_question(plain)):
                 try:
                     layout = self.spans.layout(form, tools, prompt=prompt)
                 except Refused:
                     continue
                 moved = len(messages) - len(form)
                 layout.regions = [replace(region, message=region.message + moved) for region in layout.regions]
-                self._warn_once(name, _NO_SYSTEM if moved else _NORMALIZED)
+                self._warn(name, _NO_SYSTEM if moved else _PLAINER)
                 return layout
             raise refused
 
@@ -245,10 +240,14 @@ class Encoder:
         except Refused as refused:
             raise TemplateError(f"no prompt can be rendered: {refused}", where=self.template.name) from None
 
-    def _warn_once(self, row: str, message: str) -> None:
-        if message not in self.warned:
-            self.warned.add(message)
-            log.warning(f"{self.template.name}: {message.format(row=row)}. docs/TEMPLATES.md")
+    def _warn(self, row: str, kind: str) -> None:
+        self.warn_once(kind, f"{self.template.name}: {kind.format(row=row)}. docs/TEMPLATES.md")
+
+    def warn_once(self, kind: str, text: str) -> None:
+        """Logs a warning unless there was one of its kind."""
+        if kind not in self.warnings:
+            self.warnings[kind] = text
+            log.warning("%s", text)
 
 
 def _plain_spans(row: Row) -> list[tuple[int, int]]:
@@ -284,22 +283,27 @@ def split_long_chat(messages: list[Message], fits: Callable[[list[Message]], boo
 
 
 def plain_messages(messages: list[Message]) -> list[Message]:
-    """As many messages in the plainest form: contents as text, reasoning and calls in their own keys, and call ids of
-    nine letters and digits (Mistral takes no others) that results repeat.
+    """As many messages in the plainest form: no content is None, and calls have ids of nine letters and digits
+    (Mistral takes no others), which their results repeat.
     """
     plain: list[Message] = []
-    open_calls: list[tuple[str, str]] = []  # calls without a result yet: old id, new id
-    for index, message in enumerate(map(_as_text, messages)):
+    waiting: list[str] = []  # ids of calls without a result yet
+    for index, turn in enumerate(messages):
+        message = {**turn, "content": turn.get("content") or ""}
         if isinstance(calls := message.get("tool_calls"), list) and all(isinstance(call, dict) for call in calls):
-            ids = [_call_id(call, index, at) for at, call in enumerate(calls)]
-            message["tool_calls"] = [{**call, "id": new} for call, new in zip(calls, ids, strict=True)]
-            open_calls = [(str(call.get("id")), new) for call, new in zip(calls, ids, strict=True)]
-        elif message.get("role") == "tool" and open_calls:
-            answered = str(message.get("tool_call_id"))
-            at = next((at for at, (old, _) in enumerate(open_calls) if old == answered), 0)
-            message["tool_call_id"] = open_calls.pop(at)[1]
+            waiting = [_call_id(call.get("id") or f"{index} {at}") for at, call in enumerate(calls)]
+            message["tool_calls"] = [{**call, "id": new} for call, new in zip(calls, waiting, strict=True)]
+        elif message.get("role") == "tool" and waiting:
+            known = _call_id(message.get("tool_call_id"))
+            message["tool_call_id"] = waiting.pop(waiting.index(known) if known in waiting else 0)
         plain.append(message)
     return plain
+
+
+def _call_id(old: Any) -> str:
+    if re.fullmatch(r"[A-Za-z0-9]{9}", str(old)):
+        return str(old)
+    return hashlib.blake2b(str(old).encode(errors="surrogatepass"), digest_size=8).hexdigest()[:9]
 
 
 def system_in_question(messages: list[Message]) -> list[Message]:
@@ -314,22 +318,11 @@ def system_in_question(messages: list[Message]) -> list[Message]:
 
 def _as_text(message: Message) -> Message:
     """A message with its content as text: parts joined, reasoning and calls among them in their own keys."""
-    if message.get("content") is None:
-        return {**message, "content": ""}
-    if not isinstance(message["content"], list):
-        return dict(message)
     try:
         (plain,) = normalize_messages([message], "messages")
     except RowFault:
-        return dict(message)
+        return message
     return {**message, **plain, "role": message["role"]}
-
-
-def _call_id(call: dict[str, Any], message: int, at: int) -> str:
-    if re.fullmatch(r"[A-Za-z0-9]{9}", str(call.get("id"))):
-        return str(call["id"])
-    content = repr((call.get("id"), message, at, call.get("function", call)))
-    return hashlib.blake2b(content.encode(errors="surrogatepass"), digest_size=8).hexdigest()[:9]
 
 
 def build_encoder(

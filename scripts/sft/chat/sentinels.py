@@ -10,10 +10,7 @@ from typing import Any, Literal
 from sft.chat.template import GENERATION, ChatTemplate, Message, Refused, Tools
 
 Controls = Callable[[str], re.Pattern[str] | None]  # role -> what finds the control tokens to break in its words
-Placement = float | Literal["edges", "none"]  # at both ends of the words, or one sentinel after this share of them
-EDGES: Placement = "edges"
-NONE: Placement = "none"
-PLACEMENTS: tuple[Placement, ...] = (EDGES, 0.5, 0.25, 0.75, 0.0)
+Placement = Literal["edges", "inside", "none"]  # at both ends of the words, or one sentinel in the middle
 REASONING = ("reasoning_content", "reasoning", "thinking")
 MAX_MESSAGES = 30_000  # of one conversation: two sentinels each
 _FIRST, _BREAK = 0x100000, "\U0010fffd"
@@ -45,14 +42,13 @@ class Layout:
     """A rendered conversation: its text and the regions of its assistant messages.
 
     plain_spans: control tokens inside the words of messages, which are plain text. prompt_shown: whether the text up to
-    the last region is exactly the serving prompt. drops_calls: the template does not show a tool call.
+    the last region is exactly the serving prompt.
     """
 
     text: str
     regions: list[Region] = field(default_factory=list)
     plain_spans: list[tuple[int, int]] = field(default_factory=list)
     prompt_shown: bool = False
-    drops_calls: bool = False
 
 
 @dataclass
@@ -71,17 +67,19 @@ class Rendered:
 
     def open(self, index: int) -> int | None:
         """Where the words of message `index` begin, if they are shown exactly once."""
-        positions = self.opened.get(index, [])
-        return positions[0] if len(positions) == 1 else None
+        return _only(self.opened.get(index))
 
     def close(self, index: int) -> int | None:
         """Where the words of message `index` end, if they are shown exactly once."""
-        positions = self.closed.get(index, [])
-        return positions[0] if len(positions) == 1 else None
+        return _only(self.closed.get(index))
 
     def end_of(self, index: int, message: Message) -> int | None:
         """Like `close`; the first place of a message that calls a tool, whose name may be repeated with the result."""
         return next(iter(self.closed.get(index, [])), None) if message.get("tool_calls") else self.close(index)
+
+
+def _only(positions: list[int] | None) -> int | None:
+    return positions[0] if positions and len(positions) == 1 else None
 
 
 def insert_sentinels(messages: list[Message], placements: list[Placement], controls: Controls) -> list[Message]:
@@ -98,9 +96,9 @@ def insert_sentinels(messages: list[Message], placements: list[Placement], contr
 def _with_sentinels(message: Message, index: int, placement: Placement, controls: Controls) -> Message:
     pattern = controls(str(message.get("role")))
     copy = {key: value if key == "role" else _broken(value, pattern) for key, value in message.items()}
-    if placement == NONE:
+    if placement == "none":
         return copy
-    opening = chr(_FIRST + 2 * index) if placement == EDGES else ""
+    opening = chr(_FIRST + 2 * index) if placement == "edges" else ""
     closing = chr(_FIRST + 2 * index + 1)
     if calls := copy.get("tool_calls"):  # the last call's name closes the message
         copy["tool_calls"] = _name_marked(calls, closing)
@@ -117,7 +115,7 @@ def _with_sentinels(message: Message, index: int, placement: Placement, controls
 def _around(text: str, opening: str, closing: str, placement: Placement) -> str:
     words = text.strip()
     start = text.index(words)
-    end = start + (int(len(words) * placement) or 1 if isinstance(placement, float) else len(words))
+    end = start + (len(words) if placement == "edges" else len(words) // 2 or 1)
     return text[:start] + opening + text[start:end] + closing + text[end:]
 
 
@@ -184,18 +182,19 @@ def render_with_sentinels(
 
     def placement_of(k: int) -> Placement:
         """How message k can be marked so that the text stays the same and shows the sentinel."""
-        for placement in PLACEMENTS:
-            _, rendered = attempt([placement if index == k else NONE for index in range(len(messages))])
+        options: tuple[Placement, ...] = ("edges", "inside")
+        for placement in options:
+            _, rendered = attempt([placement if index == k else "none" for index in range(len(messages))])
             if rendered is not None and rendered.closed:
                 return placement
-        return NONE
+        return "none"
 
-    marked, rendered = attempt([EDGES] * len(messages))
+    marked, rendered = attempt(["edges"] * len(messages))
     if rendered is not None:
         return marked, rendered
     placements = [placement_of(k) for k in range(len(messages))]
     for k, message in enumerate(messages):
-        if message.get("role") == "assistant" and placements[k] == NONE and has_content(message):
+        if message.get("role") == "assistant" and placements[k] == "none" and has_content(message):
             raise Refused(f"the template changes with the words of message {k + 1}: its position cannot be determined")
     marked, rendered = attempt(placements)
     if rendered is None:
@@ -205,9 +204,5 @@ def render_with_sentinels(
 
 def has_content(message: Message) -> bool:
     """Whether a message has words, a tool call or reasoning."""
-    return bool(has_words(message) or message.get("tool_calls") or message.get("reasoning_content"))
-
-
-def has_words(message: Message) -> bool:
-    """Whether a message's content is more than white space."""
-    return bool(str(message.get("content") or "").strip())
+    words = str(message.get("content") or "").strip()
+    return bool(words or message.get("tool_calls") or message.get("reasoning_content"))

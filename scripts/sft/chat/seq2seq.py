@@ -36,49 +36,37 @@ class Seq2SeqEncoder(Encoder):
         return [self._encode(row) for row in rows]
 
     def _encode(self, row: Row) -> Encoded:
-        name = records.row_id(row)
+        name, limit, policy = records.row_id(row), self.max_seq_len, self.over_length
         try:
             source = self._source(row)
         except Refused as refused:
             return Encoded(name, [], [], dropped=f"template: {refused}")
         target = records.reference(row).strip()
-        ids, labels = self._ids(source), self._ids(target)
+        ids, labels, cut = self._ids(source), self._ids(target), 0
         if not target or (row.get("messages") and row["messages"][-1].get("weight", 1) == 0):
             return Encoded(name, ids, [], dropped=NO_LABEL, text=source)
-        cut = 0
         if records.is_rendered(row) and not source.strip():
-            ids, labels, cut = self._halves(labels)
-        ids, labels, cut_more, dropped = self._fitted(name, ids, labels)
-        return Encoded(name, ids, labels, cut + cut_more, dropped, f"{source}\n{target}")
-
-    def _halves(self, ids: list[int]) -> tuple[list[int], list[int], int]:
-        """Plain text without a question (replay): its first half is the source, the rest the target, and how many
-        tokens are cut in front. Prefix language modelling, Raffel et al. 2020 (T5), section 3.2.1.
-        """
-        words, end = ids[:-1], ids[-1:]
-        cut = max(0, len(words) - 2 * (self.max_seq_len - 1)) if self.over_length.startswith("truncate") else 0
-        middle = cut + (len(words) - cut) // 2
-        return words[cut:middle] + end, words[middle:] + end, cut
-
-    def _fitted(self, name: str, ids: list[int], labels: list[int]) -> tuple[list[int], list[int], int, str | None]:
-        """Cuts the source from its begin; a target that is too long keeps its end or drops the row."""
-        limit = self.max_seq_len
-        if max(len(ids), len(labels)) <= limit:
-            return ids, labels, 0, None
-        if self.over_length == "error":
+            # Plain text (replay): its first half is the source, the rest the target, as in prefix language modelling,
+            # Raffel et al. 2020 (T5), section 3.2.1.
+            words, end = labels[:-1], labels[-1:]
+            cut = max(0, len(words) - 2 * (limit - 1)) if policy.startswith("truncate") else 0
+            middle = cut + (len(words) - cut) // 2
+            ids, labels = words[cut:middle] + end, words[middle:] + end
+        longest, dropped = max(len(ids), len(labels)), None
+        if longest > limit and policy == "error":
             raise DataError(
                 f"row {name} has {len(ids):,} + {len(labels):,} tokens, more than model.max_seq_len {limit:,} a side",
                 where=f"row {name}",
-                fix=f"--set model.max_seq_len={max(len(ids), len(labels))}, or another model.over_length",
+                fix=f"--set model.max_seq_len={longest}, or another model.over_length",
             )
-        if self.over_length == "drop" or (self.over_length == "truncate_left" and len(labels) > limit):
-            return ids, labels, 0, OVER_LENGTH
-        cut = max(0, len(ids) - limit) + max(0, len(labels) - limit)
-        if len(labels) > limit:
-            labels = [*labels[: limit - 1], labels[-1]]
-        if len(ids) > limit:
-            ids = ids[-limit:] if self.over_length == "truncate_left" else [*ids[: limit - 1], ids[-1]]
-        return ids, labels, cut, None
+        if longest > limit and (policy == "drop" or (policy == "truncate_left" and len(labels) > limit)):
+            dropped = OVER_LENGTH
+        elif longest > limit:  # a target that is cut keeps its end; a source is cut from its begin (`truncate_left`)
+            cut += max(0, len(ids) - limit) + max(0, len(labels) - limit)
+            labels = labels if len(labels) <= limit else [*labels[: limit - 1], labels[-1]]
+            short = ids[-limit:] if policy == "truncate_left" else [*ids[: limit - 1], ids[-1]]
+            ids = ids if len(ids) <= limit else short
+        return Encoded(name, ids, labels, cut, dropped, f"{source}\n{target}")
 
     def _source(self, row: Row | list[Message]) -> str:
         if isinstance(row, dict) and records.is_rendered(row):

@@ -9,10 +9,11 @@ import math
 import re
 import threading
 import time
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import date
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -36,7 +37,6 @@ Message = dict[str, Any]
 Tools = list[dict[str, Any]] | None
 SECONDS = 5.0  # for one render
 MAX_CHARACTERS = 20_000_000  # of one rendered text
-MAX_SOURCE = 1_000_000  # characters of a template
 GENERATION = ("\U000ffff0", "\U000ffff1")  # around {% generation %} blocks in a tracked render
 _ANSWER = "\U000ffff2"  # placeholder for the answer where a turn template is rendered up to it
 FOLDER, DEFAULT = "chat_templates", "default"
@@ -76,7 +76,7 @@ class _Environment(ImmutableSandboxedEnvironment):
     def __init__(self, day: date) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols])
         self.lock, self.deadline, self.tracked = threading.Lock(), math.inf, False
-        self.filters["tojson"] = _tojson
+        self.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # as in transformers: no HTML escapes
         self.globals.update(raise_exception=_raise, strftime_now=day.strftime)
 
     def check_time(self) -> None:
@@ -102,13 +102,6 @@ def _raise(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-def _tojson(
-    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
-) -> str:
-    """transformers' own: no HTML escapes."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
 def today() -> date:
     """The current day in local time."""
     return date.today()
@@ -118,10 +111,9 @@ def today() -> date:
 class ChatTemplate:
     """A compiled template with its variables.
 
-    name: for messages. source: the text. special: bos_token, eos_token and so on. options: `data.template_options`.
-    tool_source: the variant for rows with tools, of models that ship two. origin: the model's own, the default where it
-    has none, or named in the config. control_text: what control tokens written inside a message become. day: what
-    `strftime_now` prints, see `fix_date`. parts: the template takes contents as [{"type": "text", "text": ...}].
+    special: bos_token, eos_token and so on. tool_source: the variant for rows with tools, of models that ship two.
+    control_text: what control tokens written inside a message become. day: what `strftime_now` prints, see `fix_date`.
+    parts: the template takes contents as [{"type": "text", "text": ...}].
     """
 
     name: str
@@ -147,8 +139,6 @@ class ChatTemplate:
             )
 
     def _compile(self, source: str) -> jinja2.Template:
-        if len(source) > MAX_SOURCE:
-            raise TemplateError(f"the template has {len(source):,} characters", where=self.name)
         try:
             return _Environment(self.day).from_string(source)
         except jinja2.TemplateSyntaxError as error:
@@ -201,32 +191,28 @@ class ChatTemplate:
         tracked: put the private characters GENERATION around {% generation %} blocks. Raises Refused if the template
         raises, TemplateError past its limits.
         """
-        template = self._with_tools if tools and self._with_tools else self._plain
-        variables = {**self.special, "add_generation_prompt": add_generation_prompt}
         if self.style == "messages":
-            messages = _as_parts(messages) if self.parts else messages
-            variables |= {"messages": messages, "tools": tools, "documents": None}
-            return self._run(template, {**variables, **self.options}, tracked)
+            if self.parts:
+                messages = [{**message, "content": _as_parts(message.get("content"))} for message in messages]
+            variables = {"messages": messages, "tools": tools, "documents": None}
+            return self._run({**variables, "add_generation_prompt": add_generation_prompt}, tracked)
         texts = _turn_texts(messages, tools)
-        up_to_answer = add_generation_prompt or "assistant" not in texts
-        if up_to_answer:
-            texts["assistant"] = _ANSWER
-        variables |= {**texts, "add_generation_prompt": up_to_answer}
-        text = self._run(template, {**variables, **self.options}, tracked)
-        if not up_to_answer:
-            return text
+        if "assistant" in texts and not add_generation_prompt:
+            return self._run({**texts, "add_generation_prompt": False}, tracked)
+        text = self._run({**texts, "assistant": _ANSWER, "add_generation_prompt": True}, tracked)
         if _ANSWER not in text:
             raise Refused("the template does not show the answer of this row")
         return text.partition(_ANSWER)[0].rstrip(" ")
 
-    def _run(self, template: jinja2.Template, variables: dict[str, Any], tracked: bool) -> str:
+    def _run(self, variables: dict[str, Any], tracked: bool) -> str:
+        template = self._with_tools if self._with_tools and variables.get("tools") else self._plain
         environment = template.environment
         assert isinstance(environment, _Environment)
         try:
             with environment.lock:
                 environment.deadline, environment.tracked = time.monotonic() + SECONDS, tracked
                 pieces, size = [], 0
-                for piece in template.generate(variables):
+                for piece in template.generate({**self.special, **variables, **self.options}):
                     pieces.append(piece)
                     size += len(piece)
                     if size > MAX_CHARACTERS:
@@ -255,35 +241,24 @@ def _turn_texts(messages: list[Message], tools: Tools) -> dict[str, str]:
     return texts
 
 
-def _as_parts(messages: list[Message]) -> list[Message]:
-    return [
-        {**message, "content": [{"type": "text", "text": message["content"]}]}
-        if isinstance(message.get("content"), str)
-        else message
-        for message in messages
-    ]
+def _as_parts(content: Any) -> Any:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
 def _line(error: BaseException) -> str:
     """The line of the template that an error comes from, as jinja puts it into the traceback; `?` if unknown."""
-    trace, line = error.__traceback__, "?"
-    while trace is not None:
-        if trace.tb_frame.f_code.co_filename == "<template>":
-            line = str(trace.tb_lineno)
-        trace = trace.tb_next
-    return line
+    frames = traceback.extract_tb(error.__traceback__)
+    return next((str(frame.lineno) for frame in reversed(frames) if frame.filename == "<template>"), "?")
 
 
 def fix_date(config: Config, resumed: Config | None = None) -> Config:
-    """The config of a run that begins, or of one that is resumed, with `data.template_date: auto` resolved to a day.
-
-    resumed: the resolved config of the checkpoint to resume from; its day is used again. Stored with the run, the day
-    makes resume, eval, infer and export render the tokens that the run was trained on. A date in the config wins.
+    """The config of a run with `data.template_date: auto` resolved to a day: that of `resumed`, the config of the
+    checkpoint to resume from, else today. Stored with the run, it makes every command render the tokens trained on.
     """
     if config.data.template_date != "auto":
         return config
-    day = resumed.data.template_date if resumed else "auto"
-    day = today().isoformat() if day == "auto" else day
+    dates = [resumed.data.template_date] if resumed else []
+    day = next((day for day in dates if day != "auto"), today().isoformat())
     return config.model_copy(update={"data": config.data.model_copy(update={"template_date": day})})
 
 
@@ -292,7 +267,7 @@ def load_template(data: DataSection, tokenizer: PreTrainedTokenizerBase, root: P
 
     Raises TemplateError for a missing file, a syntax error (with its line), or a template that shows no answer.
     """
-    name, own = data.template_path, tokenizer.chat_template
+    name, own, bos = data.template_path, tokenizer.chat_template, tokenizer.bos_token
     common: dict[str, Any] = {
         "special": {key: str(text) for key, text in tokenizer.special_tokens_map.items() if isinstance(text, str)},
         "options": dict(data.template_options),
@@ -304,39 +279,39 @@ def load_template(data: DataSection, tokenizer: PreTrainedTokenizerBase, root: P
         variants: dict[str, str] = own if isinstance(own, dict) else {"default": own}
         source = variants.get("default") or next(iter(variants.values()))
         return ChatTemplate(shown, source, tool_source=variants.get("tool_use"), origin="own", **common)
+    common["origin"] = "default" if name == "auto" else "named"
     path = _template_file(DEFAULT if name == "auto" else name, root)
-    if not path.is_file():
-        if name != "auto":
-            raise _missing(name, path, root)
+    if name == "auto" and not path.is_file():
         log.warning(
             f"the model has no chat template and {FOLDER}/{DEFAULT}.jinja is missing: rows are written as"
             " `System: / User: / Assistant:`"
         )
-        return ChatTemplate("plain fallback", FALLBACK, origin="default", **common)
+        return ChatTemplate("plain fallback", FALLBACK, **common)
     shown = display_path(path, root)
     try:
         source = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        known = template_names(root)
+        near = nearest(Path(name).stem, known, cutoff=0.5)
+        guess = f"did you mean {near}? " if near else ""
+        raise TemplateError(
+            f"the chat template {name!r} does not exist",
+            where=f"data.template_path, looked for {shown}",
+            fix=f"{guess}names: {', '.join(known)}; or a file that ends in .jinja",
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise TemplateError(f"the chat template cannot be read: {error}", where=shown) from None
-    common["origin"] = "default" if name == "auto" else "named"
     template = ChatTemplate(shown, source, **common)
-    if not _lacks_bos(template, tokenizer):
+    writes_bos = not bos or bos in source or "bos_token" in source
+    if writes_bos or tokenizer.encode("x", add_special_tokens=True)[:1] != [tokenizer.bos_token_id]:
         return template
     if template.style == "turn":
         return ChatTemplate(shown, "{{ bos_token }}" + source, **common)
     log.warning(
-        f"this model's texts begin with {tokenizer.bos_token}, but {shown} does not write it: start the"
-        " template with {{ bos_token }}, unless its absence is intended"
+        f"this model's texts begin with {bos}, but {shown} does not write it: start the template with"
+        " {{ bos_token }}, unless its absence is intended"
     )
     return template
-
-
-def _lacks_bos(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer puts a begin token before every text and the template does not write it."""
-    bos = tokenizer.bos_token
-    if not bos or bos in template.source or "bos_token" in template.source:
-        return False
-    return bool(tokenizer.encode("x", add_special_tokens=True)[:1] == [tokenizer.bos_token_id])
 
 
 def template_names(root: Path) -> list[str]:
@@ -351,13 +326,3 @@ def _template_file(name: str, root: Path) -> Path:
         if shipped_file.is_file() or not resolve_path(root, name).is_file():
             return shipped_file
     return shipped(root, name)
-
-
-def _missing(name: str, path: Path, root: Path) -> TemplateError:
-    known = template_names(root)
-    near = nearest(Path(name).stem, known, cutoff=0.5)
-    return TemplateError(
-        f"the chat template {name!r} does not exist",
-        where=f"data.template_path, looked for {display_path(path, root)}",
-        fix=(f"did you mean {near}? " if near else "") + f"names: {', '.join(known)}; or a file that ends in .jinja",
-    )

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import nodes
 
-from sft.chat.assistant_spans import AssistantSpans, TurnShape, shared_end
-from sft.chat.sentinels import EDGES, Layout, Rendered, insert_sentinels, read_sentinels
+from sft.chat.assistant_spans import AssistantSpans, TurnShape
+from sft.chat.sentinels import Layout, Rendered, insert_sentinels, read_sentinels
 from sft.chat.template import ChatTemplate, Message, Refused, Tools
 from sft.chat.tokenize import Tokens, Vocabulary, common_prefix
 from sft.errors import TemplateError
@@ -31,15 +32,11 @@ _FIX = "use another template: --set data.template_path=chatml"
 
 @dataclass(frozen=True)
 class TemplateTraits:
-    """turn: see TurnShape. ends: every text that can end an assistant's turn. header: what opens the next user turn.
-
-    takes_system: whether the template takes a system message.
-    """
+    """turn: see TurnShape. ends: every text that can end an assistant's turn. header: what opens the next user turn."""
 
     turn: TurnShape
     ends: tuple[str, ...]
     header: str
-    takes_system: bool
 
 
 @dataclass(frozen=True)
@@ -60,8 +57,7 @@ def probe_template(template: ChatTemplate, vocabulary: Vocabulary) -> TemplateTr
     first = probe.tracked(probe.opening).opened.get(0)
     vocabulary.set_opener(probe.render(probe.opening)[: first[0]] if first else "")
     prompt = probe.generation_prompt()
-    always = "" if prompt else probe.constant_prompt()
-    turn = TurnShape(prompt=prompt or always, space=_answer_space(template, prompt), always_prompts=bool(always))
+    turn = TurnShape(prompt=prompt, space=_answer_space(template, prompt))
     try:
         region = probe.layout(probe.exchange, turn).regions[0]
         text, close = probe.render(probe.exchange), probe.tracked(probe.exchange).closed[len(probe.opening)][0]
@@ -77,7 +73,7 @@ def probe_template(template: ChatTemplate, vocabulary: Vocabulary) -> TemplateTr
     ends = {turn.end, turn.middle_end, *(tool_ends[1:] if turn.shares_end else tool_ends)}
     turn_texts = (text[: region.start], header, turn.prompt, turn.end, turn.middle_end)
     vocabulary.set_turn_tokens({token for one in turn_texts for token in vocabulary.tokens_in(one)}, template.source)
-    return TemplateTraits(turn, tuple(sorted(end for end in ends if end.strip())), header, probe.takes_system())
+    return TemplateTraits(turn, tuple(sorted(end for end in ends if end.strip())), header)
 
 
 class _Probe:
@@ -96,7 +92,7 @@ class _Probe:
         return self.template.render(messages, tools=self.tools, add_generation_prompt=prompt)
 
     def tracked(self, messages: list[Message]) -> Rendered:
-        marked = insert_sentinels(messages, [EDGES] * len(messages), self.vocabulary.controls)
+        marked = insert_sentinels(messages, ["edges"] * len(messages), self.vocabulary.controls)
         return read_sentinels(self.template.render(marked, tools=self.tools, tracked=True))
 
     def layout(self, messages: list[Message], turn: TurnShape) -> Layout:
@@ -108,27 +104,19 @@ class _Probe:
         Sets `template.parts` where contents must be lists of parts. Raises TemplateError if there is none.
         """
         refusals: list[str] = []
-        hidden = False
-        messages = self.template.style == "messages"
-        for tools in (None, [_TOOL]) if messages else (None,):
-            for parts in (False, True) if messages else (False,):
-                for opening in ([_USER], [_SYSTEM, _USER]):
-                    self.template.parts, self.tools, self.opening = parts, tools, opening
-                    try:
-                        if self.tracked(self.exchange).close(len(opening)) is not None:
-                            return
-                        hidden = True
-                    except Refused as refused:
-                        refusals.append(str(refused))
-        self.template.parts = False
-        if refusals and not hidden:
+        turns_only = self.template.style == "turn"
+        tools, parts = ((None,), (False,)) if turns_only else ((None, [_TOOL]), (False, True))
+        openings = ([_USER], [_SYSTEM, _USER])
+        for self.tools, self.template.parts, self.opening in product(tools, parts, openings):
+            try:
+                if self.tracked(self.exchange).close(len(self.opening)) is not None:
+                    return
+            except Refused as refused:
+                refusals.append(str(refused))
+        what = "the template never shows the answer: no token would be in the loss"
+        if len(refusals) == len(tools) * len(parts) * len(openings):
             what = f"the template renders no plain conversation: {refusals[0]}"
-            raise TemplateError(what, where=self.template.name, fix=_FIX)
-        raise TemplateError(
-            "the template never shows the answer: no token of a training row would be in the loss",
-            where=self.template.name,
-            fix="write the content of assistant messages, or " + _FIX,
-        )
+        raise TemplateError(what, where=self.template.name, fix=_FIX)
 
     def generation_prompt(self) -> str:
         """What `add_generation_prompt` adds to a conversation that ends with a user's message."""
@@ -138,21 +126,6 @@ class _Probe:
             return ""
         shared = common_prefix(prompted, plain)
         return prompted[shared if shared == len(plain) else self.vocabulary.token_edge(prompted, plain, shared) :]
-
-    def constant_prompt(self) -> str:
-        """The prompt of a template that writes it behind every conversation, even one that ends with an answer."""
-        index = len(self.opening)
-        try:
-            last, middle = self.tracked(self.exchange), self.tracked([*self.exchange, _USER])
-            opening = self.render(self.opening)
-        except Refused:
-            return ""
-        close, middle_close = last.close(index), middle.close(index)
-        if close is None or middle_close is None:
-            return ""
-        tail, onward = last.text[close:], middle.text[middle_close:]
-        prompt = tail[len(shared_end(self.vocabulary, tail, onward)) :]
-        return prompt if not onward.startswith(tail) and prompt.strip() and opening.endswith(prompt) else ""
 
     def next_turn(self, turn: TurnShape) -> tuple[str, str | None]:
         """What opens the next user turn, and the end of a turn before it; ("", None) for one-turn templates."""
@@ -168,31 +141,19 @@ class _Probe:
 
     def tool_ends(self, turn: TurnShape) -> list[str]:
         """The control tokens that end a turn which calls a tool: where it comes last, and before the result."""
-        if self.template.style == "turn":
-            return []
-        for arguments in ({"a": "b"}, '{"a": "b"}'):
-            call = {"type": "function", "id": "call00001", "function": {"name": "f", "arguments": arguments}}
-            caller: Message = {"role": "assistant", "content": "", "tool_calls": [call]}
-            result: Message = {"role": "tool", "name": "f", "tool_call_id": "call00001", "content": "Rdxy"}
-            ends: list[str] = []
-            for messages in ([*self.opening, caller], [*self.opening, caller, result, _ANSWER]):
-                try:
-                    layout = self.layout(messages, turn)
-                except Refused:
-                    continue
-                if not layout.drops_calls:
-                    text = layout.text[layout.regions[0].start : layout.regions[0].end]
-                    last = self.vocabulary.tokens_in(text)[-1:]
-                    ends.append(last[0] if last and text.endswith(last[0]) else "")
-            if ends:
-                return ends
-        return []
-
-    def takes_system(self) -> bool:
-        try:
-            return "Wfgh" in self.render([_SYSTEM, _USER, _ANSWER])
-        except Refused:
-            return False
+        call = {"type": "function", "id": "call00001", "function": {"name": "f", "arguments": {"a": "b"}}}
+        caller: Message = {"role": "assistant", "content": "", "tool_calls": [call]}
+        result: Message = {"role": "tool", "name": "f", "tool_call_id": "call00001", "content": "Rdxy"}
+        ends: list[str] = []
+        for messages in ([*self.opening, caller], [*self.opening, caller, result, _ANSWER]):
+            try:
+                layout = self.layout(messages, turn)
+            except Refused:
+                continue
+            text = layout.text[layout.regions[0].start : layout.regions[0].end]
+            last = self.vocabulary.tokens_in(text)[-1:]
+            ends.append(last[0] if last and text.endswith(last[0]) else "")
+        return ends
 
 
 def _answer_space(template: ChatTemplate, prompt: str) -> str:

@@ -47,7 +47,6 @@ class Vocabulary:
         """Sets the tokens that open and close turns, known from a probe of the template with this source."""
         turns = {text for text in turns if text in self.special or not _INNER.search(text)}
         inner = {text for text in self.special - turns - self._named if text in source}
-        self.turn_ids = {self.ids[text] for text in turns if text in self.ids}
         self.control_ids = {self.ids[text] for text in (turns | self.special) - {self.unknown} if text in self.ids}
         self._in_words = _pattern(self.special | turns)
         self._in_answers = _pattern((self.special | turns | self._named) - inner)
@@ -66,10 +65,6 @@ class Vocabulary:
         """The added tokens in a text, in order."""
         return self._any.findall(text) if self._any else []
 
-    def has_turn_token(self, text: str) -> bool:
-        """Whether a token that opens or closes turns is in a text."""
-        return any(token == self.opener or self.ids[token] in self.turn_ids for token in self.tokens_in(text))
-
     def leading_token(self, text: str, *, unless: str) -> str:
         """The text up to and including its first control token, if it begins with one that `unless` does not."""
         match = self._any.match(text, len(text) - len(text.lstrip())) if self._any else None
@@ -82,20 +77,12 @@ class Vocabulary:
         matches = (self._in_words.match(text, at - 1) if self._in_words else None for at in broken)
         return [match.span() for match in matches if match]
 
-    def common_prefix(self, text: str, other: str) -> int:
-        """How many characters two texts share at their beginning, down to a newline or the edge of an added token."""
-        shared = common_prefix(text, other)
-        if shared == min(len(text), len(other)):
-            return shared
-        return self.token_edge(text, other, shared)
-
     def token_edge(self, text: str, other: str, shared: int) -> int:
         """The last place in the first `shared` characters, common to both, where a line or an added token ends."""
-        edges = {at + 1 for at, character in enumerate(text[:shared]) if character == "\n"}
         spans = [match.span() for one in (text, other) if self._any for match in self._any.finditer(one)]
-        edges.update(at for span in spans for at in span)
-        inside = [at for at in edges if at <= shared and not any(start < at < end for start, end in spans)]
-        return max(inside, default=0)
+        edges = [*(at for span in spans for at in span), *(at + 1 for at in range(shared) if text[at] == "\n")]
+        outside = (at for at in edges if at <= shared and not any(start < at < end for start, end in spans))
+        return max(outside, default=0)
 
 
 def common_prefix(one: Any, other: Any) -> int:

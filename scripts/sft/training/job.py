@@ -190,12 +190,12 @@ def read_rows(
     import numpy as np
 
     from sft.chat.dataset import RunLedger, TokenisedRows, Tokeniser
-    from sft.data.rows import row_id, shared_system_text
+    from sft.data.rows import row_id
     from sft.generation.evaluate import answerable
 
     hashes = {path: files.sha256(path) for path in (stage.train, stage.val) if path is not None}
     tokenise = Tokeniser(encoder, cache)
-    train = tokenise(stage.train, hashes[stage.train], summarise=shared_system_text, on_progress=on_progress)
+    train = tokenise(stage.train, hashes[stage.train], on_progress)
     if not train.rows:
         raise train.ledger.no_rows_left(encoder.template.name)
     validation, validation_ledger, answer_rows = TokenisedRows(), RunLedger(), []
@@ -220,7 +220,7 @@ def read_rows(
         answer_rows=answer_rows,
         hashes={path.name: digest for path, digest in hashes.items()},
         ledgers={"train": train.ledger, "val": validation_ledger},
-        system=train.about,
+        system=train.system,
         longest=int(train.rows.lengths().max()),
         leaks=leaks,
     )
