@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import sys
 from typing import Any
 
 from sft import console
-from sft.errors import EnvironmentProblem
 
 GENERATED = ("data/processed", "data/processed_with_style", "data/rendered", "outputs", "adapters", ".cache")
 
@@ -35,14 +33,9 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     for path in paths:
         files = [file for file in path.rglob("*") if file.is_file()]
         console.say(f"  {path.relative_to(root)}: {len(files)} files, {sum(f.stat().st_size for f in files) >> 20} MiB")
-    if not args.force:
-        if not sys.stdin.isatty():
-            raise EnvironmentProblem(
-                "this would remove the folders above, trained adapters too", fix="make clean FORCE=1"
-            )
-        if input("remove all of these? trained adapters go too [y/N] ").strip().lower() != "y":
-            console.say("nothing was removed")
-            return {"removed": []}
+    if not console.confirmed("Remove all of these? Trained adapters go too.", args.force, "make clean FORCE=1"):
+        console.say("nothing was removed")
+        return {"removed": []}
     tensorboard.stop(root / "outputs" / "tb")
     for path in paths:
         shutil.rmtree(path)

@@ -79,52 +79,37 @@ def convert_pickles(folder: Path, name: str) -> list[Path]:
     Read with weights_only=True, which builds tensors and runs no other code of the file. Raises ModelError if there
     is nothing to convert or a file contains more than tensors.
     """
+    import pickle
+
+    import torch
     from safetensors.torch import save_file
 
     from sft import files
-    from sft.errors import ModelError
+    from sft.errors import ModelError, one_line
     from sft.model.files import INDEX, has_weights
 
     if has_weights(folder):
         return []
-    pickles = sorted(folder.glob("pytorch_model*.bin"))
-    if not pickles:
-        raise ModelError(f"{name} has no weights at all", where=str(folder), fix="name a folder with model weights")
-    log.warning("--allow-pickle: reading only the tensors of %s", ", ".join(path.name for path in pickles))
     written: list[Path] = []
     weight_map: dict[str, str] = {}
-    for path in pickles:
-        target = folder / path.name.replace("pytorch_model", "model").replace(".bin", ".safetensors")
-        tensors = _read_pickle(path)
-        weight_map |= dict.fromkeys(tensors, target.name)
-        with files.atomic_file(target) as staged:
+    for path in sorted(folder.glob("pytorch_model*.bin")):
+        log.warning("--allow-pickle: reading only the tensors of %s", path.name)
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            tensors = {name: tensor.contiguous().clone() for name, tensor in state.items()}
+        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, AttributeError) as error:
+            what = f"{path.name} is no state dict of tensors, or is truncated: {one_line(error, 160)}"
+            raise ModelError(what, where=str(path), fix="use a repository with model.safetensors") from None
+        written.append(folder / path.name.replace("pytorch_model", "model").replace(".bin", ".safetensors"))
+        weight_map |= dict.fromkeys(tensors, written[-1].name)
+        with files.atomic_file(written[-1]) as staged:
             save_file(tensors, staged, metadata={"format": "pt"})
-        written.append(target)
+    if not written:
+        raise ModelError(f"{name} has no weights at all", where=str(folder), fix="name a folder with model weights")
     if len(written) > 1:
         size = sum(path.stat().st_size for path in written)
         files.write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
     return written
-
-
-def _read_pickle(path: Path) -> dict[str, Any]:
-    """The tensors of one file by name. Raises ModelError if it contains more than a state dict."""
-    import pickle
-
-    import torch
-
-    from sft.errors import ModelError, one_line
-
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise ModelError(
-            f"{path.name} contains more than tensors, or is truncated: {one_line(error, 160)}",
-            where=str(path),
-            fix="use a repository with model.safetensors",
-        ) from None
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise ModelError(f"{path.name} is not a state dict", where=str(path), fix="use another copy of the model")
-    return {name: tensor.contiguous().clone() for name, tensor in state.items()}
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from typing import Any
 
 from sft import console
 
-MINIMUM = (0, 4, 9)
+MINIMUM = "0.4.9"
 Scores = dict[str, float]
 
 
@@ -68,15 +68,17 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 
 def check_installed() -> None:
     """Raises EnvironmentProblem, with the command that installs it, if the harness is missing or too old."""
+    from packaging.version import Version
+
     from sft.errors import EnvironmentProblem
 
-    fix = f"{sys.executable} -m pip install 'lm_eval[hf]>={'.'.join(map(str, MINIMUM))}'"
     try:
         version = metadata.version("lm_eval")
     except metadata.PackageNotFoundError:
-        raise EnvironmentProblem("lm-evaluation-harness is not installed", fix=fix) from None
-    if tuple(int(part) for part in version.split(".")[:3] if part.isdigit()) < MINIMUM:
-        raise EnvironmentProblem(f"lm-evaluation-harness {version} is too old", fix=fix)
+        version = ""
+    if not version or Version(version) < Version(MINIMUM):
+        what = f"lm-evaluation-harness {version} is too old" if version else "lm-evaluation-harness is not installed"
+        raise EnvironmentProblem(what, fix=f"{sys.executable} -m pip install 'lm_eval[hf]>={MINIMUM}'")
 
 
 def import_harness() -> Any:
@@ -146,13 +148,10 @@ def table(scores: dict[str, Scores]) -> tuple[list[str], list[list[str]]]:
     sides = [side for side in ("base", "tuned") if side in scores]
     rows = []
     for name in dict.fromkeys(name for side in sides for name in scores[side]):
-        values = [scores[side].get(name) for side in sides]
-        cells = ["" if value is None else f"{value:.4f}" for value in values]
-        if len(sides) == 2:
-            base, tuned = values
-            cells.append("" if base is None or tuned is None else f"{tuned - base:+.4f}")
-        rows.append([name, *cells])
-    return ["task and metric", *sides, *(["change"] if len(sides) == 2 else [])], rows
+        values = [scores[side][name] for side in sides if name in scores[side]]
+        change = f"{values[1] - values[0]:+.4f}" if len(values) == 2 else ""
+        rows.append([name, *(f"{scores[side][name]:.4f}" if name in scores[side] else "" for side in sides), change])
+    return ["task and metric", *sides, "change"], rows
 
 
 if __name__ == "__main__":

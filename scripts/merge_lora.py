@@ -55,17 +55,13 @@ def _merge(args: argparse.Namespace, out: Path, root: Path) -> dict[str, Any]:
             lambda done, total, name: advance(done, total),
             base=base,
         )
-    sampled = f"all {report.held_out_rows} rows of {report.held_out}"
-    if report.held_out_rows < report.held_out_of:
-        sampled = f"{report.held_out_rows} rows, a sample of the {report.held_out_of} in {report.held_out}"
     rows = [
         ("base", report.base),
         ("adapter", report.adapter),
         ("tensors changed", f"{report.tensors}, {report.changed_share:.1%} of their numbers"),
-        (
-            "adapter on the full-precision base -> merged model, on",
-            f"{report.held_out_tokens:,} tokens of {sampled}",
-        ),
+        ("adapter on the full-precision base -> merged model", ""),
+        ("  on rows", f"{report.held_out_rows} of {report.held_out_of} of {report.held_out}"),
+        ("  on tokens", f"{report.held_out_tokens:,}"),
         ("  loss", f"{report.loss_adapter:.4f} -> {report.loss_merged:.4f}"),
         ("  same most likely token", f"{report.top1_agreement:.2%}"),
         ("  KL divergence", f"{report.mean_kl:.2g} nats per token"),

@@ -49,9 +49,7 @@ def main(args: argparse.Namespace) -> None:
     if args.json:
         print_json(encoder, rows)
         return
-    whole = copy.copy(encoder)
-    whole.max_seq_len = 10**9
-    shown = [pair for row in rows for pair in encode(encoder, whole, row)]
+    shown = [pair for row in rows for pair in encode(encoder, row)]
     if args.html:
         write_text(args.html, preview.page(f"{path.name}, {encoder.template.name}", shown))
         console.say(f"{len(shown):,} rows written to {args.html}")
@@ -90,10 +88,12 @@ def choose_rows(rows: list[dict[str, Any]], path: Path, args: argparse.Namespace
     return [rows[index] for index in preview.choose(lengths, limit, args.seed)]
 
 
-def encode(encoder: Any, whole: Any, row: dict[str, Any]) -> list[tuple[Any, Any]]:
-    """What a row is trained on as, with its tokens; `whole`, without a limit, gives those that are cut."""
+def encode(encoder: Any, row: dict[str, Any]) -> list[tuple[Any, Any]]:
+    """What a row is trained on as, with its tokens and those that are cut."""
     from sft.chat import preview
 
+    whole = copy.copy(encoder)
+    whole.max_seq_len = 10**9
     (pieces,) = encoder.encode_pieces([row])
     return [(one, preview.tokens(encoder, one, whole.encode(row) if len(pieces) == 1 else one)) for one in pieces]
 

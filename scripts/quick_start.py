@@ -14,7 +14,6 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +33,7 @@ What to do next:
   docs/CONFIG.md has every setting; configs/local.yaml keeps yours"""
 
 
-@dataclass(frozen=True)
-class Choice:
-    """A model to train, and why this one."""
-
-    name: str
-    reason: str
+Choice = tuple[str, str]  # a model to train, and why this one
 
 
 def parser() -> argparse.ArgumentParser:
@@ -53,25 +47,36 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     """Choose model and data, process, preview, check, train, evaluate."""
     root, started = console.project_root(), time.monotonic()
     interactive = sys.stdin.isatty() and not args.yes
-    choice = choose_model(args.demo, interactive)
-    console.say(f"model: {choice.name} - {choice.reason}")
-    raw, origin = raw_data(root)
-    console.say(f"data:  {raw.relative_to(root)} ({origin})")
-    if backup := write_local(root, choice, raw):
-        console.say(f"your earlier configs/local.yaml is now {backup.name}")
-    console.say("these choices are saved in configs/local.yaml")
+    earlier = earlier_choices(root, args.demo)
+    model, reason = earlier or choose_model(args.demo, interactive)
+    console.say(f"model: {model} - {reason}")
+    console.say(f"data:  {choose_data(root, model, keep=earlier is not None)}")
+    console.say(f"your settings are in {LOCAL}; edit it as you like, and start this again")
     step("process the data", "process_data")
     step("show what is trained on", "preview", "--limit", "1")
     step("check the set-up", "check")
     if interactive and input("\ntrain now? [Y/n] ").strip().lower() == "n":
         console.say("to start training later: make train")
-        return {"model": choice.name, "trained": False}
+        return {"model": model, "trained": False}
     step("train", "train")
-    step(
-        "compare the base and the tuned model on the test split", "eval", "--split", "test", "--both", "--samples", "3"
-    )
+    step("compare base and tuned model on the test split", "eval", "--split", "test", "--both", "--samples", "3")
     console.say(f"\ndone in {(time.monotonic() - started) / 60:.1f} minutes{NEXT}")
-    return {"model": choice.name, "trained": True}
+    return {"model": model, "trained": True}
+
+
+def earlier_choices(root: Path, demo: bool) -> Choice | None:
+    """The model of an existing configs/local.yaml, whose settings stay; None with --demo where it has another model."""
+    from sft.config.load import load
+
+    if not (root / LOCAL).exists():
+        return None
+    name = load(root / LOCAL, root=root).config.model.name
+    if demo and name != DEMO:
+        backup = root / f"{LOCAL}.{time.strftime('%Y%m%d-%H%M%S')}.bak"
+        (root / LOCAL).rename(backup)
+        console.say(f"--demo: your {LOCAL} is now {backup.name}")
+        return None
+    return name, f"from {LOCAL} (delete that file to choose again)"
 
 
 def choose_model(demo: bool, interactive: bool) -> Choice:
@@ -81,7 +86,7 @@ def choose_model(demo: bool, interactive: bool) -> Choice:
     from sft.model.hardware import probe
 
     if demo:
-        return Choice(DEMO, "the shipped demo model (--demo): proves the pipeline, knows nothing")
+        return DEMO, "the shipped demo model (--demo): proves the pipeline, knows nothing"
     hardware = probe()
     gpu = hardware.name if hardware.device == "cuda" else None
     gib = hardware.total_bytes / 2**30 if gpu else 0.0
@@ -89,16 +94,14 @@ def choose_model(demo: bool, interactive: bool) -> Choice:
     offers = choices(gpu, gib, reachable, estimate.models_that_fit(gib) if gpu else [])
     if not interactive or len(offers) == 1:
         return offers[0]
-    for number, offer in enumerate(offers, 1):
-        console.say(f"  {number}. {offer.name} - {offer.reason}")
+    for number, (name, reason) in enumerate(offers, 1):
+        console.say(f"  {number}. {name} - {reason}")
     while True:
-        answer = input(f"which model? [1-{len(offers)}, Enter for 1, or a hub name] ").strip()
-        if not answer:
-            return offers[0]
+        answer = input(f"which model? [1-{len(offers)}, Enter for 1, or a hub name] ").strip() or "1"
         if answer.isdigit() and 1 <= int(answer) <= len(offers):
             return offers[int(answer) - 1]
         if "/" in answer:
-            return Choice(answer, "your choice")
+            return answer, "your choice"
 
 
 def choices(gpu: str | None, gib: float, hub: bool, fitting: list[str]) -> list[Choice]:
@@ -106,23 +109,64 @@ def choices(gpu: str | None, gib: float, hub: bool, fitting: list[str]) -> list[
 
     gpu: the card's name or None; gib: its memory; hub: whether it can be reached; fitting: hub names, largest first.
     """
-    reason = "no GPU was found" if gpu is None else "the model hub cannot be reached" if not hub else "quick try"
-    demo = Choice(DEMO, f"the shipped demo model ({reason}): proves the pipeline, knows nothing")
-    if gpu is None or not hub or not fitting:
-        return [demo]
-    return [*(Choice(name, f"fits {gpu} ({gib:.0f} GiB) in 4-bit") for name in fitting), demo]
+    reason = "no GPU was found" if gpu is None else "quick try" if hub else "the model hub cannot be reached"
+    offers = [(name, f"fits {gpu} ({gib:.0f} GiB) in 4-bit") for name in fitting] if gpu and hub else []
+    return [*offers, (DEMO, f"the shipped demo model ({reason}): proves the pipeline, knows nothing")]
+
+
+def choose_data(root: Path, model: str, *, keep: bool) -> str:
+    """Writes the model and the raw file into configs/local.yaml; returns what the data is.
+
+    keep: the file exists and its settings stay: only a `raw_path` in data/raw follows the files that are there now.
+    """
+    from sft import files
+    from sft.config.load import dump_yaml, load
+
+    path = root / LOCAL
+    if keep:
+        loaded = load(path, root=root)
+        where, name = loaded.origin["data.raw_path"], loaded.config.data.raw_path or ""
+        if not name.startswith("data/raw/") or not where.startswith(f"{LOCAL}:"):
+            return f"from {LOCAL}"
+    raw, origin = raw_data(root)
+    current = raw.relative_to(root).as_posix()
+    if not keep:
+        settings = {
+            "include": "configs/demo_cpu.yaml" if model == DEMO else "configs/run_bnb.yaml",
+            "model": {"name": model},
+            "data": {"raw_path": current},
+            "train": {"output_dir": "outputs/quick-start"},
+        }
+        text = (
+            f"# Written by the quick start on {time.strftime('%Y-%m-%d')}; every command takes it by default.\n"
+            "# Edit it freely, or delete it to go back to configs/run_bnb.yaml. Every key: docs/CONFIG.md\n"
+        )
+        files.write_text(path, text + dump_yaml(settings))
+    elif current != name:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        at = int(where.rpartition(":")[2]) - 1
+        indent = lines[at][: len(lines[at]) - len(lines[at].lstrip())]
+        lines[at] = indent + dump_yaml({"raw_path": current})
+        files.write_text(path, "".join(lines))
+    return f"{current} ({origin})"
 
 
 def raw_data(root: Path) -> tuple[Path, str]:
     """The raw file to use and where it comes from; copies the shipped sample where data/raw is empty.
 
-    Raises DataError if data/raw holds several files and none has a default name, or none that can be read.
+    The copy of the sample gives way to any other file. Raises DataError if data/raw holds several files and none is
+    called raw, or none that can be read.
     """
     from sft.data.readers import SUFFIXES, is_data_file, plain_name
 
-    folder = root / "data" / "raw"
+    folder, sample = root / "data" / "raw", root / SAMPLE
+    copied = folder / "raw.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
     entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    if copied in entries and copied.read_bytes() == sample.read_bytes():
+        if entries == [copied]:
+            return copied, f"a copy of {SAMPLE}"
+        entries.remove(copied)
     data_files = [path for path in entries if path.is_file() and is_data_file(path)]
     names = ", ".join(path.name for path in data_files or entries)
     if called_raw := [path for path in data_files if plain_name(path).stem.lower() == "raw"]:
@@ -136,34 +180,8 @@ def raw_data(root: Path) -> tuple[Path, str]:
     if entries:
         fix = "put a .jsonl, .json, .csv or .parquet file there (docs/DATA.md), or empty the folder to use the sample"
         raise DataError(f"data/raw holds no file of rows, only: {names}", where=str(folder), fix=fix)
-    shutil.copyfile(root / SAMPLE, folder / "raw.jsonl")
-    return folder / "raw.jsonl", f"data/raw was empty: copied {SAMPLE}"
-
-
-def write_local(root: Path, choice: Choice, raw: Path) -> Path | None:
-    """Writes configs/local.yaml; returns the backup of an older one that differs, if there is one."""
-    from sft import files
-    from sft.config.load import dump_yaml
-
-    path, backup = root / LOCAL, None
-    settings = {
-        "include": "configs/demo_cpu.yaml" if choice.name == DEMO else "configs/run_bnb.yaml",
-        "model": {"name": choice.name},
-        "data": {"raw_path": str(raw.relative_to(root))},
-        "train": {"output_dir": "outputs/quick-start"},
-    }
-    text = (
-        f"# Written by workflows/quick_start.sh on {time.strftime('%Y-%m-%d')}; every command takes it by default.\n"
-        "# Edit it freely, or delete it to go back to configs/run_bnb.yaml. Every key: docs/CONFIG.md\n"
-        f"{dump_yaml(settings)}"
-    )
-    if path.exists():
-        old = path.read_text(encoding="utf-8")
-        if old.splitlines()[1:] != text.splitlines()[1:]:
-            backup = path.with_name(f"local.yaml.{time.strftime('%Y%m%d-%H%M%S')}.bak")
-            files.write_text(backup, old)
-    files.write_text(path, text)
-    return backup
+    shutil.copyfile(sample, copied)
+    return copied, f"data/raw was empty: copied {SAMPLE}"
 
 
 def step(title: str, script: str, *flags: str) -> None:

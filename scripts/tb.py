@@ -9,11 +9,9 @@ python scripts/tb.py open                  print the address and the folder
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any
 
 from sft import console
-from sft.errors import EnvironmentProblem
 
 
 def parser() -> argparse.ArgumentParser:
@@ -50,14 +48,10 @@ def _clean(force: bool) -> dict[str, Any]:
 
     logdir = console.project_root() / "outputs" / "tb"
     paths = tensorboard.event_files(logdir)
-    if paths and not force:
-        if not sys.stdin.isatty():
-            raise EnvironmentProblem(
-                f"{len(paths)} event files would be removed from {logdir}", fix="confirm with: make tb-clean FORCE=1"
-            )
-        if input(f"remove {len(paths)} event files under {logdir}? [y/N] ").strip().lower() != "y":
-            console.say("left as they are")
-            return {"removed": 0}
+    question = f"Remove {len(paths)} event files under {logdir}?"
+    if paths and not console.confirmed(question, force, "make tb-clean FORCE=1"):
+        console.say("nothing was removed")
+        return {"removed": 0}
     for path in paths:
         path.unlink()
     console.say(f"removed {len(paths)} event files from {logdir}")

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sft.errors import SftError, Stopped, one_line, redact
+from sft.errors import EnvironmentProblem, SftError, Stopped, one_line, redact
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -79,6 +79,15 @@ def write(piece: str) -> None:
 def emit(value: Any) -> None:
     """Prints one JSON value as a line on stdout, for commands whose --json is one line a row."""
     print(redact(json.dumps(value, ensure_ascii=False)), flush=False)
+
+
+def confirmed(question: str, force: bool, fix: str) -> bool:
+    """Whether the user agrees. Raises EnvironmentProblem without a terminal to ask on; force: without asking."""
+    if force:
+        return True
+    if not sys.stdin.isatty():
+        raise EnvironmentProblem(f"{question} Nobody can answer here", fix=fix)
+    return input(f"{question} [y/N] ").strip().lower() == "y"
 
 
 def warn(text: str) -> None:

@@ -30,16 +30,16 @@ def empty_project(root: Path) -> Path:
 
 
 def test_without_a_gpu_or_a_hub_the_demo_model_is_the_only_offer() -> None:
-    assert [c.name for c in quick_start.choices(None, 0.0, False, [])] == [quick_start.DEMO]
+    assert [name for name, _ in quick_start.choices(None, 0.0, False, [])] == [quick_start.DEMO]
     offline = quick_start.choices("RTX 4060", 8.0, False, ["Qwen/Qwen2.5-3B-Instruct"])
-    assert [c.name for c in offline] == [quick_start.DEMO]
-    assert "cannot be reached" in offline[0].reason
+    assert [name for name, _ in offline] == [quick_start.DEMO]
+    assert "cannot be reached" in offline[0][1]
 
 
 def test_with_a_gpu_the_first_that_fits_is_the_default_and_the_demo_the_last() -> None:
     offers = quick_start.choices("RTX 4060", 8.0, True, ["Qwen/Qwen2.5-3B-Instruct", "Qwen/Qwen2.5-1.5B-Instruct"])
-    assert [c.name for c in offers] == ["Qwen/Qwen2.5-3B-Instruct", "Qwen/Qwen2.5-1.5B-Instruct", quick_start.DEMO]
-    assert offers[0].reason == "fits RTX 4060 (8 GiB) in 4-bit"
+    assert [name for name, _ in offers] == ["Qwen/Qwen2.5-3B-Instruct", "Qwen/Qwen2.5-1.5B-Instruct", quick_start.DEMO]
+    assert offers[0][1] == "fits RTX 4060 (8 GiB) in 4-bit"
 
 
 def test_an_empty_raw_folder_gets_the_samples_and_says_so(tmp_path: Path) -> None:
@@ -67,18 +67,28 @@ def test_several_files_are_not_guessed_between(tmp_path: Path) -> None:
         quick_start.raw_data(tmp_path)
 
 
-def test_the_choice_is_written_and_an_edited_file_is_backed_up(tmp_path: Path) -> None:
-    (tmp_path / "configs").mkdir()
-    raw = tmp_path / "data" / "raw" / "raw.jsonl"
-    demo = quick_start.Choice(quick_start.DEMO, "--demo")
-    assert quick_start.write_local(tmp_path, demo, raw) is None
-    local = tmp_path / quick_start.LOCAL
-    assert "include: configs/demo_cpu.yaml" in local.read_text()
-    assert "raw_path: data/raw/raw.jsonl" in local.read_text()
-    assert quick_start.write_local(tmp_path, demo, raw) is None, "the same choice again makes no backup"
-    local.write_text(local.read_text() + "  seed: 7\n")
-    backup = quick_start.write_local(tmp_path, demo, raw)
-    assert backup is not None and backup.read_text().endswith("  seed: 7\n")
+def test_edits_of_local_yaml_stay_and_a_new_file_of_data_is_used(command: Command, tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "configs", tmp_path / "configs", ignore=shutil.ignore_patterns("local.yaml*"))
+    empty_project(tmp_path)
+    local, own = tmp_path / quick_start.LOCAL, tmp_path / "data" / "raw" / "mine.csv"
+    own.parent.mkdir(parents=True)
+    own.write_text("Frage eins,Antwort zwei\n" + "".join(f"Was ist {n}?,Es ist {n}.\n" for n in range(20)))
+    for flags in (("--yes", "--demo"), ("--yes",)):  # the first stops at the columns, and so does the second
+        done = command("quick_start", *flags, SFT_ROOT=str(tmp_path))
+        assert done.returncode == 2 and "the quick start stopped at: process the data" in done.stderr
+        assert "raw_path: data/raw/mine.csv" in local.read_text()
+        local.write_text(local.read_text() + "  seed: 7  # mine\n")
+    assert local.read_text().count("seed: 7  # mine") == 2
+    local.write_text(local.read_text().replace("  seed: 7  # mine\n", "", 1) + "# columns: later\n")
+    edited = local.read_text()
+    (own.parent / "raw.jsonl").write_bytes((tmp_path / quick_start.SAMPLE).read_bytes())  # the sample gives way
+    own.rename(own.with_name("other.csv"))
+    assert quick_start.choose_data(tmp_path, quick_start.DEMO, keep=True) == "data/raw/other.csv (yours)"
+    assert local.read_text() == edited.replace("mine.csv", "other.csv")
+    assert quick_start.earlier_choices(tmp_path, demo=True) is not None
+    local.write_text(edited.replace("models/demo", "me/other"))
+    assert quick_start.earlier_choices(tmp_path, demo=True) is None and not local.exists()
+    assert len(list(local.parent.glob("local.yaml.*.bak"))) == 1
 
 
 @pytest.mark.parametrize(
@@ -110,7 +120,9 @@ def test_files_that_cannot_be_read_are_an_error_and_never_replaced_by_the_sample
 @pytest.mark.parametrize("name", ["my #1: rows.jsonl", "- x.jsonl", "{a}.jsonl", "'quoted'.jsonl", "007.jsonl"])
 def test_local_yaml_loads_the_same_path_whatever_characters_it_holds(tmp_path: Path, name: str) -> None:
     (tmp_path / "configs").mkdir()
-    quick_start.write_local(tmp_path, quick_start.Choice("me/yes: #1", "-"), tmp_path / "data" / "raw" / name)
+    (tmp_path / "data" / "raw").mkdir(parents=True)
+    (tmp_path / "data" / "raw" / name).write_text("x")
+    quick_start.choose_data(tmp_path, "me/yes: #1", keep=False)
     config = load(tmp_path / quick_start.LOCAL, root=tmp_path).config
     assert config.data.raw_path == f"data/raw/{name}" and config.model.name == "me/yes: #1"
 
