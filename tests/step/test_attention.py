@@ -96,6 +96,7 @@ def test_caps_sinks_encoders_and_own_attention_are_refused() -> None:
 
 
 def test_without_a_capable_gpu_cuda_uses_padded_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
     assert attention.choose("cuda", {"model_type": "qwen2"}) == "sdpa"
 

@@ -41,8 +41,8 @@ def choose(device: str | torch.device, config: Any) -> str:
     config: the model's, as a transformers config or as the mapping of its config.json.
     """
     kind = torch.device(device).type
-    usable = kind == "cpu" or (kind == "cuda" and _varlen_available(torch.cuda.get_device_capability()))
-    if usable and supports(config):
+    on_gpu = kind == "cuda" and torch.cuda.is_available()
+    if supports(config) and (kind == "cpu" or (on_gpu and _varlen_available(torch.cuda.get_device_capability(device)))):
         register()
         return NAME
     return padded(config)
