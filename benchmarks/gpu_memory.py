@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import statistics
 from concurrent.futures import Executor, Future
-from dataclasses import asdict
 from typing import Any
 
 from benchmarks.gpu_bench import CONTEXT, GIB, Bench, step_batch
@@ -30,7 +29,7 @@ def trials(bench: Bench) -> dict[str, Any]:
         lowered += [fitted] if fitted < budget else []
         budget, count = fitted, count + 1
     results = {"model": size, "card_gib": card, "trials": count, "out_of_memory": len(lowered), "budget": budget}
-    results |= {"probe": asdict(probe), **bench.peaks()}
+    results |= {"probe": probe._asdict(), **bench.peaks()}
     del model, optimizer
     bench.cap(None)
     return results
@@ -44,8 +43,8 @@ class _NoGauge:
     def start(self) -> None:
         return
 
-    def peaks(self) -> tuple[int, int]:
-        return 0, 0
+    def peak(self) -> int:
+        return 0
 
 
 def _probe(bench: Bench, model: Any, lengths: list[int]) -> Any:
@@ -58,7 +57,7 @@ def _probe(bench: Bench, model: Any, lengths: list[int]) -> Any:
     config = StepConfig(device=bench.device, packed=packed, autocast=bench.torch.bfloat16)
     rows = [{"id": str(n), "input_ids": [5] * length, "labels": [5] * length} for n, length in enumerate(lengths)]
     gauge = CudaGauge(bench.torch.device("cuda", 0)) if bench.cuda else _NoGauge()
-    return MemoryProbe(model, config, rows, lengths, rows, gauge, most_rows=len(rows), time_limit=30.0).run()
+    return MemoryProbe(model, config, rows, lengths, gauge, most_rows=len(rows), time_limit=30.0).run()
 
 
 def planner(bench: Bench) -> dict[str, Any]:

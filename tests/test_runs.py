@@ -14,7 +14,6 @@ def checkpoint(folder: Path, step: int) -> Path:
     path = folder / f"checkpoint-{step}"
     path.mkdir(parents=True)
     (path / "weights").write_text(f"weights of step {step}")
-    (path / runs.SESSION).write_text("{}")
     files.write_manifest(path)
     return path
 
@@ -150,10 +149,3 @@ def test_running_lists_the_runs_whose_lock_is_held(tmp_path: Path) -> None:
     with files.lock(tmp_path / "outputs/b" / runs.LOCK, "b"):
         assert [run.name for run in runs.running(tmp_path)] == ["b"]
     assert runs.running(tmp_path) == []
-
-
-def test_a_checkpoint_without_its_session_file_is_used_without_a_traceback(tmp_path: Path) -> None:
-    path = checkpoint(tmp_path / "outputs/chat", 1)
-    (path / runs.SESSION).unlink()
-    files.write_manifest(path)
-    assert runs.newest_checkpoint(runs.at(tmp_path / "outputs/chat", tmp_path)) == (path, [])

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 RESOLVED, FINISHED, LOCK, PAUSE, SAVE = "config.resolved.yaml", "finished.json", "lock", "pause", "save"
 SERVING = "serving.json"  # of an adapter or model: {"system": the system text that all training rows share}
-SESSION = "session.json"  # of a checkpoint: counts so far, and the step of the best one
 _RESERVED = {"tb", "last", ""}
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 

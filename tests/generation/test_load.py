@@ -115,7 +115,7 @@ def test_chat_batch_evaluation_and_training_generate_the_same_text(
     chat = ["".join(served.stream(records.messages(row)[:-1], config.generation)) for row in rows]
     measured = [sample["prediction"] for sample in evaluate.evaluate(served, rows, config, root).samples]
     assert len(set(batch)) > 1 and batch == chat == measured
-    answers = SampleAnswers(config, root, served.model, served.tokenizer, served.encoder, "causal", rows)
+    answers = SampleAnswers(served, rows, config, root)
     _, samples = answers(served.model.train())
     assert batch[0] in samples
 

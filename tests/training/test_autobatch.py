@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,30 +18,20 @@ import torch
 
 from sft.config.schema import TrainSection
 from sft.errors import EnvironmentProblem
-from sft.training.autobatch import (
-    DoesNotFitError,
-    Measurement,
-    MemoryProbe,
-    Result,
-    choose,
-    is_checkpointing,
-    longest_batch,
-    search,
-)
+from sft.training import autobatch
+from sft.training.autobatch import Measurement, MemoryProbe, choose, longest_batch
 from tests.training import bench
 
 
 class Card:
-    """A gauge of a card of `total` bytes; a token takes 4 (1 with checkpointing, or without gradients)."""
+    """A gauge of a card of `total` bytes; a token takes 4 (1 with checkpointing)."""
 
     def __init__(self, model: Any, total: int) -> None:
-        self.total, self.most, self.model, self.failures = total, 0, model, 0
-        base = model.get_base_model()
-        base.get_input_embeddings().register_forward_hook(lambda _, args, __: self.allocate(args[0].numel()))
+        self.total, self.most, self.base, self.failures = total, 0, model.get_base_model(), 0
+        self.base.get_input_embeddings().register_forward_hook(lambda _, args, __: self.allocate(args[0].numel()))
 
     def allocate(self, tokens: int) -> None:
-        cheap = is_checkpointing(self.model) or not torch.is_grad_enabled()
-        size = tokens * (1 if cheap else 4)
+        size = tokens * (1 if self.base.is_gradient_checkpointing else 4)
         if size > self.total:
             self.failures += 1
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
@@ -50,8 +40,8 @@ class Card:
     def start(self) -> None:
         self.most = 0
 
-    def peaks(self) -> tuple[int, int]:
-        return self.most, self.most
+    def peak(self) -> int:
+        return self.most
 
 
 Make = Callable[..., tuple[MemoryProbe, Card, Any]]
@@ -59,73 +49,62 @@ Make = Callable[..., tuple[MemoryProbe, Card, Any]]
 
 @pytest.fixture
 def make_probe(tiny_qwen2: Path, tmp_path: Path) -> Make:
-    def make(total: int, *, checkpointing: bool = True, **more: Any) -> tuple[MemoryProbe, Card, Any]:
-        train = {"gradient_checkpointing": checkpointing, "effective_batch": 8}
+    def make(total: int, **more: Any) -> tuple[MemoryProbe, Card, Any]:
+        train = {"gradient_checkpointing": True, "effective_batch": 8}
         loop = bench.make_loop(bench.config(tiny_qwen2, tmp_path / "outputs" / "a", train=train), rows=20)
         card = Card(loop.model, total)
         lengths = [len(row["input_ids"]) for row in loop.rows]
-        probe = MemoryProbe(loop.model, loop.step, loop.rows, lengths, loop.validation, card, most_rows=8)
+        probe = MemoryProbe(loop.model, loop.step, loop.rows, lengths, card, most_rows=8)
         return replace(probe, **more), card, loop
 
     return make
 
 
-def test_it_runs_training_evaluation_answers_and_a_save_and_changes_nothing(make_probe: Make) -> None:
-    calls: list[str] = []
-    trial, _, loop = make_probe(10**6, answer=lambda: calls.append("answer"), save=lambda: calls.append("save"))
+def test_it_measures_a_step_and_changes_nothing(make_probe: Make) -> None:
+    probe, _, loop = make_probe(10**6)
     before, state = bench.trained(loop), torch.get_rng_state()
-    result = trial.run()
-    assert list(result.peaks) == ["training", "evaluation", "generation", "save"]
-    assert calls == ["answer", "save"]
-    assert result.tokens % max(trial.lengths) == 0 and result.tokens_per_second > 0
+    best = probe.run()
+    assert max(probe.lengths) <= best.tokens <= 8 * max(probe.lengths)
+    assert 0 < best.peak_bytes <= 4 * best.tokens and best.tokens_per_second > 0
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(weight, before[name]) for name, weight in bench.trained(loop).items())
-    assert all(p.grad is None for p in loop.model.parameters()) and loop.model.training
-    cached = Result(**json.loads(json.dumps(asdict(result))))
-    assert str(cached) == str(result) and cached.tokens == result.tokens
+    assert all(p.grad is None for p in loop.model.parameters())
 
 
 def test_checkpointing_is_off_where_memory_suffices_without_it(make_probe: Make) -> None:
-    roomy, _, loop = make_probe(10**6)
-    assert roomy.run().checkpointing is False
-    assert not is_checkpointing(loop.model)
-    longest = max(roomy.lengths)
-    tight, card, loop = make_probe(3 * longest)
-    result = tight.run()
-    assert result.checkpointing is True and is_checkpointing(loop.model)
-    assert card.failures > 0
-    assert longest <= result.tokens <= 3 * longest
-    configured, _, _ = make_probe(10**6, checkpointing_is_free=False)
-    assert configured.run().checkpointing is True
+    large, card, _ = make_probe(10**6, fixed_tokens=160)
+    assert large.run().checkpointing is False and not card.base.is_gradient_checkpointing
+    longest = max(large.lengths)
+    small, card, _ = make_probe(3 * longest)
+    best = small.run()
+    assert best.checkpointing is True and card.base.is_gradient_checkpointing and card.failures > 0
+    assert longest <= best.tokens <= 3 * longest
+    assert make_probe(10**6, checkpointing=True)[0].run().checkpointing is True
 
 
 def test_one_row_that_does_not_fit_is_an_error_before_the_first_step(make_probe: Make) -> None:
-    with pytest.raises(DoesNotFitError, match=r"one row of .* does not fit") as caught:
+    with pytest.raises(EnvironmentProblem, match=r"one row of .* does not fit") as caught:
         make_probe(5)[0].run()
     assert "max_seq_len" in str(caught.value)
-    with pytest.raises(DoesNotFitError, match="a micro-batch of 50 tokens does not fit"):
+    with pytest.raises(EnvironmentProblem, match="a micro-batch of 50 tokens does not fit"):
         make_probe(5, fixed_tokens=50)[0].run()
 
 
 def test_a_configured_micro_batch_is_measured_as_it_is(make_probe: Make) -> None:
-    result = make_probe(10**6, fixed_tokens=50, checkpointing=False)[0].run()
-    assert (result.tokens, result.checkpointing) == (50, False)
-    assert 0 < result.peaks["training"][0] * 2**30 <= 4 * 50
+    best = make_probe(10**6, fixed_tokens=50, checkpointing=False)[0].run()
+    assert (best.tokens, best.checkpointing) == (50, False)
+    assert 0 < best.peak_bytes <= 4 * 50
 
 
-def test_evaluation_that_runs_out_of_memory_is_lowered_and_stays_so(make_probe: Make) -> None:
-    trial, card, _ = make_probe(10**6)
-    allocate = card.allocate
+def test_other_errors_are_raised(make_probe: Make) -> None:
+    probe, card, _ = make_probe(10**6)
 
-    def narrow(tokens: int) -> None:
-        if not torch.is_grad_enabled() and tokens > 40:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        allocate(tokens)
+    def broken(tokens: int) -> None:
+        raise RuntimeError("device-side assert")
 
-    card.allocate = narrow  # type: ignore[method-assign]
-    rows = [*trial.validation, *bench.features(12, seed=3)]
-    result = replace(trial, validation=rows, fixed_tokens=120).run()
-    assert result.eval_tokens is not None and result.eval_tokens <= 80
+    card.allocate = broken  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="device-side"):
+        probe.run()
 
 
 @pytest.mark.parametrize("explicit", [{}, {"micro_batch_tokens": 64, "gradient_checkpointing": True}])
@@ -133,15 +112,16 @@ def test_a_resumed_run_uses_its_checkpoints_micro_batch_unless_the_config_has_on
     tiny_qwen2: Path, tmp_path: Path, explicit: dict[str, Any]
 ) -> None:
     loop = bench.make_loop(bench.config(tiny_qwen2, tmp_path / "outputs/a", train=explicit))
-    session = {"asked_budget": [160, None, True], "checkpointing": False}
-    (tmp_path / "session.json").write_text(json.dumps(session), encoding="utf-8")
+    progress = {"asked_budget": [160, None, True], "checkpointing": False}
+    (tmp_path / "trainer_state.json").write_text(json.dumps(progress), encoding="utf-8")
     config = bench.config(tiny_qwen2, tmp_path, train=explicit)
     job: Any = SimpleNamespace(
         config=config, unresolved=TrainSection(**explicit), device=SimpleNamespace(device="cuda")
     )
-    step, settings = choose(job, loop.model, loop.step, tmp_path, tmp_path, tmp_path, None)
+    step, settings = choose(job, loop.model, loop.step, tmp_path)
     assert step.micro_batch_tokens == settings["micro_batch_tokens"] == explicit.get("micro_batch_tokens", 160)
-    assert is_checkpointing(loop.model) == settings["gradient_checkpointing"] == bool(explicit)
+    base = loop.model.get_base_model()
+    assert base.is_gradient_checkpointing == settings["gradient_checkpointing"] == bool(explicit)
 
 
 def test_the_longest_rows_make_the_batch() -> None:
@@ -151,60 +131,52 @@ def test_the_longest_rows_make_the_batch() -> None:
     assert longest_batch(rows, [5, 9, 2, 9, 4], 3) == [{"id": "1"}]
 
 
-def card(total: int, *, a_row: int = 1, overhead: float = 1.0) -> Callable[[int], Measurement]:
-    """A card of `total` bytes; `overhead` seconds a micro-batch besides one a row. `tried`: the rows measured."""
+class Simulated(MemoryProbe):
+    """Without a model: a row takes `a_row` bytes and a second, a micro-batch `overhead` seconds besides."""
 
-    def measure(rows: int) -> Measurement:
-        if rows * a_row > total:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        measure.tried.append(rows)  # type: ignore[attr-defined]
-        return Measurement(rows, rows * a_row, overhead + rows)
+    a_row, overhead = 1, 1.0
 
-    measure.tried = []  # type: ignore[attr-defined]
-    return measure
+    def _measure(self, tokens: int, checkpointing: bool) -> Measurement | None:
+        rows = tokens // self.lengths[0]
+        self.tried = [*getattr(self, "tried", []), rows]
+        if rows * self.a_row > self.gauge.total:
+            return None
+        return Measurement(tokens, checkpointing, rows * self.a_row, rows / (self.overhead + rows))
+
+
+def simulated(total: int, *, length: int, most_rows: int, a_row: int = 1, overhead: float = 1e6) -> Simulated:
+    model = torch.nn.Linear(1, 1)
+    model.is_gradient_checkpointing = False  # type: ignore[assignment]
+    step: Any = SimpleNamespace(device="cpu")
+    probe = Simulated(model, step, [], [length], SimpleNamespace(total=total), most_rows, checkpointing=False)
+    probe.a_row, probe.overhead = a_row, overhead
+    return probe
 
 
 def test_it_grows_until_speed_stops_growing() -> None:
-    measure = card(10_000)
-    best, memory_ended_growth = search(measure, length=10, most_rows=1000, total_bytes=10_000)
-    assert (best.rows, memory_ended_growth) == (16, False)  # 32 would gain 3 %
-    assert measure.tried == [1, 2, 4, 8, 16, 32]  # type: ignore[attr-defined]
+    probe = simulated(10_000, length=10, most_rows=1000, overhead=1.0)
+    assert probe.run().tokens == 160  # 32 rows would gain 3 %
+    assert probe.tried == [1, 2, 4, 8, 16, 32]
 
 
 @pytest.mark.parametrize(("length", "most_rows", "rows"), [(512, 1000, 8), (512, 3, 3), (9000, 16, 1)])
 def test_it_stays_within_4096_tokens_and_the_step(length: int, most_rows: int, rows: int) -> None:
-    measure = card(10_000, overhead=1e6)
-    assert search(measure, length=length, most_rows=most_rows, total_bytes=10_000)[0].rows == rows
+    assert simulated(10_000, length=length, most_rows=most_rows).run().tokens == rows * length
 
 
-@pytest.mark.parametrize("total", [10, 13, 16, 29, 40])
-def test_it_comes_near_to_the_most_rows_that_leave_the_margin(total: int) -> None:
-    best, _ = search(card(total, overhead=1e6), length=1, most_rows=10_000, total_bytes=total)
-    assert 0.95 * 0.9 * total - 1 < best.rows <= 0.9 * total
+@pytest.mark.parametrize(("total", "rows"), [(10, 8), (19, 16), (16, 8)])
+def test_it_doubles_while_the_margin_stays_free(total: int, rows: int) -> None:
+    assert simulated(total, length=1, most_rows=10_000).run().tokens == rows
 
 
 def test_one_row_that_fits_without_the_margin_is_used_and_one_that_does_not_is_an_error() -> None:
-    assert search(card(100, a_row=95), length=512, most_rows=16, total_bytes=100)[0].rows == 1
+    assert simulated(100, a_row=95, length=512, most_rows=16).run().tokens == 512
     with pytest.raises(EnvironmentProblem, match="one row of 512 tokens does not fit"):
-        search(card(100, a_row=101), length=512, most_rows=16, total_bytes=100)
+        simulated(100, a_row=101, length=512, most_rows=16).run()
 
 
-@pytest.mark.parametrize("total", [9, 19])
-def test_growth_that_the_margin_ends_is_ended_by_memory(total: int) -> None:
-    """Two rows of 9 bytes fit into 19, but leave no margin: with checkpointing more may fit."""
-    best, memory_ended_growth = search(card(total, a_row=9, overhead=1e6), length=1, most_rows=8, total_bytes=total)
-    assert (best.rows, memory_ended_growth) == (1, True)
-
-
-def test_other_errors_are_raised() -> None:
-    def broken(rows: int) -> Measurement:
-        raise RuntimeError("device-side assert")
-
-    with pytest.raises(RuntimeError, match="device-side"):
-        search(broken, length=1, most_rows=1, total_bytes=1)
-
-
-def test_it_stops_growing_when_its_time_is_up() -> None:
-    answers, measure = iter([True, True, False]), card(10_000, overhead=1e6)
-    best, _ = search(measure, length=1, most_rows=1000, total_bytes=10_000, time_left=lambda: next(answers))
-    assert measure.tried == [1, 2, 4] and best.rows == 4  # type: ignore[attr-defined]
+def test_it_stops_growing_when_its_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 1.0, 2.0, 99.0])
+    monkeypatch.setattr(autobatch.time, "monotonic", lambda: next(clock))
+    probe = simulated(10_000, length=1, most_rows=1000)
+    assert probe.run().tokens == 4 and probe.tried == [1, 2, 4]

@@ -144,21 +144,33 @@ BEST_AT_2 = (
 )
 
 
-def test_a_damaged_best_checkpoint_is_replaced_by_the_next_best_and_both_are_reported(
-    root: Path, capsys: pytest.CaptureFixture[str]
+def test_a_damaged_best_checkpoint_is_warned_of_and_the_best_of_what_follows_is_the_result(
+    root: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    summary = project.run(root, *BEST_AT_2)
-    best = summary["eval"]["loss"]
-    assert summary["best_step"] == 2
-    as_if_killed_after(root, 6)
+    logging.getLogger("sft").propagate = True
+    assert project.run(root, *BEST_AT_2)["best_step"] == 2
+    as_if_killed_after(root, 4)
     (root / "outputs/t/checkpoint-2/rng.pt").unlink()
-    capsys.readouterr()
-    resumed = project.run(root, *BEST_AT_2)
-    assert resumed["best_lost"] == {"step": 2, "value": best}
-    assert resumed["best_step"] == 4 and resumed["eval"]["loss"] < best
-    printed = capsys.readouterr().out
-    assert "resuming outputs/t at checkpoint-6" in printed
-    assert f"the best checkpoint (step 2, {best:.4f}) was damaged; best one left (step 4): loss" in printed
+    assert project.run(root, *BEST_AT_2)["best_step"] == 6
+    assert "the best checkpoint, checkpoint-2, cannot be used: rng.pt" in caplog.text
+    as_if_killed_after(root, 6)
+    (root / "outputs/t/checkpoint-2/optimizer.pt").unlink()
+    assert project.run(root, *BEST_AT_2)["steps"] == 6
+
+
+def test_a_checkpoint_of_an_earlier_version_with_its_session_file_resumes(root: Path) -> None:
+    project.run(root, *BEST_AT_2)
+    before = files.sha256(root / "adapters/t/adapter_model.safetensors")
+    as_if_killed_after(root, 4)
+    folder = root / "outputs/t/checkpoint-4"
+    state = json.loads((folder / "trainer_state.json").read_text())
+    names = "tokens labelled seconds skipped last_loss unlogged asked_budget budget evaluating checkpointing kernels"
+    session = {name: state.pop(name) for name in names.split()}
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+    (folder / "session.json").write_text(json.dumps({**session, "best": 2}))
+    files.write_manifest(folder)
+    assert project.run(root, *BEST_AT_2)["tokens"] > session["tokens"] > 0
+    assert files.sha256(root / "adapters/t/adapter_model.safetensors") == before
 
 
 def test_full_mode_leaves_a_whole_model_that_loads(root: Path, tiny_qwen2: Path) -> None:

@@ -73,10 +73,23 @@ def test_the_end_of_a_run_fails_on_every_process_with_the_error_of_the_first(mon
 
 
 def test_gradients_are_reduced_in_buckets_of_one_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[list[float]] = []
+
+    def both_have_the_same(values: torch.Tensor) -> None:
+        sent.append(values.tolist())
+        values.mul_(2)
+
+    monkeypatch.setattr(distributed, "world", lambda: 2)
     monkeypatch.setattr(distributed, "BUCKET_BYTES", 40)
-    gradients = [torch.zeros(size) for size in (3, 7, 1, 30)] + [torch.zeros(2, dtype=torch.float64)]
-    buckets = [[len(gradient) for gradient in bucket] for bucket in distributed._buckets(gradients)]
-    assert buckets == [[3, 7], [1], [30], [2]]
+    monkeypatch.setattr(dist, "all_reduce", both_have_the_same)
+    weights = [torch.nn.Parameter(torch.zeros(size)) for size in (3, 4, 1, 30)]
+    weights.append(torch.nn.Parameter(torch.zeros(2, 1, dtype=torch.float64)))
+    for value, weight in enumerate(weights):
+        weight.grad = torch.full_like(weight, value)
+    distributed.sum_gradients(weights)
+    assert [len(bucket) for bucket in sent] == [8, 30, 2]
+    assert all(bool((weight.grad == 2 * value).all()) for value, weight in enumerate(weights))
+    assert weights[4].grad is not None and weights[4].grad.shape == (2, 1)
 
 
 @pytest.mark.slow

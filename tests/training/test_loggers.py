@@ -19,27 +19,25 @@ def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
 
 
 def write(tmp_path: Path, after: int, steps: range, offset: float) -> None:
-    outputs = [loggers.JsonLines(tmp_path / "log.jsonl", after), loggers.TensorBoard(tmp_path / "tb", after)]
+    logger = loggers.Loggers(tmp_path / "log.jsonl", tmp_path / "tb", after_step=after)
     for step in steps:
-        for output in outputs:
-            output.numbers(step, {"train/loss": step + offset})
-    for output in outputs:
-        output.close({}, {})
+        logger.entry(step, {"eval_loss": step + offset})
+    logger.close(steps[-1], {}, {})
 
 
 def test_a_resumed_run_leaves_one_curve_without_overlap(tmp_path: Path) -> None:
     write(tmp_path, 0, range(1, 6), 0.0)
     write(tmp_path, 3, range(4, 7), 0.5)  # resumed at checkpoint-3
     expected = [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.5), (5, 5.5), (6, 6.5)]
-    assert scalars(tmp_path / "tb", "train/loss") == expected
-    assert [(entry["step"], entry["train/loss"]) for entry in loggers.read(tmp_path / "log.jsonl")] == expected
+    assert scalars(tmp_path / "tb", "eval/loss") == expected
+    assert [(entry["step"], entry["eval/loss"]) for entry in loggers.read(tmp_path / "log.jsonl")] == expected
 
 
 def test_an_incomplete_line_of_a_crash_is_ignored(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     path.write_text('{"step": 1, "train/loss": 2.0}\n{"step": 2, "train/lo', encoding="utf-8")
     assert loggers.read(path) == [{"step": 1, "train/loss": 2.0}]
-    loggers.JsonLines(path, 5).numbers(3, {"train/loss": 1.0})
+    loggers.Loggers(path, after_step=5).entry(3, {"eval_loss": 1.0})
     assert [entry["step"] for entry in loggers.read(path)] == [1, 3]
 
 
@@ -50,7 +48,8 @@ def test_a_disk_that_refuses_tensorboards_last_file_does_not_fail_the_run(
         raise OSError("no space left on the device")
 
     monkeypatch.setattr(SummaryWriter, "add_hparams", refuse)
-    loggers.Loggers([loggers.TensorBoard(tmp_path, 0)]).close(7, {"rows": 1}, {"hparam/loss": 1.0})
+    logger = loggers.Loggers(tmp_path / "log.jsonl", tmp_path / "tb")
+    logger.close(7, {"rows": 1}, {"hparam/loss": 1.0})
     assert "TensorBoard's curves end at step 7 (no space left on the device)" in caplog.text
 
 
@@ -70,6 +69,11 @@ def test_log_jsonl_is_valid_json_where_a_number_is_not_finite(tmp_path: Path) ->
         raise AssertionError(f"{constant} is no JSON")
 
     path = tmp_path / "log.jsonl"
-    loggers.JsonLines(path, 0).numbers(1, {"train/loss": 2.0, "train/grad_norm": float("inf"), "x": float("nan")})
+    loggers.Loggers(path).entry(1, {"grad_norm": float("inf"), "eval_loss": 2.0, "eval_x": float("nan")})
     (line,) = path.read_text(encoding="utf-8").splitlines()
-    assert json.loads(line, parse_constant=refuse) == {"step": 1, "train/loss": 2.0, "train/grad_norm": None, "x": None}
+    assert json.loads(line, parse_constant=refuse) == {
+        "step": 1,
+        "train/grad_norm": None,
+        "eval/loss": 2.0,
+        "eval/x": None,
+    }

@@ -63,13 +63,13 @@ def test_skip_drops_the_step_counts_it_and_resumes_exactly(
     loop = poisoned(monkeypatch, settings, row=3)
     step, ids = step_of_row(loop, 3)
     loop.fit()
-    first, *later = loop.skipped
+    first, *later = loop.progress.skipped
     assert (first["step"], first["rows"], len(later)) == (step, ids, 2)
     assert all(torch.isfinite(weight).all() for weight in bench.trained(loop).values())
     assert [entry["windows_skipped"] for entry in loop.progress.log_history if "windows_skipped" in entry][-1] == 3
     again = poisoned(monkeypatch, settings, row=3)
     again.fit(tmp_path / f"outputs/a/checkpoint-{step + 1}")
-    assert again.skipped == loop.skipped
+    assert again.progress.skipped == loop.progress.skipped
     assert all(torch.equal(one, bench.trained(again)[name]) for name, one in bench.trained(loop).items())
 
 
@@ -81,7 +81,7 @@ def test_skip_works_with_a_gradient_scaler(tiny_qwen2: Path, tmp_path: Path, mon
     loop.optimizer = AcceleratedOptimizer(loop.optimizer.optimizer, scaler=scaler)
     monkeypatch.setattr(loop.accelerator, "unscale_gradients", lambda: scaler.unscale_(loop.optimizer.optimizer))
     loop.fit()
-    assert loop.progress.global_step == 3 and len(loop.skipped) == 1
+    assert loop.progress.global_step == 3 and len(loop.progress.skipped) == 1
     assert all(torch.isfinite(weight).all() for weight in bench.trained(loop).values())
 
 
@@ -90,17 +90,17 @@ def test_a_gradient_that_is_not_finite_is_dropped_too(tiny_qwen2: Path, tmp_path
     before, weight = bench.trained(loop), next(p for p in loop.model.parameters() if p.requires_grad)
     weight.register_hook(lambda gradient: gradient * float("inf"))
     loop.fit()
-    assert loop.skipped[0]["what"].startswith("gradient norm is")
+    assert loop.progress.skipped[0]["what"].startswith("gradient norm is")
     assert all(torch.equal(one, bench.trained(loop)[name]) for name, one in before.items())
 
 
-def monitored(pairs: Sequence[tuple[float, float]]) -> tuple[LossMonitor, list[list[str]]]:
-    """A monitor that has seen pairs of (training loss, evaluation loss), and its warnings after each evaluation."""
+def warnings_of(pairs: Sequence[tuple[float, float]]) -> list[str | None]:
+    """A monitor's warnings after each evaluation; it sees pairs of (training loss, evaluation loss)."""
     monitor, warnings = LossMonitor(None, False, EarlyStoppingSection()), []
     for step, (train, evaluation) in enumerate(pairs, 1):
         monitor.add({"loss": train, "step": step})
         warnings.append(monitor.add({"eval_loss": evaluation, "step": step, **monitor.gap(evaluation)}))
-    return monitor, warnings
+    return warnings
 
 
 def test_twenty_steps_without_a_gradient_are_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -122,20 +122,18 @@ def test_twenty_steps_without_a_gradient_are_warned_of_once(caplog: pytest.LogCa
 def test_an_exploding_loss_is_distinguished_from_a_noisy_one(losses: list[float], warned_at: list[int]) -> None:
     monitor = LossMonitor("loss", False, EarlyStoppingSection())
     warnings = {step: monitor.add({"loss": loss, "step": step}) for step, loss in enumerate(losses, 1)}
-    assert [step for step, lines in warnings.items() if lines] == warned_at
-    assert all("the loss explodes: 8.000 at step 6, it was 1.200" in warnings[step][0] for step in warned_at)
+    assert [step for step, warning in warnings.items() if warning] == warned_at
+    assert all("the loss explodes: 8.000 at step 6, it was 1.200" in str(warnings[step]) for step in warned_at)
 
 
 def test_overfitting_is_warned_of_once_when_the_losses_diverge() -> None:
-    assert monitored([(2.0, 2.0), (1.5, 1.55)])[1] == [[], []]
-    assert monitored([(2.0, 2.0), (0.02, 0.012), (0.01, 0.017)])[1][-1] == []  # less than 0.01 is noise
-    (diverged,) = monitored([(2.0, 2.0), (1.6, 1.55), (1.59, 1.60)])[1][-1]
-    assert diverged.startswith("overfitting: evaluation loss rose to 1.6000 while training loss fell to 1.5900")
-    assert "best at step 2 (1.5500)" in diverged
-    assert monitored([(2.0, 2.0), (1.6, 1.55), (1.59, 1.60), (1.58, 1.59), (1.57, 1.61)])[1][-1] == []
-    (gap,) = monitored([(2.0, 2.0), (1.0, 1.15)])[1][-1]
-    assert gap.startswith("evaluation loss is 0.150 above training loss (more than 0.1)")
-    assert monitored([(2.0, 2.0), (1.0, 1.15), (0.9, 1.14)])[1][-1] == []
+    assert warnings_of([(2.0, 2.0), (1.5, 1.55)]) == [None, None]
+    assert warnings_of([(2.0, 2.0), (0.02, 0.012), (0.01, 0.017)])[-1] is None  # less than 0.01 is noise
+    diverged = str(warnings_of([(2.0, 2.0), (1.6, 1.55), (1.59, 1.60)])[-1])
+    assert diverged.startswith("overfitting: evaluation loss rose from 1.5500 at step 2 to 1.6000, while training loss")
+    assert "fell to 1.5900" in diverged
+    assert warnings_of([(2.0, 2.0), (1.6, 1.55), (1.59, 1.60), (1.58, 1.59), (1.57, 1.61)])[3:] == [None, None]
+    assert warnings_of([(2.0, 2.0), (1.6, 1.55), (1.7, 1.70)])[-1] is None  # both rise: no overfitting
 
 
 def test_a_monitor_that_replays_the_entries_of_a_run_warns_and_stops_as_the_first_one() -> None:

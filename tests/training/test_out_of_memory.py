@@ -156,15 +156,14 @@ def test_a_run_continues_as_if_memory_had_not_run_out(
     assert losses == pytest.approx(_losses(expected), abs=1e-6)
     for name, weight in bench.trained(loop).items():
         assert torch.allclose(weight, bench.trained(expected)[name], rtol=0, atol=1e-8), name
-    session = checkpoint.read_state(loop.checkpoints.run.checkpoints()[-1], checkpoint.SESSION)
-    assert session["budget"] == loop.step.budget
+    saved = checkpoint.Progress.read(loop.checkpoints.run.checkpoints()[-1])
+    assert saved.budget == loop.step.budget
     lowered = loop.step.micro_batch_tokens < expected.step.micro_batch_tokens
     assert lowered == (stage in ("forward", "backward", "optimizer"))
-    assert (session["evaluating"] is not None) == (stage == "evaluation")
+    assert (saved.evaluating is not None) == (stage == "evaluation")
     if lowered:
         assert str(loop.step.micro_batch_tokens) in caplog.text
-    clean_session = checkpoint.read_state(expected.checkpoints.run.checkpoints()[-1], checkpoint.SESSION)
-    assert session["tokens"] == clean_session["tokens"]
+    assert saved.tokens == checkpoint.Progress.read(expected.checkpoints.run.checkpoints()[-1]).tokens
 
 
 def test_a_resumed_run_keeps_the_budget_that_fitted(tiny_qwen2: Path, tmp_path: Path) -> None:

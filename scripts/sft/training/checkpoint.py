@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import logging
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from sft import files, runs
+from sft import files
 from sft.errors import EnvironmentProblem, RunError
 from sft.model import adapters
 from sft.runs import Run, step_of
@@ -27,14 +28,19 @@ from sft.step.step import out_of_memory, release_memory
 
 log = logging.getLogger("sft.training")
 OPTIMIZER, RNG, SCHEDULER, SCALER = "optimizer.pt", "rng.pt", "scheduler.json", "scaler.json"
-PROGRESS, SESSION, FINGERPRINT = "trainer_state.json", runs.SESSION, "backend.json"
+PROGRESS, FINGERPRINT = "trainer_state.json", "backend.json"
+OLD_SESSION = "session.json"  # the second half of the progress in checkpoints of earlier versions
 
 
 @dataclass
 class Progress:
-    """How far a run has come, as trainer_state.json; the keys are those of transformers' Trainer.
+    """How far a run has come, as trainer_state.json; the first six keys are those of transformers' Trainer.
 
     log_history: every logged entry, with its step. best_global_step, best_metric: of the best evaluation so far.
+    tokens, labelled, seconds: of all training steps, over all ranks. skipped: the steps that `on_nan: skip` dropped.
+    last_loss, unlogged: of the last step; the sum since the last log entry, and the step of that entry.
+    asked_budget, budget, evaluating: how steps are split into micro-batches: as configured, now, and in evaluation.
+    checkpointing, kernels: whether activations are recomputed, and the kernels in use.
     """
 
     global_step: int = 0
@@ -43,28 +49,23 @@ class Progress:
     best_global_step: int | None = None
     best_metric: float | None = None
     log_history: list[dict[str, Any]] = field(default_factory=list)
+    tokens: int = 0
+    labelled: int = 0
+    seconds: float = 0.0
+    skipped: list[dict[str, Any]] = field(default_factory=list)
+    last_loss: float = 0.0
+    unlogged: tuple[float, int] = (0.0, 0)
+    asked_budget: list[Any] = field(default_factory=list)
+    budget: list[Any] = field(default_factory=list)
+    evaluating: int | None = None
+    checkpointing: bool = False
+    kernels: str = "plain"
 
     @classmethod
     def read(cls, checkpoint: Path) -> Progress:
         """The progress in a checkpoint; keys that only transformers' Trainer writes are ignored."""
-        stored = read_state(checkpoint, PROGRESS)
+        stored = {**files.read_json(checkpoint / OLD_SESSION), **read_state(checkpoint, PROGRESS)}
         return cls(**{each.name: stored[each.name] for each in fields(cls) if each.name in stored})
-
-
-@dataclass
-class TrainState:
-    """All that the next step depends on, at a step boundary.
-
-    session: counts so far and the settings in force (see `TrainingLoop`). rng: one state for each rank.
-    """
-
-    progress: Progress
-    model: Any
-    optimizer: Any
-    scheduler: Any
-    rng: list[dict[str, Any]]
-    session: dict[str, Any] = field(default_factory=dict)
-    scaler: Any = None
 
 
 @dataclass(frozen=True)
@@ -82,25 +83,30 @@ class CheckpointManager:
         """The folder of the checkpoint at `step`."""
         return self.run.folder / f"checkpoint-{step}"
 
-    def save(self, state: TrainState) -> Path:
+    def save(self, model: Any, progress: Progress, states: Mapping[str, Any]) -> Path:
         """Writes a checkpoint, once more if memory runs out meanwhile, then removes old ones.
 
-        Raises EnvironmentProblem when the disk refuses; older checkpoints then stay.
+        states: for each state file what it holds. Raises EnvironmentProblem when the disk refuses; older checkpoints
+        then stay.
         """
         try:
-            return self._save(state)
+            return self._save(model, progress, states)
         except (EnvironmentProblem, RuntimeError, MemoryError) as error:
             if not (out_of_memory(error) or out_of_memory(error.__cause__)):
                 raise
         release_memory()
         log.warning("out of memory while saving: trying once more")
-        return self._save(state)
+        return self._save(model, progress, states)
 
-    def _save(self, state: TrainState) -> Path:
-        target = self.folder(state.progress.global_step)
+    def _save(self, model: Any, progress: Progress, states: Mapping[str, Any]) -> Path:
+        target = self.folder(progress.global_step)
         try:
             with files.atomic_folder(target) as staged:
-                self._fill(staged, state)
+                save_weights(model, staged)
+                for name, state in {**states, PROGRESS: asdict(progress)}.items():
+                    as_json = json.dumps(state, indent=1) + "\n" if name.endswith(".json") else None
+                    files.put(staged / name, as_json or partial(torch.save, state))
+                self.write_settings(staged)
                 files.write_manifest(staged)
         except EnvironmentProblem as error:
             older = [path.name for path in self.run.checkpoints()]
@@ -109,19 +115,8 @@ class CheckpointManager:
             raise EnvironmentProblem(error.what, where=error.where, fix=fix) from error
         if problem := files.manifest_problem(target, hashes=False):
             raise RunError(f"{target.name} was not written completely: {problem}", fix="check the disk")
-        self._remove_old(state.progress)
+        self._remove_old(progress)
         return target
-
-    def _fill(self, folder: Path, state: TrainState) -> None:
-        save_weights(state.model, folder)
-        files.put(folder / OPTIMIZER, lambda path: torch.save(state.optimizer.state_dict(), path))
-        files.put(folder / RNG, lambda path: torch.save(state.rng, path))
-        parts = {SCHEDULER: state.scheduler.state_dict(), SESSION: state.session, PROGRESS: asdict(state.progress)}
-        if state.scaler is not None:
-            parts[SCALER] = state.scaler.state_dict()
-        for name, value in parts.items():
-            files.put(folder / name, json.dumps(value, indent=1) + "\n")
-        self.write_settings(folder)
 
     def _remove_old(self, progress: Progress) -> None:
         """Removes the oldest checkpoints up to this step; never the best one, nor one of a later step."""

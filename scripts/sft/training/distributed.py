@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from sft.errors import RunError, SftError, one_line
 
 T = TypeVar("T")
-BUCKET_BYTES = 25 * 2**20  # of gradients that are reduced together, as DistributedDataParallel does
+BUCKET_BYTES = 25 * 2**20  # of gradients that are reduced together, about, as DistributedDataParallel does
 _LOST_PEER = "closed by peer|reset by peer|Broken pipe|Timed out|timed out|NCCL|Gloo|gloo|recvValue".split("|")
 
 
@@ -96,26 +97,15 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     for parameter in trained:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    for bucket in _buckets([parameter.grad for parameter in trained if parameter.grad is not None]):
-        flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
+    gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
+    ends = itertools.accumulate(gradient.nbytes for gradient in gradients)
+    for _, bucket in itertools.groupby(
+        zip(gradients, ends, strict=True), key=lambda pair: (pair[0].dtype, pair[1] // BUCKET_BYTES)
+    ):
+        together = [gradient for gradient, _ in bucket]
+        flat = torch.nn.utils.parameters_to_vector(together)
         dist.all_reduce(flat)
-        totals = torch.split(flat, [gradient.numel() for gradient in bucket])
-        for gradient, total in zip(bucket, totals, strict=True):
-            gradient.copy_(total.view_as(gradient))
-
-
-def _buckets(gradients: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """Consecutive gradients of one type, at most BUCKET_BYTES together (or a single larger one)."""
-    bucket: list[torch.Tensor] = []
-    size = 0
-    for gradient in gradients:
-        if bucket and (gradient.dtype != bucket[0].dtype or size + gradient.nbytes > BUCKET_BYTES):
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(gradient)
-        size += gradient.nbytes
-    if bucket:
-        yield bucket
+        torch.nn.utils.vector_to_parameters(flat, together)
 
 
 def is_lost_peer(error: BaseException) -> bool:

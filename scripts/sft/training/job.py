@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from sft import files, runs
 from sft.config import auto
 from sft.config.load import Loaded, display_path
-from sft.config.schema import Config, GenerationSection, TrainSection
+from sft.config.schema import Config, TrainSection
 from sft.data import store
 from sft.errors import ConfigError, Stopped
 from sft.model import backends, hardware, hub
@@ -29,9 +29,10 @@ from sft.runs import OpenRun, Run
 from sft.training import distributed
 
 if TYPE_CHECKING:
+    from sft.generation.engine import LoadedModel
     from sft.model.backends import Backend
-    from sft.model.files import Kind, ModelFiles
-    from sft.training.loggers import Loggers, Report
+    from sft.model.files import ModelFiles
+    from sft.training.loggers import Report
     from sft.training.loop import Feature, Schedule, TrainingLoop
 
 # unsloth must be imported before transformers: `prepare` sees to that, and whatever imports transformers comes after it
@@ -372,10 +373,12 @@ def make_loop(job: Job, opened: OpenRun, root: Path, report: Report | None) -> t
 
     report: called with each step, for a progress bar. Raises ModelError, EnvironmentProblem.
     """
+    from sft.generation.engine import LoadedModel
     from sft.model.kernels import apply_kernels
     from sft.step.step import make_step_config
     from sft.training import autobatch
     from sft.training.checkpoint import CheckpointManager
+    from sft.training.loggers import Loggers
     from sft.training.loop import TrainingLoop
 
     run, train = opened.run, job.config.train
@@ -386,14 +389,23 @@ def make_loop(job: Job, opened: OpenRun, root: Path, report: Report | None) -> t
     )
     apply_kernels(model, train.kernels, device=job.device.device, autocast=step.autocast, backend=job.backend.name)
     answer = None
-    if answer_rows := job.rows.answer_rows:
-        kind = job.files.kind
-        answer = SampleAnswers(job.config, root, model, job.tokenizer, job.encoder, kind, answer_rows)
-    step, settings = autobatch.choose(job, model, step, run.folder, opened.checkpoint, root, answer)
+    if job.rows.answer_rows:
+        loaded = LoadedModel(model, job.tokenizer, job.encoder, job.files.kind)
+        answer = SampleAnswers(loaded, job.rows.answer_rows, job.config, root)
+    step, settings = autobatch.choose(job, model, step, opened.checkpoint)
     if settings:
         job = replace(job, config=job.config.model_copy(update={"train": train.model_copy(update=settings)}))
         if distributed.rank() == 0:
             job.write_settings(run.folder)
+    section, is_first = job.config.logging, distributed.rank() == 0
+    loggers = Loggers(
+        run.folder / "log.jsonl" if is_first else None,
+        run.tb_dir if is_first and section.backend == "tensorboard" else None,
+        after_step=runs.step_of(opened.checkpoint) if opened.checkpoint else 0,
+        total_steps=job.schedule.total_steps,
+        gpu=section.gpu_stats,
+        report=report,
+    )
     loop = TrainingLoop(
         model,
         job.rows.train,
@@ -403,7 +415,7 @@ def make_loop(job: Job, opened: OpenRun, root: Path, report: Report | None) -> t
         step=step,
         checkpoints=CheckpointManager(run, train.save_total_limit, job.write_settings),
         answer=answer,
-        loggers=_make_loggers(job, opened, report),
+        loggers=loggers,
     )
     return job, loop
 
@@ -436,49 +448,22 @@ def load_model(config: Config, model_files: ModelFiles, backend: str, *, device:
     return adapters.attach(model, tuning, gradient_checkpointing=checkpointing)
 
 
-def _make_loggers(job: Job, opened: OpenRun, report: Report | None) -> Loggers | None:
-    """log.jsonl, TensorBoard and the terminal, from the step that is resumed on; None on other ranks than 0."""
-    from sft.training import loggers
-
-    if distributed.rank() != 0:
-        return None
-    step = runs.step_of(opened.checkpoint) if opened.checkpoint else 0
-    section = job.config.logging
-    outputs: list[loggers.Logger] = [loggers.JsonLines(opened.run.folder / "log.jsonl", step)]
-    if section.backend == "tensorboard":
-        try:
-            outputs.append(loggers.TensorBoard(opened.run.tb_dir, step))
-        except OSError as error:
-            log.warning("no TensorBoard curves (%s); log.jsonl has the numbers", error)
-    progress = loggers.Progress(report, job.schedule.total_steps)
-    return loggers.Loggers(outputs, loggers.gpu_gauges if section.gpu_stats else dict, progress)
-
-
 class SampleAnswers:
     """Answers a fixed sample of validation rows at each evaluation, as `eval` does (`eval.shots`, `eval.turns`)."""
 
-    def __init__(
-        self,
-        config: Config,
-        root: Path,
-        model: Any,
-        tokenizer: Any,
-        encoder: Any,
-        kind: Kind,
-        rows: list[dict[str, Any]],
-    ) -> None:
-        from sft.generation.engine import LoadedModel
+    def __init__(self, loaded: LoadedModel, rows: list[dict[str, Any]], config: Config, root: Path) -> None:
         from sft.generation.evaluate import questions
 
-        self.config, self.root, self.loaded = config, root, LoadedModel(model, tokenizer, encoder, kind)
-        self.questions = questions(lambda row: self.loaded.prompt(row, config.generation), rows, config, root)
+        self.loaded, self.config, self.root = loaded, config, root
+        self.questions = questions(lambda row: loaded.prompt(row, config.generation), rows, config, root)
 
     def __call__(self, model: Any) -> tuple[dict[str, float], str]:
         """The metrics of all answers, over all ranks, and the first `logging.samples` of them as Markdown."""
         from sft.generation import evaluate
 
         mine = range(distributed.rank(), len(self.questions), distributed.world())
-        generated = self._generate(model, [self.questions[index].ids for index in mine], self.config.generation)
+        prompts, loaded = [self.questions[index].ids for index in mine], replace(self.loaded, model=model)
+        generated = loaded.generate(prompts, self.config.generation, self.config.eval.batch_size)
         shares = distributed.all_gather(dict(zip(mine, generated, strict=True)))
         by_index = {index: answer for share in shares for index, answer in share.items()}
         answers = [by_index[index] for index in range(len(self.questions))]
@@ -488,18 +473,6 @@ class SampleAnswers:
             for question, answer in list(zip(self.questions, answers, strict=True))[: self.config.logging.samples]
         )
         return evaluate.score_answers(self.questions, answers, self.config, self.root).metrics, samples
-
-    def probe(self, model: Any) -> None:
-        """Takes the memory of the longest answers without generating them: the prompt is as long as prompt and answer
-        will be, and two tokens follow it.
-        """
-        section = self.config.generation
-        longest = sorted((question.ids for question in self.questions), key=len)[-self.config.eval.batch_size :]
-        prompts = [list(ids) + [ids[-1]] * section.max_new_tokens for ids in longest if ids]
-        self._generate(model, prompts, section.model_copy(update={"max_new_tokens": 2}))
-
-    def _generate(self, model: Any, prompts: list[list[int]], section: GenerationSection) -> list[Any]:
-        return replace(self.loaded, model=model).generate(prompts, section, self.config.eval.batch_size)
 
 
 def _quoted(text: str) -> str:
@@ -528,22 +501,47 @@ def finish(job: Job, loop: TrainingLoop, run: Run, root: Path) -> dict[str, Any]
 
 
 def _write_result(job: Job, loop: TrainingLoop, run: Run, root: Path, best: int | None) -> dict[str, Any]:
-    from sft.runs import SERVING
     from sft.training.checkpoint import is_adapter, save_weights
 
+    progress, train, tuning = loop.progress, job.config.train, job.config.tuning
     target = run.adapter_dir if is_adapter(loop.model) else run.model_dir
     with files.atomic_folder(target) as staged:
         save_weights(loop.model, staged)
         files.put(staged, partial(_save_tokenizer, job))
         job.write_settings(staged)
-        files.write_json(staged / SERVING, {"system": job.rows.system})
+        files.write_json(staged / runs.SERVING, {"system": job.rows.system})
         files.write_manifest(staged)
-    if loop.skipped:
-        files.write_json(run.folder / "ledger.json", {**job.rows.ledger(), "skipped_windows": loop.skipped})
-    summary = summarize(job, loop, run, best, target)
-    results = {f"hparam/{name}": float(value) for name, value in summary["eval"].items()}
-    results["hparam/train_loss"] = float(summary["train_loss_last"] or 0.0)
-    loop.loggers.close(loop.progress.global_step, _main_settings(job), results)
+    if progress.skipped:
+        files.write_json(run.folder / "ledger.json", {**job.rows.ledger(), "skipped_windows": progress.skipped})
+    losses = [entry["loss"] for entry in progress.log_history if "loss" in entry]
+    evaluations = [entry for entry in progress.log_history if "eval_loss" in entry]
+    shown = next((entry for entry in evaluations if entry["step"] == best), evaluations[-1] if evaluations else {})
+    names = sorted(key[5:] for key in shown if key.startswith("eval_") and key not in ("eval_seconds", "eval_loss"))
+    summary: dict[
+        str, Any
+    ] = {  # finished.json: losses are means over labelled tokens, seconds those of training steps only
+        "run": run.name,
+        "steps": progress.global_step,
+        "planned_steps": job.schedule.total_steps,
+        "train_loss_first": losses[0] if losses else None,
+        "train_loss_last": losses[-1] if losses else None,
+        "best_step": best,
+        "skipped_windows": len(progress.skipped),
+        "eval": {name: shown[f"eval_{name}"] for name in (["loss"] if shown else []) + names},
+        "tokens": progress.tokens,
+        "labelled_tokens": progress.labelled,
+        "seconds": round(progress.seconds, 3),
+        "tokens_per_second": round(progress.tokens / max(progress.seconds, 1e-9), 1),
+        "peak_memory_gib": round(peak_bytes() / 2**30, 3),
+        "device": job.device.name,
+        "output": str(target),
+    }
+    settings: dict[str, Any] = {"model": job.files.name, "mode": tuning.mode, "backend": job.backend.name}
+    settings |= {name: float(getattr(train, name)) for name in ("learning_rate", "effective_batch", "epochs")}
+    settings |= {"rows": len(job.rows.train), "lora_r": tuning.lora.r, "lora_alpha": tuning.lora.alpha}
+    results = {f"hparam/{name}": float(shown[f"eval_{name}"]) for name in summary["eval"]}
+    results["hparam/train_loss"] = losses[-1] if losses else 0.0
+    loop.loggers.close(progress.global_step, settings, results)
     runs.point_last(run, root)
     runs.finish(run, summary)
     return summary
@@ -565,34 +563,6 @@ def _save_tokenizer(job: Job, folder: Path) -> None:
         (folder / "template.jinja").write_text(template.source, encoding="utf-8")
 
 
-def summarize(job: Job, loop: TrainingLoop, run: Run, best: int | None, target: Path) -> dict[str, Any]:
-    """The run's finished.json. Losses are means over labelled tokens; seconds are those of training steps only."""
-    history, throughput = loop.progress.log_history, loop.throughput
-    losses = [entry["loss"] for entry in history if "loss" in entry]
-    evaluations = [entry for entry in history if "eval_loss" in entry]
-    shown = next((entry for entry in evaluations if entry["step"] == best), evaluations[-1] if evaluations else {})
-    names = sorted(key[5:] for key in shown if key.startswith("eval_") and key not in ("eval_seconds", "eval_loss"))
-    damaged = loop.damaged_best
-    return {
-        "run": run.name,
-        "steps": loop.progress.global_step,
-        "planned_steps": job.schedule.total_steps,
-        "train_loss_first": losses[0] if losses else None,
-        "train_loss_last": losses[-1] if losses else None,
-        "best_step": best,
-        "best_lost": {"step": damaged[0], "value": damaged[1]} if damaged else None,
-        "skipped_windows": len(loop.skipped),
-        "eval": {name: shown[f"eval_{name}"] for name in (["loss"] if shown else []) + names},
-        "tokens": throughput.tokens,
-        "labelled_tokens": throughput.labelled,
-        "seconds": round(throughput.seconds, 3),
-        "tokens_per_second": round(throughput.tokens / max(throughput.seconds, 1e-9), 1),
-        "peak_memory_gib": round(peak_bytes() / 2**30, 3),
-        "device": job.device.name,
-        "output": str(target),
-    }
-
-
 def peak_bytes() -> int:
     """The most memory that this process has used: of the GPU if there is one, else of the system."""
     import torch
@@ -600,15 +570,6 @@ def peak_bytes() -> int:
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return int(torch.cuda.max_memory_allocated())
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _main_settings(job: Job) -> dict[str, Any]:
-    """The settings of TensorBoard's HParams tab."""
-    train, tuning = job.config.train, job.config.tuning
-    lora = {"lora_r": tuning.lora.r, "lora_alpha": tuning.lora.alpha} if tuning.mode != "full" else {}
-    names = ("learning_rate", "effective_batch", "epochs")
-    shown = {"model": job.files.name, "mode": tuning.mode, "backend": job.backend.name, "rows": len(job.rows.train)}
-    return {**shown, **{name: getattr(train, name) for name in names}, **lora}
 
 
 def describe_result(job: Job, summary: dict[str, Any], root: Path) -> list[str]:
@@ -626,8 +587,6 @@ def describe_result(job: Job, summary: dict[str, Any], root: Path) -> list[str]:
         lines.append(f"stopped early ({summary['planned_steps']:,} steps were planned): evaluation no longer improved")
     if summary["eval"]:
         chosen = "the best checkpoint" if summary["best_step"] else "the last evaluation"
-        if lost := summary["best_lost"]:
-            chosen = f"the best checkpoint (step {lost['step']}, {lost['value']:.4f}) was damaged; best one left"
         metrics = "  ".join(f"{name} {value:.4f}" for name, value in summary["eval"].items())
         lines.append(f"{chosen} (step {summary['best_step'] or summary['steps']}): {metrics}")
     lines += [

@@ -37,46 +37,6 @@ def public_names(entry: Mapping[str, Any]) -> dict[str, float]:
     return {key: float(value) for key, value in values.items()}
 
 
-class Logger:
-    """Receives the numbers and sample answers of a run."""
-
-    def numbers(self, step: int, values: Mapping[str, float]) -> None:
-        raise NotImplementedError
-
-    def text(self, step: int, name: str, text: str) -> None:
-        """Sample answers, as Markdown."""
-
-    def sync(self) -> None:
-        """Called before a checkpoint is written: it must never know more than the log beside it."""
-
-    def close(self, settings: Mapping[str, Any], results: Mapping[str, float]) -> None:
-        """The run has ended. settings, results: for TensorBoard's HParams tab."""
-
-
-class JsonLines(Logger):
-    """log.jsonl: one JSON object a line, `step` first; a number that is not finite is null."""
-
-    def __init__(self, path: Path, after_step: int) -> None:
-        self.path = path
-        entries = [entry for entry in read(path) if entry["step"] <= after_step]
-        files.write_text(path, "".join(_json_line(entry) for entry in entries))
-
-    def numbers(self, step: int, values: Mapping[str, float]) -> None:
-        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        files.append(self.path, _json_line({"step": step, **finite}))
-
-    def text(self, step: int, name: str, text: str) -> None:
-        files.append(self.path, _json_line({"step": step, name: text}))
-
-    def sync(self) -> None:
-        if self.path.exists():
-            files.sync(self.path)
-
-
-def _json_line(entry: Mapping[str, Any]) -> str:
-    return json.dumps(entry, ensure_ascii=False) + "\n"
-
-
 def read(path: Path) -> list[dict[str, Any]]:
     """The entries of a log.jsonl, without lines that a crash left incomplete."""
     entries = []
@@ -90,110 +50,110 @@ def read(path: Path) -> list[dict[str, Any]]:
     return entries
 
 
-class TensorBoard(Logger):
-    """TensorBoard's event files, one folder a run, for every step after `after_step`."""
-
-    def __init__(self, folder: Path, after_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.writer = SummaryWriter(str(folder), purge_step=after_step + 1 if after_step else None)
-
-    def numbers(self, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
-        self.writer.flush()
-
-    def text(self, step: int, name: str, text: str) -> None:
-        self.writer.add_text(name, text, step)
-
-    def sync(self) -> None:
-        self.writer.flush()
-
-    def close(self, settings: Mapping[str, Any], results: Mapping[str, float]) -> None:
-        plain = {
-            key: value if isinstance(value, bool | int | float | str) else str(value) for key, value in settings.items()
-        }
-        self.writer.add_hparams(plain, dict(results), run_name=".")  # type: ignore[no-untyped-call]
-        self.writer.close()
-
-
-class Progress(Logger):
-    """Reports each step to `report`, for a progress bar; without one (no terminal), logs a line for each log entry."""
-
-    def __init__(self, report: Report | None, total_steps: int) -> None:
-        self.report, self.total_steps = report, total_steps
-        self.shown = ""
-        self._first: tuple[float, int] | None = None  # when the first step of this process ended, and its number
-
-    def step(self, step: int) -> None:
-        self._first = self._first or (time.monotonic(), step)
-        if self.report is not None:
-            self.report(step, self.total_steps, self.shown)
-
-    def numbers(self, step: int, values: Mapping[str, float]) -> None:
-        if "eval/loss" in values:
-            shown = {
-                key[5:]: value for key, value in values.items() if key.startswith("eval/") and key != "eval/seconds"
-            }
-            log.info("step %d: eval %s", step, "  ".join(f"{name} {value:.4f}" for name, value in shown.items()))
-        if "train/loss" not in values:
-            return
-        self.shown = f"loss {values['train/loss']:.4f}  {values['train/tokens_per_second']:,.0f} tok/s"
-        if self.report is not None:
-            self.report(step, self.total_steps, self.shown)
-        else:
-            log.info(
-                "step %d/%d  %s  lr %.2e%s", step, self.total_steps, self.shown, values["train/lr"], self._left(step)
-            )
-
-    def _left(self, step: int) -> str:
-        if self._first is None or step <= self._first[1]:
-            return ""
-        pace = (time.monotonic() - self._first[0]) / (step - self._first[1])
-        return f"  {clock(pace * (self.total_steps - step))} left"
-
-
 class Loggers:
-    """All loggers of rank 0 as one. gauges: further numbers for each training entry (GPU memory, utilisation)."""
+    """Logs a run from the step after `after_step` on.
+
+    path: its log.jsonl, one JSON object a line, in which a number that is not finite is null; None on other ranks than
+    0, which log nothing. curves: the folder for TensorBoard, None for no curves. gpu: whether to add its memory and
+    utilisation. report: called after each step, for a progress bar; without one, a line is logged for each entry.
+    """
 
     def __init__(
-        self, loggers: list[Logger], gauges: Callable[[], dict[str, float]] = dict, progress: Progress | None = None
+        self,
+        path: Path | None = None,
+        curves: Path | None = None,
+        *,
+        after_step: int = 0,
+        total_steps: int = 0,
+        gpu: bool = False,
+        report: Report | None = None,
     ) -> None:
-        self.loggers, self.gauges, self.progress = [*loggers, *([progress] if progress else [])], gauges, progress
+        self.path, self.total_steps, self.gpu, self.report = path, total_steps, gpu, report
+        self.writer: Any = None
+        self._shown = ""
+        self._first: tuple[float, int] | None = None  # when the first step of this process ended, and its number
+        if path is None:
+            return
+        files.write_text(path, "".join(_json_line(entry) for entry in read(path) if entry["step"] <= after_step))
+        if curves is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            try:
+                self.writer = SummaryWriter(str(curves), purge_step=after_step + 1 if after_step else None)
+            except OSError as error:
+                log.warning("no TensorBoard curves (%s); log.jsonl has the numbers", error)
 
     def entry(self, step: int, entry: Mapping[str, Any]) -> None:
         """Logs an entry of the loop's history."""
-        values = public_names(entry) | (self.gauges() if "loss" in entry else {})
-        self._each(step, lambda logger: logger.numbers(step, values))
+        if self.path is None:
+            return
+        values = public_names(entry) | (gpu_gauges() if self.gpu and "loss" in entry else {})
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        files.append(self.path, _json_line({"step": step, **finite}))
+        self._to_tensorboard(step, lambda writer: [writer.add_scalar(name, values[name], step) for name in values])
+        self._show(step, values)
 
     def text(self, step: int, name: str, text: str) -> None:
-        self._each(step, lambda logger: logger.text(step, name, text))
+        """Logs sample answers, as Markdown."""
+        if self.path is not None:
+            files.append(self.path, _json_line({"step": step, name: text}))
+            self._to_tensorboard(step, lambda writer: writer.add_text(name, text, step))
 
     def step(self, step: int) -> None:
-        if self.progress is not None:
-            self.progress.step(step)
+        """A step has ended."""
+        self._first = self._first or (time.monotonic(), step)
+        if self.report is not None:
+            self.report(step, self.total_steps, self._shown)
 
-    def sync(self, step: int) -> None:
-        self._each(step, lambda logger: logger.sync())
+    def sync(self) -> None:
+        """Called before a checkpoint is written: it must never know more than the log beside it."""
+        if self.path is not None and self.path.exists():
+            files.sync(self.path)
 
     def close(self, step: int, settings: Mapping[str, Any], results: Mapping[str, float]) -> None:
-        """Writes the run's settings and results where a logger takes them, and closes all."""
-        self._each(step, lambda logger: logger.close(settings, results))
+        """Writes TensorBoard's HParams tab, settings against results, and ends its file."""
 
-    def _each(self, step: int, call: Callable[[Logger], object]) -> None:
-        """Calls every logger. TensorBoard's is dropped where its disk refuses; log.jsonl's refusal ends the run."""
-        for logger in list(self.loggers):
-            try:
-                call(logger)
-            except OSError as error:
-                self.loggers.remove(logger)
-                log.warning("TensorBoard's curves end at step %d (%s); log.jsonl has the numbers", step, error)
+        def end(writer: Any) -> None:
+            writer.add_hparams(dict(settings), dict(results), run_name=".")
+            writer.close()
+
+        self._to_tensorboard(step, end)
+
+    def _to_tensorboard(self, step: int, write: Callable[[Any], object]) -> None:
+        """Writes to TensorBoard; its curves end where its disk refuses, while log.jsonl's refusal ends the run."""
+        if self.writer is None:
+            return
+        try:
+            write(self.writer)
+            self.writer.flush()
+        except OSError as error:
+            self.writer = None
+            log.warning("TensorBoard's curves end at step %d (%s); log.jsonl has the numbers", step, error)
+
+    def _show(self, step: int, values: Mapping[str, float]) -> None:
+        if "eval/loss" in values:
+            shown = {key[5:]: value for key, value in values.items() if key not in ("eval/seconds", "train/epoch")}
+            log.info("step %d: eval %s", step, "  ".join(f"{name} {value:.4f}" for name, value in shown.items()))
+        if "train/loss" not in values:
+            return
+        self._shown = f"loss {values['train/loss']:.4f}  {values['train/tokens_per_second']:,.0f} tok/s"
+        if self.report is not None:
+            self.report(step, self.total_steps, self._shown)
+            return
+        left = ""
+        if self._first is not None and step > self._first[1]:
+            pace = (time.monotonic() - self._first[0]) / (step - self._first[1])
+            left = f"  {clock(pace * (self.total_steps - step))} left"
+        log.info("step %d/%d  %s  lr %.2e%s", step, self.total_steps, self._shown, values["train/lr"], left)
+
+
+def _json_line(entry: Mapping[str, Any]) -> str:
+    return json.dumps(entry, ensure_ascii=False) + "\n"
 
 
 def clock(seconds: float) -> str:
     """h:mm:ss, or m:ss below an hour."""
-    whole = int(seconds)
-    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
+    hours, minutes, rest = int(seconds) // 3600, int(seconds) // 60 % 60, int(seconds) % 60
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 

@@ -33,9 +33,9 @@ from sft.step.batch import Collator, count_labels
 from sft.step.step import StepConfig, evaluate_loss, forward_backward, optimizer_step
 from sft.training import checkpoint as ckpt
 from sft.training import distributed
-from sft.training.checkpoint import CheckpointManager, Progress, TrainState
+from sft.training.checkpoint import CheckpointManager, Progress
 from sft.training.loggers import Loggers
-from sft.training.monitor import LossMonitor, Throughput
+from sft.training.monitor import LossMonitor
 from sft.training.signals import SignalHandler
 
 log = logging.getLogger("sft.training")
@@ -109,7 +109,7 @@ class TrainingLoop:
 
         self.model, self.rows, self.validation = model, rows, validation
         self.settings, self.schedule, self.step, self.initial_step = config.train, schedule, step, step
-        self.checkpoints, self.answer, self.loggers = checkpoints, answer, loggers or Loggers([])
+        self.checkpoints, self.answer, self.loggers = checkpoints, answer, loggers or Loggers()
         self.device = next(model.parameters()).device
         optimizer = create_optimizer(model, self.settings)
         self.accelerator = make_accelerator(self.settings, step.device)
@@ -120,12 +120,9 @@ class TrainingLoop:
         self.signals = SignalHandler(checkpoints.run.folder, partial(distributed.largest, device=self.device))
         self.progress = Progress(max_steps=schedule.total_steps)
         self.monitor = LossMonitor(schedule.metric, schedule.greater_is_better, self.settings.early_stopping)
-        self.throughput = Throughput()
         self.collate = Collator(step.kind)
-        self.skipped: list[dict[str, Any]] = []  # steps that were dropped: {"step", "what", "rows"}
-        self.last_loss = 0.0
-        self.unlogged = (0.0, 0)  # sum of losses since the last log entry, and the step of that entry
-        self.damaged_best: tuple[int, float] | None = None  # the best evaluation, where its checkpoint was damaged
+        self.waited = 0.0  # seconds that this process has waited for batches
+        self._last_entry = (0, 0.0, 0.0)  # tokens, seconds, waited at the last log entry
 
     # -- the loop ------------------------------------------------------------------------------------------------------
 
@@ -146,7 +143,6 @@ class TrainingLoop:
                 self.progress.global_step += 1
                 steps_in_epoch = self.progress.global_step - epoch * self.schedule.steps_per_epoch
                 self.progress.epoch = epoch + steps_in_epoch / self.schedule.steps_per_epoch
-                self.throughput.end_step()
                 stop = self.after_step(grad_norm, learning_rate) or self.complete
 
     @property
@@ -166,25 +162,27 @@ class TrainingLoop:
 
     def _load_batch(self, indices: Sequence[int]) -> dict[str, Any]:
         """The step batch of these rows on the CPU, with their ids under "ids"; without tensors for an empty share."""
-        with self.throughput.waiting():
-            features = [self.rows[index] for index in indices]
-            batch: dict[str, Any] = dict(self.collate(features)) if features else {}
-            if self.device.type == "cuda":
-                batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
-            return {**batch, "ids": [str(feature["id"]) for feature in features]}
+        began = time.monotonic()
+        features = [self.rows[index] for index in indices]
+        batch: dict[str, Any] = dict(self.collate(features)) if features else {}
+        if self.device.type == "cuda":
+            batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
+        self.waited += time.monotonic() - began
+        return {**batch, "ids": [str(feature["id"]) for feature in features]}
 
     def train_step(self, batch: dict[str, Any]) -> tuple[float, float]:
         """One optimizer step; returns its gradient norm (before clipping) and the learning rate that it used."""
+        began, progress = time.monotonic(), self.progress
         self.model.train()
-        self.throughput.begin_step()
         ids = batch.pop("ids")
         batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
         tokens = sum(int(batch[name].sum()) for name in ("lengths", "source_lengths") if name in batch)
         counts = torch.tensor([count_labels(batch) if batch else 0, tokens], device=self.device)
         labels, tokens = (int(count) for count in distributed.all_reduce(counts))
-        self.throughput.count(tokens, labels)
+        progress.tokens, progress.labelled = progress.tokens + tokens, progress.labelled + labels
         if not labels:
-            log.warning("step %d has no labelled token: it trains nothing", self.progress.global_step + 1)
+            log.warning("step %d has no labelled token: it trains nothing", progress.global_step + 1)
+            self.monitor.gradient(0.0)
 
         loss = torch.zeros((), device=self.device)
         if batch:
@@ -198,7 +196,8 @@ class TrainingLoop:
         grad_norm, learning_rate = 0.0, float(self.optimizer.param_groups[0]["lr"])
         usable = self._check_finite(mean_loss, "loss", ids)
         if usable:
-            self.last_loss = mean_loss
+            progress.last_loss = mean_loss
+        if usable := usable and labels > 0:  # without gradients, a gradient scaler would refuse to step
             max_norm = self.settings.max_grad_norm or math.inf
             grad_norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), max_norm))
             if self.accelerator.scaler is None:  # a gradient scaler detects and skips infinite gradients itself
@@ -210,7 +209,8 @@ class TrainingLoop:
         if not (usable and self.accelerator.optimizer_step_was_skipped):
             self.scheduler.step()
         self.model.zero_grad(set_to_none=True)
-        self.unlogged = (self.unlogged[0] + self.last_loss, self.unlogged[1])
+        progress.unlogged = (progress.unlogged[0] + progress.last_loss, progress.unlogged[1])
+        progress.seconds += time.monotonic() - began
         return grad_norm, learning_rate
 
     def after_step(self, grad_norm: float, learning_rate: float) -> bool:
@@ -218,12 +218,12 @@ class TrainingLoop:
         step, schedule = self.progress.global_step, self.schedule
         stop, save = self.signals.poll()
         if stop or step in (1, schedule.total_steps) or step % schedule.log_every == 0:
-            loss_sum, last_logged = self.unlogged
+            loss_sum, last_logged = self.progress.unlogged
             entry = {"loss": loss_sum / (step - last_logged), "grad_norm": grad_norm, "learning_rate": learning_rate}
-            if self.skipped:
-                entry["windows_skipped"] = len(self.skipped)
-            self.log({**entry, **self.throughput.since_last_entry()})
-            self.unlogged = (0.0, step)
+            if self.progress.skipped:
+                entry["windows_skipped"] = len(self.progress.skipped)
+            self.log({**entry, **self._speed()})
+            self.progress.unlogged = (0.0, step)
         if schedule.is_due(schedule.evaluate, schedule.eval_steps, step):
             is_best = self._update_best(self.evaluate())
             save = save or (is_best and schedule.load_best) or self.monitor.stop_early
@@ -234,11 +234,18 @@ class TrainingLoop:
 
     # -- logging and evaluation ----------------------------------------------------------------------------------------
 
+    def _speed(self) -> dict[str, float]:
+        """Tokens a second of the steps since the last entry, and the share of the time that loading batches took."""
+        now = (self.progress.tokens, self.progress.seconds, self.waited)
+        tokens, seconds, waited = (new - old for new, old in zip(now, self._last_entry, strict=True))
+        self._last_entry = now
+        return {"tokens_per_second": tokens / max(seconds, 1e-9), "input_wait": waited / max(seconds + waited, 1e-9)}
+
     def log(self, entry: dict[str, float]) -> None:
         """Adds an entry to the history and sends it to the loggers."""
         entry = {**entry, "epoch": self.progress.epoch}
         self.progress.log_history.append({**entry, "step": self.progress.global_step})
-        for warning in self.monitor.add(self.progress.log_history[-1]):
+        if warning := self.monitor.add(self.progress.log_history[-1]):
             log.warning(warning)
         self.loggers.entry(self.progress.global_step, entry)
 
@@ -295,8 +302,8 @@ class TrainingLoop:
         if alone and len(alone) < len(rows):
             where += f"; not finite by themselves: {', '.join(alone)}"
         if self.settings.on_nan == "skip":
-            self.skipped.append({"step": step, "what": f"{what} is {value}", "rows": rows})
-            count = len(self.skipped)
+            self.progress.skipped.append({"step": step, "what": f"{what} is {value}", "rows": rows})
+            count = len(self.progress.skipped)
             log.warning("skipping step %d, %d skipped so far: the %s is %s (%s)", step, count, what, value, where)
             return False
         older = [path.name for path in self.checkpoints.run.checkpoints()]
@@ -338,98 +345,59 @@ class TrainingLoop:
 
     def save(self) -> None:
         """Writes a checkpoint of this step. A disk that refuses rank 0 stops every rank."""
-        state = TrainState(
-            progress=self.progress,
-            model=self.model,
-            optimizer=self.optimizer,
-            scheduler=self.scheduler,
-            rng=distributed.all_gather(ckpt.random_state()),
-            session=self._session(),
-            scaler=self.accelerator.scaler,
-        )
-        self.loggers.sync(self.progress.global_step)
-        distributed.on_rank0(lambda: str(self.checkpoints.save(state)))
-
-    def _session(self) -> dict[str, Any]:
-        """session.json: counts so far, and the settings in force that the config does not fix."""
-        return {
-            **self.throughput.state(),
-            "asked_budget": self.initial_step.budget,
-            "budget": self.step.budget,
-            "evaluating": self.step.eval_tokens,
-            "checkpointing": bool(getattr(unwrap(self.model), "is_gradient_checkpointing", False)),
-            "kernels": kernels.kernels_of(self.model),
-            "skipped": self.skipped,
-            "last_loss": self.last_loss,
-            "unlogged": list(self.unlogged),
-            "best": self.progress.best_global_step if self.schedule.load_best else None,
+        progress, scaler = self.progress, self.accelerator.scaler
+        progress.asked_budget, progress.budget = self.initial_step.budget, self.step.budget
+        progress.evaluating, progress.kernels = self.step.eval_tokens, kernels.kernels_of(self.model)
+        progress.checkpointing = bool(getattr(unwrap(self.model), "is_gradient_checkpointing", False))
+        states = {
+            ckpt.OPTIMIZER: self.optimizer.state_dict(),
+            ckpt.SCHEDULER: self.scheduler.state_dict(),
+            ckpt.RNG: distributed.all_gather(ckpt.random_state()),
+            **({} if scaler is None else {ckpt.SCALER: scaler.state_dict()}),
         }
+        self.loggers.sync()
+        distributed.on_rank0(lambda: str(self.checkpoints.save(self.model, progress, states)))
 
     def resume(self, checkpoint: Path) -> None:
         """Restores everything that the next step depends on; checkpoints of later steps are renamed."""
         distributed.on_rank0(lambda: self.checkpoints.archive_newer(step_of(checkpoint)))
-        read = partial(ckpt.read_state, checkpoint)
         ckpt.load_weights(self.model, checkpoint)
         ckpt.restore_optimizer(checkpoint, self.optimizer, self.scheduler)
         if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(read(ckpt.SCALER))
-        self.progress = replace(Progress.read(checkpoint), max_steps=self.schedule.total_steps)
-        for entry in self.progress.log_history:
+            self.accelerator.scaler.load_state_dict(ckpt.read_state(checkpoint, ckpt.SCALER))
+        self.progress = progress = replace(Progress.read(checkpoint), max_steps=self.schedule.total_steps)
+        self._last_entry = (progress.tokens, progress.seconds, self.waited)
+        for entry in progress.log_history:
             self.monitor.add(entry)
-        self._restore_session(read(ckpt.SESSION))
-        if self.schedule.load_best:  # later evaluations must beat what can still be loaded
-            self.progress.best_global_step, self.progress.best_metric = self._best_available() or (None, None)
-        states = read(ckpt.RNG)
+        if progress.asked_budget == self.initial_step.budget:  # then the budget that fit when memory ran out
+            self.step = replace(self.step, micro_batch_tokens=progress.budget[0], eval_tokens=progress.evaluating)
+        else:
+            log.info("micro-batches are split differently than before: same steps, but the last bits may differ")
+        if (was := progress.kernels) != (now := kernels.kernels_of(self.model)):
+            log.info("kernels were %s and are now %s: same steps, but the last bits may differ", was, now)
+        if self.schedule.load_best and self._best_folder() is None:  # the next evaluation is the best one left
+            progress.best_global_step = progress.best_metric = None
+        states = ckpt.read_state(checkpoint, ckpt.RNG)
         if distributed.rank() < len(states):  # a rank that is new starts from the seed
             ckpt.restore_random_state(states[distributed.rank()])
 
-    def _restore_session(self, session: Mapping[str, Any]) -> None:
-        self.throughput.restore(session)
-        self.skipped, self.last_loss = session.get("skipped", []), session.get("last_loss", 0.0)
-        self.unlogged = tuple(session.get("unlogged", (0.0, self.progress.global_step)))  # type: ignore[assignment]
-        if session["asked_budget"] == self.initial_step.budget:  # then the budget that fit when memory ran out
-            tokens, eval_tokens = session["budget"][0], session.get("evaluating")
-            self.step = replace(self.step, micro_batch_tokens=tokens, eval_tokens=eval_tokens)
-        else:
-            log.info("micro-batches are split differently than before: same steps, but the last bits may differ")
-        stored, current = session.get("kernels", kernels.PLAIN), kernels.kernels_of(self.model)
-        if stored != current:
-            log.info("kernels were %s and are now %s: same steps, but the last bits may differ", stored, current)
-
     def load_best(self) -> int | None:
-        """Loads the best weights that are available; returns their step, None if the last weights are the result."""
-        best = self._best_available() if self.schedule.load_best else None
-        if best is not None and best[0] != self.progress.global_step:
-            ckpt.load_weights(self.model, self.checkpoints.folder(best[0]))
-        return best[0] if best else None
-
-    def _best_available(self) -> tuple[int, float] | None:
-        """(step, value) of the best evaluation with a valid checkpoint, or whose weights the model has now; the oldest
-        of equal ones. Warns if a better one is damaged.
-        """
-        key, sign = f"eval_{self.schedule.metric}", -1 if self.schedule.greater_is_better else 1
-        ranked = sorted(
-            (
-                (entry["step"], float(entry[key]))
-                for entry in self.progress.log_history
-                if math.isfinite(entry.get(key, math.nan))
-                and entry.get("eval_stop_rate", 1.0) >= self.schedule.min_stop_rate
-            ),
-            key=lambda best: (sign * best[1], best[0]),
-        )
-
-        def problem(step: int) -> str | None:
-            here = step == self.progress.global_step
-            return None if here else files.manifest_problem(self.checkpoints.folder(step))
-
-        best = distributed.on_rank0(lambda: next((best for best in ranked if not problem(best[0])), None))
-        self.damaged_best = ranked[0] if ranked and best != ranked[0] else None
-        if self.damaged_best is not None:
-            step, value = self.damaged_best
-            left = f"The best one left is step {best[0]} ({best[1]:.4f})" if best else "No other one is left"
-            name, reason = f"checkpoint-{step} ({self.schedule.metric} {value:.4f})", problem(step)
-            log.warning("the best checkpoint, %s, cannot be used: %s. %s", name, reason, left)
+        """Loads the weights of the best evaluation; returns its step, None if the last weights are the result."""
+        best = self.progress.best_global_step
+        if not self.schedule.load_best or best in (None, self.progress.global_step):
+            return best if self.schedule.load_best else None
+        if (folder := self._best_folder()) is None:
+            return None
+        ckpt.load_weights(self.model, folder)
         return best
+
+    def _best_folder(self) -> Path | None:
+        """The checkpoint of the best evaluation; None, with a warning, if it is damaged."""
+        folder = self.checkpoints.folder(self.progress.best_global_step or 0)
+        problem = distributed.on_rank0(lambda: files.manifest_problem(folder))
+        if problem and self.progress.best_global_step:
+            log.warning("the best checkpoint, %s, cannot be used: %s", folder.name, problem)
+        return None if problem else folder
 
 
 def make_accelerator(train: TrainSection, device: str) -> Any:
