@@ -12,11 +12,10 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 from sft import files
 from sft.config import load
-from sft.errors import ModelError, SftError, one_line, register_secret
+from sft.errors import ModelError, one_line, register_secret
 from sft.model.files import INDEX, SINGLE, ModelFiles, kind_of, read_config, weight_files
 
 if TYPE_CHECKING:
@@ -145,7 +144,7 @@ class Listing:
 
 
 def download(section: ModelSection, root: Path, *, weights: bool = True) -> Path:
-    """Downloads what is missing of a hub model into the hub's cache and returns its folder; resumes broken downloads.
+    """Downloads what is missing of a hub model into the hub's cache and returns its folder.
 
     Raises ModelError (not found, gated, no safetensors, no network) and EnvironmentProblem (the disk is too small).
     """
@@ -164,19 +163,13 @@ def download(section: ModelSection, root: Path, *, weights: bool = True) -> Path
             where="model.name",
             fix="fix the network, or name a folder (the shipped demo model: --set model.name=models/demo)",
         )
-    token, _ = find_token(root)
     listing = list_files(section, root, weights=weights)
-    cache, fix = Path(constants.HF_HUB_CACHE), "free space there, or set HF_HOME to a larger disk"
-    files.require_free(cache, int(listing.bytes * 1.02), name, fix=fix)
+    cache, needed = Path(constants.HF_HUB_CACHE), int(listing.bytes * 1.02)
+    files.require_free(cache, needed, name, fix="free space there, or set HF_HOME to a larger disk")
     log.info(f"downloading {name}: {listing.bytes / 1e6:,.0f} MB in {len(listing.names)} files to the hub's cache")
-    try:
-        for file in listing.names:
-            if file.endswith(".safetensors"):
-                _download_large(name, listing.commit, file, token)
-        # by the branch's name, so that it is found by it when offline
-        return Path(snapshot_download(name, revision=section.revision, allow_patterns=listing.names, token=token))
-    except SftError:
-        raise
+    install_token(root)
+    try:  # by the branch's name, so that it is found by it when offline
+        return Path(snapshot_download(name, revision=section.revision, allow_patterns=listing.names))
     except Exception as error:
         raise _as_model_error(section, error) from None
 
@@ -210,40 +203,6 @@ def list_files(section: ModelSection, root: Path, *, weights: bool = True, timeo
     return Listing(info.sha or "main", names, sum(sizes[name] for name in names))
 
 
-def _download_large(repository: str, commit: str, name: str, token: str | None) -> None:
-    """Downloads a file to where `snapshot_download` finds it in the cache, resuming at the byte where it stopped.
-
-    huggingface_hub 1.33 starts a file from its beginning in every new process. Raises what the hub client raises, and
-    ModelError if the bytes are not the hub's.
-    """
-    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-    from huggingface_hub.file_download import http_get, repo_folder_name
-    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
-
-    url = hf_hub_url(repository, name, revision=commit)
-    if isinstance(try_to_load_from_cache(repository, name, revision=commit), str):
-        return
-    remote = get_hf_file_metadata(url, token=token)
-    if remote.etag is None or remote.size is None:
-        return
-    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repository, repo_type="model") / "blobs"
-    blob, part = folder / remote.etag, folder / f"{remote.etag}.part"
-    same_host = urlsplit(remote.location).netloc == urlsplit(url).netloc
-    headers = build_hf_headers(token=token if same_host else False)
-    with files.lock(folder / f"{part.name}.lock", f"the download of {name}"):
-        if blob.exists():
-            return
-        with open(part, "ab") as file:
-            start, size = file.tell(), remote.size
-            http_get(
-                remote.location, file, resume_size=start, headers=headers, expected_size=size, displayed_filename=name
-            )
-        if len(remote.etag) == 64 and files.sha256(part) != remote.etag:
-            part.unlink()
-            raise ModelError(f"{name} of {repository} arrived damaged", fix="run the same command again")
-        part.replace(blob)
-
-
 def _as_model_error(section: ModelSection, error: Exception) -> ModelError:
     """The hub client's error as ours, with its fix; never with a token in it."""
     from huggingface_hub import constants, errors
@@ -251,7 +210,7 @@ def _as_model_error(section: ModelSection, error: Exception) -> ModelError:
     name = section.name
     page = f"{constants.ENDPOINT}/{name}"
     what = f"downloading {name} failed: {type(error).__name__}: {one_line(error)}"
-    fix = "run the same command again: it resumes"
+    fix = "run the same command again: files that are complete are not downloaded again"
     if isinstance(error, errors.GatedRepoError):
         what = f"{name} is gated: its owners want you to accept their terms first"
         fix = f"accept them at {page}, then run: hf auth login (or set HF_TOKEN)"
