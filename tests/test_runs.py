@@ -136,12 +136,6 @@ def test_no_finished_run_is_an_error_that_says_so(tmp_path: Path) -> None:
         runs.last_run(tmp_path)
 
 
-def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "outputs").write_text("a file, where a folder should be")
-    with pytest.raises(RunError, match="cannot be written to"):
-        runs.make_folders(runs.at(tmp_path / "outputs/a", tmp_path))
-
-
 def test_running_lists_the_runs_whose_lock_is_held(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / "outputs" / name).mkdir(parents=True)

@@ -10,12 +10,16 @@ import argparse
 import json
 import logging
 import os
+import shlex
 import sys
+import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sft import files
 from sft.errors import EnvironmentProblem, SftError, Stopped, one_line, redact
 
 if TYPE_CHECKING:
@@ -78,7 +82,7 @@ def write(piece: str) -> None:
 
 def emit(value: Any) -> None:
     """Prints one JSON value as a line on stdout, for commands whose --json is one line a row."""
-    print(redact(json.dumps(value, ensure_ascii=False)), flush=False)
+    print(redact(json.dumps(value, ensure_ascii=False)))
 
 
 def confirmed(question: str, force: bool, fix: str) -> bool:
@@ -121,7 +125,16 @@ def progress(title: str) -> Iterator[Callable[..., None]]:
     beside: text to show next to the title, such as the loss.
     """
     if not sys.stderr.isatty():
-        yield _progress_lines(title)
+        last_line = time.monotonic()
+
+        def advance(done: int, total: int | None, beside: str = "") -> None:
+            nonlocal last_line
+            if time.monotonic() - last_line >= SECONDS_PER_LINE:
+                last_line = time.monotonic()
+                share = f" {done / total:.0%}" if total else ""
+                print(f"{title}{share}  {beside}".rstrip(), file=sys.stderr, flush=True)
+
+        yield advance
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -132,21 +145,6 @@ def progress(title: str) -> Iterator[Callable[..., None]]:
         yield lambda done, total, beside="": bars.update(
             task, completed=done, total=total, description=f"{title}  {beside}".rstrip()
         )
-
-
-def _progress_lines(title: str) -> Callable[..., None]:
-    import time
-
-    last_line = time.monotonic()
-
-    def advance(done: int, total: int | None, beside: str = "") -> None:
-        nonlocal last_line
-        if time.monotonic() - last_line >= SECONDS_PER_LINE:
-            last_line = time.monotonic()
-            share = f" {done / total:.0%}" if total else ""
-            print(f"{title}{share}  {beside}".rstrip(), file=sys.stderr, flush=True)
-
-    return advance
 
 
 # --- the frame of every command
@@ -181,16 +179,15 @@ def run(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], An
             raise
         sys.exit(_report_bug(error))
     if args.json and result is not None:
-        print(redact(json.dumps(result, ensure_ascii=False)), flush=True)
+        emit(result)
 
 
 def _report_error(error: SftError) -> int:
     if _json_mode:
-        problems = [
-            {"error": each.what, "where": each.where, "fix": each.fix} for each in getattr(error, "problems", [])
-        ]
-        entry = {"error": error.what, "where": error.where, "fix": error.fix}
-        emit({**entry, **({"problems": problems} if problems else {}), **error.details})
+        entry = {**error.entry(), **error.details}
+        if problems := getattr(error, "problems", None):
+            entry["problems"] = [each.entry() for each in problems]
+        emit(entry)
     message = redact(str(error))
     _print_marked("error", 31, message)
     if not isinstance(error, Stopped):
@@ -199,33 +196,22 @@ def _report_error(error: SftError) -> int:
 
 
 def _report_bug(error: Exception) -> int:
-    import traceback
-
     path = _save_error(traceback.format_exc(), make_folder=True)
-    place = f"the traceback is in {path}" if path else "set SFT_DEBUG=1 for the traceback"
     print(
         f"error: unexpected {type(error).__name__}: {one_line(error, 500)}\n"
-        f"  this is a bug in sft-play, not your mistake: {place}\n"
-        "  `make doctor` gathers what a bug report needs",
+        f"  this is a bug in sft-play, not your mistake: the traceback is in {path}\n"
+        "  fix:   make doctor, and send its output with your report",
         file=sys.stderr,
     )
     return 1
 
 
-def _save_error(text: str, *, make_folder: bool = False) -> Path | None:
-    """Writes the last error to outputs/last_error.txt for `make doctor`; None if that cannot be written."""
-    import shlex
-    import time
-
-    from sft import files
-
+def _save_error(text: str, *, make_folder: bool = False) -> Path:
+    """Writes the last error to outputs/last_error.txt, for `make doctor`, if that can be written."""
     path = project_root() / "outputs" / "last_error.txt"
-    if not (make_folder or path.parent.is_dir()):
-        return None
-    try:
-        files.write_text(path, redact(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {shlex.join(sys.argv)}\n{text}\n"))
-    except (SftError, OSError):
-        return None
+    if make_folder or path.parent.is_dir():
+        with suppress(SftError, OSError):
+            files.write_text(path, redact(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {shlex.join(sys.argv)}\n{text}\n"))
     return path
 
 

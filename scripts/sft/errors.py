@@ -27,13 +27,13 @@ class SftError(Exception):
         self.what, self.where, self.fix = what, where, fix
         self.details: dict[str, object] = {}
 
+    def entry(self) -> dict[str, object]:
+        """Its three parts, as --json prints them."""
+        return {"error": self.what, "where": self.where, "fix": self.fix}
+
     def __str__(self) -> str:
-        lines = [self.what]
-        if self.where:
-            lines.append(f"  where: {self.where}")
-        if self.fix:
-            lines.append(f"  fix:   {self.fix}")
-        return "\n".join(lines)
+        where = f"\n  where: {self.where}" if self.where else ""
+        return self.what + where + (f"\n  fix:   {self.fix}" if self.fix else "")
 
 
 class ConfigError(SftError):

@@ -155,22 +155,29 @@ def beside(target: Path, ending: str) -> Path:
 
 
 @contextmanager
-def atomic_file(target: Path | str) -> Iterator[Path]:
-    """Yields a path beside `target` to write to; it replaces `target` on a clean exit and is removed on an error."""
-    target = Path(target)
+def _staging(target: Path) -> Iterator[Path]:
+    """Yields the hidden name to write `target` under, free of leftovers; what is there on an error is removed."""
     staged = beside(target, "part")
     try:
         with writing(target, staged):
             disk.make_folder(target.parent)
             sweep(target.parent, target.name)
             yield staged
-            disk.sync(staged)
-            disk.rename(staged, target)
-            disk.sync(target.parent)
     except BaseException:
         with contextlib.suppress(OSError):
             disk.remove(staged)
         raise
+
+
+@contextmanager
+def atomic_file(target: Path | str) -> Iterator[Path]:
+    """Yields a path beside `target` to write to; it replaces `target` on a clean exit and is removed on an error."""
+    target = Path(target)
+    with _staging(target) as staged:
+        yield staged
+        disk.sync(staged)
+        disk.rename(staged, target)
+        disk.sync(target.parent)
 
 
 def write_text(target: Path | str, text: str) -> None:
@@ -197,21 +204,14 @@ def read_json(path: Path) -> dict[str, Any]:
 def atomic_folder(target: Path | str) -> Iterator[Path]:
     """Yields an empty folder beside `target` to fill; on a clean exit it replaces `target` atomically."""
     target = Path(target)
-    staged, old = beside(target, "part"), beside(target, "old")
-    try:
-        with writing(target, staged):
-            sweep(target.parent, target.name)
-            disk.make_folder(staged)
-            yield staged
-            for path in sorted(staged.rglob("*")):
-                disk.sync(path)
-            disk.sync(staged)
-            _replace_folder(staged, target, old)
-            disk.sync(target.parent)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            disk.remove(staged)
-        raise
+    old = beside(target, "old")
+    with _staging(target) as staged:
+        disk.make_folder(staged)
+        yield staged
+        for path in (*sorted(staged.rglob("*")), staged):
+            disk.sync(path)
+        _replace_folder(staged, target, old)
+        disk.sync(target.parent)
     for path in (staged, old):
         if path.exists():
             _try_remove(path)
@@ -219,18 +219,18 @@ def atomic_folder(target: Path | str) -> Iterator[Path]:
 
 def _replace_folder(staged: Path, target: Path, old: Path) -> None:
     """Renames `staged` to `target`; what had that name before is then called `staged` or `old`."""
-    if not target.exists():
-        return disk.rename(staged, target)
-    try:
-        return disk.swap(staged, target)
-    except (OSError, AttributeError) as error:
-        if getattr(error, "errno", errno.ENOSYS) not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
-            raise
-    disk.rename(target, old)
+    if target.exists():
+        try:
+            return disk.swap(staged, target)
+        except (OSError, AttributeError) as error:  # a file system, or a C library, without an exchange of names
+            if getattr(error, "errno", errno.ENOSYS) not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+        disk.rename(target, old)
     try:
         disk.rename(staged, target)
     except OSError:
-        disk.rename(old, target)
+        if old.exists():
+            disk.rename(old, target)
         raise
     return None
 
@@ -270,16 +270,9 @@ def point(link: Path, target: Path) -> None:
     """Makes `link` a relative symbolic link to `target`, replacing an older link atomically; never a real folder."""
     if link.exists() and not link.is_symlink():
         raise RunError(f"{link} is not a symbolic link", fix=f"move it away: mv {link} {link}.old")
-    staged = beside(link, "part")
-    with writing(link):
-        disk.make_folder(link.parent)
-        sweep(link.parent, link.name)
-        try:
-            disk.link(staged, os.path.relpath(target, link.parent))
-            disk.rename(staged, link)
-        except OSError:
-            _try_remove(staged)
-            raise
+    with _staging(link) as staged:
+        disk.link(staged, os.path.relpath(target, link.parent))
+        disk.rename(staged, link)
         disk.sync(link.parent)
 
 
@@ -341,9 +334,7 @@ def manifest_problem(folder: Path, *, hashes: bool = True) -> str | None:
 # --- locks: of the open file description, so that they can be tested without being taken
 
 
-def _write_lock() -> bytes:
-    """Linux's `struct flock` for a write lock on the whole file."""
-    return struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+_WRITE_LOCK = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)  # Linux's `struct flock`, the whole file
 
 
 @contextmanager
@@ -357,7 +348,7 @@ def lock(path: Path, what: str) -> Iterator[None]:
         file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
     with file:
         try:
-            fcntl.fcntl(file, fcntl.F_OFD_SETLK, _write_lock())
+            fcntl.fcntl(file, fcntl.F_OFD_SETLK, _WRITE_LOCK)
         except BlockingIOError:
             file.seek(0)
             raise RunError(
@@ -373,7 +364,7 @@ def lock(path: Path, what: str) -> Iterator[None]:
 def is_locked(path: Path) -> bool:
     """Whether a process holds this lock file; looking never takes the lock, so that it disturbs no one."""
     with open(path, encoding="utf-8") as file:
-        holder = fcntl.fcntl(file, fcntl.F_OFD_GETLK, _write_lock())
+        holder = fcntl.fcntl(file, fcntl.F_OFD_GETLK, _WRITE_LOCK)
     return bool(struct.unpack("hhqqi", holder)[0] != fcntl.F_UNLCK)
 
 

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sft import files
 from sft.config.load import display_path, dump_config, read_resolved, resolve_path
@@ -91,7 +91,7 @@ def open_run(output_dir: str, root: Path, resume: str) -> OpenRun:
     numbers = _series(base)
     if not numbers:
         return OpenRun(at(base, root), None, f"a new run: {display_path(base, root)}")
-    newest, following = at(_nth(base, numbers[-1]), root), at(_nth(base, numbers[-1] + 1), root)
+    newest, following = (at(_nth(base, number), root) for number in (numbers[-1], numbers[-1] + 1))
     shown = display_path(following.folder, root)
     if resume == "never":
         return OpenRun(following, None, f"a new run (--resume never): {shown}")
@@ -175,22 +175,11 @@ def running(root: Path) -> list[Run]:
 def check_place(output_dir: str, root: Path) -> None:
     """Raises RunError if a run could not be written, before any work is done; ConfigError as `resolve_path`."""
     for folder in (resolve_path(root, output_dir), root / "adapters"):
-        _require_writable(folder)
-
-
-def make_folders(run: Run) -> None:
-    """Makes the run's folder and adapters/. Raises RunError if they cannot be written to."""
-    for folder in (run.folder, run.adapter_dir.parent):
-        _require_writable(folder)
-        files.make_folder(folder)
-
-
-def _require_writable(folder: Path) -> None:
-    place = files.existing(folder)
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        what = f"{folder} cannot be written to ({place} is {'read-only' if place.is_dir() else 'a file'})"
-        fix = "choose another: --set train.output_dir=outputs/NAME, or fix its permissions"
-        raise RunError(what, where="train.output_dir", fix=fix)
+        place = files.existing(folder)
+        if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+            what = f"{folder} cannot be written to ({place} is {'read-only' if place.is_dir() else 'a file'})"
+            fix = "choose another: --set train.output_dir=outputs/NAME, or fix its permissions"
+            raise RunError(what, where="train.output_dir", fix=fix)
 
 
 def write_resolved(folder: Path, config: Config) -> None:
@@ -205,11 +194,6 @@ def run_of_adapter(folder: Path) -> Config:
             return read_resolved(place / RESOLVED)
     what = f"{folder} holds no {RESOLVED}, so its base model and template are unknown"
     raise RunError(what, fix="name a folder that `train` wrote, such as adapters/last")
-
-
-def finish(run: Run, summary: dict[str, Any]) -> None:
-    """Marks the run as finished."""
-    files.write_json(run.folder / FINISHED, summary)
 
 
 def point_last(run: Run, root: Path) -> None:

@@ -191,7 +191,7 @@ def test_a_read_only_folder_is_refused_to_an_ordinary_user(tmp_path: Path) -> No
         if folder == Path(tempfile.gettempdir()):
             break
         folder.chmod(folder.stat().st_mode | 0o055)
-    code, message = as_ordinary_user(lambda: runs.make_folders(runs.at(outputs / "a", tmp_path)))
+    code, message = as_ordinary_user(lambda: runs.check_place("outputs/a", tmp_path))
     assert code == 2 and "cannot be written to" in message and "is read-only" in message and "fix:" in message
 
 

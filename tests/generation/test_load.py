@@ -130,7 +130,7 @@ def test_an_adapter_of_another_base_is_refused(project: Path, tmp_path: Path) ->
 def test_a_full_fine_tune_is_opened_from_its_own_weights(tmp_path: Path, tiny_qwen2: Path) -> None:
     root = tiny_runs.project(tmp_path, tiny_qwen2, mode="full")
     run = runs.at(root / "outputs" / "tiny", root)
-    runs.make_folders(run)
+    run.folder.mkdir(parents=True)
     tiny_models.tiny_qwen2(run.model_dir, seed=9)
     runs.write_resolved(run.folder, load(root / "configs" / "run_bnb.yaml", root=root).config)
     runs.point_last(run, root)

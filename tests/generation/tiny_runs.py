@@ -71,11 +71,11 @@ def finished_run(root: Path, *, name: str = "tiny", seed: int = 1, scale: float 
         if "lora_B" in weight_name:
             torch.nn.init.normal_(weight, std=scale)
     run = runs.at(root / "outputs" / name, root)
-    runs.make_folders(run)
+    run.folder.mkdir(parents=True, exist_ok=True)
     run.adapter_dir.mkdir(parents=True, exist_ok=True)
     adapters.save(adapted, run.adapter_dir)
     runs.write_resolved(run.folder, config)
     runs.write_resolved(run.adapter_dir, config)
-    runs.finish(run, {})
+    (run.folder / runs.FINISHED).write_text("{}")
     runs.point_last(run, root)
     return run.adapter_dir

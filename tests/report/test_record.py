@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from sft import runs
+from sft import files, runs
 from sft.config import load
 from sft.report import compare
 
@@ -24,7 +24,7 @@ def test_a_summary_and_a_models_name_show_no_path_of_this_machine(tmp_path: Path
     run = runs.at(tmp_path / "outputs" / "r", tmp_path)
     assert compare.training_summary(run) == {}
     run.folder.mkdir(parents=True)
-    runs.finish(run, {"steps": 3, "output": str(tmp_path)})
+    files.write_json(run.folder / runs.FINISHED, {"steps": 3, "output": str(tmp_path)})
     assert compare.training_summary(run) == {"steps": 3}
     for hub in ("Qwen/Qwen2.5-3B-Instruct", "gpt2"):
         assert load.model_name(hub) == hub and not load.is_model_folder(hub)

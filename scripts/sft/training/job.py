@@ -355,7 +355,7 @@ def hold_run(job: Job, opened: OpenRun, allowed: list[str]) -> Iterator[list[str
     with contextlib.ExitStack() as stack:
 
         def begin() -> list[str]:
-            runs.make_folders(run)
+            files.make_folder(run.folder)
             stack.enter_context(files.lock(run.folder / runs.LOCK, f"the run {run.name}"))
             files.sweep(run.folder)
             files.sweep(run.adapter_dir.parent, run.adapter_dir.name)
@@ -543,7 +543,7 @@ def _write_result(job: Job, loop: TrainingLoop, run: Run, root: Path, best: int 
     results["hparam/train_loss"] = losses[-1] if losses else 0.0
     loop.loggers.close(progress.global_step, settings, results)
     runs.point_last(run, root)
-    runs.finish(run, summary)
+    files.write_json(run.folder / runs.FINISHED, summary)
     return summary
 
 
