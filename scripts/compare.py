@@ -31,14 +31,20 @@ def parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Choose models and rows, answer, compare, ask the judge, write the report."""
+    from sft.errors import ConfigError
     from sft.generation import evaluate
     from sft.report import compare
+    from sft.report.judge import Judge
 
     root, is_default = console.project_root(), args.config == console.default_config()
     targets = compare.targets(Path(args.config), args.set, args.adapters, is_default, root)
     split, rows, train = evaluate.held_out_rows(targets[0].config, args.split, args.limit, root)
     general = [] if args.general == "none" else compare.general_rows(Path(args.general) if args.general else None, root)
-    judge = compare.open_judge(args.judge_url, args.judge_model)
+    if bool(args.judge_url) != bool(args.judge_model):
+        raise ConfigError("a judge needs both --judge-url and --judge-model", fix="give both, or neither")
+    judge = Judge(args.judge_url, args.judge_model) if args.judge_url else None
+    if judge is not None:
+        judge.check()
     names = ", ".join(compare.unique_names(targets))
     console.say(f"{names}: {len(rows)} rows of the {split} split, {len(general)} general questions")
     with console.progress("answering") as advance:

@@ -44,10 +44,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _clean(force: bool) -> dict[str, Any]:
-    from sft.report import tensorboard
-
     logdir = console.project_root() / "outputs" / "tb"
-    paths = tensorboard.event_files(logdir)
+    paths = sorted(logdir.rglob("events.out.tfevents.*"))
     question = f"Remove {len(paths)} event files under {logdir}?"
     if paths and not console.confirmed(question, force, "make tb-clean FORCE=1"):
         console.say("nothing was removed")

@@ -27,7 +27,7 @@ from sft.config.load import dump_config, model_name, resolve_path, shipped
 from sft.config.schema import Config
 from sft.data import rows as records
 from sft.data import store
-from sft.errors import ConfigError, DataError, ModelError
+from sft.errors import DataError, ModelError
 from sft.generation import evaluate, load
 from sft.generation.engine import LoadedModel
 from sft.generation.load import Target
@@ -148,27 +148,20 @@ def _measure(
 
     evaluation = evaluate.evaluate(model, rows, config, root, advance)
     values: Values = {name: of_rows for name, of_rows in evaluation.values.items() if name != "length_words"}
-    losses = evaluation.row_losses
-    values[ROW_LOSS] = losses if config.eval.turns == "last" else _per_answer(rows, losses)
+    values[ROW_LOSS] = []
+    for row, loss in zip(rows, evaluation.row_losses, strict=True):  # a row's loss stands beside its last answer
+        last_only = config.eval.turns == "last" or records.is_rendered(row)
+        earlier = 0 if last_only else len(evaluate.answer_turns(row)) - 1
+        values[ROW_LOSS] += [*[math.nan] * earlier, loss]
     if not general:
         return Side(name, model.kind, evaluation.samples, values, [], {})
     plain = {"metrics": ["token_f1"], "json_schema": None, "shots": 0, "format": None, "turns": "last"}
     section = config.model_copy(update={"eval": config.eval.model_copy(update=plain)})
     of_general = evaluate.evaluate(model, general, section, root, advance)
-    answers = of_general.samples
-    passed = [passes(one["prediction"], row.get("check", {})) for one, row in zip(answers, general, strict=True)]
-    return Side(
-        name, model.kind, evaluation.samples, values, answers, {ROW_LOSS: of_general.row_losses, "passed": passed}
-    )
-
-
-def _per_answer(rows: Sequence[Row], losses: Sequence[float]) -> list[float]:
-    """A value an answer where every answer of a row is generated: the row's loss beside the last, else nan."""
-    values: list[float] = []
-    for row, loss in zip(rows, losses, strict=True):
-        earlier = 0 if records.is_rendered(row) else len(evaluate.answer_turns(row)) - 1
-        values += [*[math.nan] * earlier, loss]
-    return values
+    pairs = zip(of_general.samples, general, strict=True)
+    passed = [passes(answer["prediction"], row.get("check", {})) for answer, row in pairs]
+    general_values = {ROW_LOSS: of_general.row_losses, "passed": passed}
+    return Side(name, model.kind, evaluation.samples, values, of_general.samples, general_values)
 
 
 def _patterns(value: str | Sequence[str]) -> list[str]:
@@ -227,7 +220,6 @@ def compare_side(base: Side, tuned: Side, split: str, seed: int) -> dict[str, An
         compared["general"] = {
             **forgetting(loss, checked),
             "rows": len(tuned.general), ROW_LOSS: loss.to_json(), "passed": checked.to_json() if checked else None,
-            "perplexity": {side: round(_perplexity(getattr(loss, side)), 4) for side in ("base", "tuned")},
         }  # fmt: skip
     return compared
 
@@ -302,7 +294,7 @@ def forgetting(loss: Difference, passed: Difference | None) -> dict[str, str]:
     else:
         level, headline = "none", "No sign of forgetting on the general questions"
     words = (
-        f"perplexity of good answers x{_perplexity(loss.difference):.3g} (loss {loss.difference:+.3f}, "
+        f"perplexity of good answers x{math.exp(min(loss.difference, 50.0)):.3g} (loss {loss.difference:+.3f}, "
         f"95 % interval {loss.low:+.3f} to {loss.high:+.3f})"
     )
     if passed is not None:
@@ -311,11 +303,6 @@ def forgetting(loss: Difference, passed: Difference | None) -> dict[str, str]:
             f"{passed.low:+.0%} to {passed.high:+.0%}, {passed.rows} questions)"
         )
     return {"level": level, "headline": headline, "words": words}
-
-
-def _perplexity(nats: float) -> float:
-    """Of a loss; beyond 50 nats it counts as 50."""
-    return math.exp(min(nats, 50.0))
 
 
 def constant_baseline(side: Side, constant: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -354,7 +341,10 @@ def build_result(
         "split": split,
         "rows": len(base.samples),
         "first_metric": next(name for name in base.values if name not in OF_ANSWERS),
-        "sides": _spreads(measured, seed),
+        "sides": {
+            metric: {side.name: _spread(side.values[metric], seed) for side in measured if metric in side.values}
+            for metric in dict.fromkeys(metric for side in measured for metric in ordered_metrics(side))
+        },
         "comparisons": comparisons,
         "general": [
             {
@@ -376,16 +366,12 @@ def build_result(
     }
 
 
-def _spreads(sides: Sequence[Side], seed: int) -> dict[str, dict[str, dict[str, float]]]:
-    """{metric: {side: {"value", "low", "high"}}}: each side's own mean with its interval."""
-    spreads: dict[str, dict[str, dict[str, float]]] = {}
-    for side in sides:
-        for name in ordered_metrics(side):
-            values = [value for value in side.values[name] if not math.isnan(value)]
-            low, high = bootstrap.interval(values, seed=seed)
-            spread = {"value": math.fsum(values) / len(values) if values else 0.0, "low": low, "high": high}
-            spreads.setdefault(name, {})[side.name] = {key: round(value, 6) for key, value in spread.items()}
-    return spreads
+def _spread(values: Sequence[float], seed: int) -> dict[str, float]:
+    """A side's own mean with its interval."""
+    values = [value for value in values if not math.isnan(value)]
+    low, high = bootstrap.interval(values, seed=seed)
+    spread = {"value": math.fsum(values) / max(1, len(values)), "low": low, "high": high}
+    return {key: round(value, 6) for key, value in spread.items()}
 
 
 def _none_if_nan(value: float) -> float | None:
@@ -443,17 +429,6 @@ def answer_rows(measured: Sequence[Side], metric: str) -> list[Row]:
             "changes": {name: 0.0 if math.isnan(change) else change for name, change in changes.items()},
         })  # fmt: skip
     return rows
-
-
-def open_judge(url: str | None, model: str | None) -> judge.Judge | None:
-    """The judge, after one question that shows whether it answers; None without --judge-url and --judge-model."""
-    if url is None and model is None:
-        return None
-    if url is None or model is None:
-        raise ConfigError("a judge needs both --judge-url and --judge-model", fix="give both, or neither")
-    opened = judge.Judge(url, model)
-    opened.check()
-    return opened
 
 
 def add_judge_scores(

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import count
+from itertools import count, cycle
 from pathlib import Path
 from typing import Any
 
@@ -185,7 +185,7 @@ def bars(names: Sequence[str], values: Values, axis: str, label: str, *, interva
 
     def fill(axes: Any) -> None:
         places, longest = range(len(names)), 18 if intervals else 34
-        axes.barh(places, values, color=_palette(len(names)) if intervals else _SERIES[1], height=0.66)
+        axes.barh(places, values, color=_SERIES if intervals else _SERIES[1], height=0.66)
         axes.set_yticks(places, [name if len(name) <= longest else name[: longest - 1] + "…" for name in names])
         axes.invert_yaxis()
         axes.set_xlabel(axis)
@@ -206,7 +206,7 @@ def curves(series: Mapping[str, Sequence[tuple[float, float]]], axis: str, label
     """Lines over steps; a series of few points shows its points."""
 
     def fill(axes: Any) -> None:
-        for (title, points), colour in zip(series.items(), _palette(len(series) + 1)[1:], strict=True):
+        for (title, points), colour in zip(series.items(), cycle([*_SERIES[1:], _SERIES[0]])):
             steps, values = zip(*points, strict=True)
             marker = "o" if len(points) < 12 else None
             axes.plot(steps, values, color=colour, linewidth=1.6, label=title, marker=marker, markersize=3.5)
@@ -216,7 +216,3 @@ def curves(series: Mapping[str, Sequence[tuple[float, float]]], axis: str, label
             axes.legend(fontsize=8)
 
     return _draw(fill, label)
-
-
-def _palette(amount: int) -> list[str]:
-    return [_SERIES[index % len(_SERIES)] for index in range(amount)]

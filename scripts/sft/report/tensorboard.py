@@ -71,15 +71,12 @@ def start(logdir: Path, port: int) -> tuple[Board, bool]:
         fix = f"choose another: make tensorboard TB_PORT={port + 1}"
         raise EnvironmentProblem(f"port {port} is in use by another program", fix=fix)
     log = logdir / ".board.log"
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(logdir), "--host", HOST, "--port", str(port)]
     with log.open("w", encoding="utf-8") as out:
         process = subprocess.Popen(
-            [sys.executable, "-m", "tensorboard.main", "--logdir", str(logdir), "--host", HOST, "--port", str(port)],
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
+            command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
             env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-        )
+        )  # fmt: skip
     board = Board(process.pid, port, psutil.Process(process.pid).create_time())
     files.write_json(logdir / RECORD, asdict(board))
     for _ in range(START_SECONDS * 5):
@@ -105,8 +102,3 @@ def stop(logdir: Path) -> Board | None:
         member.kill()
     (logdir / RECORD).unlink(missing_ok=True)
     return board
-
-
-def event_files(logdir: Path) -> list[Path]:
-    """Every event file under the folder."""
-    return sorted(logdir.rglob("events.out.tfevents.*"))
