@@ -71,8 +71,6 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         ("time", f"{report.seconds:.0f} s"),
     ]
     console.table(f"exported to {report.out}", ["", "value"], rows)
-    if report.trial is not None:
-        console.say(f"loaded again: {report.trial.summary()}")
     console.say(NEXT[args.format].format(out=report.out, name=target.name, type=args.type))
     return asdict(report)
 

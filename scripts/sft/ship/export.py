@@ -35,7 +35,7 @@ class ExportReport:
     """What was exported: the content of export.json.
 
     files: bytes by name. largest_error: of a number in the GGUF file, against the merged weights. parity: see
-    `parity.Certificate`. trial: the exported model answering (hf).
+    `parity.Certificate`.
     """
 
     out: str
@@ -45,7 +45,6 @@ class ExportReport:
     tensors: int
     largest_error: float
     parity: dict[str, Any]
-    trial: verify.SmokeTest | None
     seconds: float
 
 
@@ -97,7 +96,6 @@ def export(
         rows = [*GOLDEN_ROWS, *verify.shipped_rows(root), *(own[1][:_RUN_ROWS] if own else [])]
         sources = ["golden", "data/samples", *([own[0]] if own else [])]
         certificate = asdict(parity.certify(encoder, routes, rows, sources))
-        smoke_test = verify.smoke_test(folder, None, root) if form == "hf" else None
         if folder.parent == staged:
             for path in folder.iterdir() if form == "hf" else ():
                 path.replace(staged / path.name)
@@ -106,7 +104,7 @@ def export(
         disk.write_text(staged / "README.md", card)
         sizes = {path.name: path.stat().st_size for path in sorted(staged.iterdir()) if path.is_file()}
         seconds = round(time.monotonic() - started, 1)
-        report = ExportReport(str(out), form, kind, sizes, tensors, largest_error, certificate, smoke_test, seconds)
+        report = ExportReport(str(out), form, kind, sizes, tensors, largest_error, certificate, seconds)
         disk.write_json(staged / EXPORT_REPORT, asdict(report))
     return report
 

@@ -208,12 +208,13 @@ def vocabulary_of_tokenizer(
     differences = [first_difference(tokenizer, candidate, probes) for candidate in candidates]
     equal = [candidate for candidate, difference in zip(candidates, differences, strict=True) if difference is None]
     own = tokenizer.backend_tokenizer.pre_tokenizer
-    for candidate in equal:  # where several give the same ids on the probes, one that splits text alike is safest
+
+    def splits_differently(candidate: Vocabulary) -> bool:
         other = candidate.as_tokenizer().pre_tokenizer
-        if all(own.pre_tokenize_str(text) == other.pre_tokenize_str(text) for text in probes):
-            return candidate
-    if equal:
-        return equal[0]
+        return any(own.pre_tokenize_str(text) != other.pre_tokenize_str(text) for text in probes)
+
+    if equal:  # where several give the same ids on the probes, one that splits text alike is safest
+        return min(equal, key=splits_differently)
     raise ModelError(
         f"no pre-tokenizer of llama.cpp gives the model's ids; with {candidates[0].pre}, {differences[0]}",
         where="tokenizer.json",
@@ -234,6 +235,12 @@ def byte_level_bpe(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     return state
 
 
+def first_unequal(one: list[int], other: list[int]) -> int:
+    """The first position at which two lists differ; the shorter one's length if that one begins the other."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((at for at, (left, right) in pairs if left != right), min(len(one), len(other)))
+
+
 def first_difference(tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary, texts: Iterable[str]) -> str | None:
     """The first text for which llama.cpp would give other ids than the model's tokenizer, described; None: all equal.
 
@@ -244,8 +251,7 @@ def first_difference(tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary,
         ours: list[int] = tokenizer.encode(text, add_special_tokens=False)
         theirs = built.encode(text, add_special_tokens=False).ids
         if ours != theirs:
-            pairs = zip([*ours, -1], [*theirs, -1], strict=False)
-            at = next(at for at, (one, other) in enumerate(pairs) if one != other)
+            at = first_unequal(ours, theirs)
             return (
                 f"{text!r} becomes {tokenizer.convert_ids_to_tokens(ours[at : at + 3])} in the model and"
                 f" {[vocabulary.tokens[token] for token in theirs[at : at + 3]]} in llama.cpp, at token {at}"

@@ -48,10 +48,6 @@ class TensorDelta:
     scale: float = 1.0
     transposed: bool = False
 
-    def shape(self, stored: list[int]) -> list[int]:
-        """The merged tensor's shape: the stored one's, or the replacement's (a resized vocabulary)."""
-        return stored if self.replacement is None else list(self.replacement.shape)
-
 
 @dataclass
 class MergeCounts:
@@ -166,6 +162,12 @@ def merged_blocks(weight: Tensor, delta: TensorDelta, name: str) -> Iterator[tup
     """
     if delta.a is None and delta.b is None:
         whole = weight if delta.replacement is None else delta.replacement
+        if whole.shape != weight.shape:
+            raise ModelError(
+                f"{name} has the shape {list(weight.shape)} in the base and {list(whole.shape)} in the adapter: it"
+                " resized the vocabulary, which merging does not support",
+                fix="merge it with peft: merge_and_unload()",
+            )
         for rows in _row_blocks(whole):
             yield rows, whole[rows].float()
         return
@@ -237,22 +239,17 @@ def _write_tensor(
         file.write(_bytes(weight))
         return
     kind: torch.dtype = getattr(torch, TORCH_DTYPE[dtype])
-    same_shape = delta is not None and delta.shape(list(weight.shape)) == list(weight.shape)
-    numbers = 0
     for rows, values in merged_blocks(weight, delta or TensorDelta(), name):
         rounded = values.to(kind)
         if not bool(torch.isfinite(rounded).all()):
             raise ModelError(f"{name} does not fit {dtype}: it has infinite or NaN values", fix="--dtype bf16 or fp32")
-        numbers += values.numel()
-        if same_shape:
+        if delta is not None:
             old = weight[rows]
             moved = (values - old.float()).abs_() > _ROUNDING * old.float().abs()
             counts.changed += int((moved & (rounded != old.to(kind))).sum())
+            counts.numbers += values.numel()
         file.write(_bytes(rounded))
-    if delta is not None:
-        counts.tensors += 1
-        counts.numbers += numbers
-        counts.changed += 0 if same_shape else numbers
+    counts.tensors += delta is not None
 
 
 def _header(
@@ -269,10 +266,9 @@ def _header(
     for name, stored_name, entry in names:
         first, last = entry["data_offsets"]
         floats = entry["dtype"] in _FLOATS
-        shape = deltas.get(name, TensorDelta()).shape(entry["shape"])
-        length = math.prod(shape) * BYTES[dtype] if floats else last - first
+        length = math.prod(entry["shape"]) * BYTES[dtype] if floats else last - first
         kind = SAFETENSORS_DTYPE[dtype] if floats else entry["dtype"]
-        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [offset, offset + length]}
+        header[name] = {"dtype": kind, "shape": entry["shape"], "data_offsets": [offset, offset + length]}
         stored_names[name], offset = stored_name, offset + length
     return header, stored_names
 

@@ -93,10 +93,7 @@ def merge(
                 fix="the adapter is untrained, or its changes are too small for this type: try --dtype fp32",
             )
         _write_index(files, staged)
-        settings: dict[str, Any] = {"tie_word_embeddings": False} if HEAD in deltas and HEAD not in shapes else {}
-        for name, delta in deltas.items():  # an embedding of another size brings its vocabulary
-            if name in shapes and delta.shape(shapes[name]) != shapes[name]:
-                settings["vocab_size"] = delta.shape(shapes[name])[0]
+        settings = {"tie_word_embeddings": False} if HEAD in deltas and HEAD not in shapes else {}
         write_config_and_tokenizer(staged, files, config, root, dtype, source=adapter, settings=settings)
         compared = verify.verify_merge(files, staged, config, adapter, dtype, root)
         report = MergeReport(
@@ -195,36 +192,28 @@ def write_config_and_tokenizer(
     """Writes all but the weights to `folder`: the tokenizer files byte for byte, config.json with `dtype` (fp16, bf16,
     fp32) and `settings`, generation_config.json with every end token, the chat template, the run's config.
 
-    source: the adapter or the full run's model; where `settings` has another vocab_size, its tokenizer is taken.
+    source: the adapter or the full run's model.
     """
-    tokenizer_folder = files.path
-    if settings and "vocab_size" in settings:
-        if any((source / name).is_file() for name in _TOKENIZER_FILES):
-            tokenizer_folder = source
-        else:
-            log.warning(f"the adapter resized the vocabulary of {files.name}, but there is no tokenizer beside it")
     for name in _TOKENIZER_FILES:
-        if (tokenizer_folder / name).is_file():
-            shutil.copyfile(tokenizer_folder / name, folder / name)
+        if (files.path / name).is_file():
+            shutil.copyfile(files.path / name, folder / name)
     if config.model.trust_remote_code:
         for code in files.path.glob("*.py"):
             shutil.copyfile(code, folder / code.name)
     unchanged = {key: value for key, value in files.config.items() if key != "torch_dtype"}
     disk.write_json(folder / "config.json", {**unchanged, "dtype": TORCH_DTYPE[dtype], **(settings or {})})
-    encoder = load_encoder(config, root, files=files, tokenizer=tokenizer_folder)
+    encoder = load_encoder(config, root, files=files)
     disk.write_text(folder / "chat_template.jinja", portable_template(encoder.template))
-    if "chat_template" in (settings_of_tokenizer := disk.read_json(folder / "tokenizer_config.json")):
-        del settings_of_tokenizer["chat_template"]
-        disk.write_json(folder / "tokenizer_config.json", settings_of_tokenizer)
+    tokenizer_settings = disk.read_json(folder / "tokenizer_config.json")
+    if tokenizer_settings.pop("chat_template", None) is not None:
+        disk.write_json(folder / "tokenizer_config.json", tokenizer_settings)
     generation = disk.read_json(files.path / "generation_config.json")
     old_ends = generation.get("eos_token_id", [])
     if ends := sorted({*encoder.stops.ids, *(old_ends if isinstance(old_ends, list) else [old_ends])}):
         generation["eos_token_id"] = ends if len(ends) > 1 else ends[0]
     disk.write_json(folder / "generation_config.json", generation)
-    for place in (source, source.parent):
-        if (place / runs.RESOLVED).is_file():
-            shutil.copyfile(place / runs.RESOLVED, folder / runs.RESOLVED)
-            break
+    if place := next((place for place in (source, source.parent) if (place / runs.RESOLVED).is_file()), None):
+        shutil.copyfile(place / runs.RESOLVED, folder / runs.RESOLVED)
 
 
 def portable_template(template: ChatTemplate) -> str:

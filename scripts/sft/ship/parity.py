@@ -23,7 +23,7 @@ from sft.chat.template import ChatTemplate, Message, Refused
 from sft.data import rows as records
 from sft.errors import TemplateError, one_line
 from sft.files import read_json
-from sft.ship.gguf import Vocabulary
+from sft.ship.gguf import Vocabulary, first_unequal
 
 log = logging.getLogger("sft.ship")
 Row = dict[str, Any]
@@ -93,7 +93,9 @@ def certify(encoder: Encoder, routes: Sequence[Route], rows: Sequence[Row], sour
 
 
 def _compare_row(encoder: Encoder, routes: Sequence[Route], row: Row, name: str, certificate: Certificate) -> list[int]:
-    """Compares one row over all routes; returns its training ids. Raises Refused if no route can express it."""
+    """Compares one row's prompt over all routes, and the whole conversation where training adds no end token of its
+    own; returns its training ids. Raises Refused if no route can express it.
+    """
     _refuse_plain_control_tokens(encoder, row)
     encoded = encoder.encode(row)
     if encoded.dropped:
@@ -101,9 +103,17 @@ def _compare_row(encoder: Encoder, routes: Sequence[Route], row: Row, name: str,
     prompt = encoder.prompt(row)
     whole = encoded.input_ids if encoder.kind == "causal" else []
     end = next((label for label in reversed(encoded.labels) if label >= 0), None)
+    rendered = records.is_rendered(row)
+    turns = [] if rendered else records.messages(row)
+    before_answer, tools = ([], None) if rendered else records.prompt_messages(row)
+    in_template = bool(whole) and not rendered and encoder.template.style == "messages"
+    in_template = in_template and encoder.tokens.ids(encoder.template.render(turns, tools=tools)) == whole
     for route in routes:
         try:
-            _compare_route(encoder, route, row, whole, prompt)
+            ids = route.text_ids(str(row["input"])) if rendered else route.ids(before_answer, tools, True)
+            _require_equal(encoder, route.name, name, "the prompt", prompt, ids)
+            if in_template:
+                _require_equal(encoder, route.name, name, "the conversation", whole, route.ids(turns, tools, False))
         except Refused as refused:
             certificate.set_aside[f"{name} ({route.name})"] = str(refused)
             continue
@@ -118,19 +128,6 @@ def _compare_row(encoder: Encoder, routes: Sequence[Route], row: Row, name: str,
         certificate.compared[route.name] = certificate.compared.get(route.name, 0) + 1
         certificate.tokens += len(prompt) + len(whole)
     return whole or prompt
-
-
-def _compare_route(encoder: Encoder, route: Route, row: Row, whole: list[int], prompt: list[int]) -> None:
-    """Compares a row's prompt, and the whole conversation where training adds no end token of its own."""
-    name = records.row_id(row)
-    if records.is_rendered(row):
-        return _require_equal(encoder, route.name, name, "the prompt", prompt, route.text_ids(str(row["input"])))
-    turns, (before_answer, tools) = records.messages(row), records.prompt_messages(row)
-    _require_equal(encoder, route.name, name, "the prompt", prompt, route.ids(before_answer, tools, True))
-    messages_style = encoder.template.style == "messages"
-    if whole and messages_style and encoder.tokens.ids(encoder.template.render(turns, tools=tools)) == whole:
-        _require_equal(encoder, route.name, name, "the conversation", whole, route.ids(turns, tools, False))
-    return None
 
 
 def _refuse_plain_control_tokens(encoder: Encoder, row: Row) -> None:
@@ -148,8 +145,7 @@ def _refuse_plain_control_tokens(encoder: Encoder, row: Row) -> None:
 def _require_equal(encoder: Encoder, route: str, row: str, what: str, trained: list[int], exported: list[int]) -> None:
     if trained == exported:
         return
-    pairs = enumerate(zip(trained, exported, strict=False))
-    at = next((at for at, (one, other) in pairs if one != other), min(len(trained), len(exported)))
+    at = first_unequal(trained, exported)
 
     def shown(ids: list[int]) -> str:
         return repr(encoder.tokenizer.decode(ids))
@@ -255,11 +251,10 @@ class GoTemplate:
         def put(text: str | None) -> str:  # JSON's escapes are Go's where only what must be is escaped
             return f"{{{{ {json.dumps(text, ensure_ascii=False)} }}}}" if text else ""
 
-        system = (
-            "" if self.system is None else f'if eq .Role "system" }}}}{put(self.system)}{{{{ .Content }}}}{{{{ else '
-        )
+        system = f'if eq .Role "system" }}}}{put(self.system)}{{{{ .Content }}}}{{{{ else '
         return (
-            '{{ $last := "" }}{{ range .Messages }}{{ ' + system + 'if eq .Role "user" }}'
+            f'{{{{ $last := "" }}}}{{{{ range .Messages }}}}{{{{ {"" if self.system is None else system}'
+            f'if eq .Role "user" }}}}'
             f'{{{{ if eq $last "" }}}}{put(self.first_user)}{{{{ else if eq $last "system" }}}}{put(self.after_system)}'
             f"{{{{ else }}}}{put(self.next_user)}{{{{ end }}}}{{{{ .Content }}}}"
             f'{{{{ else if eq .Role "assistant" }}}}{put(self.answer)}{{{{ .Content }}}}{{{{ end }}}}'
@@ -286,11 +281,10 @@ def go_template(template: ChatTemplate, begin: str) -> GoTemplate:
     begin: the begin token that llama.cpp itself puts first, "" if it puts none. Raises TemplateError if a message
     is missing from its rendering or shown twice.
     """
-
-    user: Message = {"role": "user", "content": _USER}
-    answer: Message = {"role": "assistant", "content": _ANSWER}
-    system: Message = {"role": "system", "content": _SYSTEM}
-    next_user: Message = {"role": "user", "content": _NEXT_USER}
+    system, user, answer, next_user = (
+        {"role": role, "content": mark}
+        for role, mark in (("system", _SYSTEM), ("user", _USER), ("assistant", _ANSWER), ("user", _NEXT_USER))
+    )
 
     def around(*messages: Message, prompt: bool = True) -> list[str]:
         """The texts before, between and after the messages' contents."""
@@ -316,9 +310,8 @@ def go_template(template: ChatTemplate, begin: str) -> GoTemplate:
     after_system = ""
     with suppress(Refused):
         before_system, after_system, _ = around(system, user)
-    with suppress(Refused):
-        _, _, before_next_user, _ = around(user, answer, next_user)
-    if before_system is not None:
         before_system = before_system.removeprefix(begin)
+    with suppress(Refused):
+        before_next_user = around(user, answer, next_user)[2]
     first_user = first_user.removeprefix(begin)
     return GoTemplate(before_system, first_user, after_system, before_next_user, between, prompt, end)
