@@ -72,12 +72,11 @@ def test_a_tokenizer_that_transformers_rebuilds_is_loaded_as_its_file_says(tmp_p
     filed = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids
     rebuilt = AutoTokenizer.from_pretrained(folder)
     assert rebuilt.encode(text) != filed
-    assert "transformers rebuilt it" in str(round_trip_problem(rebuilt))
     with caplog.at_level("WARNING"):
         logging.getLogger("sft").propagate = True
         tokenizer = load_tokenizer(folder)
     assert tokenizer.encode(text) == filed
-    assert "loaded as its file says" in caplog.text
+    assert "transformers rebuilt it" in caplog.text and "loaded as its file says" in caplog.text
     assert (tokenizer.pad_token, tokenizer.eos_token) == ("<|endoftext|>", "<|im_end|>")
     assert tokenizer.chat_template == rebuilt.chat_template
     assert round_trip_problem(tokenizer) is None

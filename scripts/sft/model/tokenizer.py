@@ -94,13 +94,7 @@ def choose_pad(tokenizer: PreTrainedTokenizerBase, rows: int | None = None) -> s
 
 
 def round_trip_problem(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """What text this tokenizer changes, or None.
-
-    Two checks: against the folder's own tokenizer.json (transformers 5 rebuilds some tokenizers by the model type and
-    gives other ids), and text -> ids -> text.
-    """
-    if problem := _rebuild_problem(tokenizer):
-        return problem
+    """What text this tokenizer changes on the way to ids and back, or None."""
     for text in PROBES:
         ids = tokenizer.encode(text, add_special_tokens=False)
         back = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -110,7 +104,8 @@ def round_trip_problem(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 def _rebuild_problem(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Where its ids differ from those of the folder's tokenizer.json, or None."""
+    """Where its ids differ from those of the folder's tokenizer.json, or None: transformers 5 rebuilds some tokenizers
+    by the model's type."""
     path = Path(str(tokenizer.name_or_path)) / "tokenizer.json"
     if not path.is_file():
         return None
