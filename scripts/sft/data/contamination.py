@@ -9,11 +9,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from sft.config.load import resolve_path
 from sft.config.schema import ContaminationSection, SourceSection
@@ -29,41 +26,30 @@ COMMON = 10  # benchmark rows that may share a run of words before it counts as 
 MIN_WORDS = 3  # of a question that is compared as a whole: "why" belongs to no benchmark
 
 
-@dataclass
-class Benchmark:
-    """One file of `data.contamination.against`. hits: training rows that hold some of it."""
-
-    name: str
-    rows: int = 0
-    hits: int = 0
-
-
 class Contamination:
     """The words of all benchmark files, read once; `check` then looks for them in one training row at a time."""
 
     def __init__(self, section: ContaminationSection, root: Path) -> None:
         """Raises DataError for a file that does not exist or holds no rows."""
-        self.ngram, self.benchmarks = section.ngram, list[Benchmark]()
-        self._words = WordHasher()
-        self._runs: dict[int, tuple[Benchmark, str]] = {}  # hash of a run -> benchmark, origin of the row
-        self._questions: dict[int, tuple[Benchmark, str]] = {}
+        self.ngram, self._words = section.ngram, WordHasher()
+        self.benchmarks: list[dict[str, Any]] = []  # name, rows, hits: training rows that hold some of it
+        self._runs: dict[int, tuple[dict[str, Any], str]] = {}  # hash of a run -> benchmark, origin of the row
+        self._questions: dict[int, tuple[dict[str, Any], str]] = {}
         for path in section.against:
             entry = SourceSection(path=path, hub_split="test")
             for source in open_part(path, resolve_path(root, path), root, entry).sources:
-                self._add(Benchmark(source.name), source)
-        self._sorted = np.array(sorted(self._runs) or [0], np.uint64)
+                self._add(source)
 
-    def _add(self, benchmark: Benchmark, source: Source) -> None:
+    def _add(self, source: Source) -> None:
+        benchmark: dict[str, Any] = {"name": source.name, "rows": 0, "hits": 0}
         self.benchmarks.append(benchmark)
         seen: Counter[int] = Counter()
         for origin, question, text in _texts(source):
-            benchmark.rows += 1
-            words = self._words.hashes(text)
-            if len(words) >= self.ngram:
-                runs = np.unique(ngram_hashes(words, self.ngram)).tolist()
-                seen.update(runs)
-                for run in runs:
-                    self._runs.setdefault(run, (benchmark, origin))
+            benchmark["rows"] += 1
+            runs = set(self._hashes_of_runs(text))
+            seen.update(runs)
+            for run in runs:
+                self._runs.setdefault(run, (benchmark, origin))
             if whole := self._question(question):
                 self._questions.setdefault(whole, (benchmark, origin))
         for run, count in seen.items():
@@ -73,15 +59,17 @@ class Contamination:
     def check(self, row: rows.Row) -> None:
         """Raises RowFault (contamination) for a row that holds a benchmark's."""
         match, how = self._questions.get(self._question(rows.question(row)) or 0), "has the question of"
-        words = self._words.hashes(rows.comparison_text(row))
-        if match is None and len(words) >= self.ngram:
-            runs = ngram_hashes(words, self.ngram)
-            at = np.minimum(np.searchsorted(self._sorted, runs), len(self._sorted) - 1)
-            hits = runs[self._sorted[at] == runs]
-            match, how = self._runs.get(int(hits[0])) if len(hits) else None, f"shares {self.ngram} words in a row with"
+        if match is None:
+            runs = self._hashes_of_runs(rows.comparison_text(row))
+            match = next((self._runs[run] for run in runs if run in self._runs), None)
+            how = f"shares {self.ngram} words in a row with"
         if match is not None:
-            match[0].hits += 1
+            match[0]["hits"] += 1
             raise RowFault(CONTAMINATION, f"{how} {match[1]}")
+
+    def _hashes_of_runs(self, text: str) -> list[int]:
+        words = self._words.hashes(text)
+        return ngram_hashes(words, self.ngram).tolist() if len(words) >= self.ngram else []
 
     def _question(self, text: str) -> int | None:
         words = self._words.hashes(text)
@@ -89,7 +77,7 @@ class Contamination:
 
     def report(self) -> dict[str, Any]:
         """For the ledger."""
-        return {"ngram": self.ngram, "against": [asdict(benchmark) for benchmark in self.benchmarks]}
+        return {"ngram": self.ngram, "against": self.benchmarks}
 
 
 def _texts(source: Source) -> Iterator[tuple[str, str, str]]:

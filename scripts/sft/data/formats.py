@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from sft.data.messages import ROLES, check_turns, normalize_messages, normalize_tools, to_text
@@ -39,7 +40,6 @@ ANSWERING = ("assistant", "completion", *ANSWERS)
 EVERY_FORMAT = ("id", "origin", *SYSTEM)  # read in every format
 STORED = ("tags", "tag", "category", "weight", "references")  # copied to the stored row as they are
 UNUSED = ("weight",)  # of these, what training does not use
-MAX_PLANS = 1_000  # sets of keys whose format is remembered
 MAX_KEYS = 20  # unread keys of a row that are reported
 
 
@@ -72,59 +72,60 @@ class Formats:
             fix = "--set data.columns.user=NAME --set data.columns.assistant=NAME"
             raise DataError("data.columns must name the columns of user and assistant", where="data.columns", fix=fix)
         self._format, self._columns = format, columns or {}
-        self._plans: dict[tuple[str, ...], tuple[Names, str, list[str]]] = {}
         self.unread: Counter[str] = Counter()  # key -> rows that have it although no format reads it
 
     def parse(self, row: Any) -> Parsed:
         """The row's turns. Raises RowFault if its format is unknown or a field is not text."""
         if not isinstance(row, dict):
             raise RowFault(UNKNOWN_FORMAT, "not an object with keys")
-        keys = tuple(row)
-        if keys not in self._plans:
-            if len(self._plans) > MAX_PLANS:
-                self._plans.clear()
-            self._plans[keys] = self._plan(row)
-        names, format, unread = self._plans[keys]
-        self.unread.update(unread)
+        names = _plain_names(tuple(row))
+        format = self._choose(row, names)
         if format == "columns":
-            names = self._columns
+            names, read = self._columns, {*self._columns.values(), *STORED}
+        else:
+            read = _keys_read(tuple(row), format)
+        self.unread.update([key for key in row if key and (key not in read or key in UNUSED)][:MAX_KEYS])
         parsed = FORMATS["chat" if format == "columns" else format].read(row, names)
         messages = _with_system(row, names, parsed.messages) if parsed.pair is None else []
         return parsed._replace(messages=messages, format=parsed.format or format)
 
-    def _plan(self, row: Row) -> tuple[Names, str, list[str]]:
-        """Plain names, the format of rows with these keys, and the keys that it does not read."""
-        exact = {key: key for key in row if key}
-        plain = {key.strip().lower().replace(" ", "_").replace("-", "_"): key for key in reversed(exact)}
-        names = {**plain, **{key: key for key in exact if key in plain}}
-        format = self._choose(row, names)
-        if format == "columns":
-            read = set(self._columns.values())
-        else:
-            read = {key for name, key in names.items() if name in (*EVERY_FORMAT, *FORMATS[format].keys)}
-        unread = [key for key in exact if key not in read and (key not in STORED or key in UNUSED)]
-        return names, format, unread[:MAX_KEYS]
-
     def _choose(self, row: Row, names: Names) -> str:
-        keys = ", ".join(str(key) for key in list(row)[:12])
-        listed = keys[:200] + ("..." if len(keys) > 200 or len(row) > 12 else "") if keys else "(none)"
         if self._columns and self._format in ("auto", "columns"):
             if missing := [name for name in self._columns.values() if name not in row]:
-                raise RowFault(UNKNOWN_FORMAT, f"no column {missing[0]!r}, only {listed}")
+                raise RowFault(UNKNOWN_FORMAT, f"no column {missing[0]!r}: {_listed(row)}")
             return "columns"
         if self._format != "auto":
             if not FORMATS[self._format].fits(row, names):
-                raise RowFault(UNKNOWN_FORMAT, f"not {self._format}: the keys are {listed}")
+                raise RowFault(UNKNOWN_FORMAT, f"not {self._format}: {_listed(row)}")
             return self._format
         for name, format in FORMATS.items():
             if format.fits(row, names):
                 return name
         question, answer = _first(names, ASKING), _first(names, ANSWERING)
         if question and not answer:
-            raise RowFault(EMPTY_ANSWER, f"no answer beside {question!r}: the keys are {listed}")
+            raise RowFault(EMPTY_ANSWER, f"no answer beside {question!r}: {_listed(row)}")
         if answer and not question:
-            raise RowFault(NO_USER_TURN, f"no question beside {answer!r}: the keys are {listed}")
-        raise RowFault(UNKNOWN_FORMAT, f"no format has these keys: the keys are {listed}")
+            raise RowFault(NO_USER_TURN, f"no question beside {answer!r}: {_listed(row)}")
+        raise RowFault(UNKNOWN_FORMAT, f"no format has these keys: {_listed(row)}")
+
+
+def _listed(row: Row) -> str:
+    keys = ", ".join(str(key) for key in row) or "(none)"
+    return f"the keys are {keys if len(keys) <= 200 else keys[:200] + '...'}"
+
+
+@lru_cache(1_000)
+def _plain_names(keys: tuple[str, ...]) -> Names:
+    """For each key of a row its plain spelling; the first of two that are equal then, or the one spelt plainly."""
+    plain = {key.strip().lower().replace(" ", "_").replace("-", "_"): key for key in reversed(keys) if key}
+    return {**plain, **{key: key for key in keys if key in plain}}
+
+
+@lru_cache(1_000)
+def _keys_read(keys: tuple[str, ...], format: str) -> set[str]:
+    """Those of a row's keys that the format reads, or that are stored as they are."""
+    known = {*EVERY_FORMAT, *FORMATS[format].keys}
+    return {*STORED, *(key for name, key in _plain_names(keys).items() if name in known)}
 
 
 def make_row(raw: RawRow, formats: Formats, system_prompt: str | None) -> tuple[Row, str]:
@@ -284,37 +285,35 @@ FORMATS: dict[str, Format] = {
     "messages": Format((*TURNS, *TOOLS), lambda row, names: _turns_fit(row, names, "role"), _read_turns),
     "chat": Format(
         ("user", "assistant"),
-        lambda _row, names: "user" in names and "assistant" in names,
+        lambda _, names: {"user", "assistant"} <= names.keys(),
         lambda row, names: Parsed(_exchange(_text(row, names, "user"), _text(row, names, "assistant"))),
     ),
     "rendered": Format(
         ("input", "target"),
-        lambda _row, names: "input" in names and "target" in names and "instruction" not in names,
+        lambda _, names: {"input", "target"} <= names.keys() and "instruction" not in names,
         lambda row, names: Parsed([], pair=(_text(row, names, "input"), _text(row, names, "target"))),
     ),
     "alpaca": Format(
         ("instruction", "history", *INPUTS, *OUTPUTS),
-        lambda _row, names: (
+        lambda _, names: (
             "instruction" in names and ("output" in names or ("response" in names and bool(_first(names, INPUTS))))
         ),
         _read_alpaca,
     ),
     "prompt": Format(
         ("prompt", "tools", *COMPLETIONS, *PASSAGES),
-        lambda _row, names: "prompt" in names and bool(_first(names, COMPLETIONS)),
+        lambda _, names: "prompt" in names and bool(_first(names, COMPLETIONS)),
         _read_prompt,
     ),
     "qa": Format(
         ("input", "output", *QUESTIONS, *ANSWERS, *PASSAGES),
-        lambda _row, names: (
+        lambda _, names: (
             bool(_first(names, QUESTIONS) and _first(names, ANSWERS)) or {"input", "output"} <= names.keys()
         ),
         _read_qa,
     ),
     "text": Format(
-        ("text",),
-        lambda _row, names: "text" in names and not _first(names, (*ASKING, *ANSWERING)),
-        _read_text,
+        ("text",), lambda _, names: "text" in names and not _first(names, (*ASKING, *ANSWERING)), _read_text
     ),
 }
 

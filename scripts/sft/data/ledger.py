@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,11 +41,10 @@ class Ledger:
     kind: str
     encoding: str = "utf-8"
     read: int = 0
-    written: int = 0
-    named: dict[str, int] = field(default_factory=dict)
+    named: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[dict[str, str]]] = field(default_factory=dict)
-    formats: dict[str, int] = field(default_factory=dict)
-    shapes: dict[str, int] = field(default_factory=dict)
+    formats: Counter[str] = field(default_factory=Counter)
+    shapes: Counter[str] = field(default_factory=Counter)
     splits: dict[str, int] = field(default_factory=dict)
     sources: list[dict[str, Any]] = field(default_factory=list)
     repeated: int = 0
@@ -56,22 +56,25 @@ class Ledger:
 
     def exclude(self, fault: RowFault, origin: str) -> None:
         """Counts one row that is not written."""
-        self.named[fault.reason] = self.named.get(fault.reason, 0) + 1
+        self.named[fault.reason] += 1
         examples = self.examples.setdefault(fault.reason, [])
         if len(examples) < EXAMPLES:
             examples.append({"origin": origin, "detail": fault.detail})
 
     def count(self, format: str, shape: str, split: str) -> None:
         """Counts one row that is written."""
-        self.written += 1
         self.splits[split] += 1
-        self.formats[format] = self.formats.get(format, 0) + 1
-        self.shapes[shape] = self.shapes.get(shape, 0) + 1
+        self.formats[format] += 1
+        self.shapes[shape] += 1
+
+    @property
+    def written(self) -> int:
+        return self.formats.total()
 
     @property
     def faults(self) -> int:
         """Rows with a fault; rows that the config filters out are not among them."""
-        return sum(count for reason, count in self.named.items() if reason in FAULTS)
+        return sum(self.named[reason] for reason in FAULTS)
 
     @property
     def fault_share(self) -> float:
@@ -79,8 +82,8 @@ class Ledger:
         return self.faults / self.read if self.read else 0.0
 
     @property
-    def too_many_faults(self) -> bool:
-        return self.fault_share > self.max_dropped
+    def accepted(self) -> bool:
+        return self.written > 0 and self.fault_share <= self.max_dropped
 
     def verdict(self) -> str:
         """One sentence on the number of training rows."""
@@ -128,7 +131,7 @@ class Ledger:
             "faults": self.faults,
             "fault_share": round(self.fault_share, 6),
             "max_dropped": self.max_dropped,
-            "accepted": not self.too_many_faults and self.written > 0,
+            "accepted": self.accepted,
             "formats": self.formats,
             "shapes": self.shapes,
             "splits": self.splits,

@@ -63,11 +63,15 @@ def process(data: DataSection, root: Path, raw_path: str | None = None, on_progr
     raw_path counts from the working folder. Raises DataError (nothing to read, cannot write) or Rejected.
     """
     parts, target = find_sources(data, root, raw_path), resolve_path(root, data.processed_dir)
-    name, kind, encoding = (
-        ", ".join(dict.fromkeys(getattr(part, key) for part in parts)) for key in ("name", "kind", "encoding")
-    )
     warnings = [line for part in parts for line in part.warnings()]
-    ledger = Ledger(name, kind, encoding, max_dropped=data.max_dropped, warnings=warnings)
+    sources = [source for part in parts for source in part.sources]
+    ledger = Ledger(
+        ", ".join(dict.fromkeys(part.name for part in parts)),
+        ", ".join(dict.fromkeys(source.kind for source in sources)),
+        ", ".join(dict.fromkeys(source.encoding for source in sources)),
+        max_dropped=data.max_dropped,
+        warnings=warnings,
+    )
     ledger.splits = dict.fromkeys(split.ranges(data.split), 0)
     with store.replace_dir(target, FILES, "data.processed_dir") as staged:
         checks = RowChecks(data, root)
@@ -314,7 +318,7 @@ def _row_warnings(reports: dict[str, Any], checks: RowChecks) -> list[str]:
 
 def _require_good_rows(ledger: Ledger, staged: Path, target: Path) -> None:
     """Raises Rejected, with the faulty rows in rejected.jsonl, if too many rows are faulty or none is left."""
-    if ledger.written and not ledger.too_many_faults:
+    if ledger.accepted:
         return
     rejected = target / "rejected.jsonl"
     with files.atomic_file(rejected) as part:

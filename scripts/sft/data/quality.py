@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from sft.data import rows
 from sft.data.ledger import DROPS
@@ -20,6 +22,10 @@ BOILERPLATE = (
     "i'm unable to assist", "i cannot assist with", "i can't assist with", "i cannot fulfill", "my knowledge cutoff",
     "my training data only", "openai's content policy", "i do not have personal opinions",
 )  # fmt: skip
+FLAGS = {
+    "control_characters": "it holds control or replacement characters",
+    "boilerplate": "the answer calls itself a model, or refuses",
+}
 SAMPLE = 300  # characters of question and answer each that show the script
 SCRIPTS = {
     name: re.compile(f"[{span}]")
@@ -35,8 +41,7 @@ MIN_SPREAD = 2.0  # ratio of the quartiles, at least
 EVEN = 0.5  # share of all text in the longest tenth of the rows up to which lengths are even
 
 
-@dataclass
-class RowStats:
+class RowStats(NamedTuple):
     """One row. size: characters of all turns; answers: of the answers. flags: names of data.drop that it deserves."""
 
     size: int
@@ -47,18 +52,14 @@ class RowStats:
 
 def row_stats(row: rows.Row) -> RowStats:
     """What one stored row is like by itself."""
-    if rows.is_rendered(row):
-        turns = [("user", str(row["input"])), ("assistant", str(row["target"]))]
-    else:
-        turns = [(turn["role"], str(turn["content"] or "")) for turn in rows.messages(row)]
-    answer = "\n".join(text for role, text in turns if role == "assistant")
-    prompt = "\n".join(text for role, text in turns if role != "assistant")
+    answer = "\n".join(rows.texts(row, "assistant"))
+    prompt = "\n".join(rows.texts(row, "system", "user", "tool"))
     flags = ["control_characters"] if CONTROL.search(answer) or CONTROL.search(prompt) else []
     lower = answer.lower().replace("\u2019", "'")
     if any(phrase in lower for phrase in BOILERPLATE):
         flags.append("boilerplate")
-    sample = next((text for role, text in turns if role == "user"), "")[:SAMPLE] + answer[:SAMPLE]
-    return RowStats(len(prompt) + len(answer), len(answer), script_of(sample), tuple(flags))
+    script = script_of(rows.question(row)[:SAMPLE] + answer[:SAMPLE])
+    return RowStats(len(prompt) + len(answer), len(answer), script, tuple(flags))
 
 
 def script_of(text: str) -> str:
@@ -76,10 +77,7 @@ def check_flags(stats: RowStats, drop: Sequence[str]) -> None:
     """Raises RowFault for a row with a flag that is to be dropped."""
     for name in stats.flags:
         if name in drop:
-            detail = "the answer calls itself a model, or refuses"
-            if name == "control_characters":
-                detail = "it holds control or replacement characters"
-            raise RowFault(DROPS[name], detail)
+            raise RowFault(DROPS[name], FLAGS[name])
 
 
 @dataclass
@@ -106,7 +104,7 @@ class DataProfile:
     @cached_property
     def script(self) -> str:
         """The script of most rows."""
-        return max(self.scripts, key=lambda name: self.scripts[name], default="none")
+        return max(self.scripts, key=self.scripts.__getitem__, default="none")
 
     def check(self, size: int, script: str, drop: Sequence[str]) -> None:
         """Raises RowFault for a row that differs from the others in a way that is to be dropped."""
@@ -124,10 +122,10 @@ class DataProfile:
             name: dict(zip(("p5", "median", "p95", "longest"), quantiles(counts, (0.05, 0.5, 0.95, 1)), strict=True))
             for name, counts in (("rows", self.sizes), ("answers", self.answers))
         }
-        flags = {name: self.flags.get(name, 0) for name in ("control_characters", "boilerplate")}
+        flags = {name: self.flags[name] for name in FLAGS}
         others = sum(self.scripts.values()) - self.scripts[self.script] - self.scripts["none"]
-        scripts = dict(sorted(self.scripts.items(), key=lambda item: (-item[1], item[0])))
         quality = {**flags, "length_outliers": outliers, "script": others}
+        scripts = dict(sorted(self.scripts.items(), key=lambda item: (-item[1], item[0])))
         return {"quality": quality, "scripts": scripts, "lengths": lengths, "balance": self._balance()}
 
     def _balance(self) -> str:
@@ -146,13 +144,7 @@ class DataProfile:
 
 
 def quantiles(counts: Counter[int], shares: Sequence[float]) -> list[int]:
-    """The values at or below which these shares (0-1, ascending) of everything counted lie; 0 if nothing is."""
-    total, values = sum(counts.values()), []
-    for share in shares:
-        so_far, value = 0, 0
-        for value in sorted(counts):
-            so_far += counts[value]
-            if so_far >= share * total:
-                break
-        values.append(value)
-    return values
+    """The values at or below which these shares (0-1) of everything counted lie; 0 if nothing is."""
+    values = sorted(counts) or [0]
+    up_to = list(itertools.accumulate(counts[value] for value in values))
+    return [values[min(bisect_left(up_to, share * up_to[-1]), len(values) - 1)] for share in shares]

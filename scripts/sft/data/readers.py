@@ -33,7 +33,6 @@ SUFFIXES: dict[str, Kind] = {
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",
 }  # fmt: skip
 COMPRESSED = (".gz", ".zst")
-PARQUET: Kind = "parquet"
 KIND_NAMES = {"jsonl": "JSON lines", "json": "JSON", "csv": "a table in text (CSV)", "parquet": "Parquet"}
 READABLE = "rows are read from JSON, JSONL, CSV, TSV and Parquet: see docs/DATA.md"
 OTHER_FILES = {  # first bytes -> what the file is
@@ -54,8 +53,7 @@ LENIENT_DECODER = json.JSONDecoder(parse_int=str, parse_float=str)  # finds wher
 HEAD = 1 << 18  # bytes from which kind and encoding are detected
 BLOCK = 1 << 20  # characters of JSON read at a time
 PARQUET_BATCH = 512  # rows in memory at a time
-MAX_CSV_LINES = 100_000  # of one row
-OPEN_QUOTE = "a quote is opened and never closed"
+MAX_CSV_LINES = 10_000  # of one row
 
 
 class RawRow(NamedTuple):
@@ -129,14 +127,15 @@ def open_source(path: Path, root: Path, text: str = "", section: Section | None 
     other = next((what for opening, what in OTHER_FILES.items() if head.startswith(opening)), None)
     if re.match(r"\s*<(!doctype|html|\?xml|head|!--)", content, re.IGNORECASE):
         other = "a web page or XML (did a download or a login fail?)"
-    parquet = head.startswith(b"PAR1")
-    if not parquet and (other or len(CONTROL.findall(content)) * 50 > len(content)):
+    if head.startswith(b"PAR1"):
+        return Source(display_path(path, root), path, "parquet")
+    if other or len(CONTROL.findall(content)) * 50 > len(content):
         claim = f"{path.suffix[1:].upper()} by its name, but " if path.suffix else ""
         raise DataError(f"the file is {claim}{other or 'binary'}", where=str(path), fix=READABLE)
     named = SUFFIXES.get(plain_name(path).suffix.lower())
-    kind, delimiter = _kind(path, content, named, cut=len(head) == HEAD) if not parquet else (PARQUET, "")
+    kind, delimiter = _kind(path, content, named, cut=len(head) == HEAD)
     warnings = []
-    if not parquet and encoding != "utf-8":
+    if encoding != "utf-8":
         warnings.append(f"{path.name} is not UTF-8: it is read as {encoding.upper()}")
     if named not in (None, kind):
         warnings.append(f"{path.name} is {KIND_NAMES[kind]} despite its name, and is read as such")
@@ -152,13 +151,10 @@ def _similar_file(path: Path) -> str:
 
 
 def _encoding(head: bytes) -> str:
-    """By the byte order mark or zero bytes; with more invalid UTF-8 bytes than UTF-8 characters it is Windows text."""
+    """By the byte order mark; with more invalid UTF-8 bytes than UTF-8 characters it is Windows text."""
     for name, marks in BYTE_ORDER_MARKS.items():
         if head.startswith(marks):
             return name
-    zeros = (head[0:4096:2].count(0), head[1:4096:2].count(0))
-    if max(zeros) > max(7, len(head[:4096]) // 50) and min(zeros) * 8 < max(zeros):  # all on one side, in Chinese too
-        return "utf-16-be" if zeros[0] > zeros[1] else "utf-16-le"
     text = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode(head)
     invalid = INVALID.findall(text)
     characters = len(re.findall(r"[^\0-\x7f]", text)) - len(invalid)
@@ -167,37 +163,34 @@ def _encoding(head: bytes) -> str:
 
 def _kind(path: Path, head: str, named: Kind | None, *, cut: bool) -> tuple[Kind, str]:
     """Kind and delimiter, from the head of the file; the name counts only where the text leaves it open."""
-    lines = [line for line in head.split("\n") if line.strip()]
+    lines = [line.strip() for line in head.split("\n") if line.strip()]
     if len(lines) > 1 and cut:
         lines.pop()  # most likely incomplete
-    first, rest = lines[0].strip(), lines[1:]
-    if first[0] in "[{":
-        return ("jsonl" if _is_json_lines(lines, may_be_one_line=named == "jsonl" and not cut) else "json"), ","
-    header = re.sub(r'"[^"]*"', "", lines[0])
-    marks = [mark for mark in ",\t;|" if mark in header and (cut or not rest or any(mark in row for row in rest))]
-    delimiter = max(marks, key=header.count, default="")
-    objects = sum(line.lstrip().startswith("{") for line in lines[:50])
-    if objects * 2 > min(len(lines), 50) or (named == "jsonl" and (objects or not delimiter)):
+    first, some = lines[0], lines[:50]
+    values = [value for value in map(_object_or_list, some) if value is not None]
+    lists = _lists_of_rows(values[0]) if values and isinstance(values[0], dict) else values
+    if len(values) * 2 > len(some) and not (len(lines) == 1 and lists):  # one value may hold all rows
         return "jsonl", ","
-    if delimiter or (named == "csv" and rest and re.fullmatch(r'"?\w+"?', first)):
+    if first[0] in "[{":
+        return ("jsonl" if named == "jsonl" and len(lines) == 1 and not values and not cut else "json"), ","
+    header = re.sub(r'"[^"]*"', "", first)
+    marks = [
+        mark for mark in ",\t;|" if mark in header and (cut or lines[1:] == [] or any(mark in row for row in lines[1:]))
+    ]
+    delimiter = max(marks, key=header.count, default="")
+    if named == "jsonl" and (values or not delimiter):
+        return "jsonl", ","
+    if delimiter or (named == "csv" and lines[1:] and re.fullmatch(r'"?\w+"?', first)):
         return "csv", delimiter or ","  # without a delimiter: a table of one column
     raise DataError(f"neither JSON nor a table: the file begins {first[:60]!r}", where=str(path), fix=READABLE)
 
 
-def _is_json_lines(lines: list[str], *, may_be_one_line: bool) -> bool:
-    """Whether text that begins with a bracket has a row on each line, and is not printed over many lines."""
-    first, second = lines[0].strip(), lines[1].strip() if len(lines) > 1 else ""
+def _object_or_list(line: str) -> Any:
+    """The JSON object or list that a line is; None if it is none."""
     try:
-        value = json.loads(first)
-    except (ValueError, RecursionError) as error:
-        # A broken first line among lines of objects, or one value that runs over many lines, or several on one.
-        broken = second.startswith("{") and first.startswith("{") and first[-1] not in "{[,"
-        return broken or (not second and may_be_one_line and not str(error).startswith("Extra data"))
-    if second == "{" and len(lines) > 2 and lines[2].lstrip().startswith('"'):
-        return False  # objects printed over many lines
-    if isinstance(value, dict):
-        return bool(second) or _lists_of_rows(value) == []
-    return second.startswith(("[", "{"))
+        return json.loads(line) if line[0] in "[{" else None
+    except (ValueError, RecursionError):
+        return None
 
 
 def _lists_of_rows(value: dict[str, Any]) -> list[str]:
@@ -337,38 +330,33 @@ def _csv(source: Source, on_progress: Progress | None) -> Iterator[RawRow]:
     Of a faulty row only the first line is used up: the others may be rows.
     """
     csv.field_size_limit(sys.maxsize)
-    lines, again, header, max_lines = _lines(source, on_progress), deque[tuple[int, str]](), list[str](), MAX_CSV_LINES
-    while line := again.popleft() if again else next(lines, None):
-        record, (number, first) = [line], line
-        cells, fault, used = _cells([first], source.delimiter)
-        while fault == OPEN_QUOTE and len(record) < max_lines:
-            if (line := again.popleft() if again else next(lines, None)) is None:
-                break
-            record.append(line)
-            if line[1].count('"') % 2:  # it may close the quote
-                cells, fault, used = _cells([text for _, text in record], source.delimiter)
+    lines, again, header = _lines(source, on_progress), deque[tuple[int, str]](), list[str]()
+    while first := again.popleft() if again else next(lines, None):
+        record, fault, cells = [first], None, list[str]()
+
+        def text_of(record: list[tuple[int, str]]) -> Iterator[str]:
+            yield record[0][1]
+            while len(record) < MAX_CSV_LINES and (line := again.popleft() if again else next(lines, None)):
+                record.append(line)
+                yield line[1]
+
+        try:
+            cells = next(csv.reader(text_of(record), delimiter=source.delimiter, strict=True))
+        except csv.Error as error:
+            fault = "a quote is opened and never closed" if "unexpected end" in str(error) else str(error)
+        origin = f"{source.name}:{first[0]}"
         if not header and (cells or fault):
             header = _csv_header(source, cells, fault)
         elif cells and len(cells) != len(header):
             fault = f"{len(cells)} cells where the header has {len(header)}"
         elif cells:
-            text = "".join(text for _, text in record[:used])
+            text = "".join(line for _, line in record)
             invalid = _invalid_text(source, text)
             value = None if invalid else dict(zip(header, cells, strict=True))
-            yield RawRow(f"{source.name}:{number}", value, invalid, text if invalid else None)
+            yield RawRow(origin, value, invalid, text if invalid else None)
         if fault:
-            yield RawRow(f"{source.name}:{number}", None, f"bad CSV: {fault}", first.strip("\r\n"))
-            max_lines = max(1_000, max_lines - max_lines // 50)  # every open quote is searched that far
-        again.extendleft(reversed(record[1 if fault else used :]))
-
-
-def _cells(lines: list[str], delimiter: str) -> tuple[list[str], str | None, int]:
-    """The cells of the record that begins in `lines`, or its fault, and the number of its lines."""
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
-    try:
-        return next(reader), None, reader.line_num
-    except csv.Error as error:
-        return [], OPEN_QUOTE if "unexpected end of data" in str(error) else str(error), 1
+            yield RawRow(origin, None, f"bad CSV: {fault}", first[1].strip("\r\n"))
+            again.extendleft(reversed(record[1:]))
 
 
 def _csv_header(source: Source, cells: list[str], fault: str | None) -> list[str]:

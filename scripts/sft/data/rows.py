@@ -137,11 +137,16 @@ def row_id(row: Row) -> str:
     return content_id(messages(row), tools(row))
 
 
+def texts(row: Row, *roles: str) -> list[str]:
+    """The texts of the turns with these roles; of a rendered row input and target, for user and assistant."""
+    if is_rendered(row):
+        row = {"user": row["input"], "assistant": row["target"]}
+    return [str(turn["content"] or "") for turn in messages(row) if turn["role"] in roles]
+
+
 def reference(row: Row) -> str:
     """The last answer, which a generated one is compared with."""
-    if is_rendered(row):
-        return str(row["target"])
-    return next((str(turn["content"]) for turn in reversed(messages(row)) if turn["role"] == "assistant"), "")
+    return next(reversed(texts(row, "assistant")), "")
 
 
 def references(row: Row) -> list[str]:
@@ -152,9 +157,7 @@ def references(row: Row) -> list[str]:
 
 def question(row: Row) -> str:
     """The first question of a row: its first user turn, or the input of a rendered row."""
-    if is_rendered(row):
-        return str(row["input"])
-    return next((str(turn["content"] or "") for turn in messages(row) if turn["role"] == "user"), "")
+    return next(iter(texts(row, "user")), "")
 
 
 def prompt_id(row: Row) -> str:
@@ -162,21 +165,14 @@ def prompt_id(row: Row) -> str:
 
     The system text counts only with a short question, whose answer depends on it.
     """
-    if is_rendered(row):
-        prompt, system = str(row["input"]), ""
-    else:
-        turns = messages(row)
-        prompt = "\n".join(str(turn["content"] or "") for turn in turns if turn["role"] not in ("system", "assistant"))
-        system = str(turns[0]["content"] or "") if turns and turns[0]["role"] == "system" else ""
-    text = prompt if len(prompt) >= SHORT_QUESTION else f"{system}\n{prompt}"
+    prompt = "\n".join(texts(row, "user", "tool"))
+    text = prompt if len(prompt) >= SHORT_QUESTION else "\n".join([*(texts(row, "system") or [""])[:1], prompt])
     return hashlib.blake2b(" ".join(text.casefold().split()).encode(), digest_size=ID_BYTES).hexdigest()
 
 
 def comparison_text(row: Row) -> str:
     """All turns but the system text, which many rows share: what rows are compared by."""
-    if is_rendered(row):
-        return f"{row['input']}\n{row['target']}"
-    return "\n".join(str(turn["content"] or "") for turn in messages(row) if turn["role"] != "system")
+    return "\n".join(texts(row, "user", "assistant", "tool"))
 
 
 def content_id(messages: list[Message], tools: list[Message] | None = None) -> str:

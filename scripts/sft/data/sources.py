@@ -19,16 +19,7 @@ from sft.config.schema import DataSection, ReplaySection
 from sft.data import rows
 from sft.data.formats import Formats, make_row, rendered_record, to_line
 from sft.data.ledger import Ledger
-from sft.data.readers import (
-    COMPRESSED,
-    SUFFIXES,
-    Progress,
-    RawRow,
-    Section,
-    Source,
-    is_data_file,
-    open_source,
-)
+from sft.data.readers import COMPRESSED, SUFFIXES, Progress, RawRow, Section, Source, is_data_file, open_source
 from sft.data.rows import RowFault, dump_json
 from sft.data.split import position
 from sft.errors import DataError
@@ -46,15 +37,6 @@ class SourcePart:
     limit: int | None = None
     rows: int = 0
     taken: int = 0
-
-    @property
-    def kind(self) -> str:
-        """For the user: "JSON lines, CSV"."""
-        return ", ".join(dict.fromkeys(source.kind for source in self.sources))
-
-    @property
-    def encoding(self) -> str:
-        return ", ".join(dict.fromkeys(source.encoding for source in self.sources))
 
     def warnings(self) -> list[str]:
         """About the files, for the user."""
@@ -91,10 +73,7 @@ class SourcePart:
 
 
 def find_sources(data: DataSection, root: Path, raw_path: str | None = None) -> list[SourcePart]:
-    """What to process. raw_path: from the command line, so it counts from the working folder and wins.
-
-    Raises DataError: no such file, not rows, empty.
-    """
+    """What to process. raw_path: from the command line, so it counts from the working folder and wins."""
     if raw_path:
         return [open_part(raw_path, Path(raw_path), root, data)]
     if data.sources and not data.raw_path:
