@@ -63,15 +63,11 @@ def process(data: DataSection, root: Path, raw_path: str | None = None, on_progr
     raw_path counts from the working folder. Raises DataError (nothing to read, cannot write) or Rejected.
     """
     parts, target = find_sources(data, root, raw_path), resolve_path(root, data.processed_dir)
-    warnings = [line for part in parts for line in part.warnings()]
-    sources = [source for part in parts for source in part.sources]
-    ledger = Ledger(
-        ", ".join(dict.fromkeys(part.name for part in parts)),
-        ", ".join(dict.fromkeys(source.kind for source in sources)),
-        ", ".join(dict.fromkeys(source.encoding for source in sources)),
-        max_dropped=data.max_dropped,
-        warnings=warnings,
+    name, kind, encoding = (
+        ", ".join(dict.fromkeys(getattr(part, key) for part in parts)) for key in ("name", "kind", "encoding")
     )
+    ledger = Ledger(name, kind, encoding, max_dropped=data.max_dropped)
+    ledger.warnings = [line for part in parts for line in part.warnings()]
     ledger.splits = dict.fromkeys(split.ranges(data.split), 0)
     with store.replace_dir(target, FILES, "data.processed_dir") as staged:
         checks = RowChecks(data, root)

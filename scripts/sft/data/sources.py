@@ -38,6 +38,15 @@ class SourcePart:
     rows: int = 0
     taken: int = 0
 
+    @property
+    def kind(self) -> str:
+        """For the user: "JSON lines, CSV"."""
+        return ", ".join(dict.fromkeys(source.kind for source in self.sources))
+
+    @property
+    def encoding(self) -> str:
+        return ", ".join(dict.fromkeys(source.encoding for source in self.sources))
+
     def warnings(self) -> list[str]:
         """About the files, for the user."""
         lines = [line for source in self.sources for line in source.warnings]
