@@ -58,8 +58,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     split, rows, train = evaluate.held_out_rows(target.config, args.split, args.limit, root)
     console.say(f"{target.name}: {len(rows)} rows of the {split} split")
     with console.progress("answering") as advance:
-        opened = load.open_sides(target, sides, root)
-        evaluations = evaluate.evaluate_sides(opened, len(sides), rows, target.config, root, advance)
+        evaluations = evaluate.evaluate_sides(target, sides, rows, root, advance)
     result = predictions.merge_metrics(
         files.read_json(root / "outputs" / predictions.METRICS), run=target.name, split=split, rows=len(rows),
         sides={side: vars(evaluation) for side, evaluation in evaluations.items()},

@@ -44,8 +44,7 @@ def rows_of(root: Path, split: str = "test") -> list[dict[str, Any]]:
 def sides(
     target: serving.Target, names: list[str], rows: list[dict[str, Any]], root: Path, on_progress: Any = None
 ) -> dict[str, evaluate.Evaluation]:
-    opened = serving.open_sides(target, names, root)
-    return evaluate.evaluate_sides(opened, len(names), rows, target.config, root, on_progress)
+    return evaluate.evaluate_sides(target, names, rows, root, on_progress)
 
 
 def test_an_adapter_changes_the_answers_and_switched_off_gives_those_of_the_base(project: Path) -> None:

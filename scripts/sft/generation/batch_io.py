@@ -50,31 +50,30 @@ def _request(row: Row, system: str | None, where: str) -> Request:
     if "messages" in row:
         return _conversation(row, system, where)
     key = next((key for key in _QUESTION_KEYS if isinstance(row.get(key), str)), None)
-    extra = row["input"] if isinstance(row.get("input"), str) else None
-    if key is None and extra is None:
-        raise DataError(f"no question in this row (it has {', '.join(row) or 'nothing'})", where=where, fix=_SHAPE)
+    extra = row["input"] if isinstance(row.get("input"), str) else ""
+    if key is None and isinstance(row.get("input"), str):
+        return Request({"input": extra, "target": ""}, extra, row)
     if key is None:
-        return Request({"input": extra, "target": ""}, str(extra), row)
-    question = f"{row[key]}\n\n{extra}" if key == "instruction" and extra and extra.strip() else row[key]
-    own = {"messages": [{"role": "user", "content": question}]}
-    return replace(_conversation(own, row.get("system") or system, where), original=row)
+        raise DataError(f"no question in this row (it has {', '.join(row) or 'nothing'})", where=where, fix=_SHAPE)
+    question = f"{row[key]}\n\n{extra}" if key == "instruction" and extra.strip() else row[key]
+    turns = [{"role": "user", "content": question}]
+    return replace(_conversation({"messages": turns}, row.get("system") or system, where), original=row)
 
 
 def _conversation(row: Row, system: str | None, where: str) -> Request:
     turns = row["messages"]
     if not isinstance(turns, list) or not all(isinstance(turn, dict) and "role" in turn for turn in turns):
         raise DataError("messages is not a list of {role, content}", where=where)
-    turns = list(turns)
-    while turns and turns[-1]["role"] == "assistant":
-        turns.pop()
-    questions = [turn for turn in turns if turn["role"] == "user"]
+    questions = [at for at, turn in enumerate(turns) if turn["role"] == "user"]
     if not questions:
         raise DataError("messages has no question", where=where)
+    source = str(turns[questions[-1]].get("content") or "")
+    while turns[-1]["role"] == "assistant":
+        turns = turns[:-1]
     if system and turns[0]["role"] not in ("system", "developer"):
-        turns.insert(0, {"role": "system", "content": system})
+        turns = [{"role": "system", "content": system}, *turns]
     tools = rows.tools(row)
-    prompt = {"messages": turns} | ({"tools": tools} if tools else {})
-    return Request(prompt, str(questions[-1].get("content") or ""), row)
+    return Request({"messages": turns} | ({"tools": tools} if tools else {}), source, row)
 
 
 def write(path: Path, requests: Sequence[Request], answers: Sequence[Answer | None]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from sft.config.schema import Config
 from sft.data import rows as records
 from sft.data import store
 from sft.errors import ConfigError, DataError
-from sft.generation.engine import LoadedModel, warn_truncated
+from sft.generation.engine import LoadedModel, Progress, warn_truncated
+from sft.generation.load import Target, open_sides
 from sft.generation.stop import Answer
 from sft.metrics import scoring, text
 from sft.step import attention
@@ -25,37 +26,25 @@ log = logging.getLogger("sft.generation")
 Row = dict[str, Any]
 Message = dict[str, Any]
 Prompt = Callable[[Row], tuple[list[int], int]]  # a row's prompt ids, and how many oldest turns were removed
-Progress = Callable[[int, int], None]
 SPARE_SHOTS = 8  # examples beyond `eval.shots`: some may have the row's own question
 LOSS_TOKENS = 4096
 
 
 @dataclass(frozen=True)
 class Question:
-    """A row as a question: its prompt's ids, the question's text, and the reference answer.
+    """A row as a question: its prompt's ids, the question's text, the reference answer, and every correct answer.
 
-    turns_removed: oldest turns left out of a prompt that was too long. references: all correct answers, where they are
-    not those of the row. turn: which of the row's answers this is (0 the first), where all are evaluated.
+    id: the row's, and the number of the answer where all are evaluated. turns_removed: oldest turns left out of a
+    prompt that was too long.
     """
 
     row: Row
     ids: list[int]
     source: str
     reference: str
+    options: list[str]
+    id: str
     turns_removed: int = 0
-    references: tuple[str, ...] = ()
-    turn: int | None = None
-
-    @property
-    def options(self) -> list[str]:
-        """Every correct answer."""
-        return list(self.references) or records.references(self.row)
-
-    @property
-    def id(self) -> str:
-        """The row's id, and the number of the answer where all are evaluated."""
-        name = records.row_id(self.row)
-        return name if self.turn is None else f"{name}#{self.turn}"
 
 
 def questions(prompt: Prompt, rows: Sequence[Row], config: Config, root: Path) -> list[Question]:
@@ -106,7 +95,9 @@ def _of_row(prompt: Prompt, row: Row, config: Config, shots: Sequence[Row]) -> I
     if records.is_rendered(row):
         if config.eval.shots:
             raise ConfigError("rendered rows cannot have examples in front", where="eval.shots", fix="set it to 0")
-        yield Question(row, prompt(row)[0], str(row["input"]), records.reference(row))
+        yield Question(
+            row, prompt(row)[0], str(row["input"]), records.reference(row), records.references(row), records.row_id(row)
+        )
         return
     messages, places, tools = records.messages(row), answer_turns(row), records.tools(row)
     question = records.question(row).strip()
@@ -122,8 +113,8 @@ def _of_row(prompt: Prompt, row: Row, config: Config, shots: Sequence[Row]) -> I
         ids, removed = prompt({"messages": shown, "tools": tools})
         source = next((_text(turn) for turn in reversed(history) if turn["role"] == "user"), "")
         correct = records.references(row) if is_last and row.get("references") else [_text(messages[at])]
-        turn = number if config.eval.turns == "all" else None
-        yield Question(row, ids, source, _text(messages[at]), removed, tuple(correct), turn)
+        id_ = records.row_id(row) + (f"#{number}" if config.eval.turns == "all" else "")
+        yield Question(row, ids, source, _text(messages[at]), correct, id_, removed)
 
 
 def _text(turn: Message) -> str:
@@ -251,22 +242,21 @@ def metric_names(config: Config, root: Path) -> tuple[list[str], dict[str, Any] 
 
 
 def evaluate_sides(
-    opened: Iterable[tuple[str, LoadedModel]], count: int, rows: Sequence[Row], config: Config, root: Path,
-    on_progress: Progress | None = None,
-) -> dict[str, Evaluation]:  # fmt: skip
-    """Answers and scores the rows with each of the `count` sides that `load.open_sides` opens.
+    target: Target, sides: Sequence[str], rows: Sequence[Row], root: Path, on_progress: Progress | None = None
+) -> dict[str, Evaluation]:
+    """Answers and scores the rows with each of the sides ("tuned", "base").
 
-    Metric names and schema are checked before that. on_progress counts the answers of all sides together.
+    Metric names and schema are checked before a model is opened. on_progress counts the answers of all sides together.
     """
-    metric_names(config, root)
+    metric_names(target.config, root)
     result: dict[str, Evaluation] = {}
 
     def of_all(done: int, total: int) -> None:
         if on_progress is not None:
-            on_progress(len(result) * total + done, count * total)
+            on_progress(len(result) * total + done, len(sides) * total)
 
-    for side, loaded in opened:
-        result[side] = evaluate(loaded, rows, config, root, of_all)
+    for side, loaded in open_sides(target, sides, root):
+        result[side] = evaluate(loaded, rows, target.config, root, of_all)
         del loaded  # before the next side is opened
     return result
 
