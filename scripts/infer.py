@@ -64,12 +64,16 @@ def chat(loaded: Any, settings: Any, system: str | None, root: Path) -> None:
 
         console.out().print(Markdown(text), soft_wrap=False)
 
+    def show_status(text: str) -> None:
+        console.write(f"\r\x1b[2K{text}\r" if text else "\r\x1b[2K")
+
     session = ChatSession(
         loaded.stream, console.write, settings=settings, system=system, save_path=root / "outputs" / "chat.jsonl",
         count_tokens=lambda messages: len(loaded.encoder.prompt(messages)),
+        render=lambda messages: loaded.tokenizer.decode(loaded.encoder.prompt(messages)),
         base=loaded.stream_base if loaded.adapted else None,
         side_by_side=lambda base, tuned: console.table("", ["base", "tuned"], [[base, tuned]]),
-        markdown=markdown if on_terminal() else None,
+        **({"markdown": markdown, "status": show_status} if on_terminal() else {}),
     )  # fmt: skip
     name = str(loaded.name).removeprefix(f"{root}/")
     console.say(f"{name} on {loaded.device}; /help lists the commands")

@@ -119,7 +119,11 @@ def test_settings_are_checked_and_sampling_follows_from_a_temperature(tmp_path: 
     )
     assert (model.calls[0][1].temperature, model.calls[0][1].do_sample) == (0.4, True)
     assert "temperature = 0.4 (answers are sampled now)" in output
-    assert "temperature: Input should be greater than 0" in output and "/set takes one of max_new_tokens" in output
+    assert "temperature: expected a number (above 0), not -1\n" in output
+    assert (
+        "top_k: expected a whole number (at least 0), not x\n" in output
+        and "/set takes one of max_new_tokens" in output
+    )
     assert session.settings.temperature == 0.4
 
 
@@ -223,3 +227,36 @@ def test_markdown_is_a_switch_for_finished_answers(tmp_path: Path) -> None:
     assert rendered == [RAW] and output.count("<div>") == 1
     assert [turn["content"] for turn in session.turns if turn["role"] == "assistant"] == [RAW, RAW]
     assert "Markdown needs a terminal" in chat(tmp_path, "/markdown")[0]
+
+
+@pytest.mark.parametrize("word", ["/bye", "/exit", "exit", "Quit", " bye "])
+def test_every_usual_word_leaves(tmp_path: Path, word: str) -> None:
+    assert chat(tmp_path, "/?", word, "never read")[2].calls == []
+
+
+def test_a_long_prompt_is_announced_and_something_shows_before_the_first_piece(tmp_path: Path) -> None:
+    shown: list[str] = []
+
+    def slow(messages: list[dict[str, Any]], settings: GenerationSection, attempt: int) -> Iterator[str]:
+        assert shown[-1].startswith("reading ")
+        yield "answer"
+        assert shown[-1] == ""
+
+    def run(text: str, speed: float) -> str:
+        more: Any = {"model": slow, "count_tokens": lambda m: len(m[-1]["content"]), "status": shown.append}
+        return chat(tmp_path, text, reading_speed=speed, **more)[0]
+
+    assert run("short", 0.0) == "answer\n" and shown[0] == "reading 5 tokens ..."
+    assert run("x" * 2000, 0.0) == "(the model reads 2,000 tokens first; Ctrl-C stops it)\nanswer\n"
+    assert run("x" * 2000, 100.0).startswith("(the model reads 2,000 tokens first, which takes about 20 s; Ctrl-C")
+    assert run("x" * 2000, 1000.0) == "answer\n"
+
+
+def test_the_system_command_shows_what_the_template_adds(tmp_path: Path) -> None:
+    def render(messages: list[dict[str, Any]]) -> str:
+        return "".join(f"<{message['role']}>{message['content']}\n" for message in messages)
+
+    output = chat(tmp_path, "/system Be kind.", "hello", "/system", render=render)[0]
+    assert output.endswith(
+        "system: Be kind.\nwith the template, the model reads:\n<system>Be kind.\n<user>(your question)\n\n"
+    )

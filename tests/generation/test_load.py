@@ -119,6 +119,14 @@ def test_chat_batch_evaluation_and_training_generate_the_same_text(
     assert batch[0] in samples
 
 
+def test_a_question_longer_than_the_context_is_refused_in_a_chat(project: Path) -> None:
+    target = chosen(project, "generation.max_new_tokens=512")
+    served = serving.open_model(target.config, root=project)
+    for words, fix in ((100, r"/set max_new_tokens \d+"), (2000, "fix:   shorten it$")):
+        with pytest.raises(DataError, match=rf"(?s)this question is too long: .* the model reads 512.*{fix}"):
+            next(served.stream([{"role": "user", "content": "question " * words}], target.config.generation))
+
+
 def test_an_adapter_of_another_base_is_refused(project: Path, tmp_path: Path) -> None:
     other = tiny_models.tiny_qwen2(tmp_path / "other", seed=5)
     target = chosen(project, f"model.name={other}")

@@ -76,6 +76,12 @@ def test_a_chat_on_a_terminal(tmp_path: Path, tiny_qwen2: Path) -> None:
     chat.type("/compare again?\r")
     chat.until(r"base")
     chat.until(r"(?s)tuned.*you>")
-    chat.type("/exit\r")
+    chat.type("/set max_new_tokens 300\r")
+    chat.until(r"(?s)max_new_tokens = 300.*you>")
+    chat.type("again\r")
+    chat.until(r"([^\s\x1b]+ ?)\1{9}")
+    os.write(chat.fd, b"/undo\r/bye\r")  # typed while the model answers: shown and run after its answer
+    answer = chat.until(r"(?s)tokens/s\).*you>.*\(removed\)")
+    assert "reading" in answer and "/undo" not in answer.partition("tokens/s)")[0]
     assert chat.close() == 0
     assert "hello" in (root / "outputs" / ".chat_history").read_text()

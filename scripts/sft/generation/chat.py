@@ -8,6 +8,7 @@ import sys
 import time
 import unicodedata
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,19 @@ from typing import Any
 from pydantic import ValidationError
 
 from sft import files
+from sft.config.reference import table
 from sft.config.schema import GenerationSection
 from sft.errors import DataError, SftError
 
 Message = dict[str, Any]
 Answerer = Callable[[list[Message], GenerationSection, int], Iterator[str]]  # messages, settings, attempt
 PROMPT = "you> "
+LONG_PROMPT = 1000  # tokens from which a prompt is announced before it is read
+SLOW_PROMPT = 5.0  # seconds, the same once the speed of reading is known
 HELP = """\
-/help                 this list
+/help or /?           this list
 /reset                clear the conversation (the system text stays)
-/system [TEXT]        show the system text, or set it and start over; /system none removes it
+/system [TEXT]        show the system text and all that the template adds, or set it and start over; none removes it
 /set [KEY VALUE]      show or change a setting of `generation`, such as /set temperature 0.7
 /retry                answer the last question again
 /undo                 remove the last question and its answer
@@ -33,7 +37,7 @@ HELP = """\
 /tokens               number of tokens in the conversation
 /compare [QUESTION]   base and tuned answers side by side, to the last question or another; not part of the conversation
 /markdown             show finished answers as Markdown, or again the raw text as it streams
-/exit                 leave (also Ctrl-D)
+/exit or /bye         leave (also exit, quit, Ctrl-D)
 Ctrl-C stops an answer. A line that ends in \\ continues on the next one (so does Alt-Enter)."""
 
 
@@ -41,8 +45,9 @@ Ctrl-C stops an answer. A line that ends in \\ continues on the next one (so doe
 class ChatSession:
     """A conversation and its commands.
 
-    answer, base: stream the tuned model's and the base's answers. write: shows text. count_tokens: of a conversation.
-    side_by_side: shows a base and a tuned answer. markdown: renders a finished answer. None: not available.
+    answer, base: stream the tuned model's and the base's answers. write: shows text. count_tokens: of the prompt of a
+    conversation. render: the prompt as the model reads it. side_by_side: shows a base and a tuned answer. markdown:
+    renders a finished answer. status: shows a text until the next one, "" for none. None: not available.
     """
 
     answer: Answerer
@@ -51,12 +56,15 @@ class ChatSession:
     system: str | None = None
     save_path: Path = Path("outputs/chat.jsonl")
     count_tokens: Callable[[list[Message]], int] | None = None
+    render: Callable[[list[Message]], str] | None = None
     base: Answerer | None = None
     side_by_side: Callable[[str, str], None] | None = None
     markdown: Callable[[str], None] | None = None
+    status: Callable[[str], None] = lambda _: None
     turns: list[Message] = field(default_factory=list)
     attempt: int = 0
     as_markdown: bool = False
+    reading_speed: float = 0.0  # prompt tokens a second of the last answer; 0: not known
 
     @property
     def messages(self) -> list[Message]:
@@ -74,8 +82,9 @@ class ChatSession:
                 self.write("\n(/exit or Ctrl-D leaves)\n")
                 continue
             try:
-                if not self.handle(line):
-                    return
+                with _keys_wait():
+                    if not self.handle(line):
+                        return
             except SftError as error:
                 self.write(f"error: {error}\n")
             except KeyboardInterrupt:  # outside of an answer's own handling
@@ -85,6 +94,8 @@ class ChatSession:
     def handle(self, line: str) -> bool:
         """Answers a question or runs a command; false for /exit."""
         text = line.strip()
+        if text.lower() in ("exit", "quit", "bye", "/exit", "/quit", "/bye"):
+            return False
         if not text.startswith("/"):
             if text:
                 self.turns.append({"role": "user", "content": line.strip("\n")})
@@ -92,8 +103,7 @@ class ChatSession:
                 self._answer()
             return True
         name, _, argument = text[1:].partition(" ")
-        if name in ("exit", "quit"):
-            return False
+        name = "help" if name == "?" else name
         command = getattr(self, f"_do_{name}", None) if name.isalpha() else None
         if command is None:
             self.write(f"there is no command /{name}: /help lists them\n")
@@ -121,12 +131,23 @@ class ChatSession:
         self, answer: Answerer, messages: list[Message], pieces: list[str], show: Callable[[str], None] | None
     ) -> str:
         """Appends the answer's pieces to `pieces`, each shown at once; returns its speed, or that it was stopped."""
+        tokens = self.count_tokens(messages) if self.count_tokens else 0
+        expected = tokens / self.reading_speed if self.reading_speed else 0.0
+        if expected > SLOW_PROMPT or (not expected and tokens > LONG_PROMPT):
+            about = f", which takes about {expected:.0f} s" if expected else ""
+            self.write(f"(the model reads {tokens:,} tokens first{about}; Ctrl-C stops it)\n")
         started, stream = time.monotonic(), answer(messages, self.settings, self.attempt)
+        self.status(f"reading {tokens:,} tokens ..." if tokens else "reading ...")
         try:
             while True:
                 pieces.append(next(stream))
+                if len(pieces) == 1:
+                    self.reading_speed = tokens / max(time.monotonic() - started, 1e-9)
+                    self.status("")
                 if show is not None:
                     show(printable(pieces[-1]))
+                elif len(pieces) % 8 == 0:
+                    self.status(f"answering: {len(''.join(pieces).split())} words so far ...")
         except StopIteration as end:
             tokens = getattr(end.value, "tokens", 0)
             seconds = max(time.monotonic() - started, 1e-9)
@@ -134,6 +155,8 @@ class ChatSession:
         except KeyboardInterrupt:
             return " [stopped]"
         finally:
+            if show is None or not pieces:
+                self.status("")
             if close := getattr(stream, "close", None):
                 close()
 
@@ -150,6 +173,10 @@ class ChatSession:
             self.write("(system text set; the conversation starts over)\n")
         else:
             self.write(f"system: {self.system or '(none)'}\n")
+            if self.render is not None:
+                question = {"role": "user", "content": "(your question)"}
+                prompt = self.render([*self.messages[: bool(self.system)], question])
+                self.write(f"with the template, the model reads:\n{printable(prompt)}\n")
 
     def _do_set(self, argument: str) -> None:
         key, _, value = argument.partition(" ")
@@ -167,8 +194,8 @@ class ChatSession:
         sampling = {"do_sample": True} if key in ("temperature", "top_p", "top_k") else {}
         try:
             self.settings = GenerationSection.model_validate({**current, **sampling, key: parsed})
-        except ValidationError as error:
-            self.write(f"{key}: {error.errors()[0]['msg']}\n")
+        except ValidationError:
+            self.write(f"{key}: expected {table()[f'generation.{key}'].expected}, not {value}\n")
             return
         self.write(f"{key} = {json.dumps(parsed)}{' (answers are sampled now)' if sampling else ''}\n")
 
@@ -238,6 +265,24 @@ def printable(text: str) -> str:
 def on_terminal() -> bool:
     """Whether input and output are a terminal."""
     return sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
+
+
+@contextmanager
+def _keys_wait() -> Iterator[None]:
+    """On a terminal, keys typed within the block are not shown: they wait for the next prompt. Ctrl-C still stops."""
+    if not on_terminal():
+        yield
+        return
+    import termios
+
+    terminal = sys.stdin.fileno()
+    before = termios.tcgetattr(terminal)
+    silent = [*before[:3], before[3] & ~(termios.ECHO | termios.ICANON), *before[4:]]
+    termios.tcsetattr(terminal, termios.TCSANOW, silent)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(terminal, termios.TCSANOW, before)
 
 
 def line_reader(history: Path) -> Callable[[], str]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from sft.chat.encode import Encoder
 from sft.config.schema import GenerationSection
 from sft.data import rows
-from sft.errors import EnvironmentProblem
+from sft.errors import DataError, EnvironmentProblem
 from sft.generation import decode
 from sft.generation.decode import Decoder, DecodingSequence, choose_tokens, seeds
 from sft.generation.stop import Answer, IncrementalText, StopCriteria
@@ -28,6 +28,7 @@ from sft.step.step import out_of_memory, release_memory
 log = logging.getLogger("sft.generation")
 Message = dict[str, Any]
 Progress = Callable[[int, int], None]
+MIN_ANSWER = 16  # tokens, the least that a longer prompt is traded for
 
 
 @dataclass(frozen=True)
@@ -140,13 +141,19 @@ class LoadedModel:
 
         attempt: each draws with another seed. Closing the generator, or an exception in its consumer (Ctrl-C), ends the
         model's work at its next token. Families that our own loop does not decode give the whole answer at once.
+        Raises DataError if the system text and the newest question are longer than the model reads.
         """
         ids, removed = self.prompt(messages, settings)
         if removed:
             log.warning("the conversation is too long for the model: its oldest %d turns were left out", removed)
+        limit = self.max_prompt_tokens(settings)
+        if limit is not None and len(ids) > limit:
+            what = f"this question is too long: {len(ids):,} tokens with its system text, and the model reads {limit:,}"
+            left = (self.context_length() or 0) - len(ids)
+            raise DataError(what, fix=f"shorten it{f', or: /set max_new_tokens {left}' if left >= MIN_ANSWER else ''}")
         settings = settings.model_copy(update={"seed": settings.seed + attempt})
         stop = StopCriteria(self.tokenizer, self.encoder.stops, settings.stop)
-        (sequence,), (truncated,) = self._sequences([ids], settings)
+        (sequence,), _ = self._sequences([ids], settings)
         text, shown = IncrementalText(self.tokenizer), 0
         with self._answering():
             for _ in self._steps([sequence], settings, stop, 1):
@@ -156,7 +163,7 @@ class LoadedModel:
                     if certain > shown:
                         yield text.text[shown:certain]
                         shown = certain
-        answer = stop.answer(sequence.tokens, truncated)
+        answer = stop.answer(sequence.tokens)
         if rest := answer.text[shown:]:
             yield rest
         return answer
