@@ -44,10 +44,7 @@ MAX_KEYS = 20  # unread keys of a row that are reported
 
 
 class Parsed(NamedTuple):
-    """One row's turns and tools; of a rendered row `pair` is (input, target) and there are no turns.
-
-    references: all good answers, where the row has more than the one that is trained on.
-    """
+    """One row. pair: (input, target) of a rendered row, without turns. references: all good answers, if several."""
 
     messages: list[Message]
     tools: list[Message] | None = None
@@ -139,12 +136,8 @@ def make_row(raw: RawRow, formats: Formats, system_prompt: str | None) -> tuple[
     if parsed.references:
         extra["references"] = list(parsed.references)
     if parsed.pair:
-        source, target = parsed.pair
-        if not source.strip():
-            raise RowFault(NO_USER_TURN, "input is empty")
-        if not target.strip():
-            raise RowFault(EMPTY_ANSWER, "target is empty")
-        return rendered_record(source, target, origin=raw.origin, **extra), parsed.format
+        check_turns(_exchange(*parsed.pair))
+        return rendered_record(*parsed.pair, origin=raw.origin, **extra), parsed.format
     turns = parsed.messages
     if system_prompt and turns and turns[0]["role"] != "system":
         turns = [{"role": "system", "content": system_prompt}, *turns]
@@ -211,15 +204,10 @@ def _with_system(row: Row, names: Names, messages: list[Message]) -> list[Messag
     return messages[1:] if has_system and not messages[0]["content"] else messages
 
 
-def _turns_fit(row: Row, names: Names, key: str) -> bool:
-    """Whether the row has a list of turns whose first has the role under `key`: `from` (sharegpt) or `role`."""
-    name = _first(names, TURNS)
-    if name is None:
-        return False
-    turns = row[name]
-    if not isinstance(turns, list) or not turns or not isinstance(turns[0], dict):
-        return (name.lower() == "messages") == (key == "role")
-    return ("from" in turns[0]) == (key == "from")
+def _from_turns(row: Row, names: Names) -> bool:
+    """Whether the turns say `from` (sharegpt) and not `role`."""
+    turns = row[_first(names, TURNS) or ""]
+    return isinstance(turns, list) and bool(turns) and isinstance(turns[0], dict) and "from" in turns[0]
 
 
 def _read_turns(row: Row, names: Names) -> Parsed:
@@ -281,8 +269,10 @@ def _read_text(row: Row, names: Names) -> Parsed:
 
 # In this order: the first that fits is taken.
 FORMATS: dict[str, Format] = {
-    "sharegpt": Format((*TURNS, *TOOLS), lambda row, names: _turns_fit(row, names, "from"), _read_turns),
-    "messages": Format((*TURNS, *TOOLS), lambda row, names: _turns_fit(row, names, "role"), _read_turns),
+    "sharegpt": Format(
+        (*TURNS, *TOOLS), lambda row, names: bool(_first(names, TURNS)) and _from_turns(row, names), _read_turns
+    ),
+    "messages": Format((*TURNS, *TOOLS), lambda _, names: bool(_first(names, TURNS)), _read_turns),
     "chat": Format(
         ("user", "assistant"),
         lambda _, names: {"user", "assistant"} <= names.keys(),

@@ -106,9 +106,7 @@ class Ledger:
             lines.append(f"benchmarks whose rows were left out: {hits}")
         if replay := self.reports.get("replay"):
             lines.append(f"replay: {replay['taken']:,} rows of {replay['path']}, {replay['share']:.1%} of the mix")
-        if "balance" in self.reports and self.written:
-            lines.append(self.reports["balance"])
-        return lines
+        return [*lines, self.reports["balance"]] if self.written else lines
 
     def balanced(self) -> bool:
         """Whether every row read is either written or excluded."""

@@ -108,8 +108,6 @@ def normalize_tool_calls(value: Any, where: str) -> list[Message]:
     calls = []
     for call in _as_list(value, where, "tool call"):
         function = call.get("function", call) if isinstance(call, dict) else None
-        if isinstance(function, str) and isinstance(call, dict):
-            function = {"name": function, "arguments": call.get("arguments", {})}
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise RowFault(UNREADABLE, f"{where} has a tool call without a function's name")
         arguments = function.get("arguments", function.get("parameters", {}))
@@ -158,9 +156,7 @@ def _as_list(value: Any, where: str, what: str) -> list[Any]:
             value = parse_json(value) if value.strip() else None
         except RowFault as fault:
             raise RowFault(UNREADABLE, f"{where}: the {what} is not JSON ({fault.detail})") from None
-    if value is None:
-        return []
-    return value if isinstance(value, list) else [value]
+    return [] if value is None else value if isinstance(value, list) else [value]
 
 
 def _object_in(text: str) -> Any:

@@ -84,15 +84,11 @@ def process(data: DataSection, root: Path, raw_path: str | None = None, on_progr
         for name, number in moved.items():
             row_id = f"{rows[number].id:016x}"
             ledger.warnings.append(f"{name} had no row by its share: the nearest one was moved to it (id {row_id})")
-        ledger.warnings += split.share_warnings(ledger.splits, data.split)
         held_out = {row.prompt for row, place in zip(rows, places, strict=True) if place in ("val", "test")}
+        ledger.warnings += split.share_warnings(ledger.splits, data.split)
         add_replay(data, root, staged, ledger, lambda row: checks.check_replay(row, held_out))
         for name in [name for name, count in ledger.splits.items() if count == 0]:
             (staged / f"{name}.jsonl").unlink()
-            why = "its share is small, and rows with the same question, or that belong together, stay in one split"
-            if ledger.written < split.MIN_ROWS:
-                why = f"{ledger.written} rows are too few to split"
-            ledger.warnings.append(f"{name} is empty: {why}")
         if not ledger.balanced():
             raise AssertionError("the ledger does not add up")
         files.write_json(staged / "ledger.json", ledger.to_json())
@@ -266,29 +262,14 @@ def _reports(rows: list[Pending], pairs: Pairs, places: Places, checks: RowCheck
         groups = [row.group for row in rows if row.group is not None]
         reports["groups"] = {"by": by, "groups": len(set(groups)), "without": len(rows) - len(groups)}
     if checks.near is not None:
-        clusters = _clusters(pairs)
         reports["near_duplicates"] = {
             "mode": data.near_duplicates,
             "threshold": data.near_duplicate_threshold,
             "pairs": len(pairs),
-            "clusters": len(clusters),
-            "rows_in_clusters": sum(map(len, clusters)),
-            "largest_cluster": max(map(len, clusters), default=0),
+            "rows_in_clusters": len({number for pair in pairs for number in pair}),
             "examples": [[f"{rows[number].id:016x}" for number in pair] for pair in pairs[:EXAMPLES]],
         }
     return reports
-
-
-def _clusters(pairs: Pairs) -> list[set[int]]:
-    """The rows that pairs connect."""
-    cluster_of: dict[int, set[int]] = {}
-    for later, earlier in pairs:
-        clusters = (cluster_of.setdefault(later, {later}), cluster_of.setdefault(earlier, {earlier}))
-        small, large = sorted(clusters, key=len)
-        if small is not large:
-            large |= small
-            cluster_of.update(dict.fromkeys(small, large))
-    return list({id(cluster): cluster for cluster in cluster_of.values()}.values())
 
 
 def _row_warnings(reports: dict[str, Any], checks: RowChecks) -> list[str]:
@@ -302,9 +283,8 @@ def _row_warnings(reports: dict[str, Any], checks: RowChecks) -> list[str]:
         warnings.append(f"no row has the key data.split.group_by={by}")
     near = reports.get("near_duplicates")
     if near and near["pairs"]:
-        how = "the first of each stays" if near["mode"] == "drop" else "all stay, each cluster in one split"
-        rows = f"{near['rows_in_clusters']:,} rows are near duplicates of another ({near['clusters']:,} clusters)"
-        warnings.append(f"{rows}; {how}")
+        how = "the first of each stays" if near["mode"] == "drop" else "all stay, similar ones in one split"
+        warnings.append(f"{near['rows_in_clusters']:,} rows are near duplicates of another; {how}")
     for name, counts in reports["leaks"].items():
         if leaks := [f"{count:,} ({kind})" for kind, count in counts.items() if count]:
             fix = "keep such rows together: data.near_duplicates=report, or data.split.group_by=KEY"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -50,8 +51,12 @@ def parse_json(text: str) -> Any:
         raise RowFault(UNREADABLE, "an integer of more than 4,300 digits") from None
     if text.count("{") + text.count("[") > MAX_DEPTH and _deeper_than(value, MAX_DEPTH):
         raise RowFault(UNREADABLE, f"nested deeper than {MAX_DEPTH} levels")
-    if ("\\ud" in text or "\\uD" in text) and not is_encodable(json.dumps(value, ensure_ascii=False)):
-        raise RowFault(UNREADABLE, "half a surrogate pair (\\ud800-\\udfff): the text was cut inside a character")
+    try:
+        if "\\ud" in text or "\\uD" in text:
+            dump_json(value)
+    except UnicodeEncodeError:
+        what = "half a surrogate pair (\\ud800-\\udfff): the text was cut inside a character"
+        raise RowFault(UNREADABLE, what) from None
     return value
 
 
@@ -68,20 +73,10 @@ def _deeper_than(value: Any, levels: int) -> bool:
     return items is not None and (levels == 0 or any(_deeper_than(item, levels - 1) for item in items))
 
 
-def is_encodable(text: str) -> bool:
-    """Whether UTF-8 can hold `text`: it has no half surrogate pair."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row = dict(pairs)
     if len(row) != len(pairs):
-        keys = [key for key, _ in pairs]
-        repeated = next(key for index, key in enumerate(keys) if key in keys[:index])
+        repeated = Counter(key for key, _ in pairs).most_common(1)[0][0]
         raise RowFault(UNREADABLE, f"the key {repeated[:80]!r} is given twice")
     return row
 

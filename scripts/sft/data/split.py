@@ -60,16 +60,19 @@ def fill_empty(places: list[Any], prompts: list[int], fixed: set[int], split: Sp
 
 
 def share_warnings(counts: dict[str, int], split: SplitSection) -> list[str]:
-    """A warning for each split that is far from its share, because many rows share a question and stay together."""
+    """A warning for each split that is empty, or far from its share because many rows share a question."""
     total, warnings = sum(counts.values()), []
+    together = "rows with the same question, or that belong together, stay in one split"
     for name, (start, end) in ranges(split).items():
         expected = (end - start) * total
+        if not counts[name]:
+            why = f"its share is small, and {together}" if total >= MIN_ROWS else f"{total} rows are too few to split"
+            warnings.append(f"{name} is empty: {why}")
         if min(expected, total - expected) >= MIN_JUDGED and not (
             expected / 2 <= counts[name] <= (total + expected) / 2
         ):
             warnings.append(
-                f"{name} has {counts[name] / total:.1%} of the rows, not {end - start:.0%}: rows with the same"
-                " question, or that belong together, stay in one split; try another data.split.seed, or"
-                " data.split.group_by=KEY"
+                f"{name} has {counts[name] / total:.1%} of the rows, not {end - start:.0%}: {together};"
+                " try another data.split.seed, or data.split.group_by=KEY"
             )
     return warnings
