@@ -18,14 +18,15 @@ from sft import console
 
 def parser() -> argparse.ArgumentParser:
     flags = console.parser(__doc__)
-    flags.add_argument("--adapters", type=Path, nargs="+", default=[], metavar="DIR", help="adapters, or whole models")
-    flags.add_argument("--split", choices=["val", "test"], help="which rows (default: test if there is one, else val)")
-    flags.add_argument("--limit", type=int, metavar="N", help="only the first N rows; 0: all (default: eval.limit)")
-    flags.add_argument("--general", metavar="FILE", help="general questions instead of ours, or `none`")
-    flags.add_argument("--judge-url", metavar="URL", help="an OpenAI-style address, such as http://localhost:8000/v1")
-    flags.add_argument("--judge-model", metavar="NAME", help="the model's name at that address")
-    flags.add_argument("--judge-limit", type=int, default=50, metavar="N", help="rows to judge (default 50; 0: all)")
-    flags.add_argument("--seed", type=int, default=0, help="seed of the bootstrap (default 0)")
+    add = flags.add_argument
+    add("--adapters", type=Path, nargs="+", default=[], metavar="DIR", help="adapters, or whole models")
+    add("--split", choices=["val", "test"], help="which rows (default: test if there is one, else val)")
+    add("--limit", type=int, metavar="N", help="only the first N rows; 0: all (default: eval.limit)")
+    add("--general", metavar="FILE", help="general questions instead of ours, or `none`")
+    add("--judge-url", metavar="URL", help="an OpenAI-style address, such as http://localhost:8000/v1")
+    add("--judge-model", metavar="NAME", help="the model's name at that address")
+    add("--judge-limit", type=int, default=50, metavar="N", help="rows to judge (default 50; 0: all)")
+    add("--seed", type=int, default=0, help="seed of the bootstrap (default 0)")
     return flags
 
 

@@ -22,11 +22,10 @@ log = logging.getLogger("sft.model")
 
 def parser() -> argparse.ArgumentParser:
     flags = console.parser(__doc__)
-    flags.add_argument("--model", metavar="NAME", help="hub id (default: the config's model.name)")
-    flags.add_argument("--revision", metavar="REV", help="branch, tag or commit (default: the config's, else main)")
-    flags.add_argument(
-        "--allow-pickle", action="store_true", help="convert a local folder's pytorch_model.bin to safetensors"
-    )
+    add = flags.add_argument
+    add("--model", metavar="NAME", help="hub id (default: the config's model.name)")
+    add("--revision", metavar="REV", help="branch, tag or commit (default: the config's, else main)")
+    add("--allow-pickle", action="store_true", help="convert a folder's pytorch_model.bin to safetensors")
     return flags
 
 

@@ -20,19 +20,16 @@ from sft import console
 
 def parser() -> argparse.ArgumentParser:
     flags = console.parser(__doc__)
-    flags.add_argument("--split", choices=["val", "test"], default="val", help="which rows (default: val)")
-    flags.add_argument("--limit", type=int, metavar="N", help="only the first N rows; 0: all (default: eval.limit)")
-    flags.add_argument(
-        "--base", action="store_true", help="score only the base; earlier scores of the tuned model stay"
-    )
-    flags.add_argument("--both", action="store_true", help="score the base and the tuned model")
-    flags.add_argument("--adapters", type=Path, metavar="DIR", help="an adapter (default: the newest run's)")
-    flags.add_argument("--merged", type=Path, metavar="DIR", help="a folder of merged weights")
-    flags.add_argument("--metrics", metavar="A,B", help="metrics instead of eval.metrics")
-    flags.add_argument("--samples", type=int, default=0, metavar="N", help="print N answers")
-    flags.add_argument(
-        "--predictions", type=Path, metavar="FILE", help="score the answers in this file; loads no model"
-    )
+    add = flags.add_argument
+    add("--split", choices=["val", "test"], default="val", help="which rows (default: val)")
+    add("--limit", type=int, metavar="N", help="only the first N rows; 0: all (default: eval.limit)")
+    add("--base", action="store_true", help="score only the base; the tuned scores stay")
+    add("--both", action="store_true", help="score the base and the tuned model")
+    add("--adapters", type=Path, metavar="DIR", help="an adapter (default: the newest run's)")
+    add("--merged", type=Path, metavar="DIR", help="a folder of merged weights")
+    add("--metrics", metavar="A,B", help="metrics instead of eval.metrics")
+    add("--samples", type=int, default=0, metavar="N", help="print N answers")
+    add("--predictions", type=Path, metavar="FILE", help="score the answers in this file, without a model")
     return flags
 
 

@@ -28,16 +28,13 @@ NEXT = {
 
 def parser() -> argparse.ArgumentParser:
     flags = console.parser(__doc__)
-    flags.add_argument("--format", choices=["gguf", "ollama", "hf"], default="gguf", help="default: gguf")
-    flags.add_argument(
-        "--type", choices=["f16", "q8_0", "bf16", "f32"], default="f16", help="dtype of the weights (default: f16)"
-    )
+    add = flags.add_argument
+    add("--format", choices=["gguf", "ollama", "hf"], default="gguf", help="default: gguf")
+    add("--type", choices=["f16", "q8_0", "bf16", "f32"], default="f16", help="of the weights (default: f16)")
     source = flags.add_mutually_exclusive_group()
     source.add_argument("--adapters", metavar="DIR", type=Path, help="an adapter (default: the newest run's)")
-    source.add_argument(
-        "--merged", metavar="DIR", type=Path, help="full weights: a merged model, or the result of a full fine-tune"
-    )
-    flags.add_argument("--out", metavar="DIR", type=Path, help="default: outputs/export/RUN-FORMAT")
+    source.add_argument("--merged", metavar="DIR", type=Path, help="a merged model, or a full fine-tune")
+    add("--out", metavar="DIR", type=Path, help="default: outputs/export/RUN-FORMAT")
     return flags
 
 

@@ -16,13 +16,14 @@ from sft import console
 
 def parser() -> argparse.ArgumentParser:
     flags = console.parser(__doc__)
-    flags.add_argument("--mode", choices=["interactive", "batch"], help="default: batch with --input_file")
-    flags.add_argument("--input_file", type=Path, metavar="F", help="questions: .txt (lines) or .jsonl (rows)")
-    flags.add_argument("--output_file", type=Path, metavar="F", help="answers: .txt or .jsonl")
-    flags.add_argument("--adapters", type=Path, metavar="DIR", help="an adapter (default: the newest run's)")
-    flags.add_argument("--base", action="store_true", help="only the base model")
-    flags.add_argument("--merged", type=Path, metavar="DIR", help="a folder of merged weights")
-    flags.add_argument("--system", metavar="TEXT", help="system text (default: the one the run was trained with)")
+    add = flags.add_argument
+    add("--mode", choices=["interactive", "batch"], help="default: batch with --input_file")
+    add("--input_file", type=Path, metavar="F", help="questions: .txt (lines) or .jsonl (rows)")
+    add("--output_file", type=Path, metavar="F", help="answers: .txt or .jsonl")
+    add("--adapters", type=Path, metavar="DIR", help="an adapter (default: the newest run's)")
+    add("--base", action="store_true", help="only the base model")
+    add("--merged", type=Path, metavar="DIR", help="a folder of merged weights")
+    add("--system", metavar="TEXT", help="system text (default: the one the run was trained with)")
     return flags
 
 

@@ -27,14 +27,13 @@ Scores = dict[str, float]
 
 def parser() -> argparse.ArgumentParser:
     arguments = console.parser(__doc__)
-    arguments.add_argument("--tasks", required=True, metavar="A,B", help="names of the harness's tasks, or YAML files")
-    arguments.add_argument("--adapters", type=Path, metavar="DIR", help="an adapter (default: the newest run's)")
-    arguments.add_argument("--limit", type=int, metavar="N", help="the first N questions of each task")
-    arguments.add_argument("--chat", action="store_true", help="apply the chat template to the questions")
-    arguments.add_argument("--tuned-only", action="store_true", help="do not evaluate the base")
-    arguments.add_argument(
-        "options", nargs="*", metavar="-- OPTION", help="arguments of lm_eval.simple_evaluate: --num_fewshot 0"
-    )
+    add = arguments.add_argument
+    add("--tasks", required=True, metavar="A,B", help="names of the harness's tasks, or YAML files")
+    add("--adapters", type=Path, metavar="DIR", help="an adapter (default: the newest run's)")
+    add("--limit", type=int, metavar="N", help="the first N questions of each task")
+    add("--chat", action="store_true", help="apply the chat template to the questions")
+    add("--tuned-only", action="store_true", help="do not evaluate the base")
+    add("options", nargs="*", metavar="-- OPTION", help="arguments of lm_eval.simple_evaluate: --num_fewshot 0")
     return arguments
 
 

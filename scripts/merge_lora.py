@@ -21,13 +21,12 @@ from sft import console
 
 def parser() -> argparse.ArgumentParser:
     flags = console.parser(__doc__)
-    flags.add_argument("--adapters", metavar="DIR", type=Path, help="the adapter's folder (default: adapters/last)")
-    flags.add_argument(
-        "--out", metavar="DIR", type=Path, help="folder of the merged model (default: outputs/merged_DTYPE)"
-    )
-    flags.add_argument("--dtype", choices=["fp16", "bf16", "fp32"], default="fp16", help="its dtype (default: fp16)")
-    flags.add_argument("--test", action="store_true", help="do not merge: load --out and generate an answer")
-    flags.add_argument("--prompt", help="the question for --test (default: the first held-out row of its run)")
+    add = flags.add_argument
+    add("--adapters", metavar="DIR", type=Path, help="the adapter's folder (default: adapters/last)")
+    add("--out", metavar="DIR", type=Path, help="the result (default: outputs/merged_DTYPE)")
+    add("--dtype", choices=["fp16", "bf16", "fp32"], default="fp16", help="its dtype (default: fp16)")
+    add("--test", action="store_true", help="do not merge: load --out and generate an answer")
+    add("--prompt", help="the question for --test (default: the first held-out row of its run)")
     return flags
 
 

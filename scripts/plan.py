@@ -21,14 +21,10 @@ from sft import console
 
 def build_parser() -> argparse.ArgumentParser:
     parser = console.parser(__doc__)
-    parser.add_argument("--gpu", metavar="CARD", help='`8GiB`, `"RTX 4060"` or `cpu` (default: this machine)')
-    parser.add_argument(
-        "--models",
-        metavar="NAME",
-        nargs="*",
-        help="show which of these models fit: names, a file of names, or the shipped list",
-    )
-    parser.add_argument("--png", metavar="FILE", type=Path, help="draw where the memory goes")
+    add = parser.add_argument
+    add("--gpu", metavar="CARD", help='`8GiB`, `"RTX 4060"` or `cpu` (default: this machine)')
+    add("--models", metavar="NAME", nargs="*", help="which of these fit: names, a file of names, or the shipped list")
+    add("--png", metavar="FILE", type=Path, help="draw where the memory goes")
     return parser
 
 

@@ -19,10 +19,11 @@ from sft import console
 
 def parser() -> argparse.ArgumentParser:
     flags = console.parser(__doc__, config=False)
-    flags.add_argument("--repo", metavar="NAME/MODEL", required=True, help="the repository on the hub")
-    flags.add_argument("--folder", metavar="DIR", type=Path, help="an export (default: the newest in outputs/export)")
-    flags.add_argument("--public", action="store_true", help="make the repository public (default: private)")
-    flags.add_argument("--dry-run", action="store_true", help="list the files, upload nothing")
+    add = flags.add_argument
+    add("--repo", metavar="NAME/MODEL", required=True, help="the repository on the hub")
+    add("--folder", metavar="DIR", type=Path, help="an export (default: the newest in outputs/export)")
+    add("--public", action="store_true", help="make the repository public (default: private)")
+    add("--dry-run", action="store_true", help="list the files, upload nothing")
     return flags
 
 

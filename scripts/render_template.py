@@ -18,10 +18,11 @@ from sft import console
 
 def parser() -> argparse.ArgumentParser:
     result = console.parser(__doc__)
-    result.add_argument("--in", dest="source", metavar="FILE", help="one file of rows (default: every split)")
-    result.add_argument("--out", dest="target", metavar="FILE", help="file for the rendered rows; needed with --in")
-    result.add_argument("--tokenizer", metavar="DIR", help="a folder of tokenizer files instead of model.name")
-    result.add_argument("--template", metavar="NAME|FILE", help="a chat template instead of data.template_path")
+    add = result.add_argument
+    add("--in", dest="source", metavar="FILE", help="one file of rows (default: every split)")
+    add("--out", dest="target", metavar="FILE", help="file for the rendered rows; needed with --in")
+    add("--tokenizer", metavar="DIR", help="a folder of tokenizer files instead of model.name")
+    add("--template", metavar="NAME|FILE", help="a chat template instead of data.template_path")
     return result
 
 

@@ -21,11 +21,7 @@ LIMIT = 10_000
 def parser() -> argparse.ArgumentParser:
     flags = console.parser(__doc__)
     flags.add_argument(
-        "--limit",
-        type=int,
-        default=LIMIT,
-        metavar="N",
-        help=f"rows to tokenise, a seeded sample (0: all; default {LIMIT:,})",
+        "--limit", type=int, default=LIMIT, metavar="N", help=f"rows to tokenise (0: all; default {LIMIT:,})"
     )
     flags.add_argument("--out", type=Path, metavar="FILE", help="the page (default: outputs/reports/data.html)")
     return flags

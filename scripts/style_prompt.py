@@ -19,10 +19,11 @@ MODES = ("replace", "prepend", "append", "fill")
 
 def build_parser() -> argparse.ArgumentParser:
     parser = console.parser(__doc__)
-    parser.add_argument("--style", metavar="TEXT", help="a sentence of your own, or a preset's name")
-    parser.add_argument("--mode", choices=MODES, default="replace", help="what happens to an existing system text")
-    parser.add_argument("--in", dest="source", metavar="F", help="one file of rows (default: every processed split)")
-    parser.add_argument("--out", dest="target", metavar="F", help="file for the styled rows; needed with --in")
+    add = parser.add_argument
+    add("--style", metavar="TEXT", help="a sentence of your own, or a preset's name")
+    add("--mode", choices=MODES, default="replace", help="what happens to an existing system text")
+    add("--in", dest="source", metavar="F", help="one file of rows (default: every processed split)")
+    add("--out", dest="target", metavar="F", help="file for the styled rows; needed with --in")
     return parser
 
 

@@ -16,9 +16,10 @@ from sft import console
 
 def parser() -> argparse.ArgumentParser:
     flags = console.parser(__doc__, config=False)
-    flags.add_argument("action", choices=["start", "stop", "clean", "open"])
-    flags.add_argument("--port", type=int, default=6006, help="port on 127.0.0.1 (default 6006)")
-    flags.add_argument("--force", action="store_true", help="clean without asking")
+    add = flags.add_argument
+    add("action", choices=["start", "stop", "clean", "open"])
+    add("--port", type=int, default=6006, help="port on 127.0.0.1 (default 6006)")
+    add("--force", action="store_true", help="clean without asking")
     return flags
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from sft import files, runs
@@ -39,12 +40,11 @@ def sections(context: CheckContext) -> Iterator[tuple[str, list[str]]]:
 
 def _kit(root: Path) -> list[str]:
     git = ["git", "-C", str(PROJECT), "log", "-1", "--format=%h %cs"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        commit = "no git"
-    now = time.strftime("%Y-%m-%d %H:%M %Z")
-    return [f"sft-play {commit} at {root}, {now}", f"Python {sys.version.split()[0]} ({sys.executable})"]
+    commit = ""
+    with suppress(OSError, subprocess.SubprocessError):
+        commit = subprocess.run(git, capture_output=True, text=True, timeout=5, check=False).stdout.strip()
+    kit = f"sft-play {commit or 'without git'} at {root}, {time.strftime('%Y-%m-%d %H:%M %Z')}"
+    return [kit, f"Python {sys.version.split()[0]} ({sys.executable})"]
 
 
 def _packages() -> list[str]:
