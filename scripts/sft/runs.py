@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from sft.config.schema import Config
 
 RESOLVED, FINISHED, LOCK, PAUSE, SAVE = "config.resolved.yaml", "finished.json", "lock", "pause", "save"
+FINGERPRINT = "backend.json"  # of a run and a checkpoint: the settings that its weights depend on
 SERVING = "serving.json"  # of an adapter or model: {"system": the system text that all training rows share}
 _RESERVED = {"tb", "last", ""}
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")

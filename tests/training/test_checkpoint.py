@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from sft import files
 from sft.errors import RunError
 from sft.training import checkpoint
 
@@ -14,13 +15,13 @@ WAS |= {"objective": "response"}
 
 
 def test_the_same_settings_are_accepted(tmp_path: Path) -> None:
-    checkpoint.write_fingerprint(tmp_path, WAS)
+    files.write_json(tmp_path / checkpoint.FINGERPRINT, WAS)
     assert checkpoint.check_fingerprint(tmp_path, dict(WAS)) == []
 
 
 @pytest.mark.parametrize("change", [{"backend": "unsloth"}, {"base_model": "c/d"}, {"precision": "fp16"}])
 def test_another_backend_base_or_precision_is_refused_showing_both(tmp_path: Path, change: dict[str, str]) -> None:
-    checkpoint.write_fingerprint(tmp_path, WAS)
+    files.write_json(tmp_path / checkpoint.FINGERPRINT, WAS)
     (key, value), *_ = change.items()
     with pytest.raises(RunError) as caught:
         checkpoint.check_fingerprint(tmp_path, WAS | change, allowed=[key])
@@ -29,7 +30,7 @@ def test_another_backend_base_or_precision_is_refused_showing_both(tmp_path: Pat
 
 
 def test_every_difference_is_shown_and_other_changes_can_be_accepted(tmp_path: Path) -> None:
-    checkpoint.write_fingerprint(tmp_path, WAS)
+    files.write_json(tmp_path / checkpoint.FINGERPRINT, WAS)
     now = WAS | {"seed": 1, "data": {"train.jsonl": "11"}}
     with pytest.raises(RunError) as caught:
         checkpoint.check_fingerprint(tmp_path, now, allowed=["seed"])
@@ -47,7 +48,9 @@ def test_a_missing_fingerprint_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_run_from_before_objectives_existed_has_the_default_one(tmp_path: Path) -> None:
-    checkpoint.write_fingerprint(tmp_path, {key: value for key, value in WAS.items() if key != "objective"})
+    files.write_json(
+        tmp_path / checkpoint.FINGERPRINT, {key: value for key, value in WAS.items() if key != "objective"}
+    )
     assert checkpoint.check_fingerprint(tmp_path, WAS) == []
     with pytest.raises(RunError, match="objective: was response, is other"):
         checkpoint.check_fingerprint(tmp_path, {**WAS, "objective": "other"})

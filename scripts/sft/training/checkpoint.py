@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import json
 import logging
-import random
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from sft import files
+from sft import files, runs
 from sft.errors import EnvironmentProblem, RunError
 from sft.model import adapters
 from sft.runs import Run, step_of
@@ -28,7 +26,7 @@ from sft.step.step import out_of_memory, release_memory
 
 log = logging.getLogger("sft.training")
 OPTIMIZER, RNG, SCHEDULER, SCALER = "optimizer.pt", "rng.pt", "scheduler.json", "scaler.json"
-PROGRESS, FINGERPRINT = "trainer_state.json", "backend.json"
+PROGRESS, FINGERPRINT = "trainer_state.json", runs.FINGERPRINT
 OLD_SESSION = "session.json"  # the second half of the progress in checkpoints of earlier versions
 
 
@@ -199,12 +197,8 @@ def restore_optimizer(checkpoint: Path, optimizer: Any, scheduler: Any) -> None:
 
 
 def random_state() -> dict[str, Any]:
-    """The states of Python's, NumPy's, torch's and every visible GPU's generator, as numbers and tensors: no pickle."""
-    version, numbers, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    """The states of torch's generators, of the CPU and of every visible GPU: nothing else draws while training."""
     return {
-        "python": [version, list(numbers), gauss],
-        "numpy": [str(name), [int(key) for key in keys], int(position), int(has_gauss), float(cached)],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
@@ -212,10 +206,6 @@ def random_state() -> dict[str, Any]:
 
 def restore_random_state(saved: dict[str, Any]) -> None:
     """Restores what `random_state` returned; warns where the GPUs are not those of then."""
-    version, numbers, gauss = saved["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    name, keys, position, has_gauss, cached = saved["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
     torch.set_rng_state(saved["torch"])
     visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for device, state in enumerate(saved["cuda"][:visible]):
@@ -247,11 +237,6 @@ CONSEQUENCES = {
     ),
 }
 NEVER_ALLOWED = {"backend", "mode", "kind", "base_model", "precision", "lora", "optim"}
-
-
-def write_fingerprint(folder: Path, fingerprint: dict[str, Any]) -> None:
-    """Records the settings that checkpoints depend on in a run's or a checkpoint's folder."""
-    files.write_json(folder / FINGERPRINT, fingerprint)
 
 
 def check_fingerprint(folder: Path, fingerprint: dict[str, Any], allowed: Iterable[str] = ()) -> list[str]:

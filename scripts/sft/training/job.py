@@ -114,10 +114,8 @@ class Job:
 
     def write_settings(self, folder: Path) -> None:
         """Writes the resolved config and the fingerprint, which are stored wherever weights are."""
-        from sft.training.checkpoint import write_fingerprint
-
         runs.write_resolved(folder, self.config)
-        write_fingerprint(folder, self.fingerprint())
+        files.write_json(folder / runs.FINGERPRINT, self.fingerprint())
 
 
 # -- before the weights are loaded -------------------------------------------------------------------------------------
@@ -246,35 +244,20 @@ def make_schedule(config: Config, rows: int, *, validation: bool) -> Schedule:
     """The schedule of a resolved config for `rows` training rows. Raises ConfigError."""
     from sft.training.loop import Schedule
 
-    train, notes = config.train, []
+    train = config.train
     per_epoch = math.ceil(rows / int(train.effective_batch))
     total = train.max_steps or max(1, math.ceil(float(train.epochs) * per_epoch))
     evaluates = train.eval_strategy != "no" and validation
     if train.eval_strategy != "no" and not validation:
-        notes.append("no evaluation while training: there are no validation rows")
-    if train.load_best_model_at_end and not evaluates:
-        notes.append("the last checkpoint is the result: without evaluation there is no best one")
+        log.info("no evaluation while training, as there are no validation rows: the last weights are the result")
     if train.early_stopping.enabled is True and not evaluates:
         raise ConfigError(
             "train.early_stopping needs an evaluation while training, and there is none",
             where="train.early_stopping.enabled",
             fix="--set train.eval_strategy=epoch with validation rows, or switch early stopping off",
         )
-    return Schedule(
-        steps_per_epoch=per_epoch,
-        total_steps=total,
-        warmup_steps=math.ceil(train.warmup_ratio * total) if train.warmup_steps is None else train.warmup_steps,
-        log_every=config.logging.log_interval,
-        evaluate=train.eval_strategy if evaluates else "no",
-        eval_steps=train.eval_steps or train.save_steps,
-        save=train.save_strategy if train.save_strategy != "auto" else "no",
-        save_steps=train.save_steps,
-        metric=_best_metric(config) if evaluates else None,
-        greater_is_better=bool(train.greater_is_better),
-        load_best=train.load_best_model_at_end and evaluates,
-        min_stop_rate=train.min_stop_rate if evaluates else 0.0,
-        notes=tuple(notes),
-    )
+    warmup_steps = math.ceil(train.warmup_ratio * total) if train.warmup_steps is None else train.warmup_steps
+    return Schedule(per_epoch, total, warmup_steps, _best_metric(config) if evaluates else None)
 
 
 def _best_metric(config: Config) -> str:
@@ -321,7 +304,7 @@ def describe(job: Job, opened: OpenRun) -> list[str]:
     for name in SHOWN:
         reason = job.reasons.get(f"train.{name}", "")
         lines.append(f"  {name:<24}{getattr(config.train, name)!s:<14}  {reason}")
-    return [line.rstrip() for line in lines] + [f"note: {note}" for note in schedule.notes]
+    return [line.rstrip() for line in lines]
 
 
 def as_json(job: Job, opened: OpenRun) -> dict[str, Any]:
@@ -467,16 +450,13 @@ class SampleAnswers:
         shares = distributed.all_gather(dict(zip(mine, generated, strict=True)))
         by_index = {index: answer for share in shares for index, answer in share.items()}
         answers = [by_index[index] for index in range(len(self.questions))]
-        samples = "\n\n---\n\n".join(
-            f"**question**\n\n{_quoted(question.source)}\n\n**answer**\n\n{_quoted(answer.text)}\n\n**reference**\n\n"
-            f"{_quoted(question.reference)}"
-            for question, answer in list(zip(self.questions, answers, strict=True))[: self.config.logging.samples]
+        result = evaluate.score_answers(self.questions, answers, self.config, self.root)
+        titles = {"question": "prompt", "answer": "prediction", "reference": "reference"}
+        samples = (
+            "\n\n".join(f"**{title}**\n\n> " + str(sample[key]).replace("\n", "\n> ") for title, key in titles.items())
+            for sample in result.samples[: self.config.logging.samples]
         )
-        return evaluate.score_answers(self.questions, answers, self.config, self.root).metrics, samples
-
-
-def _quoted(text: str) -> str:
-    return "\n".join("> " + line for line in text.split("\n"))
+        return result.metrics, "\n\n---\n\n".join(samples)
 
 
 # -- after training ----------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -40,36 +40,20 @@ from sft.training.signals import SignalHandler
 
 log = logging.getLogger("sft.training")
 Feature = Mapping[str, Any]
-Cadence = Literal["no", "steps", "epoch"]
 Answer = Callable[[Any], tuple[dict[str, float], str]]  # the model -> metrics of generated answers, a few as Markdown
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The steps of a run and what happens at which of them.
+    """The steps of a run.
 
-    metric: the metric that chooses the best checkpoint, None if the last one is the result. notes: for the user.
+    metric: the one that chooses the best checkpoint, None without evaluation while training.
     """
 
     steps_per_epoch: int
     total_steps: int
     warmup_steps: int
-    log_every: int
-    evaluate: Cadence
-    eval_steps: int
-    save: Cadence
-    save_steps: int
     metric: str | None
-    greater_is_better: bool
-    load_best: bool
-    min_stop_rate: float = 0.0
-    notes: tuple[str, ...] = ()
-
-    def is_due(self, cadence: Cadence, every: int, step: int) -> bool:
-        """Whether something of this cadence happens after `step`; after the last step it always does."""
-        if cadence == "no":
-            return False
-        return step >= self.total_steps or step % (every if cadence == "steps" else self.steps_per_epoch) == 0
 
 
 def step_batches(
@@ -109,6 +93,7 @@ class TrainingLoop:
 
         self.model, self.rows, self.validation = model, rows, validation
         self.settings, self.schedule, self.step, self.initial_step = config.train, schedule, step, step
+        self.log_every = config.logging.log_interval
         self.checkpoints, self.answer, self.loggers = checkpoints, answer, loggers or Loggers()
         self.device = next(model.parameters()).device
         optimizer = create_optimizer(model, self.settings)
@@ -119,7 +104,8 @@ class TrainingLoop:
         )
         self.signals = SignalHandler(checkpoints.run.folder, partial(distributed.largest, device=self.device))
         self.progress = Progress(max_steps=schedule.total_steps)
-        self.monitor = LossMonitor(schedule.metric, schedule.greater_is_better, self.settings.early_stopping)
+        self.greater_is_better = bool(self.settings.greater_is_better)
+        self.monitor = LossMonitor(schedule.metric, self.greater_is_better, self.settings.early_stopping)
         self.collate = Collator(step.kind)
         self.waited = 0.0  # seconds that this process has waited for batches
         self._last_entry = (0, 0.0, 0.0)  # tokens, seconds, waited at the last log entry
@@ -215,22 +201,29 @@ class TrainingLoop:
 
     def after_step(self, grad_norm: float, learning_rate: float) -> bool:
         """Logs, evaluates and saves as the schedule, the signals and early stopping say; returns whether to stop."""
-        step, schedule = self.progress.global_step, self.schedule
+        step, settings = self.progress.global_step, self.settings
         stop, save = self.signals.poll()
-        if stop or step in (1, schedule.total_steps) or step % schedule.log_every == 0:
+        if stop or step in (1, self.schedule.total_steps) or step % self.log_every == 0:
             loss_sum, last_logged = self.progress.unlogged
             entry = {"loss": loss_sum / (step - last_logged), "grad_norm": grad_norm, "learning_rate": learning_rate}
             if self.progress.skipped:
                 entry["windows_skipped"] = len(self.progress.skipped)
             self.log({**entry, **self._speed()})
             self.progress.unlogged = (0.0, step)
-        if schedule.is_due(schedule.evaluate, schedule.eval_steps, step):
-            is_best = self._update_best(self.evaluate())
-            save = save or (is_best and schedule.load_best) or self.monitor.stop_early
-        if save or stop or schedule.is_due(schedule.save, schedule.save_steps, step):
+        eval_steps = settings.eval_steps or settings.save_steps
+        if self.schedule.metric and self._is_due(settings.eval_strategy, eval_steps):
+            is_best = self._update_best(self.evaluate(), self.schedule.metric)
+            save = save or (is_best and settings.load_best_model_at_end) or self.monitor.stop_early
+        if save or stop or self._is_due(settings.save_strategy, settings.save_steps):
             self.save()
         self.loggers.step(step)
         return stop
+
+    def _is_due(self, strategy: str, every: int) -> bool:
+        """Whether what is done every so many steps or every epoch is done now; after the last step it always is."""
+        step = self.progress.global_step
+        every = self.schedule.steps_per_epoch if strategy == "epoch" else every
+        return strategy != "no" and (step >= self.schedule.total_steps or step % every == 0)
 
     # -- logging and evaluation ----------------------------------------------------------------------------------------
 
@@ -274,16 +267,13 @@ class TrainingLoop:
             self.loggers.text(self.progress.global_step, "eval/samples", samples)
         return metrics
 
-    def _update_best(self, metrics: Mapping[str, float]) -> bool:
+    def _update_best(self, metrics: Mapping[str, float], metric: str) -> bool:
         """Whether this evaluation is the best so far; notes it."""
-        if self.schedule.metric is None:
-            return False
-        if metrics.get("eval_stop_rate", 1.0) < self.schedule.min_stop_rate:
+        if metrics.get("eval_stop_rate", 1.0) < self.settings.min_stop_rate:
             log.warning("too few answers end by themselves (train.min_stop_rate): this checkpoint cannot be the best")
             return False
-        value, best = metrics[f"eval_{self.schedule.metric}"], self.progress.best_metric
-        better = value > best if best is not None and self.schedule.greater_is_better else best is None or value < best
-        if better and math.isfinite(value):
+        value, best = metrics[f"eval_{metric}"], self.progress.best_metric
+        if math.isfinite(value) and (best is None or (value > best if self.greater_is_better else value < best)):
             self.progress.best_metric, self.progress.best_global_step = value, self.progress.global_step
             return True
         return False
@@ -375,7 +365,7 @@ class TrainingLoop:
             log.info("micro-batches are split differently than before: same steps, but the last bits may differ")
         if (was := progress.kernels) != (now := kernels.kernels_of(self.model)):
             log.info("kernels were %s and are now %s: same steps, but the last bits may differ", was, now)
-        if self.schedule.load_best and self._best_folder() is None:  # the next evaluation is the best one left
+        if self.settings.load_best_model_at_end and self._best_folder() is None:  # the next evaluation is the best left
             progress.best_global_step = progress.best_metric = None
         states = ckpt.read_state(checkpoint, ckpt.RNG)
         if distributed.rank() < len(states):  # a rank that is new starts from the seed
@@ -384,11 +374,12 @@ class TrainingLoop:
     def load_best(self) -> int | None:
         """Loads the weights of the best evaluation; returns its step, None if the last weights are the result."""
         best = self.progress.best_global_step
-        if not self.schedule.load_best or best in (None, self.progress.global_step):
-            return best if self.schedule.load_best else None
-        if (folder := self._best_folder()) is None:
+        if best is None or not self.settings.load_best_model_at_end:
             return None
-        ckpt.load_weights(self.model, folder)
+        if best != self.progress.global_step:
+            if (folder := self._best_folder()) is None:
+                return None
+            ckpt.load_weights(self.model, folder)
         return best
 
     def _best_folder(self) -> Path | None:
