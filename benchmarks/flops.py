@@ -62,7 +62,7 @@ def shape_of(model: Any) -> Shape:
     """Read off a decoder (with or without peft): every matrix outside of the embeddings and the head is a block's."""
     from torch import nn
 
-    from sft.step import unwrap
+    from sft.model.adapters import unwrap
 
     base: Any = unwrap(model)
     head = base.get_output_embeddings().weight

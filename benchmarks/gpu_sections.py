@@ -48,8 +48,8 @@ def cards(bench: Bench) -> dict[str, Any]:
 
 def speed(bench: Bench) -> dict[str, Any]:
     from benchmarks import flops, material, shapes
+    from sft.model.adapters import unwrap
     from sft.model.kernels import apply_kernels
-    from sft.step import unwrap
 
     peak = material.matmul_peak(bench.device, bench.torch.bfloat16, size=8192 if bench.cuda else 512)
     length, size = (64, "tiny") if bench.tiny else (2048, "7B")

@@ -11,7 +11,8 @@ from transformers.quantizers import AutoHfQuantizer
 
 from sft.config.schema import Config
 from sft.memory import shapes
-from sft.step import attention, unwrap
+from sft.model.adapters import unwrap
+from sft.step import attention
 
 QWEN = {  # hidden, feed-forward, layers, heads, key-value heads, tied: config.json of Qwen2.5
     "tiny": (64, 128, 2, 4, 2, True),

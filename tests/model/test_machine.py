@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sft.config.schema import TuningSection
-from sft.errors import redact
+from sft.errors import ConfigError, redact
 from sft.model import backends, hardware, hub
 
 UNSLOTH = TuningSection(backend="unsloth")
@@ -31,6 +31,28 @@ def test_without_a_gpu_the_cpu_and_its_memory_are_reported():
     assert 0 < device.free_bytes < device.total_bytes <= psutil.virtual_memory().total
     assert hardware.gpus() == []
     assert hardware.gpu_stats() is None
+
+
+def test_the_gpu_that_the_config_names_is_used_or_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"device_map is cuda:1, and this machine has no CUDA GPU"):
+        hardware.choose("cuda:1")
+    assert hardware.choose("cpu").name == hardware.choose("auto").name == "the CPU"
+    chosen = [0]
+    for name, value in {
+        "is_available": lambda: True,
+        "device_count": lambda: 2,
+        "current_device": lambda: chosen[-1],
+        "set_device": chosen.append,
+        "mem_get_info": lambda index: (1000 + index, 2000),
+        "get_device_name": lambda index: f"card {index}",
+        "get_device_capability": lambda index: (8, 6),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    assert (hardware.choose("cuda:1").name, hardware.choose("cuda:1").free_bytes, chosen[-1]) == ("card 1", 1001, 1)
+    for name in ("cuda:2", "gpu"):
+        with pytest.raises(ConfigError, match=f"{name}, and this machine has cuda:0, cuda:1"):
+            hardware.choose(name)
 
 
 @pytest.mark.gpu

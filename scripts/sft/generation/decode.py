@@ -22,7 +22,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from sft.config.schema import GenerationSection
 from sft.generation.stop import StopCriteria
 from sft.model import hardware
-from sft.step import unwrap
+from sft.model.adapters import unwrap
 
 log = logging.getLogger("sft.generation")
 PROVEN = frozenset(

@@ -21,8 +21,8 @@ from sft.errors import DataError, EnvironmentProblem
 from sft.generation import decode
 from sft.generation.decode import Decoder, DecodingSequence, choose_tokens, seeds
 from sft.generation.stop import Answer, IncrementalText, StopCriteria
+from sft.model.adapters import unwrap
 from sft.model.files import Kind
-from sft.step import unwrap
 from sft.step.step import out_of_memory, release_memory
 
 log = logging.getLogger("sft.generation")

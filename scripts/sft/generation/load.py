@@ -215,7 +215,7 @@ def open_model(
     other weights are then loaded as they were trained.
     Raises ModelError (no model, the adapter is another base's), TemplateError, EnvironmentProblem.
     """
-    card = hardware.probe()
+    card = hardware.choose(config.model.device_map)
     section = config.model if merged is None else config.model.model_copy(update={"name": str(merged.absolute())})
     device = model_load.placement(section.device_map, card.device)
     free = card.free_bytes if device.startswith(card.device) else hardware.memory()[1]

@@ -29,8 +29,8 @@ from sft.config.auto import optimizer_state
 from sft.config.schema import Config
 from sft.errors import ModelError
 from sft.memory import shapes
-from sft.model.adapters import head
-from sft.step import attention, unwrap
+from sft.model.adapters import head, unwrap
+from sft.step import attention
 from sft.step.batch import Collator, MicroBatch, split_micro_batches
 from sft.step.step import StepConfig, compute_dtype, stays_on_gpu, token_losses
 

@@ -28,6 +28,16 @@ def head(model: Any) -> Any:
     return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
 
 
+def unwrap(model: nn.Module) -> nn.Module:
+    """The transformers model inside DDP and peft wrappers."""
+    from torch import nn
+
+    while isinstance(inner := getattr(model, "module", None), nn.Module):
+        model = inner
+    base: Any = model
+    return base.get_base_model() if hasattr(base, "get_base_model") else base  # type: ignore[no-any-return]
+
+
 def is_linear(module: Any) -> bool:
     """Whether this is a linear layer: nn.Linear, bitsandbytes' kinds (subclasses of it), or GPT-2's Conv1D."""
     from torch import nn

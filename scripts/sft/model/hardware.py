@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from sft.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class Hardware:
@@ -35,24 +37,48 @@ class Gpu:
     free_bytes: int
 
 
-def probe() -> Hardware:
-    """The device to use: the process's first visible CUDA GPU, else the CPU. bf16: compute capability >= 8, or CPU.
+def choose(device_map: str) -> Hardware:
+    """The device that `model.device_map` names (`auto`, `cpu`, `cuda`, `cuda:1`), which torch uses from here on.
 
-    Lets torch's segments of GPU memory grow in place (set before the first is allocated), so that rows of mixed lengths
-    fragment it less; not if the user has set the allocator, nor on WSL, whose driver refuses it
-    (pytorch/pytorch#192330).
+    Raises ConfigError if it does not exist.
+    """
+    if device_map == "cpu":
+        total, available = memory()
+        return Hardware("cpu", "the CPU", None, total, available, bf16=True, count=1)
+    device = probe()
+    gpus = [f"cuda:{number}" for number in range(device.count)] if device.device == "cuda" else []
+    if device_map not in ("auto", *gpus) and not (device_map == "cuda" and gpus):
+        raise ConfigError(
+            f"model.device_map is {device_map}, and this machine has {', '.join(gpus) or 'no CUDA GPU'}",
+            where="model.device_map",
+            fix="--set model.device_map=auto",
+        )
+    if device_map in gpus:
+        import torch
+
+        torch.cuda.set_device(gpus.index(device_map))
+        device = probe()
+    return device
+
+
+def probe() -> Hardware:
+    """torch's current CUDA GPU (that of this process's rank, if there are several processes), else the CPU.
+
+    bf16: compute capability >= 8, or CPU. Lets torch's segments of GPU memory grow in place (set before the first is
+    allocated), so that rows of mixed lengths fragment it less; not if the user has set the allocator, nor on WSL, whose
+    driver refuses it (pytorch/pytorch#192330).
     """
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ and "microsoft" not in platform.release().lower():
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     import torch
 
     if not torch.cuda.is_available():
-        total, available = memory()
-        return Hardware("cpu", platform.processor() or platform.machine(), None, total, available, bf16=True, count=1)
-    index = local_rank() % torch.cuda.device_count()
+        return choose("cpu")
+    count = torch.cuda.device_count()
+    index = local_rank() % count if "LOCAL_RANK" in os.environ else torch.cuda.current_device()
     free, total = torch.cuda.mem_get_info(index)
     name, capability = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
-    return Hardware("cuda", name, capability, total, free, capability[0] >= 8, torch.cuda.device_count())
+    return Hardware("cuda", name, capability, total, free, capability[0] >= 8, count)
 
 
 def local_rank() -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from typing import TYPE_CHECKING, Any
 
 from sft.errors import EnvironmentProblem, ModelError, one_line
@@ -114,13 +113,12 @@ def keep_4bit_layout(model: Any) -> None:
 
 
 def quiet_libraries() -> None:
-    """Silences bitsandbytes and transformers while they load, and progress bars where stderr is not a terminal."""
+    """Silences bitsandbytes and transformers while they load, their progress bars included."""
+    from transformers.utils.logging import disable_progress_bar
+
     for name in ("bitsandbytes.backends.cpu.ops", "transformers.distributed.tensor_parallel"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    if not sys.stderr.isatty():
-        from transformers.utils.logging import disable_progress_bar
-
-        disable_progress_bar()
+    disable_progress_bar()
 
 
 def _refuse_missing_weights(files: ModelFiles, report: Any) -> None:

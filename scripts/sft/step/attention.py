@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from sft.step import unwrap
+from sft.model.adapters import unwrap
 
 NAME = "sft_rows"
 log = logging.getLogger("sft.step")

@@ -18,7 +18,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from sft.model import adapters
-from sft.step import unwrap
+from sft.model.adapters import unwrap
 from sft.step.batch import IGNORED
 
 log = logging.getLogger("sft.step")

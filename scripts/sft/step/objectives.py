@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
-from sft.step import unwrap
+from sft.model.adapters import unwrap
 from sft.step.batch import IGNORED, MicroBatch
 from sft.step.loss import full_cross_entropy, tiled_cross_entropy
 

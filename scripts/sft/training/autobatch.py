@@ -19,7 +19,7 @@ import torch
 from sft.config.auto import optimizer_state
 from sft.errors import EnvironmentProblem
 from sft.model import adapters
-from sft.step import unwrap
+from sft.model.adapters import unwrap
 from sft.step.batch import Collator
 from sft.step.step import StepConfig, forward_backward, out_of_memory, release_memory
 from sft.training import distributed

@@ -150,7 +150,7 @@ def prepare(
     rows = read_rows(
         store.resolve_stage(config.data, root), encoder, answered=answered, cache=root / FOLDER, on_progress=on_progress
     )
-    device = _find_device(config)
+    device = hardware.choose(config.model.device_map)
     facts = auto.Facts(
         device=device.device,
         capability=device.capability,
@@ -225,21 +225,6 @@ def read_rows(
     )
 
 
-def _find_device(config: Config) -> hardware.Hardware:
-    """The machine's device, or the one that `model.device_map` names. Raises ConfigError if it does not exist."""
-    device = hardware.probe()
-    name = config.model.device_map
-    if name == "cpu":
-        return replace(device, device="cpu", name="the CPU", capability=None, bf16=True, count=1)
-    if name.startswith("cuda") and device.device != "cuda":
-        raise ConfigError(
-            f"model.device_map is {name}, and there is no CUDA GPU",
-            where="model.device_map",
-            fix="--set model.device_map=auto",
-        )
-    return device
-
-
 def make_schedule(config: Config, rows: int, *, validation: bool) -> Schedule:
     """The schedule of a resolved config for `rows` training rows. Raises ConfigError."""
     from sft.training.loop import Schedule
@@ -289,11 +274,13 @@ def describe(job: Job, opened: OpenRun) -> list[str]:
     config, rows, schedule, tuning = job.config, job.rows, job.schedule, job.config.tuning
     template = job.encoder.template
     dated = f", dated {template.day}" if template.prints_date else ""
-    adapter = f", LoRA r {tuning.lora.r} alpha {tuning.lora.alpha}" if tuning.mode != "full" else ""
+    mode = {"lora": "LoRA", "qlora": "QLoRA (4-bit base)", "full": "all weights"}[tuning.mode]
+    adapter = f", r {tuning.lora.r}, alpha {tuning.lora.alpha}" if tuning.mode != "full" else ""
+    library = ", unsloth" if job.backend.name == "unsloth" else ""
     lines = [
         opened.message,
         f"model   {job.files.name} ({job.files.parameters / 1e6:,.1f}M parameters, {job.files.kind}),"
-        f" {tuning.mode} with {job.backend.name}{adapter}, on {job.device.name or job.device.device}",
+        f" {mode}{adapter}{library}, on {job.device.name}",
         f"rows    {len(rows.train):,} to train on, {len(rows.validation):,} to evaluate on ({rows.stage} rows,"
         f" template {template.name}{dated})",
         *(f"        {split}: {line}" for split, ledger in rows.ledgers.items() for line in ledger.sentences()),

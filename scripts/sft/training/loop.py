@@ -27,8 +27,8 @@ from sft import files
 from sft.config.schema import Config, TrainSection
 from sft.errors import ConfigError, EnvironmentProblem, RunError, one_line
 from sft.model import kernels
+from sft.model.adapters import unwrap
 from sft.runs import step_of
-from sft.step import unwrap
 from sft.step.batch import Collator, count_labels
 from sft.step.step import StepConfig, evaluate_loss, forward_backward, optimizer_step
 from sft.training import checkpoint as ckpt
