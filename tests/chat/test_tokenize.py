@@ -57,7 +57,7 @@ def test_the_prompt_is_the_begin_of_the_row_and_the_answer_is_in_the_loss_whole(
                 == ids(tok, _prompt_text(encoder, talk[:1]))
             )
             shown = [stretch.lstrip(" ") for stretch in in_loss(encoder, row)]
-            assert shown == [f"{first}{end}".lstrip(" "), f"{second}{end}".lstrip(" ")]
+            assert shown == [f"{text}{end}".lstrip(" ") for text in (first, second) if text.strip()]
 
 
 def _prompt_text(encoder: Any, talk: list[dict[str, Any]]) -> str:

@@ -25,12 +25,12 @@ _FOLLOW_UP = {"role": "user", "content": "Kquv"}
 
 @dataclass(frozen=True)
 class TurnShape:
-    """What a template writes around a plain answer, as `template_probe` measured it; rows then need fewer renders.
+    """What a template writes around a plain answer, as `template_probe` measured it.
 
-    prompt: the generation prompt. tail: all that follows an answer at the end of a conversation. end: the end of the
-    turn there. middle_end: the end of the turn where the conversation goes on. shares_end: the template writes no end,
-    the next turn's control token ends it (GLM). tool_end: the token that ends a tool call, where that is shared too.
-    space: the white space that ends the prompt, where the template writes it together with the answer's words.
+    tail: all that follows an answer at the end of a conversation. end: the end of the turn there. middle_end: the end
+    of the turn where the conversation goes on. shares_end: the template writes no end, the next turn's control token
+    ends it (GLM). tool_end: the token that ends a tool call, where that is shared too. space: the white space that ends
+    the prompt, where the template writes it together with the answer's words.
     """
 
     prompt: str = ""
@@ -41,15 +41,10 @@ class TurnShape:
     tool_end: str = ""
     space: str = ""
 
-    @property
-    def known(self) -> bool:
-        """Whether the template was probed."""
-        return bool(self.tail or self.end or self.middle_end or self.prompt)
-
     def missing_end(self, end: str, message: Message, *, continues: bool) -> str | None:
         """The end token to append to a turn (see `Region`); `end` is what follows its last word."""
-        expected = self.tool_end if message.get("tool_calls") and self.tool_end else self.middle_end.strip()
-        expected = expected or self.end.strip()
+        tool_end = self.tool_end if message.get("tool_calls") else ""
+        expected = tool_end or self.middle_end.strip() or self.end.strip()
         if self.end.strip() or (continues and expected):  # the template ends turns, this one too as a rule
             return None if end.strip() else expected
         return None if expected and end.endswith(expected) else expected
@@ -76,7 +71,7 @@ def shared_end(vocabulary: Vocabulary, text: str, other: str) -> str:
 
 
 class AssistantSpans:
-    """Finds the regions of conversations for one template and one vocabulary of control tokens."""
+    """Finds the regions of conversations for one template."""
 
     def __init__(self, template: ChatTemplate, vocabulary: Vocabulary, turn: TurnShape | None = None) -> None:
         self.template, self.vocabulary, self.turn = template, vocabulary, turn or TurnShape()
@@ -109,13 +104,10 @@ class AssistantSpans:
         )
         conversation = _Conversation(messages, marked, tools, rendered, prompt)
         layout = Layout(text, plain_spans=self.vocabulary.plain_spans(text, rendered.broken))
-        for k in (k for k, message in enumerate(messages) if message.get("role") == "assistant"):
-            try:
-                region, exact = self._region(k, conversation)
-            except Refused:
-                if has_content(messages[k]):
-                    raise
-                continue  # nothing of it is shown, and there was nothing to show
+        for k, message in enumerate(messages):
+            if message.get("role") != "assistant" or not has_content(message):
+                continue  # an empty answer is not trained on
+            region, exact = self._region(k, conversation)
             if layout.regions and region.start < layout.regions[-1].end:
                 raise Refused(f"the regions of messages {layout.regions[-1].message + 1} and {k + 1} overlap")
             layout.regions.append(region)
@@ -125,15 +117,14 @@ class AssistantSpans:
     def _region(self, k: int, talk: _Conversation) -> tuple[Region, bool]:
         """Region k, and whether the text up to it is exactly the serving prompt."""
         rendered, message = talk.rendered, talk.messages[k]
-        close = rendered.end_of(k, message)
-        if close is None and (times := len(rendered.closed.get(k, []))):
+        close, times = rendered.end_of(k, message), len(rendered.closed.get(k, []))
+        if close is None and times:
             raise Refused(f"the template shows the answer in message {k + 1} {times} times, so its place is unclear")
-        if close is None and has_content(message):
-            if message.get("tool_calls"):
-                raise Refused("the template leaves out tool calls: name one that writes them in data.template_path")
+        if close is None and message.get("tool_calls"):
+            raise Refused("the template leaves out tool calls: name one that writes them in data.template_path")
+        if close is None:
             raise Refused(f"the template does not show the answer in message {k + 1}")
-        start, exact = self._start(k, talk)
-        close = start if close is None else close
+        start, exact = self._start(k, close, talk)
         if start > close:
             raise Refused(f"the prompt of message {k + 1} reaches into its answer")
         end = close + len(self._end(k, close, talk))
@@ -165,11 +156,10 @@ class AssistantSpans:
 
     # --- where a region starts
 
-    def _start(self, k: int, talk: _Conversation) -> tuple[int, bool]:
+    def _start(self, k: int, close: int, talk: _Conversation) -> tuple[int, bool]:
         """The start of region k, and whether the text up to there is exactly the serving prompt."""
-        rendered, text = talk.rendered, talk.rendered.text
-        close, opened = rendered.end_of(k, talk.messages[k]), rendered.open(k)
-        limit = opened if opened is not None else len(text) if close is None else close
+        rendered, text, opened = talk.rendered, talk.rendered.text, talk.rendered.open(k)
+        limit = close if opened is None else opened
         before = rendered.close(k - 1) if k else None
         known = (str(talk.messages[k - 1].get("role")), text[before:limit]) if before is not None and opened else None
         if talk.continues(k) and known in self._starts and known is not None and before is not None:
@@ -181,9 +171,8 @@ class AssistantSpans:
         anchor = next((j for j in shown if rendered.closed[j][0] <= limit), None)  # the last that both show once
         at = rendered.closed[anchor][0] if anchor is not None else 0
         tail = prompt.text[prompt.closed[anchor][0] if anchor is not None else 0 :]
-        gap, answer = text[at : max(limit, at)], text[at : len(text) if close is None else close]
-        offset = len(tail)
-        if not answer.startswith(tail):
+        gap, offset = text[at : max(limit, at)], len(tail)
+        if not text[at:close].startswith(tail):
             offset = self._shared_prompt(tail, gap, whole=opened is not None)
             if not offset:
                 return self._start_behind_prompt(k, rendered, limit), False
@@ -192,10 +181,8 @@ class AssistantSpans:
         return at + offset, prompt.text == text[: at + offset]
 
     def _shared_prompt(self, tail: str, gap: str, *, whole: bool) -> int:
-        """How many characters the prompt and the text before the answer share, down to a control token or a line.
-
-        tail: what the prompt has after the anchor. gap: what the text has between the anchor and the answer's first
-        word, where that is known (`whole`). 0 if they share nothing.
+        """How many characters the prompt's `tail` and the text's `gap` share, both after the anchor, down to a control
+        token or a line. whole: the gap ends at the answer's first word.
         """
         shared = common_prefix(tail, gap)
         if not tail[shared:].strip():
@@ -221,14 +208,10 @@ class AssistantSpans:
         Raises Refused if the comparisons do not show it.
         """
         turn, after, continues = self.turn, talk.rendered.text[close:], talk.continues(k)
-        if not continues and turn.known and after == turn.tail:
+        if not continues and after == turn.tail:
             return turn.end
         if continues and turn.middle_end and after.startswith(turn.middle_end):
             return turn.middle_end
-        usual = turn.middle_end if continues else turn.end
-        if turn.known and talk.rendered.end_of(k, talk.messages[k]) is None:  # an empty answer has no sentinel
-            space = after[: len(after) - len(after.lstrip())]
-            return space + usual if usual.strip() and after.startswith(space + usual) else usual
         if continues:
             next_words = (at for j, places in talk.rendered.opened.items() if j > k for at in places if at >= close)
             after = talk.rendered.text[close : min(next_words, default=len(talk.rendered.text))]
@@ -236,7 +219,9 @@ class AssistantSpans:
         else:
             end = self._last_end(k, after, talk)
         tokens = self.vocabulary.tokens_in(end or "")
-        ended = not self.vocabulary.tokens_in(usual) or bool(tokens and end and end.endswith(tokens[-1]))
+        ended = not self.vocabulary.tokens_in(turn.middle_end if continues else turn.end) or bool(
+            tokens and end and end.endswith(tokens[-1])
+        )
         if end is None or (talk.messages[k].get("tool_calls") and not ended):  # the last call is written differently
             raise Refused(f"where the turn of message {k + 1} ends cannot be determined")
         return end
@@ -287,7 +272,7 @@ class AssistantSpans:
 
 @dataclass(frozen=True)
 class _Conversation:
-    """One rendered conversation: its messages without and with sentinels, and what the sentinels show."""
+    """One conversation: its messages without and with sentinels, and what the sentinels show."""
 
     messages: list[Message]
     marked: list[Message]

@@ -144,10 +144,8 @@ class Split:
 
 
 class Tokeniser:
-    """Encodes files of rows and caches the result in a folder (None: only in memory).
-
-    An entry is named by the SHA-256 of the file and the encoder's fingerprint: template, tokenizer, settings and code.
-    It is one folder with a manifest, put in place at once.
+    """Encodes files of rows and caches the result in a folder (None: only in memory): a folder with a manifest, named
+    by the SHA-256 of the file and the encoder's fingerprint.
     """
 
     def __init__(self, encoder: Encoder, cache: Path | None) -> None:

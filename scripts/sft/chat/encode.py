@@ -114,10 +114,9 @@ class Encoder:
         ]
 
     def encode_pieces(self, rows: list[Row]) -> list[list[Encoded]]:
-        """All that each row is trained on as: itself, or under `split_turns` pieces that fit, if it is too long.
+        """What each row is trained on as: itself, or pieces that fit if it is too long and `split_turns` is set.
 
-        Every answer is in the loss of exactly one piece, and every piece begins with the row's system text. A single
-        exchange that is too long is cut as under `truncate_left`.
+        Every answer is in the loss of exactly one piece, and every piece begins with the row's system text.
         """
         splits = self.over_length == "split_turns" and self.in_loss != "last_assistant"
         pairs = zip(rows, self.encode_batch(rows), strict=True)
@@ -255,9 +254,8 @@ def _plain_spans(row: Row) -> list[tuple[int, int]]:
 
 
 def split_long_chat(messages: list[Message], fits: Callable[[list[Message]], bool]) -> list[list[Message]]:
-    """A conversation cut between its exchanges into pieces that fit, in order, each with the system messages in front.
-
-    One exchange that does not fit by itself is a piece all the same.
+    """A conversation cut between its exchanges into pieces that fit, in order, each with the system messages in front;
+    one exchange that does not fit by itself is a piece too.
     """
     first = next((k for k, message in enumerate(messages) if message.get("role") != "system"), len(messages))
     exchanges: list[list[Message]] = []
@@ -328,11 +326,7 @@ def _as_text(message: Message) -> Message:
 def build_encoder(
     config: Config, tokenizer: PreTrainedTokenizerBase, kind: Kind, root: Path, *, eos_ids: Iterable[int] = ()
 ) -> Encoder:
-    """The encoder for a config, for a tokenizer that is loaded already; see `generation.encoder.load_encoder`.
-
-    eos_ids: the end tokens of the model's generation_config. Raises TemplateError if the template does not exist,
-    shows no answer, or its labels cannot be derived.
-    """
+    """The encoder for a config and its tokenizer; see `generation.encoder.load_encoder`. Raises TemplateError."""
     from sft.chat.seq2seq import Seq2SeqEncoder
 
     return (Encoder if kind == "causal" else Seq2SeqEncoder)(

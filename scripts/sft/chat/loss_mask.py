@@ -68,10 +68,8 @@ def _first_token(line: Line, region: Region) -> int:
 def fit_length(
     row: LabelledRow, limit: int, policy: OverLength, name: str, bos: int | None
 ) -> tuple[LabelledRow, str | None]:
-    """The row in at most `limit` tokens, and why it is dropped (None if it is not).
-
-    The end token of an answer survives every cut. A row that `split_turns` cannot split further is cut as under
-    `truncate_left`. Raises DataError under `error`.
+    """The row in at most `limit` tokens, and why it is dropped (None if it is not). The end token of an answer survives
+    every cut. A row that `split_turns` cannot split is cut as under `truncate_left`. Raises DataError under `error`.
     """
     if len(row.ids) <= limit:
         return row, None
@@ -87,10 +85,8 @@ def fit_length(
 
 
 def _truncate_left(row: LabelledRow, limit: int, bos: int | None) -> tuple[LabelledRow, str | None]:
-    """Cuts the oldest tokens; a begin token stays. The last answer stays whole.
-
-    What follows the last answer (a newline) is cut first where the answer needs its place, and at least one token of
-    the prompt stays in front of it.
+    """Cuts the oldest tokens but a begin token. The last answer stays whole, with at least one token of the prompt in
+    front; what follows it (a newline) is cut if that makes it fit.
     """
     head = 1 if bos is not None and row.ids[0] == bos else 0
     answer, answer_end = row.answers[-1]

@@ -205,4 +205,4 @@ def render_with_sentinels(
 def has_content(message: Message) -> bool:
     """Whether a message has words, a tool call or reasoning."""
     words = str(message.get("content") or "").strip()
-    return bool(words or message.get("tool_calls") or message.get("reasoning_content"))
+    return bool(words or message.get("tool_calls") or any(message.get(key) for key in REASONING))

@@ -164,8 +164,7 @@ class Tokens:
     def retokenise(self, line: Line, text: str, cuts: list[int], plain: list[tuple[int, int]]) -> Line:
         """The line with a token boundary at every cut, and control tokens in the spans `plain` (characters) as text.
 
-        Only stretches between control tokens that need it are tokenised again. Raises Refused if the vocabulary has
-        no plain way to write a control token.
+        Only stretches between control tokens that need it are tokenised again. Raises Refused if that cannot be done.
         """
         crossed = [cut for cut in cuts if self._is_crossed(line, text, cut)]
         if not crossed and not plain:
