@@ -64,12 +64,13 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 
 def show(result: dict[str, Any]) -> None:
     """The verdicts and a table for each tuned model."""
+    from sft.report.compare_page import directed
     from sft.report.html import number
 
     columns = ["metric", "base", "tuned", "95 % of the change", "won/tied/lost", "finding"]
     for compared in result["comparisons"]:
         rows = [
-            [name, number(m["base"]), number(m["tuned"]), f"{m['low']:+.3f} {m['high']:+.3f}",
+            [directed(name), number(m["base"]), number(m["tuned"]), f"{m['low']:+.3f} {m['high']:+.3f}",
              f"{m['wins']}/{m['ties']}/{m['losses']}", m["finding"]]
             for name, m in compared["metrics"].items()
         ]  # fmt: skip

@@ -124,6 +124,10 @@ def test_several_models_are_compared_and_the_hub_can_read_the_card(
     assert (loss["finding"] == "better") == (loss["high"] < 0)
     assert "Loss over the steps of training" in (project / "outputs" / "other" / "report" / "index.html").read_text()
 
+    page = (project / "outputs" / "other" / "report" / "index.html").read_text()
+    assert not other["sound"] and 'class="good"' not in page.split('id="s-answers"')[1]  # random weights: gibberish
+    assert "rougeL ↑" in page and "row_loss ↓" in page and "length_tokens<" in page and "rows trained" not in page
+
     text = (project / "outputs" / "other" / "report" / "README.md").read_text()
     card = ModelCard(text)
     assert card.data.library_name == "peft" and card.data.base_model is None  # a folder here is nothing to the hub

@@ -313,9 +313,10 @@ def constant_baseline(side: Side, constant: Mapping[str, Any] | None) -> dict[st
     name = names[0]
     mean = sum(side.values[name]) / len(side.samples)
     good = mean > constant[name]
-    headline = "does more than repeat one answer" if good else "is no better than one constant answer"
+    verdict = "does better than one fixed answer to every question" if good else "is no better than one fixed answer"
     words = f"{name}: {mean:.3f} against {constant[name]:.3f} for “{constant['answer']}” to every question"
-    return {"headline": f"{side.name} {headline}", "words": words, "good": good}
+    headline = f"{side.name} {verdict}"
+    return {"headline": headline, "words": words, "good": good, "metric": name, "constant": constant[name]}
 
 
 # What is written
@@ -333,6 +334,7 @@ def build_result(
     for compared, side in zip(comparisons, tuned, strict=True):
         if baseline := constant_baseline(side, constant):
             compared["constant_baseline"] = baseline
+        compared["sound"] = compared["stopping"]["good"] and (baseline is None or baseline["good"])
     device, config = hardware.probe(), first.config
     return {
         "run": first.name,

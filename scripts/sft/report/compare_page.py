@@ -9,6 +9,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
+from sft.metrics.scoring import greater_is_better
 from sft.report import html
 from sft.report.html import Cell, Chart
 
@@ -17,6 +18,7 @@ MAX_ROWS, FOLDED_AFTER, MAX_DIFF = (
     700,
     4_000,
 )  # rows shown; characters before folding, and for which words are diffed
+ARROWS = {True: " ↑", False: " ↓"}  # higher is better, lower is better
 FINDINGS = {"same": "equal in every row", "unclear": "no clear difference"}
 COLUMNS = ["metric", "base", "tuned", "difference", "95 % interval", "won / tied / lost", "finding"]
 
@@ -30,7 +32,10 @@ def page(result: Mapping[str, Any], answers: Sequence[dict[str, Any]], curves: M
         f"{', '.join(names)} against its base ({result['base']})",
         result=result,
         names=names,
-        metric_tables=[(f"{one['name']} against the base", *difference_table(one["metrics"])) for one in compared],
+        metric_tables=[
+            (f"{one['name']} against the base", *difference_table(one["metrics"], sound=one["sound"]))
+            for one in compared
+        ],
         general_tables=[_general_table(one["name"], one["general"]) for one in compared if one.get("general")],
         judged=[(one, *difference_table(one["judge"]["aspects"])) for one in compared if one.get("judge")],
         means=[_means(name, sides) for name, sides in result["sides"].items()],
@@ -39,7 +44,7 @@ def page(result: Mapping[str, Any], answers: Sequence[dict[str, Any]], curves: M
             "columns": ["row", "question", "reference", "base", *names]
             + [f"{name} is" if len(names) > 1 else "tuned is" for name in names]
             + [f"{result['first_metric']} change{f', {name}' if len(names) > 1 else ''}" for name in names],
-            "rows": [_answer_row(entry, names) for entry in answers[:MAX_ROWS]],
+            "rows": [_answer_row(entry, compared) for entry in answers[:MAX_ROWS]],
             "choices": [4 + len(names) + index for index in range(len(names))],
         },
         hidden_rows=len(answers) > MAX_ROWS,
@@ -58,8 +63,15 @@ def _means(name: str, sides: Mapping[str, Mapping[str, float]]) -> Chart:
     return Chart(svg, name, ["model", "mean", "from", "to"], rows)
 
 
-def difference_table(metrics: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[object]]]:
-    """Columns and rows of paired differences."""
+def directed(metric: str) -> str:
+    """The metric's name with an arrow in its good direction; lengths have none."""
+    return metric if metric.startswith("length") else metric + ARROWS[greater_is_better(metric)]
+
+
+def difference_table(
+    metrics: Mapping[str, Mapping[str, Any]], *, sound: bool = True
+) -> tuple[list[str], list[list[object]]]:
+    """Columns and rows of paired differences. sound: whether `better` may be green."""
     rows: list[list[object]] = []
     for name, entry in metrics.items():
         finding = entry["finding"]
@@ -68,13 +80,13 @@ def difference_table(metrics: Mapping[str, Mapping[str, Any]]) -> tuple[list[str
         if finding == "differs":  # a length: neither direction is better
             word, won = "longer" if entry["difference"] > 0 else "shorter", Cell("", -1, "n")
         rows.append([
-            name,
+            directed(name),
             float(entry["base"]),
             float(entry["tuned"]),
             Cell(f"{entry['difference']:+.4f}", entry["difference"], "n"),
             Cell(f"{entry['low']:+.4f} to {entry['high']:+.4f}", entry["low"], "n"),
             won,
-            Cell(word, word, {"better": "good", "worse": "bad"}.get(finding, "")),
+            Cell(word, word, {"better": "good" if sound else "", "worse": "bad"}.get(finding, "")),
         ])  # fmt: skip
     return COLUMNS, rows
 
@@ -98,8 +110,12 @@ def _question_row(entry: Mapping[str, Any], names: Sequence[str]) -> list[object
     return row
 
 
-def _answer_row(entry: Mapping[str, Any], names: Sequence[str]) -> list[object]:
-    """A held-out row: question, reference, the base's answer and each tuned answer with the changed words marked."""
+def _answer_row(entry: Mapping[str, Any], compared: Sequence[Mapping[str, Any]]) -> list[object]:
+    """A held-out row: question, reference, the base's answer and each tuned answer with the changed words marked.
+
+    `better` is green where the answer ended by itself and scores more than the best constant answer does on average.
+    """
+    names = [one["name"] for one in compared]
     marked = [mark_changes(entry["base"], entry["answers"][name]) for name in names]
     base = marked[0][0] if len(names) == 1 else escape(entry["base"])
     row: list[object] = [
@@ -112,9 +128,10 @@ def _answer_row(entry: Mapping[str, Any], names: Sequence[str]) -> list[object]:
         note = "" if entry["stopped"][name] else Markup(" <small>[did not stop]</small>")
         row.append(Cell(answer + note, kind="answer"))
     changes = [entry["changes"][name] for name in names]
-    for change in changes:
+    for name, change, baseline in zip(names, changes, (one.get("constant_baseline") for one in compared), strict=True):
         word, kind = ("equal", "") if abs(change) < 1e-9 else ("better", "good") if change > 0 else ("worse", "bad")
-        row.append(Cell(word, word, kind))
+        above = baseline is None or (entry["scores"][name][baseline["metric"]] or 0) > baseline["constant"]
+        row.append(Cell(word, word, kind if kind == "bad" or (above and entry["stopped"][name]) else ""))
     return row + [Cell(f"{change:+.3f}", change, "n") for change in changes]
 
 
