@@ -18,9 +18,10 @@ RAW ?=
 STYLE ?=
 MODEL ?=
 TB_PORT ?= 6006
-INPUT ?= demo_inputs.txt
+INPUT ?= $(firstword $(wildcard demo_inputs.txt) data/samples/questions.txt)
 OUTPUT ?= outputs/preds.txt
 ADAPTERS ?=
+BASE ?=
 FORCE ?=
 GPU ?=
 TASKS ?=
@@ -28,7 +29,7 @@ ARGS ?=
 export RAW STYLE INPUT OUTPUT GPU TASKS
 .NOTPARALLEL:
 
-KNOWN := CONFIG SET RAW STYLE MODEL MODELS TB_PORT INPUT OUTPUT ADAPTERS FORCE GPU PNG TASKS ARGS FORMAT TYPE REPO DRY PYTHON
+KNOWN := CONFIG SET RAW STYLE MODEL MODELS TB_PORT INPUT OUTPUT ADAPTERS BASE FORCE GPU PNG TASKS ARGS FORMAT TYPE REPO DRY PYTHON
 GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command line,$(origin $(name))),$(name)))
 $(foreach name,$(filter-out $(KNOWN) SHELL MAKEFLAGS,$(GIVEN)),$(error $(name)= is not a variable of this kit. Known: $(KNOWN). \
 	Set a config key with SET="key=value"))
@@ -113,8 +114,8 @@ tb-open: $(ENV) ## print TensorBoard's address and the folder it reads
 eval: eval-val ## evaluate the newest run on the validation split
 eval-val: $(ENV) ## the same
 	$(RUN)/eval.py $(WITH) $(FROM) --split val
-eval-test: $(ENV) ## evaluate on the test split
-	$(RUN)/eval.py $(WITH) $(FROM) --split test
+eval-test: $(ENV) ## evaluate tuned and base model on the test split
+	$(RUN)/eval.py $(WITH) $(FROM) --split test --both
 eval-quick: $(ENV) ## evaluate on at most 200 validation rows
 	$(RUN)/eval.py $(WITH) $(FROM) --split val --limit 200
 eval-full: $(ENV) ## evaluate on every validation row, whatever eval.limit says
@@ -124,11 +125,11 @@ compare: $(ENV) ## base against tuned: verdict, intervals, forgetting, answers s
 	$(RUN)/compare.py $(WITH) $(FROM) $(ARGS)
 lm-eval: $(ENV) ## run tasks of lm-evaluation-harness, if it is installed (TASKS=hellaswag,arc_easy)
 	$(RUN)/lm_eval.py $(WITH) $(FROM) --tasks "$$TASKS" $(ARGS)
-infer: infer-interactive ## chat with the newest run
+infer: infer-interactive ## chat with the newest run (BASE=1: with its base model)
 infer-interactive: $(ENV) ## the same
-	$(RUN)/infer.py $(WITH) $(FROM)
-infer-batch: $(ENV) ## answer a file (INPUT=demo_inputs.txt or .jsonl, OUTPUT=outputs/preds.txt)
-	$(RUN)/infer.py $(WITH) $(FROM) --mode batch --input_file "$$INPUT" --output_file "$$OUTPUT"
+	$(RUN)/infer.py $(WITH) $(FROM) $(if $(BASE),--base)
+infer-batch: $(ENV) ## answer a file (INPUT=questions.txt or .jsonl, OUTPUT=outputs/preds.txt)
+	$(RUN)/infer.py $(WITH) $(FROM) $(if $(BASE),--base) --mode batch --input_file "$$INPUT" --output_file "$$OUTPUT"
 merge: $(ENV) ## merge the newest adapter into fp16 weights (outputs/merged_fp16)
 	$(RUN)/merge_lora.py $(WITH) $(FROM) --out outputs/merged_fp16 --dtype fp16
 merge-bf16: $(ENV) ## the same in bf16 (outputs/merged_bf16)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ import pytest
 
 import infer
 from sft.errors import SftError
+from tests.conftest import ROOT
 from tests.generation import tiny_runs
 
 Command = Callable[..., Any]
@@ -90,3 +94,12 @@ def test_what_cannot_be_answered_is_refused_before_a_model_is_opened(
         run(*flags)
     assert message in str(error.value) and error.value.exit_code == 2
     assert not (tmp_path / "a.txt").exists()
+
+
+def test_make_answers_the_shipped_questions_with_the_base(project: Path, tmp_path: Path) -> None:
+    make = ["make", "infer-batch", "BASE=1", f"PYTHON={sys.executable}", f"OUTPUT={tmp_path / 'answers.txt'}"]
+    env = {**os.environ, "SFT_ROOT": str(project)}
+    done = subprocess.run(make, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--base" in done.stdout and "4 answers in" in done.stdout
+    assert len((tmp_path / "answers.txt").read_text().splitlines()) == 4
