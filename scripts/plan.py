@@ -14,9 +14,12 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sft import console
+
+if TYPE_CHECKING:
+    from sft.config.load import Loaded
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -34,26 +37,42 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     from sft.memory.plan import make_plan
 
     root = console.project_root()
-    config = load(args.config, args.set, root=root).config
-    device = devices.parse(args.gpu) if args.gpu else devices.this_machine()
+    loaded = load(args.config, args.set, root=root)
     if args.models is not None:
-        names = report.model_names(args.models)
-        with console.progress("planning models") as progress:
-            results = report.plan_models(names, config, device, root, progress)
-        return show_models(results, f"{device.name}, {config.tuning.mode}, rows of {config.model.max_seq_len} tokens")
+        return plan_models(args, loaded, root)
+    device = devices.parse(args.gpu) if args.gpu else devices.this_machine()
     with console.progress("tracing the model"):
-        plan = make_plan(config, report.model_config(config.model, root), device)
-    parts, phases, *suggestions = report.tables(plan)
-    for table in (parts, phases):
-        console.table(*table)
-    for line in report.sentences(plan):
+        plan = make_plan(loaded.config, report.model_config(loaded.config.model, root), device)
+    for line in report.verdict(plan):
         console.say(line)
-    for table in suggestions:
+    for table in report.tables(plan):
         console.table(*table)
+    for line in report.help_lines(plan):
+        console.say(line)
     if args.png:
         report.draw(plan, args.png)
         console.say(f"picture: {args.png}")
-    return {"model": config.model.name, **plan.to_json()}
+    return {"model": loaded.config.model.name, **plan.to_json()}
+
+
+def plan_models(args: argparse.Namespace, loaded: Loaded, root: Path) -> dict[str, Any]:
+    """Plans many models, for a GPU and with QLoRA unless a flag says otherwise: configs/local.yaml may be a CPU's."""
+    from sft.config.load import load
+    from sft.memory import devices, report
+
+    device = devices.parse(args.gpu) if args.gpu else devices.this_machine()
+    if device.kind == "cpu" and not args.gpu:
+        device = devices.parse("8GiB")
+        console.say('no GPU here: planned for one of 8 GiB (another: --gpu "RTX 4060"; this CPU: --gpu cpu)')
+    mode, by_flag = loaded.config.tuning.mode, loaded.origin("tuning.mode") == "--set"
+    if device.kind == "cuda" and mode != "qlora" and args.config == console.default_config() and not by_flag:
+        console.say(f"planned with {console.DEFAULT_CONFIG} (qlora); for {mode}: --config {console.LOCAL_CONFIG}")
+        loaded = load(root / console.DEFAULT_CONFIG, args.set, root=root)
+    names = report.model_names(args.models)
+    with console.progress("planning models") as progress:
+        results = report.plan_models(names, loaded.config, device, root, progress)
+    length = loaded.config.model.max_seq_len
+    return show_models(results, f"{device.name}, {loaded.config.tuning.mode}, rows of {length} tokens")
 
 
 def show_models(results: dict[str, Any], title: str) -> dict[str, Any]:

@@ -56,8 +56,10 @@ def test_a_model_too_large_for_the_card_gets_suggestions_that_suffice(
     assert plan["peak_gib"] == max(phase["peak_gib"] for phase in plan["phases"].values())
     assert settings["model.name=Qwen/Qwen2.5-3B-Instruct"]["fits"]
     assert plan["method"] == "traced"
-    assert "7B-Instruct, qlora (traced)" in done.stderr
+    assert "7B-Instruct, qlora, rows of 2048 tokens:\ndoes NOT fit RTX 2060 (6.0 GiB)" in done.stderr
     assert "smallest card that would do" in done.stderr
+    too_wide = [line for line in done.stderr.splitlines() if len(line) > 80 and not line.startswith("it fits")]
+    assert not too_wide
 
 
 def test_models_that_fit_a_card_a_local_model_and_the_picture(
@@ -82,6 +84,28 @@ def test_models_that_fit_a_card_a_local_model_and_the_picture(
     assert result["fits"]
     assert result["device"]["kind"] == "cpu"
     assert result["allocated_gib"] < 0.5
+
+
+def test_models_are_planned_for_a_gpu_with_qlora_unless_a_flag_says_otherwise(
+    tiny_qwen2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sft.memory import devices
+
+    monkeypatch.setenv("SFT_ROOT", str(tmp_path))
+    monkeypatch.setattr(devices, "this_machine", devices.this_cpu)
+    (tmp_path / "configs").mkdir()
+    for name, mode in (("run_bnb", "qlora"), ("local", "lora")):  # as a quick start without a GPU leaves it
+        (tmp_path / "configs" / f"{name}.yaml").write_text(f"tuning: {{mode: {mode}}}\nmodel: {{max_seq_len: 64}}\n")
+    local = tmp_path / "configs" / "local.yaml"
+
+    def title(*arguments: str) -> str:
+        line = ["--config", str(local), "--models", str(tiny_qwen2), *arguments]
+        plan_command.main(plan_command.build_parser().parse_args(line))
+        return capsys.readouterr().out
+
+    assert "a card of 8 GiB, qlora, rows of 64 tokens" in title()
+    assert "a card of 8 GiB, lora," in title("--set", "tuning.mode=lora")
+    assert "CPU of this machine, lora," in title("--gpu", "cpu")
 
 
 def test_an_unknown_card_is_exit_2(command: Callable[..., Any], config: Path) -> None:

@@ -256,7 +256,7 @@ class _Planner:
 
         rows = min(config.eval.batch_size, config.eval.train_sample)
         while True:
-            note = f"{rows} answers side by side, prompts of {prompt} and answers of {answer} tokens"
+            note = f"{rows} at a time: prompts of {prompt}, answers of {answer} tokens"
             phase = self._traced(tracer.generation(rows, prompt, answer), config, tracer, note)
             if phase.peak <= self.device.gib or rows == 1:
                 return phase
@@ -306,11 +306,11 @@ def _changes(config: Config, resolved: Config, *, gpu: bool) -> Iterator[tuple[d
     offloading = {**checkpointing, "train.activation_offload": True}
     one_row, half_rank = {"train.micro_batch_tokens": length}, {"tuning.lora.r": rank // 2}
     changes: list[tuple[bool, dict[str, Any], str]] = [  # the first column: whether it applies
-        (int(train.micro_batch_tokens) > length, one_row, "speed: one row at a time, the same steps"),
-        (train.gradient_checkpointing is not True, checkpointing, "about 1.45 times the time of a step"),
-        (train.logits == "full", {"train.logits": "chunked"}, "nothing: the same loss"),
-        (gpu and not train.activation_offload, offloading, "time: activations go to RAM and back"),
-        (train.logits_tile > 128, {"train.logits_tile": 128}, "a little speed in the loss head"),
+        (int(train.micro_batch_tokens) > length, one_row, "one row at a time: slower, the same steps"),
+        (train.gradient_checkpointing is not True, checkpointing, "a step takes about 1.45 times as long"),
+        (train.logits == "full", {"train.logits": "chunked"}, "the same loss"),
+        (gpu and not train.activation_offload, offloading, "slower: activations go to RAM and back"),
+        (train.logits_tile > 128, {"train.logits_tile": 128}, "a little slower in the loss head"),
         (gpu and "8bit" not in train.optim, {"train.optim": "adamw_8bit"}, "optimizer state rounded to 8 bits"),
         (gpu and "paged" not in train.optim, {"train.optim": "paged_adamw_8bit"}, "optimizer state in RAM"),
         (mode == "lora", {"tuning.mode": "qlora"}, "a base rounded to 4 bits, dequantised in every step"),

@@ -15,39 +15,48 @@ from sft.memory.plan import Plan, make_plan
 from sft.memory.shapes import shipped_models
 from sft.memory.trace import PARTS, quiet
 
-Table = tuple[str, tuple[str, ...], list[tuple[Any, ...]]]  # title, columns, rows
+Table = tuple[str, tuple[str, ...], Sequence[Sequence[str]]]  # title, columns, rows
+
+
+def verdict(plan: Plan) -> list[str]:
+    """The answer, in lines of at most 80 characters."""
+    train, length = plan.config.train, plan.config.model.max_seq_len
+    rows = max(1, min(int(train.batch_size), int(train.micro_batch_tokens) // length))
+    lines = [
+        f"{plan.config.model.name}, {plan.config.tuning.mode}, rows of {length} tokens:",
+        f"{'fits' if plan.fits else 'does NOT fit'} {plan.device.name} ({plan.device.gib:.1f} GiB)",
+        f"  {plan.worst_phase} needs {plan.peak:.2f} GiB ({OVERHEAD_SOURCE})",
+        f"  a step: {train.effective_batch} rows, {rows} of {length} tokens at a time",
+    ]
+    if plan.smallest_card:
+        lines.append(f"  the smallest card that would do: {plan.smallest_card}")
+    return lines
 
 
 def tables(plan: Plan) -> list[Table]:
-    """Where the memory goes, every phase, and (where it does not fit) what would help."""
+    """Where the memory goes in a training step, and the peak of every phase."""
     parts = [(name, f"{size:.2f}") for name, size in plan.training.parts.items()]
-    parts.append(("allocated in a training step", f"{plan.training.allocated:.2f}"))
+    parts.append(("in all", f"{plan.training.allocated:.2f}"))
     phases = [(name, f"{phase.peak:.2f}", phase.note) for name, phase in plan.phases.items()]
-    result: list[Table] = [
-        (f"{plan.config.model.name}, {plan.config.tuning.mode} (traced)", ("part", "GiB"), parts),
+    return [
+        ("a training step", ("part", "GiB"), parts),
         ("phases, with context and fragmentation", ("phase", "GiB", "of"), phases),
     ]
-    if plan.suggestions:
-        rows = [(s.setting, f"{s.saves_gib:.2f}", s.costs, "yes" if s.fits else "no") for s in plan.suggestions]
-        result.append(("what would help", ("--set", "saves GiB", "costs", "enough alone"), rows))
-    return result
 
 
-def sentences(plan: Plan) -> list[str]:
-    """The answer in sentences."""
-    train, device = plan.config.train, plan.device
-    lines = [
-        f"{'fits' if plan.fits else 'does NOT fit'} {device.name} ({device.gib:.1f} GiB): {plan.peak:.2f} GiB in"
-        f" {plan.worst_phase} (context and fragmentation {OVERHEAD_SOURCE})",
-        f"a step: {train.effective_batch} rows, {train.batch_size} of {plan.config.model.max_seq_len} tokens at a time"
-        f" (micro-batches of at most {train.micro_batch_tokens} tokens)",
-    ]
-    if plan.smallest_card:
-        lines.append(f"the smallest card that would do: {plan.smallest_card}")
-    if plan.combination is not None:
-        verdict = "fits with" if plan.combination.fits else "does not fit even with"
+def help_lines(plan: Plan) -> list[str]:
+    """Where the run does not fit: what each change saves, then the changes that suffice together."""
+    if plan.combination is None:
+        return []
+    lines = ["what would help:"]
+    for suggestion in plan.suggestions:
+        enough = ", enough alone" if suggestion.fits else ""
+        lines.append(f"  {suggestion.setting}\n      saves {suggestion.saves_gib:.2f} GiB{enough}; {suggestion.costs}")
+    if plan.combination.fits:
         settings = " ".join(f"--set {setting}" for setting in plan.combination.settings)
-        lines.append(f"{verdict} {settings or 'any of these'} ({plan.combination.peak_gib:.2f} GiB)")
+        lines.append(f"it fits ({plan.combination.peak_gib:.2f} GiB) with {settings}")
+    elif not any(suggestion.fits for suggestion in plan.suggestions):
+        lines.append(f"all of them together still need {plan.combination.peak_gib:.2f} GiB")
     return lines
 
 
@@ -60,27 +69,23 @@ def draw(plan: Plan, target: Path) -> None:
     """Writes a bar per phase as PNG, atomically."""
     from matplotlib.figure import Figure
 
-    phases = plan.phases
-    present = {part for phase in phases.values() for part, size in phase.parts.items() if size > 0.005}
-    figure = Figure(figsize=(9, 1.6 + 0.62 * len(phases)), dpi=130, layout="constrained")
+    figure = Figure(figsize=(9, 1.6 + 0.62 * len(plan.phases)), dpi=130, layout="constrained")
     axes = figure.add_subplot()
+    names, phases = list(plan.phases), list(plan.phases.values())
     left = [0.0] * len(phases)
     for part, colour in zip(PARTS, _COLOURS, strict=True):
-        widths = [phase.parts.get(part, 0.0) for phase in phases.values()]
-        axes.barh(range(len(phases)), widths, left=left, color=colour, label=part if part in present else None)
+        widths = [phase.parts.get(part, 0.0) for phase in phases]
+        axes.barh(names, widths, left=left, color=colour, label=part if max(widths) > 0.005 else None)
         left = [start + width for start, width in zip(left, widths, strict=True)]
-    overhead = [max(0.0, phase.peak - start) for phase, start in zip(phases.values(), left, strict=True)]
-    axes.barh(range(len(phases)), overhead, left=left, color="#dddddd", hatch="///", label="context and fragmentation")
-    for row, phase in enumerate(phases.values()):
+    overhead = [max(0.0, phase.peak - start) for phase, start in zip(phases, left, strict=True)]
+    axes.barh(names, overhead, left=left, color="#dddddd", hatch="///", label="context and fragmentation")
+    for row, phase in enumerate(phases):
         axes.text(phase.peak, row, f" {phase.peak:.2f}", va="center", fontsize=9)
     colour = "#1a7f37" if plan.fits else "#c62828"
     axes.axvline(plan.device.gib, color=colour, linewidth=2)
-    axes.set_yticks(range(len(phases)), list(phases))
     axes.invert_yaxis()
     axes.set_xlabel("GiB")
-    name = f"{plan.config.model.name}, {plan.config.tuning.mode}, rows of {plan.config.model.max_seq_len}"
-    verdict = f"{'fits' if plan.fits else 'does not fit'} {plan.device.name} ({plan.device.gib:.1f} GiB)"
-    axes.set_title(f"{name}: {verdict}", fontsize=10, color=colour)
+    axes.set_title(" ".join(verdict(plan)[:2]), fontsize=10, color=colour)
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     with files.atomic_file(target) as staged:
