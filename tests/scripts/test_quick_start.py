@@ -42,6 +42,13 @@ def test_with_a_gpu_the_first_that_fits_is_the_default_and_the_demo_the_last() -
     assert offers[0][1] == "fits RTX 4060 (8 GiB) in 4-bit"
 
 
+def test_the_folder_for_the_users_file_is_in_a_fresh_clone() -> None:
+    tracked = subprocess.run(["git", "ls-files", "data/raw"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if tracked.returncode:
+        pytest.skip("no git here")
+    assert tracked.stdout.split() == ["data/raw/.gitkeep"]
+
+
 def test_an_empty_raw_folder_gets_the_samples_and_says_so(tmp_path: Path) -> None:
     raw, origin = quick_start.raw_data(empty_project(tmp_path))
     assert raw == tmp_path / "data" / "raw" / "raw.jsonl"
