@@ -17,7 +17,6 @@ from sft.config.schema import ContaminationSection, SourceSection
 from sft.data import rows
 from sft.data.dedup import WordHasher, ngram_hashes
 from sft.data.formats import Formats, make_row
-from sft.data.ledger import CONTAMINATION
 from sft.data.readers import Source
 from sft.data.rows import RowFault
 from sft.data.sources import open_part
@@ -65,7 +64,7 @@ class Contamination:
             how = f"shares {self.ngram} words in a row with"
         if match is not None:
             match[0]["hits"] += 1
-            raise RowFault(CONTAMINATION, f"{how} {match[1]}")
+            raise RowFault("contamination", f"{how} {match[1]}")
 
     def _hashes_of_runs(self, text: str) -> list[int]:
         words = self._words.hashes(text)

@@ -11,11 +11,6 @@ from typing import Any, NamedTuple
 from sft.data.messages import ROLES, check_turns, normalize_messages, normalize_tools, to_text
 from sft.data.readers import RawRow
 from sft.data.rows import (
-    EMPTY_ANSWER,
-    NO_USER_TURN,
-    NOT_TEXT,
-    UNKNOWN_FORMAT,
-    UNREADABLE,
     Message,
     Row,
     RowFault,
@@ -74,7 +69,7 @@ class Formats:
     def parse(self, row: Any) -> Parsed:
         """The row's turns. Raises RowFault if its format is unknown or a field is not text."""
         if not isinstance(row, dict):
-            raise RowFault(UNKNOWN_FORMAT, "not an object with keys")
+            raise RowFault("unknown format", "not an object with keys")
         names = _plain_names(tuple(row))
         format = self._choose(row, names)
         if format == "columns":
@@ -89,21 +84,21 @@ class Formats:
     def _choose(self, row: Row, names: Names) -> str:
         if self._columns and self._format in ("auto", "columns"):
             if missing := [name for name in self._columns.values() if name not in row]:
-                raise RowFault(UNKNOWN_FORMAT, f"no column {missing[0]!r}: {_listed(row)}")
+                raise RowFault("unknown format", f"no column {missing[0]!r}: {_listed(row)}")
             return "columns"
         if self._format != "auto":
             if not FORMATS[self._format].fits(row, names):
-                raise RowFault(UNKNOWN_FORMAT, f"not {self._format}: {_listed(row)}")
+                raise RowFault("unknown format", f"not {self._format}: {_listed(row)}")
             return self._format
         for name, format in FORMATS.items():
             if format.fits(row, names):
                 return name
         question, answer = _first(names, ASKING), _first(names, ANSWERING)
         if question and not answer:
-            raise RowFault(EMPTY_ANSWER, f"no answer beside {question!r}: {_listed(row)}")
+            raise RowFault("empty answer", f"no answer beside {question!r}: {_listed(row)}")
         if answer and not question:
-            raise RowFault(NO_USER_TURN, f"no question beside {answer!r}: {_listed(row)}")
-        raise RowFault(UNKNOWN_FORMAT, f"no format has these keys: {_listed(row)}")
+            raise RowFault("no user turn", f"no question beside {answer!r}: {_listed(row)}")
+        raise RowFault("unknown format", f"no format has these keys: {_listed(row)}")
 
 
 def _listed(row: Row) -> str:
@@ -128,7 +123,7 @@ def _keys_read(keys: tuple[str, ...], format: str) -> set[str]:
 def make_row(raw: RawRow, formats: Formats, system_prompt: str | None) -> tuple[Row, str]:
     """The stored row and the format it was read in. system_prompt: for rows that have none. Raises RowFault."""
     if raw.fault is not None:
-        raise RowFault(UNREADABLE, raw.fault)
+        raise RowFault("unreadable", raw.fault)
     parsed = formats.parse(raw.value)
     extra = {key: raw.value[key] for key in STORED if raw.value.get(key) is not None}
     if raw.value.get("id") is not None:
@@ -145,7 +140,7 @@ def make_row(raw: RawRow, formats: Formats, system_prompt: str | None) -> tuple[
     try:
         return to_record(turns, parsed.tools, origin=raw.origin, **extra), parsed.format
     except TypeError as error:  # a value that JSON does not have
-        raise RowFault(NOT_TEXT, str(error)) from None
+        raise RowFault("not text", str(error)) from None
 
 
 def to_record(messages: list[Message], tools: list[Message] | None = None, *, origin: str = "", **extra: Any) -> Row:
@@ -175,7 +170,7 @@ def to_line(row: Row) -> bytes:
     try:
         return dump_json(row) + b"\n"
     except (TypeError, ValueError) as error:
-        raise RowFault(NOT_TEXT, str(error)) from None
+        raise RowFault("not text", str(error)) from None
 
 
 def alpaca_user(instruction: str, context: str) -> str:
@@ -219,7 +214,7 @@ def _read_alpaca(row: Row, names: Names) -> Parsed:
     user = alpaca_user(_text(row, names, "instruction"), _text(row, names, *INPUTS))
     pairs = row[names["history"]] if "history" in names else None
     if pairs and not (isinstance(pairs, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in pairs)):
-        raise RowFault(UNKNOWN_FORMAT, "history is not a list of [question, answer]")
+        raise RowFault("unknown format", "history is not a list of [question, answer]")
     history = [turn for q, a in pairs or () for turn in _exchange(to_text(q, "history"), to_text(a, "history"))]
     return Parsed([*history, *_exchange(user, _text(row, names, *OUTPUTS))])
 
@@ -335,7 +330,7 @@ def parse_text(text: str) -> tuple[str, list[Message]]:
     if name is None:
         what = f"a text that does not begin with the control tokens of a chat template ({', '.join(TEXT_TEMPLATES)})"
         fix = "plain text can be mixed in with data.replay.path"
-        raise RowFault(UNKNOWN_FORMAT, f"{what}: {text.strip()[:60]!r}; {fix}")
+        raise RowFault("unknown format", f"{what}: {text.strip()[:60]!r}; {fix}")
     start, end = TEXT_TEMPLATES[name]
     matches = list(start.finditer(text))
     turns: list[Message] = []
@@ -345,7 +340,7 @@ def parse_text(text: str) -> tuple[str, list[Message]]:
         rest = TEXT_END.sub("", TEXT_BEGIN.sub("", after[0])).strip() if after else ""
         if rest or not (after or last):
             what = f"text after turn {number}: {rest[:60]!r}" if rest else f"turn {number} is not closed"
-            raise RowFault(UNKNOWN_FORMAT, f"{name} template: {what}")
+            raise RowFault("unknown format", f"{name} template: {what}")
         content = content if after else TEXT_END.sub("", content)
         role = match.group(1).lower()
         turns += [{"role": ROLES.get(role, role), "content": content}] if role else _llama2_exchange(content, number)
@@ -358,7 +353,7 @@ def _llama2_exchange(text: str, number: int) -> list[Message]:
     """`<<SYS>> system <</SYS>> question [/INST] answer`, as Llama 2 and Mistral write it."""
     user, closed, answer = (part.strip() for part in text.partition("[/INST]"))
     if not closed or "[/INST]" in answer:
-        raise RowFault(UNKNOWN_FORMAT, f"llama2 template: exchange {number} has not one [/INST]")
+        raise RowFault("unknown format", f"llama2 template: exchange {number} has not one [/INST]")
     system = LLAMA2_SYSTEM.match(user) if number == 1 else None
     turns = [{"role": "system", "content": system.group(1)}] if system else []
     turns.append({"role": "user", "content": system.group(2) if system else user})

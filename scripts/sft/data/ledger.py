@@ -6,19 +6,14 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from sft.data.rows import FAULTS, RowFault
+from sft.data.rows import FAULTS, FILTERS, Filter, RowFault
 
-DUPLICATE = "exact duplicate"
-NEAR_DUPLICATE = "near duplicate"
-LEAK = "leak into val or test"
-CONTAMINATION = "contamination"
-DROPS = {  # a name in data.drop -> the reason in the ledger
+DROPS: dict[str, Filter] = {  # a name in data.drop -> the reason in the ledger
     "control_characters": "control characters",
     "boilerplate": "boilerplate",
     "length_outliers": "length outlier",
     "script": "other script",
 }
-FILTERS = (DUPLICATE, NEAR_DUPLICATE, LEAK, CONTAMINATION, *DROPS.values())  # by the config: no faults of the rows
 EXAMPLES = 3  # of each reason
 # Training rows -> what to expect of a fine-tune on them.
 SIZES = (

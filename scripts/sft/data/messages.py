@@ -8,13 +8,6 @@ import json
 from typing import Any
 
 from sft.data.rows import (
-    EMPTY_ANSWER,
-    NO_USER_TURN,
-    NOT_TEXT,
-    OUT_OF_ORDER,
-    UNKNOWN_FORMAT,
-    UNKNOWN_ROLE,
-    UNREADABLE,
     Message,
     RowFault,
     parse_json,
@@ -43,13 +36,13 @@ def to_text(value: Any, where: str) -> str:
         return ""
     if isinstance(value, (bool, int, float)):
         return json.dumps(value)
-    raise RowFault(NOT_TEXT, f"{where} is {_type(value)}, not text")
+    raise RowFault("not text", f"{where} is {_type(value)}, not text")
 
 
 def normalize_messages(turns: Any, where: str) -> list[Message]:
     """The turns of one row. A function call as a turn of its own joins the assistant turn before it."""
     if not isinstance(turns, list):
-        raise RowFault(UNKNOWN_FORMAT, f"{where} is {_type(turns)}, not a list of turns")
+        raise RowFault("unknown format", f"{where} is {_type(turns)}, not a list of turns")
     messages: list[Message] = []
     for number, turn in enumerate(turns):
         message, is_call = _message(turn, f"{where}[{number}]")
@@ -63,11 +56,11 @@ def normalize_messages(turns: Any, where: str) -> list[Message]:
 def _message(turn: Any, where: str) -> tuple[Message, bool]:
     """The turn, and whether it is nothing but a function call."""
     if not isinstance(turn, dict):
-        raise RowFault(UNKNOWN_FORMAT, f"{where} is {_type(turn)}, not a turn")
+        raise RowFault("unknown format", f"{where} is {_type(turn)}, not a turn")
     name = turn.get("role", turn.get("from"))
     role = ROLES.get(name.strip().lower()) if isinstance(name, str) else None
     if role is None:
-        raise RowFault(UNKNOWN_ROLE, f"{where} has the role {name!r}")
+        raise RowFault("unknown role", f"{where} has the role {name!r}")
     content = turn.get("content", turn.get("value", turn.get("text")))
     if role == "function_call":
         return {"role": "assistant", "content": "", "tool_calls": normalize_tool_calls(content, where)}, True
@@ -99,7 +92,7 @@ def _parts(parts: list[Any], where: str) -> Message:
             calls = normalize_tool_calls(part.get("value", part.get(kind)), where)
             message["tool_calls"] = [*message.get("tool_calls", ()), *calls]
         else:
-            raise RowFault(NOT_TEXT, f"{where} has a part of the type {kind!r}")
+            raise RowFault("not text", f"{where} has a part of the type {kind!r}")
     return message
 
 
@@ -109,7 +102,7 @@ def normalize_tool_calls(value: Any, where: str) -> list[Message]:
     for call in _as_list(value, where, "tool call"):
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise RowFault(UNREADABLE, f"{where} has a tool call without a function's name")
+            raise RowFault("unreadable", f"{where} has a tool call without a function's name")
         arguments = function.get("arguments", function.get("parameters", {}))
         if isinstance(arguments, str):
             arguments = _object_in(arguments)
@@ -126,7 +119,7 @@ def normalize_tools(value: Any) -> list[Message]:
     tools = [tool for tool in _as_list(value, "tools", "list of tools") if tool != {}]
     for tool in tools:
         if not isinstance(tool, dict):
-            raise RowFault(UNREADABLE, f"tools holds {_type(tool)}, not a tool")
+            raise RowFault("unreadable", f"tools holds {_type(tool)}, not a tool")
     return [tool if "function" in tool or "type" in tool else {"type": "function", "function": tool} for tool in tools]
 
 
@@ -134,19 +127,19 @@ def check_turns(messages: list[Message]) -> None:
     """Raises RowFault unless: system at most once and first, a user turn, answers after questions, an answer last."""
     roles = [message["role"] for message in messages]
     if "user" not in roles:
-        raise RowFault(NO_USER_TURN, "there is no user turn")
+        raise RowFault("no user turn", "there is no user turn")
     start = 1 if roles[0] == "system" else 0
     for number, message in enumerate(messages[start:], start):
         role, before = message["role"], roles[number - 1] if number > start else "system"
         if before not in BEFORE[role]:
-            raise RowFault(OUT_OF_ORDER, f"turn {number + 1} is {role} after {before if number else 'nothing'}")
+            raise RowFault("roles out of order", f"turn {number + 1} is {role} after {before if number else 'nothing'}")
         empty = not message["content"].strip()
         if role == "user" and empty:
-            raise RowFault(NO_USER_TURN, f"turn {number + 1} (user) is empty")
+            raise RowFault("no user turn", f"turn {number + 1} (user) is empty")
         if role == "assistant" and empty and not message.get("tool_calls"):
-            raise RowFault(EMPTY_ANSWER, f"turn {number + 1} (assistant) is empty")
+            raise RowFault("empty answer", f"turn {number + 1} (assistant) is empty")
     if roles[-1] != "assistant":
-        raise RowFault(EMPTY_ANSWER, f"the last turn has the role {roles[-1]}: there is no answer")
+        raise RowFault("empty answer", f"the last turn has the role {roles[-1]}: there is no answer")
 
 
 def _as_list(value: Any, where: str, what: str) -> list[Any]:
@@ -155,7 +148,7 @@ def _as_list(value: Any, where: str, what: str) -> list[Any]:
         try:
             value = parse_json(value) if value.strip() else None
         except RowFault as fault:
-            raise RowFault(UNREADABLE, f"{where}: the {what} is not JSON ({fault.detail})") from None
+            raise RowFault("unreadable", f"{where}: the {what} is not JSON ({fault.detail})") from None
     return [] if value is None else value if isinstance(value, list) else [value]
 
 

@@ -17,7 +17,7 @@ from sft.config.load import resolve_path
 from sft.config.schema import DataSection
 from sft.data import split, store
 from sft.data.formats import MAX_KEYS, Formats, make_row, to_line
-from sft.data.ledger import DUPLICATE, LEAK, NEAR_DUPLICATE, Ledger
+from sft.data.ledger import Ledger
 from sft.data.quality import DataProfile, check_flags, row_stats
 from sft.data.readers import Progress, RawRow
 from sft.data.rows import DECODER, Row, RowFault, comparison_text, dump_json, prompt_id, shape
@@ -118,7 +118,7 @@ class RowChecks:
         """Raises RowFault for a row that is not used."""
         key, by = int(row["id"], 16), self.data.split.group_by
         if self.data.deduplicate and key in self._seen:
-            raise RowFault(DUPLICATE, f"the same as an earlier row, id {key:016x}")
+            raise RowFault("exact duplicate", f"the same as an earlier row, id {key:016x}")
         if self.data.deduplicate or self.data.replay:
             self._seen.add(key)
         if self.contamination is not None:
@@ -137,9 +137,9 @@ class RowChecks:
     def check_replay(self, row: Row, held_out: set[int]) -> None:
         """Raises RowFault for a replay row that is among the rows already, or is of val, test or a benchmark."""
         if int(row["id"], 16) in self._seen:
-            raise RowFault(DUPLICATE, "among the rows already")
+            raise RowFault("exact duplicate", "among the rows already")
         if int(prompt_id(row), 16) in held_out:
-            raise RowFault(LEAK, "val or test has the same question")
+            raise RowFault("leak into val or test", "val or test has the same question")
         if self.contamination is not None:
             self.contamination.check(row)
 
@@ -196,10 +196,11 @@ def _choose_splits(rows: list[Pending], pairs: Pairs, profile: DataProfile, data
         try:
             profile.check(row.size, row.script, data.drop)
             if alike and data.near_duplicates == "drop":
-                raise RowFault(NEAR_DUPLICATE, f"nearly the same as an earlier row, id {alike[0][0].id:016x}")
+                raise RowFault("near duplicate", f"nearly the same as an earlier row, id {alike[0][0].id:016x}")
             if len(names) > 1:
                 examples = ", ".join(sorted(f"{other.id:016x}" for other, _ in alike)[:3])
-                raise RowFault(LEAK, f"it belongs to rows of both {' and '.join(sorted(names))} (near: {examples})")
+                both = " and ".join(sorted(names))
+                raise RowFault("leak into val or test", f"it belongs to rows of both {both} (near: {examples})")
         except RowFault as fault:
             places.append(fault)
             continue

@@ -11,7 +11,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import orjson
 
@@ -21,20 +21,21 @@ ID_BYTES = 8
 SHORT_QUESTION = 16  # characters below which ("Go on.") rows with other system texts are other questions
 MAX_DEPTH = 128  # levels of lists and objects; orjson writes up to 254
 
-UNREADABLE = "unreadable"
-UNKNOWN_FORMAT = "unknown format"
-NOT_TEXT = "not text"
-NO_USER_TURN = "no user turn"
-EMPTY_ANSWER = "empty answer"
-UNKNOWN_ROLE = "unknown role"
-OUT_OF_ORDER = "roles out of order"
-FAULTS = (UNREADABLE, UNKNOWN_FORMAT, NOT_TEXT, NO_USER_TURN, EMPTY_ANSWER, UNKNOWN_ROLE, OUT_OF_ORDER)
+Fault = Literal[
+    "unreadable", "unknown format", "not text", "no user turn", "empty answer", "unknown role", "roles out of order"
+]  # fmt: skip
+Filter = Literal[  # by the config: no faults of the rows
+    "exact duplicate", "near duplicate", "leak into val or test", "contamination",
+    "control characters", "boilerplate", "length outlier", "other script",
+]  # fmt: skip
+FAULTS: tuple[Fault, ...] = get_args(Fault)
+FILTERS: tuple[Filter, ...] = get_args(Filter)
 
 
 class RowFault(Exception):
-    """One row cannot be used. reason: one of FAULTS, or of ledger.FILTERS. detail: for the reader of the quarantine."""
+    """One row cannot be used. detail: for the reader of the quarantine."""
 
-    def __init__(self, reason: str, detail: str) -> None:
+    def __init__(self, reason: Fault | Filter, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
         self.reason, self.detail = reason, detail
 
@@ -44,19 +45,19 @@ def parse_json(text: str) -> Any:
     try:
         value = DECODER.decode(text)
     except json.JSONDecodeError as error:
-        raise RowFault(UNREADABLE, f"broken JSON: {error.msg} at column {error.pos + 1}") from None
+        raise RowFault("unreadable", f"broken JSON: {error.msg} at column {error.pos + 1}") from None
     except RecursionError:
-        raise RowFault(UNREADABLE, f"nested deeper than {MAX_DEPTH} levels") from None
+        raise RowFault("unreadable", f"nested deeper than {MAX_DEPTH} levels") from None
     except ValueError:
-        raise RowFault(UNREADABLE, "an integer of more than 4,300 digits") from None
+        raise RowFault("unreadable", "an integer of more than 4,300 digits") from None
     if text.count("{") + text.count("[") > MAX_DEPTH and _deeper_than(value, MAX_DEPTH):
-        raise RowFault(UNREADABLE, f"nested deeper than {MAX_DEPTH} levels")
+        raise RowFault("unreadable", f"nested deeper than {MAX_DEPTH} levels")
     try:
         if "\\ud" in text or "\\uD" in text:
             dump_json(value)
     except UnicodeEncodeError:
         what = "half a surrogate pair (\\ud800-\\udfff): the text was cut inside a character"
-        raise RowFault(UNREADABLE, what) from None
+        raise RowFault("unreadable", what) from None
     return value
 
 
@@ -77,17 +78,17 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row = dict(pairs)
     if len(row) != len(pairs):
         repeated = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise RowFault(UNREADABLE, f"the key {repeated[:80]!r} is given twice")
+        raise RowFault("unreadable", f"the key {repeated[:80]!r} is given twice")
     return row
 
 
 def _constant(name: str) -> Any:
-    raise RowFault(UNREADABLE, f"{name} is not JSON")
+    raise RowFault("unreadable", f"{name} is not JSON")
 
 
 def _float(text: str) -> float:
     if not math.isfinite(value := float(text)):
-        raise RowFault(UNREADABLE, f"the number {text[:40]} is too large")
+        raise RowFault("unreadable", f"the number {text[:40]} is too large")
     return value
 
 

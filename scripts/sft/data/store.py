@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, cast
 from sft import files
 from sft.config.load import resolve_path
 from sft.config.schema import DataSection
-from sft.data.rows import NOT_TEXT, UNKNOWN_FORMAT, Row, RowFault, parse_json, row_id
+from sft.data.rows import Row, RowFault, parse_json, row_id
 from sft.errors import DataError
 
 SPLITS = ("train", "val", "test")
@@ -102,17 +102,17 @@ def _stored_row(text: bytes) -> Row:
     if "messages" in keys:
         turns = row["messages"]
         if not isinstance(turns, list) or not turns or not all(isinstance(t, dict) and "role" in t for t in turns):
-            raise RowFault(UNKNOWN_FORMAT, "messages is not a list of turns with a role")
+            raise RowFault("unknown format", "messages is not a list of turns with a role")
         return dict(row)
     required = ("user", "assistant") if "user" in keys else ("input", "target")
     if not keys.issuperset(required):
         shapes = "{system,user,assistant}, {messages} or {input,target}"
-        raise RowFault(UNKNOWN_FORMAT, f"not a processed row: it has {sorted(keys)[:8]} and not {shapes}")
+        raise RowFault("unknown format", f"not a processed row: it has {sorted(keys)[:8]} and not {shapes}")
     for key in required:
         if not isinstance(row[key], str):
-            raise RowFault(NOT_TEXT, f"{key} is not text")
+            raise RowFault("not text", f"{key} is not text")
     if not isinstance(row.get("system") or "", str):
-        raise RowFault(NOT_TEXT, "system is not text")
+        raise RowFault("not text", "system is not text")
     return dict(row)
 
 

@@ -43,8 +43,7 @@ def apply_style(row: Row, style: str, mode: str) -> Row:
         "fill": system or style,
     }[mode]
     if "messages" not in row:
-        start: Row = {key: row[key] for key in ("id", "origin") if key in row}
-        return {**start, "system": text, **{key: value for key, value in row.items() if key not in {*start, "system"}}}
+        return {**row, "system": text}
     head = {**(first or {"role": "system"}), "content": text}
     return {**row, "messages": [head, *(turns[1:] if first else turns)]}
 
