@@ -72,10 +72,14 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 
 def show(result: dict[str, Any], samples: Sequence[dict[str, Any]]) -> None:
     """Print the tables and some answers."""
+    from sft.errors import one_line
     from sft.metrics import predictions
 
     title = f"{result['run']}, {result['split']} split, {result['rows']} rows"
     console.table(title, *predictions.metrics_table(result))
+    if constant := result.get("constant"):
+        answer = one_line(constant["answer"], 60)
+        console.say(f"best constant answer: what always answering {answer!r} would score; a useful model is well above")
     for side, by_tag in result.get("by_tag", {}).items():
         console.table(f"{side}, by tag", *predictions.tags_table(by_tag))
     if warning := predictions.unequal_rows(result):

@@ -58,7 +58,8 @@ def test_a_run_and_its_base_are_evaluated_and_written(
         assert result[side]["length_tokens"] <= 12
     assert result["tuned"]["loss"] != result["base"]["loss"]
     assert result["constant"]["answer"].startswith("It is ") and result["constant"]["exact_match"] == 0.0
-    assert "answer:    " in done.stderr and "best constant answer" in done.stderr
+    assert "answer:    " in done.stderr
+    assert "best constant answer: what always answering 'It is " in done.stderr
     outputs = project / "outputs"
     assert json.loads((outputs / "metrics.json").read_text()) == result
     assert (outputs / "tiny" / "metrics.json").read_text() == (outputs / "metrics.json").read_text()
@@ -68,10 +69,20 @@ def test_a_run_and_its_base_are_evaluated_and_written(
     names = {"rougeL", "sari", "exact_match", "format_adherence"}
     assert set(samples[0]["scores"]) == names == set(samples[0]["base"]["scores"])
 
+    (stored,) = (project / ".cache" / "base_answers").iterdir()
+    written = stored.stat().st_mtime_ns
+    again = run(project, "--split", "test", "--both")  # the base's answers are stored, the tuned model's are not
+    assert stored.stat().st_mtime_ns == written
+    assert (again["tuned"], again["base"], again["about"]["base"]) == (
+        result["tuned"], result["base"], result["about"]["base"],
+    )  # fmt: skip
+    assert (outputs / "samples.jsonl").read_text() == "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples)
+
     after = run(project, "--split", "test", "--base", "--limit", "3", "--metrics", "rougeL")
     assert after["tuned"] == result["tuned"] and after["rows"] == 3
     assert "sari" not in after["base"]
     assert "evaluated on different numbers of rows" in capsys.readouterr().err
+    assert len(list(stored.parent.iterdir())) == 2
 
 
 def test_answers_from_elsewhere_are_scored_and_no_file_is_written(command: Command, tmp_path: Path) -> None:

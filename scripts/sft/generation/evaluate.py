@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import math
 import random
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from sft import files
+from sft.chat.dataset import fingerprint
 from sft.config.load import resolve_path
 from sft.config.schema import Config
 from sft.data import rows as records
@@ -28,6 +33,9 @@ Message = dict[str, Any]
 Prompt = Callable[[Row], tuple[list[int], int]]  # a row's prompt ids, and how many oldest turns were removed
 SPARE_SHOTS = 8  # examples beyond `eval.shots`: some may have the row's own question
 LOSS_TOKENS = 4096
+PACKAGE = Path(__file__).resolve().parents[1]
+CODE = ("generation", "metrics", "step")  # packages that the base's stored answers depend on, besides the encoder's
+CACHE, MAX_STORED = ".cache/base_answers", 16
 
 
 @dataclass(frozen=True)
@@ -128,7 +136,7 @@ class Evaluation:
     of each row, nan without one.
 
     fields: share of rows with each JSON field right. by_tag: for each tag of the rows, how many have it and their
-    metrics.
+    metrics. at: when this was.
     """
 
     metrics: dict[str, float]
@@ -137,6 +145,7 @@ class Evaluation:
     fields: dict[str, float]
     by_tag: dict[str, dict[str, float]]
     row_losses: list[float] = field(default_factory=list)
+    at: str = field(default_factory=lambda: time.strftime("%Y-%m-%d %H:%M:%S"))
 
 
 def held_out_rows(config: Config, split: str | None, limit: int | None, root: Path) -> tuple[str, list[Row], Path]:
@@ -164,6 +173,36 @@ def evaluate(
     loss, row_losses = losses(loaded, rows, config)
     result = score_answers(of_rows, answers, config, root)
     return replace(result, metrics=result.metrics | loss, row_losses=row_losses)
+
+
+def evaluate_base(
+    loaded: LoadedModel, rows: Sequence[Row], config: Config, root: Path, on_progress: Progress | None = None
+) -> Evaluation:
+    """`evaluate` of a model without adapter or with its adapter off; stored, and read again where nothing differs.
+
+    What counts: weights, their type and device, encoder, rows, examples, settings, and the code of answers and scores.
+    """
+    code = [files.sha256(path) for name in CODE for path in sorted(PACKAGE.glob(f"{name}/*.py"))]
+    shots = files.sha256(store.resolve_stage(config.data, root).train) if config.eval.shots else ""
+    weights = (
+        loaded.base.sft_base["fingerprint"],
+        str(loaded.base.dtype),
+        getattr(loaded.base, "is_loaded_in_4bit", None),
+    )
+    settings = (config.eval.model_dump_json(), config.generation.model_dump_json(), config.train.objective)
+    _, schema = metric_names(config, root)
+    content = json.dumps([rows, code, shots, weights, loaded.device, settings, schema, fingerprint(loaded.encoder)])
+    path = root / CACHE / f"{hashlib.sha256(content.encode()).hexdigest()[:32]}.json"
+    if stored := files.read_json(path):
+        log.info("the base's answers of %s are used again: base, rows and settings are the same", stored["at"])
+        if on_progress is not None:
+            on_progress(len(rows), len(rows))
+        return Evaluation(**stored)
+    result = evaluate(loaded, rows, config, root, on_progress)
+    files.write_text(path, json.dumps(vars(result), ensure_ascii=False))
+    for old in sorted(path.parent.glob("*.json"), key=lambda path: path.stat().st_mtime)[:-MAX_STORED]:
+        old.unlink(missing_ok=True)
+    return result
 
 
 def losses(loaded: LoadedModel, rows: Sequence[Row], config: Config) -> tuple[dict[str, float], list[float]]:
@@ -256,7 +295,8 @@ def evaluate_sides(
             on_progress(len(result) * total + done, len(sides) * total)
 
     for side, loaded in open_sides(target, sides, root):
-        result[side] = evaluate(loaded, rows, target.config, root, of_all)
+        measure = evaluate_base if side == "base" else evaluate
+        result[side] = measure(loaded, rows, target.config, root, of_all)
         del loaded  # before the next side is opened
     return result
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -132,7 +131,7 @@ def merge_metrics(
     for side in ("tuned", "base"):
         if side in sides:
             result[side] = _rounded(sides[side]["metrics"])
-            about[side] = {"rows": rows, "at": time.strftime("%Y-%m-%d %H:%M:%S")}
+            about[side] = {"rows": rows, "at": sides[side].get("at")}
             if fields := sides[side].get("fields"):
                 about[side]["fields"] = _rounded(fields)
             by_tag[side] = sides[side].get("by_tag")

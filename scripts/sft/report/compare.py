@@ -146,7 +146,8 @@ def _measure(
         if on_progress is not None:
             on_progress(done, total, name)
 
-    evaluation = evaluate.evaluate(model, rows, config, root, advance)
+    measure = evaluate.evaluate_base if name == "base" else evaluate.evaluate
+    evaluation = measure(model, rows, config, root, advance)
     values: Values = {name: of_rows for name, of_rows in evaluation.values.items() if name != "length_words"}
     values[ROW_LOSS] = []
     for row, loss in zip(rows, evaluation.row_losses, strict=True):  # a row's loss stands beside its last answer
@@ -157,7 +158,7 @@ def _measure(
         return Side(name, model.kind, evaluation.samples, values, [], {})
     plain = {"metrics": ["token_f1"], "json_schema": None, "shots": 0, "format": None, "turns": "last"}
     section = config.model_copy(update={"eval": config.eval.model_copy(update=plain)})
-    of_general = evaluate.evaluate(model, general, section, root, advance)
+    of_general = measure(model, general, section, root, advance)
     pairs = zip(of_general.samples, general, strict=True)
     passed = [passes(answer["prediction"], row.get("check", {})) for answer, row in pairs]
     general_values = {ROW_LOSS: of_general.row_losses, "passed": passed}
