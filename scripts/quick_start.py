@@ -167,7 +167,8 @@ def raw_data(root: Path) -> tuple[Path, str]:
         if entries == [copied]:
             return copied, f"a copy of {SAMPLE}"
         entries.remove(copied)
-    data_files = [path for path in entries if path.is_file() and is_data_file(path)]
+    texts = [path for path in entries if path.suffix.lower() == ".txt"]
+    data_files = [path for path in entries if path.is_file() and is_data_file(path)] or texts
     names = ", ".join(path.name for path in data_files or entries)
     if called_raw := [path for path in data_files if plain_name(path).stem.lower() == "raw"]:
         kinds = [*SUFFIXES, ""]
@@ -178,7 +179,7 @@ def raw_data(root: Path) -> tuple[Path, str]:
     if data_files:
         return data_files[0], "yours"
     if entries:
-        fix = "put a .jsonl, .json, .csv or .parquet file there (docs/DATA.md), or empty the folder to use the sample"
+        fix = "put a .jsonl, .json, .csv, .xlsx or .parquet file there (docs/DATA.md), or empty the folder to use the sample"
         raise DataError(f"data/raw holds no file of rows, only: {names}", where=str(folder), fix=fix)
     shutil.copyfile(sample, copied)
     return copied, f"data/raw was empty: copied {SAMPLE}"

@@ -307,7 +307,12 @@ def test_text_rows_are_split_by_control_tokens(name: str, text: str, turns: list
         "### Instruction:\nHi\n\n### Response:\nHello!",
         "USER: Hi ASSISTANT: Hello!",
         "User: Hi\nAssistant: Hello!",
-        "Q: Hi\nA: Hello!",
+        "A: Hello!\nQ: Hi",
+        "Q: Hi\nA: Hello!\nQ: Bye\nA: Bye!",
+        "Q: What does a quiz look like?\nA: Like this:\nQ: 1\nA: 2",
+        "Q: Hi A: Hello!",
+        "A quiz.\nQ: Hi\nA: Hello!",
+        "User: Write a quiz.\nQ: Hi\nA: Hello!",
         "a chat about [INST] and <|im_start|>user\nHi",
         "<|im_start|>user\nHi<|im_start|>assistant\nHello!<|im_end|>",
         "[INST] What does [INST] mean? [/INST] It starts a question.</s>",
@@ -319,6 +324,14 @@ def test_text_rows_are_split_by_control_tokens(name: str, text: str, turns: list
 def test_a_text_without_control_tokens_is_a_fault_and_never_a_guess(text: str) -> None:
     with pytest.raises(RowFault, match="unknown format"):
         parse_text(text)
+
+
+def test_one_question_line_and_one_answer_line_are_an_exchange_with_what_is_before_them() -> None:
+    text = "table: t\ncolumns: a, b\nQ: How many?\nAll of them? \nA: SELECT a\n\nFROM t\n"
+    name, (asked, answered) = parse_text(text)
+    assert (name, asked["content"]) == ("q/a", "table: t\ncolumns: a, b\nHow many?\nAll of them?")
+    assert answered["content"] == "SELECT a\n\nFROM t"
+    assert [turn["content"] for turn in parse_text("Q: Hi\nA: Hello!")[1]] == ["Hi", "Hello!"]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import sys
+import zipfile
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -110,19 +113,76 @@ def test_pretty_printed_objects_one_after_the_other_are_rows(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "text, line",
+    "text, problems",
     [
-        ('[{"a": 1},\n{"a": 2}', 2),
-        ('[{"a": 1}\n{"a": 2}]', 2),
-        ('[\n{"a": 1},\n{"a": "x', 3),
-        ('{"data": [{"a": 1}]', 1),
+        ('[{"a": 1},\n{"a": 2}', {2: "the list is not closed"}),
+        ('[{"a": 1}\n{"a": 2}]', {2: "a comma is missing before this row"}),
+        ('[\n{"a": 1},\n{"a": "x', {3: "a text is not closed"}),
+        ('{"data": [{"a": 1}]', {1: "a comma or a closing bracket is missing"}),
+        ('[\n{"a": [1, 2,]},\n{"a": 2}\n]', {2: "a comma too many before ]"}),
+        ("[{'a': 1}]", {1: "a key in double quotes is missing"}),
+        (
+            '[\n {\n  "a": 1,\n },\n {\n  "a": 2\n }\n {\n  "a": "he said "hi""\n },\n {\n  "a": 4\n }\n',
+            {4: "a comma too many before }", 8: "a comma is missing", 9: "a quote inside a text", 14: "not closed"},
+        ),
     ],
 )
-def test_an_array_that_breaks_off_names_the_line(tmp_path: Path, text: str, line: int) -> None:
+def test_broken_json_names_the_line_of_every_problem(tmp_path: Path, text: str, problems: dict[int, str]) -> None:
     path = put(tmp_path / "a.json", text)
     with pytest.raises(DataError, match="broken JSON") as caught:
         read(path)
-    assert caught.value.where == f"{path}:{line}"
+    assert caught.value.where == f"{path}:{min(problems)}"
+    shown = caught.value.what.split("\n")
+    expected = list(problems.values()) if len(problems) == 1 else [f"line {line}: " for line in problems]
+    assert all(want in line for want, line in zip(expected, shown[len(problems) > 1 :], strict=True))
+    assert all(problem in caught.value.what for problem in problems.values())
+
+
+def test_a_comma_behind_the_last_row_is_accepted(tmp_path: Path) -> None:
+    assert values(put(tmp_path / "a.json", '[{"a": 1},\n{"a": 2},\n]')) == [{"a": 1}, {"a": 2}]
+
+
+def test_a_text_of_question_and_answer_lines_has_a_row_for_each_question(tmp_path: Path) -> None:
+    text = "Q: Who?\nA: Ann, of course.\nAnd Bob.\n\nQ: Why,\nin short?\nA: Because.\nQ: No answer\nQ: x\nA: y\nA: z\n"
+    rows = read(put(tmp_path / "faq.txt", text))
+    assert [raw.value for raw in rows] == [
+        {"question": "Who?", "answer": "Ann, of course.\nAnd Bob."},
+        {"question": "Why,\nin short?", "answer": "Because."},
+        None,
+        None,
+    ]
+    assert [raw.origin for raw in rows] == ["faq.txt:1", "faq.txt:5", "faq.txt:8", "faq.txt:9"]
+    assert "0 lines begin with A:" in str(rows[2].fault) and "2 lines begin with A:" in str(rows[3].fault)
+    long = put(tmp_path / "long.txt", "Question: Who?\nAnswer: Ann.\n")
+    assert values(long) == [{"question": "Who?", "answer": "Ann."}]
+
+
+def test_excel_files_are_read_sheet_by_sheet(tmp_path: Path) -> None:
+    openpyxl = pytest.importorskip("openpyxl", reason="openpyxl is not installed")
+    book = openpyxl.Workbook()
+    for line in (("Question", "Answer"), (None, None), ("1 + 1?", 2), ("When?", date(2026, 1, 2)), ("a", "b", "c")):
+        book.active.append(line)
+    book.save(tmp_path / "a.xlsx")
+    rows = read(tmp_path / "a.xlsx")
+    assert [(raw.origin, raw.value) for raw in rows] == [
+        ("a.xlsx:3", {"Question": "1 + 1?", "Answer": 2}),
+        ("a.xlsx:4", {"Question": "When?", "Answer": "2026-01-02T00:00:00"}),
+        ("a.xlsx:5", None),
+    ]
+    assert rows[-1].fault == "more cells than the header has"
+    book.create_sheet("more").append(("Question", "Answer"))
+    book["more"].append(("Who?", "Ann"))
+    book.save(tmp_path / "a.xlsx")
+    assert read(tmp_path / "a.xlsx")[-1].origin == "a.xlsx[more]:2"
+
+
+def test_an_excel_file_without_openpyxl_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with zipfile.ZipFile(tmp_path / "a.xlsx", "w") as archive:
+        archive.writestr("xl/workbook.xml", "<workbook/>")
+    monkeypatch.setitem(sys.modules, "openpyxl", None)
+    with pytest.raises(DataError, match="openpyxl, which reads Excel files, is missing") as caught:
+        read(tmp_path / "a.xlsx")
+    assert "pip install openpyxl; or save the sheet as CSV" in str(caught.value.fix)
 
 
 def test_a_table_of_one_column_is_recognised(tmp_path: Path) -> None:
@@ -235,15 +295,21 @@ def test_gzip_is_decompressed_while_reading(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("a.parquet", b"\x89PNG\r\n\x1a\n" + bytes(100), "PARQUET by its name, but a PNG picture"),
+        ("a.parquet", b"\x89PNG\r\n\x1a\n" + bytes(100), "the file is a PNG picture"),
+        ("a.pdf", b"%PDF-1.7\n", "the file is a PDF document: extract its text first"),
+        ("README.md", b"# Data\n\nRows, columns, files.\n", "not data: a README or notes; it begins '# Data'"),
+        ("README", b"Rows, columns\nmore, and more\n", "not data: a README"),
+        ("run.log", b"2026-01-01 10:00:00,123 INFO start\n2026-01-01 10:00:01,456 INFO end\n", "not data: a log"),
+        ("out.txt", b"2026-01-01 10:00:00,123 INFO start\n2026-01-01 10:00:01,456 INFO end\n", "not data: neither"),
+        ("letter.txt", b"Dear Ann, I write, as you said,\nto tell you.\nYours, Bob\n", "not data: neither"),
         ("a.json", b"<!DOCTYPE html><html></html>", "a web page"),
         ("a.csv", b"PK\x03\x04" + bytes(50), "a zip archive"),
         ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "a Git LFS pointer"),
         ("a.json", b"", "the file is empty"),
         ("a.jsonl", b"\xef\xbb\xbf \n\n", "the file is empty"),
         ("a.json", bytes(range(256)) * 40, "binary"),
-        ("a.csv", b"just a sentence\nand another\n", "neither JSON nor a table"),
-        ("a.json", b"42", "neither JSON nor a table"),
+        ("a.csv", b"just a sentence\nand another\n", "neither JSON, nor a table"),
+        ("a.json", b"42", "neither JSON, nor a table"),
         ("a.csv", b"question,answer\rq,a\r", "the header cannot be read"),
         ("a.csv", b'question,answer\nq,"a\0b"\nr,s\n', "binary"),
     ],

@@ -63,12 +63,22 @@ def test_a_csv_with_a_mapping_of_columns(process: Run, tmp_path: Path) -> None:
     assert without.returncode == 2 and "data.columns.user" in without.stderr
 
 
+def test_text_of_questions_and_answers_is_read(process: Run, tmp_path: Path) -> None:
+    (tmp_path / "faq.txt").write_text("".join(f"Q: Why {i}?\nA: Because, of course.\n\n" for i in range(9)))
+    done = process("--raw_path", "faq.txt", "--json")
+    assert done.returncode == 0, done.stderr
+    ledger = json.loads(done.stdout)
+    assert ledger["formats"] == {"qa": 9} and ledger["rows_read"] == 9
+
+
 @pytest.mark.parametrize(
     "name, content, message",
     [
         (None, "", "no raw data"),
         ("a.parquet", "\x89PNG\r\n\x1a\n" + "x" * 50, "a PNG picture"),
         ("a.jsonl", '{"q": 1}\n' * 3, "nothing is left"),
+        ("README.md", "# Rows\n\nThey are here, there, and there.\n", "not data: a README or notes"),
+        ("a.json", '[\n{"q": 1,},\n{"q": 2}\n{"q": 3}\n]', "line 4: a comma is missing before this row"),
     ],
 )
 def test_what_a_user_can_fix_is_exit_2_and_one_message(

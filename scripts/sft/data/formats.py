@@ -317,18 +317,27 @@ TEXT_TEMPLATES = {
 }  # fmt: skip
 TEXT_BEGIN = re.compile(r"^(?:\s|<\|begin_of_text\|>|<\|endoftext\|>|<s>|<bos>|\[gMASK\]|<sop>)+")
 TEXT_END = re.compile(r"(?:\s|<\|end_of_text\|>|<\|endoftext\|>|<\|eot_id\|>|<\|im_end\|>|</s>|<eos>)+$")
+QA_LINE = re.compile(r"^[QA]:", re.MULTILINE)  # once each, so that no answer is cut at a line that it quotes
+SPEAKERS = "user|human|assistant|bot|system|instruction|input|response|question|answer"
+QA_TEXT = re.compile(  # lines `name: value` that are no speaker's, a question and an answer
+    rf"(?P<facts>(?:(?!(?i:{SPEAKERS})\b)\w[\w ]*:[^\n]*\n)*)Q:(?P<question>.*?)\nA:(?P<answer>.*)", re.DOTALL
+)
 LLAMA2_SYSTEM = re.compile(r"<<SYS>>\s*(.*?)\s*<</SYS>>\s*(.*)", re.DOTALL)
 
 
 def parse_text(text: str) -> tuple[str, list[Message]]:
-    """The template's name and the turns of a text that begins with a template's control tokens.
+    """The template's name and the turns of a text that begins with a template's control tokens, or that is `q/a`.
 
     Raises RowFault (unknown format) for any other text, and if a turn is not closed: the turns would be a guess.
     """
     text = TEXT_BEGIN.sub("", text)
     name = next((name for name, (start, _) in TEXT_TEMPLATES.items() if start.match(text)), None)
+    if name is None and (match := QA_TEXT.fullmatch(text)) and QA_LINE.findall(text) == ["Q:", "A:"]:
+        user = match["facts"] + match["question"].strip()
+        return "q/a", _exchange(user, match["answer"].strip())
     if name is None:
-        what = f"a text that does not begin with the control tokens of a chat template ({', '.join(TEXT_TEMPLATES)})"
+        templates = ", ".join(TEXT_TEMPLATES)
+        what = f"a text without the control tokens of a chat template ({templates}), or not of one Q: and one A: line"
         fix = "plain text can be mixed in with data.replay.path"
         raise RowFault("unknown format", f"{what}: {text.strip()[:60]!r}; {fix}")
     start, end = TEXT_TEMPLATES[name]

@@ -1,4 +1,4 @@
-"""Readers: the rows of a file (JSON lines, JSON, CSV, Parquet, compressed or not) or of a hub data set, one at a time.
+"""Readers: the rows of a file (JSON lines, JSON, CSV, Parquet, Excel, Q:/A: text) or of a hub data set, one at a time.
 
 `open_source` detects from its bytes what a file is, `Source.rows` streams it. A row that cannot be read comes with its
 fault; a file that cannot be read is a DataError.
@@ -13,9 +13,11 @@ import json
 import os
 import re
 import sys
+import zipfile
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -25,20 +27,25 @@ from sft.data.rows import MAX_DEPTH, RowFault, parse_json
 from sft.data.store import BROKEN, open_bytes
 from sft.errors import DataError, nearest
 
-Kind = Literal["jsonl", "json", "csv", "parquet"]
+Kind = Literal["jsonl", "json", "csv", "parquet", "xlsx", "qa"]
 Progress = Callable[[int, int], None]  # bytes read, bytes in total
 Section = DataSection | SourceSection | ReplaySection
 # The one list of file names that hold rows: folders and the quick start go by it too.
 SUFFIXES: dict[str, Kind] = {
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",
+    ".xlsx": "xlsx",
 }  # fmt: skip
 COMPRESSED = (".gz", ".zst")
-KIND_NAMES = {"jsonl": "JSON lines", "json": "JSON", "csv": "a table in text (CSV)", "parquet": "Parquet"}
-READABLE = "rows are read from JSON, JSONL, CSV, TSV and Parquet: see docs/DATA.md"
+KIND_NAMES = {
+    "jsonl": "JSON lines", "json": "JSON", "csv": "a table in text (CSV)", "parquet": "Parquet", "xlsx": "Excel",
+    "qa": "text with Q: and A: lines",
+}  # fmt: skip
+READABLE = "give rows as JSON, JSONL, CSV, TSV, Parquet, .xlsx, or text with Q: and A: lines: docs/DATA.md"
 OTHER_FILES = {  # first bytes -> what the file is
     b"\x89PNG": "a PNG picture",
     b"%PDF": "a PDF document: extract its text first",
-    b"PK\x03\x04": "a zip archive (or an .xlsx or .docx): unpack it, or save the sheet as CSV",
+    b"PK\x03\x04": "a zip archive (or a .docx or .ods): unpack it, or save it as text or CSV",
+    b"\xd0\xcf\x11\xe0": "an old Excel or Word file: save it as .xlsx or CSV",
     b"version https://git-lfs": "a Git LFS pointer, not the file itself: git lfs pull",
     b"\x80\x04": "a Python pickle, which can run code: save the rows as JSON lines",
 }
@@ -48,12 +55,22 @@ INVALID = re.compile("[\ud800-\udfff]")  # bytes that are invalid in the encodin
 BYTE_ORDER_MARKS = {"utf-32": (b"\xff\xfe\0\0", b"\0\0\xfe\xff"), "utf-16": (b"\xff\xfe", b"\xfe\xff")}
 UNUSED_IN_CP1252 = set("\udc81\udc8d\udc8f\udc90\udc9d\udcfe\udcff")  # or hardly ever written
 WRAPPERS = ("data", "rows", "train", "examples", "instances", "items", "records", "samples")
+DOCUMENTS = {".md": "a README or notes", ".rst": "a README or notes", ".log": "a log"}  # unless they hold JSON
+QA_MARK = re.compile(r"(Q|A)(?:uestion|nswer)?:[ \t]*")  # begins a line of a question-and-answer text
 SPLITS = ("train", "val", "valid", "validation", "dev", "eval", "test")
 LENIENT_DECODER = json.JSONDecoder(parse_int=str, parse_float=str)  # finds where a value ends, whatever its faults
 HEAD = 1 << 18  # bytes from which kind and encoding are detected
 BLOCK = 1 << 20  # characters of JSON read at a time
 PARQUET_BATCH = 512  # rows in memory at a time
 MAX_CSV_LINES = 10_000  # of one row
+MAX_PROBLEMS = 10  # of broken JSON in one message
+JSON_PROBLEMS = {  # how Python's message begins -> ours
+    "Expecting ',' delimiter": "a comma or a closing bracket is missing, or a quote inside a text lacks its backslash",
+    "Expecting property name": "a key in double quotes is missing",
+    "Expecting value": "a value is missing (texts need double quotes)",
+    "Invalid control character": "a line break or tab inside a text (write \\n or \\t)",
+    "Unterminated string": "a text is not closed with a quote",
+}
 
 
 class RawRow(NamedTuple):
@@ -91,7 +108,10 @@ class Source:
         """Every row, in order. Raises DataError if the source cannot be read to its end."""
         if self.format is None:
             return _hub(self)
-        return {"jsonl": _json_lines, "json": _json, "csv": _csv, "parquet": _parquet}[self.format](self, on_progress)
+        read = {
+            "jsonl": _json_lines, "json": _json, "csv": _csv, "parquet": _parquet, "xlsx": _excel, "qa": _qa_text,
+        }  # fmt: skip
+        return read[self.format](self, on_progress)
 
 
 def plain_name(path: Path) -> Path:
@@ -129,9 +149,10 @@ def open_source(path: Path, root: Path, text: str = "", section: Section | None 
         other = "a web page or XML (did a download or a login fail?)"
     if head.startswith(b"PAR1"):
         return Source(display_path(path, root), path, "parquet")
+    if other and zipfile.is_zipfile(path) and "xl/workbook.xml" in zipfile.ZipFile(path).namelist():
+        return Source(display_path(path, root), path, "xlsx")
     if other or len(CONTROL.findall(content)) * 50 > len(content):
-        claim = f"{path.suffix[1:].upper()} by its name, but " if path.suffix else ""
-        raise DataError(f"the file is {claim}{other or 'binary'}", where=str(path), fix=READABLE)
+        raise DataError(f"the file is {other or 'binary'}", where=str(path), fix=READABLE)
     named = SUFFIXES.get(plain_name(path).suffix.lower())
     kind, delimiter = _kind(path, content, named, cut=len(head) == HEAD)
     warnings = []
@@ -180,9 +201,22 @@ def _kind(path: Path, head: str, named: Kind | None, *, cut: bool) -> tuple[Kind
     delimiter = max(marks, key=header.count, default="")
     if named == "jsonl" and (values or not delimiter):
         return "jsonl", ","
-    if delimiter or (named == "csv" and lines[1:] and re.fullmatch(r'"?\w+"?', first)):
+    if named is None and QA_MARK.match(first) and any(line.startswith("A") and QA_MARK.match(line) for line in lines):
+        return "qa", ","
+    if named == "csv" and (delimiter or (lines[1:] and re.fullmatch(r'"?\w+"?', first))):
         return "csv", delimiter or ","  # without a delimiter: a table of one column
-    raise DataError(f"neither JSON nor a table: the file begins {first[:60]!r}", where=str(path), fix=READABLE)
+    document = DOCUMENTS.get(path.suffix.lower()) or ("a README" if path.stem.upper() == "README" else None)
+    if delimiter and not document and (named or _is_table(some, delimiter)):
+        return "csv", delimiter
+    what = f"not data: {document or 'neither JSON, nor a table, nor Q: and A: lines'}; it begins {first[:60]!r}"
+    raise DataError(what, where=str(path), fix=READABLE)
+
+
+def _is_table(lines: list[str], delimiter: str) -> bool:
+    """Whether the lines of a file whose name promises no table have names in the first, and as many cells in others."""
+    header, *rows = csv.reader(lines, delimiter=delimiter)
+    names = all(re.fullmatch(r"[^\W\d][\w .()/?-]*", cell.strip()) for cell in header)
+    return names and sum(len(row) == len(header) for row in rows) * 5 >= len(rows) * 4
 
 
 def _object_or_list(line: str) -> Any:
@@ -257,29 +291,53 @@ def _json(source: Source, on_progress: Progress | None) -> Iterator[RawRow]:
     """
     text = _JsonText(source, "".join(_pieces(source, lambda file: file.read(BLOCK), 1, on_progress)))
     while start := text.peek():
-        index, last_line = 0, text.line()
-        if start == "{":
-            row = _json_row(source, f"{source.name}:{last_line}", text.value())
-            lists = _lists_of_rows(row.value) if row.fault is None else []
-            if len(lists) > 1:
-                what = f"the file holds more than one list of rows: {', '.join(lists)}"
-                raise DataError(what, where=f"{source.path}:{last_line}", fix="put each into its own file")
-            values = row.value[lists[0]] if lists else []
-            yield from (RawRow(f"{source.name}[{index}]", value) for index, value in enumerate(values))
-            if not lists:
-                yield row
-            text.accept(",")
+        if start == "[":
+            yield from _array(source, text)
             continue
-        if not text.accept("["):
-            raise text.broken(f"expected a row or a list of rows, not {start!r}")
-        while text.peek() != "]":
-            line = text.line()
-            place = f"[{index}]" if line == last_line else f":{line}"
-            yield _json_row(source, source.name + place, text.value())
-            index, last_line = index + 1, line
-            if not text.accept(",") and text.peek() != "]":
-                raise text.broken("',' or ']' is missing")
-        text.accept("]")
+        if start != "{":
+            raise text.error([(text.line(), f"expected a row or a list of rows, not {start!r}")])
+        line = text.line()
+        try:
+            row = _json_row(source, f"{source.name}:{line}", text.value())
+        except _BrokenValue as broken:
+            raise text.error([broken.args]) from None
+        lists = _lists_of_rows(row.value) if row.fault is None else []
+        if len(lists) > 1:
+            what = f"the file holds more than one list of rows: {', '.join(lists)}"
+            raise DataError(what, where=f"{source.path}:{line}", fix="put each into its own file")
+        values = row.value[lists[0]] if lists else []
+        yield from (RawRow(f"{source.name}[{index}]", value) for index, value in enumerate(values))
+        if not lists:
+            yield row
+        text.accept(",")
+
+
+def _array(source: Source, text: _JsonText) -> Iterator[RawRow]:
+    """The rows of the array at the cursor, up to the first problem. All problems are in one DataError at the end."""
+    index, last_line, problems = 0, text.line(), list[tuple[int, str]]()
+    text.accept("[")
+    while text.peek() not in ("]", ""):
+        line, begin = text.line(), text.at
+        place = f"[{index}]" if line == last_line else f":{line}"
+        index, last_line = index + 1, line
+        try:
+            row = _json_row(source, source.name + place, text.value())
+            if not problems:
+                yield row
+            if not text.accept(",") and text.peek() not in ("]", ""):
+                problems.append((text.line(), "a comma is missing before this row"))
+        except _BrokenValue as broken:
+            problems.append(broken.args)
+            if not text.skip_to_row(begin):
+                raise text.error(problems) from None
+    if not text.accept("]"):
+        problems.append((text.line(), "the list is not closed: ] is missing"))
+    if problems:
+        raise text.error(problems)
+
+
+class _BrokenValue(Exception):
+    """A value of a JSON text is broken: line, problem."""
 
 
 class _JsonText:
@@ -292,7 +350,7 @@ class _JsonText:
     def line(self) -> int:
         """The line at the cursor."""
         self._line += self.text.count("\n", self._counted, self.at)
-        self._counted = self.at
+        self._counted = max(self.at, self._counted)
         return self._line
 
     def peek(self) -> str:
@@ -308,20 +366,36 @@ class _JsonText:
         return accepted
 
     def value(self) -> str:
-        """The text of the value at the cursor, moved over. Raises DataError if it is not JSON."""
+        """The text of the value at the cursor, moved over. Raises _BrokenValue if it is not JSON."""
         start = self.at
         try:
             self.at = LENIENT_DECODER.raw_decode(self.text, start)[1]
         except json.JSONDecodeError as error:
             self.at = min(error.pos, len(self.text))
-            raise self.broken(error.msg) from None
+            problem = next((words for said, words in JSON_PROBLEMS.items() if error.msg.startswith(said)), error.msg)
+            closing = re.match(r"[,\s]*([]}])", self.text[self.at : self.at + 1_000])
+            if closing and self.text[: self.at + 1].rstrip("]} \t\r\n").endswith(","):
+                problem = f"a comma too many before {closing[1]}"
         except RecursionError:
-            raise self.broken(f"nested deeper than {MAX_DEPTH} levels") from None
-        return self.text[start : self.at]
+            problem = f"nested deeper than {MAX_DEPTH} levels"
+        else:
+            return self.text[start : self.at]
+        raise _BrokenValue(self.line(), problem)
 
-    def broken(self, problem: str) -> DataError:
-        where = f"{self.source.path}:{self.line()}"
-        return DataError(f"broken JSON: {problem}", where=where, fix="correct the file at that line")
+    def skip_to_row(self, begin: int) -> bool:
+        """Moves from a problem to the next line that begins as the row at `begin` does; False if there is none."""
+        indent = self.text[self.text.rfind("\n", 0, begin) + 1 : begin]
+        pattern = rf"\n{indent}{{" if not indent.strip() else r"\n[ \t]*{"  # the first row may follow the bracket
+        row = re.compile(pattern).search(self.text, self.at)
+        self.at = row.start() + 1 if row else self.at
+        return row is not None
+
+    def error(self, problems: list[tuple[int, str]]) -> DataError:
+        lines = [f"line {line}: {problem}" for line, problem in problems[:MAX_PROBLEMS]]
+        lines += [f"and {len(problems) - MAX_PROBLEMS:,} more"] if len(problems) > MAX_PROBLEMS else []
+        what = problems[0][1] if len(problems) == 1 else "\n    ".join([f"{len(problems):,} problems", *lines])
+        where = f"{self.source.path}:{problems[0][0]}"
+        return DataError(f"broken JSON: {what}", where=where, fix="correct the file there")
 
 
 def _csv(source: Source, on_progress: Progress | None) -> Iterator[RawRow]:
@@ -385,6 +459,59 @@ def _parquet(source: Source, on_progress: Progress | None) -> Iterator[RawRow]:
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         what = f"the Parquet file is broken: {_first_line(error)}"
         raise DataError(what, where=str(source.path), fix="fetch it again") from None
+
+
+def _excel(source: Source, on_progress: Progress | None) -> Iterator[RawRow]:
+    """One row a line of every sheet, keyed by the sheet's first line. Raises DataError without openpyxl."""
+    try:
+        import openpyxl  # type: ignore[import-untyped,unused-ignore]
+    except ImportError:
+        fix = f"{sys.executable} -m pip install openpyxl; or save the sheet as CSV"
+        raise DataError("openpyxl, which reads Excel files, is missing", where=str(source.path), fix=fix) from None
+    try:
+        book = openpyxl.load_workbook(source.path, read_only=True, data_only=True)
+    except Exception as error:  # the library raises whatever it stumbles over
+        what = f"the Excel file is broken: {_first_line(error)}"
+        raise DataError(what, where=str(source.path), fix="save it again, or as CSV") from None
+    for sheet in book.worksheets:
+        header: list[str] = []
+        for number, line in enumerate(sheet.iter_rows(values_only=True), 1):
+            cells = [cell.isoformat() if isinstance(cell, date) else cell for cell in line]
+            place = f"{source.name}:{number}" if len(book.worksheets) == 1 else f"{source.name}[{sheet.title}]:{number}"
+            if all(cell is None for cell in cells):
+                continue
+            if not header:
+                cells = cells[: max(index for index, cell in enumerate(cells, 1) if cell is not None)]
+                header = [str(cell or f"column {index}").strip() for index, cell in enumerate(cells, 1)]
+            elif any(cell is not None for cell in cells[len(header) :]):
+                yield RawRow(place, None, "more cells than the header has", repr(line))
+            else:
+                yield RawRow(place, dict(zip(header, cells, strict=False)))
+
+
+def _qa_text(source: Source, on_progress: Progress | None) -> Iterator[RawRow]:
+    """Each line that begins with `Q:` begins a row, the line with `A:` its answer; both run to the next such line."""
+
+    def finished() -> RawRow:
+        question, *answers = ["\n".join(part).strip() for part in parts]
+        fault = _invalid_text(source, "\n".join([question, *answers]))
+        if len(answers) != 1:
+            fault = f"{len(answers)} lines begin with A: after this Q:, instead of one"
+        value = None if fault else {"question": question, "answer": answers[0]}
+        return RawRow(f"{source.name}:{begin}", value, fault, "\n".join([question, *answers]) if fault else None)
+
+    begin, parts = 0, list[list[str]]()
+    for number, line in _lines(source, on_progress):
+        mark = QA_MARK.match(line)
+        if mark and mark[1] == "Q":
+            if parts:
+                yield finished()
+            begin, parts = number, []
+        if mark:
+            parts.append([line[mark.end() :].strip("\r\n")])
+        elif parts:
+            parts[-1].append(line.strip("\r\n"))
+    yield finished()
 
 
 def _hub(source: Source) -> Iterator[RawRow]:
