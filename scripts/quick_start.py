@@ -179,7 +179,7 @@ def raw_data(root: Path) -> tuple[Path, str]:
     if data_files:
         return data_files[0], "yours"
     if entries:
-        fix = "put a .jsonl, .json, .csv, .xlsx or .parquet file there (docs/DATA.md), or empty the folder to use the sample"
+        fix = "put a .jsonl, .json, .csv, .xlsx or .parquet file there, or empty the folder to use the sample"
         raise DataError(f"data/raw holds no file of rows, only: {names}", where=str(folder), fix=fix)
     shutil.copyfile(sample, copied)
     return copied, f"data/raw was empty: copied {SAMPLE}"
