@@ -49,7 +49,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         show(rejected.ledger)
         raise
     show(ledger)
-    console.say(f"written to {root / data.processed_dir}; next: make preview, make train")
+    console.say(f"written to {data.processed_dir}; next: make preview, make train")
     return ledger.to_json()
 
 
@@ -65,13 +65,21 @@ def show(ledger: Ledger) -> None:
         text = json.dumps(ledger.example, ensure_ascii=False)
         console.say(f"the first row became: {text if len(text) < 400 else text[:400] + ' ...'}")
     named = {f"  {reason}": count for reason, count in ledger.named.items()}
-    splits = {f"  {name}": count for name, count in ledger.splits.items()}
+    splits = {f"  {name}": count for name, count in ledger.splits.items() if ledger.accepted}
     again = {"  of which copies by weight": ledger.repeated, "  of them replay": ledger.replayed}
     more = {name: count for name, count in again.items() if count}
-    counts = {"rows read": ledger.read, **more, **named, "rows written": ledger.written, **splits}
+    counts = {
+        "rows read": ledger.read,
+        **more,
+        **named,
+        "rows written" if ledger.accepted else "rows left": ledger.written,
+        **splits,
+    }
     console.table("What became of the rows", ("", "rows"), [(name, f"{count:,}") for name, count in counts.items()])
     for reason, examples in ledger.examples.items():
         console.say(f"{reason}, for example: {examples[0]['origin']}: {examples[0]['detail']}")
+    if not ledger.accepted:  # the error says the rest
+        return
     for line in ledger.report_lines():
         console.say(line)
     share = f"{ledger.fault_share:.1%} faulty, {ledger.max_dropped:.0%} allowed"

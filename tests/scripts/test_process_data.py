@@ -95,12 +95,6 @@ def test_what_a_user_can_fix_is_exit_2_and_one_message(
     assert before.read_text() == "before"
 
 
-def test_help_shows_examples(command: Run) -> None:
-    for name in ("process_data", "style_prompt"):
-        done = command(name, "--help")
-        assert done.returncode == 0 and "examples:" in done.stdout
-
-
 def test_a_name_that_leaves_out_data_raw_or_is_misspelt_gets_a_suggestion(process: Run, tmp_path: Path) -> None:
     (tmp_path / "data/raw").mkdir(parents=True)
     (tmp_path / "data/raw/mine.jsonl").write_text("{}")
