@@ -101,6 +101,16 @@ def test_a_conversation_too_long_loses_its_oldest_turns(project: Path) -> None:
     assert served.prompt(messages[-1:], target.config.generation)[1] == 0
 
 
+def test_answers_that_loop_are_cut_and_counted(tmp_path: Path, tiny_qwen2: Path) -> None:
+    root = tiny_runs.project(tmp_path, tiny_qwen2)
+    tiny_runs.finished_run(root, seed=3, scale=0.1)  # these weights repeat themselves
+    target = chosen(root, "generation.max_new_tokens=400", "generation.stop_loops=true")
+    (tuned,) = sides(target, ["tuned"], rows_of(root), root).values()
+    looped = [sample for sample in tuned.samples if sample.get("looped")]
+    assert tuned.metrics["loop_rate"] == len(looped) / 7 > 0.5
+    assert all(sample["tokens"] < 400 and not sample["stopped"] for sample in looped)
+
+
 @pytest.mark.parametrize("proven", [True, False])  # by our own loop, and by transformers' generate
 def test_chat_batch_evaluation_and_training_generate_the_same_text(
     proven: bool, project: Path, monkeypatch: pytest.MonkeyPatch

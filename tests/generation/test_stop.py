@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from sft.generation.engine import LoadedModel
-from sft.generation.stop import Answer, IncrementalText, StopCriteria
+from sft.generation.stop import Answer, IncrementalText, StopCriteria, repeats
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,18 @@ def test_the_end_is_noticed_at_the_token_that_ends_the_answer(tokenizer: Any) ->
         first = next((at for at, seen in enumerate(decoded) if any(string in seen for string in strings)), len(ids))
         assert ended[: first + 1] == [False] * first + [True] * (first < len(ids)), text
     assert StopCriteria(tokenizer, Stops(frozenset({7}))).ended([1, 7])
+
+
+def test_only_an_exact_repetition_is_a_loop() -> None:
+    count = list(range(200))
+    assert not repeats(count) and not repeats(count + [7] * 47) and repeats(count + [7] * 48)
+    assert not repeats(count + [1, 2, 3, 4, 5] * 9) and repeats(count + [1, 2, 3, 4, 5] * 10)
+    assert not repeats(count[:64] * 2 + count[:63]) and repeats(count + count[:64] * 3)
+    assert not repeats(count + ([1] * 30 + [2]) * 2) and not repeats(count[:65] * 4)
+    stop = StopCriteria(None, Stops(), loops=True)
+    lengths = [length for length in range(1, 80) if stop.ended([5] * length)]
+    assert lengths == [48, 64]  # looked for after every 16th token
+    assert not StopCriteria(None, Stops()).ended([5] * 48)
 
 
 @pytest.mark.parametrize("family", ["tiny_qwen2", "tiny_gpt2", "tiny_t5"])

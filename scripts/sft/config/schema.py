@@ -248,6 +248,7 @@ class GenerationSection(Section):
     top_k: int = key(50, "Draw from at most this many tokens; 0 is all.", ge=0)
     repetition_penalty: float = key(1.0, "Above 1 makes repeated tokens less likely.", gt=0)
     stop: list[str] = key([], "Stop strings, besides the template's own ends.")
+    stop_loops: bool = key(False, "End an answer that only repeats itself; `compare` always does.")
     seed: int = key(0, "Seed for sampling.", ge=0)
 
 

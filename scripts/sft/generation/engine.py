@@ -104,7 +104,7 @@ class LoadedModel:
         leaves the answer too little of the model's context loses its oldest tokens. on_progress: (answered, all).
         Raises EnvironmentProblem when not even one answer fits into memory.
         """
-        stop = StopCriteria(self.tokenizer, self.encoder.stops, settings.stop)
+        stop = StopCriteria(self.tokenizer, self.encoder.stops, settings.stop, loops=settings.stop_loops)
         sequences, truncated = self._sequences(prompts, settings)
         answers: dict[int, Answer] = {}
         rows_together = max(1, batch_size)
@@ -152,7 +152,7 @@ class LoadedModel:
             left = (self.context_length() or 0) - len(ids)
             raise DataError(what, fix=f"shorten it{f', or: /set max_new_tokens {left}' if left >= MIN_ANSWER else ''}")
         settings = settings.model_copy(update={"seed": settings.seed + attempt})
-        stop = StopCriteria(self.tokenizer, self.encoder.stops, settings.stop)
+        stop = StopCriteria(self.tokenizer, self.encoder.stops, settings.stop, loops=settings.stop_loops)
         (sequence,), _ = self._sequences([ids], settings)
         text, shown = IncrementalText(self.tokenizer), 0
         with self._answering():

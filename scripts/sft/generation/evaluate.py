@@ -253,6 +253,7 @@ def score_answers(of_rows: Sequence[Question], answers: Sequence[Answer], config
             **({"references": question.options} if len(question.options) > 1 else {}),
             **({"tags": row_tags} if row_tags else {}),
             "stopped": answer.stopped,
+            **({"looped": True} if answer.looped else {}),
             "tokens": answer.tokens,
             "scores": scores.of_row(index),
         }
@@ -261,6 +262,8 @@ def score_answers(of_rows: Sequence[Question], answers: Sequence[Answer], config
     stats = text.text_stats(
         texts, stopped=[answer.stopped for answer in answers], tokens=[answer.tokens for answer in answers]
     )
+    if config.generation.stop_loops:
+        stats["loop_rate"] = [float(answer.looped) for answer in answers]
     per_tag = {name: values for name, values in stats.items() if not name.startswith("length")}
     return Evaluation(
         scores.means | text.means(stats),

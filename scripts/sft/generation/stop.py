@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+LOOP_TOKENS, LOOP_PERIOD, LOOP_EVERY = 48, 64, 16  # see `repeats`; looked for after every so many tokens
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what the bytes of an unfinished character decode to
 
 
@@ -24,7 +25,8 @@ class Stops(Protocol):
 class Answer:
     """One answer. ids, text: without the end token, the stop string and anything after. stopped: it ended by itself.
 
-    tokens: generated tokens, the end token included. truncated: the prompt's oldest tokens that were cut off.
+    tokens: generated tokens, the end token included. truncated: the prompt's oldest tokens that were cut off. looped:
+    it was ended because it only repeated itself.
     """
 
     ids: list[int]
@@ -32,13 +34,15 @@ class Answer:
     stopped: bool
     tokens: int
     truncated: int = 0
+    looped: bool = False
 
 
 class StopCriteria:
-    """Ends an answer at the end tokens and strings of `stops` and at the strings of `more` (`generation.stop`)."""
+    """Ends an answer at the end tokens and strings of `stops`, at the strings of `more` (`generation.stop`), and with
+    `loops` where it only repeats itself."""
 
-    def __init__(self, tokenizer: Any, stops: Stops, more: Sequence[str] = ()) -> None:
-        self.tokenizer, self.ids = tokenizer, frozenset(stops.ids)
+    def __init__(self, tokenizer: Any, stops: Stops, more: Sequence[str] = (), *, loops: bool = False) -> None:
+        self.tokenizer, self.ids, self.loops = tokenizer, frozenset(stops.ids), loops
         self.strings = tuple(string for string in dict.fromkeys([*stops.strings, *more]) if string)
         self._window = max((len(string.encode()) for string in self.strings), default=0) + 1  # a token is >= 1 byte
         self._last_characters = {string[-1] for string in self.strings}
@@ -46,12 +50,15 @@ class StopCriteria:
 
     def ended(self, tokens: Sequence[int]) -> bool:
         """Whether the newest of `tokens` ended the answer. Text is decoded only where it could end a stop string."""
-        if tokens[-1] in self.ids:
+        if tokens[-1] in self.ids or self._looped(tokens):
             return True
         if not self.strings or not self._may_finish_a_string(tokens[-1]):
             return False
         text = decode(self.tokenizer, tokens[-self._window :], special=True)
         return any(string in text for string in self.strings)
+
+    def _looped(self, tokens: Sequence[int]) -> bool:
+        return self.loops and len(tokens) % LOOP_EVERY == 0 and repeats(tokens)
 
     def _may_finish_a_string(self, token: int) -> bool:
         if token not in self._may_finish:
@@ -78,7 +85,7 @@ class StopCriteria:
             rest = spelled_out[len(decode(self.tokenizer, ids[:before], special=True)) : position]
             ids, stopped = ids[:before], True
         text = (decode(self.tokenizer, ids) + rest).rstrip(INCOMPLETE)
-        return Answer(ids, text, stopped, count, truncated)
+        return Answer(ids, text, stopped, count, truncated, not stopped and self._looped(tokens))
 
     def _tokens_within(self, ids: list[int], characters: int) -> int:
         """How many of the first tokens fit into that many characters."""
@@ -92,6 +99,15 @@ class StopCriteria:
             if any(string.startswith(text[-count:]) for string in self.strings):
                 return count
         return 0
+
+
+def repeats(tokens: Sequence[int]) -> bool:
+    """Whether the newest tokens are a block of at most LOOP_PERIOD tokens three times or more, LOOP_TOKENS at least."""
+    for period in range(1, min(LOOP_PERIOD, len(tokens) // 3) + 1):
+        count = max(3 * period, LOOP_TOKENS)
+        if count <= len(tokens) and tokens[-count + period :] == tokens[-count:-period]:
+            return True
+    return False
 
 
 def decode(tokenizer: Any, ids: Sequence[int], *, special: bool = False) -> str:

@@ -42,7 +42,7 @@ FORGETTING_LOSS = 0.1  # nats a token above which general answers count as forgo
 UNKNOWING_LOSS = 6.0  # nats a token of good answers above which the base itself does not know them
 MIN_STOP_RATE = 0.9  # share of answers that end by themselves, below which there is a warning
 ROW_LOSS = "row_loss"  # of a row: mean over its labelled tokens (`loss` in metrics.json weighs every token alike)
-OF_ANSWERS = ("stop_rate", "repetition", "empty_rate", "length_tokens")  # metrics that need no reference
+OF_ANSWERS = ("stop_rate", "loop_rate", "repetition", "empty_rate", "length_tokens")  # metrics that need no reference
 NEUTRAL = {"length_tokens", "length_words"}  # neither direction is better
 LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "tokenizers")  # that answers depend on
 LEDGER = ("rows_read", "rows_written", "rows_named", "named", "splits", "verdict", "formats")  # keys that are shown
@@ -134,8 +134,9 @@ def measure_sides(
 
 
 def _greedy(config: Config) -> Config:
-    """The config without sampling, so that answers do not depend on luck."""
-    return config.model_copy(update={"generation": config.generation.model_copy(update={"do_sample": False})})
+    """The config without sampling, so that answers do not depend on luck, and without endless repetition."""
+    update = {"do_sample": False, "stop_loops": True}
+    return config.model_copy(update={"generation": config.generation.model_copy(update=update)})
 
 
 def _measure(
@@ -270,8 +271,9 @@ def stopping(side: Side) -> dict[str, Any]:
     if share >= MIN_STOP_RATE:
         headline = f"{side.name} stops by itself in {share:.0%} of its answers"
     else:
-        cut = rows - int(sum(stopped))
-        headline = f"{side.name} often does not stop: {cut:,} of {rows:,} answers ran to the token limit"
+        endless, looped = rows - int(sum(stopped)), int(sum(side.values.get("loop_rate", ())))
+        headline = f"{side.name} often does not stop: {endless:,} of {rows:,} answers ran to the token limit"
+        headline += f" ({looped:,} only repeated themselves and were cut)" if looped else ""
     return {"share": round(share, 6), "headline": headline, "good": share >= MIN_STOP_RATE}
 
 
