@@ -79,3 +79,15 @@ def test_the_text_of_an_error_fits_on_one_line_without_secrets() -> None:
 def test_the_nearest_name() -> None:
     assert nearest("lerning_rate", ["epochs", "learning_rate"]) == "learning_rate"
     assert nearest("xyzzy", ["epochs"]) is None
+
+
+def test_progress_on_a_pipe_is_a_line_now_and_then_with_the_time_left(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter([0.0, 10.0, 40.0, 50.0, 120.0])
+    monkeypatch.setattr("sft.console.time.monotonic", lambda: next(clock))
+    with console.progress("answering") as advance:
+        for done in (1, 2, 3, 4):
+            advance(done, 100)
+    assert capsys.readouterr().err == "answering 2%, 33 min left\nanswering 4%, 48 min left\n"
+    assert [console.duration(seconds) for seconds in (7, 150, 7800)] == ["7 s", "2 min", "2 h 10 min"]

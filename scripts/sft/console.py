@@ -118,20 +118,30 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
     out().print(result)
 
 
+def duration(seconds: float) -> str:
+    """A time as people say it: 40 s, 3 min, 2 h 10 min."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+
+
 @contextmanager
 def progress(title: str) -> Iterator[Callable[..., None]]:
-    """Yields `advance(done, total, beside="")`: a bar with the time left on a terminal, else a line every half minute.
+    """Yields `advance(done, total, beside="")`: a bar on a terminal, else a line every half minute, with the time left.
 
     beside: text to show next to the title, such as the loss.
     """
     if not sys.stderr.isatty():
-        last_line = time.monotonic()
+        started = last_line = time.monotonic()
 
         def advance(done: int, total: int | None, beside: str = "") -> None:
             nonlocal last_line
-            if time.monotonic() - last_line >= SECONDS_PER_LINE:
-                last_line = time.monotonic()
+            now = time.monotonic()
+            if now - last_line >= SECONDS_PER_LINE:
+                last_line = now
                 share = f" {done / total:.0%}" if total else ""
+                share += f", {duration((now - started) * (total - done) / done)} left" if total and done else ""
                 print(f"{title}{share}  {beside}".rstrip(), file=sys.stderr, flush=True)
 
         yield advance
