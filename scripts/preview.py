@@ -54,10 +54,12 @@ def main(args: argparse.Namespace) -> None:
         write_text(args.html, preview.page(f"{path.name}, {encoder.template.name}", shown))
         console.say(f"{len(shown):,} rows written to {args.html}")
         return
-    console.say(f"template: {encoder.template.name}; in the loss: green, not in the loss: grey, cut: struck through")
+    marks = console.out().color_system is None or console.out().no_color  # a pipe, a file, NO_COLOR
+    legend = "in the loss: ⟦...⟧, cut: ⟪...⟫" if marks else "in the loss: green, not: grey, cut: struck through"
+    console.say(f"template: {encoder.template.name}; {legend}")
     for row, tokens in shown:
         console.out().print(preview.headline(row), style="bold red" if row.dropped else "bold")
-        console.out().print(preview.coloured(tokens))
+        console.out().print(preview.coloured(tokens, marks=marks))
 
 
 def rows_of_split(data: Any, root: Path, split: str) -> Path:

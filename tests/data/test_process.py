@@ -108,6 +108,36 @@ def test_the_threshold_counts_faults_and_never_duplicates(tmp_path: Path) -> Non
         process(DataSection(max_dropped=0.04), tmp_path, str(raw))
 
 
+def test_a_few_faults_are_accepted_in_a_small_file_unless_max_dropped_is_set(tmp_path: Path) -> None:
+    raw = write(tmp_path / "a.jsonl", [qa(f"q{i}") for i in range(4)] + [qa("", "")])
+    assert process(DataSection(), tmp_path, str(raw)).fault_share == 0.2
+    with pytest.raises(Rejected, match="1 of 5 rows"):
+        process(DataSection(max_dropped=0.1), tmp_path, str(raw))
+    raw = write(tmp_path / "a.jsonl", [qa(f"q{i}") for i in range(14)] + [qa("", "")] * 4)
+    with pytest.raises(Rejected, match="4 of 18 rows"):
+        process(DataSection(), tmp_path, str(raw))
+
+
+def test_the_same_rows_in_several_files_of_a_folder_are_no_faults(tmp_path: Path) -> None:
+    (tmp_path / "raw").mkdir()
+    for name in ("a", "b", "c"):
+        write(tmp_path / "raw" / f"{name}.jsonl", [qa(f"q{i}") for i in range(9)])
+    ledger = process(DataSection(max_dropped=0), tmp_path, str(tmp_path / "raw"))
+    assert (ledger.written, ledger.faults, ledger.named) == (9, 0, {"exact duplicate": 18})
+
+
+def test_an_empty_turn_at_the_end_is_left_out_and_counted(tmp_path: Path) -> None:
+    turns = [{"role": role, "content": role} for role in ("user", "assistant", "user", "assistant")]
+    open_end, empty = {"role": "user", "content": " "}, {"role": "assistant", "content": ""}
+    lines = [json.dumps({"messages": row}) for row in ([*turns, open_end], [*turns[:3], empty], [turns[0], empty])]
+    ledger = process(DataSection(split=ALL_TRAIN), tmp_path, str(write(tmp_path / "a.jsonl", lines)))
+    whole, short = rows_of(tmp_path / "data/processed/train.jsonl")
+    assert whole["messages"] == turns
+    assert (short["user"], short["assistant"]) == ("user", "assistant")
+    assert ledger.named == {"empty answer": 1}
+    assert "2 rows ended with an empty turn: it was left out" in ledger.warnings
+
+
 def test_a_rejected_run_changes_nothing_and_leaves_the_rows_to_read(tmp_path: Path) -> None:
     good = write(tmp_path / "good.jsonl", [qa(f"q{i}") for i in range(30)])
     process(DataSection(), tmp_path, str(good))
@@ -167,7 +197,7 @@ def test_no_split_stays_empty_without_a_warning(tmp_path: Path, count: int) -> N
     moved = [
         name
         for name in ("train", "val", "test")
-        if any(text.startswith(f"{name} had no row") for text in ledger.warnings)
+        if any(text.startswith(f"{name} would be empty") for text in ledger.warnings)
     ]
     natural = [
         choose_split(prompt_id(row), SplitSection()) for name in users_of for row in rows_of(folder / f"{name}.jsonl")

@@ -69,7 +69,8 @@ def test_the_terminal_and_the_page(place: Path, tmp_path: Path, capsys: pytest.C
     run(*preview_args(place, "--id", "two"))
     shown = capsys.readouterr().out
     assert "row two: 39 tokens, 10 in the loss, 1 cut for length" in shown
-    assert "Ann <unk> Bob.<|im_end|>" in shown
+    assert "in the loss: ⟦...⟧, cut: ⟪...⟫" in shown
+    assert "⟪<|im_start|>⟫user" in shown and "assistant\n⟦Ann <unk> Bob.<|im_end|>⟧" in shown
     page = tmp_path / "page.html"
     run(*preview_args(place, "--html", page, "--limit", 2))
     html = page.read_text(encoding="utf-8")

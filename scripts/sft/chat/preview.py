@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 State = Literal["labelled", "masked", "cut"]
 STYLES: dict[str, str] = {"labelled": "bold green", "masked": "bright_black", "cut": "red strike", "special": "reverse"}
+MARKS: dict[State, tuple[str, str]] = {"labelled": ("⟦", "⟧"), "masked": ("", ""), "cut": ("⟪", "⟫")}
 
 
 @dataclass(frozen=True)
@@ -49,14 +51,21 @@ def tokens(encoder: Encoder, row: Encoded, whole: Encoded) -> list[Token]:
     return [*shown[:first], *(token(one, "cut") for one in cut), *shown[first:]]
 
 
-def coloured(row: Sequence[Token]) -> Text:
-    """Tokens for a terminal: in the loss green, masked grey, cut struck through, control tokens reversed."""
+def coloured(row: Sequence[Token], *, marks: bool) -> Text:
+    """Tokens for a terminal: in the loss green, masked grey, cut struck through, control tokens reversed.
+
+    marks: also put what is in the loss between ⟦ and ⟧ and what is cut between ⟪ and ⟫, where there are no colours.
+    """
     from rich.text import Text
 
     text = Text()
-    for token in row:
-        style = f"{STYLES[token.state]} {STYLES['special']}" if token.special else STYLES[token.state]
-        text.append(token.text.replace("\n", "↵\n") if token.state == "labelled" else token.text, style)
+    for state, tokens in groupby(row, lambda token: token.state):
+        before, after = MARKS[state] if marks else ("", "")
+        text.append(before)
+        for token in tokens:
+            style = f"{STYLES[state]} {STYLES['special']}" if token.special else STYLES[state]
+            text.append(token.text.replace("\n", "↵\n") if state == "labelled" else token.text, style)
+        text.append(after)
     return text
 
 

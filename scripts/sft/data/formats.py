@@ -65,6 +65,7 @@ class Formats:
             raise DataError("data.columns must name the columns of user and assistant", where="data.columns", fix=fix)
         self._format, self._columns = format, columns or {}
         self.unread: Counter[str] = Counter()  # key -> rows that have it although no format reads it
+        self.cut = 0  # rows that ended with an empty turn
 
     def parse(self, row: Any) -> Parsed:
         """The row's turns. Raises RowFault if its format is unknown or a field is not text."""
@@ -136,11 +137,21 @@ def make_row(raw: RawRow, formats: Formats, system_prompt: str | None) -> tuple[
     turns = parsed.messages
     if system_prompt and turns and turns[0]["role"] != "system":
         turns = [{"role": "system", "content": system_prompt}, *turns]
+    if whole := without_empty_end(turns):
+        formats.cut += 1
+        turns = whole
     check_turns(turns)
     try:
         return to_record(turns, parsed.tools, origin=raw.origin, **extra), parsed.format
     except TypeError as error:  # a value that JSON does not have
         raise RowFault("not text", str(error)) from None
+
+
+def without_empty_end(turns: list[Message]) -> list[Message]:
+    """The turns before an empty last one, and before the question that it leaves open; [] if none is to be cut."""
+    if len(turns) < 4 or set(turns[-1]) != {"role", "content"} or turns[-1]["content"].strip():
+        return []
+    return turns[:-2] if turns[-1]["role"] == "assistant" and turns[-2]["role"] == "user" else turns[:-1]
 
 
 def to_record(messages: list[Message], tools: list[Message] | None = None, *, origin: str = "", **extra: Any) -> Row:

@@ -15,6 +15,7 @@ DROPS: dict[str, Filter] = {  # a name in data.drop -> the reason in the ledger
     "script": "other script",
 }
 EXAMPLES = 3  # of each reason
+FEW_FAULTS = 3  # accepted in any file with more good rows, unless data.max_dropped is set
 # Training rows -> what to expect of a fine-tune on them.
 SIZES = (
     (50_000, "large: enough to generalise well; more rows now help less than better ones"),
@@ -45,6 +46,7 @@ class Ledger:
     repeated: int = 0
     replayed: int = 0
     max_dropped: float = 0.1
+    few_faults: int = 0  # how many are accepted whatever their share
     example: dict[str, Any] | None = None
     reports: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
@@ -78,7 +80,8 @@ class Ledger:
 
     @property
     def accepted(self) -> bool:
-        return self.written > 0 and self.fault_share <= self.max_dropped
+        few = self.faults <= self.few_faults and self.faults < self.written
+        return self.written > 0 and (few or self.fault_share <= self.max_dropped)
 
     def verdict(self) -> str:
         """One sentence on the number of training rows."""

@@ -17,7 +17,7 @@ from sft.config.load import resolve_path
 from sft.config.schema import DataSection
 from sft.data import split, store
 from sft.data.formats import MAX_KEYS, Formats, make_row, to_line
-from sft.data.ledger import Ledger
+from sft.data.ledger import FEW_FAULTS, Ledger
 from sft.data.quality import DataProfile, check_flags, row_stats
 from sft.data.readers import Progress, RawRow
 from sft.data.rows import DECODER, Row, RowFault, comparison_text, dump_json, prompt_id, shape
@@ -66,7 +66,8 @@ def process(data: DataSection, root: Path, raw_path: str | None = None, on_progr
     name, kind, encoding = (
         ", ".join(dict.fromkeys(getattr(part, key) for part in parts)) for key in ("name", "kind", "encoding")
     )
-    ledger = Ledger(name, kind, encoding, max_dropped=data.max_dropped)
+    few = 0 if "max_dropped" in data.model_fields_set else FEW_FAULTS
+    ledger = Ledger(name, kind, encoding, max_dropped=data.max_dropped, few_faults=few)
     ledger.warnings = [line for part in parts for line in part.warnings()]
     ledger.splits = dict.fromkeys(split.ranges(data.split), 0)
     with store.replace_dir(target, FILES, "data.processed_dir") as staged:
@@ -83,7 +84,7 @@ def process(data: DataSection, root: Path, raw_path: str | None = None, on_progr
         ledger.warnings += _row_warnings(ledger.reports, checks)
         for name, number in moved.items():
             row_id = f"{rows[number].id:016x}"
-            ledger.warnings.append(f"{name} had no row by its share: the nearest one was moved to it (id {row_id})")
+            ledger.warnings.append(f"{name} would be empty with so few rows: row {row_id} was moved to it")
         held_out = {row.prompt for row, place in zip(rows, places, strict=True) if place in ("val", "test")}
         ledger.warnings += split.share_warnings(ledger.splits, data.split)
         add_replay(data, root, staged, ledger, lambda row: checks.check_replay(row, held_out))
@@ -280,6 +281,8 @@ def _row_warnings(reports: dict[str, Any], checks: RowChecks) -> list[str]:
             f"{weighted:,} rows have a `weight` of their own: it is stored, but training does not use it;"
             " weigh a whole source (data.sources) or a turn (`weight` in messages)"
         )
+    if checks.formats.cut:
+        warnings.append(f"{checks.formats.cut:,} rows ended with an empty turn: it was left out")
     if by is not None and not reports["groups"]["groups"]:
         warnings.append(f"no row has the key data.split.group_by={by}")
     near = reports.get("near_duplicates")
