@@ -25,6 +25,7 @@ Answerer = Callable[[list[Message], GenerationSection, int], Iterator[str]]  # m
 PROMPT = "you> "
 LONG_PROMPT = 1000  # tokens from which a prompt is announced before it is read
 SLOW_PROMPT = 5.0  # seconds, the same once the speed of reading is known
+MEASURED_PROMPT = 100  # tokens, the shortest prompt that shows this speed
 HELP = """\
 /help or /?           this list
 /reset                clear the conversation (the system text stays)
@@ -142,8 +143,9 @@ class ChatSession:
             while True:
                 pieces.append(next(stream))
                 if len(pieces) == 1:
-                    self.reading_speed = tokens / max(time.monotonic() - started, 1e-9)
                     self.status("")
+                    if tokens >= MEASURED_PROMPT:
+                        self.reading_speed = tokens / max(time.monotonic() - started, 1e-9)
                 if show is not None:
                     show(printable(pieces[-1]))
                 elif len(pieces) % 8 == 0:
