@@ -15,6 +15,8 @@ PYTHON ?= .venv/bin/python
 CONFIG ?=
 SET ?=
 RAW ?=
+USER_COL ?=
+ANSWER_COL ?=
 STYLE ?=
 MODEL ?=
 TB_PORT ?= 6006
@@ -26,10 +28,10 @@ FORCE ?=
 GPU ?=
 TASKS ?=
 ARGS ?=
-export RAW STYLE INPUT OUTPUT GPU TASKS
+export RAW USER_COL ANSWER_COL STYLE INPUT OUTPUT GPU TASKS
 .NOTPARALLEL:
 
-KNOWN := CONFIG SET RAW STYLE MODEL MODELS TB_PORT INPUT OUTPUT ADAPTERS BASE FORCE GPU PNG TASKS ARGS FORMAT TYPE REPO DRY PYTHON
+KNOWN := CONFIG SET RAW USER_COL ANSWER_COL STYLE MODEL MODELS TB_PORT INPUT OUTPUT ADAPTERS BASE FORCE GPU PNG TASKS ARGS FORMAT TYPE REPO DRY PYTHON
 GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command line,$(origin $(name))),$(name)))
 $(foreach name,$(filter-out $(KNOWN) SHELL MAKEFLAGS,$(GIVEN)),$(error $(name)= is not a variable of this kit. Known: $(KNOWN). \
 	Set a config key with SET="key=value"))
@@ -66,8 +68,9 @@ download-model: $(ENV) ## download a model into the hub's cache, resumable (MODE
 demo-model: $(ENV) ## build models/demo from generated text (up to 90 minutes on 2 cores)
 	$(PYTHON) dev/make_demo_model.py
 
-process: $(ENV) ## raw data -> data/processed/{train,val,test}.jsonl (RAW=file)
-	$(RUN)/process_data.py $(WITH) $(if $(RAW),--raw_path "$$RAW")
+process: $(ENV) ## raw data -> data/processed/{train,val,test}.jsonl (RAW=file USER_COL=.. ANSWER_COL=..)
+	$(RUN)/process_data.py $(WITH) $(if $(RAW),--raw_path "$$RAW") $(if $(USER_COL),--user_col "$$USER_COL") \
+	  $(if $(ANSWER_COL),--answer_col "$$ANSWER_COL")
 style: $(ENV) ## add a style to the system text of every split (STYLE="Answer in JSON" or a preset)
 	$(RUN)/style_prompt.py $(WITH) --style "$$STYLE"
 render: $(ENV) ## write prompt and answer of each row as the chat template renders them (optional)

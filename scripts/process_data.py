@@ -1,8 +1,7 @@
 """Processes raw rows: reads any format, checks and splits the rows, and accounts for every one.
 
     python scripts/process_data.py                             data/raw/raw.jsonl, else raw.json
-    python scripts/process_data.py --raw_path my_rows.csv --set data.columns.user=Question \\
-                                   --set data.columns.assistant="Best Answer"
+    python scripts/process_data.py --raw_path my_rows.csv --user_col Question --answer_col "Best Answer"
     python scripts/process_data.py --raw_path owner/name --set data.hub_split=train
 
 Reads JSON, JSONL, CSV, TSV or Parquet, compressed or not, a folder of them, a hub data set, or several (data.sources).
@@ -13,21 +12,27 @@ it changes nothing and writes rejected.jsonl.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft import console
 
 if TYPE_CHECKING:
+    from sft.config.schema import DataSection
     from sft.data.ledger import Ledger
 
-FORMATS = ("auto", "chat", "qa", "prompt", "alpaca", "sharegpt", "messages", "rendered", "text", "columns")
+FORMATS = (
+    "auto", "chat", "qa", "prompt", "alpaca", "sharegpt", "messages", "openassistant", "rendered", "text", "columns"
+)  # fmt: skip
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = console.parser(__doc__)
     parser.add_argument("--raw_path", metavar="P", help="file, or hub data set as owner/name (default: data.raw_path)")
     parser.add_argument("--format", choices=FORMATS, help="format of the rows (default: data.format, which is auto)")
+    parser.add_argument("--user_col", metavar="NAME", help="column of a table that holds the questions")
+    parser.add_argument("--answer_col", metavar="NAME", help="column that holds the answers (default: data.columns)")
     return parser
 
 
@@ -38,19 +43,55 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     root = console.project_root()
     sets = [*args.set, *([f"data.format={args.format}"] if args.format else [])]
     data = load(args.config, sets, root=root).config.data
+    if args.user_col or args.answer_col:
+        data = with_columns(data, args.user_col, args.answer_col)
     if "/" in (raw := args.raw_path or data.raw_path or "") and not Path(raw).exists() and not (root / raw).exists():
         from sft.model.hub import install_token
 
         install_token(root)  # a hub data set may be gated
-    try:
-        with console.progress("reading rows") as on_progress:
-            ledger = process(data, root, args.raw_path, on_progress)
-    except Rejected as rejected:
-        show(rejected.ledger)
-        raise
+    while True:
+        try:
+            with console.progress("reading rows") as on_progress:
+                ledger = process(data, root, args.raw_path, on_progress)
+            break
+        except Rejected as rejected:
+            show(rejected.ledger)
+            if rejected.table is None or args.json or not (sys.stdin.isatty() and sys.stdout.isatty()):
+                raise
+            try:
+                data = with_columns(data, *ask_columns(rejected.table))
+            except EOFError:
+                raise rejected from None
     show(ledger)
     console.say(f"written to {data.processed_dir}; next: make preview, make train")
     return ledger.to_json()
+
+
+def with_columns(data: DataSection, user: str | None, assistant: str | None) -> DataSection:
+    """The settings with this mapping of columns."""
+    columns = {"system": data.columns.system if data.columns else None, "user": user, "assistant": assistant}
+    return type(data).model_validate({**data.model_dump(), "columns": columns})
+
+
+def ask_columns(row: dict[str, Any]) -> tuple[str, str]:
+    """Asks which columns of a table hold question and answer, with a guess; prints the command that needs no asking."""
+    import shlex
+
+    from sft.data.formats import guess_columns
+
+    names, answers = list(row), list[str]()
+    console.say("\nNo format has these columns. Which of them is trained on?")
+    for number, name in enumerate(names, 1):
+        console.say(f"  {number}. {name}: {str(row[name])[:60]!r}")
+    for what, guess in zip(("question", "answer"), guess_columns(row) or names, strict=False):
+        while len(answers) < 1 + (what == "answer"):
+            text = input(f"column of the {what} [1-{len(names)}, Enter for {guess}] ").strip() or guess
+            name = names[int(text) - 1] if text.isdigit() and 1 <= int(text) <= len(names) else text
+            if name in names:
+                answers.append(name)
+    user, answer = answers
+    console.say(f"\nto give this without being asked: USER_COL={shlex.quote(user)} ANSWER_COL={shlex.quote(answer)}\n")
+    return user, answer
 
 
 def show(ledger: Ledger) -> None:
@@ -82,8 +123,9 @@ def show(ledger: Ledger) -> None:
         return
     for line in ledger.report_lines():
         console.say(line)
-    share = f"{ledger.fault_share:.1%} faulty, {ledger.max_dropped:.0%} allowed"
-    console.say(f"{share}; {ledger.verdict()}")
+    if ledger.written:
+        share = f"{ledger.fault_share:.1%} faulty, {ledger.max_dropped:.0%} allowed"
+        console.say(f"{share}; {ledger.verdict()}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import pytest
 
 from sft.config.schema import DataSection
 from sft.data import rows
-from sft.data.formats import Formats, make_row, parse_text, rendered_record, to_record
+from sft.data.formats import Formats, guess_columns, make_row, parse_text, rendered_record, to_record
 from sft.data.process import process
 from sft.data.readers import RawRow
 from sft.data.rows import RowFault
@@ -43,6 +43,31 @@ def short(user: str, assistant: str, system: str = "") -> dict[str, str]:
         ({"query": "q", "response": "a"}, "qa", short("q", "a")),
         ({"instruction": "q", "response": "a"}, "qa", short("q", "a")),
         ({"input": "q", "output": "a"}, "qa", short("q", "a")),
+        ({"human": "q", "assistant": "a"}, "chat", short("q", "a")),
+        ({"Human": "q", "Bot": "a"}, "chat", short("q", "a")),
+        ({"prompt": "q", "completion": "a", "label": True}, "prompt", short("q", "a")),
+        ({"question": "q", "answer": "a", "label": 0, "images": []}, "qa", short("q", "a")),
+        ({"prompt": "q\n\n###\n\n", "completion": " a END"}, "prompt (OpenAI's old marks removed)", short("q", "a")),
+        (
+            {
+                "prompt": {
+                    "text": "q",
+                    "role": "prompter",
+                    "replies": [
+                        {"text": "worse", "role": "assistant", "rank": 1, "replies": []},
+                        {
+                            "text": "best",
+                            "role": "assistant",
+                            "rank": 0,
+                            "replies": [{"text": "and?", "role": "prompter"}],
+                        },
+                    ],
+                },
+                "message_tree_id": "t",
+            },
+            "openassistant",
+            short("q", "best"),
+        ),
         ({"question": "q", "answer": 4}, "qa", short("q", "4")),
         ({"question": "q", "answer": True}, "qa", short("q", "true")),
         ({"question": "q", "answers": ["only"]}, "qa", short("q", "only")),
@@ -123,6 +148,11 @@ def test_rows_of_several_turns_are_stored_as_messages() -> None:
     ]
     history = {"instruction": "3", "input": "", "output": "4", "history": [["1", "2"]], "system": "s"}
     assert stored(history) == ("alpaca", stored(row)[1])
+    swift = {"query": "3", "response": "4", "history": [["1", "2"]], "system": "s"}
+    assert stored(swift) == ("qa", stored(row)[1])
+    table = {"query": "3", "response": "4", "history": '[["1", "2"]]', "system": "s"}
+    assert stored(table) == ("qa", stored(row)[1])
+    assert fault({**swift, "history": "earlier"}) == "unknown format"
 
 
 def test_function_calls_become_tool_calls_with_their_tools() -> None:
@@ -178,6 +208,9 @@ def test_openai_rows_with_parts_reasoning_weights_and_calls() -> None:
 def test_columns_are_mapped_by_name() -> None:
     row = {"Question": "q", "Best Answer": "a", "Other": "x", "Rule": ""}
     assert stored(row, user="Question", assistant="Best Answer", system="Rule") == ("columns", short("q", "a"))
+    assert stored(row, user="question", assistant="best_answer") == ("columns", short("q", "a"))
+    with pytest.raises(RowFault, match="no column 'Best Answr', did you mean 'Best Answer'"):
+        stored(row, user="Question", assistant="Best Answr")
     assert fault({"Question": "q"}, user="Question", assistant="Best Answer") == "unknown format"
     with pytest.raises(DataError, match="must name the columns of user and assistant"):
         Formats("columns", None)
@@ -221,6 +254,14 @@ def turns(*pairs: tuple[str, Any]) -> dict[str, Any]:
         (turns(("user", "u"), ("system", "s"), ("assistant", "a")), "roles out of order"),
         (turns(("user", "u"), ("tool", "t"), ("assistant", "a")), "roles out of order"),
         ({"question": {"text": "q"}, "answer": "a"}, "not text"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "preference pair"),
+        ({"chosen": "q a", "rejected": "q b"}, "preference pair"),
+        ({**turns(("user", "u"), ("assistant", "a")), "rejected_response": "b"}, "preference pair"),
+        ({"prompt": "q", "completion": "a", "label": False}, "marked as bad"),
+        ({**turns(("user", "u"), ("assistant", "a")), "kto_tag": "False"}, "marked as bad"),
+        ({**turns(("user", "<image>Who?"), ("assistant", "a")), "images": ["x.png"]}, "not text"),
+        ({"question": "q", "answer": "a", "video": "x.mp4"}, "not text"),
+        ({"input_ids": [1, 2], "labels": [1, 2]}, "unknown format"),
         ({"question": "q", "answer": b"bytes"}, "not text"),
         (turns(("user", [{"type": "image_url", "image_url": {}}]), ("assistant", "a")), "not text"),
         ({"conversations": [{"from": "human", "value": "u"}, {"from": "function_call", "value": "{"}]}, "unreadable"),
@@ -229,6 +270,19 @@ def turns(*pairs: tuple[str, Any]) -> dict[str, Any]:
 )
 def test_each_fault_has_its_reason(row: Any, reason: str) -> None:
     assert fault(row) == reason
+
+
+@pytest.mark.parametrize(
+    "row, columns",
+    [
+        ({"Type": "x", "Question": "q", "Best Answer": "a", "Source": "s"}, ("Question", "Best Answer")),
+        ({"Frage": "Was ist das?", "Die Antwort": "Ein langer Text.", "Quelle": "web"}, ("Frage", "Die Antwort")),
+        ({"user_message": "q", "reply_text": "a"}, ("user_message", "reply_text")),
+        ({"text": "only", "n": 3}, None),
+    ],
+)
+def test_columns_of_a_table_are_guessed(row: dict[str, Any], columns: tuple[str, str] | None) -> None:
+    assert guess_columns(row) == columns
 
 
 def test_a_named_format_applies_to_every_row() -> None:

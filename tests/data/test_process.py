@@ -138,6 +138,46 @@ def test_an_empty_turn_at_the_end_is_left_out_and_counted(tmp_path: Path) -> Non
     assert "2 rows ended with an empty turn: it was left out" in ledger.warnings
 
 
+def test_fixes_that_cannot_help_are_not_offered(tmp_path: Path) -> None:
+    def fix(*lines: str) -> str:
+        with pytest.raises(Rejected) as caught:
+            process(DataSection(), tmp_path, str(write(tmp_path / "a.jsonl", list(lines))))
+        return str(caught.value.fix)
+
+    good = [qa(f"q{i}") for i in range(20)]
+    assert "--set data.max_dropped=0.2;" in fix(*good, *[qa("")] * 5)
+    assert "max_dropped" not in fix(*good[:2], *[qa("")] * 5)
+    table = fix(*[json.dumps({"Titel": f"t{i}", "Langer Text": "ein Text", "n": 1}) for i in range(9)])
+    assert f"make process RAW={tmp_path / 'a.jsonl'} USER_COL=Titel ANSWER_COL='Langer Text'" in table
+    for row in ({"chosen": "a", "rejected": "b"}, {"tree": {"text": "q", "replies": []}}, {"input_ids": [1, 2]}):
+        assert "_COL" not in (text := fix(json.dumps(row))) and "max_dropped" not in text
+
+
+def test_openassistant_messages_become_the_best_ranked_path_of_each_tree(tmp_path: Path) -> None:
+    def message(name: str, parent: str | None, text: str, rank: int | None = None, **more: Any) -> str:
+        role = "prompter" if text.endswith("?") else "assistant"
+        row = {"message_id": name, "parent_id": parent, "role": role, "text": text, "rank": rank, "lang": "en"}
+        return json.dumps({**row, **more})
+
+    lines = [
+        message("b", "a", "worse", 1),
+        message("a", None, "one?"),
+        message("c", "a", "best", 0),
+        message("d", "a", "deleted", -1, deleted=True),
+        message("e", "c", "and?"),
+        message("f", "e", "so"),
+        message("g", "f", "unanswered?"),
+        message("lost", "nobody", "reply"),
+    ]
+    ledger = process(DataSection(max_dropped=1, split=ALL_TRAIN), tmp_path, str(write(tmp_path / "a.jsonl", lines)))
+    assert (ledger.read, ledger.written, ledger.named) == (2, 1, {"unknown format": 1})
+    assert ledger.examples["unknown format"][0]["detail"] == "a message whose parent 'nobody' is not in the file"
+    (row,) = rows_of(tmp_path / "data/processed/train.jsonl")
+    assert row["origin"] == "a.jsonl:2"
+    assert [turn["content"] for turn in row["messages"]] == ["one?", "best", "and?", "so"]
+    assert any("holds 8 OpenAssistant messages" in line for line in ledger.warnings)
+
+
 def test_a_rejected_run_changes_nothing_and_leaves_the_rows_to_read(tmp_path: Path) -> None:
     good = write(tmp_path / "good.jsonl", [qa(f"q{i}") for i in range(30)])
     process(DataSection(), tmp_path, str(good))
@@ -146,7 +186,7 @@ def test_a_rejected_run_changes_nothing_and_leaves_the_rows_to_read(tmp_path: Pa
     bad = write(tmp_path / "bad.jsonl", ['{"title": 1}', "{", qa("q")])
     with pytest.raises(Rejected) as caught:
         process(DataSection(), tmp_path, str(bad))
-    assert str(out / "rejected.jsonl") in str(caught.value.fix) and caught.value.ledger.read == 3
+    assert "data/processed/rejected.jsonl" in str(caught.value.fix) and caught.value.ledger.read == 3
     assert [row["reason"] for row in rows_of(out / "rejected.jsonl")] == ["unknown format", "unreadable"]
     (out / "rejected.jsonl").rename(tmp_path / "r")
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
@@ -265,7 +305,7 @@ def test_truthfulqa_needs_its_columns_named(tmp_path: Path, shared: Path) -> Non
     raw = str(shared / "instruct/truthfulqa.csv")
     with pytest.raises(Rejected) as caught:
         process(DataSection(), tmp_path, raw)
-    assert "Best Answer" in str(caught.value.fix) and "data.columns.assistant" in str(caught.value.fix)
+    assert f"make process RAW={raw} USER_COL=Question ANSWER_COL='Best Answer'" in str(caught.value.fix)
     columns = ColumnsSection(user="Question", assistant="Best Answer")
     ledger = process(DataSection(columns=columns), tmp_path, raw)
     assert (ledger.read, ledger.written, ledger.formats) == (817, 817, {"columns": 817})

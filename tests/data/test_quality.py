@@ -87,7 +87,13 @@ def test_flagged_rows_are_reported_and_stay_by_default(tmp_path: Path) -> None:
     ledger = run(tmp_path, MARKED)
     report = ledger.to_json()
     assert ledger.written == 45 and ledger.named == {}
-    assert report["quality"] == {"control_characters": 1, "boilerplate": 2, "length_outliers": 1, "script": 1}
+    assert report["quality"] == {
+        "control_characters": 1,
+        "placeholders": 0,
+        "boilerplate": 2,
+        "length_outliers": 1,
+        "script": 1,
+    }
     assert report["scripts"] == {"latin": 44, "cyrillic": 1}
     assert report["lengths"]["answers"] == {"p5": 24, "median": 24, "p95": 38, "longest": 10_000}
     assert report["balance"].startswith("lengths are uneven")
@@ -101,6 +107,16 @@ def test_flagged_rows_are_dropped_by_config_and_are_no_faults(tmp_path: Path) ->
     assert ledger.named == expected and ledger.written == 40 and ledger.faults == 0
     assert ledger.to_json()["quality"]["boilerplate"] == 2
     assert run(tmp_path, MARKED, drop=["boilerplate"]).named == {"boilerplate": 2}
+
+
+def test_placeholders_that_nobody_filled_in_are_a_warning_and_can_be_left_out(tmp_path: Path) -> None:
+    rows = [qa("who are you?", "I am {{name}}."), qa("and?", "Made by {{ author }}"), qa("code", "{{ x.y }} {% if %}")]
+    ledger = run(tmp_path, rows)
+    assert ledger.written == 3 and ledger.reports["quality"]["placeholders"] == 2
+    assert any(
+        "2 rows hold a placeholder such as {{name}} (the first: raw.jsonl:1)" in line for line in ledger.warnings
+    )
+    assert run(tmp_path, rows, drop=["placeholders"]).named == {"placeholder": 2}
 
 
 def test_the_former_name_of_the_script_check_is_an_error_that_names_its_successor() -> None:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import pty
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -59,8 +64,31 @@ def test_a_csv_with_a_mapping_of_columns(process: Run, tmp_path: Path) -> None:
     done = process("--raw_path", "t.csv", *sets, "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["formats"] == {"columns": 9}
+    assert process("--raw_path", "t.csv", "--user_col", "question", "--answer_col", "best answer").returncode == 0
     without = process("--raw_path", "t.csv")
-    assert without.returncode == 2 and "data.columns.user" in without.stderr
+    assert without.returncode == 2
+    assert "make process RAW=t.csv USER_COL=Question ANSWER_COL='Best Answer'" in without.stderr
+
+
+def test_on_a_terminal_the_columns_are_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text(
+        "Frage,Die Antwort,Quelle\n" + "".join(f"Was {i}?,Das ist {i}.,web\n" for i in range(9))
+    )
+    env = {**os.environ, "SFT_ROOT": str(tmp_path)}
+    script = [sys.executable, str(ROOT / "scripts/process_data.py"), "--config", CONFIG, "--raw_path", "t.csv"]
+    master, slave = pty.openpty()
+    with subprocess.Popen(script, stdin=slave, stdout=slave, stderr=slave, cwd=tmp_path, env=env) as child:
+        os.close(slave)
+        os.write(master, b"\n2\n")
+        shown = b""
+        with contextlib.suppress(OSError):
+            while piece := os.read(master, 4096):
+                shown += piece
+    os.close(master)
+    assert child.returncode == 0, shown.decode()
+    assert "Enter for Frage" in shown.decode() and "USER_COL=Frage ANSWER_COL='Die Antwort'" in shown.decode()
+    row = json.loads((tmp_path / "data/processed/train.jsonl").read_text().splitlines()[0])
+    assert row["user"].startswith("Was") and row["assistant"].startswith("Das")
 
 
 def test_text_of_questions_and_answers_is_read(process: Run, tmp_path: Path) -> None:

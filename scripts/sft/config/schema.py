@@ -146,9 +146,9 @@ class DataSection(Section):
         [],
         "Several sources instead of `raw_path`: [{path: P, weight: 1.0, limit: null}, ...].",
     )
-    format: Literal["auto", "chat", "qa", "prompt", "alpaca", "sharegpt", "messages", "rendered", "text", "columns"] = (
-        key("auto", "Format of raw rows; `auto` detects it row by row. `chat` is {system, user, assistant}.")
-    )
+    format: Literal[
+        "auto", "chat", "qa", "prompt", "alpaca", "sharegpt", "messages", "openassistant", "rendered", "text", "columns"
+    ] = key("auto", "Format of raw rows; `auto` detects it row by row. `chat` is {system, user, assistant}.")
     columns: ColumnsSection | None = key(None, "Mapping of plain columns, e.g. {user: Question, ...}.")
     hub_config: str | None = key(None, "Configuration of a hub data set.")
     hub_split: str = key("train", "Split of a hub data set.")
@@ -163,7 +163,7 @@ class DataSection(Section):
         0.8, "Jaccard similarity of five-word runs from which rows are near duplicates.", gt=0, le=1
     )
     contamination: ContaminationSection = Field(default_factory=ContaminationSection)
-    drop: list[Literal["control_characters", "boilerplate", "length_outliers", "script"]] = key(
+    drop: list[Literal["control_characters", "placeholders", "boilerplate", "length_outliers", "script"]] = key(
         [], "Kinds of flagged rows that are dropped, not only reported in the ledger."
     )
     replay: ReplaySection | None = key(None, "General rows mixed into training: {path: P, ratio: 0.1}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -10,15 +11,8 @@ from typing import Any, NamedTuple
 
 from sft.data.messages import ROLES, check_turns, normalize_messages, normalize_tools, to_text
 from sft.data.readers import RawRow
-from sft.data.rows import (
-    Message,
-    Row,
-    RowFault,
-    content_hash,
-    content_id,
-    dump_json,
-)
-from sft.errors import DataError
+from sft.data.rows import Message, Row, RowFault, content_hash, content_id, dump_json, parse_json
+from sft.errors import DataError, nearest
 
 Names = dict[str, str]  # plain spelling of a key (`best_answer`) -> the key in the row (`Best Answer`)
 SYSTEM = ("system", "system_prompt", "system_message")
@@ -30,8 +24,16 @@ PASSAGES = ("context", "passage")
 OUTPUTS = ("output", "response")
 TURNS = ("messages", "conversations", "conversation")
 TOOLS = ("tools", "functions")
-ASKING = ("user", "prompt", *QUESTIONS)
-ANSWERING = ("assistant", "completion", *ANSWERS)
+USERS = ("user", "human")
+ASSISTANTS = ("assistant", "gpt", "bot")
+ASKING = (*USERS, "prompt", *QUESTIONS)
+ANSWERING = (*ASSISTANTS, "completion", *ANSWERS)
+LABELS = ("label", "kto_tag", "desirable")  # of KTO: whether the answer is good
+REJECTED = ("rejected", "rejected_response", "rejected_messages")
+MEDIA = ("image", "images", "audio", "audios", "video", "videos")
+TOKENS = ("input_ids", "token_ids")
+OLD_OPENAI_END = "\n\n###\n\n"  # of a prompt, and " END" of a completion, in files for its first fine-tuning API
+TREE_MESSAGE = {"message_id", "parent_id", "role", "text"}  # keys of OpenAssistant's messages, a row each
 EVERY_FORMAT = ("id", "origin", *SYSTEM)  # read in every format
 STORED = ("tags", "tag", "category", "weight", "references")  # copied to the stored row as they are
 UNUSED = ("weight",)  # of these, what training does not use
@@ -61,32 +63,35 @@ class Formats:
 
     def __init__(self, format: str, columns: dict[str, str] | None) -> None:
         if (columns or format == "columns") and not {"user", "assistant"} <= set(columns or ()):
-            fix = "--set data.columns.user=NAME --set data.columns.assistant=NAME"
+            fix = "name both: USER_COL=NAME ANSWER_COL=NAME, or data.columns.user and data.columns.assistant"
             raise DataError("data.columns must name the columns of user and assistant", where="data.columns", fix=fix)
         self._format, self._columns = format, columns or {}
         self.unread: Counter[str] = Counter()  # key -> rows that have it although no format reads it
         self.cut = 0  # rows that ended with an empty turn
+        self.table: Row | None = None  # the first row in no known format whose columns could be mapped
 
     def parse(self, row: Any) -> Parsed:
         """The row's turns. Raises RowFault if its format is unknown or a field is not text."""
         if not isinstance(row, dict):
             raise RowFault("unknown format", "not an object with keys")
         names = _plain_names(tuple(row))
-        format = self._choose(row, names)
-        if format == "columns":
-            names, read = self._columns, {*self._columns.values(), *STORED}
+        if self._columns and self._format in ("auto", "columns"):
+            format, names = "columns", {role: _column(row, names, name) for role, name in self._columns.items()}
+            read = {*names.values(), *STORED}
         else:
+            _refuse(row, names)
+            format = self._choose(row, names)
             read = _keys_read(tuple(row), format)
         self.unread.update([key for key in row if key and (key not in read or key in UNUSED)][:MAX_KEYS])
-        parsed = FORMATS["chat" if format == "columns" else format].read(row, names)
-        messages = _with_system(row, names, parsed.messages) if parsed.pair is None else []
+        reader = FORMATS["chat" if format == "columns" else format]
+        parsed = reader.read(row, names)
+        messages = parsed.messages
+        if "history" in names and "history" in reader.keys:
+            messages = _history(row[names["history"]]) + messages
+        messages = _with_system(row, names, messages) if parsed.pair is None else []
         return parsed._replace(messages=messages, format=parsed.format or format)
 
     def _choose(self, row: Row, names: Names) -> str:
-        if self._columns and self._format in ("auto", "columns"):
-            if missing := [name for name in self._columns.values() if name not in row]:
-                raise RowFault("unknown format", f"no column {missing[0]!r}: {_listed(row)}")
-            return "columns"
         if self._format != "auto":
             if not FORMATS[self._format].fits(row, names):
                 raise RowFault("unknown format", f"not {self._format}: {_listed(row)}")
@@ -94,12 +99,58 @@ class Formats:
         for name, format in FORMATS.items():
             if format.fits(row, names):
                 return name
+        if key := _first(names, TOKENS):
+            raise RowFault(
+                "unknown format", f"token ids of another tokenizer ({key!r}) and no text: give rows with text"
+            )
+        if sum(isinstance(value, str) for value in row.values()) > 1:
+            self.table = self.table or row
         question, answer = _first(names, ASKING), _first(names, ANSWERING)
         if question and not answer:
             raise RowFault("empty answer", f"no answer beside {question!r}: {_listed(row)}")
         if answer and not question:
             raise RowFault("no user turn", f"no question beside {answer!r}: {_listed(row)}")
         raise RowFault("unknown format", f"no format has these keys: {_listed(row)}")
+
+
+def _refuse(row: Row, names: Names) -> None:
+    """Raises RowFault for rows that would be trained on for what they are not: their text looks like any other."""
+    if row.keys() >= TREE_MESSAGE:
+        raise RowFault("unknown format", f"a message whose parent {row['parent_id']!r} is not in the file")
+    if (key := _first(names, REJECTED)) and row[key]:
+        raise RowFault(
+            "preference pair", f"a good and a bad answer (`{key}`): rows for DPO, which is not supported yet"
+        )
+    if (key := _first(names, LABELS)) and (row[key] is False or str(row[key]).strip().lower() == "false"):
+        raise RowFault("marked as bad", f"the row says that its answer is bad (`{key}` is false)")
+    if (key := next((names[name] for name in MEDIA if name in names and row[names[name]]), None)) is not None:
+        raise RowFault("not text", f"the row comes with media (`{key}`): only text is trained on")
+
+
+def _column(row: Row, names: Names, column: str) -> str:
+    """The key of the column that data.columns names, in capitals or not. Raises RowFault if there is none."""
+    key = column if column in row else names.get(_plain(column))
+    if key is None:
+        close = nearest(column, map(str, row))
+        hint = f", did you mean {close!r}" if close else ""
+        raise RowFault("unknown format", f"no column {column!r}{hint}: {_listed(row)}")
+    return key
+
+
+def guess_columns(row: Row) -> tuple[str, str] | None:
+    """The columns of a table that most likely hold the question and the answer: by name, else the longest texts."""
+    texts = [key for key, value in row.items() if isinstance(value, str) and key]
+    longest = sorted(sorted(texts, key=lambda key: -len(row[key]))[:2], key=texts.index)
+    if len(longest) < 2:
+        return None
+
+    def named(words: tuple[str, ...], other: str | None) -> str | None:
+        return next((key for word in words for key in texts if word in _plain(key) and key != other), None)
+
+    question = named((*ASKING, "input", "instruct", "ask"), None)
+    answer = named((*ANSWERING, "reply", "target"), question)
+    question = question or next(key for key in longest if key != answer)
+    return question, answer or next(key for key in reversed(longest) if key != question)
 
 
 def _listed(row: Row) -> str:
@@ -110,8 +161,12 @@ def _listed(row: Row) -> str:
 @lru_cache(1_000)
 def _plain_names(keys: tuple[str, ...]) -> Names:
     """For each key of a row its plain spelling; the first of two that are equal then, or the one spelt plainly."""
-    plain = {key.strip().lower().replace(" ", "_").replace("-", "_"): key for key in reversed(keys) if key}
+    plain = {_plain(key): key for key in reversed(keys) if key}
     return {**plain, **{key: key for key in keys if key in plain}}
+
+
+def _plain(key: str) -> str:
+    return key.strip().lower().replace(" ", "_").replace("-", "_")
 
 
 @lru_cache(1_000)
@@ -202,6 +257,16 @@ def _exchange(user: str, assistant: str) -> list[Message]:
     return [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
 
 
+def _history(value: Any) -> list[Message]:
+    """Earlier turns: [[question, answer], ...], or a list of messages; or either as JSON text."""
+    value = parse_json(value) if isinstance(value, str) and value.strip().startswith("[") else value
+    if isinstance(value, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in value):
+        return [turn for q, a in value for turn in _exchange(to_text(q, "history"), to_text(a, "history"))]
+    if value and not isinstance(value, list):
+        raise RowFault("unknown format", "history is not a list of [question, answer]")
+    return normalize_messages(value or [], "history")
+
+
 def _with_system(row: Row, names: Names, messages: list[Message]) -> list[Message]:
     system = _text(row, names, *SYSTEM)
     has_system = bool(messages) and messages[0]["role"] == "system"
@@ -223,11 +288,19 @@ def _read_turns(row: Row, names: Names) -> Parsed:
 
 def _read_alpaca(row: Row, names: Names) -> Parsed:
     user = alpaca_user(_text(row, names, "instruction"), _text(row, names, *INPUTS))
-    pairs = row[names["history"]] if "history" in names else None
-    if pairs and not (isinstance(pairs, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in pairs)):
-        raise RowFault("unknown format", "history is not a list of [question, answer]")
-    history = [turn for q, a in pairs or () for turn in _exchange(to_text(q, "history"), to_text(a, "history"))]
-    return Parsed([*history, *_exchange(user, _text(row, names, *OUTPUTS))])
+    return Parsed(_exchange(user, _text(row, names, *OUTPUTS)))
+
+
+def _read_tree(row: Row, names: Names) -> Parsed:
+    """Of an OpenAssistant tree the best-ranked path: of the replies to a message the one with the lowest rank."""
+    node, path = row[names["prompt"]], []
+    while node is not None:
+        path.append(node)
+        replies = [reply for reply in node.get("replies") or () if isinstance(reply, dict)]
+        usable = [r for r in replies if not r.get("deleted") and r.get("review_result") is not False]
+        node = min(usable, key=lambda r: math.inf if r.get("rank") is None else r["rank"], default=None)
+    messages = normalize_messages(path, "prompt")
+    return Parsed(messages[:-1] if len(messages) > 1 and messages[-1]["role"] == "user" else messages)
 
 
 def _read_prompt(row: Row, names: Names) -> Parsed:
@@ -235,6 +308,9 @@ def _read_prompt(row: Row, names: Names) -> Parsed:
     key = _first(names, COMPLETIONS) or ""
     prompt, answer = row[names["prompt"]], row[key]
     turns = isinstance(answer, list) and answer and isinstance(answer[0], dict) and "role" in answer[0]
+    if isinstance(prompt, str) and isinstance(answer, str) and prompt.endswith(OLD_OPENAI_END):
+        question, answer = prompt.removesuffix(OLD_OPENAI_END), answer.removeprefix(" ").removesuffix(" END")
+        return Parsed(_exchange(question, answer), format="prompt (OpenAI's old marks removed)")
     if not isinstance(prompt, list) and not turns:
         return _read_pair(row, names, names["prompt"], key)
     before = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
@@ -279,10 +355,17 @@ FORMATS: dict[str, Format] = {
         (*TURNS, *TOOLS), lambda row, names: bool(_first(names, TURNS)) and _from_turns(row, names), _read_turns
     ),
     "messages": Format((*TURNS, *TOOLS), lambda _, names: bool(_first(names, TURNS)), _read_turns),
+    "openassistant": Format(
+        ("prompt", "message_tree_id", "tree_state"),
+        lambda row, names: (
+            "prompt" in names and isinstance(row[names["prompt"]], dict) and "text" in row[names["prompt"]]
+        ),
+        _read_tree,
+    ),
     "chat": Format(
-        ("user", "assistant"),
-        lambda _, names: {"user", "assistant"} <= names.keys(),
-        lambda row, names: Parsed(_exchange(_text(row, names, "user"), _text(row, names, "assistant"))),
+        (*USERS, *ASSISTANTS, "history"),
+        lambda _, names: bool(_first(names, USERS) and _first(names, ASSISTANTS)),
+        lambda row, names: Parsed(_exchange(_text(row, names, *USERS), _text(row, names, *ASSISTANTS))),
     ),
     "rendered": Format(
         ("input", "target"),
@@ -297,12 +380,12 @@ FORMATS: dict[str, Format] = {
         _read_alpaca,
     ),
     "prompt": Format(
-        ("prompt", "tools", *COMPLETIONS, *PASSAGES),
+        ("prompt", "tools", "history", *COMPLETIONS, *PASSAGES),
         lambda _, names: "prompt" in names and bool(_first(names, COMPLETIONS)),
         _read_prompt,
     ),
     "qa": Format(
-        ("input", "output", *QUESTIONS, *ANSWERS, *PASSAGES),
+        ("input", "output", "history", *QUESTIONS, *ANSWERS, *PASSAGES),
         lambda _, names: (
             bool(_first(names, QUESTIONS) and _first(names, ANSWERS)) or {"input", "output"} <= names.keys()
         ),

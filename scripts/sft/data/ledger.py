@@ -10,6 +10,7 @@ from sft.data.rows import FAULTS, FILTERS, Filter, RowFault
 
 DROPS: dict[str, Filter] = {  # a name in data.drop -> the reason in the ledger
     "control_characters": "control characters",
+    "placeholders": "placeholder",
     "boilerplate": "boilerplate",
     "length_outliers": "length outlier",
     "script": "other script",

@@ -6,6 +6,8 @@ facts are in memory (`Pending`).
 
 from __future__ import annotations
 
+import math
+import shlex
 import shutil
 from collections import Counter
 from contextlib import ExitStack
@@ -13,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from sft import files
-from sft.config.load import resolve_path
+from sft.config.load import display_path, resolve_path
 from sft.config.schema import DataSection
 from sft.data import split, store
-from sft.data.formats import MAX_KEYS, Formats, make_row, to_line
+from sft.data.formats import MAX_KEYS, Formats, guess_columns, make_row, to_line
 from sft.data.ledger import FEW_FAULTS, Ledger
 from sft.data.quality import DataProfile, check_flags, row_stats
 from sft.data.readers import Progress, RawRow
@@ -50,11 +52,14 @@ class Pending(NamedTuple):
 
 
 class Rejected(DataError):
-    """Too many rows have faults, or none is left; `ledger` accounts for all."""
+    """Too many rows have faults, or none is left; `ledger` accounts for all.
 
-    def __init__(self, what: str, ledger: Ledger, *, where: str, fix: str) -> None:
+    table: a row whose columns are not known but could be mapped (data.columns).
+    """
+
+    def __init__(self, what: str, ledger: Ledger, table: Row | None, *, where: str, fix: str) -> None:
         super().__init__(what, where=where, fix=fix)
-        self.ledger = ledger
+        self.ledger, self.table = ledger, table
 
 
 def process(data: DataSection, root: Path, raw_path: str | None = None, on_progress: Progress | None = None) -> Ledger:
@@ -68,19 +73,19 @@ def process(data: DataSection, root: Path, raw_path: str | None = None, on_progr
     )
     few = 0 if "max_dropped" in data.model_fields_set else FEW_FAULTS
     ledger = Ledger(name, kind, encoding, max_dropped=data.max_dropped, few_faults=few)
-    ledger.warnings = [line for part in parts for line in part.warnings()]
     ledger.splits = dict.fromkeys(split.ranges(data.split), 0)
     with store.replace_dir(target, FILES, "data.processed_dir") as staged:
         checks = RowChecks(data, root)
         with (staged / "quarantine.jsonl").open("wb") as quarantine:
             rows = _read(parts, checks, staged / PENDING, quarantine, ledger, on_progress)
+            ledger.warnings = [line for part in parts for line in part.warnings()]
             pairs = list(checks.near.pairs()) if checks.near is not None else []
             places = _choose_splits(rows, pairs, checks.profile, data)
             moved = split.fill_empty(places, [row.prompt for row in rows], _fixed(rows, pairs, places), data.split)
             _write(rows, places, staged, quarantine, ledger)
         ledger.sources = [part.to_json() for part in parts]
-        _require_good_rows(ledger, staged, target)
         ledger.reports |= _reports(rows, pairs, places, checks)
+        _require_good_rows(ledger, staged, target, root, checks.formats.table, raw_path)
         ledger.warnings += _row_warnings(ledger.reports, checks)
         for name, number in moved.items():
             row_id = f"{rows[number].id:016x}"
@@ -106,6 +111,7 @@ class RowChecks:
         self.contamination: Contamination | None = None
         self.near: NearDuplicates | None = None
         self._seen: set[int] = set()
+        self.placeholder = ""  # origin of the first row with a placeholder
         if data.contamination.against:
             from sft.data.contamination import Contamination
 
@@ -126,6 +132,8 @@ class RowChecks:
             self.contamination.check(row)
         stats = row_stats(row)
         self.profile.flags.update(stats.flags)  # of dropped rows too
+        if "placeholders" in stats.flags:
+            self.placeholder = self.placeholder or row["origin"]
         check_flags(stats, self.data.drop)
         self.profile.add(stats)
         if self.near is not None:
@@ -276,6 +284,11 @@ def _reports(rows: list[Pending], pairs: Pairs, places: Places, checks: RowCheck
 
 def _row_warnings(reports: dict[str, Any], checks: RowChecks) -> list[str]:
     warnings, by = [], checks.data.split.group_by
+    if filled := reports["quality"]["placeholders"]:
+        warnings.append(
+            f"{filled:,} rows hold a placeholder such as {{{{name}}}} (the first: {checks.placeholder}), which the"
+            " model would write as it is: fill it in, or leave these rows out: --set data.drop=[placeholders]"
+        )
     if weighted := checks.formats.unread["weight"]:
         warnings.append(
             f"{weighted:,} rows have a `weight` of their own: it is stored, but training does not use it;"
@@ -296,7 +309,9 @@ def _row_warnings(reports: dict[str, Any], checks: RowChecks) -> list[str]:
     return warnings
 
 
-def _require_good_rows(ledger: Ledger, staged: Path, target: Path) -> None:
+def _require_good_rows(
+    ledger: Ledger, staged: Path, target: Path, root: Path, table: Row | None, raw_path: str | None
+) -> None:
     """Raises Rejected, with the faulty rows in rejected.jsonl, if too many rows are faulty or none is left."""
     if ledger.accepted:
         return
@@ -304,13 +319,21 @@ def _require_good_rows(ledger: Ledger, staged: Path, target: Path) -> None:
     with files.atomic_file(rejected) as part:
         shutil.copyfile(staged / "quarantine.jsonl", part)
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(ledger.named.items()))
-    first = {"origin": ledger.source, "detail": "no rows"}
-    if ledger.examples:
-        first = ledger.examples[max(ledger.examples, key=lambda reason: ledger.named[reason])][0]
+    most = max(ledger.examples, key=lambda reason: ledger.named[reason], default="")
+    where = ledger.examples[most][0]["origin"] if most else ledger.source
     what = f"{ledger.faults:,} of {ledger.read:,} rows are faulty ({reasons or 'no rows at all'})"
     what += f", more than data.max_dropped={ledger.max_dropped:g} allows" if ledger.written else ": nothing is left"
-    fix = "correct them, or raise --set data.max_dropped=SHARE; what was processed before is unchanged"
-    if not ledger.written and "the keys are" in first["detail"]:
-        fix = "say which column is what: --set data.columns.user=NAME --set data.columns.assistant=NAME"
-    fix = f"all are listed in {rejected}, for example: {first['detail']}; {fix}"
-    raise Rejected(what, ledger, where=first["origin"], fix=fix)
+    columns = guess_columns(table) if table and not ledger.written else None
+    if columns:
+        raw = f" RAW={shlex.quote(raw_path)}" if raw_path else ""
+        user, answer = (shlex.quote(column) for column in columns)
+        fix = f"say which columns hold question and answer: make process{raw} USER_COL={user} ANSWER_COL={answer}"
+    elif most == "preference pair":
+        fix = "to train on the good answers alone, write rows of `prompt` and `completion`"
+    elif ledger.written and ledger.fault_share <= 0.5:
+        share = math.ceil(ledger.fault_share * 100) / 100
+        fix = f"correct them, or leave them out: --set data.max_dropped={share:g}"
+    else:
+        fix = "correct them: docs/DATA.md shows every format"
+    fix += f"; they are listed in {display_path(rejected, root)}"
+    raise Rejected(what, ledger, table if columns else None, where=where, fix=fix)

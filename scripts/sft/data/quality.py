@@ -16,6 +16,7 @@ from sft.data.ledger import DROPS
 from sft.data.rows import RowFault
 
 CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ufffd]")
+PLACEHOLDER = re.compile(r"\{\{ *[A-Za-z]\w* *\}\}")
 BOILERPLATE = (
     "as an ai language model", "as a language model", "as an ai assistant", "as an artificial intelligence",
     "as an ai,", "i'm just an ai", "i am just an ai", "i'm sorry, but i can", "i am sorry, but i can",
@@ -24,6 +25,7 @@ BOILERPLATE = (
 )  # fmt: skip
 FLAGS = {
     "control_characters": "it holds control or replacement characters",
+    "placeholders": "it holds a placeholder that is not filled in",
     "boilerplate": "the answer calls itself a model, or refuses",
 }
 SAMPLE = 300  # characters of question and answer each that show the script
@@ -55,6 +57,8 @@ def row_stats(row: rows.Row) -> RowStats:
     answer = "\n".join(rows.texts(row, "assistant"))
     prompt = "\n".join(rows.texts(row, "system", "user", "tool"))
     flags = ["control_characters"] if CONTROL.search(answer) or CONTROL.search(prompt) else []
+    if PLACEHOLDER.search(answer) or PLACEHOLDER.search(prompt):
+        flags.append("placeholders")
     lower = answer.lower().replace("\u2019", "'")
     if any(phrase in lower for phrase in BOILERPLATE):
         flags.append("boilerplate")

@@ -22,11 +22,12 @@ SHORT_QUESTION = 16  # characters below which ("Go on.") rows with other system 
 MAX_DEPTH = 128  # levels of lists and objects; orjson writes up to 254
 
 Fault = Literal[
-    "unreadable", "unknown format", "not text", "no user turn", "empty answer", "unknown role", "roles out of order"
+    "unreadable", "unknown format", "not text", "no user turn", "empty answer", "unknown role", "roles out of order",
+    "preference pair",
 ]  # fmt: skip
 Filter = Literal[  # by the config: no faults of the rows
-    "exact duplicate", "near duplicate", "leak into val or test", "contamination",
-    "control characters", "boilerplate", "length outlier", "other script",
+    "marked as bad", "exact duplicate", "near duplicate", "leak into val or test", "contamination",
+    "control characters", "placeholder", "boilerplate", "length outlier", "other script",
 ]  # fmt: skip
 FAULTS: tuple[Fault, ...] = get_args(Fault)
 FILTERS: tuple[Filter, ...] = get_args(Filter)

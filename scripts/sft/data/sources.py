@@ -17,7 +17,7 @@ from typing import Any
 from sft.config.load import display_path, resolve_path
 from sft.config.schema import DataSection, ReplaySection
 from sft.data import rows
-from sft.data.formats import Formats, make_row, rendered_record, to_line
+from sft.data.formats import TREE_MESSAGE, Formats, make_row, rendered_record, to_line
 from sft.data.ledger import Ledger
 from sft.data.readers import COMPRESSED, SUFFIXES, Progress, RawRow, Section, Source, is_data_file, open_source
 from sft.data.rows import RowFault, dump_json
@@ -29,7 +29,10 @@ DEFAULTS = ("data/raw/raw.jsonl", "data/raw/raw.json")
 
 @dataclass
 class SourcePart:
-    """A file, folder or hub data set. rows: counted while it is read; of them `taken` passed weight and limit."""
+    """A file, folder or hub data set. rows: counted while it is read; of them `taken` passed weight and limit.
+
+    messages: of OpenAssistant, which are joined to rows.
+    """
 
     name: str
     sources: list[Source]
@@ -37,6 +40,7 @@ class SourcePart:
     limit: int | None = None
     rows: int = 0
     taken: int = 0
+    messages: int = 0
 
     @property
     def kind(self) -> str:
@@ -48,11 +52,16 @@ class SourcePart:
         return ", ".join(dict.fromkeys(source.encoding for source in self.sources))
 
     def warnings(self) -> list[str]:
-        """About the files, for the user."""
+        """For the user, when all rows are read."""
         lines = [line for source in self.sources for line in source.warnings]
         if len(self.sources) > 1:
             names = ", ".join(source.path.name for source in self.sources[:8] if source.path)
             lines.append(f"{self.name} is a folder of {len(self.sources)} files, all read as one: {names}")
+        if self.messages:
+            lines.append(
+                f"{self.name} holds {self.messages:,} OpenAssistant messages, a row each: they are joined to trees, and"
+                " of each tree the best-ranked path is trained on"
+            )
         return lines
 
     def to_json(self) -> dict[str, Any]:
@@ -76,8 +85,27 @@ class SourcePart:
 
     def _all(self, on_progress: Progress | None) -> Iterator[RawRow]:
         for source in self.sources:
-            for raw in source.rows(on_progress):
+            for raw in self._trees(source.rows(on_progress)):
                 self.rows += 1
+                yield raw
+
+    def _trees(self, raws: Iterator[RawRow]) -> Iterator[RawRow]:
+        """OpenAssistant's messages, a row each, joined to a row a tree; other rows as they are."""
+        messages: list[RawRow] = []
+        for raw in raws:
+            if isinstance(raw.value, dict) and raw.value.keys() >= TREE_MESSAGE:
+                messages.append(raw)
+            else:
+                yield raw
+        self.messages += len(messages)
+        nodes = {str(raw.value["message_id"]): {**raw.value, "replies": []} for raw in messages}
+        for node in nodes.values():
+            if parent := nodes.get(str(node["parent_id"])):
+                parent["replies"].append(node)
+        for raw in messages:
+            if not raw.value["parent_id"]:
+                yield raw._replace(value={"prompt": nodes[str(raw.value["message_id"])]})
+            elif str(raw.value["parent_id"]) not in nodes:
                 yield raw
 
 
