@@ -129,13 +129,16 @@ def test_the_same_rows_in_several_files_of_a_folder_are_no_faults(tmp_path: Path
 def test_an_empty_turn_at_the_end_is_left_out_and_counted(tmp_path: Path) -> None:
     turns = [{"role": role, "content": role} for role in ("user", "assistant", "user", "assistant")]
     open_end, empty = {"role": "user", "content": " "}, {"role": "assistant", "content": ""}
-    lines = [json.dumps({"messages": row}) for row in ([*turns, open_end], [*turns[:3], empty], [turns[0], empty])]
+    lines = [
+        json.dumps({"messages": row})
+        for row in ([*turns, open_end], [*turns[:3], empty], [*turns[:2], open_end], [turns[0], empty])
+    ]
     ledger = process(DataSection(split=ALL_TRAIN), tmp_path, str(write(tmp_path / "a.jsonl", lines)))
-    whole, short = rows_of(tmp_path / "data/processed/train.jsonl")
+    whole, short, *_ = rows_of(tmp_path / "data/processed/train.jsonl")
     assert whole["messages"] == turns
     assert (short["user"], short["assistant"]) == ("user", "assistant")
-    assert ledger.named == {"empty answer": 1}
-    assert "2 rows ended with an empty turn: it was left out" in ledger.warnings
+    assert ledger.written == 2 and ledger.named == {"empty answer": 1, "exact duplicate": 1}
+    assert "3 rows ended with an empty turn: it was left out" in ledger.warnings
 
 
 def test_fixes_that_cannot_help_are_not_offered(tmp_path: Path) -> None:
@@ -248,6 +251,7 @@ def test_no_split_stays_empty_without_a_warning(tmp_path: Path, count: int) -> N
 def test_too_few_rows_for_three_splits_give_a_warning(tmp_path: Path) -> None:
     ledger = process(DataSection(), tmp_path, str(write(tmp_path / "a.jsonl", [qa("one")])))
     assert sum("is empty: 1 rows are too few to split" in text for text in ledger.warnings) == 2
+    assert ledger.splits == {"train": 1, "val": 0, "test": 0}
     assert len([path for path in (tmp_path / "data/processed").glob("*.jsonl") if path.name != "quarantine.jsonl"]) == 1
 
 

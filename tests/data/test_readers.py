@@ -301,6 +301,7 @@ def test_gzip_is_decompressed_while_reading(tmp_path: Path) -> None:
         ("README", b"Rows, columns\nmore, and more\n", "not data: a README"),
         ("run.log", b"2026-01-01 10:00:00,123 INFO start\n2026-01-01 10:00:01,456 INFO end\n", "not data: a log"),
         ("out.txt", b"2026-01-01 10:00:00,123 INFO start\n2026-01-01 10:00:01,456 INFO end\n", "not data: neither"),
+        ("a.py", b"import os, sys\nprint(1, 2)\n", "not data: program code"),
         ("letter.txt", b"Dear Ann, I write, as you said,\nto tell you.\nYours, Bob\n", "not data: neither"),
         ("a.json", b"<!DOCTYPE html><html></html>", "a web page"),
         ("a.csv", b"PK\x03\x04" + bytes(50), "a zip archive"),

@@ -204,9 +204,11 @@ def make_row(raw: RawRow, formats: Formats, system_prompt: str | None) -> tuple[
 
 def without_empty_end(turns: list[Message]) -> list[Message]:
     """The turns before an empty last one, and before the question that it leaves open; [] if none is to be cut."""
-    if len(turns) < 4 or set(turns[-1]) != {"role", "content"} or turns[-1]["content"].strip():
+    if not turns or set(turns[-1]) != {"role", "content"} or turns[-1]["content"].strip():
         return []
-    return turns[:-2] if turns[-1]["role"] == "assistant" and turns[-2]["role"] == "user" else turns[:-1]
+    ends = [turn["role"] for turn in turns[-2:]]
+    rest = turns[:-1] if ends == ["assistant", "user"] else turns[:-2] if ends == ["user", "assistant"] else []
+    return rest if any(turn["role"] == "assistant" for turn in rest) else []
 
 
 def to_record(messages: list[Message], tools: list[Message] | None = None, *, origin: str = "", **extra: Any) -> Row:

@@ -55,7 +55,10 @@ INVALID = re.compile("[\ud800-\udfff]")  # bytes that are invalid in the encodin
 BYTE_ORDER_MARKS = {"utf-32": (b"\xff\xfe\0\0", b"\0\0\xfe\xff"), "utf-16": (b"\xff\xfe", b"\xfe\xff")}
 UNUSED_IN_CP1252 = set("\udc81\udc8d\udc8f\udc90\udc9d\udcfe\udcff")  # or hardly ever written
 WRAPPERS = ("data", "rows", "train", "examples", "instances", "items", "records", "samples")
-DOCUMENTS = {".md": "a README or notes", ".rst": "a README or notes", ".log": "a log"}  # unless they hold JSON
+DOCUMENTS = {  # what files with other names hold, unless it is JSON
+    ".log": "a log", **dict.fromkeys((".md", ".rst"), "a README or notes"),
+    **dict.fromkeys((".py", ".sh", ".js", ".c", ".cpp", ".java"), "program code"),
+}  # fmt: skip
 QA_MARK = re.compile(r"(Q|A)(?:uestion|nswer)?:[ \t]*")  # begins a line of a question-and-answer text
 SPLITS = ("train", "val", "valid", "validation", "dev", "eval", "test")
 LENIENT_DECODER = json.JSONDecoder(parse_int=str, parse_float=str)  # finds where a value ends, whatever its faults
@@ -66,7 +69,7 @@ MAX_CSV_LINES = 10_000  # of one row
 MAX_PROBLEMS = 10  # of broken JSON in one message
 JSON_PROBLEMS = {  # how Python's message begins -> ours
     "Expecting ',' delimiter": "a comma or a closing bracket is missing, or a quote inside a text lacks its backslash",
-    "Expecting property name": "a key in double quotes is missing",
+    "Expecting property name": "a key in double quotes is missing (JSON has no single quotes)",
     "Expecting value": "a value is missing (texts need double quotes)",
     "Invalid control character": "a line break or tab inside a text (write \\n or \\t)",
     "Unterminated string": "a text is not closed with a quote",
@@ -395,7 +398,8 @@ class _JsonText:
         lines += [f"and {len(problems) - MAX_PROBLEMS:,} more"] if len(problems) > MAX_PROBLEMS else []
         what = problems[0][1] if len(problems) == 1 else "\n    ".join([f"{len(problems):,} problems", *lines])
         where = f"{self.source.path}:{problems[0][0]}"
-        return DataError(f"broken JSON: {what}", where=where, fix="correct the file there")
+        lines_named = f"line {problems[0][0]}" if len(problems) == 1 else "these lines"
+        return DataError(f"broken JSON: {what}", where=where, fix=f"correct {lines_named} and try again")
 
 
 def _csv(source: Source, on_progress: Progress | None) -> Iterator[RawRow]:

@@ -36,7 +36,8 @@ def choose_split(key: str, split: SplitSection) -> str:
 
 
 def fill_empty(places: list[Any], prompts: list[int], fixed: set[int], split: SplitSection) -> dict[str, int]:
-    """Gives each empty split with a share the row whose hash is nearest to it, from a split that has two.
+    """Gives each empty split with a share the row whose hash is nearest to it, from a split that has two; with fewer
+    than MIN_ROWS rows only train, from any.
 
     places: the split of each row (or why it is not used), changed in place. prompts: their prompt ids. fixed: numbers
     of rows that may not move; nor do rows that share their question. Returns split -> number of its new row.
@@ -44,13 +45,14 @@ def fill_empty(places: list[Any], prompts: list[int], fixed: set[int], split: Sp
     parts, moved = ranges(split), dict[str, int]()
     for name, (start, end) in parts.items():
         counts = Counter(place for place in places if place in parts)
-        if counts[name] or counts.total() < MIN_ROWS:
+        few = counts.total() < MIN_ROWS
+        if counts[name] or (few and name != "train"):
             continue
         same_prompt = Counter(prompt for prompt, place in zip(prompts, places, strict=True) if place in parts)
         candidates = [
             (max(start - at, at - end), number)
             for number, (prompt, place) in enumerate(zip(prompts, places, strict=True))
-            if counts[place] > 1 and same_prompt[prompt] == 1 and number not in fixed
+            if counts[place] > (not few) and same_prompt[prompt] == 1 and number not in fixed
             for at in [position(f"{prompt:016x}", split.seed)]
         ]
         if candidates:
