@@ -129,10 +129,8 @@ def test_the_same_rows_in_several_files_of_a_folder_are_no_faults(tmp_path: Path
 def test_an_empty_turn_at_the_end_is_left_out_and_counted(tmp_path: Path) -> None:
     turns = [{"role": role, "content": role} for role in ("user", "assistant", "user", "assistant")]
     open_end, empty = {"role": "user", "content": " "}, {"role": "assistant", "content": ""}
-    lines = [
-        json.dumps({"messages": row})
-        for row in ([*turns, open_end], [*turns[:3], empty], [*turns[:2], open_end], [turns[0], empty])
-    ]
+    rows = [[*turns, open_end], [*turns[:3], empty], [*turns[:2], open_end], [turns[0], empty]]
+    lines = [json.dumps({"messages": row}) for row in rows]
     ledger = process(DataSection(split=ALL_TRAIN), tmp_path, str(write(tmp_path / "a.jsonl", lines)))
     whole, short, *_ = rows_of(tmp_path / "data/processed/train.jsonl")
     assert whole["messages"] == turns
