@@ -1,5 +1,9 @@
 """Rebuilds the demo model from generated text, or rewrites the shipped samples.
 
+    python dev/make_demo_model.py                              models/demo, about half an hour on two cores
+    python dev/make_demo_model.py --steps 5 --out /tmp/demo    a few steps, to see that it works
+    python dev/make_demo_model.py --samples                    data/samples/support_desk.jsonl
+
 It reads nothing. It writes the model, its tokenizer, `build_log.jsonl` (figures every 100 steps) and `build.json` (what
 was built, when, with what). A build that was stopped goes on from the checkpoint in its folder.
 """
@@ -16,15 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
 from sft.console import out, parser, project_root, run
 
-EXAMPLES = """
-python dev/make_demo_model.py                              models/demo, about half an hour on two cores
-python dev/make_demo_model.py --steps 5 --out /tmp/demo    a few steps, to see that it works
-python dev/make_demo_model.py --samples                    data/samples/support_desk.jsonl
-"""
-
 
 def arguments() -> argparse.ArgumentParser:
-    flags = parser(__doc__ or "", EXAMPLES, config=False)
+    flags = parser(__doc__, config=False)
     flags.add_argument("--out", type=Path, metavar="PATH", help="where it goes (default: models/demo, data/samples)")
     flags.add_argument("--steps", type=int, metavar="N", help="optimizer steps (default: the recipe's)")
     flags.add_argument("--seed", type=int, metavar="N", help="seed of text and weights (default: the recipe's)")
