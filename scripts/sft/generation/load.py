@@ -88,7 +88,8 @@ def resolve_model(
     if not last.is_dir():
         if base:
             return Target(load(config, sets, root=root).config, None)
-        raise RunError("there is no trained model yet", where=str(last), fix="make train; the base alone: make infer BASE=1")
+        what, fix = "there is no trained model yet", "make train; the base alone: make infer BASE=1"
+        raise RunError(what, where=str(last), fix=fix)
     run = runs.last_run(root)
     settings = _settings(config, sets, run.folder, is_default, root)
     if run.adapter_dir.is_dir():
