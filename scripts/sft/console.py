@@ -127,10 +127,10 @@ def duration(seconds: float) -> str:
 
 
 @contextmanager
-def progress(title: str) -> Iterator[Callable[..., None]]:
+def progress(title: str, *, remaining: bool = True) -> Iterator[Callable[..., None]]:
     """Yields `advance(done, total, beside="")`: a bar on a terminal, else a line every half minute, with the time left.
 
-    beside: text to show next to the title, such as the loss.
+    beside: text to show next to the title. remaining: False where it has the time left already; it replaces the title.
     """
     if not sys.stderr.isatty():
         started = last_line = time.monotonic()
@@ -149,11 +149,12 @@ def progress(title: str) -> Iterator[Callable[..., None]]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bars:
+    columns = [TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.percentage:>3.0f}%")]
+    columns += [TimeRemainingColumn()] if remaining else []
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
         task = bars.add_task(title, total=None)
         yield lambda done, total, beside="": bars.update(
-            task, completed=done, total=total, description=f"{title}  {beside}".rstrip()
+            task, completed=done, total=total, description=f"{title}  {beside}".rstrip() if remaining else beside
         )
 
 

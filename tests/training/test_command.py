@@ -45,6 +45,21 @@ def test_a_run_leaves_adapter_log_ledger_curves_and_links(root: Path) -> None:
     assert not list(root.rglob("training_args.bin"))
 
 
+def test_each_evaluation_is_one_line_of_verdict_and_its_figures_are_for_verbose(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    logging.getLogger("sft").propagate = True
+    caplog.set_level(logging.DEBUG, "sft.training")
+    project.run(root, "train.metric_for_best_model=rougeL", "train.max_steps=4")
+    losses, scores = (dict(project.losses(root, "t", key)) for key in ("eval/loss", "eval/rougeL"))
+    lines = [record.getMessage() for record in caplog.records if "validation loss" in record.getMessage()]
+    assert lines[0].startswith(f"step 2: validation loss {losses[2]:.4f}, rougeL {scores[2]:.4f}; ")
+    assert lines[0].endswith("% of the sample answers end by themselves")
+    assert f"not better than {scores[2]:.4f} at step 2" in lines[1] and len(lines) == 2
+    (figures, *_) = [record for record in caplog.records if "eval/perplexity" in record.getMessage()]
+    assert figures.levelno == logging.DEBUG
+
+
 def test_tensorboard_holds_the_same_numbers_samples_and_settings(root: Path) -> None:
     project.run(root)
     events = EventAccumulator(str(root / "outputs/tb/t"))
@@ -105,11 +120,11 @@ def test_other_settings_are_refused_showing_both_and_some_can_be_accepted(root: 
         project.run(root, "train.label_smoothing=0.1", "train.max_grad_norm=9.0")
     with pytest.raises(RunError, match="effective_batch: was 8, is 4") as caught:
         project.run(root, "train.effective_batch=4", "train.seed=7", "data.template_path=chatml")
-    assert "seed: was 42, is 7" in str(caught.value) and "template: was " in str(caught.value)
+    assert "seed: was 42, is 7" in str(caught.value) and "template: the chat template changed" in str(caught.value)
     rows = root / "data/processed/train.jsonl"
     before = rows.read_text()
     rows.write_text(before + '{"user": "one more?", "assistant": "yes"}\n')
-    with pytest.raises(RunError, match=r"data: was .*train\.jsonl"):
+    with pytest.raises(RunError, match=r"data: your rows have changed \(train\.jsonl\)"):
         project.run(root)
     rows.write_text(before)
     (root / "outputs/t").rename(root / "outputs/u")
@@ -208,9 +223,10 @@ def test_a_checkpoint_whose_answers_do_not_stop_is_never_the_best(root: Path, ca
     with pytest.raises(ConfigError, match=r"min_stop_rate is 0.9, but eval\.train_sample is 0"):
         project.run(root, "train.min_stop_rate=0.9", "eval.train_sample=0")
     logging.getLogger("sft").propagate = True
+    caplog.set_level(logging.INFO, "sft")
     summary = project.run(root, "train.min_stop_rate=1.0", "train.max_steps=2", "generation.max_new_tokens=1")
     assert summary["eval"]["stop_rate"] < 1.0 and summary["best_step"] is None
-    assert "this checkpoint cannot be the best" in caplog.text
+    assert "too few for the best checkpoint (train.min_stop_rate)" in caplog.text
 
 
 @pytest.mark.parametrize(("sets", "most"), [(["train.batch_size=2"], 2), (["train.grad_accum=8"], 1), ([], 8)])

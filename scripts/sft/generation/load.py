@@ -88,8 +88,7 @@ def resolve_model(
     if not last.is_dir():
         if base:
             return Target(load(config, sets, root=root).config, None)
-        what, fix = "there is no trained model yet", "make train; the base alone: make infer BASE=1"
-        raise RunError(what, where=str(last), fix=fix)
+        raise RunError("there is no trained model yet", where=str(last), fix="make train, or --base")
     run = runs.last_run(root)
     settings = _settings(config, sets, run.folder, is_default, root)
     if run.adapter_dir.is_dir():
@@ -98,7 +97,7 @@ def resolve_model(
         return Target(settings, run, merged=run.model_dir)
     if not base:
         what = f"the run {run.name} left neither an adapter nor a model"
-        raise RunError(what, where=str(run.folder), fix="make train; the base alone: make infer BASE=1")
+        raise RunError(what, where=str(run.folder), fix="make train, or --base")
     return Target(settings, run)
 
 

@@ -255,7 +255,7 @@ def check_fingerprint(folder: Path, fingerprint: dict[str, Any], allowed: Iterab
         ) from None
     current = json.loads(json.dumps(fingerprint, default=str))
     changed = [key for key in sorted({*stored, *current}) if stored.get(key) != current.get(key)]
-    lines = {key: f"{key}: was {stored.get(key)}, is {current.get(key)}" for key in changed}
+    lines = {key: _change(key, stored.get(key), current.get(key)) for key in changed}
     refused = [key for key in changed if key in NEVER_ALLOWED or key not in set(allowed)]
     if not refused:
         return [line + (f" ({CONSEQUENCES[key]})" if key in CONSEQUENCES else "") for key, line in lines.items()]
@@ -268,3 +268,15 @@ def check_fingerprint(folder: Path, fingerprint: dict[str, Any], allowed: Iterab
         where=str(folder / FINGERPRINT),
         fix=fix,
     )
+
+
+def _change(key: str, was: Any, now: Any) -> str:
+    """What a user reads about a changed setting; what is stored as a hash is named instead."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        names = sorted(name for name in {*was, *now} if was.get(name) != now.get(name))
+        if key == "data":
+            return f"data: your rows have changed ({', '.join(names)})"
+        return "; ".join(f"{key}.{name}: was {was.get(name)}, is {now.get(name)}" for name in names)
+    if key in ("template", "weights"):
+        return f"{key}: the {'chat template' if key == 'template' else 'files of the base model'} changed"
+    return f"{key}: was {was}, is {now}"

@@ -12,9 +12,12 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sft import files
+
+if TYPE_CHECKING:
+    from sft.training.checkpoint import Progress
 
 log = logging.getLogger("sft.training")
 # keys of the loop's history -> keys of log.jsonl and tags of TensorBoard
@@ -27,6 +30,7 @@ NAMES = {
     "epoch": "train/epoch",
     "windows_skipped": "train/windows_skipped",
 }
+SECONDS_PER_LINE = 30.0  # of progress where there is no bar
 Report = Callable[[int, int, str], None]  # steps done, steps in all, what to show beside them
 
 
@@ -55,7 +59,7 @@ class Loggers:
 
     path: its log.jsonl, one JSON object a line, in which a number that is not finite is null; None on other ranks than
     0, which log nothing. curves: the folder for TensorBoard, None for no curves. gpu: whether to add its memory and
-    utilisation. report: called after each step, for a progress bar; without one, a line is logged for each entry.
+    utilisation. report: called after each step, for a progress bar; without one, lines are logged.
     """
 
     def __init__(
@@ -70,8 +74,8 @@ class Loggers:
     ) -> None:
         self.path, self.total_steps, self.gpu, self.report = path, total_steps, gpu, report
         self.writer: Any = None
-        self._shown = ""
-        self._first: tuple[float, int] | None = None  # when the first step of this process ended, and its number
+        self._start = (time.monotonic(), 0, 0, 0.0)  # when this process began to train; steps, tokens, seconds before
+        self._line = -math.inf  # when the last line of progress was logged
         if path is None:
             return
         files.write_text(path, "".join(_json_line(entry) for entry in read(path) if entry["step"] <= after_step))
@@ -91,7 +95,7 @@ class Loggers:
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         files.append(self.path, _json_line({"step": step, **finite}))
         self._to_tensorboard(step, lambda writer: [writer.add_scalar(name, values[name], step) for name in values])
-        self._show(step, values)
+        log.debug("step %d: %s", step, "  ".join(f"{name} {value:.4g}" for name, value in values.items()))
 
     def text(self, step: int, name: str, text: str) -> None:
         """Logs sample answers, as Markdown."""
@@ -99,11 +103,28 @@ class Loggers:
             files.append(self.path, _json_line({"step": step, name: text}))
             self._to_tensorboard(step, lambda writer: writer.add_text(name, text, step))
 
-    def step(self, step: int) -> None:
-        """A step has ended."""
-        self._first = self._first or (time.monotonic(), step)
+    def begin(self, progress: Progress) -> None:
+        """Training begins, or goes on, after `progress`: speed and time left count from here."""
+        self._start = (time.monotonic(), progress.global_step, progress.tokens, progress.seconds)
+        self.busy(progress.global_step, "the first step")
+
+    def busy(self, step: int, doing: str) -> None:
+        """Shows on the progress bar what takes longer than a step."""
         if self.report is not None:
-            self.report(step, self.total_steps, self._shown)
+            self.report(step, self.total_steps, f"step {step}/{self.total_steps}  {doing}")
+
+    def step(self, progress: Progress) -> None:
+        """A step has ended: moves the bar, or logs a line for the first step, the last one and now and then between."""
+        now, step, (since, steps, tokens, seconds) = time.monotonic(), progress.global_step, self._start
+        speed = (progress.tokens - tokens) / max(progress.seconds - seconds, 1e-9)
+        left = (now - since) / (step - steps) * (self.total_steps - step)
+        shown = f"step {step}/{self.total_steps}  loss {progress.last_loss:.4f}  {speed:,.0f} tokens/s"
+        shown += f"  {clock(left)} left"
+        if self.report is not None:
+            self.report(step, self.total_steps, shown)
+        elif step == self.total_steps or now - self._line >= SECONDS_PER_LINE:
+            self._line = now
+            log.info(shown)
 
     def sync(self) -> None:
         """Called before a checkpoint is written: it must never know more than the log beside it."""
@@ -129,22 +150,6 @@ class Loggers:
         except OSError as error:
             self.writer = None
             log.warning("TensorBoard's curves end at step %d (%s); log.jsonl has the numbers", step, error)
-
-    def _show(self, step: int, values: Mapping[str, float]) -> None:
-        if "eval/loss" in values:
-            shown = {key[5:]: value for key, value in values.items() if key not in ("eval/seconds", "train/epoch")}
-            log.info("step %d: eval %s", step, "  ".join(f"{name} {value:.4f}" for name, value in shown.items()))
-        if "train/loss" not in values:
-            return
-        self._shown = f"loss {values['train/loss']:.4f}  {values['train/tokens_per_second']:,.0f} tok/s"
-        if self.report is not None:
-            self.report(step, self.total_steps, self._shown)
-            return
-        left = ""
-        if self._first is not None and step > self._first[1]:
-            pace = (time.monotonic() - self._first[0]) / (step - self._first[1])
-            left = f"  {clock(pace * (self.total_steps - step))} left"
-        log.info("step %d/%d  %s  lr %.2e%s", step, self.total_steps, self._shown, values["train/lr"], left)
 
 
 def _json_line(entry: Mapping[str, Any]) -> str:

@@ -120,6 +120,7 @@ class TrainingLoop:
         with self.signals, self._lost_peers_explained():
             if checkpoint is not None:
                 self.resume(checkpoint)
+            self.loggers.begin(self.progress)
             stop = self.complete
             for epoch, indices in self._remaining_steps():
                 if stop:
@@ -210,13 +211,13 @@ class TrainingLoop:
                 entry["windows_skipped"] = len(self.progress.skipped)
             self.log({**entry, **self._speed()})
             self.progress.unlogged = (0.0, step)
+        self.loggers.step(self.progress)
         eval_steps = settings.eval_steps or settings.save_steps
         if self.schedule.metric and self._is_due(settings.eval_strategy, eval_steps):
             is_best = self._update_best(self.evaluate(), self.schedule.metric)
             save = save or (is_best and settings.load_best_model_at_end) or self.monitor.stop_early
         if save or stop or self._is_due(settings.save_strategy, settings.save_steps):
             self.save()
-        self.loggers.step(step)
         return stop
 
     def _is_due(self, strategy: str, every: int) -> bool:
@@ -248,6 +249,7 @@ class TrainingLoop:
         Restores the random state, so that evaluating never changes what is trained.
         """
         start, samples = time.monotonic(), ""
+        self.loggers.busy(self.progress.global_step, "evaluating")
         self.model.eval()
         with torch.random.fork_rng():
             share = list(self.validation)[distributed.rank() :: distributed.world()]
@@ -268,15 +270,23 @@ class TrainingLoop:
         return metrics
 
     def _update_best(self, metrics: Mapping[str, float], metric: str) -> bool:
-        """Whether this evaluation is the best so far; notes it."""
-        if metrics.get("eval_stop_rate", 1.0) < self.settings.min_stop_rate:
-            log.warning("too few answers end by themselves (train.min_stop_rate): this checkpoint cannot be the best")
-            return False
-        value, best = metrics[f"eval_{metric}"], self.progress.best_metric
-        if math.isfinite(value) and (best is None or (value > best if self.greater_is_better else value < best)):
-            self.progress.best_metric, self.progress.best_global_step = value, self.progress.global_step
-            return True
-        return False
+        """Whether this evaluation is the best so far; notes it, and logs a line that says so."""
+        progress, value = self.progress, metrics[f"eval_{metric}"]
+        best, stop_rate = progress.best_metric, metrics.get("eval_stop_rate")
+        stops = stop_rate is None or stop_rate >= self.settings.min_stop_rate
+        better = math.isfinite(value) and (best is None or (value > best if self.greater_is_better else value < best))
+        verdict = f"step {progress.global_step}: validation loss {metrics['eval_loss']:.4f}"
+        if metric != "loss":
+            verdict += f", {metric} {value:.4f}"
+        if best is not None:
+            than = f"{best:.4f} at step {progress.best_global_step}"
+            verdict += f", better than {than}" if better else f", not better than {than}"
+        if stop_rate is not None:
+            verdict += f"; {stop_rate:.0%} of the sample answers end by themselves"
+        log.info(verdict if stops else f"{verdict}: too few for the best checkpoint (train.min_stop_rate)")
+        if better and stops:
+            progress.best_metric, progress.best_global_step = value, progress.global_step
+        return better and stops
 
     # -- when something goes wrong -------------------------------------------------------------------------------------
 
