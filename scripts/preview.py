@@ -83,7 +83,8 @@ def choose_rows(rows: list[dict[str, Any]], path: Path, args: argparse.Namespace
     if args.id:
         rows = [row for row in rows if str(row["id"]).startswith(args.id)]
         if not rows:
-            raise DataError(f"no row's id begins with {args.id}", where=str(path))
+            fix = f"--limit 0 shows every row with its id: python scripts/preview.py --in {path} --limit 0"
+            raise DataError(f"no row's id begins with {args.id}", where=str(path), fix=fix)
     limit = args.limit if args.limit is not None else 0 if args.json else DEFAULT_LIMIT
     turns = [[row["input"], row["target"]] if records.is_rendered(row) else records.messages(row) for row in rows]
     lengths = [len(str(one)) for one in turns]  # good enough to order rows by, without tokenising them all

@@ -27,12 +27,13 @@ from sft.data.process import Rejected, process
 from sft.data.readers import open_source
 from sft.errors import DataError
 
-NAMES = st.sampled_from(["a.json", "a.jsonl", "a.csv", "a.tsv", "a.parquet", "a.txt", "a.jsonl.gz", "a.json.zst", "a"])
+NAMES = st.sampled_from(
+    ["a.json", "a.jsonl", "a.csv", "a.tsv", "a.parquet", "a.txt", "a.jsonl.gz", "a.json.zst", "a", "README"]
+)
 PIECES = rb"""{"question": "q", "answer": "a"} @ [ @ ] @ { @ } @ , @ " @ \ @ \ud800 @ NaN @ "data": [ @ q,a @ x,"y @
 PAR1 @ <html> @ null @ true @ 111111111111111111111111111111 @ question,answer @ "a ""b"" c" @ {"data": [ @ {"x": 1} @
--Infinity @ 1e999 @ {"a": 1, "a": 2} @ [[[[[[[[[[[[[[[[[[[[ @ \u0000 @ : @ {"text": "User: a""".replace(
-    b"\n", b" "
-).split(b" @ ")
+-Infinity @ 1e999 @ {"a": 1, "a": 2} @ [[[[[[[[[[[[[[[[[[[[ @ \u0000 @ : @ {"text": "User: a
+@ Q: a @ A: b @ Question: c @ }, @ ],""".replace(b"\n", b" ").split(b" @ ")
 ODD = [
     b"\n", b"\r\n", b"\r", b" ", b"\t;|", b"\0", b"\xff", b"\xc3", b"\xe4hnlich", b"\xef\xbb\xbf", b"\xff\xfe",
     b"\xfe\xff", b"\x1f\x8b", b"\x28\xb5\x2f\xfd", "\u2028\u0085😀".encode(), "ü".encode("utf-16-le"), b"\xed\xa0\x80",

@@ -88,7 +88,7 @@ def page(title: str, rows: Sequence[tuple[Encoded, Sequence[Token]]]) -> str:
 def choose(lengths: Sequence[int], limit: int, seed: int) -> list[int]:
     """Which rows to show first: the shortest, the longest, then some at random. limit 0 is every row, in order."""
     count = len(lengths)
-    if limit == 0 or count <= limit:
+    if limit <= 0 or count <= limit:
         return list(range(count))
     order = sorted(range(count), key=lambda index: lengths[index])
     first = list(dict.fromkeys([order[0], order[-1]]))[:limit]

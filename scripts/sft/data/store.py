@@ -107,7 +107,9 @@ def _stored_row(text: bytes) -> Row:
     required = ("user", "assistant") if "user" in keys else ("input", "target")
     if not keys.issuperset(required):
         shapes = "{system,user,assistant}, {messages} or {input,target}"
-        raise RowFault("unknown format", f"not a processed row: it has {sorted(keys)[:8]} and not {shapes}")
+        raise RowFault(
+            "unknown format", f"not a processed row: its keys are {', '.join(sorted(keys)[:8])}, not {shapes}"
+        )
     for key in required:
         if not isinstance(row[key], str):
             raise RowFault("not text", f"{key} is not text")
