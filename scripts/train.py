@@ -24,9 +24,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser = console.parser(__doc__)
     parser.add_argument(
         "--resume",
-        metavar="auto|never|PATH",
+        metavar="auto|newest|never|PATH",
         default="auto",
-        help="auto (default): resume the newest run if it is unfinished; never: start a new one; or a folder to resume",
+        help="auto (default): resume the newest run of this config if it is unfinished, else start one; newest: resume"
+        " the newest unfinished run with its own config; never: start a run; or the folder of a run or checkpoint",
     )
     parser.add_argument("--dry-run", action="store_true", help="show settings and steps; load no weights, start no run")
     parser.add_argument("-v", "--verbose", action="store_true", help="every figure of each evaluation")
@@ -43,7 +44,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> dict[str, Any] | None:
     from sft import runs
-    from sft.config.load import load
     from sft.memory import plan
     from sft.preflight import disk_space
     from sft.training import distributed
@@ -56,7 +56,12 @@ def main(args: argparse.Namespace) -> dict[str, Any] | None:
     root = console.project_root()
 
     # 1. the config and the run
-    loaded = load(args.config, args.set, root=root)
+    if args.resume == "newest" and args.config == console.default_config():
+        args.run = runs.unfinished(root).name
+        args.config = str(root / "outputs" / args.run / runs.RESOLVED)
+    if args.run:
+        args.resume = str(runs.named(args.run, root).folder)
+    loaded = console.load_config(args)
     output_dir = loaded.config.train.output_dir
     runs.check_place(output_dir, root)
     distributed.start()
@@ -82,7 +87,7 @@ def main(args: argparse.Namespace) -> dict[str, Any] | None:
         with console.progress("training", remaining=False) as report:
             job, loop = jobs.make_loop(job, opened, root, report if sys.stderr.isatty() else None)
             loop.fit(opened.checkpoint)
-        jobs.require_finished(loop, opened.run)
+        jobs.require_finished(loop, console.continue_command(opened.run.name))
         # 6. the adapter or model, the summary
         summary = jobs.finish(job, loop, opened.run, root)
     if distributed.rank() != 0:

@@ -10,6 +10,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import shlex
 import sys
 import time
@@ -20,10 +21,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft import files
-from sft.errors import EnvironmentProblem, SftError, Stopped, one_line, redact
+from sft.errors import ConfigError, EnvironmentProblem, RunError, SftError, Stopped, one_line, redact
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from sft.config.load import Loaded
 
 DEFAULT_CONFIG = "configs/run_bnb.yaml"
 LOCAL_CONFIG = "configs/local.yaml"
@@ -53,11 +56,75 @@ def parser(doc: str | None, *, config: bool = True) -> argparse.ArgumentParser:
         result.add_argument(
             "--config", metavar="FILE", help="the run's YAML (default: configs/local.yaml, else configs/run_bnb.yaml)"
         )
+        result.add_argument("--run", metavar="NAME", help="an earlier run: its own settings, and its adapter or model")
         result.add_argument(
-            "--set", metavar="KEY=VALUE", action="append", default=[], help="override one key, repeatable"
+            "--set", metavar="KEY=VALUE", action="append", default=[], help="override keys, repeatable: 'a.b=1 c.d=2'"
         )
     result.add_argument("--json", action="store_true", help="machine-readable result on stdout, logs on stderr")
     return result
+
+
+def load_config(args: argparse.Namespace) -> Loaded:
+    """The settings of --config (or --run) and --set, after a line that says which file they come from."""
+    from sft.config.load import display_path, load
+
+    loaded = load(args.config, args.set, root=project_root())
+    if os.environ.get("RANK", "0") == "0":
+        sets = f" with {', '.join(args.set)}" if args.set else ""
+        say(f"config: {display_path(Path(args.config), project_root())}{sets}")
+    return loaded
+
+
+def _use_run(args: argparse.Namespace) -> None:
+    """--run: the config is the run's own; the adapter or model is its own, in commands that take one."""
+    from sft import runs
+
+    run = runs.named(args.run, project_root())
+    if args.config or getattr(args, "adapters", None) or getattr(args, "merged", None):
+        raise ConfigError("--run cannot be combined with --config, --adapters or --merged", fix="leave out one of them")
+    args.config = str(run.folder / runs.RESOLVED)
+    if hasattr(args, "adapters"):
+        where = run.model_dir if run.model_dir.is_dir() else run.adapter_dir
+        if not where.is_dir():
+            what = f"the run {run.name} has not finished, so it has no adapter yet"
+            raise RunError(what, where=str(run.folder), fix=f"make resume RUN={run.name}")
+        if where == run.model_dir and hasattr(args, "merged"):
+            args.merged = where
+        else:
+            args.adapters = [where] if isinstance(args.adapters, list) else where
+
+
+# --- what the user types: flags, or the variables of make (whose recipes set SFT_MAKE to the target)
+
+_VARIABLES = {"set": "SET", "allow-change": "ALLOW", "resume": "RESUME", "adapters": "ADAPTERS", "run": "RUN"}
+_VALUE = r"('[^']*'|\S+?)(?=[,;:]?(?:\s|$))"
+
+
+def as_typed(fix: str) -> str:
+    """`fix` with make's variables instead of flags, for a user who came through make."""
+    if "SFT_MAKE" not in os.environ or "python " in fix:
+        return fix
+
+    def variable(flags: re.Match[str]) -> str:
+        values = [value.strip("'") for value in re.findall(rf"--[\w-]+ {_VALUE}", flags[0])]
+        return f'{_VARIABLES[flags[1]]}="{" ".join(values)}"'
+
+    fix = re.sub(rf"--({'|'.join(_VARIABLES)}) {_VALUE}(?: --\1 {_VALUE})*", variable, fix)
+    return fix.replace("--force", "FORCE=1").replace("--base", "BASE=1")
+
+
+def continue_command(run: str) -> str:
+    """What continues the training run of this process: the same command, or the run by its name after a --resume."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return "the same command"
+    by_name = any(word.startswith(("--resume", "--run")) for word in sys.argv)
+    if target := os.environ.get("SFT_MAKE"):
+        typed = [word.partition("=") for word in shlex.split(os.environ.get("MAKEFLAGS", "").partition("-- ")[2])]
+        words = [f'{name}="{value}"' if " " in value else f"{name}={value}" for name, _, value in typed]
+        return f"make resume RUN={run}" if by_name else " ".join(["make", target, *words])
+    python = os.path.relpath(sys.executable)
+    python = "python" if python.startswith("..") else python
+    return shlex.join([python, sys.argv[0], *(["--run", run] if by_name else sys.argv[1:])])
 
 
 # --- printing
@@ -96,7 +163,7 @@ def confirmed(question: str, force: bool, fix: str) -> bool:
 
 def warn(text: str) -> None:
     """Prints a warning on stderr."""
-    _print_marked("warning", 33, redact(text))
+    _print_marked("warning", 33, redact(as_typed(text)))
 
 
 def _print_marked(label: str, colour: int, text: str) -> None:
@@ -169,11 +236,14 @@ def run(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], An
     global _json_mode
     args = parser.parse_args()
     _json_mode = args.json
-    if getattr(args, "config", "") is None:
-        args.config = default_config()
     quiet_libraries()
     show_logs()
     try:
+        if "set" in args:  # several settings in one text, as make passes them
+            args.set = [item for text in args.set for item in re.split(r"\s+(?=[a-z_]+\.[\w.]+\s*=)", text.strip())]
+            if args.run:
+                _use_run(args)
+            args.config = args.config or default_config()
         result = main(args)
     except SftError as error:
         if os.environ.get("SFT_DEBUG"):
@@ -199,10 +269,14 @@ def _report_error(error: SftError) -> int:
         if problems := getattr(error, "problems", None):
             entry["problems"] = [each.entry() for each in problems]
         emit(entry)
+    if isinstance(error, Stopped):
+        print(redact(error.what + (f" Continue with: {error.fix}" if error.fix else "")), file=sys.stderr)
+        return error.exit_code
+    for each in [error, *getattr(error, "problems", [])]:
+        each.fix = as_typed(each.fix) if each.fix else None
     message = redact(str(error))
     _print_marked("error", 31, message)
-    if not isinstance(error, Stopped):
-        _save_error(message)
+    _save_error(message)
     return error.exit_code
 
 

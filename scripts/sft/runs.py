@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from sft import files
 from sft.config.load import display_path, dump_config, read_resolved, resolve_path
-from sft.errors import ConfigError, RunError, redact
+from sft.errors import ConfigError, RunError, nearest, redact
 
 if TYPE_CHECKING:
     from sft.config.schema import Config
@@ -45,6 +45,10 @@ class Run:
     @property
     def finished(self) -> bool:
         return (self.folder / FINISHED).is_file()
+
+    def last_trained(self) -> float:
+        """When it logged a step, or else when it began."""
+        return max(path.stat().st_mtime for path in self.folder.glob("*") if path.name in (RESOLVED, "log.jsonl"))
 
     def checkpoints(self) -> list[Path]:
         """Its checkpoint folders, oldest step first, valid or not."""
@@ -80,16 +84,18 @@ def step_of(checkpoint: Path) -> int:
 def open_run(output_dir: str, root: Path, resume: str) -> OpenRun:
     """Chooses the run and the checkpoint; writes nothing.
 
-    resume: "auto" resumes the newest of <run>, <run>-2, ... if it is unfinished, else starts the next one; "never"
-    starts the next one; anything else is the folder of a run or of a checkpoint. Raises RunError, ConfigError.
+    resume: "auto" resumes the newest of <run>, <run>-2, ... if it is unfinished, else starts the next one; "newest"
+    only resumes; "never" only starts; else it is a run's or a checkpoint's folder. Raises RunError, ConfigError.
     """
     base = resolve_path(root, output_dir)
     if base.name in _RESERVED:
         what = f"train.output_dir ends in {base.name!r}, which is a reserved name"
         raise ConfigError(what, where="train.output_dir", fix="--set train.output_dir=outputs/NAME")
-    if resume not in {"auto", "never"}:
+    if resume not in {"auto", "never", "newest"}:
         return _resume_path(Path(resume), root)
     numbers = _series(base)
+    if resume == "newest" and not (numbers and not at(_nth(base, numbers[-1]), root).finished):
+        raise RunError(f"no run of {display_path(base, root)} is unfinished", fix="make train starts a new one")
     if not numbers:
         return OpenRun(at(base, root), None, f"a new run: {display_path(base, root)}")
     newest, following = (at(_nth(base, number), root) for number in (numbers[-1], numbers[-1] + 1))
@@ -120,7 +126,7 @@ def _resume_path(path: Path, root: Path) -> OpenRun:
     is_checkpoint = _CHECKPOINT.fullmatch(path.name) is not None
     run = at(path.parent if is_checkpoint else path, root)
     if run.finished:
-        raise RunError(f"{run.name} is finished: there is nothing to resume", fix="leave out --resume for a new run")
+        raise RunError(f"{run.name} is finished: there is nothing to resume", fix="make train starts a new run")
     if not is_checkpoint:
         return _resume(run, root)
     if problem := files.manifest_problem(path):
@@ -170,11 +176,43 @@ def running(root: Path) -> list[Run]:
     return [at(path.parent, root) for path in sorted((root / "outputs").glob(f"*/{LOCK}")) if files.is_locked(path)]
 
 
+def named(name: str, root: Path) -> Run:
+    """The run called `name` (or named by its folder). Raises RunError, with the existing names, if there is none."""
+    run = at(Path(name).resolve() if Path(name).is_dir() else root / "outputs" / name, root)
+    if (run.folder / RESOLVED).is_file():
+        return run
+    names = [each.name for each in newest_first(root)]
+    close = nearest(name, names)
+    fix = f"did you mean {close}?" if close else f"choose one: {', '.join(names)}" if names else "make train"
+    raise RunError(f"there is no run called {name}", where=str(run.folder), fix=fix)
+
+
+def newest_first(root: Path) -> list[Run]:
+    """The runs under outputs/, the one that trained last first."""
+    folders = {path.parent.resolve() for path in (root / "outputs").glob(f"*/{RESOLVED}")}
+    return sorted((at(folder, root) for folder in folders), key=Run.last_trained, reverse=True)
+
+
+def unfinished(root: Path) -> Run:
+    """The newest run that has not finished. Raises RunError if there is none: nothing is started."""
+    for run in newest_first(root):
+        if not run.finished:
+            return run
+    raise RunError("there is no unfinished run to resume", where=str(root / "outputs"), fix="make train")
+
+
 # --- what a run writes
 
 
 def check_place(output_dir: str, root: Path) -> None:
-    """Raises RunError if a run could not be written, before any work is done; ConfigError as `resolve_path`."""
+    """Raises, before any work, RunError if a run cannot be written there, ConfigError if the folder is no run's."""
+    folder = resolve_path(root, output_dir)
+    contents = {path.name.partition("-")[0] for path in folder.glob("*")} if folder.is_dir() else set()
+    if root.is_relative_to(folder) or (
+        contents and not contents & {RESOLVED, FINISHED, LOCK, "checkpoint", "log.jsonl"}
+    ):
+        what = f"train.output_dir is {output_dir}, a folder that holds other things than a run"
+        raise ConfigError(what, where="train.output_dir", fix="--set train.output_dir=outputs/NAME")
     for folder in (resolve_path(root, output_dir), root / "adapters"):
         place = files.existing(folder)
         if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):

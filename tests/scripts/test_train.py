@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -43,7 +44,8 @@ def test_ctrl_c_stops_with_a_checkpoint_and_the_same_command_resumes(
     output, errors = running.communicate(timeout=60)
     assert running.returncode == 130, errors
     assert "stopping after this step, with a checkpoint" in errors
-    assert "t was stopped after step" in errors and "make train" in errors and "Traceback" not in errors
+    assert "Stopped at step" in errors and "Traceback" not in errors and "error:" not in errors
+    assert f"Continue with: python {ROOT / 'scripts/train.py'} {shlex.join(many)}" in errors
     assert re.search(r"step 1/3000  loss \d\.\d{4}  [\d,]+ tokens/s  [\d:]+ left", output)
     (checkpoint,) = (root / "outputs/t").glob("checkpoint-*")
     step = int(checkpoint.name.split("-")[1])

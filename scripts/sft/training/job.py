@@ -449,16 +449,12 @@ class SampleAnswers:
 # -- after training ----------------------------------------------------------------------------------------------------
 
 
-def require_finished(loop: TrainingLoop, run: Run) -> None:
-    """Raises Stopped, with the command that resumes the run, if it was stopped before its end."""
+def require_finished(loop: TrainingLoop, continue_command: str) -> None:
+    """Raises Stopped, with the command that continues the run, if it was stopped before its end."""
     code, progress = loop.signals.exit_code, loop.progress
-    if code is None or loop.complete:
-        return
-    raise Stopped(
-        f"{run.name} was stopped after step {progress.global_step} of {progress.max_steps}, with a checkpoint",
-        exit_code=code,
-        fix="the same command resumes it (make train or make resume, or python scripts/train.py)",
-    )
+    if code is not None and not loop.complete:
+        what = f"Stopped at step {progress.global_step} of {progress.max_steps}, with a checkpoint."
+        raise Stopped(what, exit_code=code, fix=continue_command)
 
 
 def finish(job: Job, loop: TrainingLoop, run: Run, root: Path) -> dict[str, Any]:
