@@ -27,7 +27,7 @@ $(foreach name,$(filter-out $(KNOWN) SHELL MAKEFLAGS,$(GIVEN)),$(error $(name)= 
 	Set a config key with SET="key=value"))
 
 # $(call only,NAMES,TARGETS): these variables in another target are an error, not ignored
-only = $(foreach name,$(1),$(if $(and $($(name)),$(filter-out $(2),$(MAKECMDGOALS))),$(error $(name)= works in: $(2))))
+only = $(foreach name,$(1),$(if $($(name)),$(if $(filter $(2),$(MAKECMDGOALS)),,$(error $(name)= works in: $(2)))))
 TRAIN_TARGETS := train train-bnb train-unsloth train-with-tb train-bnb-tb train-unsloth-tb
 $(call only,RESUME,$(TRAIN_TARGETS))
 $(call only,ALLOW,$(TRAIN_TARGETS) resume)
@@ -44,7 +44,9 @@ WITH = $(SETTINGS) $(ARGS)
 UNSLOTH := $(if $(CONFIG)$(RUN)$(wildcard configs/local.yaml),,--config configs/run_unsloth.yaml) --set tuning.backend=unsloth
 FROM := $(if $(ADAPTERS),--adapters $(ADAPTERS))
 TRAIN := $(if $(RESUME),--resume "$$RESUME") $(foreach key,$(ALLOW),--allow-change $(key)) $(if $(FORCE),--force)
-SCRIPT = SFT_MAKE=$@ $(PYTHON) scripts
+SCRIPT := $(PYTHON) scripts
+export SFT_MAKE = $@
+test coverage test-all test-faults fuzz: SFT_MAKE :=
 # A stop that was asked for (130) interrupts make itself, which then ends with 130 and without a line of its own.
 stoppable = @trap : INT; $(1); code=$$?; [ $$code -ne 130 ] || { kill -INT $$PPID; exit 0; }; exit $$code
 

@@ -58,7 +58,7 @@ def main(args: argparse.Namespace) -> dict[str, Any] | None:
     # 1. the config and the run
     if args.resume == "newest" and args.config == console.default_config():
         args.run = runs.unfinished(root).name
-        args.config = str(root / "outputs" / args.run / runs.RESOLVED)
+        args.config = str(runs.named(args.run, root).settings)
     if args.run:
         args.resume = str(runs.named(args.run, root).folder)
     loaded = console.load_config(args)

@@ -82,7 +82,7 @@ def _use_run(args: argparse.Namespace) -> None:
     run = runs.named(args.run, project_root())
     if args.config or getattr(args, "adapters", None) or getattr(args, "merged", None):
         raise ConfigError("--run cannot be combined with --config, --adapters or --merged", fix="leave out one of them")
-    args.config = str(run.folder / runs.RESOLVED)
+    args.config = str(run.settings)
     if hasattr(args, "adapters"):
         where = run.model_dir if run.model_dir.is_dir() else run.adapter_dir
         if not where.is_dir():
@@ -97,12 +97,12 @@ def _use_run(args: argparse.Namespace) -> None:
 # --- what the user types: flags, or the variables of make (whose recipes set SFT_MAKE to the target)
 
 _VARIABLES = {"set": "SET", "allow-change": "ALLOW", "resume": "RESUME", "adapters": "ADAPTERS", "run": "RUN"}
-_VALUE = r"('[^']*'|\S+?)(?=[,;:]?(?:\s|$))"
+_VALUE = r"('[^']*'|\S+?)(?=[),;:]*(?:\s|$))"
 
 
 def as_typed(fix: str) -> str:
     """`fix` with make's variables instead of flags, for a user who came through make."""
-    if "SFT_MAKE" not in os.environ or "python " in fix:
+    if not os.environ.get("SFT_MAKE") or "python " in fix:
         return fix
 
     def variable(flags: re.Match[str]) -> str:
@@ -121,7 +121,9 @@ def continue_command(run: str) -> str:
     if target := os.environ.get("SFT_MAKE"):
         typed = [word.partition("=") for word in shlex.split(os.environ.get("MAKEFLAGS", "").partition("-- ")[2])]
         words = [f'{name}="{value}"' if " " in value else f"{name}={value}" for name, _, value in typed]
-        return f"make resume RUN={run}" if by_name else " ".join(["make", target, *words])
+        return " ".join(
+            ["make", target, *words] if target.startswith("train") and not by_name else ["make resume", f"RUN={run}"]
+        )
     python = os.path.relpath(sys.executable)
     python = "python" if python.startswith("..") else python
     return shlex.join([python, sys.argv[0], *(["--run", run] if by_name else sys.argv[1:])])

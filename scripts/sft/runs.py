@@ -21,7 +21,8 @@ from sft.errors import ConfigError, RunError, nearest, redact
 if TYPE_CHECKING:
     from sft.config.schema import Config
 
-RESOLVED, FINISHED, LOCK, PAUSE, SAVE = "config.resolved.yaml", "finished.json", "lock", "pause", "save"
+SETTINGS, RESOLVED, FINISHED = "config.yaml", "config.resolved.yaml", "finished.json"
+LOCK, PAUSE, SAVE = "lock", "pause", "save"
 FINGERPRINT = "backend.json"  # of a run and a checkpoint: the settings that its weights depend on
 SERVING = "serving.json"  # of an adapter or model: {"system": the system text that all training rows share}
 _RESERVED = {"tb", "last", ""}
@@ -45,6 +46,12 @@ class Run:
     @property
     def finished(self) -> bool:
         return (self.folder / FINISHED).is_file()
+
+    @property
+    def settings(self) -> Path:
+        """The config that it was started with, `auto` values included: resolved ones may split a step differently."""
+        path = self.folder / SETTINGS
+        return path if path.is_file() else self.folder / RESOLVED
 
     def last_trained(self) -> float:
         """When it logged a step, or else when it began."""
@@ -221,9 +228,9 @@ def check_place(output_dir: str, root: Path) -> None:
             raise RunError(what, where="train.output_dir", fix=fix)
 
 
-def write_resolved(folder: Path, config: Config) -> None:
+def write_resolved(folder: Path, config: Config, name: str = RESOLVED) -> None:
     """Writes the resolved config into `folder`, where eval, infer, merge and export read it."""
-    files.write_text(folder / RESOLVED, redact(dump_config(config)))
+    files.write_text(folder / name, redact(dump_config(config)))
 
 
 def run_of_adapter(folder: Path) -> Config:

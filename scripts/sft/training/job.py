@@ -332,6 +332,8 @@ def hold_run(job: Job, opened: OpenRun, allowed: list[str]) -> Iterator[list[str
             checkpoint = opened.checkpoint
             accepted = check_fingerprint(checkpoint, job.fingerprint(), allowed) if checkpoint else []
             job.write_settings(run.folder)
+            started = job.config.model_copy(update={"train": job.unresolved})
+            runs.write_resolved(run.folder, started, runs.SETTINGS)
             files.write_json(run.folder / "ledger.json", job.rows.ledger())
             return accepted
 
@@ -367,6 +369,8 @@ def make_loop(job: Job, opened: OpenRun, root: Path, report: Report | None) -> t
         job = replace(job, config=job.config.model_copy(update={"train": train.model_copy(update=settings)}))
         if distributed.rank() == 0:
             job.write_settings(run.folder)
+            started = job.config.model_copy(update={"train": job.unresolved})
+            runs.write_resolved(run.folder, started, runs.SETTINGS)
     section, is_first = job.config.logging, distributed.rank() == 0
     loggers = Loggers(
         run.folder / "log.jsonl" if is_first else None,
