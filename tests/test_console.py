@@ -76,6 +76,54 @@ def test_the_text_of_an_error_fits_on_one_line_without_secrets() -> None:
     assert one_line("x" * 10, 4) == "xxxx"
 
 
+@pytest.mark.parametrize(
+    ("fix", "typed"),
+    [
+        ("--set train.epochs=3", 'SET="train.epochs=3"'),
+        ("a new run (--resume never), or --set a.b=1 --set c.d='x y', or not",
+         'a new run (RESUME="never"), or SET="a.b=1 c.d=x y", or not'),
+        ("accept it: --allow-change one --allow-change two", 'accept it: ALLOW="one two"'),
+        ("python scripts/eval.py --base", "python scripts/eval.py --base"),
+    ],
+)  # fmt: skip
+def test_a_fix_is_what_can_be_typed_after_make(monkeypatch: pytest.MonkeyPatch, fix: str, typed: str) -> None:
+    assert console.as_typed(fix) == fix
+    monkeypatch.setenv("SFT_MAKE", "train")
+    assert console.as_typed(fix) == typed
+
+
+def test_several_settings_fit_into_one_text(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "train.epochs=2 data.system_prompt=Be brief, a=b  eval.metrics=[a, b]"
+    monkeypatch.setattr(sys, "argv", ["command", "--json", "--set", text, "--set", "train.seed=1"])
+    code, out, _ = run(lambda args: args.set)
+    expected = ["train.epochs=2", "data.system_prompt=Be brief, a=b", "eval.metrics=[a, b]", "train.seed=1"]
+    assert code == 0 and json.loads(out) == expected
+
+
+def test_run_names_the_settings_and_the_adapter_of_a_run(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    def main(args: argparse.Namespace) -> list[str]:
+        return [args.config, str(args.adapters)]
+
+    make_parser = console.parser
+
+    def with_adapters(*flags: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["command", "--json", *flags])
+        parser = make_parser("a command")
+        parser.add_argument("--adapters")
+        monkeypatch.setattr(console, "parser", lambda *_: parser)
+        return run(main)
+
+    folder = tmp_path / "outputs/mine"
+    folder.mkdir(parents=True)
+    (folder / "config.resolved.yaml").touch()
+    assert "the run mine has not finished" in with_adapters("--run", "mine")[1]
+    (tmp_path / "adapters/mine").mkdir(parents=True)
+    code, out, _ = with_adapters("--run", "mine")
+    assert code == 0 and json.loads(out) == [str(folder / "config.resolved.yaml"), str(tmp_path / "adapters/mine")]
+    code, out, _ = with_adapters("--run", "mine", "--config", "x.yaml")
+    assert code == 2 and "cannot be combined" in out
+
+
 def test_the_nearest_name() -> None:
     assert nearest("lerning_rate", ["epochs", "learning_rate"]) == "learning_rate"
     assert nearest("xyzzy", ["epochs"]) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -143,3 +144,40 @@ def test_running_lists_the_runs_whose_lock_is_held(tmp_path: Path) -> None:
     with files.lock(tmp_path / "outputs/b" / runs.LOCK, "b"):
         assert [run.name for run in runs.running(tmp_path)] == ["b"]
     assert runs.running(tmp_path) == []
+
+
+def test_the_newest_unfinished_run_is_found_whatever_its_config(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="there is no unfinished run to resume"):
+        runs.unfinished(tmp_path)
+    for age, name in enumerate(("new", "done", "old")):
+        folder = tmp_path / "outputs" / name
+        checkpoint(folder, 3)
+        for file in (runs.RESOLVED, "log.jsonl"):
+            (folder / file).touch()
+            os.utime(folder / file, (1_000_000 - age, 1_000_000 - age))
+    finished(tmp_path / "outputs/done")
+    assert [run.name for run in runs.newest_first(tmp_path)] == ["new", "done", "old"]
+    assert runs.unfinished(tmp_path).name == "new"
+    finished(tmp_path / "outputs/new")
+    assert runs.unfinished(tmp_path).name == "old"
+    with pytest.raises(RunError, match="there is no run called nww") as raised:
+        runs.named("nww", tmp_path)
+    assert raised.value.fix == "did you mean new?"
+
+
+def test_newest_never_starts_a_run(tmp_path: Path) -> None:
+    for _ in range(2):
+        with pytest.raises(RunError, match="no run of outputs/chat is unfinished"):
+            runs.open_run("outputs/chat", tmp_path, "newest")
+        finished(tmp_path / "outputs/chat")
+    newest = checkpoint(tmp_path / "outputs/chat-2", 3)
+    assert runs.open_run("outputs/chat", tmp_path, "newest").checkpoint == newest
+
+
+@pytest.mark.parametrize("output_dir", [".", "data", ".."])
+def test_a_folder_that_holds_other_things_is_no_place_for_a_run(tmp_path: Path, output_dir: str) -> None:
+    (tmp_path / "data/raw").mkdir(parents=True)
+    with pytest.raises(ConfigError):
+        runs.check_place(output_dir, tmp_path)
+    checkpoint(tmp_path / "outputs/chat", 3)
+    runs.check_place("outputs/chat", tmp_path)

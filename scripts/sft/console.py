@@ -97,7 +97,7 @@ def _use_run(args: argparse.Namespace) -> None:
 # --- what the user types: flags, or the variables of make (whose recipes set SFT_MAKE to the target)
 
 _VARIABLES = {"set": "SET", "allow-change": "ALLOW", "resume": "RESUME", "adapters": "ADAPTERS", "run": "RUN"}
-_VALUE = r"('[^']*'|\S+?)(?=[),;:]*(?:\s|$))"
+_VALUE = r"((?:'[^']*'|[^\s'])+?)(?=[),;:]*(?:\s|$))"
 
 
 def as_typed(fix: str) -> str:
@@ -106,7 +106,7 @@ def as_typed(fix: str) -> str:
         return fix
 
     def variable(flags: re.Match[str]) -> str:
-        values = [value.strip("'") for value in re.findall(rf"--[\w-]+ {_VALUE}", flags[0])]
+        values = [value.replace("'", "") for value in re.findall(rf"--[\w-]+ {_VALUE}", flags[0])]
         return f'{_VARIABLES[flags[1]]}="{" ".join(values)}"'
 
     fix = re.sub(rf"--({'|'.join(_VARIABLES)}) {_VALUE}(?: --\1 {_VALUE})*", variable, fix)
@@ -120,7 +120,7 @@ def continue_command(run: str) -> str:
     by_name = any(word.startswith(("--resume", "--run")) for word in sys.argv)
     if target := os.environ.get("SFT_MAKE"):
         typed = [word.partition("=") for word in shlex.split(os.environ.get("MAKEFLAGS", "").partition("-- ")[2])]
-        words = [f'{name}="{value}"' if " " in value else f"{name}={value}" for name, _, value in typed]
+        words = [f'{name}="{value}"' if " " in value else f"{name}={value}" for name, _, value in reversed(typed)]
         return " ".join(
             ["make", target, *words] if target.startswith("train") and not by_name else ["make resume", f"RUN={run}"]
         )
