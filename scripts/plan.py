@@ -32,12 +32,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
-    from sft.config.load import load
     from sft.memory import devices, report
     from sft.memory.plan import make_plan
 
     root = console.project_root()
-    loaded = load(args.config, args.set, root=root)
+    loaded = console.load_config(args)
     if args.models is not None:
         return plan_models(args, loaded, root)
     device = devices.parse(args.gpu) if args.gpu else devices.this_machine()
@@ -64,7 +63,7 @@ def plan_models(args: argparse.Namespace, loaded: Loaded, root: Path) -> dict[st
     if device.kind == "cpu" and not args.gpu:
         device = devices.parse("8GiB")
         console.say('no GPU here: planned for one of 8 GiB (another: --gpu "RTX 4060"; this CPU: --gpu cpu)')
-    mode, by_flag = loaded.config.tuning.mode, loaded.origin("tuning.mode") == "--set"
+    mode, by_flag = loaded.config.tuning.mode, str(loaded.origin("tuning.mode")).startswith("--set")
     if device.kind == "cuda" and mode != "qlora" and args.config == console.default_config() and not by_flag:
         console.say(f"planned with {console.DEFAULT_CONFIG} (qlora); for {mode}: --config {console.LOCAL_CONFIG}")
         loaded = load(root / console.DEFAULT_CONFIG, args.set, root=root)

@@ -36,13 +36,12 @@ def parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     """Load the encoder and the rows, choose some, show them."""
     from sft.chat import preview
-    from sft.config.load import load
     from sft.data import store
     from sft.files import write_text
     from sft.generation.encoder import load_named_encoder
 
     root = console.project_root()
-    config = load(args.config, args.set, root=root).config
+    config = console.load_config(args).config
     encoder = load_named_encoder(config, root, tokenizer=args.tokenizer, template=args.template)
     path = Path(args.rows) if args.rows else rows_of_split(config.data, root, args.split)
     rows = choose_rows(store.read_rows(path), path, args)

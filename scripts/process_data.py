@@ -37,12 +37,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
-    from sft.config.load import load
     from sft.data.process import Rejected, process
 
     root = console.project_root()
-    sets = [*args.set, *([f"data.format={args.format}"] if args.format else [])]
-    data = load(args.config, sets, root=root).config.data
+    args.set += [f"data.format={args.format}"] if args.format else []
+    data = console.load_config(args).config.data
     if args.user_col or args.answer_col:
         data = with_columns(data, args.user_col, args.answer_col)
     if "/" in (raw := args.raw_path or data.raw_path or "") and not Path(raw).exists() and not (root / raw).exists():

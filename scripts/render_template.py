@@ -28,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Load the encoder, render one file or every split, report the rows that were refused."""
-    from sft.config.load import load, resolve_path
+    from sft.config.load import resolve_path
     from sft.data import store
     from sft.errors import DataError
     from sft.generation.encoder import load_named_encoder
@@ -36,7 +36,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     if bool(args.source) != bool(args.target):
         raise DataError("--in and --out go together", fix="give both, or neither to render every split")
     root = console.project_root()
-    config = load(args.config, args.set, root=root).config
+    config = console.load_config(args).config
     encoder = load_named_encoder(config, root, tokenizer=args.tokenizer, template=args.template)
     if args.source:
         pairs = {args.target: (Path(args.source), Path(args.target))}

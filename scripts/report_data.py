@@ -29,13 +29,13 @@ def parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Read the rows and their ledger, tokenise a sample, write the page."""
-    from sft.config.load import display_path, load, resolve_path
+    from sft.config.load import display_path, resolve_path
     from sft.data import store
     from sft.files import write_text
     from sft.report import data_report
 
     root = console.project_root()
-    config = load(args.config, args.set, root=root).config
+    config = console.load_config(args).config
     stage = store.resolve_stage(config.data, root)
     result, rows = data_report.figures(config, stage, resolve_path(root, config.data.processed_dir), max(0, args.limit))
     result["tokens"] = in_tokens(config, root, rows)

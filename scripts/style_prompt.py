@@ -30,7 +30,6 @@ def build_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> dict[str, Any]:
     from pathlib import Path
 
-    from sft.config.load import load
     from sft.data import style
     from sft.errors import DataError
 
@@ -41,7 +40,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     if bool(args.source) != bool(args.target):
         raise DataError("--in and --out go together", fix="give both, or neither to style every processed split")
     root = console.project_root()
-    data = load(args.config, args.set, root=root).config.data
+    data = console.load_config(args).config.data
     text = style.style_text(args.style)
     if args.source:
         counts = {args.target: style.style_file(Path(args.source), Path(args.target), text, args.mode)}
