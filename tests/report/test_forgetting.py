@@ -72,4 +72,9 @@ def test_the_verdict_follows_loss_and_checks() -> None:
     assert compare.forgetting(loss(0.5), unchanged)["level"] == "forgotten"
     assert compare.forgetting(loss(0.0), lost)["level"] == "forgotten"
     assert compare.forgetting(loss(0.5), None)["level"] == "forgotten"
+    endless = bootstrap.difference([1.0] * 45 + [0.0] * 5, [1.0] * 10 + [0.0] * 40)
+    judged = compare.forgetting(loss(0.0), unchanged, endless)
+    assert judged["headline"] == "It has forgotten general abilities: answers no longer end by themselves"
+    assert "end by themselves: 90%, now 20%" in judged["words"] and "data.replay" in judged["words"]
+    assert compare.forgetting(loss(0.0), unchanged, unchanged)["level"] == "none"
     assert "x1.65" in compare.forgetting(loss(0.5), None)["words"]  # e to the half

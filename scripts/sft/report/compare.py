@@ -162,7 +162,7 @@ def _measure(
     of_general = measure(model, general, section, root, advance)
     pairs = zip(of_general.samples, general, strict=True)
     passed = [passes(answer["prediction"], row.get("check", {})) for answer, row in pairs]
-    general_values = {ROW_LOSS: of_general.row_losses, "passed": passed}
+    general_values = {ROW_LOSS: of_general.row_losses, "passed": passed, "stopped": of_general.values["stop_rate"]}
     return Side(name, model.kind, evaluation.samples, values, of_general.samples, general_values)
 
 
@@ -219,8 +219,9 @@ def compare_side(base: Side, tuned: Side, split: str, seed: int) -> dict[str, An
         loss = _difference(ROW_LOSS, base.general_values, tuned.general_values, seed)
         passed = bootstrap.difference(base.general_values["passed"], tuned.general_values["passed"], seed=seed)
         checked = passed if passed.rows else None
+        stopped = bootstrap.difference(base.general_values["stopped"], tuned.general_values["stopped"], seed=seed)
         compared["general"] = {
-            **forgetting(loss, checked),
+            **forgetting(loss, checked, stopped), "stopped": stopped.to_json(),
             "rows": len(tuned.general), ROW_LOSS: loss.to_json(), "passed": checked.to_json() if checked else None,
         }  # fmt: skip
     return compared
@@ -277,16 +278,21 @@ def stopping(side: Side) -> dict[str, Any]:
     return {"share": round(share, 6), "headline": headline, "good": share >= MIN_STOP_RATE}
 
 
-def forgetting(loss: Difference, passed: Difference | None) -> dict[str, str]:
-    """level, headline and words on the general questions, by the loss of good answers and the share of checks passed.
+def forgetting(loss: Difference, passed: Difference | None, stopped: Difference | None = None) -> dict[str, str]:
+    """level, headline and words on the general questions, by the loss of good answers, the share of checks passed and
+    the share of answers that end by themselves.
 
-    forgotten: the loss has risen by more than FORGETTING_LOSS beyond its interval, or fewer checks pass beyond theirs.
-    slight: the loss has risen beyond its interval, by less than that. unknown: too few questions, or the base cannot
-    answer them itself. Else none.
+    forgotten: the loss has risen by more than FORGETTING_LOSS beyond its interval, or fewer checks pass, or fewer
+    answers end, beyond theirs. slight: the loss has risen beyond its interval, by less than that. unknown: too few
+    questions, or the base cannot answer them itself. Else none.
     """
-    fewer = passed is not None and passed.finding == "worse"
-    if fewer or (loss.finding == "worse" and loss.low > FORGETTING_LOSS):
-        reason = "fewer answers pass their checks" if fewer else "good general answers have become much less likely"
+    reasons = {
+        "fewer answers pass their checks": passed is not None and passed.finding == "worse",
+        "answers no longer end by themselves": stopped is not None and stopped.finding == "worse",
+        "good general answers have become much less likely": loss.finding == "worse" and loss.low > FORGETTING_LOSS,
+    }
+    if any(reasons.values()):
+        reason = " and ".join(reason for reason, holds in reasons.items() if holds)
         level, headline = "forgotten", f"It has forgotten general abilities: {reason}"
     elif loss.finding == "worse":
         level, headline = "slight", "Slight forgetting: general answers have become a little less likely"
@@ -305,6 +311,10 @@ def forgetting(loss: Difference, passed: Difference | None) -> dict[str, str]:
             f"; checks passed: {passed.base:.0%}, now {passed.tuned:.0%} (interval of the change "
             f"{passed.low:+.0%} to {passed.high:+.0%}, {passed.rows} questions)"
         )
+    if stopped is not None:
+        words += f"; answers that end by themselves: {stopped.base:.0%}, now {stopped.tuned:.0%}"
+    if level == "forgotten":
+        words += "; general rows mixed into training help: data.replay"
     return {"level": level, "headline": headline, "words": words}
 
 
