@@ -39,7 +39,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 
     root, is_default = console.project_root(), args.config == console.default_config()
     targets = compare.targets(Path(args.config), args.set, args.adapters, is_default, root)
-    split, rows, train = evaluate.held_out_rows(targets[0].config, args.split, args.limit, root)
+    split, rows, train = evaluate.held_out_rows(targets[0].config, args.split, args.limit, root, targets[0].folder)
     general = [] if args.general == "none" else compare.general_rows(Path(args.general) if args.general else None, root)
     if bool(args.judge_url) != bool(args.judge_model):
         raise ConfigError("a judge needs both --judge-url and --judge-model", fix="give both, or neither")

@@ -52,7 +52,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         Path(args.config), args.set, adapters=args.adapters, merged=args.merged, base=args.base,
         is_default=args.config == console.default_config(), root=root,
     )  # fmt: skip
-    split, rows, train = evaluate.held_out_rows(target.config, args.split, args.limit, root)
+    split, rows, train = evaluate.held_out_rows(target.config, args.split, args.limit, root, target.folder)
     console.say(f"{target.name}: {len(rows)} rows of the {split} split")
     with console.progress("answering") as advance:
         evaluations = evaluate.evaluate_sides(target, sides, rows, root, advance)

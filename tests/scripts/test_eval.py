@@ -12,6 +12,7 @@ import pytest
 
 from sft.errors import SftError
 from tests.generation import tiny_runs
+from tests.training import project as training
 
 Command = Callable[..., Any]
 evaluate = importlib.import_module("eval")
@@ -37,6 +38,26 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
         return result
 
     return call
+
+
+def test_the_rows_of_the_run_are_evaluated_and_a_change_of_them_is_a_warning(
+    tmp_path: Path, tiny_qwen2: Path, monkeypatch: pytest.MonkeyPatch, run: Callable[..., dict[str, Any]],
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    import style_prompt
+
+    root = training.make(tmp_path, tiny_qwen2)
+    monkeypatch.setenv("SFT_ROOT", str(root))
+    training.run(root, "train.max_steps=1", "train.eval_strategy=no")
+    flags = ["--config", str(root / "config.yaml"), "--style", "Answer like a pirate."]
+    style_prompt.main(style_prompt.build_parser().parse_args(flags))  # written after the run, so not its rows
+    run(root, "--config", "config.yaml", "--split", "test")
+    assert "pirate" not in (root / "outputs" / "samples.jsonl").read_text()
+    assert not [record for record in caplog.records if "has changed since" in record.getMessage()]
+    with (root / "data" / "processed" / "train.jsonl").open("a") as file:
+        file.write('{"id": "new", "user": "New?", "assistant": "Yes."}\n')
+    run(root, "--config", "config.yaml", "--split", "test")
+    assert "data/processed/train.jsonl has changed since t was trained" in caplog.text
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sft import files
+from sft import files, runs
 from sft.chat.dataset import fingerprint
-from sft.config.load import resolve_path
+from sft.config.load import display_path, resolve_path
 from sft.config.schema import Config
 from sft.data import rows as records
 from sft.data import store
@@ -148,10 +148,13 @@ class Evaluation:
     at: str = field(default_factory=lambda: time.strftime("%Y-%m-%d %H:%M:%S"))
 
 
-def held_out_rows(config: Config, split: str | None, limit: int | None, root: Path) -> tuple[str, list[Row], Path]:
+def held_out_rows(
+    config: Config, split: str | None, limit: int | None, root: Path, model: Path | None = None
+) -> tuple[str, list[Row], Path]:
     """The split's name, its first `limit` rows (None: `eval.limit`; 0: all), and the training file.
 
-    split: None is test if there is one, else val. Raises DataError if there are no such rows.
+    split: None is test if there is one, else val. model: an adapter or model; a warning says if it was trained on other
+    rows than the training file has now. Raises DataError if there are no such rows.
     """
     stage = store.resolve_stage(config.data, root)
     split = split or ("test" if stage.test is not None else "val")
@@ -159,6 +162,12 @@ def held_out_rows(config: Config, split: str | None, limit: int | None, root: Pa
     rows = store.read_rows(path)[: (config.eval.limit if limit is None else limit) or None] if path else []
     if not rows:
         raise DataError(f"there are no {split} rows", where=str(path or f"data.{split}_path"), fix="make process")
+    digest = files.read_json(model / runs.FINGERPRINT).get("data", {}).get(stage.train.name) if model else None
+    if model and digest and digest != files.sha256(stage.train):
+        log.warning(
+            "%s has changed since %s was trained: rows that it was trained on may be among these %s rows now,"
+            " and their scores too good; train again to be sure", display_path(stage.train, root), model.name, split,
+        )  # fmt: skip
     return split, rows, stage.train
 
 

@@ -147,9 +147,10 @@ def prepare(
     if problem := round_trip_problem(encoder.tokenizer):
         log.warning(problem)
     answered = config.eval.train_sample if config.train.eval_strategy != "no" else 0
-    rows = read_rows(
-        store.resolve_stage(config.data, root), encoder, answered=answered, cache=root / FOLDER, on_progress=on_progress
-    )
+    stage = store.resolve_stage(config.data, root)
+    if stage.name != "given":  # so that eval reads the same rows, also where styled ones are written later
+        config = config.model_copy(update={"data": config.data.model_copy(update={"stage": stage.name})})
+    rows = read_rows(stage, encoder, answered=answered, cache=root / FOLDER, on_progress=on_progress)
     device = hardware.choose(config.model.device_map)
     facts = auto.Facts(
         device=device.device,
