@@ -11,6 +11,7 @@ import shutil
 from typing import Any
 
 from sft import console
+from sft.files import format_bytes, size
 
 GENERATED = ("data/processed", "data/processed_with_style", "data/rendered", "outputs", "adapters", ".cache")
 
@@ -31,8 +32,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         console.say("nothing to remove")
         return {"removed": []}
     for path in paths:
-        files = [file for file in path.rglob("*") if file.is_file()]
-        console.say(f"  {path.relative_to(root)}: {len(files)} files, {sum(f.stat().st_size for f in files) >> 20} MiB")
+        count = sum(file.is_file() for file in path.rglob("*"))
+        console.say(f"  {path.relative_to(root)}: {count} files, {format_bytes(size(path))}")
     if not console.confirmed("Remove all of these? Trained adapters go too.", args.force, "make clean FORCE=1"):
         console.say("nothing was removed")
         return {"removed": []}

@@ -32,6 +32,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Choose models and rows, answer, compare, ask the judge, write the report."""
+    from sft.config.load import display_path
     from sft.errors import ConfigError
     from sft.generation import evaluate
     from sft.report import compare
@@ -58,7 +59,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
             compare.add_judge_scores(result, judge, measured, args.judge_limit, args.seed, advance)
         compare.write(result, measured, targets[0], root)
     show(result)
-    console.say(f"\nreport: {folder / 'index.html'}")
+    console.say(f"\nreport: {display_path(folder / 'index.html', root)}")
     return result
 
 
@@ -67,10 +68,10 @@ def show(result: dict[str, Any]) -> None:
     from sft.report.compare_page import directed
     from sft.report.html import number
 
-    columns = ["metric", "base", "tuned", "95 % of the change", "won/tied/lost", "finding"]
+    columns = ["metric", "base", "tuned", "change (95 %)", "won/tied/lost", "finding"]
     for compared in result["comparisons"]:
         rows = [
-            [directed(name), number(m["base"]), number(m["tuned"]), f"{m['low']:+.3f} {m['high']:+.3f}",
+            [directed(name), number(m["base"]), number(m["tuned"]), f"{m['low']:+.3g} {m['high']:+.3g}",
              f"{m['wins']}/{m['ties']}/{m['losses']}", m["finding"]]
             for name, m in compared["metrics"].items()
         ]  # fmt: skip

@@ -42,6 +42,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     """Resolves the model, exports it with a progress bar, and prints what was checked."""
     from rich.filesize import decimal
 
+    from sft.config.load import display_path
     from sft.generation.load import resolve_model
     from sft.report.model_card import export_card
     from sft.ship.export import export
@@ -64,11 +65,12 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     rows += [
         ("parity", f"{certificate['tokens']:,} tokens of {certificate['rows']} rows are equal"),
         ("  in", ", ".join(certificate["routes"])),
-        ("  not compared", f"{len(certificate['set_aside'])} rows (parity.json says why)"),
+        ("  not compared", f"{len(certificate['set_aside'])} of the rows (parity.json says why)"),
         ("time", f"{report.seconds:.0f} s"),
     ]
-    console.table(f"exported to {report.out}", ["", "value"], rows)
-    console.say(NEXT[args.format].format(out=report.out, name=target.name, type=args.type))
+    shown = display_path(out, root)
+    console.table(f"exported to {shown}", ["", "value"], rows)
+    console.say(NEXT[args.format].format(out=shown, name=target.name, type=args.type))
     return asdict(report)
 
 

@@ -40,7 +40,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 def _merge(args: argparse.Namespace, out: Path, root: Path) -> dict[str, Any]:
     from rich.filesize import decimal
 
-    from sft.config.load import load
+    from sft.config.load import display_path, load
     from sft.ship.merge import merge
 
     loaded = load(args.config, args.set, root=root)
@@ -54,9 +54,10 @@ def _merge(args: argparse.Namespace, out: Path, root: Path) -> dict[str, Any]:
             lambda done, total, name: advance(done, total),
             base=base,
         )
+    shown = display_path(out, root)
     rows = [
         ("base", report.base),
-        ("adapter", report.adapter),
+        ("adapter", display_path(Path(report.adapter).resolve(), root)),
         ("tensors changed", f"{report.tensors}, {report.changed_share:.1%} of their numbers"),
         ("adapter on the full-precision base -> merged model", ""),
         ("  on rows", f"{report.held_out_rows} of {report.held_out_of} of {report.held_out}"),
@@ -68,14 +69,14 @@ def _merge(args: argparse.Namespace, out: Path, root: Path) -> dict[str, Any]:
         ("size", f"{decimal(report.bytes)}, {report.dtype}"),
         ("time", f"{report.seconds:.0f} s"),
     ]
-    console.table(f"merged into {report.out}", ["", "value"], rows)
+    console.table(f"merged into {shown}", ["", "value"], rows)
     if report.trained_on != report.measured_on:
         console.say(
             f"The adapter was trained on the {report.trained_on} base, but merged into the full-precision one and"
-            f" measured on it. To measure the difference: python scripts/eval.py --merged {report.out}"
+            f" measured on it. To measure the difference: python scripts/eval.py --merged {shown}"
         )
-    console.say(f"next: python scripts/merge_lora.py --test --out {report.out}")
-    console.say(f"      python scripts/infer.py --merged {report.out}")
+    console.say(f"next: python scripts/merge_lora.py --test --out {shown}")
+    console.say(f"      python scripts/infer.py --merged {shown}")
     return asdict(report)
 
 

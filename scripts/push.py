@@ -31,6 +31,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     """Lists the files, and sends them unless this is a dry run."""
     from rich.filesize import decimal
 
+    from sft.config.load import display_path
     from sft.ship.push import newest_export, push
 
     root = console.project_root()
@@ -39,7 +40,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     sizes = [(name, decimal(size)) for name, size in [*report.files.items(), ("all", sum(report.files.values()))]]
     done = "would be sent" if args.dry_run else "sent"
     visibility = "private" if report.private else "public"
-    console.table(f"{folder} {done} to {args.repo} ({visibility})", ["file", "size"], sizes)
+    console.table(f"{display_path(folder, root)} {done} to {args.repo} ({visibility})", ["file", "size"], sizes)
     unsent = f"nothing was uploaded; to upload it: make push REPO={args.repo}, without DRY=1 (or without --dry-run)"
     console.say(f"uploaded to {report.address}" if report.address else unsent)
     return asdict(report)

@@ -125,7 +125,7 @@ def choose_data(root: Path, model: str, *, keep: bool) -> str:
     path = root / LOCAL
     if keep:
         loaded = load(path, root=root)
-        where, name = loaded.origin["data.raw_path"], loaded.config.data.raw_path or ""
+        where, name = loaded.origin("data.raw_path") or "", loaded.config.data.raw_path or ""
         if not name.startswith("data/raw/") or not where.startswith(f"{LOCAL}:"):
             return f"from {LOCAL}"
     raw, origin = raw_data(root)

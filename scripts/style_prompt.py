@@ -49,7 +49,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     console.say(f"style ({args.mode}): {text}")
     console.table("Rows styled", ("", "rows"), [(name, f"{count:,}") for name, count in counts.items()])
     if not args.source:
-        console.say(f"written to {root / data.styled_dir}; make train uses these rows, unless data.stage names others")
+        console.say(f"written to {data.styled_dir}; make train uses these rows, unless data.stage names others")
     return {"style": text, "mode": args.mode, "rows": counts}
 
 
