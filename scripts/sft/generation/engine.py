@@ -6,7 +6,7 @@ Proven families are decoded by our own loop (`decode`), all others by transforme
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +27,8 @@ from sft.step.step import out_of_memory, release_memory
 
 log = logging.getLogger("sft.generation")
 Message = dict[str, Any]
-Progress = Callable[[int, int], None]
+Progress = Callable[[float, int], None]  # answers done, a started one as a fraction; of how many
+PROGRESS_EVERY = 16  # steps
 MIN_ANSWER = 16  # tokens, the least that a longer prompt is traded for
 
 
@@ -101,7 +102,7 @@ class LoadedModel:
         """An answer to each prompt (token ids), in their order, the same as one prompt at a time but for rounding.
 
         The longest prompts come first, `batch_size` side by side, halved for good when memory runs out. A prompt that
-        leaves the answer too little of the model's context loses its oldest tokens. on_progress: (answered, all).
+        leaves the answer too little of the model's context loses its oldest tokens.
         Raises EnvironmentProblem when not even one answer fits into memory.
         """
         stop = StopCriteria(self.tokenizer, self.encoder.stops, settings.stop, loops=settings.stop_loops)
@@ -111,13 +112,12 @@ class LoadedModel:
         with self._answering():
             while left := [sequence for sequence in sequences if sequence.index not in answers]:
                 try:
-                    for advanced in self._steps(left, settings, stop, rows_together):
+                    for step, advanced in enumerate(self._steps(left, settings, stop, rows_together)):
                         for sequence in advanced:
                             if sequence.done:
-                                index = sequence.index
-                                answers[index] = stop.answer(sequence.tokens, truncated[index])
-                                if on_progress is not None:
-                                    on_progress(len(answers), len(sequences))
+                                answers[sequence.index] = stop.answer(sequence.tokens, truncated[sequence.index])
+                        if on_progress is not None and (step % PROGRESS_EVERY == 0 or len(answers) == len(sequences)):
+                            on_progress(_answers_done(sequences, answers.values(), settings), len(sequences))
                     continue
                 except (RuntimeError, MemoryError) as error:
                     if not out_of_memory(error):
@@ -270,6 +270,15 @@ class LoadedModel:
         """A token for padding, which is always masked."""
         candidates = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, *sorted(self.encoder.stops.ids))
         return next((int(token) for token in candidates if token is not None), 0)
+
+
+def _answers_done(
+    sequences: Sequence[DecodingSequence], answers: Collection[Answer], settings: GenerationSection
+) -> float:
+    """How many are answered; one that is begun counts by its length so far, of the mean of those that are done."""
+    typical = sum(answer.tokens for answer in answers) / len(answers) if answers else settings.max_new_tokens
+    begun = [len(sequence.tokens) for sequence in sequences if not sequence.done]
+    return len(answers) + sum(min(count / max(typical, 1), 0.9) for count in begun)
 
 
 def warn_truncated(removed: Sequence[int], unit: str) -> None:

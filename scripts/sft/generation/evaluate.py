@@ -302,7 +302,7 @@ def evaluate_sides(
     metric_names(target.config, root)
     result: dict[str, Evaluation] = {}
 
-    def of_all(done: int, total: int) -> None:
+    def of_all(done: float, total: int) -> None:
         if on_progress is not None:
             on_progress(len(result) * total + done, len(sides) * total)
 

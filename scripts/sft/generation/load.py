@@ -6,7 +6,7 @@ import gc
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from sft.data import rows as records
 from sft.data import store
 from sft.errors import ModelError, RunError, SftError
 from sft.generation.encoder import load_encoder
-from sft.generation.engine import LoadedModel, warn_truncated
+from sft.generation.engine import LoadedModel, Progress, warn_truncated
 from sft.generation.stop import Answer
 from sft.model import adapters, hardware, hub
 from sft.model import load as model_load
@@ -167,7 +167,7 @@ def answer_all(
     loaded: LoadedModel,
     rows: Sequence[Row | None],
     config: Config,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: Progress | None = None,
 ) -> list[Answer | None]:
     """An answer to each row (in the form that the encoder takes), None for None."""
     prompts = {index: loaded.prompt(row, config.generation) for index, row in enumerate(rows) if row is not None}

@@ -28,7 +28,7 @@ from sft.config.schema import Config
 from sft.data import rows as records
 from sft.data import store
 from sft.errors import DataError, ModelError
-from sft.generation import evaluate, load
+from sft.generation import engine, evaluate, load
 from sft.generation.engine import LoadedModel
 from sft.generation.load import Target
 from sft.metrics.scoring import greater_is_better, number
@@ -118,18 +118,26 @@ def measure_sides(
     """The base first, then each target; the base is measured with the first adapter switched off if there is one."""
     sides: list[Side] = []
     base: Side | None = None
+    answers, before = (len(targets) + 1) * (len(rows) + len(general)), 0
+
+    def part(name: str, count: int) -> engine.Progress:
+        """The progress of the next `count` answers within all."""
+        nonlocal before
+        start, before = before, before + count
+        return lambda done, total: on_progress(start + done * count / total, answers, name) if on_progress else None
+
     for name, target in zip(unique_names(targets), targets, strict=True):
         config = _greedy(target.config)
         model = load.open_model(config, adapter=target.adapter, merged=target.merged, root=root)
-        sides.append(_measure(model, name, rows, general, config, root, on_progress))
+        sides.append(_measure(model, name, rows, general, config, root, part))
         if base is None and target.adapter is not None:
             with model.base_only():
-                base = _measure(model, "base", rows, general, config, root, on_progress)
+                base = _measure(model, "base", rows, general, config, root, part)
         del model
         gc.collect()
     if base is None:
         config = _greedy(targets[0].config)
-        base = _measure(load.open_model(config, root=root), "base", rows, general, config, root, on_progress)
+        base = _measure(load.open_model(config, root=root), "base", rows, general, config, root, part)
     return [base, *sides]
 
 
@@ -141,14 +149,10 @@ def _greedy(config: Config) -> Config:
 
 def _measure(
     model: LoadedModel, name: str, rows: Sequence[Row], general: Sequence[Row], config: Config, root: Path,
-    on_progress: Progress | None,
+    part: Callable[[str, int], engine.Progress],
 ) -> Side:  # fmt: skip
-    def advance(done: int, total: int) -> None:
-        if on_progress is not None:
-            on_progress(done, total, name)
-
     measure = evaluate.evaluate_base if name == "base" else evaluate.evaluate
-    evaluation = measure(model, rows, config, root, advance)
+    evaluation = measure(model, rows, config, root, part(name, len(rows)))
     values: Values = {name: of_rows for name, of_rows in evaluation.values.items() if name != "length_words"}
     values[ROW_LOSS] = []
     for row, loss in zip(rows, evaluation.row_losses, strict=True):  # a row's loss stands beside its last answer
@@ -159,7 +163,7 @@ def _measure(
         return Side(name, model.kind, evaluation.samples, values, [], {})
     plain = {"metrics": ["token_f1"], "json_schema": None, "shots": 0, "format": None, "turns": "last"}
     section = config.model_copy(update={"eval": config.eval.model_copy(update=plain)})
-    of_general = measure(model, general, section, root, advance)
+    of_general = measure(model, general, section, root, part(name, len(general)))
     pairs = zip(of_general.samples, general, strict=True)
     passed = [passes(answer["prediction"], row.get("check", {})) for answer, row in pairs]
     general_values = {ROW_LOSS: of_general.row_losses, "passed": passed, "stopped": of_general.values["stop_rate"]}
