@@ -111,3 +111,15 @@ def test_raw_path_and_sources_exclude_each_other() -> None:
         DataSection(raw_path="a.jsonl", sources=[SourceSection(path="b.jsonl")])
     with pytest.raises(ValidationError):
         SourceSection(path="a.jsonl", weight=0)
+
+
+def test_a_folder_names_every_file_that_is_not_rows(tmp_path: Path) -> None:
+    (tmp_path / "raw").mkdir()
+    for name, text in {
+        "a.jsonl": "%PDF-1.7",
+        "b.csv": "just a sentence\nand another\n",
+        "c.jsonl": '{"q": 1}\n',
+    }.items():
+        (tmp_path / "raw" / name).write_text(text)
+    with pytest.raises(DataError, match=r"2 of the 3 files cannot be read:\n.*a\.jsonl: .*PDF.*\n.*b\.csv: not data"):
+        find_sources(DataSection(), tmp_path, str(tmp_path / "raw"))

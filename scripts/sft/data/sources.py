@@ -136,7 +136,19 @@ def open_part(text: str, path: Path, root: Path, section: Section) -> SourcePart
     if not files:
         fix = f"files of rows end in {', '.join(SUFFIXES)} (also {', '.join(COMPRESSED)}), see docs/DATA.md"
         raise DataError("the folder holds no file of rows", where=str(path), fix=fix)
-    return SourcePart(display_path(path, root), [open_source(file, root) for file in files])
+    sources, problems = [], list[DataError]()
+    for file in files:
+        try:
+            sources.append(open_source(file, root))
+        except DataError as error:
+            problems.append(error)
+    if len(problems) > 1:
+        lines = "".join(f"\n    {error.where}: {error.what}" for error in problems)
+        what = f"{len(problems)} of the {len(files)} files cannot be read:{lines}"
+        raise DataError(what, where=str(path), fix="move them out of the folder, or correct them")
+    if problems:
+        raise problems[0]
+    return SourcePart(display_path(path, root), sources)
 
 
 def _position(raw: RawRow, seed: str) -> float:
