@@ -106,6 +106,21 @@ def test_rows_longer_than_a_block_are_read_across_blocks(tmp_path: Path) -> None
     assert values(lines) == rows
 
 
+@pytest.mark.parametrize(
+    "table",
+    [
+        {"q": ["a", "b"], "n": [1, None]},
+        {"q": {"0": "a", "1": "b"}, "n": {"0": 1, "1": None}},
+        {"0": {"q": "a", "n": 1}, "1": {"q": "b", "n": None}},
+    ],
+)
+def test_tables_as_pandas_writes_them_are_rows(tmp_path: Path, table: Any) -> None:
+    path = put(tmp_path / "a.json", json.dumps(table))
+    assert values(path) == [{"q": "a", "n": 1}, {"q": "b", "n": None}]
+    for row in ({"q": ["a"], "n": "x"}, {"turns": [{"q": 1}], "n": [2]}, {"q": {"x": 1}, "n": {"y": 2}}):
+        assert values(put(tmp_path / "b.json", json.dumps(row, indent=1))) == [row]
+
+
 def test_pretty_printed_objects_one_after_the_other_are_rows(tmp_path: Path) -> None:
     rows = [{"q": 1, "messages": [{"role": "user"}]}, {"q": 2}]
     path = put(tmp_path / "a.jsonl", "\n".join(json.dumps(row, indent=2) for row in rows))
@@ -152,9 +167,10 @@ def test_a_text_of_question_and_answer_lines_has_a_row_for_each_question(tmp_pat
         None,
     ]
     assert [raw.origin for raw in rows] == ["faq.txt:1", "faq.txt:5", "faq.txt:8", "faq.txt:9"]
-    assert "0 lines begin with A:" in str(rows[2].fault) and "2 lines begin with A:" in str(rows[3].fault)
-    long = put(tmp_path / "long.txt", "Question: Who?\nAnswer: Ann.\n")
-    assert values(long) == [{"question": "Who?", "answer": "Ann."}]
+    assert "0 answers" in str(rows[2].fault) and "2 answers" in str(rows[3].fault)
+    title = "Our FAQ\n\nq : Who?\na : a: Ann.\n"
+    for text in ("Question: Who?\nAnswer: a: Ann.\n", title, "1. Q: Who?\n1. A: a: Ann.\n"):
+        assert values(put(tmp_path / "more.txt", text)) == [{"question": "Who?", "answer": "a: Ann."}]
 
 
 def test_excel_files_are_read_sheet_by_sheet(tmp_path: Path) -> None:
@@ -302,6 +318,7 @@ def test_gzip_is_decompressed_while_reading(tmp_path: Path) -> None:
         ("run.log", b"2026-01-01 10:00:00,123 INFO start\n2026-01-01 10:00:01,456 INFO end\n", "not data: a log"),
         ("out.txt", b"2026-01-01 10:00:00,123 INFO start\n2026-01-01 10:00:01,456 INFO end\n", "not data: neither"),
         ("a.py", b"import os, sys\nprint(1, 2)\n", "not data: program code"),
+        ("chat.txt", b"[01.02.26, 10:00:00] Ann: hi\n[01.02.26, 10:00:09] Bob: yo\n", "not data: neither"),
         ("letter.txt", b"Dear Ann, I write, as you said,\nto tell you.\nYours, Bob\n", "not data: neither"),
         ("a.json", b"<!DOCTYPE html><html></html>", "a web page"),
         ("a.csv", b"PK\x03\x04" + bytes(50), "a zip archive"),

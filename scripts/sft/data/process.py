@@ -315,6 +315,8 @@ def _require_good_rows(
     """Raises Rejected, with the faulty rows in rejected.jsonl, if too many rows are faulty or none is left."""
     if ledger.accepted:
         return
+    if not ledger.read:
+        raise DataError("the file has no rows", where=ledger.source, fix="put rows into it, below its header")
     rejected = target / "rejected.jsonl"
     with files.atomic_file(rejected) as part:
         shutil.copyfile(staged / "quarantine.jsonl", part)

@@ -59,7 +59,10 @@ DOCUMENTS = {  # what files with other names hold, unless it is JSON
     ".log": "a log", **dict.fromkeys((".md", ".rst"), "a README or notes"),
     **dict.fromkeys((".py", ".sh", ".js", ".c", ".cpp", ".java"), "program code"),
 }  # fmt: skip
-QA_MARK = re.compile(r"(Q|A)(?:uestion|nswer)?:[ \t]*")  # begins a line of a question-and-answer text
+# How a row of a question-and-answer text begins: "Q:", "3. Question :", "q:"
+QA_MARK = re.compile(r"(?P<number>\d+[.)][ \t]*)?(?P<word>[Qq](?:uestion)?|QUESTION)(?P<colon>[ \t]*:)")
+QA_ANSWERS = {"Q": "A", "Question": "Answer", "QUESTION": "ANSWER", "q": "a", "question": "answer"}
+MAX_TITLE = 3  # lines before the first question
 SPLITS = ("train", "val", "valid", "validation", "dev", "eval", "test")
 LENIENT_DECODER = json.JSONDecoder(parse_int=str, parse_float=str)  # finds where a value ends, whatever its faults
 HEAD = 1 << 18  # bytes from which kind and encoding are detected
@@ -192,10 +195,11 @@ def _kind(path: Path, head: str, named: Kind | None, *, cut: bool) -> tuple[Kind
         lines.pop()  # most likely incomplete
     first, some = lines[0], lines[:50]
     values = [value for value in map(_object_or_list, some) if value is not None]
-    lists = _lists_of_rows(values[0]) if values and isinstance(values[0], dict) else values
+    first_value = values[0] if values else None
+    lists = _lists_of_rows(first_value) or _table(first_value) if isinstance(first_value, dict) else values
     if len(values) * 2 > len(some) and not (len(lines) == 1 and lists):  # one value may hold all rows
         return "jsonl", ","
-    if first[0] in "[{":
+    if first[0] in "[{" and (named or re.match(r"""[\[{]\s*(["'\[{\]}]|$)""", first)):
         return ("jsonl" if named == "jsonl" and len(lines) == 1 and not values and not cut else "json"), ","
     header = re.sub(r'"[^"]*"', "", first)
     marks = [
@@ -204,7 +208,8 @@ def _kind(path: Path, head: str, named: Kind | None, *, cut: bool) -> tuple[Kind
     delimiter = max(marks, key=header.count, default="")
     if named == "jsonl" and (values or not delimiter):
         return "jsonl", ","
-    if named is None and QA_MARK.match(first) and any(line.startswith("A") and QA_MARK.match(line) for line in lines):
+    qa_marks = _qa_marks(lines[: MAX_TITLE + 1]) if named is None else None
+    if qa_marks and sum(map(bool, map(qa_marks.match, lines))) > 1:
         return "qa", ","
     if named == "csv" and (delimiter or (lines[1:] and re.fullmatch(r'"?\w+"?', first))):
         return "csv", delimiter or ","  # without a delimiter: a table of one column
@@ -308,11 +313,28 @@ def _json(source: Source, on_progress: Progress | None) -> Iterator[RawRow]:
         if len(lists) > 1:
             what = f"the file holds more than one list of rows: {', '.join(lists)}"
             raise DataError(what, where=f"{source.path}:{line}", fix="put each into its own file")
-        values = row.value[lists[0]] if lists else []
+        table = _table(row.value) if row.fault is None and not lists else []
+        values = row.value[lists[0]] if lists else table
         yield from (RawRow(f"{source.name}[{index}]", value) for index, value in enumerate(values))
-        if not lists:
+        if not lists and not table:
             yield row
         text.accept(",")
+
+
+def _table(value: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a table as pandas writes it: by columns (lists, or objects by row number) or by row number."""
+    parts = list(value.values())
+    if len(parts) > 1 and all(isinstance(part, list) and len(part) == len(parts[0]) for part in parts):
+        plain = not any(isinstance(cell, dict | list) for part in parts for cell in part)
+        return [dict(zip(value, cells, strict=True)) for cells in zip(*parts, strict=True)] if plain else []
+    if not parts or not all(isinstance(part, dict) and part for part in parts):
+        return []
+    if all(key.isdigit() for key in value):
+        return parts
+    numbers = list(parts[0])
+    if not all(number.isdigit() for number in numbers) or any(list(part) != numbers for part in parts):
+        return []
+    return [{name: column[number] for name, column in value.items()} for number in numbers]
 
 
 def _array(source: Source, text: _JsonText) -> Iterator[RawRow]:
@@ -493,21 +515,33 @@ def _excel(source: Source, on_progress: Progress | None) -> Iterator[RawRow]:
                 yield RawRow(place, dict(zip(header, cells, strict=False)))
 
 
+def _qa_marks(lines: list[str]) -> re.Pattern[str] | None:
+    """What begins the questions and (as group `answer`) the answers, written as the first question in `lines` is."""
+    first = next(filter(None, map(QA_MARK.match, lines)), None)
+    if first is None:
+        return None
+    number = r"(?:\d+[.)][ \t]*)?" if first["number"] else ""
+    words = f"(?:{first['word']}|(?P<answer>{QA_ANSWERS[first['word']]}))"
+    return re.compile(rf"{number}{words}{re.escape(first['colon'])}[ \t]*")
+
+
 def _qa_text(source: Source, on_progress: Progress | None) -> Iterator[RawRow]:
     """Each line that begins with `Q:` begins a row, the line with `A:` its answer; both run to the next such line."""
 
     def finished() -> RawRow:
         question, *answers = ["\n".join(part).strip() for part in parts]
-        fault = _invalid_text(source, "\n".join([question, *answers]))
+        text = "\n".join([question, *answers])
+        fault = _invalid_text(source, text)
         if len(answers) != 1:
-            fault = f"{len(answers)} lines begin with A: after this Q:, instead of one"
+            fault = f"{len(answers)} answers (lines that begin with A:) after this question, instead of one"
         value = None if fault else {"question": question, "answer": answers[0]}
-        return RawRow(f"{source.name}:{begin}", value, fault, "\n".join([question, *answers]) if fault else None)
+        return RawRow(f"{source.name}:{begin}", value, fault, text if fault else None)
 
-    begin, parts = 0, list[list[str]]()
+    marks, begin, parts = None, 0, list[list[str]]()
     for number, line in _lines(source, on_progress):
-        mark = QA_MARK.match(line)
-        if mark and mark[1] == "Q":
+        marks = marks or _qa_marks([line])
+        mark = marks.match(line) if marks else None
+        if mark and not mark["answer"]:
             if parts:
                 yield finished()
             begin, parts = number, []
