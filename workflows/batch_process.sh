@@ -2,7 +2,7 @@
 # Runs several data sets through the pipeline, each in folders of its own; continues after a failure, ends with a table.
 #   ./workflows/batch_process.sh data/raw/a.jsonl data/raw/b.csv      process each
 #   ./workflows/batch_process.sh --train data/raw/*.jsonl             process, train and evaluate each
-#   CONFIG=configs/demo_cpu.yaml ./workflows/batch_process.sh ...     with another config
+#   CONFIG=configs/demo_cpu.yaml ./workflows/batch_process.sh ...     with another config (PYTHON=: another Python)
 # Exit code: 0 if every data set succeeded, else 2.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -11,7 +11,7 @@ case "${1:-}" in
   -h|--help|"") sed -n '2,6s/^# \{0,1\}//p' "$0"; exit $([ -n "${1:-}" ] && echo 0 || echo 2) ;;
   --train) train=1; shift ;;
 esac
-[ -f .venv/.ready ] || env/install.sh base || exit $?
+[ -n "${PYTHON:-}" ] || [ -f .venv/.ready ] || env/install.sh base || exit $?
 python=${PYTHON:-.venv/bin/python}
 config=${CONFIG:+--config $CONFIG}
 mkdir -p outputs/batch

@@ -6,5 +6,5 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 case "${1:-}" in -h|--help) sed -n '2,5s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
-[ -f .venv/.ready ] && [ .venv/.ready -nt requirements.lock ] || env/install.sh base
-exec .venv/bin/python scripts/quick_start.py "$@"
+[ -n "${PYTHON:-}" ] || { [ -f .venv/.ready ] && [ .venv/.ready -nt requirements.lock ]; } || env/install.sh base
+exec "${PYTHON:-.venv/bin/python}" scripts/quick_start.py "$@"

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 DEFAULT_CONFIG = "configs/run_bnb.yaml"
 LOCAL_CONFIG = "configs/local.yaml"
+ERROR_LINES = 60  # of earlier errors in outputs/last_error.txt
 SECONDS_PER_LINE = 30.0  # of progress if there is no terminal
 _json_mode = False
 
@@ -165,7 +166,7 @@ def confirmed(question: str, force: bool, fix: str) -> bool:
 
 def warn(text: str) -> None:
     """Prints a warning on stderr."""
-    _print_marked("warning", 33, redact(as_typed(text)))
+    _print_marked("warning", 33, redact(text))
 
 
 def _print_marked(label: str, colour: int, text: str) -> None:
@@ -294,11 +295,13 @@ def _report_bug(error: Exception) -> int:
 
 
 def _save_error(text: str, *, make_folder: bool = False) -> Path:
-    """Writes the last error to outputs/last_error.txt, for `make doctor`, if that can be written."""
+    """Writes the error before the earlier ones in outputs/last_error.txt, for `make doctor`, if that can be written."""
     path = project_root() / "outputs" / "last_error.txt"
     if make_folder or path.parent.is_dir():
         with suppress(SftError, OSError):
-            files.write_text(path, redact(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {shlex.join(sys.argv)}\n{text}\n"))
+            entry = redact(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {shlex.join(sys.argv)}\n{text}\n")
+            earlier = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+            files.write_text(path, entry + "".join(f"{line}\n" for line in earlier[:ERROR_LINES]))
     return path
 
 
@@ -320,7 +323,7 @@ class _ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            (warn if record.levelno >= logging.WARNING else say)(record.getMessage())
+            (warn if record.levelno >= logging.WARNING else say)(as_typed(record.getMessage()))
         except BrokenPipeError:
             raise
         except OSError:  # the terminal was closed; the work goes on

@@ -272,3 +272,13 @@ def test_every_resolved_value_has_its_reason() -> None:
         changed = getattr(before, name) != getattr(resolved.config.train, name)
         assert (f"train.{name}" in resolved.reasons) == changed
     assert all(resolved.reasons.values())
+
+
+def test_a_learning_rate_far_above_the_usual_one_is_a_warning(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("sft"), "propagate", True)
+    resolve_with(CPU, "lora", learning_rate=2e-3), resolve_with(CPU, "lora", learning_rate=0.5, optim="sgd")
+    assert caplog.messages == []
+    resolve_with(CPU, "lora", learning_rate=0.5)
+    assert caplog.messages == ["train.learning_rate 0.5 is 5,000 times the usual 0.0001: it may diverge"]

@@ -75,8 +75,10 @@ def test_an_unknown_key_names_the_nearest(mistakes: Mistakes, line: str, key: st
          "the default is `save_steps: 100`"),
         ("train: {epochs: fast}", "`train.epochs`: expected `auto` or a number (above 0), not the text 'fast'",
          "the default is `epochs: auto`"),
+        ("train: {learning_rate: 5}", "`train.learning_rate`: expected `auto` or a number (above 0, at most 1), not 5",
+         "the default is `learning_rate: auto`"),
         ("train: {learning_rate: .inf}",
-         "`train.learning_rate`: expected `auto` or a number (above 0), not the text '.inf'",
+         "`train.learning_rate`: expected `auto` or a number (above 0, at most 1), not the text '.inf'",
          "the default is `learning_rate: auto`"),
         ("train: {bf16: yes}", "`train.bf16`: expected `auto` or `true` or `false`, not the text 'yes'",
          "the default is `bf16: auto`"),
@@ -169,6 +171,12 @@ def test_three_batch_numbers_that_contradict_each_other(mistakes: Mistakes) -> N
     )
     what = "`train`: batch_size 2 * grad_accum 4 is 8, but effective_batch is 16"
     assert problems == [(what, ", ".join(places), "change one, or remove it to take its default")]
+
+
+def test_an_optimizer_is_one_of_a_list(mistakes: Mistakes) -> None:
+    [(what, where, fix)] = mistakes("train: {optim: adamw_9bit}\n")
+    assert what.startswith("`train.optim`: expected `auto` or one of `adamw_torch`, ")
+    assert what.endswith("not the text 'adamw_9bit'") and where == "run.yaml:1" and fix == "did you mean `adamw_8bit`?"
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def test_presets_expand_to_texts_and_misspelt_ones_are_errors() -> None:
     assert style.style_text("concise") == style.PRESETS["concise"]
     assert set(style.PRESETS) == {"concise", "json", "step-by-step", "structured"}
     assert style.style_text("Be brief.") == "Be brief."
-    for wrong in ("concize", "step by step", ""):
+    for wrong in ("concize", "step by step", "funny", ""):
         with pytest.raises(DataError) as caught:
             style.style_text(wrong)
         assert "presets: concise, json, step-by-step, structured" in str(caught.value.fix)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sft.config.schema import ModelSection, TuningSection
-from sft.errors import ModelError
+from sft.errors import ConfigError, ModelError
 from sft.model import files, hub, load
 
 
@@ -200,3 +200,12 @@ def test_code_that_comes_with_a_model_runs_only_with_consent_and_a_warning(tiny_
         )
     assert "runs on this machine" in caplog.text
     assert (model.training, model.config.use_cache) == (False, True)
+
+
+def test_rows_longer_than_the_models_positions_are_refused(tiny_qwen2: Path, tiny_gpt2: Path, tiny_t5: Path) -> None:
+    for path, positions in ((tiny_qwen2, 1024), (tiny_gpt2, 512)):
+        model = hub.find(ModelSection(name=str(path)), path)
+        model.require_positions(positions)
+        with pytest.raises(ConfigError, match=rf"max_seq_len is 999,999, but .* has {positions:,} positions"):
+            model.require_positions(999_999)
+    hub.find(ModelSection(name=str(tiny_t5)), tiny_t5).require_positions(999_999)  # its positions are relative

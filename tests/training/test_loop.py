@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 from transformers import get_scheduler
 
-from sft.errors import ConfigError, RunError
+from sft.errors import RunError
 from sft.model import hub
 from sft.training import job
 from sft.training.loop import step_batches
@@ -154,9 +154,7 @@ def test_the_loop_gives_the_losses_and_weights_of_a_plain_pytorch_loop(tiny_qwen
         assert torch.allclose(bench.trained(loop)[name], weight, rtol=0, atol=1e-5), name
 
 
-def test_an_unknown_optimizer_is_refused_and_the_known_ones_train(tiny_qwen2: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"train.optim is adam_w.*cannot be used.*not a valid"):
-        bench.make_loop(bench.config(tiny_qwen2, tmp_path / "outputs" / "a", train={"optim": "adam_w"}))
+def test_other_optimizers_train(tiny_qwen2: Path, tmp_path: Path) -> None:
     for optim in ("adafactor", "adamw_8bit", "sgd"):
         train = {"optim": optim, "max_steps": 2, "eval_strategy": "no"}
         loop = bench.make_loop(bench.config(tiny_qwen2, tmp_path / "outputs" / optim, train=train))

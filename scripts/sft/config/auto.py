@@ -77,6 +77,9 @@ def resolve(config: Config, facts: Facts) -> Resolved:
         log.warning(f"train.bf16 is true, but {facts.name} has no bfloat16: it is emulated and slow")
     if config.train.fp16 is True and facts.device == "cpu":
         log.warning("train.fp16 is true on the CPU, where it is slow and may overflow: bf16 is better there")
+    rate, usual = config.train.learning_rate, _learning_rate(config, facts)[0]
+    if rate != "auto" and rate > 50 * usual and "adam" in config.train.optim.replace("auto", "adam"):
+        log.warning(f"train.learning_rate {rate:g} is {rate / usual:,.0f} times the usual {usual:g}: it may diverge")
     for name, rule in RULES.items():
         if getattr(config.train, name) in ("auto", None):
             value, reasons[f"train.{name}"] = rule(config, facts)

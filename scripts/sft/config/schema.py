@@ -9,12 +9,18 @@ import math
 from datetime import date
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Le
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Auto = Literal["auto"]
 Count = Annotated[int, Ge(1)]
 Positive = Annotated[float, Gt(0)]
+Optimizer = Literal[
+    "adamw_torch", "adamw_torch_fused", "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit",
+    "adafactor", "sgd", "adagrad", "rmsprop", "rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit",
+    "lion_8bit", "lion_32bit", "paged_lion_8bit", "paged_lion_32bit",
+    "ademamix", "ademamix_8bit", "paged_ademamix_8bit", "paged_ademamix_32bit",
+]  # fmt: skip
 RENAMED = {"train.evaluation_strategy": "train.eval_strategy"}  # other accepted spellings of a key -> the key
 
 
@@ -279,7 +285,7 @@ class TrainSection(Section):
     seed: int = key(42, "Seeds the order of rows, adapters and dropout.", ge=0)
     epochs: Auto | Positive = key("auto", "Passes over the data; `auto`: 5 below 1,000 rows, 3 below 10,000, else 1.")
     max_steps: int | None = key(None, "Stop after this many steps, whatever `epochs` is.", ge=1)
-    learning_rate: Auto | Positive = key(
+    learning_rate: Auto | Annotated[float, Gt(0), Le(1)] = key(
         "auto",
         "Peak rate; `auto`: adapters 2e-4 below 3B parameters, else 1e-4; full tuning by the nearest"
         " size: 1B 1e-4, 7B 2e-5, 13B 1e-5, 70B 5e-6.",
@@ -291,7 +297,9 @@ class TrainSection(Section):
     warmup_steps: int | None = key(None, "Warm-up in steps; wins over `warmup_ratio`.", ge=0)
     weight_decay: float = key(0.01, "Decoupled weight decay of AdamW.", ge=0)
     max_grad_norm: float = key(1.0, "Gradients are clipped to this norm; 0 switches clipping off.", ge=0)
-    optim: str = key("auto", "`auto`: fused AdamW on a GPU, torch AdamW on the CPU; or a transformers optimizer name.")
+    optim: Auto | Optimizer = key(
+        "auto", "`auto`: fused AdamW on a GPU, torch AdamW on the CPU; names with bits or `paged` are bitsandbytes'."
+    )
     objective: Literal["response"] = key(
         "response", "What is minimised; `response`: cross-entropy of the labelled tokens (see `labels`)."
     )

@@ -20,14 +20,17 @@ PRESETS = {
 
 
 def style_text(style: str) -> str:
-    """The preset of that name, else the text itself. Raises DataError for what is nearly a preset's name."""
+    """The preset of that name, else the text itself. Raises DataError for one word, or nearly a preset's name."""
     if style in PRESETS:
         return PRESETS[style]
     close = nearest(style.lower(), PRESETS, 0.75)
-    if not style.strip() or close:
-        what = f"there is no preset {style!r}" if close else "the style is empty"
+    if close or len(style.split()) < 2:
+        what = f"there is no preset {style!r}" if style.strip() else "the style is empty"
         hint = f"did you mean {close}? " if close else ""
-        raise DataError(what, fix=f"{hint}presets: {', '.join(PRESETS)}; or a sentence of your own")
+        raise DataError(
+            what,
+            fix=f"{hint}presets: {', '.join(PRESETS)}; or a sentence of your own: --style 'Answer in a funny tone.'",
+        )
     return style
 
 

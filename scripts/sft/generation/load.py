@@ -90,6 +90,7 @@ def resolve_model(
             return Target(load(config, sets, root=root).config, None)
         raise RunError("there is no trained model yet", where=str(last), fix="make train, or --base")
     run = runs.last_run(root)
+    log.info("model: %s, the newest finished run (another one: --run NAME)", run.name)
     settings = _settings(config, sets, run.folder, is_default, root)
     if run.adapter_dir.is_dir():
         return Target(settings, run, adapter=run.adapter_dir)

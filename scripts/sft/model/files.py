@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sft import files
-from sft.errors import ModelError
+from sft.errors import ConfigError, ModelError
 
 Kind = Literal["causal", "seq2seq"]
 INDEX = "model.safetensors.index.json"
@@ -102,6 +102,17 @@ class ModelFiles:
             for key, entry in header.items()
             if not (self.quantised and ".weight." in key)
         )
+
+    def require_positions(self, max_seq_len: int) -> None:
+        """Raises ConfigError if rows may be longer than a decoder-only model has positions for."""
+        text = self.config.get("text_config") or self.config
+        scaling = text.get("rope_scaling") or text.get("rope_parameters") or {}
+        positions = int(
+            (text.get("max_position_embeddings") or text.get("n_positions") or 0) * max(1, scaling.get("factor") or 1)
+        )
+        if self.kind == "causal" and 0 < positions < max_seq_len:
+            what = f"model.max_seq_len is {max_seq_len:,}, but {self.name} has {positions:,} positions"
+            raise ConfigError(what, where="model.max_seq_len", fix=f"--set model.max_seq_len={positions}")
 
     @property
     def size(self) -> str:

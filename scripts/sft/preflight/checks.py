@@ -156,6 +156,7 @@ def check_model(context: CheckContext) -> Iterator[Finding]:
             yield Finding("warning", "model", f"{section.name} is only partly in the cache", "make download-model")
             return
         context.model = model
+        model.require_positions(section.max_seq_len)
         yield Finding("ok", "model", f"{section.name}: {model.size} parameters, {model.kind}, all files complete")
     elif hub.offline():
         yield Finding(

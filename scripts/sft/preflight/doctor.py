@@ -33,7 +33,7 @@ def sections(context: CheckContext) -> Iterator[tuple[str, list[str]]]:
         ("environment", _environment()),
         ("checks", [f"{each.level:8} {each.name:12} {each.message}" for each in checks.run(context)]),
         ("last run", _last_run(context.root)),
-        ("last error", _last_error(context.root)),
+        ("last errors, newest first", _last_error(context.root)),
     ):
         yield title, [line.replace(home, "~") if len(home) > 1 else line for line in lines]
 
@@ -78,11 +78,11 @@ def _environment() -> list[str]:
 
 
 def _last_run(root: Path) -> list[str]:
-    """The run that was written to last: its state, its checkpoints, its last log lines."""
-    folders = [path.parent for path in (root / "outputs").glob(f"*/{runs.RESOLVED}") if not path.parent.is_symlink()]
-    if not folders:
+    """The run that trained last: its state, its checkpoints, its last log lines."""
+    newest = runs.newest_first(root)
+    if not newest:
         return ["none"]
-    run = runs.at(max(folders, key=lambda folder: folder.stat().st_mtime), root)
+    run = newest[0]
     is_running = run.name in {each.name for each in runs.running(root)}
     lines = [f"{run.name}: {'finished' if run.finished else 'running' if is_running else 'not finished'}"]
     for checkpoint in run.checkpoints():

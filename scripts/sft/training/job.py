@@ -135,6 +135,7 @@ def prepare(
 
     config = fix_date(loaded.config, runs.run_of_adapter(checkpoint) if checkpoint else None)
     model_files = hub.find(config.model, root, weights=True)
+    model_files.require_positions(config.model.max_seq_len)
     backend = backends.prepare(config.tuning, kind=model_files.kind)
 
     from sft.chat.dataset import FOLDER
