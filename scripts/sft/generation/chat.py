@@ -29,17 +29,18 @@ MEASURED_PROMPT = 100  # tokens, the shortest prompt that shows this speed
 HELP = """\
 /help or /?           this list
 /reset                clear the conversation (the system text stays)
-/system [TEXT]        show the system text and all that the template adds, or set it and start over; none removes it
-/set [KEY VALUE]      show or change a setting of `generation`, such as /set temperature 0.7
+/system [TEXT|none]   show the system text and what the template adds, or set it
+/set [KEY VALUE]      show or change how it answers: /set temperature 0.7
 /retry                answer the last question again
 /undo                 remove the last question and its answer
-/save [FILE]          write the conversation as one row of messages (default: outputs/chat.jsonl, appended)
+/save [FILE]          write the conversation (default: outputs/chat.jsonl)
 /load [FILE]          continue the last conversation saved in a file
 /tokens               number of tokens in the conversation
-/compare [QUESTION]   base and tuned answers side by side, to the last question or another; not part of the conversation
-/markdown             show finished answers as Markdown, or again the raw text as it streams
+/compare [QUESTION]   answers of base and tuned model, not kept
+/markdown             show finished answers as Markdown, or raw text again
 /exit or /bye         leave (also exit, quit, Ctrl-D)
-Ctrl-C stops an answer. A line that ends in \\ continues on the next one (so does Alt-Enter)."""
+Ctrl-C stops an answer. A line that ends in \\ continues on the next one
+(so does Alt-Enter)."""
 
 
 @dataclass

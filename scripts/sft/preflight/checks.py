@@ -142,7 +142,7 @@ def check_model(context: CheckContext) -> Iterator[Finding]:
 
     section = context.config.model
     local = hub.local_folder(section.name, context.root)
-    folder = local or hub.cached(section.name, section.revision)
+    folder = local or (None if hub.is_import(section.name) else hub.cached(section.name, section.revision))
     token_place = hub.find_token(context.root)[1]
     if folder is not None:
         try:
@@ -158,6 +158,9 @@ def check_model(context: CheckContext) -> Iterator[Finding]:
         context.model = model
         model.require_positions(section.max_seq_len)
         yield Finding("ok", "model", f"{section.name}: {model.size} parameters, {model.kind}, all files complete")
+    elif hub.is_import(section.name):
+        message = f"{section.name} is not imported yet"
+        yield Finding("warning", "model", message, "make download-model (train does it too)")
     elif hub.offline():
         yield Finding(
             "error", "model", f"{section.name} is not in the cache, and HF_HUB_OFFLINE is set", "make download-model"

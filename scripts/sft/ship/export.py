@@ -20,6 +20,7 @@ from sft.generation.encoder import load_encoder
 from sft.generation.load import Target, system_text
 from sft.model import hub
 from sft.model.files import ModelFiles
+from sft.model.gguf import Vocabulary, vocabulary_of_file
 from sft.model.tokenizer import load_tokenizer
 from sft.ship import EXPORT_REPORT, PARITY, gguf, merge, parity, verify
 from sft.ship.gguf import Progress
@@ -165,7 +166,7 @@ def _write_gguf(
     tensors = gguf.write(files, path, kind, _vocabulary(files, encoder, target.config), source, progress)
     largest_error = gguf.check(files, path, kind, progress)
     reader = GGUFReader(path)
-    vocabulary = gguf.vocabulary_of_file(reader)
+    vocabulary = vocabulary_of_file(reader)
     field = reader.get_field("tokenizer.chat_template")
     routes = [parity.route_of_gguf(vocabulary, str(field.contents()) if field else "", encoder.tokenizer)]
     if form == "ollama":
@@ -180,7 +181,7 @@ def _write_gguf(
     return tensors, largest_error, routes
 
 
-def _vocabulary(files: ModelFiles, encoder: Encoder, config: Config) -> gguf.Vocabulary:
+def _vocabulary(files: ModelFiles, encoder: Encoder, config: Config) -> Vocabulary:
     """The tokenizer for llama.cpp: first the end token that ends answers in training, begin tokens as in training."""
     tokenizer = load_tokenizer(files, trust_remote_code=config.model.trust_remote_code)
     labels = [row.labels for row in map(encoder.encode, GOLDEN_ROWS) if row.dropped is None]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import unicodedata
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +18,22 @@ import numpy as np
 from gguf import GGMLQuantizationType as GgmlType
 from numpy.typing import NDArray
 from safetensors import safe_open
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase
 
 from sft.errors import ModelError
 from sft.model.files import ModelFiles, tensors
+from sft.model.gguf import (
+    CONTROL,
+    NORMAL,
+    PRE_TOKENIZERS,
+    PROBES,
+    UNUSED,
+    USER_DEFINED,
+    Vocabulary,
+    first_difference,
+    rope_factors,
+    rope_settings,
+)  # fmt: skip
 
 ARCHITECTURES = {
     "Qwen2ForCausalLM": "qwen2",
@@ -33,36 +43,6 @@ ARCHITECTURES = {
 }
 BYTES = {"f16": 2.0, "q8_0": 34 / 32, "bf16": 2.0, "f32": 4.0}  # per number
 CONVERTER = "FORMAT=hf, then llama.cpp's own convert_hf_to_gguf.py"
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # gguf.TokenType
-_CONTRACTIONS = "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
-_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
-PRE_TOKENIZERS = {  # llama.cpp's name -> its expressions, applied one after the other
-    "qwen2": [_CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _REST],
-    "llama-bpe": [_CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _REST],
-    "gpt-2": [_GPT2],
-    "smollm": [r"\p{N}", _GPT2],
-    "qwen35": [
-        _CONTRACTIONS
-        + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    ],
-}
-_IGNORES_MERGES = {"llama-bpe"}  # a whole word that is a token is used as it is, whatever the merges give
-PROBES = (  # together they separate every pair of PRE_TOKENIZERS
-    "Order 48213, due 2024-07-31: 3 × €19.95, 1234567 in all.",
-    "def f(x):\n    return {'a': [1, 2.5e-3], \"b\": None}\n\n\n",
-    "Ein Käse für Zoë; naïve café, 東京, Привет, हिन्दी, 🙂‍🌫️!",
-    "  two  spaces,\ttabs\n \nand an empty line \r\n",
-    "I'm sure they'd've said we'll, HE'S late. 'Quoted'...!!! ====--- \\n",
-    "x\n\n8  7\t\t6   x",  # white space before a digit: gpt-2 and smollm
-    "4821 x 12 345",  # digits: one by one, by three, or all together
-    "Ze\u0301 नमस्ते हिन्दी",  # combining marks: qwen2 and qwen35
-)
-_LLAMA_CPP_ENDS = set(  # tokens at which llama.cpp ends an answer whatever the file says
-    "<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|> </s> <|eom_id|>"
-    " <EOT> _<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance> <eos>".split()
-)
-_END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")  # end tokens that a GGUF file has a place for
 _RELATIVE_ERROR = {"F32": 0.0, "F16": 2**-11, "BF16": 2**-8}  # half a step
 Array = NDArray[Any]
 Progress = Callable[[int, int, str], None]  # tensors done, tensors in all, the name of the last one
@@ -103,7 +83,7 @@ def _write_dimensions(writer: gguf.GGUFWriter, config: dict[str, Any], arch: str
     writer.add_vocab_size(config["vocab_size"])
     if arch == "llama":
         writer.add_rope_dimension_count(width)
-    rope = _rope(config)
+    rope = rope_settings(config)
     writer.add_rope_freq_base(float(rope["rope_theta"]))
     kind = rope["rope_type"]
     if kind in ("linear", "yarn"):
@@ -115,75 +95,7 @@ def _write_dimensions(writer: gguf.GGUFWriter, config: dict[str, Any], arch: str
         raise ModelError(f"export to GGUF does not support {kind} scaling of positions", fix="FORMAT=hf")
 
 
-def _rope(config: dict[str, Any]) -> dict[str, Any]:
-    """Position settings under transformers 5's names, whichever version wrote config.json."""
-    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    return {"rope_type": rope.get("type", "default"), "rope_theta": config.get("rope_theta", 10000.0), **rope}
-
-
-def rope_factors(config: dict[str, Any]) -> NDArray[np.float32] | None:
-    """What Llama 3.1 divides each frequency by (Dubey et al. 2024), [head width / 2]; None for other models."""
-    rope = _rope(config)
-    if rope["rope_type"] != "llama3":
-        return None
-    width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    low, high, trained = rope["low_freq_factor"], rope["high_freq_factor"], rope["original_max_position_embeddings"]
-    wavelengths = 2 * np.pi * rope["rope_theta"] ** (np.arange(0, width, 2) / width)
-    smooth = np.clip((trained / wavelengths - low) / (high - low), 0.0, 1.0)
-    return (1 / ((1 - smooth) / rope["factor"] + smooth)).astype(np.float32)  # type: ignore[no-any-return]
-
-
 # --- the vocabulary
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """A byte-level BPE vocabulary as a GGUF file holds it.
-
-    types: of each token (gguf.TokenType). merges: `a b`. pre: the pre-tokenizer's name. ends: tokens that end an
-    answer, the template's own first. adds_bos: a begin token is put before every text.
-    """
-
-    tokens: list[str]
-    types: list[int]
-    merges: list[str]
-    pre: str
-    bos: int | None
-    pad: int | None
-    ends: list[int]
-    adds_bos: bool
-
-    def as_tokenizer(self) -> Tokenizer:
-        """The tokenizer that llama.cpp builds from this."""
-        ids = {token: at for at, token in enumerate(self.tokens) if self.types[at] != UNUSED}
-        merges = [(first, second) for first, second in (merge.split(" ") for merge in self.merges)]
-        tokenizer = Tokenizer(models.BPE(ids, merges, ignore_merges=self.pre in _IGNORES_MERGES))
-        splits: list[Any] = [pre_tokenizers.Split(Regex(text), "isolated") for text in PRE_TOKENIZERS[self.pre]]
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(False, use_regex=False)])
-        tokenizer.decoder = decoders.ByteLevel()
-        special = [token for at, token in enumerate(self.tokens) if self.types[at] in (CONTROL, USER_DEFINED)]
-        tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special])
-        return tokenizer
-
-    def stop_ids(self) -> set[int]:
-        """The ids at which llama.cpp ends an answer."""
-        known = {at for at, token in enumerate(self.tokens) if token in _LLAMA_CPP_ENDS}
-        return {*self.ends[: len(_END_KEYS)], *known}
-
-    def write(self, writer: gguf.GGUFWriter) -> None:
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(self.pre)
-        writer.add_token_list(self.tokens)
-        writer.add_token_types(self.types)
-        writer.add_token_merges(self.merges)
-        for key, token in zip(_END_KEYS, self.ends, strict=False):
-            writer.add_uint32(f"tokenizer.ggml.{key}", token)
-        if self.bos is not None:
-            writer.add_bos_token_id(self.bos)
-        if self.pad is not None:
-            writer.add_pad_token_id(self.pad)
-        writer.add_add_bos_token(self.adds_bos)
-        writer.add_add_eos_token(False)
 
 
 def vocabulary_of_tokenizer(
@@ -233,44 +145,6 @@ def byte_level_bpe(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
             fix=CONVERTER,
         )
     return state
-
-
-def first_unequal(one: list[int], other: list[int]) -> int:
-    """The first position at which two lists differ; the shorter one's length if that one begins the other."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((at for at, (left, right) in pairs if left != right), min(len(one), len(other)))
-
-
-def first_difference(tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary, texts: Iterable[str]) -> str | None:
-    """The first text for which llama.cpp would give other ids than the model's tokenizer, described; None: all equal.
-
-    Texts are in composed form (NFC): llama.cpp does not normalise.
-    """
-    built = vocabulary.as_tokenizer()
-    for text in (unicodedata.normalize("NFC", text) for text in texts):
-        ours: list[int] = tokenizer.encode(text, add_special_tokens=False)
-        theirs = built.encode(text, add_special_tokens=False).ids
-        if ours != theirs:
-            at = first_unequal(ours, theirs)
-            return (
-                f"{text!r} becomes {tokenizer.convert_ids_to_tokens(ours[at : at + 3])} in the model and"
-                f" {[vocabulary.tokens[token] for token in theirs[at : at + 3]]} in llama.cpp, at token {at}"
-            )
-    return None
-
-
-def vocabulary_of_file(reader: gguf.GGUFReader) -> Vocabulary:
-    """The vocabulary that a GGUF file holds."""
-
-    def value(key: str, default: Any = None) -> Any:
-        field = reader.get_field(f"tokenizer.ggml.{key}")
-        return default if field is None else field.contents()
-
-    ends = [int(value(key)) for key in _END_KEYS if value(key) is not None]
-    return Vocabulary(
-        list(value("tokens")), [int(kind) for kind in value("token_type")], list(value("merges")), str(value("pre")),
-        value("bos_token_id"), value("padding_token_id"), ends, bool(value("add_bos_token", False)),
-    )  # fmt: skip
 
 
 # --- the file

@@ -23,7 +23,7 @@ from sft.chat.template import ChatTemplate, Message, Refused
 from sft.data import rows as records
 from sft.errors import TemplateError, one_line
 from sft.files import read_json
-from sft.ship.gguf import Vocabulary, first_unequal
+from sft.model.gguf import Vocabulary, first_unequal
 
 log = logging.getLogger("sft.ship")
 Row = dict[str, Any]
