@@ -269,6 +269,8 @@ def turns(*pairs: tuple[str, Any]) -> dict[str, Any]:
         ({**turns(("user", "u"), ("assistant", "a")), "kto_tag": "False"}, "marked as bad"),
         ({**turns(("user", "<image>Who?"), ("assistant", "a")), "images": ["x.png"]}, "not text"),
         ({"question": "q", "answer": "a", "video": "x.mp4"}, "not text"),
+        ({"question": "q", "response_j": "a", "response_k": "b"}, "preference pair"),
+        ({"question": "q", "choices": ["a", "b"], "answer": 1}, "unknown format"),
         ({"input_ids": [1, 2], "labels": [1, 2]}, "unknown format"),
         ({"question": "q", "answer": b"bytes"}, "not text"),
         (turns(("user", [{"type": "image_url", "image_url": {}}]), ("assistant", "a")), "not text"),

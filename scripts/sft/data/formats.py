@@ -30,6 +30,7 @@ ASKING = (*USERS, "prompt", *QUESTIONS)
 ANSWERING = (*ASSISTANTS, "completion", *ANSWERS)
 LABELS = ("label", "kto_tag", "desirable")  # of KTO: whether the answer is good
 REJECTED = ("rejected", "rejected_response", "rejected_messages")
+COMPARED = ("response_b", "response_k", "response_1", "answer_b", "answer_1", "human_ref_b")  # and another like it
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 TOKENS = ("input_ids", "token_ids")
 OLD_OPENAI_END = "\n\n###\n\n"  # of a prompt, and " END" of a completion, in files for its first fine-tuning API
@@ -82,7 +83,8 @@ class Formats:
             _refuse(row, names)
             format = self._choose(row, names)
             read = _keys_read(tuple(row), format)
-        self.unread.update([key for key in row if key and (key not in read or key in UNUSED)][:MAX_KEYS])
+        if unread := [key for key in row if key and (key not in read or key in UNUSED)]:
+            self.unread.update(unread[:MAX_KEYS])
         reader = FORMATS["chat" if format == "columns" else format]
         try:
             parsed = reader.read(row, names)
@@ -123,8 +125,10 @@ def _refuse(row: Row, names: Names) -> None:
     """Raises RowFault for rows that would be trained on for what they are not: their text looks like any other."""
     if row.keys() >= TREE_MESSAGE:
         raise RowFault("unknown format", f"a message whose parent {row['parent_id']!r} is not in the file")
-    if (key := _first(names, REJECTED)) and row[key]:
+    if (key := _first(names, (*REJECTED, *COMPARED))) and row[key]:
         raise RowFault("preference pair", f"a good and a bad answer (`{key}`), as for DPO: not supported yet")
+    if isinstance(row.get("choices", row.get("options")), (list, dict)) and isinstance(row.get("answer"), int):
+        raise RowFault("unknown format", "multiple choice: write the choices into the question, and the answer as text")
     if (key := _first(names, LABELS)) and (row[key] is False or str(row[key]).strip().lower() == "false"):
         raise RowFault("marked as bad", f"the row says that its answer is bad (`{key}` is false)")
     if (key := next((names[name] for name in MEDIA if name in names and row[names[name]]), None)) is not None:
