@@ -109,6 +109,9 @@ def short(user: str, assistant: str, system: str = "") -> dict[str, str]:
             short("u", "a"),
         ),
         ({"conversations": ["u", "a"]}, "messages", short("u", "a")),
+        ({"conversation": [{"human": "u", "assistant": "a"}]}, "messages", short("u", "a")),
+        ({"conversation": [{"input": "u", "output": "a"}]}, "messages", short("u", "a")),
+        ({"prompt": "q ->", "completion": " a END"}, "prompt (OpenAI's old marks removed)", short("q", "a")),
         (
             {"messages": '[{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]'},
             "messages",
@@ -271,6 +274,7 @@ def turns(*pairs: tuple[str, Any]) -> dict[str, Any]:
         ({"question": "q", "answer": "a", "video": "x.mp4"}, "not text"),
         ({"question": "q", "response_j": "a", "response_k": "b"}, "preference pair"),
         ({"question": "q", "choices": ["a", "b"], "answer": 1}, "unknown format"),
+        ({"question": "q", "choices": {"text": ["a", "b"]}, "answerKey": "B"}, "unknown format"),
         ({"input_ids": [1, 2], "labels": [1, 2]}, "unknown format"),
         ({"question": "q", "answer": b"bytes"}, "not text"),
         (turns(("user", [{"type": "image_url", "image_url": {}}]), ("assistant", "a")), "not text"),
@@ -291,6 +295,7 @@ def test_each_fault_has_its_reason(row: Any, reason: str) -> None:
         ({"text": "a film of two hours", "id": 7, "label": 1}, ("text", "label")),
         ({"article": "a long text of news", "summary": "news"}, ("article", "summary")),
         ({"text": "only", "tree": {}}, None),
+        ({"system": "You are kind.", "chat": "USER: hi ASSISTANT: hello"}, None),
     ],
 )
 def test_columns_of_a_table_are_guessed(row: dict[str, Any], columns: tuple[str, str] | None) -> None:

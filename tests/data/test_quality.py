@@ -100,6 +100,10 @@ def test_flagged_rows_are_reported_and_stay_by_default(tmp_path: Path) -> None:
     assert ledger.report_lines()[0].endswith("control characters 1, boilerplate 2, length outliers 1, script 1")
 
 
+def test_rows_of_numbers_are_in_no_other_script(tmp_path: Path) -> None:
+    assert run(tmp_path, [qa(f"{i} + 1", str(i + 1)) for i in range(9)]).reports["quality"]["script"] == 0
+
+
 def test_flagged_rows_are_dropped_by_config_and_are_no_faults(tmp_path: Path) -> None:
     drop = ["control_characters", "boilerplate", "length_outliers", "script"]
     ledger = run(tmp_path, MARKED, drop=drop, max_dropped=0)

@@ -32,8 +32,9 @@ LABELS = ("label", "kto_tag", "desirable")  # of KTO: whether the answer is good
 REJECTED = ("rejected", "rejected_response", "rejected_messages")
 COMPARED = ("response_b", "response_k", "response_1", "answer_b", "answer_1", "human_ref_b")  # and another like it
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")
+CHOICES, CHOSEN = ("choices", "options"), ("answer", "answerkey", "answer_key", "answer_index", "label", "cop")
 TOKENS = ("input_ids", "token_ids")
-OLD_OPENAI_END = "\n\n###\n\n"  # of a prompt, and " END" of a completion, in files for its first fine-tuning API
+OLD_OPENAI_ENDS = ("\n\n###\n\n", " ->", "\n->")  # of prompts in files for its first fine-tuning API
 TREE_MESSAGE = {"message_id", "parent_id", "role", "text"}  # keys of OpenAssistant's messages, a row each
 EVERY_FORMAT = ("id", "origin", *SYSTEM)  # read in every format
 STORED = ("tags", "tag", "category", "weight", "references")  # copied to the stored row as they are
@@ -127,7 +128,8 @@ def _refuse(row: Row, names: Names) -> None:
         raise RowFault("unknown format", f"a message whose parent {row['parent_id']!r} is not in the file")
     if (key := _first(names, (*REJECTED, *COMPARED))) and row[key]:
         raise RowFault("preference pair", f"a good and a bad answer (`{key}`), as for DPO: not supported yet")
-    if isinstance(row.get("choices", row.get("options")), (list, dict)) and isinstance(row.get("answer"), int):
+    choices, answer = (row[_first(names, keys) or ""] if _first(names, keys) else None for keys in (CHOICES, CHOSEN))
+    if isinstance(choices, (list, dict)) and (isinstance(answer, int) or (isinstance(answer, str) and len(answer) < 3)):
         raise RowFault("unknown format", "multiple choice: write the choices into the question, and the answer as text")
     if (key := _first(names, LABELS)) and (row[key] is False or str(row[key]).strip().lower() == "false"):
         raise RowFault("marked as bad", f"the row says that its answer is bad (`{key}` is false)")
@@ -147,7 +149,8 @@ def _column(row: Row, names: Names, column: str) -> str:
 
 def guess_columns(row: Row) -> tuple[str, str] | None:
     """The columns of a table that most likely hold the question and the answer: by name, else the longest texts."""
-    cells = {key: str(value) for key, value in row.items() if key and isinstance(value, (str, int, float))}
+    scalars = {key: value for key, value in row.items() if key and isinstance(value, (str, int, float))}
+    cells = {key: str(value) for key, value in scalars.items() if _plain(key) not in (*SYSTEM, "id", "title")}
     texts = [key for key in cells if isinstance(row[key], str)]
     longest = sorted(sorted(cells, key=lambda key: -len(cells[key]))[:2], key=list(cells).index)
     if not texts or len(longest) < 2:
@@ -319,9 +322,11 @@ def _read_prompt(row: Row, names: Names) -> Parsed:
     key = _first(names, COMPLETIONS) or ""
     prompt, answer = row[names["prompt"]], row[key]
     turns = isinstance(answer, list) and answer and isinstance(answer[0], dict) and "role" in answer[0]
-    if isinstance(prompt, str) and isinstance(answer, str) and prompt.endswith(OLD_OPENAI_END):
-        question, answer = prompt.removesuffix(OLD_OPENAI_END), answer.removeprefix(" ").removesuffix(" END")
-        return Parsed(_exchange(question, answer), format="prompt (OpenAI's old marks removed)")
+    if isinstance(prompt, str) and prompt.endswith(OLD_OPENAI_ENDS) and isinstance(answer, str) and answer[:1] == " ":
+        question = prompt.removesuffix(next(end for end in OLD_OPENAI_ENDS if prompt.endswith(end)))
+        return Parsed(
+            _exchange(question, answer[1:].removesuffix(" END")), format="prompt (OpenAI's old marks removed)"
+        )
     if not isinstance(prompt, list) and not turns:
         return _read_pair(row, names, names["prompt"], key)
     before = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]

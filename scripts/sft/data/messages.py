@@ -20,6 +20,7 @@ ROLES = {
     **dict.fromkeys(("tool", "observation", "function", "function_response", "tool_response", "ipython"), "tool"),
     **dict.fromkeys(("function_call", "tool_call"), "function_call"),
 }
+PAIRS = (("human", "assistant"), ("user", "assistant"), ("input", "output"), ("question", "answer"))
 REASONING = ("reasoning_content", "reasoning", "thinking")
 COPIED = ("name", "tool_call_id", "weight")
 TYPES = {dict: "an object", list: "a list", str: "a text", type(None): "null", bool: "true or false", bytes: "bytes"}
@@ -45,7 +46,12 @@ def normalize_messages(turns: Any, where: str) -> list[Message]:
         turns = _as_list(turns, where, "list of turns")
     if not isinstance(turns, list):
         raise RowFault("unknown format", f"{where} is {_type(turns)}, not a list of turns")
-    if turns and all(isinstance(turn, str) for turn in turns):  # texts in turn, as in LIMA
+    pair = next(
+        (pair for pair in PAIRS if turns and all(isinstance(t, dict) and t.keys() >= {*pair} for t in turns)), ()
+    )
+    if pair:  # a question and its answer in one, as in Firefly and Capybara
+        turns = [turn[key] for turn in turns for key in pair]
+    if turns and (pair or all(isinstance(turn, str) for turn in turns)):  # texts by turns, as in LIMA
         turns = [{"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(turns)]
     messages: list[Message] = []
     for number, turn in enumerate(turns):

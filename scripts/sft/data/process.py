@@ -325,7 +325,7 @@ def _require_good_rows(
     where = ledger.examples[most][0]["origin"] if most else ledger.source
     what = f"{ledger.faults:,} of {ledger.read:,} rows are faulty ({reasons or 'no rows at all'})"
     what += f", more than data.max_dropped={ledger.max_dropped:g} allows" if ledger.written else ": nothing is left"
-    columns = guess_columns(table) if table and not ledger.written else None
+    columns = guess_columns(table) if table and not ledger.written and ledger.read > 1 else None
     if columns:
         raw = f" RAW={shlex.quote(raw_path)}" if raw_path else ""
         user, answer = (shlex.quote(column) for column in columns)

@@ -127,7 +127,7 @@ class DataProfile:
             for name, counts in (("rows", self.sizes), ("answers", self.answers))
         }
         flags = {name: self.flags[name] for name in FLAGS}
-        others = sum(self.scripts.values()) - self.scripts[self.script] - self.scripts["none"]
+        others = sum(count for script, count in self.scripts.items() if script not in (self.script, "none"))
         quality = {**flags, "length_outliers": outliers, "script": others}
         scripts = dict(sorted(self.scripts.items(), key=lambda item: (-item[1], item[0])))
         return {"quality": quality, "scripts": scripts, "lengths": lengths, "balance": self._balance()}
