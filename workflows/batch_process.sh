@@ -32,6 +32,7 @@ for file in "$@"; do
       stage=eval; "$python" scripts/eval.py $config $sets --split test >>"$log" 2>&1 || code=$?
     fi
   fi
+  if [ $code -eq 130 ] || [ $code -eq 143 ]; then echo "$name: stopped; the same command continues"; exit $code; fi
   if [ $code -eq 0 ]; then result=done; else result="failed at $stage (exit $code)"; failed=1; fi
   rows=$(cat "${SFT_ROOT:-.}/data/processed/$name/train.jsonl" 2>/dev/null | wc -l)
   table+=("$(printf '%-28s %-26s %8s %6ss  %s' "$name" "$result" "$rows" "$((SECONDS - started))" "$log")")

@@ -97,21 +97,24 @@ def _use_run(args: argparse.Namespace) -> None:
 
 # --- what the user types: flags, or the variables of make (whose recipes set SFT_MAKE to the target)
 
-_VARIABLES = {"set": "SET", "allow-change": "ALLOW", "resume": "RESUME", "adapters": "ADAPTERS", "run": "RUN"}
+_VARIABLES = {
+    "set": "SET", "allow-change": "ALLOW", "resume": "RESUME", "adapters": "ADAPTERS", "run": "RUN", "config": "CONFIG",
+    "style": "STYLE", "raw_path": "RAW", "user_col": "USER_COL", "answer_col": "ANSWER_COL", "gpu": "GPU",
+}  # fmt: skip
 _VALUE = r"((?:'[^']*'|[^\s'])+?)(?=[),;:]*(?:\s|$))"
 
 
-def as_typed(fix: str) -> str:
-    """`fix` with make's variables instead of flags, for a user who came through make."""
-    if not os.environ.get("SFT_MAKE") or "python " in fix:
-        return fix
+def as_typed(text: str) -> str:
+    """A text with make's variables instead of flags, for a user who came through make."""
+    if not os.environ.get("SFT_MAKE") or "python " in text:
+        return text
 
     def variable(flags: re.Match[str]) -> str:
         values = [value.replace("'", "") for value in re.findall(rf"--[\w-]+ {_VALUE}", flags[0])]
         return f'{_VARIABLES[flags[1]]}="{" ".join(values)}"'
 
-    fix = re.sub(rf"--({'|'.join(_VARIABLES)}) {_VALUE}(?: --\1 {_VALUE})*", variable, fix)
-    return fix.replace("--force", "FORCE=1").replace("--base", "BASE=1")
+    text = re.sub(rf"--({'|'.join(_VARIABLES)}) {_VALUE}(?: --\1 {_VALUE})*", variable, text)
+    return re.sub(r"--(force|base)\b", lambda flag: f"{flag[1].upper()}=1", text)
 
 
 def continue_command(run: str) -> str:
@@ -276,7 +279,7 @@ def _report_error(error: SftError) -> int:
         print(redact(error.what + (f" Continue with: {error.fix}" if error.fix else "")), file=sys.stderr)
         return error.exit_code
     for each in [error, *getattr(error, "problems", [])]:
-        each.fix = as_typed(each.fix) if each.fix else None
+        each.where, each.fix = (as_typed(text) if text else None for text in (each.where, each.fix))
     message = redact(str(error))
     _print_marked("error", 31, message)
     _save_error(message)
