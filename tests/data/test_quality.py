@@ -186,3 +186,8 @@ def test_too_little_replay_is_a_warning_and_none_an_error(tmp_path: Path) -> Non
     put(tmp_path / "general.jsonl", [{"x": 1}])
     with pytest.raises(DataError, match="no usable row"):
         run(tmp_path, [qa("own")], replay=ReplaySection(path="general.jsonl"))
+
+
+def test_rows_without_letters_are_no_other_script(tmp_path: Path) -> None:
+    ledger = run(tmp_path, [{"question": i, "answer": i * 2} for i in range(9)])
+    assert ledger.reports["quality"]["script"] == 0 and ledger.reports["scripts"] == {"none": 9}
