@@ -42,7 +42,8 @@ ENCODINGS = st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-1
 FILES = st.one_of(st.binary(max_size=200), st.lists(st.sampled_from(PIECES + ODD), max_size=30).map(b"".join))
 WORDS = """question answer Answer answers prompt completion instruction input output context response messages tools
 conversations functions role content from value system history id tags tool_calls type text weight target user assistant
-name function arguments reasoning references aliases""".split()
+name function arguments reasoning references aliases human label rejected images choices message_id parent_id replies
+rank role""".split()
 MARKS = """<|im_start|>user <|im_start|>assistant <|im_end|> <s>[INST] [/INST] </s> <<SYS>> <</SYS>> USER: ASSISTANT:
 User: Assistant: Q: A: <start_of_turn>user <start_of_turn>model <end_of_turn> <|user|> <|assistant|> <|end|> <|eot_id|>
 <|start_header_id|>user<|end_header_id|> hello""".split()
@@ -68,10 +69,14 @@ TURNS = st.lists(
         st.sampled_from(["role", "from", "content", "value", "tool_calls", "weight", "name"]), VALUES, max_size=4
     )
 )
+TREE = ["text", "role", "rank", "replies", "deleted"]
+TREE_VALUES = st.one_of(st.none(), st.sampled_from(["a", "b", "prompter", "assistant"]), VALUES)
 ROWS = st.lists(
     st.one_of(
         st.dictionaries(KEYS, VALUES, max_size=5),
         st.fixed_dictionaries({"messages": TURNS}),
+        st.fixed_dictionaries({"prompt": st.dictionaries(st.sampled_from(TREE), VALUES)}),
+        st.fixed_dictionaries(dict.fromkeys(("message_id", "parent_id", "role", "text"), TREE_VALUES)),
         st.fixed_dictionaries({"text": CONVERSED}),
     ),
     min_size=1,
@@ -114,7 +119,9 @@ def any_rows_balance(folder: Path, rows: list[dict[str, Any]], options: dict[str
     path = folder / "a.jsonl"
     lines = "".join(json.dumps(row, ensure_ascii=encoding == "cp1252") + "\n" for row in rows)
     path.write_text(lines, encoding=encoding, errors="backslashreplace", newline="\n")
-    _balances(DataSection(max_dropped=1, **options), folder, path, None if encoding == "cp1252" else len(rows))
+    joined = any(row.keys() >= {"message_id", "parent_id", "role", "text"} for row in rows)  # to trees
+    counted = encoding != "cp1252" and not joined
+    _balances(DataSection(max_dropped=1, **options), folder, path, len(rows) if counted else None)
 
 
 def _balances(data: DataSection, folder: Path, path: Path, rows: int | None) -> None:

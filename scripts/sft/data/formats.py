@@ -310,9 +310,10 @@ def _read_tree(row: Row, names: Names) -> Parsed:
     node, path = row[names["prompt"]], []
     while node is not None:
         path.append(node)
-        replies = [reply for reply in node.get("replies") or () if isinstance(reply, dict)]
-        usable = [r for r in replies if not r.get("deleted") and r.get("review_result") is not False]
-        node = min(usable, key=lambda r: math.inf if r.get("rank") is None else r["rank"], default=None)
+        replies = node["replies"] if isinstance(node.get("replies"), list) else []
+        replies = [reply for reply in replies if isinstance(reply, dict) and not reply.get("deleted")]
+        usable = [reply for reply in replies if reply.get("review_result") is not False]
+        node = min(usable, key=lambda r: r["rank"] if isinstance(r.get("rank"), int) else math.inf, default=None)
     messages = normalize_messages(path, "prompt")
     return Parsed(messages[:-1] if len(messages) > 1 and messages[-1]["role"] == "user" else messages)
 
