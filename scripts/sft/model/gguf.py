@@ -11,7 +11,7 @@ import importlib.util
 import logging
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,11 @@ from sft.model.files import INDEX, SINGLE
 from sft.model.tokenizer import load_tokenizer
 
 log = logging.getLogger("sft.model")
+SENTENCEPIECE = "sentencepiece"  # instead of a pre-tokenizer's name
 RECORD = "import.json"  # beside an imported model: where it comes from
 SHARD = 2 * 2**30  # bytes of a safetensors file
 CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # gguf.TokenType
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5  # gguf.TokenType
 _CONTRACTIONS = "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
@@ -94,10 +95,11 @@ def rope_factors(config: dict[str, Any]) -> NDArray[np.float32] | None:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A byte-level BPE vocabulary as a GGUF file holds it.
+    """A vocabulary as a GGUF file holds it: byte-level BPE, or SentencePiece's BPE, which alone has `scores`.
 
     types: of each token (gguf.TokenType). merges: `a b`. pre: the pre-tokenizer's name. ends: tokens that end an
-    answer, the template's own first. adds_bos: a begin token is put before every text.
+    answer, the template's own first. adds_bos: a begin token is put before every text. adds_space: a space is put
+    before every text (SentencePiece).
     """
 
     tokens: list[str]
@@ -108,21 +110,43 @@ class Vocabulary:
     pad: int | None
     ends: list[int]
     adds_bos: bool
+    scores: Sequence[float] = ()
+    adds_space: bool = False
 
     def as_tokenizer(self) -> Tokenizer:
         """The tokenizer that llama.cpp builds from this."""
         ids = {token: at for at, token in enumerate(self.tokens) if self.types[at] != UNUSED}
-        merges = [(first, second) for first, second in (merge.split(" ") for merge in self.merges)]
-        tokenizer = Tokenizer(models.BPE(ids, merges, ignore_merges=self.pre in _IGNORES_MERGES))
-        splits: list[Any] = [pre_tokenizers.Split(Regex(text), "isolated") for text in PRE_TOKENIZERS[self.pre]]
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(False, use_regex=False)])
-        tokenizer.decoder = decoders.ByteLevel()
+        if self.scores:
+            tokenizer = self._sentencepiece(ids)
+        else:
+            merges = [(first, second) for first, second in (merge.split(" ") for merge in self.merges)]
+            tokenizer = Tokenizer(models.BPE(ids, merges, ignore_merges=self.pre in _IGNORES_MERGES))
+            cuts: list[Any] = [pre_tokenizers.Split(Regex(text), "isolated") for text in PRE_TOKENIZERS[self.pre]]
+            tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*cuts, pre_tokenizers.ByteLevel(False, use_regex=False)])
+            tokenizer.decoder = decoders.ByteLevel()
         added = {
             kind: [token for token, other in zip(self.tokens, self.types, strict=True) if other == kind]
             for kind in (CONTROL, USER_DEFINED)
         }
         tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in added[CONTROL]])
         tokenizer.add_tokens([AddedToken(token, normalized=False) for token in added[USER_DEFINED]])
+        return tokenizer
+
+    def _sentencepiece(self, ids: dict[str, int]) -> Tokenizer:
+        """SentencePiece's BPE: pairs are merged into the piece with the highest score; bytes where no piece fits."""
+        pieces = [token for token, at in ids.items() if self.types[at] == NORMAL and len(token) > 1]
+        merges = []
+        for piece in sorted(pieces, key=lambda piece: -self.scores[ids[piece]]):
+            pairs = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
+            known = [pair for pair in pairs if pair[0] in ids and pair[1] in ids]
+            merges += sorted(known, key=lambda pair: (ids[pair[0]], ids[pair[1]]))
+        unknown = next((self.tokens[at] for at, kind in enumerate(self.types) if kind == UNKNOWN), None)
+        tokenizer = Tokenizer(models.BPE(ids, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+        spaces: list[Any] = [normalizers.Replace(" ", "▁")]
+        plain: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        if self.adds_space:
+            spaces, plain = [normalizers.Prepend("▁"), *spaces], [*plain, decoders.Strip(" ", 1, 0)]
+        tokenizer.normalizer, tokenizer.decoder = normalizers.Sequence(spaces), decoders.Sequence(plain)
         return tokenizer
 
     def stop_ids(self) -> set[int]:
@@ -153,12 +177,14 @@ def vocabulary_of_file(reader: gguf.GGUFReader) -> Vocabulary:
         field = reader.get_field(f"tokenizer.ggml.{key}")
         return default if field is None else field.contents()
 
-    pre = str(value("pre"))
-    pre = SAME_AS.get(pre, pre)
+    sentencepiece = value("model") == "llama"
+    pre = SENTENCEPIECE if sentencepiece else SAME_AS.get(str(value("pre")), str(value("pre")))
     ends = [int(value(key)) for key in _END_KEYS if value(key) is not None]
+    adds_bos = value("add_bos_token", sentencepiece or pre in _IGNORES_MERGES)
     return Vocabulary(
-        list(value("tokens")), [int(kind) for kind in value("token_type")], list(value("merges")), pre,
-        value("bos_token_id"), value("padding_token_id"), ends, bool(value("add_bos_token", pre in _IGNORES_MERGES)),
+        list(value("tokens")), [int(kind) for kind in value("token_type")], list(value("merges", [])), pre,
+        value("bos_token_id"), value("padding_token_id"), ends, bool(adds_bos),
+        value("scores") if sentencepiece else (), bool(value("add_space_prefix", sentencepiece)),
     )  # fmt: skip
 
 
@@ -303,12 +329,10 @@ def _config(reader: gguf.GGUFReader, values: dict[str, Any]) -> dict[str, Any]:
 def _vocabulary(reader: gguf.GGUFReader, values: dict[str, Any]) -> Vocabulary:
     """Raises ModelError for a tokenizer of another kind, or with a name that is not known."""
     kind, pre = values.get("tokenizer.ggml.model"), values.get("tokenizer.ggml.pre")
-    if kind != "gpt2" or SAME_AS.get(str(pre), pre) not in PRE_TOKENIZERS:
-        what = (
-            f"its pre-tokenizer is {pre!r}" if kind == "gpt2" else f"its kind is {kind!r}, not byte-level BPE ('gpt2')"
-        )
+    if kind != "llama" and (kind != "gpt2" or SAME_AS.get(str(pre), pre) not in PRE_TOKENIZERS):
         raise ModelError(
-            f"the tokenizer of this GGUF file cannot be imported: {what}",
+            "the tokenizer of this GGUF file cannot be imported: "
+            + (f"its pre-tokenizer is {pre!r}" if kind == "gpt2" else f"its kind is {kind!r}"),
             where=str(reader.data.filename),
             fix=f"known pre-tokenizers: {', '.join([*PRE_TOKENIZERS, *SAME_AS])};"
             " use the model's own repository: make download-model MODEL=its hub id",
