@@ -280,7 +280,7 @@ def test_llama_cpp_answers_as_transformers_does_in_every_family(llama, tmp_path,
     written(folder, tmp_path / "m.gguf", "f32")
     prompt = "<|im_start|>user\n" + " ".join(tiny_models.TEXT[:2]) + "<|im_end|>\n<|im_start|>assistant\n"
     answered = ask(llama, tmp_path / "m.gguf", [prompt], [], 24)
-    stops = vocabulary(folder).stop_ids()
+    stops = ship_gguf.stop_ids(vocabulary(folder))
     assert answered["prompts"] == [load_tokenizer(folder).encode(prompt)]
     assert answered["answers"] == [greedy(folder, answered["prompts"][0], 24, stops)]
 

@@ -68,11 +68,7 @@ PROBES = (  # together they separate every pair of PRE_TOKENIZERS
     "camelCase HTMLPage /usr/bin",  # capitals inside a word: tekken
     "Ze\u0301 नमस्ते हिन्दी",  # combining marks: qwen2 and qwen35
 )
-_LLAMA_CPP_ENDS = set(  # tokens at which llama.cpp ends an answer whatever the file says
-    "<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|> </s> <|eom_id|>"
-    " <EOT> _<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance> <eos>".split()
-)
-_END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")  # end tokens that a GGUF file has a place for
+END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")  # end tokens that a GGUF file has a place for
 
 
 def rope_settings(config: dict[str, Any]) -> dict[str, Any]:
@@ -149,26 +145,6 @@ class Vocabulary:
         tokenizer.normalizer, tokenizer.decoder = normalizers.Sequence(spaces), decoders.Sequence(plain)
         return tokenizer
 
-    def stop_ids(self) -> set[int]:
-        """The ids at which llama.cpp ends an answer."""
-        known = {at for at, token in enumerate(self.tokens) if token in _LLAMA_CPP_ENDS}
-        return {*self.ends[: len(_END_KEYS)], *known}
-
-    def write(self, writer: gguf.GGUFWriter) -> None:
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(self.pre)
-        writer.add_token_list(self.tokens)
-        writer.add_token_types(self.types)
-        writer.add_token_merges(self.merges)
-        for key, token in zip(_END_KEYS, self.ends, strict=False):
-            writer.add_uint32(f"tokenizer.ggml.{key}", token)
-        if self.bos is not None:
-            writer.add_bos_token_id(self.bos)
-        if self.pad is not None:
-            writer.add_pad_token_id(self.pad)
-        writer.add_add_bos_token(self.adds_bos)
-        writer.add_add_eos_token(False)
-
 
 def vocabulary_of_file(reader: gguf.GGUFReader) -> Vocabulary:
     """The vocabulary that a GGUF file holds."""
@@ -179,7 +155,7 @@ def vocabulary_of_file(reader: gguf.GGUFReader) -> Vocabulary:
 
     sentencepiece = value("model") == "llama"
     pre = SENTENCEPIECE if sentencepiece else SAME_AS.get(str(value("pre")), str(value("pre")))
-    ends = [int(value(key)) for key in _END_KEYS if value(key) is not None]
+    ends = [int(value(key)) for key in END_KEYS if value(key) is not None]
     adds_bos = value("add_bos_token", sentencepiece or pre in _IGNORES_MERGES)
     return Vocabulary(
         list(value("tokens")), [int(kind) for kind in value("token_type")], list(value("merges", [])), pre,

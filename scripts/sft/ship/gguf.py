@@ -24,6 +24,7 @@ from sft.errors import ModelError
 from sft.model.files import ModelFiles, tensors
 from sft.model.gguf import (
     CONTROL,
+    END_KEYS,
     NORMAL,
     PRE_TOKENIZERS,
     PROBES,
@@ -33,7 +34,7 @@ from sft.model.gguf import (
     first_difference,
     rope_factors,
     rope_settings,
-)  # fmt: skip
+)
 
 ARCHITECTURES = {
     "Qwen2ForCausalLM": "qwen2",
@@ -43,6 +44,10 @@ ARCHITECTURES = {
 }
 BYTES = {"f16": 2.0, "q8_0": 34 / 32, "bf16": 2.0, "f32": 4.0}  # per number
 CONVERTER = "FORMAT=hf, then llama.cpp's own convert_hf_to_gguf.py"
+_LLAMA_CPP_ENDS = set(  # tokens at which llama.cpp ends an answer whatever the file says
+    "<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|> </s> <|eom_id|>"
+    " <EOT> _<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance> <eos>".split()
+)
 _RELATIVE_ERROR = {"F32": 0.0, "F16": 2**-11, "BF16": 2**-8}  # half a step
 Array = NDArray[Any]
 Progress = Callable[[int, int, str], None]  # tensors done, tensors in all, the name of the last one
@@ -147,6 +152,28 @@ def byte_level_bpe(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     return state
 
 
+def stop_ids(vocabulary: Vocabulary) -> set[int]:
+    """The ids at which llama.cpp ends an answer."""
+    known = {at for at, token in enumerate(vocabulary.tokens) if token in _LLAMA_CPP_ENDS}
+    return {*vocabulary.ends[: len(END_KEYS)], *known}
+
+
+def _write_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary) -> None:
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(vocabulary.pre)
+    writer.add_token_list(vocabulary.tokens)
+    writer.add_token_types(vocabulary.types)
+    writer.add_token_merges(vocabulary.merges)
+    for key, token in zip(END_KEYS, vocabulary.ends, strict=False):
+        writer.add_uint32(f"tokenizer.ggml.{key}", token)
+    if vocabulary.bos is not None:
+        writer.add_bos_token_id(vocabulary.bos)
+    if vocabulary.pad is not None:
+        writer.add_pad_token_id(vocabulary.pad)
+    writer.add_add_bos_token(vocabulary.adds_bos)
+    writer.add_add_eos_token(False)
+
+
 # --- the file
 
 
@@ -216,7 +243,7 @@ def write(
     writer.add_file_type(gguf.LlamaFileType["ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _write_dimensions(writer, files.config, arch)
-    vocabulary.write(writer)
+    _write_vocabulary(writer, vocabulary)
     if template is not None:
         writer.add_chat_template(template)
     sizes = [(plan.name, plan.shape, plan.kind) for plan in plans]

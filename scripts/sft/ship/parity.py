@@ -24,6 +24,7 @@ from sft.data import rows as records
 from sft.errors import TemplateError, one_line
 from sft.files import read_json
 from sft.model.gguf import Vocabulary, first_unequal
+from sft.ship.gguf import stop_ids
 
 log = logging.getLogger("sft.ship")
 Row = dict[str, Any]
@@ -200,20 +201,20 @@ def route_of_gguf(vocabulary: Vocabulary, source: str, tokenizer: PreTrainedToke
     def ids(messages: Messages, tools: Tools, prompt: bool) -> list[int]:
         return text_ids(template.render(messages, tools=tools, add_generation_prompt=prompt))
 
-    return Route("gguf", ids, text_ids, frozenset(vocabulary.stop_ids()))
+    return Route("gguf", ids, text_ids, frozenset(stop_ids(vocabulary)))
 
 
 def route_of_ollama(vocabulary: Vocabulary, template: GoTemplate, stops: list[str]) -> Route:
     """Ollama with the Modelfile's template and stop texts."""
     text_ids = _llama_cpp_ids(vocabulary)
-    stop_ids = {at for at, token in enumerate(vocabulary.tokens) if token in stops}
+    own_ends = {at for at, token in enumerate(vocabulary.tokens) if token in stops}
 
     def ids(messages: Messages, tools: Tools, prompt: bool) -> list[int]:
         if tools:
             raise Refused("our Ollama templates do not support tools")
         return text_ids(template.render(messages, prompt=prompt))
 
-    return Route("ollama", ids, text_ids, frozenset(vocabulary.stop_ids() | stop_ids))
+    return Route("ollama", ids, text_ids, frozenset(stop_ids(vocabulary) | own_ends))
 
 
 def _llama_cpp_ids(vocabulary: Vocabulary) -> Callable[[str], list[int]]:
