@@ -284,10 +284,10 @@ def _reports(rows: list[Pending], pairs: Pairs, places: Places, checks: RowCheck
 
 def _row_warnings(reports: dict[str, Any], checks: RowChecks) -> list[str]:
     warnings, by = [], checks.data.split.group_by
-    if filled := reports["quality"]["placeholders"]:
+    if "placeholders" not in checks.data.drop and (unfilled := reports["quality"]["placeholders"]):
         warnings.append(
-            f"{filled:,} rows hold a placeholder such as {{{{name}}}} (the first: {checks.placeholder}), which the"
-            " model would write as it is: fill it in, or leave these rows out: --set data.drop=[placeholders]"
+            f"{unfilled:,} rows hold a placeholder such as {{{{name}}}} (the first: {checks.placeholder}), which the"
+            " model would write as it is: fill it in, or leave these rows out with data.drop=[placeholders]"
         )
     if weighted := checks.formats.unread["weight"]:
         warnings.append(
