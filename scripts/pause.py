@@ -32,7 +32,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         raise RunError(what, where=f"running: {names}", fix="ls outputs")
     for run in selected:
         (run.folder / runs.PAUSE).touch()
-        console.say(f"{run.name} stops after its current step; `make train` resumes it")
+        console.say(f"{run.name} stops after its current step. Continue with: make resume RUN={run.name}")
     return {"paused": [run.name for run in selected]}
 
 
