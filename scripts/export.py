@@ -70,7 +70,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     ]
     shown = display_path(out, root)
     console.table(f"exported to {shown}", ["", "value"], rows)
-    console.say(NEXT[args.format].format(out=shown, name=target.name, type=args.type))
+    console.say(console.as_typed(NEXT[args.format].format(out=shown, name=target.name, type=args.type)))
     return asdict(report)
 
 

@@ -71,12 +71,11 @@ def _merge(args: argparse.Namespace, out: Path, root: Path) -> dict[str, Any]:
     ]
     console.table(f"merged into {shown}", ["", "value"], rows)
     if report.trained_on != report.measured_on:
-        console.say(
-            f"The adapter was trained on the {report.trained_on} base, but merged into the full-precision one and"
-            f" measured on it. To measure the difference: python scripts/eval.py --merged {shown}"
-        )
-    console.say(f"next: python scripts/merge_lora.py --test --out {shown}")
-    console.say(f"      python scripts/infer.py --merged {shown}")
+        what = f"The adapter was trained on the {report.trained_on} base, but merged into the full-precision one and"
+        command = console.as_typed(f"python scripts/eval.py --merged {shown}")
+        console.say(f"{what} measured on it. To measure the difference: {command}")
+    console.say(console.as_typed(f"next: python scripts/merge_lora.py --test --out {shown}"))
+    console.say(console.as_typed(f"      python scripts/infer.py --merged {shown}"))
     return asdict(report)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -87,9 +88,12 @@ def test_the_text_of_an_error_fits_on_one_line_without_secrets() -> None:
     ],
 )  # fmt: skip
 def test_a_fix_is_what_can_be_typed_after_make(monkeypatch: pytest.MonkeyPatch, fix: str, typed: str) -> None:
+    monkeypatch.setattr(sys, "executable", "/usr/bin/python")
     assert console.as_typed(fix) == fix
     monkeypatch.setenv("SFT_MAKE", "train")
     assert console.as_typed(fix) == typed
+    monkeypatch.setattr(sys, "executable", os.path.abspath(".venv/bin/python"))
+    assert console.as_typed(fix) == typed.replace("python ", ".venv/bin/python ")
 
 
 def test_several_settings_fit_into_one_text(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

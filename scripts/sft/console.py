@@ -105,8 +105,9 @@ _VALUE = r"((?:'[^']*'|[^\s'])+?)(?=[),;:]*(?:\s|$))"
 
 
 def as_typed(text: str) -> str:
-    """A text with make's variables instead of flags, for a user who came through make."""
-    if not os.environ.get("SFT_MAKE") or "python " in text:
+    """A text with the Python of this process in its commands, and make's variables for flags if make was called."""
+    text = text.replace("python scripts/", f"{_python()} scripts/")
+    if not os.environ.get("SFT_MAKE") or " scripts/" in text:
         return text
 
     def variable(flags: re.Match[str]) -> str:
@@ -128,9 +129,13 @@ def continue_command(run: str) -> str:
         return " ".join(
             ["make", target, *words] if target.startswith("train") and not by_name else ["make resume", f"RUN={run}"]
         )
-    python = os.path.relpath(sys.executable)
-    python = "python" if python.startswith("..") else python
-    return shlex.join([python, sys.argv[0], *(["--run", run] if by_name else sys.argv[1:])])
+    return shlex.join([_python(), sys.argv[0], *(["--run", run] if by_name else sys.argv[1:])])
+
+
+def _python() -> str:
+    """How the user can call this Python: by its path if that lies below the working folder."""
+    path = os.path.relpath(sys.executable)
+    return "python" if path.startswith("..") else path
 
 
 # --- printing
