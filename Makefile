@@ -48,8 +48,10 @@ TRAIN := $(if $(RESUME),--resume "$$RESUME") $(foreach key,$(ALLOW),--allow-chan
 SCRIPT := $(PYTHON) scripts
 export SFT_MAKE = $@
 test coverage test-all test-faults fuzz: SFT_MAKE :=
-# A stop that was asked for (130) interrupts make itself, which then ends with 130 and without a line of its own.
-stoppable = @trap : INT; $(1); code=$$?; [ $$code -ne 130 ] || { kill -INT $$PPID; exit 0; }; exit $$code
+# A stop that was asked for (130) interrupts make itself, which then ends with 130 and without a line of its own; except
+# in the background of a script, where make ignores that signal.
+IS_INTERRUPTIBLE = [ $$((0x$$(awk '/^SigIgn/{print $$2}' /proc/$$PPID/status) & 2)) -eq 0 ]
+stoppable = @trap : INT; $(1); code=$$?; [ $$code -ne 130 ] || ! $(IS_INTERRUPTIBLE) || { kill -INT $$PPID; sleep 0.5; exit 0; }; exit $$code
 
 help: ## list every command
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  \033[1m%-18s\033[0m %s\n", $$1, $$2}' Makefile | \

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -92,7 +92,7 @@ def test_a_fix_is_what_can_be_typed_after_make(monkeypatch: pytest.MonkeyPatch, 
     assert console.as_typed(fix) == fix
     monkeypatch.setenv("SFT_MAKE", "train")
     assert console.as_typed(fix) == typed
-    monkeypatch.setattr(sys, "executable", os.path.abspath(".venv/bin/python"))
+    monkeypatch.setattr(sys, "executable", str(Path.cwd() / ".venv/bin/python"))
     assert console.as_typed(fix) == typed.replace("python ", ".venv/bin/python ")
 
 

@@ -67,6 +67,18 @@ def test_ctrl_c_ends_make_quietly_and_resume_continues_that_run_with_its_own_set
     assert code == 2 and "there is no run called tt" in output and "did you mean t?" in output
 
 
+@pytest.mark.parametrize(("ignored", "code", "line"), [(False, -signal.SIGINT, False), (True, 2, True)])
+def test_a_stop_interrupts_make_unless_it_ignores_interrupts(
+    tmp_path: Path, ignored: bool, code: int, line: bool
+) -> None:
+    stopped = tmp_path / "python"
+    stopped.write_text("#!/bin/sh\nexit 130\n")
+    stopped.chmod(0o755)
+    shell = ("trap '' INT; " if ignored else "") + f"exec make -C {ROOT} train PYTHON={stopped}"
+    done = subprocess.run(["sh", "-c", shell], capture_output=True, text=True, check=False)
+    assert (done.returncode, "Error 130" in done.stderr) == (code, line)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
