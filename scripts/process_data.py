@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from sft import console
 
 if TYPE_CHECKING:
+    from sft.config.load import Loaded
     from sft.config.schema import DataSection
     from sft.data.ledger import Ledger
 
@@ -41,7 +42,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 
     root = console.project_root()
     args.set += [f"data.format={args.format}"] if args.format else []
-    data = console.load_config(args).config.data
+    loaded = console.load_config(args)
+    data, asked = loaded.config.data, False
     if args.user_col or args.answer_col:
         data = with_columns(data, args.user_col, args.answer_col)
     if "/" in (raw := args.raw_path or data.raw_path or "") and not Path(raw).exists() and not (root / raw).exists():
@@ -58,10 +60,12 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
             if rejected.table is None or args.json or not (sys.stdin.isatty() and sys.stdout.isatty()):
                 raise
             try:
-                data = with_columns(data, *ask_columns(rejected.table))
+                data, asked = with_columns(data, *ask_columns(rejected.table)), True
             except EOFError:
                 raise rejected from None
     show(ledger)
+    if asked and args.raw_path is None:
+        save_columns(root, loaded, data)
     console.say(f"written to {data.processed_dir}; next: make preview, make train")
     return ledger.to_json()
 
@@ -70,6 +74,24 @@ def with_columns(data: DataSection, user: str | None, assistant: str | None) -> 
     """The settings with this mapping of columns."""
     columns = {"system": data.columns.system if data.columns else None, "user": user, "assistant": assistant}
     return type(data).model_validate({**data.model_dump(), "columns": columns})
+
+
+def save_columns(root: Path, loaded: Loaded, data: DataSection) -> None:
+    """Writes the columns under the `raw_path` of configs/local.yaml, so that they are not asked for again."""
+    import json
+
+    from sft import files
+
+    place = loaded.origin("data.raw_path") or ""
+    if data.columns is None or not place.startswith(f"{console.LOCAL_CONFIG}:") or loaded.is_set("data.columns"):
+        return
+    path, at = root / console.LOCAL_CONFIG, int(place.rpartition(":")[2])
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    indent = lines[at - 1][: len(lines[at - 1]) - len(lines[at - 1].lstrip())]
+    columns = json.dumps({"user": data.columns.user, "assistant": data.columns.assistant}, ensure_ascii=False)
+    lines[at - 1] = lines[at - 1].rstrip() + f"\n{indent}columns: {columns}\n"
+    files.write_text(path, "".join(lines))
+    console.say(f"data.columns is saved in {console.LOCAL_CONFIG}")
 
 
 def ask_columns(row: dict[str, Any]) -> tuple[str, str]:

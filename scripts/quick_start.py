@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -186,10 +187,19 @@ def raw_data(root: Path) -> tuple[Path, str]:
 
 
 def step(title: str, script: str, *flags: str) -> None:
-    """Runs one command of the kit; raises SftError with its exit code where it fails."""
+    """Runs one command of the kit; raises SftError with its exit code where it fails.
+
+    Ctrl-C is for that command alone: training then writes its checkpoint before it ends.
+    """
     path = Path(__file__).with_name(f"{script}.py")
     console.say(f"\n== {title}: python scripts/{script}.py {' '.join(flags)}".rstrip())
-    code = subprocess.run([sys.executable, str(path), *flags], check=False).returncode
+    handler = signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        code = subprocess.run([sys.executable, str(path), *flags], check=False).returncode
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if code in (130, 143, -signal.SIGINT):  # the command's own message says what to do
+        sys.exit(code if code > 0 else 130)
     if code:
         error = SftError(f"the quick start stopped at: {title}", fix="follow the message above, then start it again")
         error.exit_code = code if code > 0 else 1

@@ -74,8 +74,11 @@ def test_on_a_terminal_the_columns_are_asked_for(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text(
         "Frage,Die Antwort,Quelle\n" + "".join(f"Was {i}?,Das ist {i}.,web\n" for i in range(9))
     )
+    local = tmp_path / "configs" / "local.yaml"
+    local.parent.mkdir()
+    local.write_text("data:\n  raw_path: t.csv  # mine\n  max_dropped: 0.2\n")
     env = {**os.environ, "SFT_ROOT": str(tmp_path)}
-    script = [sys.executable, str(ROOT / "scripts/process_data.py"), "--config", CONFIG, "--raw_path", "t.csv"]
+    script = [sys.executable, str(ROOT / "scripts/process_data.py")]
     master, slave = pty.openpty()
     with subprocess.Popen(script, stdin=slave, stdout=slave, stderr=slave, cwd=tmp_path, env=env) as child:
         os.close(slave)
@@ -89,6 +92,10 @@ def test_on_a_terminal_the_columns_are_asked_for(tmp_path: Path) -> None:
     assert "Enter for Frage" in shown.decode() and "USER_COL=Frage ANSWER_COL='Die Antwort'" in shown.decode()
     row = json.loads((tmp_path / "data/processed/train.jsonl").read_text().splitlines()[0])
     assert row["user"].startswith("Was") and row["assistant"].startswith("Das")
+    columns = '  columns: {"user": "Frage", "assistant": "Die Antwort"}\n'
+    assert local.read_text() == f"data:\n  raw_path: t.csv  # mine\n{columns}  max_dropped: 0.2\n"
+    again = subprocess.run(script, cwd=tmp_path, env=env, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    assert again.returncode == 0, again.stderr
 
 
 def test_text_of_questions_and_answers_is_read(process: Run, tmp_path: Path) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -153,6 +156,24 @@ def test_the_quick_start_ends_with_a_tuned_model_that_passes_the_bars(command: C
     assert "What to do next" in done.stdout
     assert (tmp_path / "configs" / "local.yaml").exists()
     bars(json.loads((tmp_path / "outputs" / "metrics.json").read_text()))
+
+
+@slow
+def test_ctrl_c_while_the_quick_start_trains_leaves_a_checkpoint(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "configs", tmp_path / "configs", ignore=shutil.ignore_patterns("local.yaml*"))
+    shutil.copytree(ROOT / "data" / "samples", tmp_path / "data" / "samples")
+    line = [sys.executable, str(ROOT / "scripts" / "quick_start.py"), "--yes", "--demo"]
+    started = subprocess.Popen(
+        line, env={**os.environ, "SFT_ROOT": str(tmp_path)}, start_new_session=True, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    log = tmp_path / "outputs" / "quick-start" / "log.jsonl"
+    while started.poll() is None and not (log.exists() and log.read_text()):
+        time.sleep(0.2)
+    os.killpg(started.pid, signal.SIGINT)  # as a terminal does: to the quick start and to the training
+    output = started.communicate(timeout=120)[0]
+    assert started.returncode == 130, output[-2000:]
+    assert "Continue with" in output and list((tmp_path / "outputs" / "quick-start").glob("checkpoint-*"))
 
 
 @slow
