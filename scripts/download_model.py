@@ -41,7 +41,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         names = ", ".join(path.name for path in written)
         console.say(f"written: {names}" if written else "the folder has safetensors already")
     elif folder is not None:
-        console.say(f"{section.name} is a folder on this machine: nothing to download")
+        console.say(f"{section.name} is on this machine already: nothing to download")
     elif not hub.is_import(section.name) and not hub.offline():
         hub.download(section, root)
     model = hub.find(section, root)
