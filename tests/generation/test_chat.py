@@ -105,6 +105,15 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(tmp_path: Path) -> None:
     assert model.closed == 2
 
 
+def test_a_question_that_is_stopped_before_its_answer_is_removed(tmp_path: Path) -> None:
+    def stopped(messages: list[dict[str, Any]], settings: GenerationSection, attempt: int) -> Iterator[str]:
+        raise KeyboardInterrupt
+        yield ""
+
+    output, session, _ = chat(tmp_path, "a long text", model=stopped)  # type: ignore[arg-type]
+    assert output == " [stopped] The question is removed.\n" and session.turns == []
+
+
 def test_an_error_is_shown_and_its_question_removed(tmp_path: Path) -> None:
     model = Scripted()
     model.fail = True

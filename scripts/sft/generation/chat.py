@@ -22,7 +22,7 @@ from sft.errors import DataError, SftError
 
 Message = dict[str, Any]
 Answerer = Callable[[list[Message], GenerationSection, int], Iterator[str]]  # messages, settings, attempt
-PROMPT = "you> "
+PROMPT, STOPPED = "you> ", " [stopped]"
 LONG_PROMPT = 1000  # tokens from which a prompt is announced before it is read
 SLOW_PROMPT = 5.0  # seconds, the same once the speed of reading is known
 MEASURED_PROMPT = 100  # tokens, the shortest prompt that shows this speed
@@ -114,15 +114,19 @@ class ChatSession:
         return True
 
     def _answer(self) -> None:
-        """Shows the answer to the last question; an answer that is stopped stays as far as it came."""
+        """Shows the answer to the last question; one that is stopped stays as far as it came."""
         pieces: list[str] = []
         show = None if self.as_markdown else self.write
         try:
             note = self._collect(self.answer, self.messages, pieces, show)
             if show is None and self.markdown is not None:
                 self.markdown(printable("".join(pieces)))
+            if note == STOPPED and not pieces:
+                self._drop_last("user")
+                note += " The question is removed."
+            else:
+                self.turns.append({"role": "assistant", "content": "".join(pieces)})
             self.write(note)
-            self.turns.append({"role": "assistant", "content": "".join(pieces)})
         except SftError:
             self._drop_last("user")
             raise
@@ -156,7 +160,7 @@ class ChatSession:
             seconds = max(time.monotonic() - started, 1e-9)
             return f"\n({tokens} tokens, {tokens / seconds:.1f} tokens/s)" if tokens else ""
         except KeyboardInterrupt:
-            return " [stopped]"
+            return STOPPED
         finally:
             if show is None or not pieces:
                 self.status("")

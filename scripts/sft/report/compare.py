@@ -277,7 +277,7 @@ def stopping(side: Side) -> dict[str, Any]:
         headline = f"{side.name} stops by itself in {share:.0%} of its answers"
     else:
         endless, looped = rows - int(sum(stopped)), int(sum(side.values.get("loop_rate", ())))
-        headline = f"{side.name} often does not stop: {endless:,} of {rows:,} answers ran to the token limit"
+        headline = f"{side.name} often does not stop: {endless:,} of {rows:,} answers did not end"
         headline += f" ({looped:,} only repeated themselves and were cut)" if looped else ""
     return {"share": round(share, 6), "headline": headline, "good": share >= MIN_STOP_RATE}
 
