@@ -125,7 +125,9 @@ class Formats:
 def _refuse(row: Row, names: Names) -> None:
     """Raises RowFault for rows that would be trained on for what they are not: their text looks like any other."""
     if row.keys() >= TREE_MESSAGE:
-        raise RowFault("unknown format", f"a message whose parent {row['parent_id']!r} is not in the file")
+        raise RowFault(
+            "unknown format", f"a message that no first message leads to: its parent is {row['parent_id']!r}"
+        )
     if (key := _first(names, (*REJECTED, *COMPARED))) and row[key]:
         raise RowFault("preference pair", f"a good and a bad answer (`{key}`), as for DPO: not supported yet")
     choices, answer = (row[_first(names, keys) or ""] if _first(names, keys) else None for keys in (CHOICES, CHOSEN))

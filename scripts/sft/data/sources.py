@@ -102,10 +102,16 @@ class SourcePart:
         for node in nodes.values():
             if parent := nodes.get(str(node["parent_id"])):
                 parent["replies"].append(node)
+        joined: set[str] = set()
+        todo = [node for node in nodes.values() if not node["parent_id"]]
+        while todo:
+            node = todo.pop()
+            joined.add(str(node["message_id"]))
+            todo += node["replies"]
         for raw in messages:
             if not raw.value["parent_id"]:
                 yield raw._replace(value={"prompt": nodes[str(raw.value["message_id"])]})
-            elif str(raw.value["parent_id"]) not in nodes:
+            elif str(raw.value["message_id"]) not in joined:  # a fault: a parent is missing, or parents form a circle
                 yield raw
 
 
