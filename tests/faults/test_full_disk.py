@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -119,7 +118,8 @@ def test_process_on_a_full_disk_leaves_the_earlier_rows(
     monkeypatch.setenv("SFT_ROOT", str(small_disk))
     (small_disk / "config.yaml").write_text("model: {name: models/demo}\n")
     raw = small_disk / "raw.jsonl"
-    args = argparse.Namespace(config=str(small_disk / "config.yaml"), set=[], format=None, raw_path=str(raw), json=True)
+    line = ["--config", str(small_disk / "config.yaml"), "--raw_path", str(raw), "--json"]
+    args = process_data.build_parser().parse_args(line)
     draw = random.Random(1)
 
     def rows(count: int) -> str:

@@ -38,7 +38,7 @@ def test_a_token_is_written_nowhere_by_train_eval_check_and_doctor(
 
     monkeypatch.setattr("sys.argv", ["train.py", "--set", f"model.revision={token}"])
     with pytest.raises(SystemExit):
-        console.run(_parser(), fails)
+        console.run(console.parser("a command"), fails)
     output = "".join(capfd.readouterr())
     for name in ("check", "doctor"):
         done = command(name, "--config", root / "config.yaml")
@@ -47,15 +47,8 @@ def test_a_token_is_written_nowhere_by_train_eval_check_and_doctor(
     assert "my token is" in (root / "outputs/t/config.resolved.yaml").read_text()
     assert "no access with hf_***" in output
     assert token not in output
-    written = [path for path in root.rglob("*") if path.is_file() and path.name != "config.yaml"]
+    written = [path for path in root.rglob("*") if path.is_file() and path != root / "config.yaml"]
     assert len(written) > 30
     assert [path for path in written if token.encode() in path.read_bytes()] == []
     assert "hf_***" in output.partition("## last error")[2]
     assert "HF_TOKEN=(set, not shown)" in output and str(os.environ["HF_TOKEN"]) == token
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--set")
-    parser.add_argument("--json", action="store_true")
-    return parser
