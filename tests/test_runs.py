@@ -155,6 +155,12 @@ def test_the_newest_unfinished_run_is_found_whatever_its_config(tmp_path: Path) 
         for file in (runs.RESOLVED, "log.jsonl"):
             (folder / file).touch()
             os.utime(folder / file, (1_000_000 - age, 1_000_000 - age))
+    merged = tmp_path / "outputs/merged_fp16"  # weights that `make merge` left, newer than any run
+    merged.mkdir()
+    for file in (runs.RESOLVED, "config.json", "merge.json"):
+        (merged / file).touch()
+    with pytest.raises(ConfigError):
+        runs.check_place("outputs/merged_fp16", tmp_path)
     finished(tmp_path / "outputs/done")
     assert [run.name for run in runs.newest_first(tmp_path)] == ["new", "done", "old"]
     assert runs.unfinished(tmp_path).name == "new"

@@ -21,6 +21,7 @@ from sft.errors import ConfigError, RunError, nearest, redact
 if TYPE_CHECKING:
     from sft.config.schema import Config
 
+MODEL_CONFIG = "config.json"  # of a model's folder: merged weights lie in outputs/ too, with a RESOLVED, and are no run
 SETTINGS, RESOLVED, FINISHED = "config.yaml", "config.resolved.yaml", "finished.json"
 LOCK, PAUSE, SAVE = "lock", "pause", "save"
 FINGERPRINT = "backend.json"  # of a run and a checkpoint: the settings that its weights depend on
@@ -197,6 +198,7 @@ def named(name: str, root: Path) -> Run:
 def newest_first(root: Path) -> list[Run]:
     """The runs under outputs/, the one that trained last first."""
     folders = {path.parent.resolve() for path in (root / "outputs").glob(f"*/{RESOLVED}")}
+    folders = {folder for folder in folders if not (folder / MODEL_CONFIG).exists()}
     return sorted((at(folder, root) for folder in folders), key=Run.last_trained, reverse=True)
 
 
@@ -216,7 +218,7 @@ def check_place(output_dir: str, root: Path) -> None:
     folder = resolve_path(root, output_dir)
     contents = {path.name.partition("-")[0] for path in folder.glob("*")} if folder.is_dir() else set()
     if root.is_relative_to(folder) or (
-        contents and not contents & {RESOLVED, FINISHED, LOCK, "checkpoint", "log.jsonl"}
+        contents and (MODEL_CONFIG in contents or not contents & {RESOLVED, FINISHED, LOCK, "checkpoint", "log.jsonl"})
     ):
         what = f"train.output_dir is {output_dir}, a folder that holds other things than a run"
         raise ConfigError(what, where="train.output_dir", fix="--set train.output_dir=outputs/NAME")
