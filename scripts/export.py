@@ -65,9 +65,10 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     rows += [
         ("parity", f"{certificate['tokens']:,} tokens of {certificate['rows']} rows are equal"),
         ("  in", ", ".join(certificate["routes"])),
-        ("  not compared", f"{len(certificate['set_aside'])} of the rows (parity.json says why)"),
         ("time", f"{report.seconds:.0f} s"),
     ]
+    if certificate["set_aside"]:
+        rows.append(("not compared", f"{len(certificate['set_aside'])} rows (parity.json says why)"))
     shown = display_path(out, root)
     console.table(f"exported to {shown}", ["", "value"], rows)
     console.say(console.as_typed(NEXT[args.format].format(out=shown, name=target.name, type=args.type)))

@@ -89,7 +89,9 @@ def certify(encoder: Encoder, routes: Sequence[Route], rows: Sequence[Row], sour
         reason = next(iter(certificate.set_aside.values()), "there are no rows")
         raise TemplateError(f"parity: no row could be compared for {', '.join(missing)}: {reason}", where="the export")
     certificate.equal = True
-    log.info(f"parity: {certificate.tokens:,} tokens of {certificate.rows} rows are equal in {certificate.routes}")
+    log.info(
+        f"parity: {certificate.tokens:,} tokens of {certificate.rows} rows are equal in {', '.join(certificate.routes)}"
+    )
     return certificate
 
 
