@@ -43,7 +43,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     root = console.project_root()
     args.set += [f"data.format={args.format}"] if args.format else []
     loaded = console.load_config(args)
-    data, asked = loaded.config.data, False
+    data = loaded.config.data
     if args.user_col or args.answer_col:
         data = with_columns(data, args.user_col, args.answer_col)
     if "/" in (raw := args.raw_path or data.raw_path or "") and not Path(raw).exists() and not (root / raw).exists():
@@ -60,11 +60,12 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
             if rejected.table is None or args.json or not (sys.stdin.isatty() and sys.stdout.isatty()):
                 raise
             try:
-                data, asked = with_columns(data, *ask_columns(rejected.table)), True
+                data = with_columns(data, *ask_columns(rejected.table))
             except EOFError:
                 raise rejected from None
     show(ledger)
-    if asked and args.raw_path is None:
+    own = args.raw_path is None or Path(args.raw_path).resolve() == (root / (data.raw_path or "-")).resolve()
+    if own and data.columns != loaded.config.data.columns:
         save_columns(root, loaded, data)
     console.say(f"written to {data.processed_dir}; next: make preview, make train")
     return ledger.to_json()
@@ -77,19 +78,25 @@ def with_columns(data: DataSection, user: str | None, assistant: str | None) -> 
 
 
 def save_columns(root: Path, loaded: Loaded, data: DataSection) -> None:
-    """Writes the columns under the `raw_path` of configs/local.yaml, so that they are not asked for again."""
+    """Writes the columns into configs/local.yaml, below its `raw_path`, so that the quick start too uses them."""
     import json
 
     from sft import files
 
-    place = loaded.origin("data.raw_path") or ""
-    if data.columns is None or not place.startswith(f"{console.LOCAL_CONFIG}:") or loaded.is_set("data.columns"):
+    place = loaded.origin("data.columns") or loaded.origin("data.raw_path") or ""
+    if data.columns is None or not place.startswith(f"{console.LOCAL_CONFIG}:"):
         return
-    path, at = root / console.LOCAL_CONFIG, int(place.rpartition(":")[2])
+    path, at = root / console.LOCAL_CONFIG, int(place.rpartition(":")[2]) - 1
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    indent = lines[at - 1][: len(lines[at - 1]) - len(lines[at - 1].lstrip())]
-    columns = json.dumps({"user": data.columns.user, "assistant": data.columns.assistant}, ensure_ascii=False)
-    lines[at - 1] = lines[at - 1].rstrip() + f"\n{indent}columns: {columns}\n"
+    indent = lines[at][: len(lines[at]) - len(lines[at].lstrip())]
+    columns = {key: value for key, value in data.columns.model_dump().items() if value}
+    line = f"{indent}columns: {json.dumps(columns, ensure_ascii=False)}\n"
+    if loaded.is_set("data.columns"):
+        if not lines[at].lstrip().startswith("columns: {"):  # written by hand over several lines
+            return
+        lines[at] = line
+    else:
+        lines[at] = lines[at].rstrip() + "\n" + line
     files.write_text(path, "".join(lines))
     console.say(f"data.columns is saved in {console.LOCAL_CONFIG}")
 

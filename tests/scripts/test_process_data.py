@@ -96,6 +96,9 @@ def test_on_a_terminal_the_columns_are_asked_for(tmp_path: Path) -> None:
     assert local.read_text() == f"data:\n  raw_path: t.csv  # mine\n{columns}  max_dropped: 0.2\n"
     again = subprocess.run(script, cwd=tmp_path, env=env, stdin=subprocess.DEVNULL, capture_output=True, check=False)
     assert again.returncode == 0, again.stderr
+    named = [*script, "--user_col", "Frage", "--answer_col", "Quelle"]  # as the fix without a terminal says
+    assert subprocess.run(named, cwd=tmp_path, env=env, capture_output=True, check=False).returncode == 0
+    assert local.read_text().count("columns:") == 1 and '"assistant": "Quelle"' in local.read_text()
 
 
 def test_text_of_questions_and_answers_is_read(process: Run, tmp_path: Path) -> None:

@@ -96,6 +96,9 @@ def test_edits_of_local_yaml_stay_and_a_new_file_of_data_is_used(command: Comman
     assert quick_start.choose_data(tmp_path, quick_start.DEMO, keep=True) == "data/raw/other.csv (yours)"
     assert local.read_text() == edited.replace("mine.csv", "other.csv")
     assert quick_start.earlier_choices(tmp_path, demo=True) is not None
+    columns = ("--user_col", "Frage eins", "--answer_col", "Antwort zwei")  # as the fix of the failed start says
+    assert command("process_data", *columns, SFT_ROOT=str(tmp_path)).returncode == 0
+    assert load(local, root=tmp_path).config.data.columns.user == "Frage eins"
     local.write_text(edited.replace("models/demo", "me/other"))
     assert quick_start.earlier_choices(tmp_path, demo=True) is None and not local.exists()
     assert len(list(local.parent.glob("local.yaml.*.bak"))) == 1
