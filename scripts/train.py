@@ -44,6 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> dict[str, Any] | None:
     from sft import runs
+    from sft.errors import Stopped
     from sft.memory import plan
     from sft.preflight import disk_space
     from sft.training import distributed
@@ -84,10 +85,18 @@ def main(args: argparse.Namespace) -> dict[str, Any] | None:
     with jobs.hold_run(job, opened, args.allow_change) as accepted:
         say([f"accepted, though changed since the run began: {change}" for change in accepted])
         # 4. the model, 5. the training loop
-        with console.progress("training", remaining=False) as report:
-            job, loop = jobs.make_loop(job, opened, root, report if sys.stderr.isatty() else None)
-            loop.fit(opened.checkpoint)
-        jobs.require_finished(loop, console.continue_command(opened.run.name))
+        continue_command = console.continue_command(opened.run.name)
+        try:
+            with console.progress("training", remaining=False) as report:
+                job, loop = jobs.make_loop(job, opened, root, report if sys.stderr.isatty() else None)
+                loop.fit(opened.checkpoint)
+        except KeyboardInterrupt:  # while the model was loaded, or the second Ctrl-C
+            saved = opened.run.checkpoints()
+            what = (
+                f"Stopped at once; the last checkpoint is {saved[-1].name}." if saved else "Stopped: no checkpoint yet."
+            )
+            raise Stopped(what, fix=continue_command) from None
+        jobs.require_finished(loop, continue_command)
         # 6. the adapter or model, the summary
         summary = jobs.finish(job, loop, opened.run, root)
     if distributed.rank() != 0:

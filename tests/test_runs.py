@@ -108,7 +108,7 @@ def test_a_path_names_a_run_or_a_checkpoint_and_must_be_there(tmp_path: Path) ->
     assert runs.open_run("outputs/x", tmp_path, str(one)).checkpoint == one
     opened = runs.open_run("outputs/x", tmp_path, str(tmp_path / "outputs/chat"))
     assert (opened.run.name, opened.checkpoint) == ("chat", two)
-    with pytest.raises(RunError, match="which does not exist"):
+    with pytest.raises(RunError, match=r"there is no run or checkpoint folder .*outputs/nowhere"):
         runs.open_run("outputs/x", tmp_path, "outputs/nowhere")
     finished(tmp_path / "outputs/chat")
     with pytest.raises(RunError, match="chat is finished"):

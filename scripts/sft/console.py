@@ -174,7 +174,7 @@ def confirmed(question: str, force: bool, fix: str) -> bool:
 
 def warn(text: str) -> None:
     """Prints a warning on stderr."""
-    _print_marked("warning", 33, redact(text))
+    _print_marked("warning", 33, redact(as_typed(text)))
 
 
 def _print_marked(label: str, colour: int, text: str) -> None:

@@ -129,7 +129,8 @@ def _resume(run: Run, root: Path) -> OpenRun:
 def _resume_path(path: Path, root: Path) -> OpenRun:
     path = path.expanduser().absolute()
     if not path.is_dir():
-        raise RunError(f"--resume names {path}, which does not exist", fix="--resume auto, or list them: ls outputs")
+        what = f"there is no run or checkpoint folder {display_path(path, root)} to resume"
+        raise RunError(what, fix="--resume auto, --resume never, or a folder: ls outputs")
     path = path.resolve()
     is_checkpoint = _CHECKPOINT.fullmatch(path.name) is not None
     run = at(path.parent if is_checkpoint else path, root)
