@@ -277,13 +277,13 @@ def run(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], An
 def _report_error(error: SftError) -> int:
     if _json_mode:
         entry = {**error.entry(), **error.details}
-        if problems := getattr(error, "problems", None):
-            entry["problems"] = [each.entry() for each in problems]
+        if error.problems:
+            entry["problems"] = [each.entry() for each in error.problems]
         emit(entry)
     if isinstance(error, Stopped):
         print(redact(error.what + (f" Continue with: {error.fix}" if error.fix else "")), file=sys.stderr)
         return error.exit_code
-    for each in [error, *getattr(error, "problems", [])]:
+    for each in [error, *error.problems]:
         each.where, each.fix = (as_typed(text) if text else None for text in (each.where, each.fix))
     message = redact(str(error))
     _print_marked("error", 31, message)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 _HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}\b")
 _secrets: set[str] = set()
@@ -17,14 +17,16 @@ class SftError(Exception):
     """An error that one message explains.
 
     what: one sentence. where: file:line, key or row, if known. fix: the command or edit that fixes it, if known.
-    details: more for --json.
+    problems: each of several, so that all are shown at once. details: more for --json.
     """
 
     exit_code = 2
 
-    def __init__(self, what: str, *, where: str | None = None, fix: str | None = None) -> None:
+    def __init__(
+        self, what: str, *, where: str | None = None, fix: str | None = None, problems: Sequence[SftError] = ()
+    ) -> None:
         super().__init__(what)
-        self.what, self.where, self.fix = what, where, fix
+        self.what, self.where, self.fix, self.problems = what, where, fix, problems
         self.details: dict[str, object] = {}
 
     def entry(self) -> dict[str, object]:
@@ -33,20 +35,12 @@ class SftError(Exception):
 
     def __str__(self) -> str:
         where = f"\n  where: {self.where}" if self.where else ""
-        return self.what + where + (f"\n  fix:   {self.fix}" if self.fix else "")
+        own = self.what + where + (f"\n  fix:   {self.fix}" if self.fix else "")
+        return "\n".join([own, *(str(problem) for problem in self.problems)])
 
 
 class ConfigError(SftError):
-    """An invalid setting; `problems` holds every one of the configuration, so that all are shown at once."""
-
-    def __init__(
-        self, what: str, *, where: str | None = None, fix: str | None = None, problems: list[SftError] | None = None
-    ) -> None:
-        super().__init__(what, where=where, fix=fix)
-        self.problems = problems or []
-
-    def __str__(self) -> str:
-        return "\n".join([super().__str__(), *(str(problem) for problem in self.problems)])
+    """An invalid setting."""
 
 
 class DataError(SftError):

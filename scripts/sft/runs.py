@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sft import files
-from sft.config.load import display_path, dump_config, read_resolved, resolve_path
+from sft.config.load import display_path, dump_config, load, resolve_path
 from sft.errors import ConfigError, RunError, nearest, redact
 
 if TYPE_CHECKING:
@@ -240,7 +240,7 @@ def run_of_adapter(folder: Path) -> Config:
     """The resolved config of an adapter, a full model or a run's folder. Raises RunError if there is none."""
     for place in (folder, folder.parent):
         if (place / RESOLVED).is_file():
-            return read_resolved(place / RESOLVED)
+            return load(place / RESOLVED, root=Path.cwd()).config
     what = f"{folder} holds no {RESOLVED}, so its base model and template are unknown"
     raise RunError(what, fix="name a folder that `train` wrote, such as adapters/last")
 

@@ -22,7 +22,6 @@ from sft.config.load import (
     merge,
     parse,
     plain,
-    read_resolved,
 )
 from sft.errors import ConfigError
 
@@ -166,16 +165,14 @@ def test_a_resolved_configuration_reads_back_equal(write: Write) -> None:
     config = read(
         write("run.yaml", "experiment: {name: '2e-4', description: NO}\ntrain: {learning_rate: 5e-6}\n")
     ).config
-    assert read_resolved(write("out/config.resolved.yaml", dump_config(config))) == config
-    with pytest.raises(ConfigError, match="was not found"):
-        read_resolved(Path("nowhere/config.resolved.yaml"))
+    assert read(write("out/config.resolved.yaml", dump_config(config))).config == config
     with pytest.raises(ConfigError, match=r"unknown key `train\.speed`"):
-        read_resolved(write("edited.yaml", "train: {speed: 3}"))
+        read(write("edited.yaml", "train: {speed: 3}"))
 
 
 def test_the_resolved_configuration_of_an_earlier_version_still_loads() -> None:
     path = Path(__file__).with_name("resolved") / "5f54d53.yaml"  # written by `train` of that commit
-    written, config = yaml.safe_load(path.read_text()), read_resolved(path).model_dump()
+    written, config = yaml.safe_load(path.read_text()), load(path, root=path.parent).config.model_dump()
     for section, values in written.items():
         assert {key: config[section][key] for key in values} == values
 

@@ -458,19 +458,5 @@ def load(path: Path | str, sets: Sequence[str] = (), *, root: Path) -> Loaded:
 
 
 def dump_config(config: Config) -> str:
-    """The whole configuration as YAML that `read_resolved` reads back."""
+    """The whole configuration as YAML that `load` reads back."""
     return dump_yaml(config.model_dump())
-
-
-def read_resolved(path: Path | str) -> Config:
-    """A run's own `config.resolved.yaml`, without includes or --set.
-
-    Raises ConfigError when it is missing or has been edited into something else.
-    """
-    path, problems = Path(path), Problems()
-    if not path.is_file():
-        raise ConfigError(f"{path} was not found, so it is unknown how this was trained", where=str(path.parent))
-    config = validate(parse_file(path, str(path), problems), problems)
-    problems.raise_all(path)
-    assert config is not None
-    return config
