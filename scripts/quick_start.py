@@ -30,7 +30,7 @@ What to do next:
   make tensorboard            look at the curves
   make compare                what got better, what was forgotten, every answer on one page
   make merge && make merge-test   one folder of weights, checked (make export: for llama.cpp or Ollama)
-  put your own examples into data/raw/raw.jsonl in place of the sample, and run this again
+  put your own file of examples into data/raw/ and run this again (docs/DATA.md: formats)
   docs/CONFIG.md has every setting; configs/local.yaml keeps yours"""
 
 
