@@ -6,6 +6,7 @@
 
 Adapters are merged first, tensor by tensor. Every tensor is read back and compared; parity.json proves that the
 exported form gets the same tokens as in training and stops where its answers ended. A difference refuses the export.
+K-quants need llama-cpp-python; without it f16 is written, and the command that quantises it is printed.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ def parser() -> argparse.ArgumentParser:
     flags = console.parser(__doc__)
     add = flags.add_argument
     add("--format", choices=["gguf", "ollama", "hf"], default="gguf", help="default: gguf")
-    add("--type", choices=["f16", "q8_0", "bf16", "f32"], default="f16", help="of the weights (default: f16)")
+    types = ["f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "bf16", "f32"]
+    add("--type", choices=types, default="f16", help="of the weights (default: f16)")
     source = flags.add_mutually_exclusive_group()
     source.add_argument("--adapters", metavar="DIR", type=Path, help="an adapter (default: the newest run's)")
     source.add_argument("--merged", metavar="DIR", type=Path, help="a merged model, or a full fine-tune")
@@ -43,8 +45,11 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     from rich.filesize import decimal
 
     from sft.config.load import display_path
-    from sft.generation.load import resolve_model
-    from sft.report.model_card import export_card
+    from sft.files import read_json
+    from sft.generation.load import resolve_model, system_text
+    from sft.report.compare import FOLDER, RESULT
+    from sft.report.model_card import card
+    from sft.ship import quantize
     from sft.ship.export import export
 
     root = console.project_root()
@@ -52,16 +57,30 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     config = Path(args.config)
     target = resolve_model(config, args.set, adapters=args.adapters, merged=args.merged, is_default=default, root=root)
     out = args.out or root / "outputs" / "export" / f"{target.name}-{args.format}"
-    card = export_card(target, args.format)
+    by_hand = args.type in quantize.TYPES and not quantize.is_installed() and args.format != "hf"
+    kind = quantize.SOURCE if by_hand else args.type
+    weights = f"{target.name}-{kind}.gguf" if args.format != "hf" else ""
+    text = card(
+        target.config,
+        target.name,
+        args.format,
+        result=(read_json(target.run.folder / FOLDER / RESULT) or None) if target.run else None,
+        weights=weights,
+        exported=True,
+        system=system_text(target.config, target.folder, root),
+    )
     with console.progress(f"exporting as {args.format}") as advance:
         report = export(
-            target, args.format, args.type, out, root, card=card,
+            target, args.format, kind, out, root, card=text,
             progress=lambda done, total, name: advance(done, total),
         )  # fmt: skip
     certificate = report.parity
     rows = [(name, decimal(size)) for name, size in report.files.items() if size > 1e5]
     if report.tensors:
         rows.append(("read back", f"{report.tensors} tensors, largest error {report.largest_error:.2g}"))
+    if quantised := report.quantised:
+        losses = f"{quantised['loss_f16']:.4f} as f16 -> {quantised[f'loss_{kind}']:.4f} as {kind}"
+        rows.append((f"loss on {quantised['held_out_rows']} rows of {quantised['held_out']}", losses))
     rows += [
         ("parity", f"{certificate['tokens']:,} tokens of {certificate['rows']} rows are equal"),
         ("  in", ", ".join(certificate["routes"])),
@@ -71,7 +90,13 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         rows.append(("not compared", f"{len(certificate['set_aside'])} rows (parity.json says why)"))
     shown = display_path(out, root)
     console.table(f"exported to {shown}", ["", "value"], rows)
-    console.say(console.as_typed(NEXT[args.format].format(out=shown, name=target.name, type=args.type)))
+    if by_hand:
+        console.warn(f"llama-cpp-python is not installed: the weights are {kind}. {args.type} is one more command:")
+        path, name = f"{shown}/{target.name}", quantize.TYPES[args.type]
+        by_ollama = f"cd {shown} && ollama create {target.name} --quantize q{name[1:]} -f Modelfile"
+        by_llama = f"llama-quantize {path}-{kind}.gguf {path}-{args.type}.gguf {name}"
+        console.say(by_ollama if args.format == "ollama" else by_llama)
+    console.say(console.as_typed(NEXT[args.format].format(out=shown, name=target.name, type=kind)))
     return asdict(report)
 
 

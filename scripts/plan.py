@@ -47,7 +47,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     for table in report.tables(plan):
         console.table(*table)
     for line in report.help_lines(plan):
-        console.say(line)
+        console.say(console.as_typed(line))
     if args.png:
         report.draw(plan, args.png)
         console.say(f"picture: {args.png}")

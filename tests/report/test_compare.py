@@ -133,6 +133,7 @@ def test_several_models_are_compared_and_the_hub_can_read_the_card(
     assert card.data.library_name == "peft" and card.data.base_model is None  # a folder here is nothing to the hub
     assert {result.metric_type for result in card.data.eval_results} >= {"rougeL", "row_loss"}
     assert str(tiny_qwen2.parent) not in text and "| rougeL |" in text
+    assert "AutoPeftModelForCausalLM" in text and "a LoRA adapter (r" in text
 
 
 def test_every_answer_of_a_row_is_compared_when_eval_turns_is_all(

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
+import runpy
 from pathlib import Path
+from typing import Any
 
 import gguf
 import pytest
 
 from sft import files, runs
 from sft.config.schema import Config, ModelSection, TuningSection
+from sft.ship import quantize
 from tests.conftest import ROOT
 from tests.ship.test_merge import adapter
 
@@ -51,6 +55,8 @@ def test_an_ollama_folder_is_written_and_would_be_uploaded(project, command):
     assert modelfile.startswith('FROM ./first-q8_0.gguf\nTEMPLATE """{{ $last := "" }}{{ range .Messages }}')
     assert '\nPARAMETER stop "<|im_end|>"\n' in modelfile
     assert "\nPARAMETER temperature 0\n" in modelfile
+    assert "\nPARAMETER num_ctx 1024\nPARAMETER num_predict 1024\n" in modelfile  # no answer is cut at 8 tokens
+    assert "ollama create first -f Modelfile" in (out / "README.md").read_text()
     assert '\nSYSTEM """Answer "briefly"."""\n' in modelfile
     assert len(gguf.GGUFReader(out / "first-q8_0.gguf").tensors) == report["tensors"] == 50
     sent = command("push", "--repo", "lab/first", "--dry-run", "--json", SFT_ROOT=str(project), HF_TOKEN=TOKEN)
@@ -75,8 +81,49 @@ def test_a_folder_of_safetensors_is_loaded_again(project, command):
     assert done.returncode == 0, done.stderr
     out = project / "outputs" / "export" / "first-hf"
     assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == [0, 2]
-    assert "library_name: transformers" in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert "library_name: transformers" in card
+    assert "`demo` with a LoRA adapter (r 16, alpha 32) merged into its weights" in card and "adapter for" not in card
+    run_code(card, out)
     assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
     wrong = command("push", "--repo", "no-owner", "--folder", out, SFT_ROOT=str(project))
     assert wrong.returncode == 2
     assert "'no-owner' is not a repository name" in wrong.stderr
+
+
+def run_code(card: str, folder: Path) -> None:
+    """Runs the Python of a model card, as a reader would."""
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    exec(code.replace("THIS_FOLDER", str(folder)), {})
+
+
+def exported(project: Path, monkeypatch: pytest.MonkeyPatch, *flags: str) -> dict[str, Any]:
+    """Runs the command's `main`, which spares a process its imports."""
+    monkeypatch.setenv("SFT_ROOT", str(project))
+    script = runpy.run_path(str(ROOT / "scripts" / "export.py"))
+    return script["main"](script["parser"]().parse_args(["--config", str(project / "configs/run_bnb.yaml"), *flags]))
+
+
+def test_without_llama_cpp_a_k_quant_is_f16_and_the_command_that_quantises_it(project, monkeypatch, capfd):
+    monkeypatch.setattr(quantize, "is_installed", lambda: False)
+    report = exported(project, monkeypatch, "--type", "q4_k_m")
+    assert (report["type"], report["quantised"]) == ("f16", None)
+    out, printed = project / "outputs" / "export" / "first-gguf", capfd.readouterr()
+    assert "llama-cpp-python is not installed: the weights are f16" in " ".join(printed.err.split())
+    shown = "outputs/export/first-gguf/first"
+    assert f"llama-quantize {shown}-f16.gguf {shown}-q4_k_m.gguf Q4_K_M\n" in printed.out
+    card = (out / "README.md").read_text()
+    assert "as a GGUF file (first-f16.gguf)" in card and "llama-server -m first-f16.gguf --jinja" in card
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", quantize.TYPES)
+def test_llama_cpp_writes_k_quants_and_what_they_cost_is_measured(project, monkeypatch, kind):
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    report = exported(project, monkeypatch, "--type", kind)
+    path = project / "outputs" / "export" / "first-gguf" / f"first-{kind}.gguf"
+    assert set(report["files"]) == {path.name, "README.md", "parity.json"}
+    quantised = report["quantised"]
+    assert 0 < abs(quantised[f"loss_{kind}"] - quantised["loss_f16"]) < 0.2 * quantised["loss_f16"]
+    assert "Q" in {tensor.tensor_type.name[0] for tensor in gguf.GGUFReader(path).tensors}
+    assert report["parity"]["equal"]

@@ -266,3 +266,12 @@ def test_numbers_too_large_for_fp16_are_refused(tiny_qwen2, tmp_path):
         r"up_proj.weight does not fit fp16",
         tmp_path / "m",
     )
+
+
+def test_the_merge_of_another_run_is_named_before_it_is_replaced(tiny_qwen2, tmp_path, caplog):
+    one, other = (adapter(tiny_qwen2, tmp_path / name) for name in ("one", "other"))
+    merge(one, tmp_path / "m", "fp32", tmp_path)
+    merge(one, tmp_path / "m", "fp32", tmp_path)
+    assert "replaced" not in caplog.text
+    merge(other, tmp_path / "m", "fp32", tmp_path)
+    assert "m holds the merge of one, which will be replaced (--out DIR keeps it)" in caplog.text

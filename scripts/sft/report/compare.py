@@ -469,6 +469,8 @@ def write(result: dict[str, Any], measured: Sequence[Side], target: Target, root
     rows = answer_rows(measured, result["first_metric"])
     files.write_json(folder / RESULT, result)
     files.write_text(folder / ANSWERS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    files.write_text(folder / CARD, model_card.card(result, result["comparisons"][0], target.config))
+    form = model_card.form_of_run(target.config)
+    name, system = result["comparisons"][0]["name"], load.system_text(target.config, target.folder, root)
+    files.write_text(folder / CARD, model_card.card(target.config, name, form, result=result, system=system))
     files.write_text(folder / PAGE, compare_page.page(result, rows, log_curves(run), dump_config(target.config)))
     return folder

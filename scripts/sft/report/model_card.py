@@ -2,61 +2,100 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
 from sft.config import load
 from sft.config.schema import Config
-from sft.generation.load import Target
 from sft.report.html import number
 
+ADAPTER, SAFETENSORS = "adapter", "hf"  # forms of a model besides gguf and ollama
+_LIBRARIES = {ADAPTER: "peft", SAFETENSORS: "transformers"}
+_METHODS = {"qlora": "QLoRA", "lora": "LoRA"}
 
-def card(result: Mapping[str, Any], compared: Mapping[str, Any], config: Config) -> str:
-    """The card of one tuned model. result: the whole comparison. compared: this model's part of it."""
-    title = config.experiment.name or compared["name"]
+
+def form_of_run(config: Config) -> str:
+    """The form of what training left."""
+    return SAFETENSORS if config.tuning.mode == "full" else ADAPTER
+
+
+def card(
+    config: Config,
+    name: str,
+    form: str,
+    *,
+    result: Mapping[str, Any] | None = None,
+    weights: str = "",
+    system: str | None = None,
+    exported: bool = False,
+) -> str:
+    """The card of a tuned model in one form: adapter, hf (a folder of safetensors), gguf or ollama.
+
+    name: of the run. result: what `make compare` wrote, whose first comparison is this run's; None: not measured.
+    weights: the GGUF file. system: the text that the training rows shared. exported: with a certificate of parity.
+    """
+    description = config.experiment.description
+    certificate = "`parity.json` proves that this form gets the same tokens as in training.\n"
+    seq2seq = result is not None and result["kind"] == "seq2seq"
     parts = [
-        header(result, compared, config),
-        f"# {title}\n",
-        f"{config.experiment.description}\n" if config.experiment.description else "",
-        _about(result, config),
-        "## Evaluation\n",
-        f"**{compared['verdict']['headline']}**: {compared['verdict']['words']}.\n",
-        _metrics(compared),
-        _limits(compared),
-        _training(result, config),
-        _data(result),
-        _use(config),
+        _header(config, name, form, result),
+        f"# {config.experiment.name or name}\n",
+        f"{description}\n" if description else "",
+        _about(config, form, weights),
+        certificate if exported else "",
+        _measured(result, config) if result else "Its quality was not measured; `make compare` does so.\n",
+        _use(config, name, form, weights, system, seq2seq=seq2seq),
     ]
     return "\n".join(part for part in parts if part)
 
 
-def header(result: Mapping[str, Any], compared: Mapping[str, Any], config: Config) -> str:
+def _header(config: Config, name: str, form: str, result: Mapping[str, Any] | None) -> str:
     """The YAML between `---` that the hub reads; a base that is a local folder is left out."""
     from huggingface_hub import EvalResult, ModelCardData
 
-    base, adapter = config.model.name, config.tuning.mode != "full"
+    base = config.model.name
     data = ModelCardData(
         base_model=None if load.is_model_folder(base) else base,
-        library_name="peft" if adapter else "transformers",
-        pipeline_tag="text-generation" if result["kind"] == "causal" else "text2text-generation",
-        tags=["sft-play", "fine-tuned", *(["lora"] if adapter else []), *config.experiment.tags],
-        model_name=compared["name"],
+        library_name=_LIBRARIES.get(form, "gguf"),
+        pipeline_tag="text2text-generation" if result and result["kind"] != "causal" else "text-generation",
+        tags=["sft-play", "fine-tuned", *(["lora"] if form == ADAPTER else []), *config.experiment.tags],
+        model_name=name,
         eval_results=[
             EvalResult(
                 task_type="text-generation", dataset_type="own", dataset_name=f"{result['split']} split",
-                metric_type=name, metric_value=one["tuned"],
+                metric_type=metric, metric_value=one["tuned"],
             )
-            for name, one in compared["metrics"].items()
-        ],
+            for metric, one in result["comparisons"][0]["metrics"].items()
+        ] if result else None,
     )  # fmt: skip
     return f"---\n{data.to_yaml()}\n---\n"
 
 
-def _about(result: Mapping[str, Any], config: Config) -> str:
-    base, tuning = load.model_name(config.model.name), config.tuning
-    how = {"qlora": "a QLoRA adapter", "lora": "a LoRA adapter", "full": "a full fine-tune"}[tuning.mode]
-    rank = f" (r {tuning.lora.r}, alpha {tuning.lora.alpha})" if tuning.mode != "full" else ""
-    return f"This is {how}{rank} of `{base}`, made with sft-play. Measured {result['at']}.\n"
+def _about(config: Config, form: str, weights: str) -> str:
+    base, lora = load.model_name(config.model.name), config.tuning.lora
+    if config.tuning.mode == "full":
+        what = f"`{base}` after a full fine-tune"
+    elif form == ADAPTER:
+        what = f"a {_METHODS[config.tuning.mode]} adapter (r {lora.r}, alpha {lora.alpha}) for `{base}`"
+    else:
+        method = _METHODS[config.tuning.mode]
+        what = f"`{base}` with a {method} adapter (r {lora.r}, alpha {lora.alpha}) merged into its weights"
+    return f"This is {what}{f', as a GGUF file ({weights})' if weights else ''}, made with sft-play.\n"
+
+
+def _measured(result: Mapping[str, Any], config: Config) -> str:
+    compared = result["comparisons"][0]
+    parts = [
+        "## Evaluation\n",
+        f"**{compared['verdict']['headline']}**: {compared['verdict']['words']}.\n",
+        f"Measured {result['at']} on what training left, before any merge or conversion.\n",
+        _metrics(compared),
+        _limits(compared),
+        _training(result, config),
+        _data(result),
+    ]
+    return "\n".join(part for part in parts if part)
 
 
 def _metrics(compared: Mapping[str, Any]) -> str:
@@ -84,11 +123,11 @@ def _limits(compared: Mapping[str, Any]) -> str:
 def _training(result: Mapping[str, Any], config: Config) -> str:
     train, summary = config.train, result["training"]
     facts = {
-        "epochs": train.epochs, "learning rate": train.learning_rate, "schedule": train.lr_scheduler_type,
+        "epochs": summary.get("epochs"), "learning rate": train.learning_rate, "schedule": train.lr_scheduler_type,
         "rows a step": train.effective_batch, "longest row": f"{config.model.max_seq_len} tokens",
         "labels": train.labels, "seed": train.seed, "steps": summary.get("steps"),
-        "tokens": summary.get("tokens"), "time": f"{summary['seconds']:.0f} s" if "seconds" in summary else None,
-        "device": summary.get("device"),
+        "best step": summary.get("best_step"), "tokens": summary.get("tokens"),
+        "time": f"{summary['seconds']:.0f} s" if "seconds" in summary else None, "device": summary.get("device"),
         "peak memory": f"{summary['peak_memory_gib']} GiB" if "peak_memory_gib" in summary else None,
     }  # fmt: skip
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items() if value is not None)
@@ -113,46 +152,34 @@ def _data(result: Mapping[str, Any]) -> str:
     return "## Data\n\n" + "\n".join(lines) + "\n" if lines else ""
 
 
-def _use(config: Config) -> str:
-    if config.tuning.mode == "full":
-        return ""
-    base = load.model_name(config.model.name)
-    return (
-        "## Use\n\n```python\nfrom peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer\n\n"
-        'model = AutoPeftModelForCausalLM.from_pretrained("THIS_FOLDER")  # the adapter, on '
-        f'{base}\ntokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")\n```\n'
+_PYTHON = """\
+from {library} import {auto_class}
+from transformers import AutoTokenizer
+
+folder = "THIS_FOLDER"
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = {auto_class}.from_pretrained(folder)
+messages = {messages}
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+output = model.generate(**inputs, max_new_tokens={tokens})
+print(tokenizer.decode({answer}, skip_special_tokens=True))
+"""
+
+
+def _use(config: Config, name: str, form: str, weights: str, system: str | None, *, seq2seq: bool) -> str:
+    """How to run this form."""
+    shared = [{"role": "system", "content": system}] if system else []
+    messages = json.dumps([*shared, {"role": "user", "content": "Hello!"}], ensure_ascii=False)
+    if form == "gguf":
+        note = f"\nThe training rows shared this system text: {system!r}.\n" if system else ""
+        return f"## Use\n\n```bash\nllama-server -m {weights} --jinja\n```\n{note}"
+    if form == "ollama":
+        return f"## Use\n\n```bash\nollama create {name} -f Modelfile\nollama run {name}\n```\n"
+    code = _PYTHON.format(
+        library="peft" if form == ADAPTER else "transformers",
+        auto_class=f"Auto{'Peft' if form == ADAPTER else ''}ModelFor{'Seq2SeqLM' if seq2seq else 'CausalLM'}",
+        messages=messages,
+        tokens=config.generation.max_new_tokens,
+        answer="output[0]" if seq2seq else 'output[0, inputs["input_ids"].shape[1] :]',
     )
-
-
-def export_card(target: Target, form: str) -> str:
-    """README.md of an export: the run's own card where `make compare` wrote one, else a card without figures.
-
-    form: gguf, ollama or hf, which decides the library that the hub's header names.
-    """
-    from huggingface_hub import ModelCard, ModelCardData
-
-    library = "transformers" if form == "hf" else "gguf"
-    measured = target.run.folder / "report" / "README.md" if target.run else None
-    if measured is not None and measured.is_file():
-        written = ModelCard(measured.read_text(encoding="utf-8"))
-        written.data["library_name"] = library
-        return str(written)
-    config, base = target.config, target.config.model.name
-    data = ModelCardData(
-        base_model=None if load.is_model_folder(base) else base,
-        library_name=library,
-        pipeline_tag="text-generation",
-        tags=["sft-play", "fine-tuned", *config.experiment.tags],
-        model_name=target.name,
-    )
-    lora = f"{config.tuning.mode} (r {config.tuning.lora.r}, alpha {config.tuning.lora.alpha})"
-    parts = [
-        f"---\n{data.to_yaml()}\n---\n",
-        f"# {config.experiment.name or target.name}\n",
-        f"{config.experiment.description}\n" if config.experiment.description else "",
-        f"Made with sft-play from `{load.model_name(base)}`: "
-        + ("a full fine-tune" if config.tuning.mode == "full" else lora)
-        + ", merged. Its quality was not measured before this export (`make compare` writes a card with figures).\n",
-        "`parity.json` proves that the exported form gets the same tokens as in training.\n",
-    ]
-    return "\n".join(part for part in parts if part)
+    return f"## Use\n\n```python\n{code}```\n"

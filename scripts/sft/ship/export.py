@@ -22,12 +22,12 @@ from sft.model import hub
 from sft.model.files import ModelFiles
 from sft.model.gguf import Vocabulary, vocabulary_of_file
 from sft.model.tokenizer import load_tokenizer
-from sft.ship import EXPORT_REPORT, PARITY, gguf, merge, parity, verify
+from sft.ship import EXPORT_REPORT, PARITY, gguf, merge, parity, quantize, verify
 from sft.ship.gguf import Progress
 from sft.ship.parity import GOLDEN_ROWS, GoTemplate, Route
 
 MODELFILE = "Modelfile"
-_MERGE_DTYPE = {"f16": "fp16", "q8_0": "fp16", "bf16": "bf16", "f32": "fp32"}
+_MERGE_DTYPE = {"bf16": "bf16", "f32": "fp32"}  # of the weights that the file is made from; else fp16
 _RUN_ROWS = 200  # of the run's own rows that parity compares
 
 
@@ -35,8 +35,9 @@ _RUN_ROWS = 200  # of the run's own rows that parity compares
 class ExportReport:
     """What was exported: the content of export.json.
 
-    files: bytes by name. largest_error: of a number in the GGUF file, against the merged weights. parity: see
-    `parity.Certificate`.
+    files: bytes by name. largest_error: of a number in the GGUF file (of a K-quant: in the f16 file that it was made
+    from), against the merged weights. quantised: of a K-quant, the held-out loss in llama.cpp as f16 and as `type`.
+    parity: see `parity.Certificate`.
     """
 
     out: str
@@ -45,6 +46,7 @@ class ExportReport:
     files: dict[str, int]
     tensors: int
     largest_error: float
+    quantised: dict[str, Any] | None
     parity: dict[str, Any]
     seconds: float
 
@@ -61,14 +63,15 @@ def export(
 ) -> ExportReport:
     """Exports `target` to the folder `out`, or leaves `out` unchanged. card: the text of its README.md.
 
-    form: gguf, ollama or hf. kind: f16, q8_0, bf16 or f32. Raises ModelError (not supported, does not fit the type),
-    TemplateError (parity), EnvironmentProblem (disk), RunError (`out` holds something else).
+    form: gguf, ollama or hf. kind: f16, q8_0, bf16, f32, or one of quantize.TYPES, which needs llama-cpp-python.
+    Raises ModelError (not supported, does not fit the type), TemplateError (parity), EnvironmentProblem (disk),
+    RunError (`out` holds something else).
     """
     started = time.monotonic()
     if not target.tuned:
         raise ModelError("the base has nothing to export", where="--base", fix="make train, or --adapters DIR")
-    if form == "hf" and kind == "q8_0":
-        raise ModelError("safetensors cannot be written as q8_0", where="--type", fix="TYPE=f16, bf16 or f32")
+    if form == "hf" and kind not in ("f16", "bf16", "f32"):
+        raise ModelError(f"safetensors cannot be written as {kind}", where="--type", fix="--type f16, bf16 or f32")
     out = out.absolute()
     merge.require_replaceable(out, EXPORT_REPORT, "an export")
     merge.require_space(out, 0, "the export")
@@ -82,14 +85,14 @@ def export(
     elif target.adapter is not None and own_config is not None:  # before a merge, which may take long
         _refuse_unsupported(merge.find_base(own_config.model, moved_base, target.adapter, root), form, target.config)
     with disk.atomic_folder(out) as staged:
-        folder = _whole_weights(target, form, _MERGE_DTYPE[kind], moved_base, staged, root, progress)
+        folder = _whole_weights(target, form, _MERGE_DTYPE.get(kind, "fp16"), moved_base, staged, root, progress)
         files = _model_files(target, folder, root)
         _refuse_unsupported(files, form, target.config)
         encoder = _training_encoder(target, files, root)
         routes = [parity.route_of_folder(folder, trust_remote_code=target.config.model.trust_remote_code)]
-        tensors, largest_error = 0, 0.0
+        tensors, largest_error, quantised = 0, 0.0, None
         if form != "hf":
-            tensors, largest_error, gguf_routes = _write_gguf(
+            tensors, largest_error, quantised, gguf_routes = _write_gguf(
                 files, staged, kind, form, encoder, target, root, progress
             )
             routes += gguf_routes
@@ -105,7 +108,7 @@ def export(
         disk.write_text(staged / "README.md", card)
         sizes = {path.name: path.stat().st_size for path in sorted(staged.iterdir()) if path.is_file()}
         seconds = round(time.monotonic() - started, 1)
-        report = ExportReport(str(out), form, kind, sizes, tensors, largest_error, certificate, seconds)
+        report = ExportReport(str(out), form, kind, sizes, tensors, largest_error, quantised, certificate, seconds)
         disk.write_json(staged / EXPORT_REPORT, asdict(report))
     return report
 
@@ -158,13 +161,26 @@ def _write_gguf(
     target: Target,
     root: Path,
     progress: Progress,
-) -> tuple[int, float, list[Route]]:
-    """Writes and checks the GGUF file (and the Modelfile); returns its tensors, the largest error, and the routes."""
-    merge.require_space(staged, int(files.parameters * gguf.BYTES[kind]), "the GGUF file")
-    path = staged / f"{target.name}-{kind}.gguf"
+) -> tuple[int, float, dict[str, Any] | None, list[Route]]:
+    """Writes and checks the GGUF file (and the Modelfile).
+
+    Returns its tensors, the largest error, what quantising cost, and the routes.
+    """
+    k_quant = kind in quantize.TYPES
+    written = quantize.SOURCE if k_quant else kind
+    merge.require_space(staged, int(files.parameters * gguf.BYTES[written] * (1.5 if k_quant else 1)), "the GGUF file")
+    path = staged / f"{target.name}-{written}.gguf"
     source = (files.path / "chat_template.jinja").read_text(encoding="utf-8")
-    tensors = gguf.write(files, path, kind, _vocabulary(files, encoder, target.config), source, progress)
-    largest_error = gguf.check(files, path, kind, progress)
+    tensors = gguf.write(files, path, written, _vocabulary(files, encoder, target.config), source, progress)
+    largest_error = gguf.check(files, path, written, progress)
+    quantised = None
+    if k_quant:
+        full, path = path, staged / f"{target.name}-{kind}.gguf"
+        quantize.quantize(full, path, kind)
+        sample = verify.held_out_sample(encoder, target.config, root, int(files.config["vocab_size"]))
+        losses = {f"loss_{name}": quantize.loss(each, sample) for name, each in ((written, full), (kind, path))}
+        quantised = {"held_out": sample.source, "held_out_rows": len(sample.rows), **losses}
+        full.unlink()
     reader = GGUFReader(path)
     vocabulary = vocabulary_of_file(reader)
     field = reader.get_field("tokenizer.chat_template")
@@ -178,7 +194,7 @@ def _write_gguf(
         system = system_text(target.config, target.folder, root)
         disk.write_text(staged / MODELFILE, modelfile(path.name, template, stops, target.config, system, context))
         routes.append(parity.route_of_ollama(vocabulary, template, stops))
-    return tensors, largest_error, routes
+    return tensors, largest_error, quantised, routes
 
 
 def _vocabulary(files: ModelFiles, encoder: Encoder, config: Config) -> Vocabulary:
@@ -213,8 +229,10 @@ def modelfile(
         return f'"{escaped}"'
 
     answers = config.generation
+    context = min(context, max(4096, config.model.max_seq_len + answers.max_new_tokens))
     parameters: dict[str, float] = {
-        "num_predict": answers.max_new_tokens,
+        "num_ctx": context,
+        "num_predict": context,  # an answer ends at a stop text: max_new_tokens, for evaluation, would cut it
         "seed": answers.seed,
         "repeat_penalty": answers.repetition_penalty,
         "temperature": answers.temperature if answers.do_sample else 0,  # 0 is greedy
@@ -225,7 +243,6 @@ def modelfile(
         f"TEMPLATE {block(template.text())}",
         *(f"PARAMETER stop {quoted(stop)}" for stop in stops),
         *(f"PARAMETER {name} {value}" for name, value in parameters.items()),
-        f"PARAMETER num_ctx {min(context, max(4096, config.model.max_seq_len + config.generation.max_new_tokens))}",
         *([f"SYSTEM {block(system)}"] if system else []),
     ]
     return "\n".join(lines) + "\n"

@@ -100,7 +100,7 @@ def merge(
             **asdict(compared),
             out=str(out),
             base=files.name,
-            adapter=str(adapter),
+            adapter=str(adapter.resolve()),  # adapters/last will be another one
             dtype=dtype,
             tensors=counts.tensors,
             changed_share=counts.changed / max(1, counts.numbers),
@@ -171,6 +171,9 @@ def _check_inputs(adapter: Path, out: Path, files: ModelFiles, record: dict[str,
     if record["fingerprint"] and record["fingerprint"] != files.fingerprint():
         raise adapters.other_base(adapter, str(record["name"]), files.name, "the weights differ")
     require_replaceable(out, MERGE_REPORT, "a merged model")
+    earlier = disk.read_json(out / MERGE_REPORT).get("adapter")
+    if earlier and Path(earlier).resolve() != adapter.resolve():
+        log.warning(f"{out} holds the merge of {Path(earlier).name}, which will be replaced (--out DIR keeps it)")
     resolved = out.resolve()
     if resolved in (adapter.resolve(), files.path.resolve()) or resolved in adapter.resolve().parents:
         raise RunError(f"{out} holds the adapter or the base", where=str(out), fix="--out OTHER_DIR")

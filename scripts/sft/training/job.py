@@ -492,6 +492,7 @@ def _write_result(job: Job, loop: TrainingLoop, run: Run, root: Path, best: int 
         "run": run.name,
         "steps": progress.global_step,
         "planned_steps": job.schedule.total_steps,
+        "epochs": round(progress.epoch, 2),
         "train_loss_first": losses[0] if losses else None,
         "train_loss_last": losses[-1] if losses else None,
         "best_step": best,

@@ -1,0 +1,44 @@
+"""The model card says what the folder holds, with the figures of the run as it went."""
+
+from __future__ import annotations
+
+import pytest
+
+from sft.config.schema import Config
+from sft.report.model_card import card
+
+MEASURED = {
+    "at": "2026-01-02 03:04", "kind": "causal", "split": "test", "versions": {"torch": "2.13"}, "data": {},
+    "training": {"epochs": 1.3, "steps": 26, "seconds": 61.2},
+    "comparisons": [{
+        "metrics": {"rougeL": {
+            "base": 0.1, "tuned": 0.5, "difference": 0.4, "low": 0.3, "high": 0.5, "wins": 9, "ties": 1, "losses": 0,
+            "finding": "better",
+        }},
+        "verdict": {"headline": "Better", "words": "rougeL rose"},
+        "stopping": {"headline": "Answers end"},
+    }],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("mode", "form", "words"),
+    [
+        ("qlora", "adapter", ["This is a QLoRA adapter (r 16, alpha 32) for", "library_name: peft", "AutoPeft"]),
+        (
+            "qlora",
+            "gguf",
+            ["a QLoRA adapter (r 16, alpha 32) merged", "library_name: gguf", "llama-server -m w.gguf"],
+        ),
+        ("lora", "ollama", ["merged into its weights, as a GGUF file", "ollama create mine -f Modelfile"]),
+        ("full", "hf", ["after a full fine-tune, made", "library_name: transformers", "= AutoModelForCausalLM"]),
+    ],
+)
+def test_each_form_has_its_own_words_and_code(mode: str, form: str, words: list[str]) -> None:
+    config = Config()
+    config = config.model_copy(update={"tuning": config.tuning.model_copy(update={"mode": mode})})
+    text = card(config, "mine", form, result=MEASURED, weights="w.gguf" if form in ("gguf", "ollama") else "")
+    assert all(part in text for part in words), text
+    assert ("lora" in text.split("---")[1]) == (form == "adapter") and ("Peft" in text) == (form == "adapter")
+    assert "| epochs | 1.3 |" in text and "| rougeL |" in text  # the config says 3 or more
+    assert "was not measured" in card(config, "mine", form) and "parity.json" not in text
