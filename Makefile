@@ -146,13 +146,13 @@ infer-interactive: $(ENV) ## the same
 infer-batch: $(ENV) ## answer a file (INPUT=questions.txt or .jsonl, OUTPUT=outputs/preds.txt)
 	$(SCRIPT)/infer.py $(WITH) $(FROM) $(if $(BASE),--base) --mode batch --input_file "$$INPUT" --output_file "$$OUTPUT"
 merge: $(ENV) ## merge the newest adapter into fp16 weights (outputs/merged_fp16)
-	$(SCRIPT)/merge_lora.py $(WITH) $(FROM) --out outputs/merged_fp16 --dtype fp16
+	$(SCRIPT)/merge_lora.py $(WITH) $(FROM) --out "$(or $(OUT),outputs/merged_fp16)" --dtype fp16
 merge-bf16: $(ENV) ## the same in bf16 (outputs/merged_bf16)
-	$(SCRIPT)/merge_lora.py $(WITH) $(FROM) --out outputs/merged_bf16 --dtype bf16
+	$(SCRIPT)/merge_lora.py $(WITH) $(FROM) --out "$(or $(OUT),outputs/merged_bf16)" --dtype bf16
 merge-test: $(ENV) ## load the merged model and generate answers
-	$(SCRIPT)/merge_lora.py $(WITH) --out outputs/merged_fp16 --test
-export: $(ENV) ## export the newest run as GGUF, for Ollama or as safetensors, and verify its tokens (FORMAT=gguf|ollama|hf TYPE=f16|q8_0)
-	$(SCRIPT)/export.py $(WITH) $(FROM) --format $(or $(FORMAT),gguf) --type $(or $(TYPE),f16)
+	$(SCRIPT)/merge_lora.py $(WITH) --out "$(or $(OUT),outputs/merged_fp16)" --test
+export: $(ENV) ## export the newest run as GGUF, for Ollama or as safetensors, and verify its tokens (FORMAT=gguf|ollama|hf TYPE=f16|q8_0|q4_k_m OUT=DIR)
+	$(SCRIPT)/export.py $(WITH) $(FROM) --format $(or $(FORMAT),gguf) --type $(or $(TYPE),f16) $(if $(OUT),--out "$(OUT)")
 push: $(ENV) ## upload the newest export to the hub with its model card (REPO=me/model, DRY=1 only lists the files)
 	$(SCRIPT)/push.py --repo "$(REPO)" $(if $(DRY),--dry-run) $(ARGS)
 

@@ -100,6 +100,7 @@ def _use_run(args: argparse.Namespace) -> None:
 _VARIABLES = {
     "set": "SET", "allow-change": "ALLOW", "resume": "RESUME", "adapters": "ADAPTERS", "run": "RUN", "config": "CONFIG",
     "style": "STYLE", "raw_path": "RAW", "user_col": "USER_COL", "answer_col": "ANSWER_COL", "gpu": "GPU",
+    "out": "OUT", "type": "TYPE",
 }  # fmt: skip
 _VALUE = r"((?:'[^']*'|[^\s'])+?)(?=[),;:]*(?:\s|$))"
 
