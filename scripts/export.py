@@ -49,7 +49,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     from sft.generation.load import resolve_model, system_text
     from sft.report.compare import FOLDER, RESULT
     from sft.report.model_card import card
-    from sft.ship import quantize
+    from sft.ship import gguf
     from sft.ship.export import export
 
     root = console.project_root()
@@ -57,8 +57,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     config = Path(args.config)
     target = resolve_model(config, args.set, adapters=args.adapters, merged=args.merged, is_default=default, root=root)
     out = args.out or root / "outputs" / "export" / f"{target.name}-{args.format}"
-    by_hand = args.type in quantize.TYPES and not quantize.is_installed() and args.format != "hf"
-    kind = quantize.SOURCE if by_hand else args.type
+    by_hand = args.type in gguf.K_QUANTS and not gguf.has_llama_cpp() and args.format != "hf"
+    kind = gguf.K_SOURCE if by_hand else args.type
     weights = f"{target.name}-{kind}.gguf" if args.format != "hf" else ""
     text = card(
         target.config,
@@ -92,7 +92,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     console.table(f"exported to {shown}", ["", "value"], rows)
     if by_hand:
         console.warn(f"llama-cpp-python is not installed: the weights are {kind}. {args.type} is one more command:")
-        path, name = f"{shown}/{target.name}", quantize.TYPES[args.type]
+        path, name = f"{shown}/{target.name}", gguf.K_QUANTS[args.type]
         by_ollama = f"cd {shown} && ollama create {target.name} --quantize q{name[1:]} -f Modelfile"
         by_llama = f"llama-quantize {path}-{kind}.gguf {path}-{args.type}.gguf {name}"
         console.say(by_ollama if args.format == "ollama" else by_llama)

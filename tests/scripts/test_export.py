@@ -13,7 +13,7 @@ import pytest
 
 from sft import files, runs
 from sft.config.schema import Config, ModelSection, TuningSection
-from sft.ship import quantize
+from sft.ship import gguf as ship_gguf
 from tests.conftest import ROOT
 from tests.ship.test_merge import adapter
 
@@ -105,7 +105,7 @@ def exported(project: Path, monkeypatch: pytest.MonkeyPatch, *flags: str) -> dic
 
 
 def test_without_llama_cpp_a_k_quant_is_f16_and_the_command_that_quantises_it(project, monkeypatch, capfd):
-    monkeypatch.setattr(quantize, "is_installed", lambda: False)
+    monkeypatch.setattr(ship_gguf, "has_llama_cpp", lambda: False)
     report = exported(project, monkeypatch, "--type", "q4_k_m")
     assert (report["type"], report["quantised"]) == ("f16", None)
     out, printed = project / "outputs" / "export" / "first-gguf", capfd.readouterr()
@@ -117,7 +117,7 @@ def test_without_llama_cpp_a_k_quant_is_f16_and_the_command_that_quantises_it(pr
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", quantize.TYPES)
+@pytest.mark.parametrize("kind", ship_gguf.K_QUANTS)
 def test_llama_cpp_writes_k_quants_and_what_they_cost_is_measured(project, monkeypatch, kind):
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     report = exported(project, monkeypatch, "--type", kind)

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from gguf import GGUFReader
 
 from sft import files as disk
@@ -22,7 +23,7 @@ from sft.model import hub
 from sft.model.files import ModelFiles
 from sft.model.gguf import Vocabulary, vocabulary_of_file
 from sft.model.tokenizer import load_tokenizer
-from sft.ship import EXPORT_REPORT, PARITY, gguf, merge, parity, quantize, verify
+from sft.ship import EXPORT_REPORT, PARITY, gguf, merge, parity, verify
 from sft.ship.gguf import Progress
 from sft.ship.parity import GOLDEN_ROWS, GoTemplate, Route
 
@@ -63,7 +64,7 @@ def export(
 ) -> ExportReport:
     """Exports `target` to the folder `out`, or leaves `out` unchanged. card: the text of its README.md.
 
-    form: gguf, ollama or hf. kind: f16, q8_0, bf16, f32, or one of quantize.TYPES, which needs llama-cpp-python.
+    form: gguf, ollama or hf. kind: f16, q8_0, bf16, f32, or one of gguf.K_QUANTS, which needs llama-cpp-python.
     Raises ModelError (not supported, does not fit the type), TemplateError (parity), EnvironmentProblem (disk),
     RunError (`out` holds something else).
     """
@@ -166,8 +167,8 @@ def _write_gguf(
 
     Returns its tensors, the largest error, what quantising cost, and the routes.
     """
-    k_quant = kind in quantize.TYPES
-    written = quantize.SOURCE if k_quant else kind
+    k_quant = kind in gguf.K_QUANTS
+    written = gguf.K_SOURCE if k_quant else kind
     merge.require_space(staged, int(files.parameters * gguf.BYTES[written] * (1.5 if k_quant else 1)), "the GGUF file")
     path = staged / f"{target.name}-{written}.gguf"
     source = (files.path / "chat_template.jinja").read_text(encoding="utf-8")
@@ -176,9 +177,13 @@ def _write_gguf(
     quantised = None
     if k_quant:
         full, path = path, staged / f"{target.name}-{kind}.gguf"
-        quantize.quantize(full, path, kind)
+        gguf.quantize(full, path, kind)
         sample = verify.held_out_sample(encoder, target.config, root, int(files.config["vocab_size"]))
-        losses = {f"loss_{name}": quantize.loss(each, sample) for name, each in ((written, full), (kind, path))}
+        ids = [row.input_ids for row in sample.rows]
+        losses = {
+            f"loss_{name}": sample.loss([torch.from_numpy(part) for part in gguf.logits(each, ids)])
+            for name, each in ((written, full), (kind, path))
+        }
         quantised = {"held_out": sample.source, "held_out_rows": len(sample.rows), **losses}
         full.unlink()
     reader = GGUFReader(path)

@@ -6,10 +6,13 @@ convert_hf_to_gguf.py.
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +46,8 @@ ARCHITECTURES = {
     "MistralForCausalLM": "llama",
 }
 BYTES = {"f16": 2.0, "q8_0": 34 / 32, "bf16": 2.0, "f32": 4.0}  # per number
+K_QUANTS = {"q4_k_m": "Q4_K_M", "q5_k_m": "Q5_K_M", "q6_k": "Q6_K"}  # ours -> llama.cpp's name
+K_SOURCE = "f16"  # the type that a K-quant is made from
 CONVERTER = "FORMAT=hf, then llama.cpp's own convert_hf_to_gguf.py"
 _LLAMA_CPP_ENDS = set(  # tokens at which llama.cpp ends an answer whatever the file says
     "<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|> </s> <|eom_id|>"
@@ -304,3 +309,44 @@ def _allowed_error(values: Array, kind: GgmlType) -> Array:
         return np.repeat(largest * (0.5 / 127 + 2**-10) + 2**-17, 32, axis=1).reshape(values.shape)
     smallest_step: float = 2**-24 if kind == GgmlType.F16 else 0.0
     return np.abs(values) * _RELATIVE_ERROR[kind.name] + smallest_step
+
+
+# --- K-quants, by llama.cpp's own code
+
+
+def has_llama_cpp() -> bool:
+    """Whether llama-cpp-python can be imported."""
+    return importlib.util.find_spec("llama_cpp") is not None
+
+
+def quantize(source: Path, target: Path, kind: str) -> None:
+    """Writes the GGUF file `source` as `kind` to `target`. Raises ModelError if llama.cpp cannot."""
+    llama = _llama_cpp()
+    params = llama.llama_model_quantize_default_params()
+    params.ftype = getattr(llama, f"LLAMA_FTYPE_MOSTLY_{K_QUANTS[kind]}")
+    if code := llama.llama_model_quantize(str(source).encode(), str(target).encode(), params):
+        raise ModelError(f"llama.cpp cannot write {target.name} (code {code})", fix="--type q8_0, or --type f16")
+
+
+def logits(path: Path, rows: list[list[int]]) -> list[Array]:
+    """llama.cpp's logits [tokens, vocabulary] for each row of ids, computed on the CPU."""
+    length = max(map(len, rows))
+    model = _llama_cpp().Llama(str(path), n_ctx=length, n_batch=length, n_gpu_layers=0, logits_all=True, verbose=False)
+    result = []
+    for ids in rows:
+        model.reset()
+        model.eval(ids)
+        result.append(model.scores[: len(ids)].copy())
+    return result
+
+
+def _llama_cpp() -> Any:
+    """llama_cpp without its log, which would go to stderr."""
+    llama = importlib.import_module("llama_cpp")
+    llama.llama_log_set(_silent_log(llama), None)
+    return llama
+
+
+@cache
+def _silent_log(llama: Any) -> Any:  # cached, because llama.cpp holds only a pointer to it
+    return llama.llama_log_callback(lambda level, text, data: None)
