@@ -486,9 +486,7 @@ def _write_result(job: Job, loop: TrainingLoop, run: Run, root: Path, best: int 
     evaluations = [entry for entry in progress.log_history if "eval_loss" in entry]
     shown = next((entry for entry in evaluations if entry["step"] == best), evaluations[-1] if evaluations else {})
     names = sorted(key[5:] for key in shown if key.startswith("eval_") and key not in ("eval_seconds", "eval_loss"))
-    summary: dict[
-        str, Any
-    ] = {  # finished.json: losses are means over labelled tokens, seconds those of training steps only
+    summary: dict[str, Any] = {  # losses: means over labelled tokens; seconds: of training steps only
         "run": run.name,
         "steps": progress.global_step,
         "planned_steps": job.schedule.total_steps,
