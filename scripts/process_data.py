@@ -152,7 +152,9 @@ def show(ledger: Ledger) -> None:
     for line in ledger.report_lines():
         console.say(line)
     if ledger.written:
-        share = f"{ledger.fault_share:.1%} faulty, {ledger.max_dropped:.0%} allowed"
+        within = ledger.fault_share <= ledger.max_dropped
+        limit = f"{ledger.max_dropped:.0%} allowed" if within else "so few are accepted in any file"
+        share = f"{ledger.fault_share:.1%} faulty, {limit}"
         console.say(f"{share}; {ledger.verdict()}")
 
 

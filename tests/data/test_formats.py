@@ -221,9 +221,9 @@ def test_columns_are_mapped_by_name() -> None:
     with pytest.raises(RowFault, match="no column 'Best Answr', did you mean 'Best Answer'"):
         stored(row, user="Question", assistant="Best Answr")
     assert fault({"Question": "q"}, user="Question", assistant="Best Answer") == "unknown format"
-    with pytest.raises(DataError, match="must name the columns of user and assistant"):
+    with pytest.raises(DataError, match="a column of the questions"):
         Formats("columns", None)
-    with pytest.raises(DataError, match="must name"):
+    with pytest.raises(DataError, match="a column of the questions"):
         Formats("auto", {"user": "Question"})
 
 

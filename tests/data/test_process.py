@@ -331,3 +331,19 @@ def test_processing_never_loads_torch_or_transformers(tmp_path: Path) -> None:
         [sys.executable, "-c", code], env={"PYTHONPATH": scripts}, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_rows_left_out_on_request_are_not_called_faulty(tmp_path: Path) -> None:
+    rows = [json.dumps({"question": "Hi {{name}}, %d?" % n, "answer": f"Yes {n}."}) for n in range(4)]  # noqa: UP031
+    data = DataSection(drop=["placeholders"])
+    with pytest.raises(DataError, match=r"all 4 rows are left out \(4 placeholder\)") as caught:
+        process(data, tmp_path, str(write(tmp_path / "a.jsonl", rows)))
+    assert "change data.drop" in (caught.value.fix or "")
+
+
+def test_a_column_that_is_not_in_the_file_gets_the_command_with_a_guess(tmp_path: Path) -> None:
+    rows = [json.dumps({"question": f"{n}?", "anwser": f"Yes {n}."}) for n in range(4)]
+    data = DataSection.model_validate({"columns": {"user": "question", "assistant": "answer"}})
+    with pytest.raises(DataError) as caught:
+        process(data, tmp_path, str(write(tmp_path / "a.jsonl", rows)))
+    assert "USER_COL=question ANSWER_COL=anwser" in (caught.value.fix or "")

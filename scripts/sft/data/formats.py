@@ -66,7 +66,9 @@ class Formats:
     def __init__(self, format: str, columns: dict[str, str] | None) -> None:
         if (columns or format == "columns") and not {"user", "assistant"} <= set(columns or ()):
             fix = "name both: USER_COL=NAME ANSWER_COL=NAME, or data.columns.user and data.columns.assistant"
-            raise DataError("data.columns must name the columns of user and assistant", where="data.columns", fix=fix)
+            raise DataError(
+                "a column of the questions and one of the answers are needed", where="data.columns", fix=fix
+            )
         self._format, self._columns = format, columns or {}
         self.unread: Counter[str] = Counter()  # key -> rows that have it although no format reads it
         self.cut = 0  # rows that ended with an empty turn
@@ -78,7 +80,11 @@ class Formats:
             raise RowFault("unknown format", "not an object with keys")
         names = _plain_names(tuple(row))
         if self._columns and self._format in ("auto", "columns"):
-            format, names = "columns", {role: _column(row, names, name) for role, name in self._columns.items()}
+            try:
+                format, names = "columns", {role: _column(row, names, name) for role, name in self._columns.items()}
+            except RowFault:
+                self._remember_table(row)
+                raise
             read = {*names.values(), *STORED}
         else:
             _refuse(row, names)

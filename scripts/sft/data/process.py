@@ -323,10 +323,13 @@ def _require_good_rows(
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(ledger.named.items()))
     most = max(ledger.examples, key=lambda reason: ledger.named[reason], default="")
     where = ledger.examples[most][0]["origin"] if most else ledger.source
-    what = f"{ledger.faults:,} of {ledger.read:,} rows are faulty ({reasons or 'no rows at all'})"
+    what = f"{ledger.faults:,} of {ledger.read:,} rows are faulty ({reasons})"
     what += f", more than data.max_dropped={ledger.max_dropped:g} allows" if ledger.written else ": nothing is left"
     columns = guess_columns(table) if table and not ledger.written and ledger.read > 1 else None
-    if columns:
+    if not ledger.faults:
+        what = f"all {ledger.read:,} rows are left out ({reasons})"
+        fix = "change data.drop, data.contamination or data.deduplicate, which leave them out"
+    elif columns:
         raw = f" RAW={shlex.quote(raw_path)}" if raw_path else ""
         user, answer = (shlex.quote(column) for column in columns)
         fix = f"say which columns hold question and answer: make process{raw} USER_COL={user} ANSWER_COL={answer}"
