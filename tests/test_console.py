@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -143,3 +144,12 @@ def test_progress_on_a_pipe_is_a_line_now_and_then_with_the_time_left(
             advance(done, 100)
     assert capsys.readouterr().err == "answering 2%, 33 min left\nanswering 4%, 48 min left\n"
     assert [console.duration(seconds) for seconds in (7, 150, 7800)] == ["7 s", "2 min", "2 h 10 min"]
+
+
+def test_threads_do_not_wait_by_spinning_unless_the_user_chose_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    console.quiet_libraries()
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    console.quiet_libraries()
+    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"

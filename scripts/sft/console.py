@@ -315,7 +315,7 @@ def _save_error(text: str, *, make_folder: bool = False) -> Path:
 
 
 def quiet_libraries() -> None:
-    """Switches off the libraries' advice lines, telemetry and welcome messages."""
+    """Switches off the libraries' advice lines, telemetry and welcome messages, and waiting by spinning."""
     for name, value in {
         "TOKENIZERS_PARALLELISM": "false",
         "TRANSFORMERS_VERBOSITY": "error",
@@ -323,6 +323,7 @@ def quiet_libraries() -> None:
         "BITSANDBYTES_NOWELCOME": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TF_CPP_MIN_LOG_LEVEL": "3",
+        "OMP_WAIT_POLICY": "PASSIVE",  # threads that wait by spinning slow everything down beside another busy process
     }.items():
         os.environ.setdefault(name, value)
 

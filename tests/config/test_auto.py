@@ -168,11 +168,11 @@ def test_three_unequal_batch_numbers_are_refused_by_the_schema_too() -> None:
 @pytest.mark.parametrize(
     ("facts", "max_seq_len", "train", "expected"),
     [
-        (CPU, 128, {}, (16, 16, 1, 2048)),
-        (CPU, 512, {}, (16, 16, 1, 4096)),
-        (CPU, 8192, {}, (16, 16, 1, 8192)),
+        (CPU, 32, {}, (16, 16, 1, 512)),
+        (CPU, 512, {}, (16, 16, 1, 1024)),
+        (CPU, 8192, {}, (16, 16, 1, 1024)),
         (CPU, 512, {"batch_size": 2}, (16, 2, 8, 1024)),
-        (CPU, 512, {"effective_batch": 4}, (4, 4, 1, 2048)),
+        (CPU, 128, {"effective_batch": 4}, (4, 4, 1, 512)),
         (CPU, 512, {"micro_batch_tokens": 300}, (16, 16, 1, 300)),
         (ADA, 512, {}, (16, 1, 16, 512)),
         (Facts("cuda", (8, 9), measured_batch=4), 512, {}, (16, 4, 4, 2048)),

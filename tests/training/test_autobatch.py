@@ -124,6 +124,23 @@ def test_a_resumed_run_uses_its_checkpoints_micro_batch_unless_the_config_has_on
     assert base.is_gradient_checkpointing == settings["gradient_checkpointing"] == bool(explicit)
 
 
+def test_on_the_cpu_activations_take_at_most_half_of_the_free_memory(
+    tiny_qwen2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = bench.make_loop(bench.config(tiny_qwen2, tmp_path / "outputs/a"))
+    step, state = replace(loop.step, micro_batch_tokens=1024), torch.get_rng_state()
+
+    def tokens(free_bytes: float) -> int:
+        monkeypatch.setattr(autobatch, "probe", lambda: SimpleNamespace(free_bytes=free_bytes))
+        return autobatch.cpu_tokens(loop.model, step, loop.rows[0])
+
+    assert tokens(1e12) == 1024
+    enough = next(power for power in range(40) if tokens(2.0**power) == 1024)
+    assert 10 < enough < 32  # bytes: what 1,024 tokens of two tiny layers store
+    assert (tokens(2.0 ** (enough - 1)), tokens(2.0 ** (enough - 2)), tokens(0)) == (512, 256, 1)
+    assert all(weight.grad is None for weight in loop.model.parameters()) and torch.equal(torch.get_rng_state(), state)
+
+
 def test_the_longest_rows_make_the_batch() -> None:
     rows = [{"id": str(index)} for index in range(5)]
     batch = longest_batch(rows, [5, 9, 2, 9, 4], 24)

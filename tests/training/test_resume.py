@@ -158,7 +158,7 @@ def test_only_the_newest_checkpoints_and_the_best_one_stay(tiny_qwen2: Path, tmp
         "save_total_limit": 1,
     }
     # a rate this high makes the first evaluation the best one
-    loop = bench.make_loop(bench.config(tiny_qwen2, tmp_path / "outputs" / "a", train={**train, "learning_rate": 5.0}))
+    loop = bench.make_loop(bench.config(tiny_qwen2, tmp_path / "outputs" / "a", train={**train, "learning_rate": 1.0}))
     loop.fit()
     losses = [entry["eval_loss"] for entry in loop.progress.log_history if "eval_loss" in entry]
     best = losses.index(min(losses)) + 1

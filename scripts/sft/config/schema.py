@@ -325,7 +325,8 @@ class TrainSection(Section):
     grad_accum: Auto | Count = key("auto", "Micro-batches a step; `auto` follows from the other two.")
     micro_batch_tokens: Auto | Count = key(
         "auto",
-        "Token budget of a micro-batch; `auto`: batch_size * max_seq_len, at most 4096 (but at least one row).",
+        "Token budget of a micro-batch; `auto`: batch_size * max_seq_len, at most 4096 (but at least one row);"
+        " on the CPU at most 1024.",
     )
     bf16: Auto | bool = key(
         "auto",

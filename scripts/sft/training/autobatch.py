@@ -1,4 +1,4 @@
-"""Chooses the micro-batch on a GPU by measuring, before the first step, within a minute.
+"""Chooses the micro-batch by measuring, before the first step: on a GPU speed and memory, within a minute.
 
 The longest real rows go through forward and backward, with the optimizer's state allocated. The micro-batch is doubled
 until speed stops growing or memory ends, and gradient checkpointing is switched off where enough fits without it.
@@ -15,13 +15,15 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 
 from sft.config.auto import optimizer_state
 from sft.errors import EnvironmentProblem
 from sft.model import adapters
 from sft.model.adapters import unwrap
-from sft.step.batch import Collator
-from sft.step.step import StepConfig, forward_backward, out_of_memory, release_memory
+from sft.model.hardware import probe
+from sft.step.batch import Collator, split_micro_batches
+from sft.step.step import StepConfig, forward_backward, out_of_memory, release_memory, token_losses
 from sft.training import distributed
 from sft.training.checkpoint import Progress
 
@@ -68,18 +70,21 @@ class Measurement(NamedTuple):
 
 
 def choose(job: Job, model: Any, step: StepConfig, checkpoint: Path | None = None) -> tuple[StepConfig, dict[str, Any]]:
-    """The step with the micro-batch to use, and the values of section `train` that were chosen ({} on the CPU).
+    """The step with the micro-batch to use, and the values of section `train` that were chosen.
 
     Where the config leaves them open, a resumed run uses the values of its checkpoint, so that it continues bit for
     bit. Raises EnvironmentProblem if no row fits.
     """
-    if job.device.device != "cuda":
-        return step, {}
     train, unresolved = job.config.train, job.unresolved
+    progress = None if checkpoint is None else Progress.read(checkpoint)
+    if job.device.device != "cuda":
+        if unresolved.micro_batch_tokens != "auto":
+            return step, {}
+        tokens = progress.asked_budget[0] if progress else cpu_tokens(model, step, job.rows.train[0])
+        return replace(step, micro_batch_tokens=tokens), {"micro_batch_tokens": tokens}
     is_free = (unresolved.batch_size, unresolved.grad_accum, unresolved.micro_batch_tokens) == ("auto", "auto", "auto")
     tokens, checkpointing = int(train.micro_batch_tokens), bool(train.gradient_checkpointing)
-    if checkpoint is not None:
-        progress = Progress.read(checkpoint)
+    if progress is not None:
         tokens = int(progress.asked_budget[0]) if is_free else tokens
         checkpointing = progress.checkpointing if unresolved.gradient_checkpointing == "auto" else checkpointing
     else:
@@ -106,6 +111,32 @@ def choose(job: Job, model: Any, step: StepConfig, checkpoint: Path | None = Non
         rows = min(effective, max(1, tokens // job.config.model.max_seq_len))
         settings |= {"batch_size": rows, "grad_accum": -(-effective // rows)}
     return replace(step, micro_batch_tokens=tokens), settings
+
+
+def cpu_tokens(model: Any, step: StepConfig, row: Feature) -> int:
+    """The step's token budget, halved until what a forward pass stores for it fits half of the free memory.
+
+    That is measured on one row, without a backward pass.
+    """
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    stored: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            stored[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    (micro,) = split_micro_batches(Collator(step.kind)([row]), tokens=1, packed=step.packed)
+    with torch.random.fork_rng([]), saved_tensors_hooks(note, lambda tensor: tensor), step.forward_context():
+        losses = token_losses(model, micro, step)
+    tokens, of_token, half = step.micro_batch_tokens, sum(stored.values()) / micro.computed, probe().free_bytes / 2
+    del losses
+    while tokens > 1 and tokens * of_token > half:
+        tokens //= 2
+    if tokens < step.micro_batch_tokens:
+        log.info("micro-batches of at most %d tokens: more would take over half of the free memory", tokens)
+    return tokens
 
 
 @dataclass
