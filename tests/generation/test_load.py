@@ -21,7 +21,7 @@ from sft.generation import decode, evaluate
 from sft.generation import load as serving
 from sft.model import hardware
 from sft.model import load as model_load
-from sft.training.job import SampleAnswers
+from sft.training.job import sample_answers
 from tests import tiny_models
 from tests.generation import tiny_runs
 
@@ -124,7 +124,7 @@ def test_chat_batch_evaluation_and_training_generate_the_same_text(
     chat = ["".join(served.stream(records.messages(row)[:-1], config.generation)) for row in rows]
     measured = [sample["prediction"] for sample in evaluate.evaluate(served, rows, config, root).samples]
     assert len(set(batch)) > 1 and batch == chat == measured
-    answers = SampleAnswers(served, rows, config, root)
+    answers = sample_answers(served, rows, config, root)
     _, samples = answers(served.model.train())
     assert batch[0] in samples
 

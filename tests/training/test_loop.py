@@ -50,14 +50,6 @@ def test_the_loss_falls_and_only_what_should_change_changes(tiny_qwen2: Path, tm
     assert (len(before) == 0) == (mode == "full")
 
 
-def test_the_share_of_time_spent_waiting_for_input_is_in_the_log(tiny_qwen2: Path, tmp_path: Path) -> None:
-    loop = bench.make_loop(bench.config(tiny_qwen2, tmp_path / "outputs" / "a"))
-    loop.fit()
-    shares = bench.logged(loop, "input_wait")
-    assert len(shares) == len(bench.logged(loop, "loss")) > 0
-    assert all(0 < share < 1 for share in shares)
-
-
 def test_a_tiny_gpt2_trains_in_lora_mode(tiny_gpt2: Path, tmp_path: Path) -> None:
     loop = bench.make_loop(bench.config(tiny_gpt2, tmp_path / "outputs" / "a"))
     loop.fit()

@@ -223,14 +223,10 @@ CONSEQUENCES = {
     "data": "some rows may be trained twice this epoch and others skipped",
     "seed": "the order of rows changes from here on",
     "effective_batch": "the epoch continues at the row that this many steps of the new size reach",
-    "world_size": "dropout draws other numbers",
     "template": "the rows trained on so far were formatted differently",
     "weights": "the adapter was trained on other weights",
-    "revision": "the adapter continues on the weights of that revision",
     "max_seq_len": "other rows may be dropped or truncated",
     "labels": "other tokens are trained on from here on",
-    "label_smoothing": "takes effect with the next step; losses before and after cannot be compared",
-    **dict.fromkeys(("weight_decay", "max_grad_norm"), "takes effect with the next step"),
     **dict.fromkeys(
         ("total_steps", "learning_rate", "lr_scheduler_type", "warmup_steps"),
         "the learning rate jumps to that of the new schedule",
@@ -248,11 +244,8 @@ def check_fingerprint(folder: Path, fingerprint: dict[str, Any], allowed: Iterab
     try:
         stored = {"objective": "response", **json.loads((folder / FINGERPRINT).read_text(encoding="utf-8"))}
     except (OSError, ValueError) as error:
-        raise RunError(
-            f"{FINGERPRINT} cannot be read ({type(error).__name__}), so the settings of this checkpoint are unknown",
-            where=str(folder / FINGERPRINT),
-            fix="start a new run: --resume never",
-        ) from None
+        what = f"{FINGERPRINT} cannot be read ({type(error).__name__}), so its settings are unknown"
+        raise RunError(what, where=str(folder / FINGERPRINT), fix="start a new run: --resume never") from None
     current = json.loads(json.dumps(fingerprint, default=str))
     changed = [key for key in sorted({*stored, *current}) if stored.get(key) != current.get(key)]
     lines = {key: _change(key, stored.get(key), current.get(key)) for key in changed}

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from sft.model.backends import Backend
     from sft.model.files import ModelFiles
     from sft.training.loggers import Report
-    from sft.training.loop import Feature, Schedule, TrainingLoop
+    from sft.training.loop import Answer, Feature, Schedule, TrainingLoop
 
 # unsloth must be imported before transformers: `prepare` sees to that, and whatever imports transformers comes after it
 log = logging.getLogger("sft.training")
@@ -82,7 +82,6 @@ class Job:
     files: ModelFiles
     backend: Backend
     device: hardware.Hardware
-    tokenizer: Any
     encoder: Any
     rows: Rows
     schedule: Schedule
@@ -169,7 +168,6 @@ def prepare(
         files=model_files,
         backend=backend,
         device=device,
-        tokenizer=encoder.tokenizer,
         encoder=encoder,
         rows=rows,
         schedule=make_schedule(resolved.config, len(rows.train), validation=bool(rows.validation)),
@@ -260,14 +258,11 @@ def _best_metric(config: Config) -> str:
             where="train.metric_for_best_model",
             fix=f"one of {', '.join(known)}; or add {name} to eval.metrics",
         )
-    gated = config.train.min_stop_rate > 0
-    if (gated or name not in {"loss", "perplexity"}) and config.eval.train_sample == 0:
-        setting = f"min_stop_rate is {config.train.min_stop_rate}" if gated else f"metric_for_best_model is {name!r}"
-        raise ConfigError(
-            f"train.{setting}, but eval.train_sample is 0, so no answers are generated",
-            where="eval.train_sample",
-            fix="--set eval.train_sample=32",
-        )
+    gate = config.train.min_stop_rate
+    if (gate > 0 or name not in {"loss", "perplexity"}) and config.eval.train_sample == 0:
+        setting = f"min_stop_rate is {gate}" if gate > 0 else f"metric_for_best_model is {name!r}"
+        what = f"train.{setting}, but eval.train_sample is 0, so no answers are generated"
+        raise ConfigError(what, where="eval.train_sample", fix="--set eval.train_sample=32")
     return name
 
 
@@ -331,8 +326,7 @@ def hold_run(job: Job, opened: OpenRun, allowed: list[str]) -> Iterator[list[str
             stack.enter_context(files.lock(run.folder / runs.LOCK, f"the run {run.name}"))
             files.sweep(run.folder)
             files.sweep(run.adapter_dir.parent, run.adapter_dir.name)
-            checkpoint = opened.checkpoint
-            accepted = check_fingerprint(checkpoint, job.fingerprint(), allowed) if checkpoint else []
+            accepted = check_fingerprint(opened.checkpoint, job.fingerprint(), allowed) if opened.checkpoint else []
             job.write_settings(run.folder)
             started = job.config.model_copy(update={"train": job.unresolved})
             runs.write_resolved(run.folder, started, runs.SETTINGS)
@@ -364,15 +358,13 @@ def make_loop(job: Job, opened: OpenRun, root: Path, report: Report | None) -> t
     apply_kernels(model, train.kernels, device=job.device.device, autocast=step.autocast, backend=job.backend.name)
     answer = None
     if job.rows.answer_rows:
-        loaded = LoadedModel(model, job.tokenizer, job.encoder, job.files.kind)
-        answer = SampleAnswers(loaded, job.rows.answer_rows, job.config, root)
+        loaded = LoadedModel(model, job.encoder.tokenizer, job.encoder, job.files.kind)
+        answer = sample_answers(loaded, job.rows.answer_rows, job.config, root)
     step, settings = autobatch.choose(job, model, step, opened.checkpoint)
     if settings:
         job = replace(job, config=job.config.model_copy(update={"train": train.model_copy(update=settings)}))
         if distributed.rank() == 0:
             job.write_settings(run.folder)
-            started = job.config.model_copy(update={"train": job.unresolved})
-            runs.write_resolved(run.folder, started, runs.SETTINGS)
     section, is_first = job.config.logging, distributed.rank() == 0
     loggers = Loggers(
         run.folder / "log.jsonl" if is_first else None,
@@ -424,32 +416,31 @@ def load_model(config: Config, model_files: ModelFiles, backend: str, *, device:
     return adapters.attach(model, tuning, gradient_checkpointing=checkpointing)
 
 
-class SampleAnswers:
-    """Answers a fixed sample of validation rows at each evaluation, as `eval` does (`eval.shots`, `eval.turns`)."""
+def sample_answers(loaded: LoadedModel, rows: list[dict[str, Any]], config: Config, root: Path) -> Answer:
+    """Answers a fixed sample of validation rows at each evaluation, as `eval` does (`eval.shots`, `eval.turns`).
 
-    def __init__(self, loaded: LoadedModel, rows: list[dict[str, Any]], config: Config, root: Path) -> None:
-        from sft.generation.evaluate import questions
+    Returns the metrics over all ranks, and the first `logging.samples` answers as Markdown.
+    """
+    from sft.generation import evaluate
 
-        self.loaded, self.config, self.root = loaded, config, root
-        self.questions = questions(lambda row: loaded.prompt(row, config.generation), rows, config, root)
+    questions = evaluate.questions(lambda row: loaded.prompt(row, config.generation), rows, config, root)
 
-    def __call__(self, model: Any) -> tuple[dict[str, float], str]:
-        """The metrics of all answers, over all ranks, and the first `logging.samples` of them as Markdown."""
-        from sft.generation import evaluate
-
-        mine = range(distributed.rank(), len(self.questions), distributed.world())
-        prompts, loaded = [self.questions[index].ids for index in mine], replace(self.loaded, model=model)
-        generated = loaded.generate(prompts, self.config.generation, self.config.eval.batch_size)
+    def answer(model: Any) -> tuple[dict[str, float], str]:
+        mine = range(distributed.rank(), len(questions), distributed.world())
+        prompts = [questions[index].ids for index in mine]
+        generated = replace(loaded, model=model).generate(prompts, config.generation, config.eval.batch_size)
         shares = distributed.all_gather(dict(zip(mine, generated, strict=True)))
         by_index = {index: answer for share in shares for index, answer in share.items()}
-        answers = [by_index[index] for index in range(len(self.questions))]
-        result = evaluate.score_answers(self.questions, answers, self.config, self.root)
+        answers = [by_index[index] for index in range(len(questions))]
+        result = evaluate.score_answers(questions, answers, config, root)
         titles = {"question": "prompt", "answer": "prediction", "reference": "reference"}
         samples = (
             "\n\n".join(f"**{title}**\n\n> " + str(sample[key]).replace("\n", "\n> ") for title, key in titles.items())
-            for sample in result.samples[: self.config.logging.samples]
+            for sample in result.samples[: config.logging.samples]
         )
         return result.metrics, "\n\n---\n\n".join(samples)
+
+    return answer
 
 
 # -- after training ----------------------------------------------------------------------------------------------------
@@ -519,7 +510,7 @@ def _save_tokenizer(job: Job, folder: Path) -> None:
     """Saves the tokenizer with the very template that was trained on. A template over turns, which other libraries
     cannot use, is saved beside it as template.jinja.
     """
-    tokenizer, template = job.tokenizer, job.encoder.template
+    tokenizer, template = job.encoder.tokenizer, job.encoder.template
     own_template, over_messages = tokenizer.chat_template, template.style == "messages"
     if over_messages and template.tool_source is None:
         tokenizer.chat_template = template.source
@@ -544,19 +535,19 @@ def describe_result(job: Job, summary: dict[str, Any], root: Path) -> list[str]:
     """What a user sees after training, and what to do next."""
     from sft.training.loggers import clock
 
-    loss = ""
-    if summary["train_loss_first"] is not None:
-        loss = f", loss {summary['train_loss_first']:.4f} -> {summary['train_loss_last']:.4f}"
+    first, last, scores = summary["train_loss_first"], summary["train_loss_last"], summary["eval"]
+    loss = "" if first is None else f", loss {first:.4f} -> {last:.4f}"
     lines = [
         f"{summary['run']} is finished: {summary['steps']:,} steps in {clock(summary['seconds'])}{loss},"
         f" {summary['tokens_per_second']:,.0f} tokens/s, peak memory {summary['peak_memory_gib']:.2f} GiB",
     ]
     if summary["steps"] < summary["planned_steps"]:
         lines.append(f"stopped early ({summary['planned_steps']:,} steps were planned): evaluation no longer improved")
-    if summary["eval"]:
+    if scores:
         chosen = "the best checkpoint" if summary["best_step"] else "the last evaluation"
-        metrics = "  ".join(f"{name} {value:.4f}" for name, value in summary["eval"].items())
-        lines.append(f"{chosen} (step {summary['best_step'] or summary['steps']}): {metrics}")
+        named = [name for name in ("rougeL", "exact_match", "stop_rate") if name in scores]
+        shown = "".join(f", {name} {scores[name]:.4f}" for name in named)
+        lines.append(f"{chosen} (step {summary['best_step'] or summary['steps']}): loss {scores['loss']:.4f}{shown}")
     lines += [
         f"written to {display_path(Path(summary['output']), root)}",
         "next:   make eval    (scores it on the validation rows; make eval-test for the test rows)",

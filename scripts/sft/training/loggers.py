@@ -26,7 +26,6 @@ NAMES = {
     "learning_rate": "train/lr",
     "grad_norm": "train/grad_norm",
     "tokens_per_second": "train/tokens_per_second",
-    "input_wait": "train/input_wait",
     "epoch": "train/epoch",
     "windows_skipped": "train/windows_skipped",
 }
@@ -170,10 +169,7 @@ def gpu_gauges() -> dict[str, float]:
         return {}
     from sft.model.hardware import gpu_stats
 
-    values = {"gpu/memory_gib": torch.cuda.max_memory_allocated() / 2**30}
     stats = gpu_stats() or {}
-    if "memory_used" in stats:
-        values["gpu/memory_used_gib"] = stats["memory_used"] / 2**30
-    if "utilisation" in stats:
-        values["gpu/utilisation"] = stats["utilisation"]
-    return values
+    values = {"memory_gib": torch.cuda.max_memory_allocated() / 2**30, "utilisation": stats.get("utilisation")}
+    values["memory_used_gib"] = stats["memory_used"] / 2**30 if stats else None
+    return {f"gpu/{name}": value for name, value in values.items() if value is not None}

@@ -9,7 +9,6 @@ always knows the evaluation of its own step.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import logging
 import math
@@ -107,8 +106,7 @@ class TrainingLoop:
         self.greater_is_better = bool(self.settings.greater_is_better)
         self.monitor = LossMonitor(schedule.metric, self.greater_is_better, self.settings.early_stopping)
         self.collate = Collator(step.kind)
-        self.waited = 0.0  # seconds that this process has waited for batches
-        self._last_entry = (0, 0.0, 0.0)  # tokens, seconds, waited at the last log entry
+        self._last_entry = (0, 0.0)  # tokens and seconds at the last log entry
 
     # -- the loop ------------------------------------------------------------------------------------------------------
 
@@ -117,20 +115,32 @@ class TrainingLoop:
         from transformers import set_seed
 
         set_seed(self.settings.seed)
-        with self.signals, self._lost_peers_explained():
-            if checkpoint is not None:
-                self.resume(checkpoint)
-            self.loggers.begin(self.progress)
-            stop = self.complete
-            for epoch, indices in self._remaining_steps():
-                if stop:
-                    break
-                batch = self._load_batch(indices)
-                grad_norm, learning_rate = self.train_step(batch)
-                self.progress.global_step += 1
-                steps_in_epoch = self.progress.global_step - epoch * self.schedule.steps_per_epoch
-                self.progress.epoch = epoch + steps_in_epoch / self.schedule.steps_per_epoch
-                stop = self.after_step(grad_norm, learning_rate) or self.complete
+        try:
+            with self.signals:
+                self._fit(checkpoint)
+        except RuntimeError as error:
+            if not distributed.is_lost_peer(error):
+                raise
+            raise RunError(
+                f"another process of this run has ended ({one_line(error, 120)})",
+                where=f"after step {self.progress.global_step}",
+                fix="run the same command: it resumes from the newest checkpoint",
+            ) from error
+
+    def _fit(self, checkpoint: Path | None) -> None:
+        if checkpoint is not None:
+            self.resume(checkpoint)
+        self.loggers.begin(self.progress)
+        stop = self.complete
+        for epoch, indices in self._remaining_steps():
+            if stop:
+                break
+            batch = self._load_batch(indices)
+            grad_norm, learning_rate = self.train_step(batch)
+            self.progress.global_step += 1
+            steps_in_epoch = self.progress.global_step - epoch * self.schedule.steps_per_epoch
+            self.progress.epoch = epoch + steps_in_epoch / self.schedule.steps_per_epoch
+            stop = self.after_step(grad_norm, learning_rate) or self.complete
 
     @property
     def complete(self) -> bool:
@@ -149,12 +159,10 @@ class TrainingLoop:
 
     def _load_batch(self, indices: Sequence[int]) -> dict[str, Any]:
         """The step batch of these rows on the CPU, with their ids under "ids"; without tensors for an empty share."""
-        began = time.monotonic()
         features = [self.rows[index] for index in indices]
         batch: dict[str, Any] = dict(self.collate(features)) if features else {}
         if self.device.type == "cuda":
             batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
-        self.waited += time.monotonic() - began
         return {**batch, "ids": [str(feature["id"]) for feature in features]}
 
     def train_step(self, batch: dict[str, Any]) -> tuple[float, float]:
@@ -209,7 +217,10 @@ class TrainingLoop:
             entry = {"loss": loss_sum / (step - last_logged), "grad_norm": grad_norm, "learning_rate": learning_rate}
             if self.progress.skipped:
                 entry["windows_skipped"] = len(self.progress.skipped)
-            self.log({**entry, **self._speed()})
+            tokens, seconds = self._last_entry
+            self._last_entry = (self.progress.tokens, self.progress.seconds)
+            entry["tokens_per_second"] = (self.progress.tokens - tokens) / max(self.progress.seconds - seconds, 1e-9)
+            self.log(entry)
             self.progress.unlogged = (0.0, step)
         self.loggers.step(self.progress)
         eval_steps = settings.eval_steps or settings.save_steps
@@ -227,13 +238,6 @@ class TrainingLoop:
         return strategy != "no" and (step >= self.schedule.total_steps or step % every == 0)
 
     # -- logging and evaluation ----------------------------------------------------------------------------------------
-
-    def _speed(self) -> dict[str, float]:
-        """Tokens a second of the steps since the last entry, and the share of the time that loading batches took."""
-        now = (self.progress.tokens, self.progress.seconds, self.waited)
-        tokens, seconds, waited = (new - old for new, old in zip(now, self._last_entry, strict=True))
-        self._last_entry = now
-        return {"tokens_per_second": tokens / max(seconds, 1e-9), "input_wait": waited / max(seconds + waited, 1e-9)}
 
     def log(self, entry: dict[str, float]) -> None:
         """Adds an entry to the history and sends it to the loggers."""
@@ -328,19 +332,6 @@ class TrainingLoop:
         self.step = replace(self.step, micro_batch_tokens=max(1, self.step.micro_batch_tokens // 2))
         log.warning("micro-batches have at most %d tokens from here on", self.step.micro_batch_tokens)
 
-    @contextlib.contextmanager
-    def _lost_peers_explained(self) -> Iterator[None]:
-        try:
-            yield
-        except RuntimeError as error:
-            if not distributed.is_lost_peer(error):
-                raise
-            raise RunError(
-                f"another process of this run has ended ({one_line(error, 120)})",
-                where=f"after step {self.progress.global_step}",
-                fix="run the same command: it resumes from the newest checkpoint",
-            ) from error
-
     # -- saving and resuming -------------------------------------------------------------------------------------------
 
     def save(self) -> None:
@@ -366,7 +357,7 @@ class TrainingLoop:
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(ckpt.read_state(checkpoint, ckpt.SCALER))
         self.progress = progress = replace(Progress.read(checkpoint), max_steps=self.schedule.total_steps)
-        self._last_entry = (progress.tokens, progress.seconds, self.waited)
+        self._last_entry = (progress.tokens, progress.seconds)
         for entry in progress.log_history:
             self.monitor.add(entry)
         if progress.asked_budget == self.initial_step.budget:  # then the budget that fit when memory ran out

@@ -11,7 +11,7 @@ import math
 from collections import deque
 from collections.abc import Mapping
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any
 
 from sft.config.schema import EarlyStoppingSection
 
@@ -19,14 +19,6 @@ log = logging.getLogger("sft.training")
 NO_GRADIENT_STEPS = 20
 GAP = 0.1  # nats of evaluation loss above training loss that count as overfitting (the guides' figure)
 RISE = 0.01  # nats above its best from which evaluation loss has risen
-
-
-class Evaluation(NamedTuple):
-    """One evaluation: its loss, and the mean training loss logged since the one before."""
-
-    step: int
-    loss: float
-    train_loss: float
 
 
 class LossMonitor:
@@ -44,7 +36,7 @@ class LossMonitor:
         self._lowest = self._lowest_mean = math.inf
         self._exploding = self._overfitting = False  # whether each was warned of
         self._train_losses: list[float] = []  # logged since the last evaluation
-        self._best: Evaluation | None = None
+        self._best: tuple[float, float, int] | None = None  # lowest evaluation loss, training loss then, step
         self._best_metric: float | None = None
         self._waited = 0  # evaluations without an improvement
 
@@ -71,18 +63,18 @@ class LossMonitor:
             return None
         warning, overfits = None, False
         if "eval_gap" in entry:
-            now = Evaluation(entry["step"], entry["eval_loss"], entry["eval_loss"] - entry["eval_gap"])
-            best = self._best or now
-            if now.loss > best.loss + RISE and now.train_loss < best.train_loss and not self._overfitting:
+            loss, train_loss = entry["eval_loss"], entry["eval_loss"] - entry["eval_gap"]
+            best, best_train, best_step = self._best or (loss, train_loss, entry["step"])
+            if loss > best + RISE and train_loss < best_train and not self._overfitting:
                 self._overfitting = True
                 warning = (
-                    f"overfitting: evaluation loss rose from {best.loss:.4f} at step {best.step} to {now.loss:.4f},"
-                    f" while training loss fell to {now.train_loss:.4f}. Try fewer epochs or more rows;"
-                    " train.early_stopping decides when that ends a run"
+                    f"overfitting: evaluation loss rose from {best:.4f} at step {best_step} to {loss:.4f}, while"
+                    f" training loss fell to {train_loss:.4f}. Try fewer epochs or more rows; train.early_stopping decides when"
+                    " that ends a run"
                 )
-            floor = best.loss + self.early.min_delta
-            overfits = now.loss > floor and entry["eval_gap"] > GAP and now.train_loss < best.train_loss
-            self._best = now if now.loss < best.loss else best
+            overfits = loss > best + self.early.min_delta and entry["eval_gap"] > GAP and train_loss < best_train
+            if self._best is None or loss < best:
+                self._best = (loss, train_loss, entry["step"])
         self._train_losses = []
         self._early_stopping(entry, overfits)
         return warning
