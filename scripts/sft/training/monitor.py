@@ -69,8 +69,8 @@ class LossMonitor:
                 self._overfitting = True
                 warning = (
                     f"overfitting: evaluation loss rose from {best:.4f} at step {best_step} to {loss:.4f}, while"
-                    f" training loss fell to {train_loss:.4f}. Try fewer epochs or more rows; train.early_stopping decides when"
-                    " that ends a run"
+                    f" training loss fell to {train_loss:.4f}. Try fewer epochs or more rows; train.early_stopping"
+                    " decides when that ends a run"
                 )
             overfits = loss > best + self.early.min_delta and entry["eval_gap"] > GAP and train_loss < best_train
             if self._best is None or loss < best:
