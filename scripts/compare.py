@@ -68,11 +68,11 @@ def show(result: dict[str, Any]) -> None:
     from sft.report.compare_page import directed
     from sft.report.html import number
 
-    columns = ["metric", "base", "tuned", "change (95 %)", "won/tied/lost", "finding"]
+    columns = ["metric", "base", "tuned", "95 % of change", "won/lost", "finding"]
     for compared in result["comparisons"]:
         rows = [
-            [directed(name), number(m["base"]), number(m["tuned"]), f"{m['low']:+.3g} {m['high']:+.3g}",
-             f"{m['wins']}/{m['ties']}/{m['losses']}", m["finding"]]
+            [directed(name), number(m["base"]), number(m["tuned"]), f"{m['low']:+.2g} to {m['high']:+.2g}",
+             f"{m['wins']}/{m['losses']}", m["finding"]]
             for name, m in compared["metrics"].items()
         ]  # fmt: skip
         console.table(f"{compared['name']} against its base ({result['base']})", columns, rows)

@@ -10,6 +10,7 @@ Reads data/raw; writes configs/local.yaml, which every command then takes by def
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import signal
 import subprocess
@@ -193,9 +194,11 @@ def step(title: str, script: str, *flags: str) -> None:
     """
     path = Path(__file__).with_name(f"{script}.py")
     console.say(f"\n== {title}: python scripts/{script}.py {' '.join(flags)}".rstrip())
+    target = {"process_data": "process", "eval": "eval-test"}.get(script, script)
+    env = {**os.environ, "SFT_MAKE": target, "MAKEFLAGS": ""}  # so that fixes are make commands
     handler = signal.signal(signal.SIGINT, lambda *_: None)
     try:
-        code = subprocess.run([sys.executable, str(path), *flags], check=False).returncode
+        code = subprocess.run([sys.executable, str(path), *flags], env=env, check=False).returncode
     finally:
         signal.signal(signal.SIGINT, handler)
     if code in (130, 143, -signal.SIGINT):  # the command's own message says what to do
