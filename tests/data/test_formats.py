@@ -269,6 +269,8 @@ def turns(*pairs: tuple[str, Any]) -> dict[str, Any]:
         ({"chosen": "q a", "rejected": "q b"}, "preference pair"),
         ({**turns(("user", "u"), ("assistant", "a")), "rejected_response": "b"}, "preference pair"),
         ({"prompt": "q", "completion": "a", "label": False}, "marked as bad"),
+        ({"question": "q", "answer": "a", "is_correct": False}, "marked as bad"),
+        ({"question": "q", "answer": "a", "label": "Bad"}, "marked as bad"),
         ({**turns(("user", "u"), ("assistant", "a")), "kto_tag": "False"}, "marked as bad"),
         ({**turns(("user", "<image>Who?"), ("assistant", "a")), "images": ["x.png"]}, "not text"),
         ({"question": "q", "answer": "a", "video": "x.mp4"}, "not text"),

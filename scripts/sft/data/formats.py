@@ -28,7 +28,8 @@ USERS = ("user", "human")
 ASSISTANTS = ("assistant", "gpt", "bot")
 ASKING = (*USERS, "prompt", *QUESTIONS)
 ANSWERING = (*ASSISTANTS, "completion", *ANSWERS)
-LABELS = ("label", "kto_tag", "desirable")  # of KTO: whether the answer is good
+LABELS = ("label", "kto_tag", "desirable", "is_correct", "correct")  # of KTO and others: whether the answer is good
+BAD = {"false", "no", "bad", "wrong", "incorrect"}
 REJECTED = ("rejected", "rejected_response", "rejected_messages")
 COMPARED = ("response_b", "response_k", "response_1", "answer_b", "answer_1", "human_ref_b")  # and another like it
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")
@@ -139,8 +140,8 @@ def _refuse(row: Row, names: Names) -> None:
     choices, answer = (row[_first(names, keys) or ""] if _first(names, keys) else None for keys in (CHOICES, CHOSEN))
     if isinstance(choices, (list, dict)) and (isinstance(answer, int) or (isinstance(answer, str) and len(answer) < 3)):
         raise RowFault("unknown format", "multiple choice: write the choices into the question, and the answer as text")
-    if (key := _first(names, LABELS)) and (row[key] is False or str(row[key]).strip().lower() == "false"):
-        raise RowFault("marked as bad", f"the row says that its answer is bad (`{key}` is false)")
+    if (key := _first(names, LABELS)) and str(row[key]).strip().lower() in BAD:
+        raise RowFault("marked as bad", f"the row says that its answer is bad (`{key}` is {row[key]!r})")
     if (key := next((names[name] for name in MEDIA if name in names and row[names[name]]), None)) is not None:
         raise RowFault("not text", f"the row comes with media (`{key}`): only text is trained on")
 
