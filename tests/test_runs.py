@@ -161,6 +161,8 @@ def test_the_newest_unfinished_run_is_found_whatever_its_config(tmp_path: Path) 
         (merged / file).touch()
     with pytest.raises(ConfigError):
         runs.check_place("outputs/merged_fp16", tmp_path)
+    with pytest.raises(RunError, match="there is no run called merged_fp16"):
+        runs.named("merged_fp16", tmp_path)
     finished(tmp_path / "outputs/done")
     assert [run.name for run in runs.newest_first(tmp_path)] == ["new", "done", "old"]
     assert runs.unfinished(tmp_path).name == "new"

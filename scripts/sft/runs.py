@@ -188,7 +188,7 @@ def running(root: Path) -> list[Run]:
 def named(name: str, root: Path) -> Run:
     """The run called `name` (or named by its folder). Raises RunError, with the existing names, if there is none."""
     run = at(Path(name).resolve() if Path(name).is_dir() else root / "outputs" / name, root)
-    if (run.folder / RESOLVED).is_file():
+    if (run.folder / RESOLVED).is_file() and not (run.folder / MODEL_CONFIG).exists():
         return run
     names = [each.name for each in newest_first(root)]
     close = nearest(name, names)
