@@ -115,7 +115,8 @@ def full(files: ModelFiles) -> Config:
     config = Config()
     tuning = changed(config.tuning, mode="full")
     model = changed(config.model, name=files.name, max_seq_len=1024)
-    return changed(config, tuning=tuning, model=model, eval=changed(config.eval, batch_size=2))
+    train = changed(config.train, micro_batch_tokens=4096)
+    return changed(config, tuning=tuning, model=model, train=train, eval=changed(config.eval, batch_size=2))
 
 
 def test_a_run_that_cannot_fit_is_refused_with_suggestions_unless_forced(
