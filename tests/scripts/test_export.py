@@ -55,7 +55,7 @@ def test_an_ollama_folder_is_written_and_would_be_uploaded(project, command):
     assert modelfile.startswith('FROM ./first-q8_0.gguf\nTEMPLATE """{{ $last := "" }}{{ range .Messages }}')
     assert '\nPARAMETER stop "<|im_end|>"\n' in modelfile
     assert "\nPARAMETER temperature 0\n" in modelfile
-    assert "\nPARAMETER num_ctx 1024\nPARAMETER num_predict 1024\n" in modelfile  # no answer is cut at 8 tokens
+    assert "\nPARAMETER num_ctx 2048\nPARAMETER num_predict 2048\n" in modelfile  # no answer is cut at 8 tokens
     assert "ollama create first -f Modelfile" in (out / "README.md").read_text()
     assert '\nSYSTEM """Answer "briefly"."""\n' in modelfile
     assert len(gguf.GGUFReader(out / "first-q8_0.gguf").tensors) == report["tensors"] == 50
