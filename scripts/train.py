@@ -117,7 +117,7 @@ def say(lines: list[str]) -> None:
     """Prints on rank 0 only."""
     if os.environ.get("RANK", "0") == "0":
         for line in lines:
-            console.say(line)
+            console.say(line, wrap=True)
 
 
 if __name__ == "__main__":

@@ -153,3 +153,16 @@ def test_threads_do_not_wait_by_spinning_unless_the_user_chose_so(monkeypatch: p
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     console.quiet_libraries()
     assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
+
+
+@pytest.mark.parametrize(("terminal", "lines"), [(True, 2), (False, 1)])
+def test_a_long_line_is_wrapped_between_words_on_a_terminal_only(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, terminal: bool, lines: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    text = "  kernels         plain         the default: no library is needed"
+    console.say(text, wrap=True)
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == lines and all(len(line) <= 40 for line in printed) == terminal
+    assert " ".join(" ".join(printed).split()) == " ".join(text.split())

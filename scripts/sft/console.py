@@ -12,7 +12,9 @@ import logging
 import os
 import re
 import shlex
+import shutil
 import sys
+import textwrap
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -149,9 +151,13 @@ def out() -> Console:
     return Console(file=sys.stderr if _json_mode else sys.stdout, highlight=False, soft_wrap=True)
 
 
-def say(text: str) -> None:
-    """Prints one plain line; no markup is read in it."""
-    print(redact(text), file=sys.stderr if _json_mode else sys.stdout, flush=True)
+def say(text: str, *, wrap: bool = False) -> None:
+    """Prints one plain line; no markup is read in it. wrap: between words where a terminal is narrower."""
+    stream = sys.stderr if _json_mode else sys.stdout
+    if wrap and stream.isatty():
+        columns, indent = shutil.get_terminal_size().columns, " " * 8
+        text = textwrap.fill(text, columns, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    print(redact(text), file=stream, flush=True)
 
 
 def write(piece: str) -> None:
