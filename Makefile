@@ -58,7 +58,7 @@ help: ## list every command
 		if [ -t 1 ]; then cat; else sed 's/\x1b\[[0-9;]*m//g'; fi
 
 quick-start: ## guided set-up, from nothing to a tuned model that you can chat with
-	./workflows/quick_start.sh $(ARGS)
+	$(if $(ENV),PYTHON=) ./workflows/quick_start.sh $(ARGS)
 
 install: .venv/.ready ## create .venv with the exact set in requirements.lock (with uv if it is installed, else pip)
 install-dev: .venv/.ready-dev ## the same, with the packages for tests and lint
@@ -153,6 +153,9 @@ merge-test: $(ENV) ## load the merged model and generate answers
 	$(SCRIPT)/merge_lora.py $(WITH) --out "$(or $(OUT),outputs/merged_fp16)" --test
 export: $(ENV) ## export the newest run as GGUF, for Ollama or as safetensors, and verify its tokens (FORMAT=gguf|ollama|hf TYPE=f16|q8_0|q4_k_m OUT=DIR)
 	$(SCRIPT)/export.py $(WITH) $(FROM) --format $(or $(FORMAT),gguf) --type $(or $(TYPE),f16) $(if $(OUT),--out "$(OUT)")
+ifneq ($(filter push,$(MAKECMDGOALS)),)
+$(if $(RUN)$(SET)$(CONFIG),$(error make push uploads the newest export; name another one with ARGS="--folder DIR"))
+endif
 push: $(ENV) ## upload the newest export to the hub with its model card (REPO=me/model, DRY=1 only lists the files)
 	$(SCRIPT)/push.py --repo "$(REPO)" $(if $(DRY),--dry-run) $(ARGS)
 

@@ -73,7 +73,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 
 def with_columns(data: DataSection, user: str | None, assistant: str | None) -> DataSection:
     """The settings with this mapping of columns."""
-    columns = {"system": data.columns.system if data.columns else None, "user": user, "assistant": assistant}
+    set_before = dict(data.columns) if data.columns else {}
+    columns = {**set_before, **({"user": user} if user else {}), **({"assistant": assistant} if assistant else {})}
     return type(data).model_validate({**data.model_dump(), "columns": columns})
 
 

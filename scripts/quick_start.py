@@ -173,7 +173,7 @@ def raw_data(root: Path) -> tuple[Path, str]:
     data_files = [path for path in entries if path.is_file() and is_data_file(path)] or texts
     names = ", ".join(path.name for path in data_files or entries)
     if called_raw := [path for path in data_files if plain_name(path).stem.lower() == "raw"]:
-        kinds = [*SUFFIXES, ""]
+        kinds = [*SUFFIXES, "", ".txt"]
         return min(called_raw, key=lambda path: kinds.index(plain_name(path).suffix.lower())), "yours"
     if len(data_files) > 1:
         fix = "rename the one to use to raw with its own ending: raw.jsonl, raw.csv, raw.jsonl.gz"

@@ -60,7 +60,7 @@ def main(args: argparse.Namespace) -> dict[str, Any] | None:
     if args.resume == "newest" and args.config == console.default_config():
         args.run = runs.unfinished(root).name
         args.config = str(runs.named(args.run, root).settings)
-    if args.run:
+    if args.run and args.resume in ("auto", "newest"):
         args.resume = str(runs.named(args.run, root).folder)
     loaded = console.load_config(args)
     output_dir = loaded.config.train.output_dir

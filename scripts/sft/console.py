@@ -127,12 +127,19 @@ def continue_command(run: str) -> str:
         return "the same command"
     by_name = any(word.startswith(("--resume", "--run")) for word in sys.argv)
     if target := os.environ.get("SFT_MAKE"):
-        typed = [word.partition("=") for word in shlex.split(os.environ.get("MAKEFLAGS", "").partition("-- ")[2])]
-        words = [f'{name}="{value}"' if " " in value else f"{name}={value}" for name, _, value in reversed(typed)]
+        given = re.findall(r"(?:\\.|\S)+", os.environ.get("MAKEFLAGS", "").partition("-- ")[2])  # make escapes with \
+        typed = [re.sub(r"\\(.)", r"\1", word).replace("$$", "$").partition("=") for word in given]
+        words = [f"{name}={_quoted(value)}" for name, _, value in reversed(typed)]
         return " ".join(
             ["make", target, *words] if target.startswith("train") and not by_name else ["make resume", f"RUN={run}"]
         )
     return shlex.join([_python(), sys.argv[0], *(["--run", run] if by_name else sys.argv[1:])])
+
+
+def _quoted(value: str) -> str:
+    if re.fullmatch(r"[\w.,:/=-]*", value):
+        return value
+    return shlex.quote(value) if set(value) & set('"$`\\') else f'"{value}"'
 
 
 def _python() -> str:

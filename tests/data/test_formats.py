@@ -270,7 +270,6 @@ def turns(*pairs: tuple[str, Any]) -> dict[str, Any]:
         ({**turns(("user", "u"), ("assistant", "a")), "rejected_response": "b"}, "preference pair"),
         ({"prompt": "q", "completion": "a", "label": False}, "marked as bad"),
         ({"question": "q", "answer": "a", "is_correct": False}, "marked as bad"),
-        ({"question": "q", "answer": "a", "label": "Bad"}, "marked as bad"),
         ({**turns(("user", "u"), ("assistant", "a")), "kto_tag": "False"}, "marked as bad"),
         ({**turns(("user", "<image>Who?"), ("assistant", "a")), "images": ["x.png"]}, "not text"),
         ({"question": "q", "answer": "a", "video": "x.mp4"}, "not text"),
@@ -441,3 +440,20 @@ def test_of_many_answers_the_first_is_trained_on_and_all_are_stored(
     row = process(DataSection(), tmp_path, str(raw)).example
     assert row is not None and row["assistant"] == "a" and row.get("references") == references
     assert rows.references(row) == (references or ["a"])
+
+
+def test_rows_of_a_classification_keep_both_labels() -> None:
+    """Only a label that says that the answer is bad counts, not one that is the answer."""
+    for answer in ("yes", "no", "true", "false"):
+        row = {"instruction": "Is it so?", "input": "text", "output": answer, "label": answer}
+        assert stored(row)[1]["assistant"] == answer
+    assert stored({"question": "q", "answer": "bad", "label": "bad"})[1]["assistant"] == "bad"
+
+
+def test_conversations_beside_a_preference_pair_are_read() -> None:
+    row = turns(("user", "u"), ("assistant", "a")) | {"chosen": [{"role": "user"}], "rejected": [{"role": "user"}]}
+    assert stored(row)[0] == "messages"
+
+
+def test_open_questions_with_empty_options_are_no_multiple_choice() -> None:
+    assert stored({"question": "2 + 2?", "options": [], "answer": "4"})[1]["assistant"] == "4"

@@ -29,7 +29,6 @@ ASSISTANTS = ("assistant", "gpt", "bot")
 ASKING = (*USERS, "prompt", *QUESTIONS)
 ANSWERING = (*ASSISTANTS, "completion", *ANSWERS)
 LABELS = ("label", "kto_tag", "desirable", "is_correct", "correct")  # of KTO and others: whether the answer is good
-BAD = {"false", "no", "bad", "wrong", "incorrect"}
 REJECTED = ("rejected", "rejected_response", "rejected_messages")
 COMPARED = ("response_b", "response_k", "response_1", "answer_b", "answer_1", "human_ref_b")  # and another like it
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")
@@ -135,15 +134,21 @@ def _refuse(row: Row, names: Names) -> None:
         raise RowFault(
             "unknown format", f"a message that no first message leads to: its parent is {row['parent_id']!r}"
         )
-    if (key := _first(names, (*REJECTED, *COMPARED))) and row[key]:
+    if (key := _first(names, (*REJECTED, *COMPARED))) and row[key] and not {"messages", "chosen"} <= names.keys():
         raise RowFault("preference pair", f"a good and a bad answer (`{key}`), as for DPO: not supported yet")
     choices, answer = (row[_first(names, keys) or ""] if _first(names, keys) else None for keys in (CHOICES, CHOSEN))
-    if isinstance(choices, (list, dict)) and (isinstance(answer, int) or (isinstance(answer, str) and len(answer) < 3)):
+    short = isinstance(answer, int) or (isinstance(answer, str) and len(answer) < 3)
+    if choices and isinstance(choices, (list, dict)) and short:
         raise RowFault("unknown format", "multiple choice: write the choices into the question, and the answer as text")
-    if (key := _first(names, LABELS)) and str(row[key]).strip().lower() in BAD:
+    key, written = _first(names, LABELS), _first(names, ANSWERING)
+    if key and _is_false(row[key]) and not (written and _is_false(row[written])):  # not the label of a classification
         raise RowFault("marked as bad", f"the row says that its answer is bad (`{key}` is {row[key]!r})")
     if (key := next((names[name] for name in MEDIA if name in names and row[names[name]]), None)) is not None:
         raise RowFault("not text", f"the row comes with media (`{key}`): only text is trained on")
+
+
+def _is_false(value: Any) -> bool:
+    return str(value).strip().lower() == "false"
 
 
 def _column(row: Row, names: Names, column: str) -> str:
@@ -314,6 +319,11 @@ def _read_alpaca(row: Row, names: Names) -> Parsed:
     return Parsed(_exchange(user, _text(row, names, *OUTPUTS)))
 
 
+def _rank(reply: Row) -> float:
+    rank = reply.get("rank")
+    return rank if isinstance(rank, (int, float)) and not math.isnan(rank) else math.inf
+
+
 def _read_tree(row: Row, names: Names) -> Parsed:
     """Of an OpenAssistant tree the best-ranked path: of the replies to a message the one with the lowest rank."""
     node, path = row[names["prompt"]], []
@@ -322,7 +332,7 @@ def _read_tree(row: Row, names: Names) -> Parsed:
         replies = node["replies"] if isinstance(node.get("replies"), list) else []
         replies = [reply for reply in replies if isinstance(reply, dict) and not reply.get("deleted")]
         usable = [reply for reply in replies if reply.get("review_result") is not False]
-        node = min(usable, key=lambda r: r["rank"] if isinstance(r.get("rank"), int) else math.inf, default=None)
+        node = min(usable, key=_rank, default=None)
     messages = normalize_messages(path, "prompt")
     return Parsed(messages[:-1] if len(messages) > 1 and messages[-1]["role"] == "user" else messages)
 

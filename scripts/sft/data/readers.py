@@ -60,7 +60,7 @@ DOCUMENTS = {  # what files with other names hold, unless it is JSON
     **dict.fromkeys((".py", ".sh", ".js", ".c", ".cpp", ".java"), "program code"),
 }  # fmt: skip
 # How a row of a question-and-answer text begins: "Q:", "3. Question :", "q:"
-QA_MARK = re.compile(r"(?P<number>\d+[.)][ \t]*)?(?P<word>[Qq](?:uestion)?|QUESTION)(?P<colon>[ \t]*:)")
+QA_MARK = re.compile(r"[ \t]*(?P<number>\d+[.)][ \t]*)?(?P<word>[Qq](?:uestion)?|QUESTION)(?P<colon>[ \t]*:)")
 QA_ANSWERS = {"Q": "A", "Question": "Answer", "QUESTION": "ANSWER", "q": "a", "question": "answer"}
 MAX_TITLE = 3  # lines before the first question
 SPLITS = ("train", "val", "valid", "validation", "dev", "eval", "test")
@@ -508,7 +508,7 @@ def _excel(source: Source, on_progress: Progress | None) -> Iterator[RawRow]:
                 continue
             if not header:
                 cells = cells[: max(index for index, cell in enumerate(cells, 1) if cell is not None)]
-                header = [str(cell or f"column {index}").strip() for index, cell in enumerate(cells, 1)]
+                header = _csv_header(source, [str(cell or "") for cell in cells], None)
             elif any(cell is not None for cell in cells[len(header) :]):
                 yield RawRow(place, None, "more cells than the header has", repr(line))
             else:
@@ -522,7 +522,7 @@ def _qa_marks(lines: list[str]) -> re.Pattern[str] | None:
         return None
     number = r"(?:\d+[.)][ \t]*)?" if first["number"] else ""
     words = f"(?:{first['word']}|(?P<answer>{QA_ANSWERS[first['word']]}))"
-    return re.compile(rf"{number}{words}{re.escape(first['colon'])}[ \t]*")
+    return re.compile(rf"[ \t]*{number}{words}{re.escape(first['colon'])}[ \t]*")
 
 
 def _qa_text(source: Source, on_progress: Progress | None) -> Iterator[RawRow]:
@@ -549,7 +549,8 @@ def _qa_text(source: Source, on_progress: Progress | None) -> Iterator[RawRow]:
             parts.append([line[mark.end() :].strip("\r\n")])
         elif parts:
             parts[-1].append(line.strip("\r\n"))
-    yield finished()
+    if parts:
+        yield finished()
 
 
 def _hub(source: Source) -> Iterator[RawRow]:

@@ -71,7 +71,7 @@ class SourcePart:
     def read(self, seed: int, on_progress: Progress | None) -> Iterator[RawRow]:
         """The rows that weight and limit let pass, in the order of the files."""
         self.rows = self.taken = 0
-        raws: Iterable[RawRow] = self._all(on_progress)
+        raws: Iterable[RawRow] = self.rows_of_all(on_progress)
         if self.limit is not None:  # the rows with the first hashes; never more than that many in memory
             placed = ((_position(raw, f"limit {seed}"), number, raw) for number, raw in enumerate(raws))
             first = heapq.nsmallest(self.limit, placed, key=lambda item: item[:2])
@@ -83,7 +83,7 @@ class SourcePart:
                 self.taken += 1
                 yield raw if copies == 1 else raw._replace(copies=copies)
 
-    def _all(self, on_progress: Progress | None) -> Iterator[RawRow]:
+    def rows_of_all(self, on_progress: Progress | None = None) -> Iterator[RawRow]:
         for source in self.sources:
             for raw in self._trees(source.rows(on_progress)):
                 self.rows += 1
@@ -201,21 +201,20 @@ def _replay_rows(
 ) -> Iterator[tuple[rows.Row, str]]:
     """Usable rows with their format: chat rows, or plain text with an empty input, where all of it is in the loss."""
     formats, seen = Formats("auto", None), set[str]()
-    for source in open_part(section.path, resolve_path(root, section.path), root, section).sources:
-        for raw in source.rows():
-            counts["rows"] += 1
-            text = raw.value.get("text") if isinstance(raw.value, dict) else None
+    for raw in open_part(section.path, resolve_path(root, section.path), root, section).rows_of_all():
+        counts["rows"] += 1
+        text = raw.value.get("text") if isinstance(raw.value, dict) else None
+        try:
             try:
-                try:
-                    row, format = make_row(raw, formats, None)
-                except RowFault:
-                    if not isinstance(text, str) or not text.strip():
-                        raise
-                    row, format = rendered_record("", text, origin=raw.origin), "plain text"
-                check(row)
+                row, format = make_row(raw, formats, None)
             except RowFault:
-                continue
-            if row["id"] not in seen:
-                seen.add(row["id"])
-                counts["usable"] += 1
-                yield {**row, "replay": True}, format
+                if not isinstance(text, str) or not text.strip():
+                    raise
+                row, format = rendered_record("", text, origin=raw.origin), "plain text"
+            check(row)
+        except RowFault:
+            continue
+        if row["id"] not in seen:
+            seen.add(row["id"])
+            counts["usable"] += 1
+            yield {**row, "replay": True}, format

@@ -24,7 +24,7 @@ def style_text(style: str) -> str:
     if style in PRESETS:
         return PRESETS[style]
     close = nearest(style.lower(), PRESETS, 0.75)
-    if close or len(style.split()) < 2:
+    if close or not style.strip() or (style.isascii() and len(style.split()) < 2):
         what = f"there is no preset {style!r}" if style.strip() else "the style is empty"
         hint = f"did you mean {close}? " if close else ""
         raise DataError(

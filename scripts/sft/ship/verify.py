@@ -40,6 +40,7 @@ HELD_OUT_ROWS = 64
 LOGIT_BYTES = 1 << 27  # of one model's float32 logits over the held-out sample
 FP32_TOLERANCE = 1e-3  # largest difference of float32 logits, relative to the largest logit
 KL_LIMIT = 0.05  # nats per token; rounding to 16 bits costs about 1e-4
+LOSS_LIMIT = 0.02  # nats per token by which the merged model's held-out loss may be higher
 GREETING = "Hello! What can you do?"
 _SHIPPED = "data/samples/support_desk.jsonl"
 _SHOWN = 600  # characters of a question or an answer
@@ -156,7 +157,7 @@ class Comparison:
 def verify_merge(files: ModelFiles, folder: Path, config: Config, adapter: Path, dtype: str, root: Path) -> Comparison:
     """Compares the adapter on the base `files` with the merged weights in `folder`, on held-out rows.
 
-    Raises ModelError if they differ by more than rounding.
+    Raises ModelError if they differ by more than rounding, or the held-out loss rises by more than LOSS_LIMIT.
     """
     trusted = config.model.trust_remote_code
     merged = ModelFiles(folder, str(folder), None, read_config(folder, str(folder)), files.kind)
@@ -181,6 +182,12 @@ def verify_merge(files: ModelFiles, folder: Path, config: Config, adapter: Path,
             f" KL {compared.mean_kl:.3g}",
             where=str(adapter),
             fix="nothing was written; with fp16 or bf16 try --dtype fp32, else report this",
+        )
+    if compared.loss_merged > compared.loss_adapter + LOSS_LIMIT:
+        raise ModelError(
+            f"merging raises the held-out loss from {compared.loss_adapter:.4f} to {compared.loss_merged:.4f}",
+            where=sample.source,
+            fix="nothing was written; try --dtype fp32",
         )
     return compared
 
@@ -257,7 +264,7 @@ def _replace_by_placeholders(model: Any, files: ModelFiles) -> dict[Any, Callabl
 
 def _read(path: Path, name: str, rows: slice = slice(None)) -> Tensor:
     with safe_open(path, "pt") as opened:  # opened per read, so that pages already read are released
-        tensor: Tensor = opened.get_slice(name)[rows]
+        tensor: Tensor = opened.get_tensor(name) if rows == slice(None) else opened.get_slice(name)[rows]
         return tensor.float() if tensor.is_floating_point() else tensor.clone()
 
 
