@@ -166,3 +166,11 @@ def test_a_long_line_is_wrapped_between_words_on_a_terminal_only(
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == lines and all(len(line) <= 40 for line in printed) == terminal
     assert " ".join(" ".join(printed).split()) == " ".join(text.split())
+
+
+def test_the_command_that_continues_repeats_what_make_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["scripts/train.py"])
+    monkeypatch.setenv("SFT_MAKE", "train")
+    monkeypatch.setenv("MAKEFLAGS", r" -- SET=data.system_prompt=Don't\ guess CONFIG=configs/mine.yaml")
+    expected = """make train CONFIG=configs/mine.yaml SET="data.system_prompt=Don't guess\""""
+    assert console.continue_command("mine") == expected
