@@ -131,7 +131,7 @@ def test_on_the_cpu_activations_take_at_most_half_of_the_free_memory(
     step, state = replace(loop.step, micro_batch_tokens=1024), torch.get_rng_state()
 
     def tokens(free_bytes: float) -> int:
-        monkeypatch.setattr(autobatch, "probe", lambda: SimpleNamespace(free_bytes=free_bytes))
+        monkeypatch.setattr(autobatch, "memory", lambda: (free_bytes, free_bytes))
         return autobatch.cpu_tokens(loop.model, step, loop.rows[0])
 
     assert tokens(1e12) == 1024

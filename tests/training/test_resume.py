@@ -168,6 +168,24 @@ def test_only_the_newest_checkpoints_and_the_best_one_stay(tiny_qwen2: Path, tmp
     assert abs(loop.evaluate()["eval_loss"] - min(losses)) < 1e-6
 
 
+@pytest.mark.parametrize("change", [{"metric_for_best_model": "perplexity"}, {"eval_strategy": "no"}])
+def test_a_best_by_another_metric_is_forgotten_on_resume(
+    tiny_qwen2: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    train = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "learning_rate": 1.0}
+
+    def loop(**more: Any) -> Any:
+        settings = bench.config(tiny_qwen2, tmp_path / "outputs" / "a", train={**train, "max_steps": 3, **more})
+        return bench.make_loop(settings)
+
+    first = loop()
+    first.fit()
+    assert first.progress.best_global_step is not None
+    again = loop(**change)
+    again.resume(first.checkpoints.folder(2))
+    assert again.progress.best_global_step is None and again.load_best() is None
+
+
 def test_parameter_groups_keep_their_own_peak_rates_over_a_resume(tiny_qwen2: Path, tmp_path: Path) -> None:
     weights = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
 

@@ -116,7 +116,7 @@ class LoadedModel:
                         for sequence in advanced:
                             if sequence.done:
                                 answers[sequence.index] = stop.answer(sequence.tokens, truncated[sequence.index])
-                        if on_progress is not None and (step % PROGRESS_EVERY == 0 or len(answers) == len(sequences)):
+                        if on_progress is not None and (step % PROGRESS_EVERY == 0 or any(s.done for s in advanced)):
                             on_progress(_answers_done(sequences, answers.values(), settings), len(sequences))
                     continue
                 except (RuntimeError, MemoryError) as error:

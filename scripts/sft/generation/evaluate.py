@@ -19,7 +19,7 @@ from sft.config.load import display_path, resolve_path
 from sft.config.schema import Config
 from sft.data import rows as records
 from sft.data import store
-from sft.errors import ConfigError, DataError
+from sft.errors import ConfigError, DataError, EnvironmentProblem, one_line
 from sft.generation.engine import LoadedModel, Progress, warn_truncated
 from sft.generation.load import Target, open_sides
 from sft.generation.stop import Answer
@@ -197,6 +197,8 @@ def evaluate_base(
         loaded.base.sft_base["fingerprint"],
         str(loaded.base.dtype),
         getattr(loaded.base, "is_loaded_in_4bit", None),
+        config.tuning.quant_type,
+        config.tuning.double_quant,
     )
     settings = (config.eval.model_dump_json(), config.generation.model_dump_json(), config.train.objective)
     _, schema = metric_names(config, root)
@@ -208,9 +210,12 @@ def evaluate_base(
             on_progress(len(rows), len(rows))
         return Evaluation(**stored)
     result = evaluate(loaded, rows, config, root, on_progress)
-    files.write_text(path, json.dumps(vars(result), ensure_ascii=False))
-    for old in sorted(path.parent.glob("*.json"), key=lambda path: path.stat().st_mtime)[:-MAX_STORED]:
-        old.unlink(missing_ok=True)
+    try:
+        files.write_text(path, json.dumps(vars(result), ensure_ascii=False))
+        for old in sorted(path.parent.glob("*.json"), key=lambda path: path.stat().st_mtime)[:-MAX_STORED]:
+            old.unlink(missing_ok=True)
+    except (OSError, EnvironmentProblem) as error:
+        log.warning("the base's answers cannot be stored for the next evaluation: %s", one_line(error))
     return result
 
 

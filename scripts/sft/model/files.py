@@ -108,7 +108,8 @@ class ModelFiles:
         text = self.config.get("text_config") or self.config
         scaling = text.get("rope_scaling") or text.get("rope_parameters") or {}
         positions = int(
-            (text.get("max_position_embeddings") or text.get("n_positions") or 0) * max(1, scaling.get("factor") or 1)
+            (text.get("max_position_embeddings") or text.get("n_positions") or 0)
+            * max(1.0, float(scaling.get("factor") or 1))
         )
         if self.kind == "causal" and 0 < positions < max_seq_len:
             what = f"model.max_seq_len is {max_seq_len:,}, but {self.name} has {positions:,} positions"

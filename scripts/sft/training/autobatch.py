@@ -21,7 +21,7 @@ from sft.config.auto import optimizer_state
 from sft.errors import EnvironmentProblem
 from sft.model import adapters
 from sft.model.adapters import unwrap
-from sft.model.hardware import probe
+from sft.model.hardware import memory
 from sft.step.batch import Collator, split_micro_batches
 from sft.step.step import StepConfig, forward_backward, out_of_memory, release_memory, token_losses
 from sft.training import distributed
@@ -80,7 +80,7 @@ def choose(job: Job, model: Any, step: StepConfig, checkpoint: Path | None = Non
     if job.device.device != "cuda":
         if unresolved.micro_batch_tokens != "auto":
             return step, {}
-        tokens = progress.asked_budget[0] if progress else cpu_tokens(model, step, job.rows.train[0])
+        tokens = progress.asked_budget[0] if progress else cpu_tokens(model, step, _longest(job.rows.train))
         return replace(step, micro_batch_tokens=tokens), {"micro_batch_tokens": tokens}
     is_free = (unresolved.batch_size, unresolved.grad_accum, unresolved.micro_batch_tokens) == ("auto", "auto", "auto")
     tokens, checkpointing = int(train.micro_batch_tokens), bool(train.gradient_checkpointing)
@@ -113,10 +113,14 @@ def choose(job: Job, model: Any, step: StepConfig, checkpoint: Path | None = Non
     return replace(step, micro_batch_tokens=tokens), settings
 
 
+def _longest(rows: Sequence[Feature]) -> Feature:
+    return max((rows[at] for at in range(min(len(rows), 1000))), key=lambda row: len(row["input_ids"]))
+
+
 def cpu_tokens(model: Any, step: StepConfig, row: Feature) -> int:
     """The step's token budget, halved until what a forward pass stores for it fits half of the free memory.
 
-    That is measured on one row, without a backward pass.
+    That is measured on one long row (weights that are cast count too, whatever its length), without a backward pass.
     """
     weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
     stored: dict[int, int] = {}
@@ -130,7 +134,7 @@ def cpu_tokens(model: Any, step: StepConfig, row: Feature) -> int:
     (micro,) = split_micro_batches(Collator(step.kind)([row]), tokens=1, packed=step.packed)
     with torch.random.fork_rng([]), saved_tensors_hooks(note, lambda tensor: tensor), step.forward_context():
         losses = token_losses(model, micro, step)
-    tokens, of_token, half = step.micro_batch_tokens, sum(stored.values()) / micro.computed, probe().free_bytes / 2
+    tokens, of_token, half = step.micro_batch_tokens, sum(stored.values()) / micro.computed, memory()[1] / 2
     del losses
     while tokens > 1 and tokens * of_token > half:
         tokens //= 2

@@ -133,6 +133,7 @@ def prepare(
     from sft.chat.template import fix_date
 
     config = fix_date(loaded.config, runs.run_of_adapter(checkpoint) if checkpoint else None)
+    distributed.on_rank0(lambda: str(hub.find(config.model, root, weights=True).path))  # downloads or imports it once
     model_files = hub.find(config.model, root, weights=True)
     model_files.require_positions(config.model.max_seq_len)
     backend = backends.prepare(config.tuning, kind=model_files.kind)
@@ -372,7 +373,7 @@ def make_loop(job: Job, opened: OpenRun, root: Path, report: Report | None) -> t
         after_step=runs.step_of(opened.checkpoint) if opened.checkpoint else 0,
         total_steps=job.schedule.total_steps,
         gpu=section.gpu_stats,
-        report=report,
+        report=report if is_first else None,
     )
     loop = TrainingLoop(
         model,

@@ -366,7 +366,9 @@ class TrainingLoop:
             log.info("micro-batches are split differently than before: same steps, but the last bits may differ")
         if (was := progress.kernels) != (now := kernels.kernels_of(self.model)):
             log.info("kernels were %s and are now %s: same steps, but the last bits may differ", was, now)
-        if self.settings.load_best_model_at_end and self._best_folder() is None:  # the next evaluation is the best left
+        evaluations = (e for e in progress.log_history if "eval_loss" in e and e["step"] == progress.best_global_step)
+        other_metric = next(evaluations, {}).get(f"eval_{self.schedule.metric}") != progress.best_metric
+        if other_metric or (self.settings.load_best_model_at_end and self._best_folder() is None):  # begin anew
             progress.best_global_step = progress.best_metric = None
         states = ckpt.read_state(checkpoint, ckpt.RNG)
         if distributed.rank() < len(states):  # a rank that is new starts from the seed
