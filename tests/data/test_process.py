@@ -171,15 +171,16 @@ def test_openassistant_messages_become_the_best_ranked_path_of_each_tree(tmp_pat
         message("lost", "nobody", "reply"),
         message("x", "y", "parents in a circle"),
         message("y", "x", "parents in a circle"),
+        message("None", None, "a first message is no reply to one called None?"),
     ]
     ledger = process(DataSection(max_dropped=1, split=ALL_TRAIN), tmp_path, str(write(tmp_path / "a.jsonl", lines)))
-    assert (ledger.read, ledger.written, ledger.named) == (4, 1, {"unknown format": 3})
+    assert (ledger.read, ledger.written, ledger.named) == (5, 1, {"unknown format": 3, "empty answer": 1})
     detail = "a message that no first message leads to: its parent is 'nobody'"
     assert ledger.examples["unknown format"][0]["detail"] == detail
     (row,) = rows_of(tmp_path / "data/processed/train.jsonl")
     assert row["origin"] == "a.jsonl:2"
     assert [turn["content"] for turn in row["messages"]] == ["one?", "best", "and?", "so"]
-    assert any("holds 10 OpenAssistant messages" in line for line in ledger.warnings)
+    assert any("holds 11 OpenAssistant messages" in line for line in ledger.warnings)
 
 
 def test_a_rejected_run_changes_nothing_and_leaves_the_rows_to_read(tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ class SourcePart:
         self.messages += len(messages)
         nodes = {str(raw.value["message_id"]): {**raw.value, "replies": []} for raw in messages}
         for node in nodes.values():
-            if parent := nodes.get(str(node["parent_id"])):
+            if node["parent_id"] and (parent := nodes.get(str(node["parent_id"]))):
                 parent["replies"].append(node)
         joined: set[str] = set()
         todo = [node for node in nodes.values() if not node["parent_id"]]

@@ -261,12 +261,7 @@ _BY_ANSWER: dict[str, Callable[[str], float]] = {
     "empty_rate": text.empty,
 }
 _CORPUS = ("bleu", "chrf")
-_SPELLINGS = {
-    "exact_match_normalized": "exact_match_normalised",
-    "rouge_l": "rougeL",
-    "rougel": "rougeL",
-    "rougelsum": "rougeLsum",
-}
+_SPELLINGS = {"rouge_l": "rougeL", "rougel": "rougeL", "rougelsum": "rougeLsum"}
 _ROUGE = re.compile(r"rouge(L|Lsum|[1-9])")
 NAMES = (
     *("rouge1", "rouge2", "rougeL", "rougeLsum", "sari"),
@@ -302,7 +297,7 @@ class Scores:
 def check_names(names: Sequence[str]) -> list[str]:
     """The names in their own spelling. Raises ConfigError with the nearest name for one that is not known."""
     problems, known = [], []
-    for name in (_SPELLINGS.get(name, name) for name in names):
+    for name in (_SPELLINGS.get(name, name.replace("normalized", "normalised")) for name in names):
         if name in NAMES or _ROUGE.fullmatch(name):
             known.append(name)
             continue

@@ -107,10 +107,8 @@ class ModelFiles:
         """Raises ConfigError if rows may be longer than a decoder-only model has positions for."""
         text = self.config.get("text_config") or self.config
         scaling = text.get("rope_scaling") or text.get("rope_parameters") or {}
-        positions = int(
-            (text.get("max_position_embeddings") or text.get("n_positions") or 0)
-            * max(1.0, float(scaling.get("factor") or 1))
-        )
+        positions = text.get("max_position_embeddings") or text.get("n_positions") or 0
+        positions = int(positions * max(1.0, float(scaling.get("factor") or 1)))
         if self.kind == "causal" and 0 < positions < max_seq_len:
             what = f"model.max_seq_len is {max_seq_len:,}, but {self.name} has {positions:,} positions"
             raise ConfigError(what, where="model.max_seq_len", fix=f"--set model.max_seq_len={positions}")

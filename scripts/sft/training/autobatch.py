@@ -80,7 +80,11 @@ def choose(job: Job, model: Any, step: StepConfig, checkpoint: Path | None = Non
     if job.device.device != "cuda":
         if unresolved.micro_batch_tokens != "auto":
             return step, {}
-        tokens = progress.asked_budget[0] if progress else cpu_tokens(model, step, _longest(job.rows.train))
+        tokens = (
+            progress.asked_budget[0]
+            if progress
+            else cpu_tokens(model, step, job.rows.train[int(job.rows.train.lengths().argmax())])
+        )
         return replace(step, micro_batch_tokens=tokens), {"micro_batch_tokens": tokens}
     is_free = (unresolved.batch_size, unresolved.grad_accum, unresolved.micro_batch_tokens) == ("auto", "auto", "auto")
     tokens, checkpointing = int(train.micro_batch_tokens), bool(train.gradient_checkpointing)
@@ -111,10 +115,6 @@ def choose(job: Job, model: Any, step: StepConfig, checkpoint: Path | None = Non
         rows = min(effective, max(1, tokens // job.config.model.max_seq_len))
         settings |= {"batch_size": rows, "grad_accum": -(-effective // rows)}
     return replace(step, micro_batch_tokens=tokens), settings
-
-
-def _longest(rows: Sequence[Feature]) -> Feature:
-    return max((rows[at] for at in range(min(len(rows), 1000))), key=lambda row: len(row["input_ids"]))
 
 
 def cpu_tokens(model: Any, step: StepConfig, row: Feature) -> int:
