@@ -194,9 +194,9 @@ def evaluate_base(
     code = [files.sha256(path) for name in CODE for path in sorted(PACKAGE.glob(f"{name}/*.py"))]
     shots = files.sha256(store.resolve_stage(config.data, root).train) if config.eval.shots else ""
     base, tuning = loaded.base, config.tuning
-    weights = (base.sft_base["fingerprint"], str(base.dtype), getattr(base, "is_loaded_in_4bit", None))
+    in_4_bits = (getattr(base, "is_loaded_in_4bit", None), tuning.quant_type, tuning.double_quant)
+    weights = (base.sft_base["fingerprint"], str(base.dtype), in_4_bits)
     settings = (config.eval.model_dump_json(), config.generation.model_dump_json(), config.train.objective)
-    settings += (tuning.quant_type, str(tuning.double_quant))
     _, schema = metric_names(config, root)
     content = json.dumps([rows, code, shots, weights, loaded.device, settings, schema, fingerprint(loaded.encoder)])
     path = root / CACHE / f"{hashlib.sha256(content.encode()).hexdigest()[:32]}.json"
