@@ -127,12 +127,11 @@ def continue_command(run: str) -> str:
         return "the same command"
     by_name = any(word.startswith(("--resume", "--run")) for word in sys.argv)
     if target := os.environ.get("SFT_MAKE"):
-        given = re.findall(r"(?:\\.|\S)+", os.environ.get("MAKEFLAGS", "").partition("-- ")[2])  # make escapes with \
-        typed = [re.sub(r"\\(.)", r"\1", word).replace("$$", "$").partition("=") for word in given]
-        words = [f"{name}={_quoted(value)}" for name, _, value in reversed(typed)]
-        return " ".join(
-            ["make", target, *words] if target.startswith("train") and not by_name else ["make resume", f"RUN={run}"]
-        )
+        if by_name or not target.startswith("train"):
+            return f"make resume RUN={_quoted(run)}"
+        words = re.findall(r"(?:\\.|\S)+", os.environ.get("MAKEFLAGS", "").partition("-- ")[2])  # make escapes with \
+        typed = [re.sub(r"\\(.)", r"\1", word).replace("$$", "$").partition("=") for word in words]
+        return " ".join(["make", target, *(f"{name}={_quoted(value)}" for name, _, value in reversed(typed))])
     return shlex.join([_python(), sys.argv[0], *(["--run", run] if by_name else sys.argv[1:])])
 
 

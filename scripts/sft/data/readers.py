@@ -397,7 +397,7 @@ class _JsonText:
             self.at = LENIENT_DECODER.raw_decode(self.text, start)[1]
         except json.JSONDecodeError as error:
             self.at = min(error.pos, len(self.text))
-            problem = next((words for said, words in JSON_PROBLEMS.items() if error.msg.startswith(said)), error.msg)
+            problem = next((ours for start, ours in JSON_PROBLEMS.items() if error.msg.startswith(start)), error.msg)
             closing = re.match(r"[,\s]*([]}])", self.text[self.at : self.at + 1_000])
             if closing and self.text[: self.at + 1].rstrip("]} \t\r\n").endswith(","):
                 problem = f"a comma too many before {closing[1]}"

@@ -84,6 +84,7 @@ class SourcePart:
                 yield raw if copies == 1 else raw._replace(copies=copies)
 
     def rows_of_all(self, on_progress: Progress | None = None) -> Iterator[RawRow]:
+        """The rows of every file of this part, in order; OpenAssistant's messages joined to trees."""
         for source in self.sources:
             for raw in self._trees(source.rows(on_progress)):
                 self.rows += 1

@@ -378,8 +378,8 @@ def _write_weights(
     shapes = {name: list(weight.shape) for name, weight in model.state_dict().items()}
     if config["tie_word_embeddings"]:
         del shapes["lm_head.weight"]
-    wanted = {name: names.get_name(name, try_suffixes=(".weight", ".bias")) for name in shapes}
-    different = sorted(set(wanted.values()) ^ set(stored), key=str)
+    gguf_names = {name: names.get_name(name, try_suffixes=(".weight", ".bias")) for name in shapes}
+    different = sorted(set(gguf_names.values()) ^ set(stored), key=str)
     if different:
         raise ModelError(
             f"the tensors of the GGUF file are not those of {config['architectures'][0]}: {len(different)} differ, for"
@@ -388,7 +388,7 @@ def _write_weights(
         )
     parts: list[dict[str, Any]] = [{}]
     size, shard_of = 0, dict[str, int]()
-    for done, (name, source) in enumerate(wanted.items()):
+    for done, (name, source) in enumerate(gguf_names.items()):
         tensor = stored[str(source)]
         numbers = gguf.quants.dequantize(np.asarray(tensor.data), tensor.tensor_type)
         shape = [int(length) for length in reversed(tensor.shape)]
@@ -403,7 +403,7 @@ def _write_weights(
             parts.append({})
             size = 0
         parts[-1][name], shard_of[name], size = weight, len(parts), size + weight.nbytes
-        progress(done + 1, len(wanted))
+        progress(done + 1, len(gguf_names))
     save_file(parts[-1], folder / f"part-{len(parts)}", metadata={"format": "pt"})
     if len(parts) == 1:
         (folder / "part-1").rename(folder / SINGLE)

@@ -155,7 +155,7 @@ def _measure(
     evaluation = measure(model, rows, config, root, part(name, len(rows)))
     values: Values = {name: of_rows for name, of_rows in evaluation.values.items() if name != "length_words"}
     values[ROW_LOSS] = []
-    for row, loss in zip(rows, evaluation.row_losses, strict=True):  # a row's loss stands beside its last answer
+    for row, loss in zip(rows, evaluation.row_losses, strict=True):  # a row's loss belongs to its last answer
         last_only = config.eval.turns == "last" or records.is_rendered(row)
         earlier = 0 if last_only else len(evaluate.answer_turns(row)) - 1
         values[ROW_LOSS] += [*[math.nan] * earlier, loss]

@@ -142,8 +142,8 @@ def _cut_at(
         again |= zip(part, probe.encode_pieces([rows[i] for i in part]), strict=True)
     lost = 0
     for i, parts in again.items():
-        kept = not all(part.dropped for part in parts)
-        lost += sum(len(p.input_ids) if p.dropped else p.truncated_tokens for p in parts) if kept else sizes[i]
+        usable = not all(part.dropped for part in parts)
+        lost += sum(len(p.input_ids) if p.dropped else p.truncated_tokens for p in parts) if usable else sizes[i]
     for i, one in enumerate(encoded):
         ledger.add(*again.get(i, [one]))
     return ledger, {
