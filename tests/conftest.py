@@ -11,6 +11,10 @@ from pathlib import Path
 
 import pytest
 
+# One thread for each of several workers and the commands that they start; must precede the import of torch.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from tests import tiny_models
 
 ROOT = Path(__file__).resolve().parents[1]
