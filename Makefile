@@ -21,7 +21,7 @@ OUTPUT ?= outputs/preds.txt
 .NOTPARALLEL:
 .SILENT:
 
-KNOWN := CONFIG RUN SET ARGS RESUME ALLOW RAW USER_COL ANSWER_COL STYLE MODEL MODELS TB_PORT INPUT OUTPUT ADAPTERS BASE FORCE GPU PNG TASKS FORMAT TYPE REPO DRY FILE OUT PYTHON
+KNOWN := CONFIG RUN SET ARGS RESUME ALLOW RAW USER_COL ANSWER_COL STYLE MODEL MODELS TB_PORT INPUT OUTPUT ADAPTERS BASE FORCE GPU PNG TASKS FORMAT TYPE CONVERTER REPO DRY FILE OUT PYTHON
 export $(KNOWN)
 GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command line,$(origin $(name))),$(name)))
 $(foreach name,$(filter-out $(KNOWN) SHELL MAKEFLAGS,$(GIVEN)),$(error $(name)= is not a variable of this kit. Known: $(KNOWN). \
@@ -151,8 +151,9 @@ merge-bf16: $(ENV) ## the same in bf16 (outputs/merged_bf16)
 	$(SCRIPT)/merge_lora.py $(WITH) $(FROM) --out "$(or $(OUT),outputs/merged_bf16)" --dtype bf16
 merge-test: $(ENV) ## load the merged model and generate answers
 	$(SCRIPT)/merge_lora.py $(WITH) --out "$(or $(OUT),outputs/merged_fp16)" --test
-export: $(ENV) ## export the newest run as GGUF, for Ollama or as safetensors, and verify its tokens (FORMAT=gguf|ollama|hf TYPE=f16|q8_0|q4_k_m OUT=DIR)
-	$(SCRIPT)/export.py $(WITH) $(FROM) --format $(or $(FORMAT),gguf) --type $(or $(TYPE),f16) $(if $(OUT),--out "$(OUT)")
+export: $(ENV) ## export the newest run as GGUF, for Ollama or as safetensors, and verify its tokens (FORMAT=gguf|ollama|hf TYPE=f16|q8_0|q4_k_m OUT=DIR CONVERTER=FILE)
+	$(SCRIPT)/export.py $(WITH) $(FROM) --format $(or $(FORMAT),gguf) --type $(or $(TYPE),f16) $(if $(OUT),--out "$(OUT)") \
+		$(if $(CONVERTER),--converter "$$CONVERTER")
 ifneq ($(filter push,$(MAKECMDGOALS)),)
 $(if $(RUN)$(SET)$(CONFIG),$(error make push uploads the newest export; name another one with ARGS="--folder DIR"))
 endif

@@ -4,9 +4,12 @@
     python scripts/export.py --format ollama --type q8_0
     python scripts/export.py --format hf --adapters adapters/run --out DIR
 
+    python scripts/export.py --format gguf --converter ~/llama.cpp/convert_hf_to_gguf.py      for other architectures
+
 Adapters are merged first, tensor by tensor. Every tensor is read back and compared; parity.json proves that the
 exported form gets the same tokens as in training and stops where its answers ended. A difference refuses the export.
-K-quants need llama-cpp-python; without it f16 is written, and the command that quantises it is printed.
+Where llama-cpp-python is installed, the token ids are llama.cpp's own, and the held-out loss there is measured.
+K-quants need it; without it f16 is written, and the command that quantises it is printed.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
     add("--format", choices=["gguf", "ollama", "hf"], default="gguf", help="default: gguf")
     types = ["f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "bf16", "f32"]
     add("--type", choices=types, default="f16", help="of the weights (default: f16)")
+    add("--converter", metavar="FILE", type=Path, help="llama.cpp's convert_hf_to_gguf.py, to write the GGUF file")
     source = flags.add_mutually_exclusive_group()
     source.add_argument("--adapters", metavar="DIR", type=Path, help="an adapter (default: the newest run's)")
     source.add_argument("--merged", metavar="DIR", type=Path, help="a merged model, or a full fine-tune")
@@ -71,19 +75,22 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     )
     with console.progress(f"exporting as {args.format}") as advance:
         report = export(
-            target, args.format, kind, out, root, card=text,
+            target, args.format, kind, out, root, card=text, converter=args.converter,
             progress=lambda done, total, name: advance(done, total),
         )  # fmt: skip
     certificate = report.parity
     rows = [(name, decimal(size)) for name, size in report.files.items() if size > 1e5]
-    if report.tensors:
+    if report.largest_error is not None:
         rows.append(("read back", f"{report.tensors} tensors, largest error {report.largest_error:.2g}"))
-    if quantised := report.quantised:
-        losses = f"{quantised['loss_f16']:.4f} as f16 -> {quantised[f'loss_{kind}']:.4f} as {kind}"
-        rows.append((f"loss on {quantised['held_out_rows']} rows of {quantised['held_out']}", losses))
+    if loss := report.loss:
+        change = f"{loss['model']:.4f} -> {loss['llama_cpp']:.4f} in llama.cpp as {kind}"
+        rows.append((f"loss on {loss['held_out_rows']} rows of {loss['held_out']}", change))
+    elif args.format != "hf":
+        rows.append(("loss in llama.cpp", "not measured: pip install llama-cpp-python"))
+    tokenizer = f" (token ids by llama-cpp-python {report.llama_cpp})" if report.llama_cpp else ""
     rows += [
         ("parity", f"{certificate['tokens']:,} tokens of {certificate['rows']} rows are equal"),
-        ("  in", ", ".join(certificate["routes"])),
+        ("  in", ", ".join(certificate["routes"]) + tokenizer),
         ("time", f"{report.seconds:.0f} s"),
     ]
     if certificate["set_aside"]:
@@ -93,9 +100,12 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     if by_hand:
         console.warn(f"llama-cpp-python is not installed: the weights are {kind}. {args.type} is one more command:")
         path, name = f"{shown}/{target.name}", gguf.K_QUANTS[args.type]
-        by_ollama = f"cd {shown} && ollama create {target.name} --quantize q{name[1:]} -f Modelfile"
-        by_llama = f"llama-quantize {path}-{kind}.gguf {path}-{args.type}.gguf {name}"
-        console.say(by_ollama if args.format == "ollama" else by_llama)
+        command = f"llama-quantize {path}-{kind}.gguf {path}-{args.type}.gguf {name}"
+        if args.format == "ollama":  # which makes no other K-quant itself since its version 0.7
+            command += f" && sed -i s/-{kind}.gguf/-{args.type}.gguf/ {shown}/Modelfile"
+            if name == "Q4_K_M":
+                command = f"cd {shown} && ollama create {target.name} --quantize q4_K_M -f Modelfile"
+        console.say(command)
     console.say(console.as_typed(NEXT[args.format].format(out=shown, name=target.name, type=kind)))
     return asdict(report)
 

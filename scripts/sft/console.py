@@ -102,7 +102,7 @@ def _use_run(args: argparse.Namespace) -> None:
 _VARIABLES = {
     "set": "SET", "allow-change": "ALLOW", "resume": "RESUME", "adapters": "ADAPTERS", "run": "RUN", "config": "CONFIG",
     "style": "STYLE", "raw_path": "RAW", "user_col": "USER_COL", "answer_col": "ANSWER_COL", "gpu": "GPU",
-    "out": "OUT", "type": "TYPE",
+    "out": "OUT", "type": "TYPE", "format": "FORMAT", "converter": "CONVERTER",
 }  # fmt: skip
 _VALUE = r"((?:'[^']*'|[^\s'])+?)(?=[),;:]*(?:\s|$))"
 

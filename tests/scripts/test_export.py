@@ -107,23 +107,39 @@ def exported(project: Path, monkeypatch: pytest.MonkeyPatch, *flags: str) -> dic
 def test_without_llama_cpp_a_k_quant_is_f16_and_the_command_that_quantises_it(project, monkeypatch, capfd):
     monkeypatch.setattr(ship_gguf, "has_llama_cpp", lambda: False)
     report = exported(project, monkeypatch, "--type", "q4_k_m")
-    assert (report["type"], report["quantised"]) == ("f16", None)
+    assert (report["type"], report["llama_cpp"], report["loss"]) == ("f16", None, None)
     out, printed = project / "outputs" / "export" / "first-gguf", capfd.readouterr()
     assert "llama-cpp-python is not installed: the weights are f16" in " ".join(printed.err.split())
     shown = "outputs/export/first-gguf/first"
     assert f"llama-quantize {shown}-f16.gguf {shown}-q4_k_m.gguf Q4_K_M\n" in printed.out
+    assert "not measured: pip install llama-cpp-python" in printed.out
     card = (out / "README.md").read_text()
     assert "as a GGUF file (first-f16.gguf)" in card and "llama-server -m first-f16.gguf --jinja" in card
 
 
+@pytest.mark.parametrize(("kind", "expected"), [
+    ("q4_k_m", "cd {out} && ollama create first --quantize q4_K_M -f Modelfile\n"),
+    ("q6_k", "llama-quantize {out}/first-f16.gguf {out}/first-q6_k.gguf Q6_K"
+     " && sed -i s/-f16.gguf/-q6_k.gguf/ {out}/Modelfile\n"),
+])  # fmt: skip
+def test_for_ollama_the_command_that_quantises_is_ollamas_where_it_makes_that_type(
+    project, monkeypatch, capfd, kind, expected
+):
+    monkeypatch.setattr(ship_gguf, "has_llama_cpp", lambda: False)
+    exported(project, monkeypatch, "--format", "ollama", "--type", kind)
+    assert expected.format(out="outputs/export/first-ollama") in capfd.readouterr().out
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ship_gguf.K_QUANTS)
-def test_llama_cpp_writes_k_quants_and_what_they_cost_is_measured(project, monkeypatch, kind):
-    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+@pytest.mark.parametrize("kind", ["f16", "q8_0", *ship_gguf.K_QUANTS])
+def test_llama_cpp_gives_the_token_ids_and_what_quantising_costs_is_measured(project, monkeypatch, kind):
+    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     report = exported(project, monkeypatch, "--type", kind)
     path = project / "outputs" / "export" / "first-gguf" / f"first-{kind}.gguf"
     assert set(report["files"]) == {path.name, "README.md", "parity.json"}
-    quantised = report["quantised"]
-    assert 0 < abs(quantised[f"loss_{kind}"] - quantised["loss_f16"]) < 0.2 * quantised["loss_f16"]
-    assert "Q" in {tensor.tensor_type.name[0] for tensor in gguf.GGUFReader(path).tensors}
-    assert report["parity"]["equal"]
+    assert (report["llama_cpp"], report["parity"]["equal"]) == (llama_cpp.__version__, True)
+    loss = report["loss"]
+    change = abs(loss["llama_cpp"] - loss["model"]) / loss["model"]
+    assert change < 1e-3 if kind == "f16" else 0 < change < 0.2
+    kinds = {tensor.tensor_type.name[0] for tensor in gguf.GGUFReader(path).tensors}
+    assert ("Q" in kinds) == (kind != "f16")

@@ -5,12 +5,14 @@ is float32 (type 0), so that only the weights are of the file's type.
 """
 
 import json
+import os
 import sys
 
 import llama_cpp
 
 request = json.load(sys.stdin)
-model = llama_cpp.Llama(request["model"], n_ctx=1024, n_threads=2, verbose=False, type_k=0, type_v=0)
+threads = int(os.environ.get("OMP_NUM_THREADS", "2"))
+model = llama_cpp.Llama(request["model"], n_ctx=1024, n_threads=threads, verbose=False, type_k=0, type_v=0)
 
 
 def ids(text):

@@ -17,12 +17,14 @@ import pytest
 import torch
 
 from sft import runs
+from sft.chat.encode import build_encoder
 from sft.config.schema import Config, ModelSection, TuningSection
-from sft.errors import ModelError, RunError
+from sft.errors import ModelError, RunError, TemplateError
 from sft.generation.load import Target
 from sft.model import gguf as model_gguf
 from sft.model import hub
 from sft.model.tokenizer import load_tokenizer
+from sft.runs import run_of_adapter
 from sft.ship import gguf as ship_gguf
 from sft.ship.export import export
 from tests import tiny_models
@@ -136,6 +138,57 @@ def test_a_tokenizer_with_its_own_code_is_exported_where_that_is_trusted(tmp_pat
     assert (report.parity["equal"], report.largest_error) == (True, 0.0)
     reader = gguf.GGUFReader(tmp_path / "out" / "model-f32.gguf")
     assert model_gguf.vocabulary_of_file(reader).bos == load_tokenizer(DEMO).convert_tokens_to_ids("<|im_start|>")
+
+
+def converter(folder: Path, body: str) -> Path:
+    """A program in the place of llama.cpp's converter; `outfile` is the path that it has to write."""
+    start = "import pathlib, sys\noutfile = pathlib.Path(sys.argv[sys.argv.index('--outfile') + 1])\n"
+    path = folder / "convert_hf_to_gguf.py"
+    path.write_text(start + body)
+    return path
+
+
+def test_a_converters_file_is_checked_as_our_own_is(tmp_path):
+    template, path = (DEMO / "chat_template.jinja").read_text(), tmp_path / "theirs.gguf"
+    script = converter(tmp_path, f"outfile.write_bytes(pathlib.Path({str(path)!r}).read_bytes())")
+    target = Target(Config(model=ModelSection(name=str(DEMO))), None, merged=DEMO)
+    ship_gguf.write(model_files(DEMO), path, "f32", vocabulary(DEMO), template, lambda *_: None)
+    report = export(target, "ollama", "f32", tmp_path / "out", tmp_path, card="", converter=script.parent)
+    assert (report.parity["equal"], report.largest_error, report.tensors) == (True, None, 50)
+    assert (tmp_path / "out" / "demo-f32.gguf").read_bytes() == path.read_bytes()
+    wrong = replace(vocabulary(DEMO), pre="gpt-2")
+    ship_gguf.write(model_files(DEMO), path, "f32", wrong, template, lambda *_: None)
+    with pytest.raises(TemplateError, match="parity: in gguf, the prompt differs from training"):
+        export(target, "gguf", "f32", tmp_path / "no", tmp_path, card="", converter=script)
+    unknown = replace(vocabulary(DEMO), pre="never-heard-of")
+    ship_gguf.write(model_files(DEMO), path, "f32", unknown, template, lambda *_: None)
+    if not ship_gguf.has_llama_cpp():
+        with pytest.raises(ModelError, match="cannot be checked: its pre-tokenizer is 'never-heard-of'"):
+            export(target, "gguf", "f32", tmp_path / "no", tmp_path, card="", converter=script)
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("print('x')\nsys.exit('Model GraniteForCausalLM is not supported')", "demo: Model GraniteForCausalLM is not"),
+        ("raise NotImplementedError('pre-tokenizer')", "cannot convert demo: NotImplementedError: pre-tokenizer"),
+        ("", "cannot convert demo: it wrote no file"),
+        ("outfile.write_bytes(b'GGUF' + b'x' * 99)", "cannot convert demo: its file cannot be read"),
+    ],
+)
+def test_a_converter_that_fails_is_an_error_with_its_own_words_and_leaves_nothing(tmp_path, body, message):
+    target = Target(Config(model=ModelSection(name=str(DEMO))), None, merged=DEMO)
+    with pytest.raises(ModelError, match=message):
+        export(target, "gguf", "f16", tmp_path / "out", tmp_path, card="", converter=converter(tmp_path, body))
+    assert [path.name for path in tmp_path.iterdir()] == ["convert_hf_to_gguf.py"]
+
+
+def test_a_converter_is_named_for_gguf_and_exists(tmp_path):
+    target = Target(Config(model=ModelSection(name=str(DEMO))), None, merged=DEMO)
+    for form, message in (("hf", "a converter writes GGUF files"), ("gguf", r"gone\.py does not exist")):
+        with pytest.raises(ModelError, match=message):
+            export(target, form, "f16", tmp_path / "out", tmp_path, card="", converter=tmp_path / "gone.py")
 
 
 def test_an_export_replaces_only_an_earlier_export(tmp_path):
@@ -286,11 +339,36 @@ def test_llama_cpp_answers_as_transformers_does_in_every_family(llama, tmp_path,
 
 
 @pytest.mark.slow
+def test_a_gguf_of_another_architecture_is_imported_trained_exported_and_answers_alike(llama, tmp_path, command):
+    folder = tiny(tmp_path / "m", "qwen2")
+    template = load_tokenizer(folder).chat_template
+    ship_gguf.write(model_files(folder), tmp_path / "q.gguf", "q8_0", vocabulary(folder), template, lambda *_: None)
+    config = ["--config", ROOT / "configs" / "demo_cpu.yaml", "--set", "model.name=models/q model.max_seq_len=1024"]
+    for step in (
+        ("import_gguf", "--file", tmp_path / "q.gguf"),
+        ("process_data", *config, "--raw_path", ROOT / "data" / "samples" / "support_desk.jsonl"),
+        ("train", *config, "--set", "train.max_steps=6 train.eval_strategy=no"),
+        ("merge_lora", *config, "--dtype", "fp32", "--out", tmp_path / "merged"),
+        ("export", *config, "--format", "gguf", "--type", "f32"),
+    ):
+        done = command(*step, SFT_ROOT=str(tmp_path))
+        assert done.returncode == 0, done.stderr
+    encoder = build_encoder(
+        run_of_adapter(tmp_path / "merged"), load_tokenizer(tmp_path / "merged"), "causal", tmp_path
+    )
+    turns = [[{"role": "user", "content": text}] for text in ("What is it?", *tiny_models.TEXT[:3])]
+    prompts = [encoder.template.render(each, add_generation_prompt=True) for each in turns]
+    (path,) = (tmp_path / "outputs" / "export").glob("*/*-f32.gguf")
+    answered = ask(llama, path, prompts, [], 24)
+    assert answered["prompts"] == [encoder.prompt(each) for each in turns]
+    stops = set(encoder.stops.ids)
+    assert answered["answers"] == [greedy(tmp_path / "merged", ids, 24, stops) for ids in answered["prompts"]]
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(3000)
 def test_llama_cpp_gives_the_tuned_demo_s_text_for_20_prompts_in_f16(llama, tmp_path, command):
     """End to end: train, export, load in llama.cpp, and compare the greedy text."""
-    from sft.chat.encode import build_encoder
-    from sft.runs import run_of_adapter
     from sft.ship.parity import GOLDEN_ROWS
 
     root, config = {"SFT_ROOT": str(tmp_path)}, ["--config", ROOT / "configs" / "demo_cpu.yaml"]

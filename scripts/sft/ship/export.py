@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,9 @@ class ExportReport:
     """What was exported: the content of export.json.
 
     files: bytes by name. largest_error: of a number in the GGUF file (of a K-quant: in the f16 file that it was made
-    from), against the merged weights. quantised: of a K-quant, the held-out loss in llama.cpp as f16 and as `type`.
-    parity: see `parity.Certificate`.
+    from), against the merged weights; None if llama.cpp's converter wrote it. llama_cpp: the version of
+    llama-cpp-python that gave token ids and loss, None without it. loss: on held-out rows, `model` (the weights, in
+    float32) and `llama_cpp` (the GGUF file there). parity: see `parity.Certificate`.
     """
 
     out: str
@@ -46,8 +47,9 @@ class ExportReport:
     type: str
     files: dict[str, int]
     tensors: int
-    largest_error: float
-    quantised: dict[str, Any] | None
+    largest_error: float | None
+    llama_cpp: str | None
+    loss: dict[str, Any] | None
     parity: dict[str, Any]
     seconds: float
 
@@ -60,11 +62,13 @@ def export(
     root: Path,
     *,
     card: str,
+    converter: Path | None = None,
     progress: Progress = lambda done, total, name: None,
 ) -> ExportReport:
     """Exports `target` to the folder `out`, or leaves `out` unchanged. card: the text of its README.md.
 
     form: gguf, ollama or hf. kind: f16, q8_0, bf16, f32, or one of gguf.K_QUANTS, which needs llama-cpp-python.
+    converter: llama.cpp's convert_hf_to_gguf.py, which writes the GGUF file instead of us.
     Raises ModelError (not supported, does not fit the type), TemplateError (parity), EnvironmentProblem (disk),
     RunError (`out` holds something else).
     """
@@ -73,6 +77,7 @@ def export(
         raise ModelError("the base has nothing to export", where="--base", fix="make train, or --adapters DIR")
     if form == "hf" and kind not in ("f16", "bf16", "f32"):
         raise ModelError(f"safetensors cannot be written as {kind}", where="--type", fix="--type f16, bf16 or f32")
+    converter = _converter(converter, form)
     out = out.absolute()
     merge.require_replaceable(out, EXPORT_REPORT, "an export")
     merge.require_space(out, 0, "the export")
@@ -82,21 +87,20 @@ def export(
     base = target.config.model.name  # where --set says that the base is now
     moved_base = base if own_config and base != own_config.model.name else None
     if target.merged is not None:
-        _refuse_unsupported(_model_files(target, target.merged, root), form, target.config)
+        _refuse_unsupported(_model_files(target, target.merged, root), form, target.config, converter)
     elif target.adapter is not None and own_config is not None:  # before a merge, which may take long
-        _refuse_unsupported(merge.find_base(own_config.model, moved_base, target.adapter, root), form, target.config)
+        base_files = merge.find_base(own_config.model, moved_base, target.adapter, root)
+        _refuse_unsupported(base_files, form, target.config, converter)
     with disk.atomic_folder(out) as staged:
         folder = _whole_weights(target, form, _MERGE_DTYPE.get(kind, "fp16"), moved_base, staged, root, progress)
         files = _model_files(target, folder, root)
-        _refuse_unsupported(files, form, target.config)
+        _refuse_unsupported(files, form, target.config, converter)
         encoder = _training_encoder(target, files, root)
         routes = [parity.route_of_folder(folder, trust_remote_code=target.config.model.trust_remote_code)]
-        tensors, largest_error, quantised = 0, 0.0, None
+        written = _Written()
         if form != "hf":
-            tensors, largest_error, quantised, gguf_routes = _write_gguf(
-                files, staged, kind, form, encoder, target, root, progress
-            )
-            routes += gguf_routes
+            written = _write_gguf(files, staged, kind, form, encoder, target, root, converter, progress)
+            routes += written.routes
         own = verify.run_rows(target.config, root)
         rows = [*GOLDEN_ROWS, *verify.shipped_rows(root), *(own[1][:_RUN_ROWS] if own else [])]
         sources = ["golden", "data/samples", *([own[0]] if own else [])]
@@ -109,7 +113,10 @@ def export(
         disk.write_text(staged / "README.md", card)
         sizes = {path.name: path.stat().st_size for path in sorted(staged.iterdir()) if path.is_file()}
         seconds = round(time.monotonic() - started, 1)
-        report = ExportReport(str(out), form, kind, sizes, tensors, largest_error, quantised, certificate, seconds)
+        report = ExportReport(
+            str(out), form, kind, sizes, written.tensors, written.largest_error, written.llama_cpp, written.loss,
+            certificate, seconds,
+        )  # fmt: skip
         disk.write_json(staged / EXPORT_REPORT, asdict(report))
     return report
 
@@ -118,14 +125,24 @@ def _model_files(target: Target, folder: Path, root: Path) -> ModelFiles:
     return hub.find(ModelSection(name=str(folder), type=target.config.model.type), root)
 
 
-def _refuse_unsupported(files: ModelFiles, form: str, config: Config) -> None:
+def _converter(path: Path | None, form: str) -> Path | None:
+    """llama.cpp's converter, of which the folder of llama.cpp may be named. Raises ModelError if it is not there."""
+    if path is not None and form == "hf":
+        raise ModelError("a converter writes GGUF files", where="--converter", fix="--format gguf, or --format ollama")
+    file = path / "convert_hf_to_gguf.py" if path is not None and path.is_dir() else path
+    if file is not None and not file.is_file():
+        raise ModelError(f"{file} does not exist", where="--converter", fix=gguf.CONVERTER)
+    return file
+
+
+def _refuse_unsupported(files: ModelFiles, form: str, config: Config, converter: Path | None) -> None:
     if files.kind == "seq2seq":
         raise ModelError(
             "export supports decoder-only models; this one is seq2seq",
             where=files.name,
             fix="make merge: its folder is what any library loads",
         )
-    if form != "hf":
+    if form != "hf" and converter is None:
         gguf.architecture(files.config, files.name)
         gguf.byte_level_bpe(load_tokenizer(files, trust_remote_code=config.model.trust_remote_code))
 
@@ -153,6 +170,17 @@ def _training_encoder(target: Target, files: ModelFiles, root: Path) -> Encoder:
     return load_encoder(config.model_copy(update={"model": any_length}), root, files=files, tokenizer=source)
 
 
+@dataclass(frozen=True)
+class _Written:
+    """What is known of the GGUF file: as in `ExportReport`, and the routes of the file and the Modelfile."""
+
+    tensors: int = 0
+    largest_error: float | None = None
+    llama_cpp: str | None = None
+    loss: dict[str, Any] | None = None
+    routes: list[Route] = field(default_factory=list)
+
+
 def _write_gguf(
     files: ModelFiles,
     staged: Path,
@@ -161,45 +189,67 @@ def _write_gguf(
     encoder: Encoder,
     target: Target,
     root: Path,
+    converter: Path | None,
     progress: Progress,
-) -> tuple[int, float, dict[str, Any] | None, list[Route]]:
-    """Writes and checks the GGUF file (and the Modelfile).
-
-    Returns its tensors, the largest error, what quantising cost, and the routes.
-    """
+) -> _Written:
+    """Writes and checks the GGUF file (and the Modelfile)."""
     k_quant = kind in gguf.K_QUANTS
-    written = gguf.K_SOURCE if k_quant else kind
-    merge.require_space(staged, int(files.parameters * gguf.BYTES[written] * (1.5 if k_quant else 1)), "the GGUF file")
-    path = staged / f"{target.name}-{written}.gguf"
-    source = (files.path / "chat_template.jinja").read_text(encoding="utf-8")
-    tensors = gguf.write(files, path, written, _vocabulary(files, encoder, target.config), source, progress)
-    largest_error = gguf.check(files, path, written, progress)
-    quantised = None
+    first = gguf.K_SOURCE if k_quant else kind
+    merge.require_space(staged, int(files.parameters * gguf.BYTES[first] * (1.5 if k_quant else 1)), "the GGUF file")
+    path, largest_error = staged / f"{target.name}-{first}.gguf", None
+    if converter is not None:
+        tensors = gguf.convert(converter, files.path, path, first, target.name)
+    else:
+        source = (files.path / "chat_template.jinja").read_text(encoding="utf-8")
+        tensors = gguf.write(files, path, first, _vocabulary(files, encoder, target.config), source, progress)
+        largest_error = gguf.check(files, path, first, progress)
     if k_quant:
         full, path = path, staged / f"{target.name}-{kind}.gguf"
         gguf.quantize(full, path, kind)
-        sample = verify.held_out_sample(encoder, target.config, root, int(files.config["vocab_size"]))
-        ids = [row.input_ids for row in sample.rows]
-        losses = {
-            f"loss_{name}": sample.loss([torch.from_numpy(part) for part in gguf.logits(each, ids)])
-            for name, each in ((written, full), (kind, path))
-        }
-        quantised = {"held_out": sample.source, "held_out_rows": len(sample.rows), **losses}
         full.unlink()
     reader = GGUFReader(path)
     vocabulary = vocabulary_of_file(reader)
-    field = reader.get_field("tokenizer.chat_template")
-    routes = [parity.route_of_gguf(vocabulary, str(field.contents()) if field else "", encoder.tokenizer)]
+    begin = vocabulary.tokens[vocabulary.bos] if vocabulary.adds_bos and vocabulary.bos is not None else ""
+    text_ids = gguf.text_ids(path, begin)
+    template = reader.get_field("tokenizer.chat_template")
+    written = str(template.contents()) if template else ""
+    routes = [parity.route_of_gguf(vocabulary, written, encoder.tokenizer, text_ids)]
     if form == "ollama":
-        begin = vocabulary.tokens[vocabulary.bos] if vocabulary.adds_bos and vocabulary.bos is not None else ""
-        template = parity.go_template(encoder.template, begin)
+        go_template = parity.go_template(encoder.template, begin)
         stops = [str(encoder.tokenizer.convert_ids_to_tokens(token)) for token in sorted(encoder.stops.ids)]
         stops = list(dict.fromkeys([*stops, *encoder.stops.strings, *target.config.generation.stop]))
-        context = int(files.config["max_position_embeddings"])
+        architecture = str(reader.fields["general.architecture"].contents())
+        context = int(reader.fields[f"{architecture}.context_length"].contents())
         system = system_text(target.config, target.folder, root)
-        disk.write_text(staged / MODELFILE, modelfile(path.name, template, stops, target.config, system, context))
-        routes.append(parity.route_of_ollama(vocabulary, template, stops))
-    return tensors, largest_error, quantised, routes
+        disk.write_text(staged / MODELFILE, modelfile(path.name, go_template, stops, target.config, system, context))
+        routes.append(parity.route_of_ollama(vocabulary, go_template, stops, text_ids))
+    version = gguf.llama_cpp_version() if text_ids else None
+    return _Written(tensors, largest_error, version, _losses(files, path, kind, encoder, target.config, root), routes)
+
+
+def _losses(
+    files: ModelFiles, path: Path, kind: str, encoder: Encoder, config: Config, root: Path
+) -> dict[str, Any] | None:
+    """The held-out loss of the weights and of the GGUF file in llama.cpp; None if llama.cpp cannot be asked.
+
+    Raises ModelError if a file that is not quantised has another loss than its weights.
+    """
+    if not gguf.has_llama_cpp():
+        return None
+    sample = verify.held_out_sample(encoder, config, root, int(files.config.get("vocab_size", 1 << 17)))
+    logits = gguf.logits(path, [row.input_ids for row in sample.rows])
+    if logits is None:
+        return None
+    loss = sample.loss([torch.from_numpy(part) for part in logits])
+    own = sample.loss(sample.logits(verify.open_streamed(files, trust_remote_code=config.model.trust_remote_code)))
+    if kind in ("f16", "bf16", "f32") and not abs(loss - own) <= verify.LOSS_LIMIT * max(1.0, own):
+        raise ModelError(
+            f"llama.cpp computes another model from {path.name}: its held-out loss is {loss:.4f}, ours {own:.4f}",
+            where=sample.source,
+            fix="nothing was exported; with --converter try a newer llama.cpp, else report this",
+        )
+    rows = {"held_out": sample.source, "held_out_rows": len(sample.rows), "held_out_of": sample.rows_in_source}
+    return {**rows, "model": own, "llama_cpp": loss}
 
 
 def _vocabulary(files: ModelFiles, encoder: Encoder, config: Config) -> Vocabulary:
@@ -226,7 +276,7 @@ def modelfile(
 
     def block(text: str) -> str:
         if '"""' in text:
-            raise ModelError('a Modelfile cannot hold a text with """ in it', fix="FORMAT=gguf")
+            raise ModelError('a Modelfile cannot hold a text with """ in it', fix="--format gguf")
         return f'"""{text}"""'
 
     def quoted(text: str) -> str:

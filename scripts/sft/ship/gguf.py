@@ -9,7 +9,11 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import logging
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -23,7 +27,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from transformers import PreTrainedTokenizerBase
 
-from sft.errors import ModelError
+from sft.errors import ModelError, one_line
 from sft.model.files import ModelFiles, tensors
 from sft.model.gguf import (
     CONTROL,
@@ -48,12 +52,15 @@ ARCHITECTURES = {
 BYTES = {"f16": 2.0, "q8_0": 34 / 32, "bf16": 2.0, "f32": 4.0}  # per number
 K_QUANTS = {"q4_k_m": "Q4_K_M", "q5_k_m": "Q5_K_M", "q6_k": "Q6_K"}  # ours -> llama.cpp's name
 K_SOURCE = "f16"  # the type that a K-quant is made from
-CONVERTER = "FORMAT=hf, then llama.cpp's own convert_hf_to_gguf.py"
+CONVERTER = (
+    "--converter llama.cpp/convert_hf_to_gguf.py (git clone https://github.com/ggml-org/llama.cpp), or --format hf"
+)
 _LLAMA_CPP_ENDS = set(  # tokens at which llama.cpp ends an answer whatever the file says
     "<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|> </s> <|eom_id|>"
     " <EOT> _<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance> <eos>".split()
 )
 _RELATIVE_ERROR = {"F32": 0.0, "F16": 2**-11, "BF16": 2**-8}  # half a step
+log = logging.getLogger("sft.ship")
 Array = NDArray[Any]
 Progress = Callable[[int, int, str], None]  # tensors done, tensors in all, the name of the last one
 
@@ -71,7 +78,7 @@ def architecture(config: dict[str, Any], name: str) -> str:
             fix=CONVERTER,
         )
     if ARCHITECTURES[model_class] == "qwen3" and (config.get("attention_bias") or config.get("mlp_bias")):
-        raise ModelError(f"{name} has biases that llama.cpp's {model_class} does not support", fix="FORMAT=hf")
+        raise ModelError(f"{name} has biases that llama.cpp's {model_class} does not support", fix="--format hf")
     return ARCHITECTURES[model_class]
 
 
@@ -102,7 +109,7 @@ def _write_dimensions(writer: gguf.GGUFWriter, config: dict[str, Any], arch: str
         if kind == "yarn":
             writer.add_rope_scaling_orig_ctx_len(int(rope["original_max_position_embeddings"]))
     elif kind not in ("default", "llama3"):
-        raise ModelError(f"export to GGUF does not support {kind} scaling of positions", fix="FORMAT=hf")
+        raise ModelError(f"export to GGUF does not support {kind} scaling of positions", fix="--format hf")
 
 
 # --- the vocabulary
@@ -220,7 +227,7 @@ def _plan_tensors(files: ModelFiles, arch: str, kind: str) -> list[TensorPlan]:
                 continue  # computed, not trained
             name, shape = mapping.get_name(source, try_suffixes=(".weight", ".bias")), entry["shape"]
             if name is None:
-                raise ModelError(f"GGUF has no tensor for {source} in {arch}", fix="FORMAT=hf")
+                raise ModelError(f"GGUF has no tensor for {source} in {arch}", fix="--format hf")
             if name == "output.weight" and files.config.get("tie_word_embeddings"):
                 continue
             tensor_kind = GgmlType[kind.upper()]
@@ -266,7 +273,7 @@ def write(
             values = plan.values(files.config, arch)
             if plan.kind == GgmlType.F16 and values.size and float(np.abs(values).max()) > 65504:
                 reason = "a number in it becomes infinite"
-                raise ModelError(f"{plan.source} does not fit f16: {reason}", fix="TYPE=bf16, f32 or q8_0")
+                raise ModelError(f"{plan.source} does not fit f16: {reason}", fix="--type bf16, f32 or q8_0")
             writer.write_tensor_data(gguf.quants.quantize(values, plan.kind))
             progress(at + 1, len(plans), plan.name)
         if factors is not None:
@@ -295,7 +302,7 @@ def check(files: ModelFiles, path: Path, kind: str, progress: Progress) -> float
                 f"{plan.name} in {path.name} differs from the model's by up to {float(error.max()):.3g}, more than"
                 f" {tensor.tensor_type.name} rounds",
                 where=str(path),
-                fix="report this; FORMAT=hf is not affected",
+                fix="report this; --format hf is not affected",
             )
         largest = max(largest, float(error.max(initial=0.0)))
         progress(at + 1, len(plans), plan.name)
@@ -311,12 +318,40 @@ def _allowed_error(values: Array, kind: GgmlType) -> Array:
     return np.abs(values) * _RELATIVE_ERROR[kind.name] + smallest_step
 
 
-# --- K-quants, by llama.cpp's own code
+# --- llama.cpp's own code: its converter, K-quants, token ids and logits
+
+
+def convert(converter: Path, folder: Path, path: Path, kind: str, name: str) -> int:
+    """Writes the model in `folder` to `path` by llama.cpp's convert_hf_to_gguf.py; returns the number of tensors.
+
+    Raises ModelError if it refuses the model or leaves no complete file.
+    """
+    command = [sys.executable, str(converter), str(folder), "--outfile", str(path), "--outtype", kind]
+    done = subprocess.run(
+        [*command, "--model-name", name],
+        check=False, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    problem = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "it wrote no file")
+    if done.returncode == 0 and path.is_file():
+        try:
+            return len(gguf.GGUFReader(path).tensors)
+        except Exception as error:  # whatever reading beyond the end of the file leads to
+            problem = f"its file cannot be read: {one_line(error, 120)}"
+    raise ModelError(
+        f"{converter.name} cannot convert {name}: {one_line(problem, 300)}",
+        where=str(converter),
+        fix="a newer llama.cpp may support the model (git pull in its folder); --format hf needs no converter",
+    )
 
 
 def has_llama_cpp() -> bool:
     """Whether llama-cpp-python can be imported."""
     return importlib.util.find_spec("llama_cpp") is not None
+
+
+def llama_cpp_version() -> str:
+    """The version of the installed llama-cpp-python."""
+    return str(_llama_cpp().__version__)
 
 
 def quantize(source: Path, target: Path, kind: str) -> None:
@@ -328,16 +363,41 @@ def quantize(source: Path, target: Path, kind: str) -> None:
         raise ModelError(f"llama.cpp cannot write {target.name} (code {code})", fix="--type q8_0, or --type f16")
 
 
-def logits(path: Path, rows: list[list[int]]) -> list[Array]:
-    """llama.cpp's logits [tokens, vocabulary] for each row of ids, computed on the CPU."""
+def text_ids(path: Path, begin: str) -> Callable[[str], list[int]] | None:
+    """llama.cpp's own token ids of a rendered text; None where it is not installed or cannot open the file.
+
+    begin: the begin token that llama.cpp puts first itself, "" if it puts none; it is removed from the text.
+    """
+    model = _open(path, vocab_only=True)
+    if model is None:
+        return None
+    return lambda text: list(model.tokenize(text.removeprefix(begin).encode(), add_bos=True, special=True))
+
+
+def logits(path: Path, rows: list[list[int]]) -> list[Array] | None:
+    """llama.cpp's logits [tokens, vocabulary] for each row of ids, computed on the CPU; None as for `text_ids`."""
     length = max(map(len, rows))
-    model = _llama_cpp().Llama(str(path), n_ctx=length, n_batch=length, n_gpu_layers=0, logits_all=True, verbose=False)
+    model = _open(path, n_ctx=length, n_batch=length, logits_all=True)
+    if model is None:
+        return None
     result = []
     for ids in rows:
         model.reset()
         model.eval(ids)
         result.append(model.scores[: len(ids)].copy())
     return result
+
+
+def _open(path: Path, **options: Any) -> Any:
+    """llama.cpp's model of a file; None where llama-cpp-python is not installed or, with a warning, cannot open it."""
+    if not has_llama_cpp():
+        return None
+    llama = _llama_cpp()
+    try:
+        return llama.Llama(str(path), n_gpu_layers=0, verbose=False, **options)
+    except (ValueError, RuntimeError) as error:
+        log.warning(f"llama-cpp-python {llama.__version__} cannot open {path.name}: {one_line(error)}")
+        return None
 
 
 def _llama_cpp() -> Any:

@@ -21,13 +21,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from sft.chat.encode import Encoder
 from sft.chat.template import ChatTemplate, Message, Refused
 from sft.data import rows as records
-from sft.errors import TemplateError, one_line
+from sft.errors import ModelError, TemplateError, one_line
 from sft.files import read_json
-from sft.model.gguf import Vocabulary, first_unequal
+from sft.model.gguf import PRE_TOKENIZERS, Vocabulary, first_unequal
 from sft.ship.gguf import stop_ids
 
 log = logging.getLogger("sft.ship")
 Row = dict[str, Any]
+TextIds = Callable[[str], list[int]]
 Messages = list[Message]
 Tools = list[Any] | None
 _GOLDEN = Path(__file__).with_name("golden_rows.jsonl")
@@ -42,7 +43,7 @@ class Route:
 
     name: str
     ids: Callable[[Messages, Tools, bool], list[int]]
-    text_ids: Callable[[str], list[int]]
+    text_ids: TextIds
     stops: frozenset[int]
 
 
@@ -194,11 +195,13 @@ def route_of_folder(folder: Path, *, trust_remote_code: bool) -> Route:
     return Route("safetensors", ids, text_ids, frozenset(ends if isinstance(ends, list) else [ends]))
 
 
-def route_of_gguf(vocabulary: Vocabulary, source: str, tokenizer: PreTrainedTokenizerBase) -> Route:
-    """llama.cpp with the file's own template. A begin token that it adds itself is removed from the text first."""
+def route_of_gguf(
+    vocabulary: Vocabulary, source: str, tokenizer: PreTrainedTokenizerBase, text_ids: TextIds | None = None
+) -> Route:
+    """llama.cpp with the file's own template. text_ids: of a rendered text, by default those of `rebuilt_ids`."""
     special = {key: str(text) for key, text in tokenizer.special_tokens_map.items() if isinstance(text, str)}
     template = ChatTemplate("the template in the GGUF file", source, special)
-    text_ids = _llama_cpp_ids(vocabulary)
+    text_ids = text_ids or rebuilt_ids(vocabulary)
 
     def ids(messages: Messages, tools: Tools, prompt: bool) -> list[int]:
         return text_ids(template.render(messages, tools=tools, add_generation_prompt=prompt))
@@ -206,9 +209,11 @@ def route_of_gguf(vocabulary: Vocabulary, source: str, tokenizer: PreTrainedToke
     return Route("gguf", ids, text_ids, frozenset(stop_ids(vocabulary)))
 
 
-def route_of_ollama(vocabulary: Vocabulary, template: GoTemplate, stops: list[str]) -> Route:
-    """Ollama with the Modelfile's template and stop texts."""
-    text_ids = _llama_cpp_ids(vocabulary)
+def route_of_ollama(
+    vocabulary: Vocabulary, template: GoTemplate, stops: list[str], text_ids: TextIds | None = None
+) -> Route:
+    """Ollama with the Modelfile's template and stop texts. text_ids: as for `route_of_gguf`."""
+    text_ids = text_ids or rebuilt_ids(vocabulary)
     own_ends = {at for at, token in enumerate(vocabulary.tokens) if token in stops}
 
     def ids(messages: Messages, tools: Tools, prompt: bool) -> list[int]:
@@ -219,7 +224,18 @@ def route_of_ollama(vocabulary: Vocabulary, template: GoTemplate, stops: list[st
     return Route("ollama", ids, text_ids, frozenset(stop_ids(vocabulary) | own_ends))
 
 
-def _llama_cpp_ids(vocabulary: Vocabulary) -> Callable[[str], list[int]]:
+def rebuilt_ids(vocabulary: Vocabulary) -> TextIds:
+    """The ids that llama.cpp gives a rendered text, by a tokenizer rebuilt from the file's vocabulary.
+
+    A begin token that llama.cpp adds itself is removed from the text first. Raises ModelError for a pre-tokenizer that
+    is not known.
+    """
+    if not vocabulary.scores and vocabulary.pre not in PRE_TOKENIZERS:
+        raise ModelError(
+            f"the token ids of this file cannot be checked: its pre-tokenizer is {vocabulary.pre!r}",
+            where="tokenizer.ggml.pre",
+            fix="pip install llama-cpp-python, then try again: its own tokenizer is used where it is installed",
+        )
     tokenizer = vocabulary.as_tokenizer()
     begin = [vocabulary.bos] if vocabulary.adds_bos and vocabulary.bos is not None else []
     begin_text = vocabulary.tokens[begin[0]] if begin else ""
@@ -306,7 +322,7 @@ def go_template(template: ChatTemplate, begin: str) -> GoTemplate:
         raise TemplateError(
             f"{template.name} has no form as an Ollama template: {refused}",
             where=template.name,
-            fix="FORMAT=gguf keeps the template as it is, and llama.cpp's server uses it",
+            fix="--format gguf keeps the template as it is, and llama.cpp's server uses it",
         ) from None
     before_system: str | None = None
     before_next_user: str | None = None
