@@ -47,6 +47,60 @@ def short(user: str, assistant: str, system: str = "") -> dict[str, str]:
         ({"Human": "q", "Bot": "a"}, "chat", short("q", "a")),
         ({"prompt": "q", "completion": "a", "label": True}, "prompt", short("q", "a")),
         ({"question": "q", "answer": "a", "label": 0, "images": []}, "qa", short("q", "a")),
+        (
+            {"question": "What is <image> in SVG?", "answer": "a", "rating": 2},
+            "qa",
+            short("What is <image> in SVG?", "a"),
+        ),
+        ({"dialog": ["q", "a"]}, "messages", short("q", "a")),
+        ({"id": "1", "data": ["q", "a"]}, "messages", short("q", "a") | {"source_id": "1"}),
+        (
+            {"chat_messages": [{"sender": "human", "text": "q"}, {"sender": "assistant", "text": "a"}]},
+            "messages",
+            short("q", "a"),
+        ),
+        (
+            {
+                "systemInstruction": {"parts": [{"text": "s"}]},
+                "contents": [{"role": "user", "parts": [{"text": "q"}]}, {"role": "model", "parts": [{"text": "a"}]}],
+            },
+            "messages",
+            short("q", "a", "s"),
+        ),
+        (
+            {
+                "title": "t",
+                "current_node": "c",
+                "mapping": {
+                    "r": {"parent": None, "message": None},
+                    "b": {
+                        "parent": "r",
+                        "message": {"author": {"role": "user"}, "content": {"content_type": "text", "parts": ["q"]}},
+                    },
+                    "x": {
+                        "parent": "b",
+                        "message": {
+                            "author": {"role": "assistant"},
+                            "content": {"content_type": "text", "parts": ["old"]},
+                        },
+                    },
+                    "c": {
+                        "parent": "b",
+                        "message": {
+                            "author": {"role": "assistant"},
+                            "content": {"content_type": "text", "parts": ["a"]},
+                        },
+                    },
+                },
+            },
+            "messages",
+            short("q", "a"),
+        ),
+        (
+            {"conversations": "[{'from': 'human', 'value': \"it's q\"}, {'from': 'gpt', 'value': 'a'}]"},
+            "messages",
+            short("it's q", "a"),
+        ),
         ({"prompt": "q\n\n###\n\n", "completion": " a END"}, "prompt (OpenAI's old marks removed)", short("q", "a")),
         (
             {
@@ -276,6 +330,23 @@ def turns(*pairs: tuple[str, Any]) -> dict[str, Any]:
         ({"question": "q", "response_j": "a", "response_k": "b"}, "preference pair"),
         ({"question": "q", "choices": ["a", "b"], "answer": 1}, "unknown format"),
         ({"question": "q", "choices": {"text": ["a", "b"]}, "answerKey": "B"}, "unknown format"),
+        ({"question": "q", "A": "x", "B": "y", "C": "z", "answer": "B"}, "unknown format"),
+        ({"question": "q", "option_a": "x", "option_b": "y", "option_c": "z", "answer": "B"}, "unknown format"),
+        ({"prompt": "q", "completion": "a", "label": 0}, "marked as bad"),
+        ({"prompt": "q", "completion": "a", "label": "0"}, "marked as bad"),
+        ({"question": "q", "answer": "a", "Feedback": "Thumbs down"}, "marked as bad"),
+        (
+            {
+                "instruction": "q",
+                "completions": [{"response": "a", "overall_score": 8}, {"response": "b", "overall_score": 2}],
+            },
+            "preference pair",
+        ),
+        ({"prompt": "q", "responses": ["a", "b"], "rank": [1, 2]}, "preference pair"),
+        ({"question": "<image>\nWho?", "answer": "a"}, "not text"),
+        ({"instruction": "Name it.", "input": "<image>", "output": "a"}, "not text"),
+        ({"question_id": 1, "turns": ["first question", "second question"]}, "unknown format"),
+        (["q", "a"], "unknown format"),
         ({"input_ids": [1, 2], "labels": [1, 2]}, "unknown format"),
         ({"question": "q", "answer": b"bytes"}, "not text"),
         (turns(("user", [{"type": "image_url", "image_url": {}}]), ("assistant", "a")), "not text"),
@@ -297,10 +368,23 @@ def test_each_fault_has_its_reason(row: Any, reason: str) -> None:
         ({"article": "a long text of news", "summary": "news"}, ("article", "summary")),
         ({"text": "only", "tree": {}}, None),
         ({"system": "You are kind.", "chat": "USER: hi ASSISTANT: hello"}, None),
+        ({"uuid": "7", "name": "chat", "mails": [{"text": "q"}]}, None),
+        ({"type": "message", "user": "U02A", "text": "hello", "ts": "1.0"}, None),
+        ({"question": "How many?", "sql": "SELECT 1", "context": "CREATE TABLE t (a INT)"}, ("question", "sql")),
     ],
 )
 def test_columns_of_a_table_are_guessed(row: dict[str, Any], columns: tuple[str, str] | None) -> None:
     assert guess_columns(row) == columns
+
+
+def test_calls_as_the_answer_of_a_row_with_tools_become_tool_calls() -> None:
+    tools = json.dumps([{"name": "weather", "parameters": {}}])
+    calls = json.dumps([{"name": "weather", "arguments": {"city": "Oslo"}}])
+    _, record = stored({"query": "Weather?", "answers": calls, "tools": tools})
+    assert record["messages"][1]["tool_calls"] == [
+        {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+    ]
+    assert record["tools"] == [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
 
 
 def test_a_named_format_applies_to_every_row() -> None:

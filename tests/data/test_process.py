@@ -146,12 +146,22 @@ def test_fixes_that_cannot_help_are_not_offered(tmp_path: Path) -> None:
         return str(caught.value.fix)
 
     good = [qa(f"q{i}") for i in range(20)]
-    assert "--set data.max_dropped=0.2;" in fix(*good, *[qa("")] * 5)
+    assert fix(*good, *[qa("")] * 5).endswith(f"make process RAW={tmp_path / 'a.jsonl'} SET=data.max_dropped=0.2")
     assert "max_dropped" not in fix(*good[:2], *[qa("")] * 5)
-    table = fix(*[json.dumps({"Titel": f"t{i}", "Langer Text": "ein Text", "n": 1}) for i in range(9)])
+    table = fix(*[json.dumps({"Titel": f"Titel {i}", "Langer Text": "ein Text", "n": 1}) for i in range(9)])
     assert f"make process RAW={tmp_path / 'a.jsonl'} USER_COL=Titel ANSWER_COL='Langer Text'" in table
     for row in ({"chosen": "a", "rejected": "b"}, {"tree": {"text": "q", "replies": []}}, {"input_ids": [1, 2]}):
         assert "_COL" not in (text := fix(json.dumps(row))) and "max_dropped" not in text
+    for row in (
+        {"uuid": "0", "name": "chat", "messages_of": [{"text": "q"}]},
+        {"type": "message", "user": "U02A", "text": "hello all", "ts": "1.0"},
+    ):
+        assert "_COL" not in fix(*[json.dumps({**row, "n": i}) for i in range(9)])
+    no_header = "What is it?,A cat.\n" + "".join(f"What is {i}?,A dog.\n" for i in range(9))
+    (tmp_path / "a.csv").write_text(no_header)
+    with pytest.raises(Rejected) as caught:
+        process(DataSection(), tmp_path, str(tmp_path / "a.csv"))
+    assert str(caught.value.fix).startswith("if line 1 is a row, write names above it") and caught.value.table is None
 
 
 def test_openassistant_messages_become_the_best_ranked_path_of_each_tree(tmp_path: Path) -> None:
@@ -191,7 +201,7 @@ def test_a_rejected_run_changes_nothing_and_leaves_the_rows_to_read(tmp_path: Pa
     bad = write(tmp_path / "bad.jsonl", ['{"title": 1}', "{", qa("q")])
     with pytest.raises(Rejected) as caught:
         process(DataSection(), tmp_path, str(bad))
-    assert "data/processed/rejected.jsonl" in str(caught.value.fix) and caught.value.ledger.read == 3
+    assert "data/processed/rejected.jsonl" in str(caught.value.where) and caught.value.ledger.read == 3
     assert [row["reason"] for row in rows_of(out / "rejected.jsonl")] == ["unknown format", "unreadable"]
     (out / "rejected.jsonl").rename(tmp_path / "r")
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
@@ -284,7 +294,7 @@ def test_a_folder_that_cannot_be_written_is_one_error(tmp_path: Path) -> None:
 
 
 EXPECTED = {  # rows read, faults; the rest are written or duplicates
-    "instruct/alpaca_52k.json": (52_002, 28),
+    "instruct/alpaca_52k.json": (52_002, 33),
     "instruct/alpaca_en_demo.json": (999, 0),
     "instruct/alpaca_zh_demo.json": (1_000, 0),
     "instruct/identity.json": (91, 0),

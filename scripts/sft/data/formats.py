@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from sft.data.messages import ROLES, check_turns, normalize_messages, normalize_tools, to_text
+from sft.data.messages import ROLES, check_turns, normalize_messages, normalize_tool_calls, normalize_tools, to_text
 from sft.data.readers import RawRow
 from sft.data.rows import Message, Row, RowFault, content_hash, content_id, dump_json, parse_json
 from sft.errors import DataError, nearest
 
 Names = dict[str, str]  # plain spelling of a key (`best_answer`) -> the key in the row (`Best Answer`)
-SYSTEM = ("system", "system_prompt", "system_message")
+SYSTEM = ("system", "system_prompt", "system_message", "system_instruction", "systeminstruction")
 QUESTIONS = ("question", "query", "problem", "instruction")
 ANSWERS = ("answer", "answers", "response", "solution", "output")
 COMPLETIONS = ("completion", "response", "answer", "output")
@@ -23,22 +23,32 @@ INPUTS = ("input", "context")
 PASSAGES = ("context", "passage")
 OUTPUTS = ("output", "response")
 TURNS = ("messages", "conversations", "conversation")
+LISTS = ("dialog", "dialogue", "turns", "chat_messages", "contents", "data")  # turns if they have roles, see _turns_key
 TOOLS = ("tools", "functions")
 USERS = ("user", "human")
 ASSISTANTS = ("assistant", "gpt", "bot")
 ASKING = (*USERS, "prompt", *QUESTIONS)
 ANSWERING = (*ASSISTANTS, "completion", *ANSWERS)
 LABELS = ("label", "kto_tag", "desirable", "is_correct", "correct")  # of KTO and others: whether the answer is good
+FEEDBACK = ("feedback", "thumbs", "thumb", "vote", "reaction", "rating")  # of people who read the answer
+BAD = ("thumbs_down", "thumbsdown", "thumb_down", "down", "downvote", "dislike", "bad", "negative", "👎")
 REJECTED = ("rejected", "rejected_response", "rejected_messages")
 COMPARED = ("response_b", "response_k", "response_1", "answer_b", "answer_1", "human_ref_b")  # and another like it
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")
-CHOICES, CHOSEN = ("choices", "options"), ("answer", "answerkey", "answer_key", "answer_index", "label", "cop")
+SCORED = ("completions", "responses", "answers")  # several answers with scores, as in UltraFeedback
+CHOICES = ("choices", "options")
+CHOSEN = ("answer", "answerkey", "answer_key", "correct_answer", "answer_index", "label", "correct", "cop")
+CHOICE = re.compile(r"(?:option|choice|opt|answer)?_?([a-d1-4])")  # a column a choice
 TOKENS = ("input_ids", "token_ids")
 OLD_OPENAI_ENDS = ("\n\n###\n\n", " ->", "\n->")  # of prompts in files for its first fine-tuning API
 TREE_MESSAGE = {"message_id", "parent_id", "role", "text"}  # keys of OpenAssistant's messages, a row each
 EVERY_FORMAT = ("id", "origin", *SYSTEM)  # read in every format
 STORED = ("tags", "tag", "category", "weight", "references")  # copied to the stored row as they are
 UNUSED = ("weight",)  # of these, what training does not use
+NEVER_GUESSED = (  # columns of facts about a row
+    "id", "uuid", "title", "name", "url", "link", "source", "date", "time", "timestamp", "ts", "type", "lang", "model",
+    "user_id", "username", "user_name", "author",
+)  # fmt: skip
 MAX_KEYS = 20  # unread keys of a row that are reported
 
 
@@ -77,7 +87,8 @@ class Formats:
     def parse(self, row: Any) -> Parsed:
         """The row's turns. Raises RowFault if its format is unknown or a field is not text."""
         if not isinstance(row, dict):
-            raise RowFault("unknown format", "not an object with keys")
+            what = "a list" if isinstance(row, list) else "a text" if isinstance(row, str) else "a value"
+            raise RowFault("unknown format", f'{what} without keys: write {{"question": "...", "answer": "..."}}')
         names = _plain_names(tuple(row))
         if self._columns and self._format in ("auto", "columns"):
             try:
@@ -136,19 +147,41 @@ def _refuse(row: Row, names: Names) -> None:
         )
     if (key := _first(names, (*REJECTED, *COMPARED))) and row[key] and not {"messages", "chosen"} <= names.keys():
         raise RowFault("preference pair", f"a good and a bad answer (`{key}`), as for DPO: not supported yet")
+    scored = next((names[name] for name in SCORED if name in names and _has_scores(row[names[name]], row)), None)
+    if scored:
+        raise RowFault("preference pair", f"several answers with scores or ranks (`{scored}`): not supported yet")
     choices, answer = (row[_first(names, keys) or ""] if _first(names, keys) else None for keys in (CHOICES, CHOSEN))
     short = isinstance(answer, int) or (isinstance(answer, str) and len(answer) < 3)
-    if choices and isinstance(choices, (list, dict)) and short:
+    columns = {match[1] for name in names if (match := CHOICE.fullmatch(name))}
+    if short and ((choices and isinstance(choices, (list, dict))) or len(columns) > 2):
         raise RowFault("unknown format", "multiple choice: write the choices into the question, and the answer as text")
-    key, written = _first(names, LABELS), _first(names, ANSWERING)
-    if key and _is_false(row[key]) and not (written and _is_false(row[written])):  # not the label of a classification
+    if key := _says_bad(row, names):
         raise RowFault("marked as bad", f"the row says that its answer is bad (`{key}` is {row[key]!r})")
     if (key := next((names[name] for name in MEDIA if name in names and row[names[name]]), None)) is not None:
         raise RowFault("not text", f"the row comes with media (`{key}`): only text is trained on")
 
 
-def _is_false(value: Any) -> bool:
-    return str(value).strip().lower() == "false"
+def _says_bad(row: Row, names: Names) -> str | None:
+    """The key under which the row says that its answer is bad. 0 counts where it is no class of a classification."""
+    written = _first(names, ANSWERING)
+    for key in (names[name] for name in LABELS if name in names):
+        value = str(row[key]).strip().lower()
+        if value == "false" and not (written and str(row[written]).strip().lower() == value):
+            return key
+        is_kto = _plain(key) not in ("label", "correct") or {"prompt", "completion"} <= names.keys()
+        if value in ("0", "0.0") and is_kto:
+            return key
+    verdicts = (names[name] for name in FEEDBACK if name in names)
+    return next((key for key in verdicts if _plain(str(row[key])) in BAD), None)
+
+
+def _has_scores(answers: Any, row: Row) -> bool:
+    """Whether several answers have scores or ranks, each its own or in a list beside them."""
+    if not isinstance(answers, list) or len(answers) < 2:
+        return False
+    own = [key for answer in answers if isinstance(answer, dict) for key in answer]
+    beside = [key for key, value in row.items() if isinstance(value, list) and len(value) == len(answers)]
+    return any(word in _plain(key) for key in [*own, *beside] for word in ("score", "rank", "rating"))
 
 
 def _column(row: Row, names: Names, column: str) -> str:
@@ -162,21 +195,27 @@ def _column(row: Row, names: Names, column: str) -> str:
 
 
 def guess_columns(row: Row) -> tuple[str, str] | None:
-    """The columns of a table that most likely hold the question and the answer: by name, else the longest texts."""
-    scalars = {key: value for key, value in row.items() if key and isinstance(value, (str, int, float))}
-    cells = {key: str(value) for key, value in scalars.items() if _plain(key) not in (*SYSTEM, "id", "title")}
-    texts = [key for key in cells if isinstance(row[key], str)]
-    longest = sorted(sorted(cells, key=lambda key: -len(cells[key]))[:2], key=list(cells).index)
-    if not texts or len(longest) < 2:
+    """The columns of a table that most likely hold the question and the answer: by name, else the longest texts.
+
+    None for a row with objects, or lists of them: its texts are only facts about those.
+    """
+    if any(isinstance(cell, dict) or (isinstance(cell, list) and cell and isinstance(cell[0], dict | list))
+           for cell in row.values()):  # fmt: skip
         return None
+    scalars = {key: value for key, value in row.items() if key and isinstance(value, (str, int, float))}
+    ignored = (*SYSTEM, *PASSAGES, *NEVER_GUESSED)
+    cells = {key: str(value) for key, value in scalars.items() if _plain(key) not in ignored}
+    texts = [key for key in cells if isinstance(row[key], str) and not re.fullmatch(r"\w*\d\w*", cells[key])]  # `U02A`
+    longest = sorted(sorted(texts, key=lambda key: -len(cells[key]))[:2], key=list(cells).index)
 
     def named(words: tuple[str, ...], keys: Iterable[str]) -> str | None:
         return next((key for word in words for key in keys if word in _plain(key)), None)
 
     question = named((*QUESTIONS, "prompt", "instruct", "input", *USERS), texts)
     answer = named((*ANSWERING, "reply", "target", "summary", "label"), [key for key in cells if key != question])
-    question = question or next(key for key in longest if key != answer)
-    return question, answer or next(key for key in reversed(longest) if key != question)
+    question = question or next((key for key in longest if key != answer), None)
+    answer = answer or next((key for key in reversed(longest) if key != question), None)
+    return (question, answer) if question and answer else None
 
 
 def _listed(row: Row) -> str:
@@ -296,22 +335,59 @@ def _history(value: Any) -> list[Message]:
 
 
 def _with_system(row: Row, names: Names, messages: list[Message]) -> list[Message]:
-    system = _text(row, names, *SYSTEM)
+    key = _first(names, SYSTEM)
+    if key and isinstance(row[key], dict):  # of Gemini: {"parts": [{"text": ...}]}
+        system = str(normalize_messages([{**row[key], "role": "system"}], key)[0]["content"])
+    else:
+        system = _text(row, names, *SYSTEM)
     has_system = bool(messages) and messages[0]["role"] == "system"
     if system and not has_system:
         return [{"role": "system", "content": system}, *messages]
     return messages[1:] if has_system and not messages[0]["content"] else messages
 
 
+def _turns_key(row: Row, names: Names) -> str | None:
+    """The key of a row's turns. A list of texts holds turns under `dialog`, and under UltraChat's `data`."""
+    if key := _first(names, TURNS):
+        return key
+    if isinstance(row.get("mapping"), dict):
+        return "mapping"
+    for name in (name for name in LISTS if name in names):
+        value = row[names[name]]
+        first = value[0] if isinstance(value, list) and value else None
+        if isinstance(first, dict) and {"role", "from", "sender"} & first.keys():
+            return names[name]
+        if isinstance(first, str) and (name in ("dialog", "dialogue") or names.keys() == {"id", "data"}):
+            return names[name]
+    return None
+
+
 def _from_turns(row: Row, names: Names) -> bool:
     """Whether the turns say `from` (sharegpt) and not `role`."""
-    turns = row[_first(names, TURNS) or ""]
+    turns = row[_turns_key(row, names) or ""]
     return isinstance(turns, list) and bool(turns) and isinstance(turns[0], dict) and "from" in turns[0]
 
 
 def _read_turns(row: Row, names: Names) -> Parsed:
-    key, tools = _first(names, TURNS) or "", _first(names, TOOLS)
-    return Parsed(normalize_messages(row[key], key), normalize_tools(row[tools]) if tools else None)
+    key, tools = _turns_key(row, names) or "", _first(names, TOOLS)
+    turns = _chatgpt_turns(row) if key == "mapping" else row[key]
+    return Parsed(normalize_messages(turns, key), normalize_tools(row[tools]) if tools else None)
+
+
+def _chatgpt_turns(row: Row) -> list[Row]:
+    """A conversation of ChatGPT's data export, a tree: the texts on the path to its current message."""
+    nodes, path = row["mapping"], list[Row]()
+    node = nodes.get(row.get("current_node") or next(reversed(nodes), None))
+    while isinstance(node, dict) and len(path) <= len(nodes):
+        path.append(node.get("message") or {})
+        node = nodes.get(node.get("parent"))
+    turns = []
+    for message in reversed(path):
+        role, content = (message.get("author") or {}).get("role"), message.get("content") or {}
+        is_text = content.get("content_type") in ("text", "multimodal_text") and any(content.get("parts") or ())
+        if role in ("user", "assistant") and is_text:
+            turns.append({"role": role, "content": content["parts"]})
+    return turns
 
 
 def _read_alpaca(row: Row, names: Names) -> Parsed:
@@ -364,6 +440,10 @@ def _read_pair(row: Row, names: Names, question: str, answer: str) -> Parsed:
     answers, passage = _all_answers(row[answer], answer), row.get(_first(names, PASSAGES) or "")
     user = to_text(row[question], question)
     turns = _exchange(alpaca_user(user, passage) if isinstance(passage, str) else user, answers[0])
+    if (tools := _first(names, TOOLS)) and row[tools]:
+        if answers[0].lstrip().startswith(("[{", "{")):  # calls as JSON text, as in xLAM
+            turns[1] |= {"content": "", "tool_calls": normalize_tool_calls(answers[0], answer)}
+        return Parsed(turns, normalize_tools(row[tools]))
     return Parsed(turns, references=answers if len(answers) > 1 else ())
 
 
@@ -388,9 +468,15 @@ def _read_text(row: Row, names: Names) -> Parsed:
 # In this order: the first that fits is taken.
 FORMATS: dict[str, Format] = {
     "sharegpt": Format(
-        (*TURNS, *TOOLS), lambda row, names: bool(_first(names, TURNS)) and _from_turns(row, names), _read_turns
+        (*TURNS, *LISTS, *TOOLS, "mapping", "current_node"),
+        lambda row, names: bool(_turns_key(row, names)) and _from_turns(row, names),
+        _read_turns,
     ),
-    "messages": Format((*TURNS, *TOOLS), lambda _, names: bool(_first(names, TURNS)), _read_turns),
+    "messages": Format(
+        (*TURNS, *LISTS, *TOOLS, "mapping", "current_node"),
+        lambda row, names: bool(_turns_key(row, names)),
+        _read_turns,
+    ),
     "openassistant": Format(
         ("prompt", "message_tree_id", "tree_state"),
         lambda row, names: (
@@ -416,12 +502,12 @@ FORMATS: dict[str, Format] = {
         _read_alpaca,
     ),
     "prompt": Format(
-        ("prompt", "tools", "history", *COMPLETIONS, *PASSAGES),
+        ("prompt", "history", *COMPLETIONS, *PASSAGES, *TOOLS),
         lambda _, names: "prompt" in names and bool(_first(names, COMPLETIONS)),
         _read_prompt,
     ),
     "qa": Format(
-        ("input", "output", "history", *QUESTIONS, *ANSWERS, *PASSAGES),
+        ("input", "output", "history", *QUESTIONS, *ANSWERS, *PASSAGES, *TOOLS),
         lambda _, names: (
             bool(_first(names, QUESTIONS) and _first(names, ANSWERS)) or {"input", "output"} <= names.keys()
         ),
@@ -466,10 +552,9 @@ def parse_text(text: str) -> tuple[str, list[Message]]:
         user = match["facts"] + match["question"].strip()
         return "q/a", _exchange(user, match["answer"].strip())
     if name is None:
-        templates = ", ".join(TEXT_TEMPLATES)
-        what = f"a text without the control tokens of a chat template ({templates}), or not of one Q: and one A: line"
-        fix = "plain text can be mixed in with data.replay.path"
-        raise RowFault("unknown format", f"{what}: {text.strip()[:60]!r}; {fix}")
+        what = f"where its turns begin and end is not marked by a chat template's control tokens: {text.strip()[:60]!r}"
+        fix = "write question and answer under keys of their own, or mix it in as plain text (data.replay.path)"
+        raise RowFault("unknown format", f"{what}; {fix}")
     start, end = TEXT_TEMPLATES[name]
     matches = list(start.finditer(text))
     turns: list[Message] = []

@@ -4,7 +4,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
+import warnings
 from typing import Any
 
 from sft.data.rows import (
@@ -21,9 +24,11 @@ ROLES = {
     **dict.fromkeys(("function_call", "tool_call"), "function_call"),
 }
 PAIRS = (("human", "assistant"), ("user", "assistant"), ("input", "output"), ("question", "answer"))
+CONTENT = ("content", "value", "parts", "text")
 REASONING = ("reasoning_content", "reasoning", "thinking")
 COPIED = ("name", "tool_call_id", "weight")
 TYPES = {dict: "an object", list: "a list", str: "a text", type(None): "null", bool: "true or false", bytes: "bytes"}
+MEDIA_MARK = re.compile(r"^\s*<(?:image|audio|video)>|<image>\s*$")  # as LLaVA and ms-swift write it
 BEFORE = {  # role -> the roles that it may follow
     "system": (), "user": ("system", "assistant"), "assistant": ("user", "tool"), "tool": ("assistant", "tool"),
 }  # fmt: skip
@@ -67,11 +72,12 @@ def _message(turn: Any, where: str) -> tuple[Message, bool]:
     """The turn, and whether it is nothing but a function call."""
     if not isinstance(turn, dict):
         raise RowFault("unknown format", f"{where} is {_type(turn)}, not a turn")
-    name = turn.get("role", turn.get("from"))
+    name = turn.get("role", turn.get("from", turn.get("sender")))
     role = ROLES.get(name.strip().lower()) if isinstance(name, str) else None
     if role is None:
-        raise RowFault("unknown role", f"{where} has the role {name!r}")
-    content = turn.get("content", turn.get("value", turn.get("text")))
+        what = f"the role {name!r}: who asks is `user`, who answers `assistant`" if name else "no `role` or `from`"
+        raise RowFault("unknown role", f"{where} has {what}")
+    content = next((turn[key] for key in CONTENT if key in turn), None)
     if role == "function_call":
         return {"role": "assistant", "content": "", "tool_calls": normalize_tool_calls(content, where)}, True
     if role == "tool" and isinstance(content, dict):
@@ -92,7 +98,11 @@ def _parts(parts: list[Any], where: str) -> Message:
     message: Message = {"content": ""}
     for item in parts:
         part = {"text": item} if isinstance(item, str) else item
-        kind = part.get("type", "text") if isinstance(part, dict) else None
+        kind = (
+            part.get("type", "text" if {"text", "value", "content"} & part.keys() else None)
+            if isinstance(part, dict)
+            else None
+        )
         if kind in ("text", "input_text", "output_text"):
             message["content"] += to_text(part.get("text", part.get("value", part.get("content"))), where)
         elif kind in ("reasoning", "thinking"):
@@ -102,7 +112,12 @@ def _parts(parts: list[Any], where: str) -> Message:
             calls = normalize_tool_calls(part.get("value", part.get(kind)), where)
             message["tool_calls"] = [*message.get("tool_calls", ()), *calls]
         else:
-            raise RowFault("not text", f"{where} has a part of the type {kind!r}")
+            what = (
+                f"of the type {kind!r}"
+                if kind
+                else f"with {', '.join(part) if isinstance(part, dict) else _type(part)}"
+            )
+            raise RowFault("not text", f"{where} has a part {what}: only text is trained on")
     return message
 
 
@@ -142,8 +157,15 @@ def check_turns(messages: list[Message]) -> None:
     for number, message in enumerate(messages[start:], start):
         role, before = message["role"], roles[number - 1] if number > start else "system"
         if before not in BEFORE[role]:
-            raise RowFault("roles out of order", f"turn {number + 1} is {role} after {before if number else 'nothing'}")
+            what = (
+                f"turn {number + 1} is {role} after {before}" if number > start else f"the first turn is of the {role}"
+            )
+            raise RowFault("roles out of order", f"{what}: questions and answers take turns, a question first")
         empty = not message["content"].strip()
+        if role == "user" and (mark := MEDIA_MARK.search(message["content"])):
+            raise RowFault(
+                "not text", f"turn {number + 1} holds {mark[0].strip()}, the place of media: only text is trained on"
+            )
         if role == "user" and empty:
             raise RowFault("no user turn", f"turn {number + 1} (user) is empty")
         if role == "assistant" and empty and not message.get("tool_calls"):
@@ -158,8 +180,21 @@ def _as_list(value: Any, where: str, what: str) -> list[Any]:
         try:
             value = parse_json(value) if value.strip() else None
         except RowFault as fault:
-            raise RowFault("unreadable", f"{where}: the {what} is not JSON ({fault.detail})") from None
+            value = _python_literal(value)  # as pandas writes a list into a cell of a table
+            if value is None:
+                raise RowFault("unreadable", f"{where}: the {what} is not JSON ({fault.detail})") from None
     return [] if value is None else value if isinstance(value, list) else [value]
+
+
+def _python_literal(text: str) -> list[Any] | dict[str, Any] | None:
+    """The list or dict that Python's `repr` wrote; None for any other text."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of backslashes in the text
+            value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return None
+    return value if isinstance(value, (list, dict)) else None
 
 
 def _object_in(text: str) -> Any:

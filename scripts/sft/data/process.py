@@ -7,6 +7,7 @@ facts are in memory (`Pending`).
 from __future__ import annotations
 
 import math
+import re
 import shlex
 import shutil
 from collections import Counter
@@ -21,7 +22,7 @@ from sft.data import split, store
 from sft.data.formats import MAX_KEYS, Formats, guess_columns, make_row, to_line
 from sft.data.ledger import FEW_FAULTS, Ledger
 from sft.data.quality import DataProfile, check_flags, row_stats
-from sft.data.readers import Progress, RawRow
+from sft.data.readers import KIND_NAMES, Progress, RawRow
 from sft.data.rows import DECODER, Row, RowFault, comparison_text, dump_json, prompt_id, shape
 from sft.data.sources import SourcePart, add_replay, find_sources
 from sft.errors import DataError
@@ -87,9 +88,8 @@ def process(data: DataSection, root: Path, raw_path: str | None = None, on_progr
         ledger.reports |= _reports(rows, pairs, places, checks)
         _require_good_rows(ledger, staged, target, root, checks.formats.table, raw_path)
         ledger.warnings += _row_warnings(ledger.reports, checks)
-        for name, number in moved.items():
-            row_id = f"{rows[number].id:016x}"
-            ledger.warnings.append(f"{name} would be empty with so few rows: row {row_id} was moved to it")
+        for name in moved:
+            ledger.warnings.append(f"{name} would be empty with so few rows: one row was moved to it")
         held_out = {row.prompt for row, place in zip(rows, places, strict=True) if place in ("val", "test")}
         ledger.warnings += split.share_warnings(ledger.splits, data.split)
         add_replay(data, root, staged, ledger, lambda row: checks.check_replay(row, held_out))
@@ -316,7 +316,8 @@ def _require_good_rows(
     if ledger.accepted:
         return
     if not ledger.read:
-        raise DataError("the file has no rows", where=ledger.source, fix="put rows into it, below its header")
+        below = ", below its header" if ledger.kind in (KIND_NAMES["csv"], KIND_NAMES["xlsx"]) else ""
+        raise DataError("the file has no rows", where=ledger.source, fix=f"put rows into it{below}")
     rejected = target / "rejected.jsonl"
     with files.atomic_file(rejected) as part:
         shutil.copyfile(staged / "quarantine.jsonl", part)
@@ -326,19 +327,26 @@ def _require_good_rows(
     what = f"{ledger.faults:,} of {ledger.read:,} rows are faulty ({reasons})"
     what += f", more than data.max_dropped={ledger.max_dropped:g} allows" if ledger.written else ": nothing is left"
     columns = guess_columns(table) if table and not ledger.written and ledger.read > 1 else None
+    raw = f" RAW={shlex.quote(raw_path)}" if raw_path else ""
+    is_row = columns is not None and any(re.search(r"\s.*[.?!]$|.{60}", key) for key in columns)  # and no header
     if not ledger.faults:
         what = f"all {ledger.read:,} rows are left out ({reasons})"
         fix = "change data.drop, data.contamination or data.deduplicate, which leave them out"
     elif columns:
-        raw = f" RAW={shlex.quote(raw_path)}" if raw_path else ""
         user, answer = (shlex.quote(column) for column in columns)
         fix = f"say which columns hold question and answer: make process{raw} USER_COL={user} ANSWER_COL={answer}"
+        if is_row:
+            fix = (
+                f"if line 1 is a row, write names above it, such as question and answer; if it names the columns, {fix}"
+            )
     elif most == "preference pair":
         fix = "to train on the good answers alone, write rows of `prompt` and `completion`"
     elif ledger.written and ledger.fault_share <= 0.5:
         share = math.ceil(ledger.fault_share * 100) / 100
-        fix = f"correct them, or leave them out: --set data.max_dropped={share:g}"
+        fix = f"correct them, or leave them out: make process{raw} SET=data.max_dropped={share:g}"
+    elif ledger.read == 1:
+        fix = "save the list of the rows as a file of its own: docs/DATA.md shows every format"
     else:
         fix = "correct them: docs/DATA.md shows every format"
-    fix += f"; they are listed in {display_path(rejected, root)}"
-    raise Rejected(what, ledger, table if columns else None, where=where, fix=fix)
+    where += f" (all of them: {display_path(rejected, root)})"
+    raise Rejected(what, ledger, table if columns and not is_row else None, where=where, fix=fix)

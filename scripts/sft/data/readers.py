@@ -12,6 +12,7 @@ import io
 import json
 import os
 import re
+import shlex
 import sys
 import zipfile
 from collections import deque
@@ -41,13 +42,20 @@ KIND_NAMES = {
     "qa": "text with Q: and A: lines",
 }  # fmt: skip
 READABLE = "give rows as JSON, JSONL, CSV, TSV, Parquet, .xlsx, or text with Q: and A: lines: docs/DATA.md"
-OTHER_FILES = {  # first bytes -> what the file is
-    b"\x89PNG": "a PNG picture",
-    b"%PDF": "a PDF document: extract its text first",
-    b"PK\x03\x04": "a zip archive (or a .docx or .ods): unpack it, or save it as text or CSV",
-    b"\xd0\xcf\x11\xe0": "an old Excel or Word file: save it as .xlsx or CSV",
-    b"version https://git-lfs": "a Git LFS pointer, not the file itself: git lfs pull",
-    b"\x80\x04": "a Python pickle, which can run code: save the rows as JSON lines",
+OTHER_FILES = {  # first bytes -> what the file is, and what to do
+    b"\x89PNG": ("a PNG picture", READABLE),
+    b"%PDF": ("a PDF document", "extract its text, and write rows of questions and answers: docs/DATA.md"),
+    b"PK\x03\x04": ("a zip archive (or a .docx or .ods)", "unpack it, or save it as CSV"),
+    b"\xd0\xcf\x11\xe0": ("an old Excel or Word file", "save it as .xlsx or CSV"),
+    b"version https://git-lfs": ("a Git LFS pointer, not the file itself", "git lfs pull"),
+    b"\x80\x04": ("a Python pickle, which can run code", "save the rows as JSON lines"),
+    b"BZh": ("compressed with bzip2", "bunzip2 --keep {path}"),
+    b"\xfd7zXZ": ("compressed with xz", "unxz --keep {path}"),
+    b"7z\xbc\xaf": ("a 7z archive", "unpack it"),
+    b"Rar!": ("a rar archive", "unpack it"),
+    b"SQLite format 3": ("an SQLite data base", "sqlite3 -header -csv {path} 'select * from TABLE' > rows.csv"),
+    b"ARROW1": ("an Arrow or Feather file", "save it as Parquet: pandas.read_feather(path).to_parquet(new_path)"),
+    b"\xff\xff\xff\xff": ("an Arrow file of the datasets library", "save it as Parquet: data_set.to_parquet(new_path)"),
 }
 HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 CONTROL = re.compile("[\0-\x08\x0e-\x1f\ufffe\uffff]")
@@ -62,6 +70,7 @@ DOCUMENTS = {  # what files with other names hold, unless it is JSON
 # How a row of a question-and-answer text begins: "Q:", "3. Question :", "q:"
 QA_MARK = re.compile(r"[ \t]*(?P<number>\d+[.)][ \t]*)?(?P<word>[Qq](?:uestion)?|QUESTION)(?P<colon>[ \t]*:)")
 QA_ANSWERS = {"Q": "A", "Question": "Answer", "QUESTION": "ANSWER", "q": "a", "question": "answer"}
+SEPARATOR = re.compile("sep=.")  # what Excel writes above a table
 MAX_TITLE = 3  # lines before the first question
 SPLITS = ("train", "val", "valid", "validation", "dev", "eval", "test")
 LENIENT_DECODER = json.JSONDecoder(parse_int=str, parse_float=str)  # finds where a value ends, whatever its faults
@@ -75,7 +84,7 @@ JSON_PROBLEMS = {  # how Python's message begins -> ours
     "Expecting property name": "a key in double quotes is missing (JSON has no single quotes)",
     "Expecting value": "a value is missing (texts need double quotes)",
     "Invalid control character": "a line break or tab inside a text (write \\n or \\t)",
-    "Unterminated string": "a text is not closed with a quote",
+    "Unterminated string": "a text is not closed with a quote (is the file cut off?)",
 }
 
 
@@ -150,15 +159,18 @@ def open_source(path: Path, root: Path, text: str = "", section: Section | None 
     content = head.decode(encoding, "replace").lstrip("\ufeff")
     if not content.strip():
         raise DataError("the file is empty", where=str(path), fix="put rows into it, see docs/DATA.md")
-    other = next((what for opening, what in OTHER_FILES.items() if head.startswith(opening)), None)
+    other, fix = next((entry for opening, entry in OTHER_FILES.items() if head.startswith(opening)), ("", READABLE))
     if re.match(r"\s*<(!doctype|html|\?xml|head|!--)", content, re.IGNORECASE):
         other = "a web page or XML (did a download or a login fail?)"
+    if head[257:262] == b"ustar":
+        other, fix = "a tar archive", "tar -xf {path}"
     if head.startswith(b"PAR1"):
         return Source(display_path(path, root), path, "parquet")
     if other and zipfile.is_zipfile(path) and "xl/workbook.xml" in zipfile.ZipFile(path).namelist():
         return Source(display_path(path, root), path, "xlsx")
     if other or len(CONTROL.findall(content)) * 50 > len(content):
-        raise DataError(f"the file is {other or 'binary'}", where=str(path), fix=READABLE)
+        fix = fix.replace("{path}", shlex.quote(str(path)))
+        raise DataError(f"the file is {other or 'binary'}", where=str(path), fix=fix)
     named = SUFFIXES.get(plain_name(path).suffix.lower())
     kind, delimiter = _kind(path, content, named, cut=len(head) == HEAD)
     warnings = []
@@ -201,6 +213,8 @@ def _kind(path: Path, head: str, named: Kind | None, *, cut: bool) -> tuple[Kind
         return "jsonl", ","
     if first[0] in "[{" and (named or re.match(r"""[\[{]\s*(["'\[{\]}]|$)""", first)):
         return ("jsonl" if named == "jsonl" and len(lines) == 1 and not values and not cut else "json"), ","
+    if SEPARATOR.fullmatch(first):
+        return "csv", first[-1]
     header = re.sub(r'"[^"]*"', "", first)
     marks = [
         mark for mark in ",\t;|" if mark in header and (cut or lines[1:] == [] or any(mark in row for row in lines[1:]))
@@ -315,6 +329,8 @@ def _json(source: Source, on_progress: Progress | None) -> Iterator[RawRow]:
             raise DataError(what, where=f"{source.path}:{line}", fix="put each into its own file")
         table = _table(row.value) if row.fault is None and not lists else []
         values = row.value[lists[0]] if lists else table
+        if lists and all(isinstance(value, dict) and value.keys() >= {"row_idx", "row"} for value in values):
+            values = [value["row"] for value in values]  # of the hub's data set viewer
         yield from (RawRow(f"{source.name}[{index}]", value) for index, value in enumerate(values))
         if not lists and not table:
             yield row
@@ -322,7 +338,9 @@ def _json(source: Source, on_progress: Progress | None) -> Iterator[RawRow]:
 
 
 def _table(value: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of a table as pandas writes it: by columns (lists, or objects by row number) or by row number."""
+    """The rows of a table as pandas writes it: by columns (lists, or objects by row number), rows or split."""
+    if "columns" in value and value.keys() <= {"columns", "index", "data"}:  # orient="split"
+        return [dict(zip(value["columns"], cells, strict=True)) for cells in value["data"]]
     parts = list(value.values())
     if len(parts) > 1 and all(isinstance(part, list) and len(part) == len(parts[0]) for part in parts):
         plain = not any(isinstance(cell, dict | list) for part in parts for cell in part)
@@ -399,6 +417,8 @@ class _JsonText:
             self.at = min(error.pos, len(self.text))
             problem = next((ours for start, ours in JSON_PROBLEMS.items() if error.msg.startswith(start)), error.msg)
             closing = re.match(r"[,\s]*([]}])", self.text[self.at : self.at + 1_000])
+            if self.text.startswith(("//", "/*", "#"), self.at):
+                problem = "a comment: JSON has none"
             if closing and self.text[: self.at + 1].rstrip("]} \t\r\n").endswith(","):
                 problem = f"a comma too many before {closing[1]}"
         except RecursionError:
@@ -430,6 +450,7 @@ def _csv(source: Source, on_progress: Progress | None) -> Iterator[RawRow]:
     Of a faulty row only the first line is used up: the others may be rows.
     """
     csv.field_size_limit(sys.maxsize)
+    name = {",": "comma", "\t": "tab"}.get(source.delimiter, source.delimiter)
     lines, again, header = _lines(source, on_progress), deque[tuple[int, str]](), list[str]()
     while first := again.popleft() if again else next(lines, None):
         record, fault, cells = [first], None, list[str]()
@@ -445,10 +466,14 @@ def _csv(source: Source, on_progress: Progress | None) -> Iterator[RawRow]:
         except csv.Error as error:
             fault = "a quote is opened and never closed" if "unexpected end" in str(error) else str(error)
         origin = f"{source.name}:{first[0]}"
-        if not header and (cells or fault):
+        if not header and SEPARATOR.fullmatch(first[1].strip("\ufeff\r\n")):
+            again.extendleft(reversed(record[1:]))
+        elif not header and (cells or fault):
             header = _csv_header(source, cells, fault)
         elif cells and len(cells) != len(header):
-            fault = f"{len(cells)} cells where the header has {len(header)}"
+            fault = (
+                f"{len(cells)} cells where the header has {len(header)}; a cell with a {name} needs quotes around it"
+            )
         elif cells:
             text = "".join(line for _, line in record)
             invalid = _invalid_text(source, text)
@@ -510,7 +535,8 @@ def _excel(source: Source, on_progress: Progress | None) -> Iterator[RawRow]:
                 cells = cells[: max(index for index, cell in enumerate(cells, 1) if cell is not None)]
                 header = _csv_header(source, [str(cell or "") for cell in cells], None)
             elif any(cell is not None for cell in cells[len(header) :]):
-                yield RawRow(place, None, "more cells than the header has", repr(line))
+                what = "more cells than the header has: the first line of a sheet names the columns"
+                yield RawRow(place, None, what, repr(line))
             else:
                 yield RawRow(place, dict(zip(header, cells, strict=False)))
 

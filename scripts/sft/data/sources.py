@@ -19,7 +19,7 @@ from sft.config.schema import DataSection, ReplaySection
 from sft.data import rows
 from sft.data.formats import TREE_MESSAGE, Formats, make_row, rendered_record, to_line
 from sft.data.ledger import Ledger
-from sft.data.readers import COMPRESSED, SUFFIXES, Progress, RawRow, Section, Source, is_data_file, open_source
+from sft.data.readers import COMPRESSED, SPLITS, SUFFIXES, Progress, RawRow, Section, Source, is_data_file, open_source
 from sft.data.rows import RowFault, dump_json
 from sft.data.split import position
 from sft.errors import DataError
@@ -57,6 +57,8 @@ class SourcePart:
         if len(self.sources) > 1:
             names = ", ".join(source.path.name for source in self.sources[:8] if source.path)
             lines.append(f"{self.name} is a folder of {len(self.sources)} files, all read as one: {names}")
+            if any(source.path and source.path.stem in SPLITS for source in self.sources):
+                lines.append("rows of files named as splits are mixed, and split anew (data.split)")
         if self.messages:
             lines.append(
                 f"{self.name} holds {self.messages:,} OpenAssistant messages, a row each: they are joined to trees, and"
