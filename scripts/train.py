@@ -75,9 +75,10 @@ def main(args: argparse.Namespace) -> dict[str, Any] | None:
 
     # 3. whether disk and memory suffice
     distributed.on_rank0(lambda: disk_space.require_disk_space(job.config, job.files, opened.run))
-    unresolved = job.config.model_copy(update={"train": job.unresolved})
+    rehearsal = {"rehearsal": job.config.train.rehearsal}
+    unresolved = job.config.model_copy(update={"train": job.unresolved.model_copy(update=rehearsal)})
     distributed.on_rank0(
-        lambda: plan.memory_check(unresolved, job.files, job.device, longest=job.rows.longest, force=args.force)
+        lambda: plan.memory_check(unresolved, job.files, job.device, longest=job.longest, force=args.force)
     )
     if args.dry_run:
         return jobs.as_json(job, opened)

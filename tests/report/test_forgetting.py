@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from sft import runs
+from sft.config.schema import Config
 from sft.errors import DataError
+from sft.generation.load import Target
 from sft.report import bootstrap, compare
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,8 +76,18 @@ def test_the_verdict_follows_loss_and_checks() -> None:
     assert compare.forgetting(loss(0.0), lost)["level"] == "forgotten"
     assert compare.forgetting(loss(0.5), None)["level"] == "forgotten"
     endless = bootstrap.difference([1.0] * 45 + [0.0] * 5, [1.0] * 10 + [0.0] * 40)
-    judged = compare.forgetting(loss(0.0), unchanged, endless)
+    judged = compare.forgetting(loss(0.0), unchanged, endless, "to keep the rest: ...")
     assert judged["headline"] == "It has forgotten general abilities: answers no longer end by themselves"
-    assert "end by themselves: 90%, now 20%" in judged["words"] and "data.replay" in judged["words"]
+    assert "end by themselves: 90%, now 20%" in judged["words"] and judged["words"].endswith("; to keep the rest: ...")
+    assert "keep" not in compare.forgetting(loss(0.0), unchanged, unchanged, "to keep the rest: ...")["words"]
     assert compare.forgetting(loss(0.0), unchanged, unchanged)["level"] == "none"
     assert "x1.65" in compare.forgetting(loss(0.5), None)["words"]  # e to the half
+
+
+def test_the_remedy_names_a_setting_that_the_run_did_not_have(tmp_path: Path) -> None:
+    run = runs.at(tmp_path / "outputs" / "mine", tmp_path)
+    run.folder.mkdir(parents=True)
+    config = Config.model_validate({"train": {"rehearsal": {"share": 0.15}}})
+    assert compare.against_forgetting(Target(config, run), tmp_path).endswith("make train SET=train.rehearsal.rows=100")
+    (run.folder / "ledger.json").write_text('{"rehearsal": {"rows_trained": 60}}')
+    assert compare.against_forgetting(Target(config, run), tmp_path).endswith("SET=train.rehearsal.share=0.3")

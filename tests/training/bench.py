@@ -52,9 +52,10 @@ def make_loop(settings: Config, *, rows: int = 10, validation: int = 4, **more: 
     out = Path(settings.train.output_dir)
     run = runs.at(out, out.parent.parent)
     run.folder.mkdir(parents=True, exist_ok=True)
+    rehearsed = more["rehearsal"].features if "rehearsal" in more else []
     return TrainingLoop(
         model,
-        features(rows, kind=model_files.kind),
+        [*features(rows, kind=model_files.kind), *rehearsed],
         features(validation, seed=1, kind=model_files.kind),
         config=settings,
         schedule=job.make_schedule(settings, rows, validation=validation > 0),

@@ -123,10 +123,21 @@ class TokenisedRows(Sequence[Feature]):
         ids = {name: self._table.column(name)[index].values.to_numpy().tolist() for name in ("input_ids", "labels")}
         return {"id": self._table.column("id")[index].as_py(), **ids}
 
+    def joined(self, others: Sequence[Feature]) -> TokenisedRows:
+        """These rows and, behind them, others, whose `prompt_id` is 0."""
+        columns: dict[str, list[Any]] = {name: [row[name] for row in others] for name in ("id", "input_ids", "labels")}
+        columns["prompt_id"] = [0] * len(columns["id"])
+        return TokenisedRows(pyarrow.concat_tables([self._table, pyarrow.table(columns, schema=SCHEMA)]))
+
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of each row's `input_ids`."""
         chunks = [np.diff(chunk.offsets.to_numpy()) for chunk in self._table.column("input_ids").chunks]
         return np.concatenate([np.zeros(0, np.int64), *chunks])
+
+    def labels(self) -> Iterator[tuple[NDArray[np.int32], NDArray[np.int64]]]:
+        """The labels of some rows end to end and how many each of them has, part by part through all rows."""
+        for chunk in self._table.column("labels").chunks:
+            yield chunk.flatten().to_numpy(), np.diff(chunk.offsets.to_numpy())
 
     def prompt_ids(self) -> NDArray[np.uint64]:
         """For each row the hash of what it asks (`records.prompt_id`)."""

@@ -282,6 +282,22 @@ class EarlyStoppingSection(Section):
     min_delta: float = key(0.01, "A smaller improvement does not count.", ge=0)
 
 
+class RehearsalSection(Section):
+    """General questions with the base's own answers, trained on beside the task, so that the rest is not forgotten."""
+
+    rows: Auto | Literal["off"] | Count = key(
+        "auto",
+        "Most questions to use; `auto`: all of the file where the training answers are narrow (docs/TRAINING.md) and"
+        " the base can answer, else none.",
+    )
+    share: float = key(0.1, "Share of the loss tokens that are rehearsal.", gt=0, lt=1)
+    path: str | None = key(
+        None,
+        "Your own questions, JSON lines with `user` (an `assistant` beside it is used as the answer); null:"
+        " data/samples/rehearsal.jsonl.",
+    )
+
+
 class TrainSection(Section):
     """One run: length, learning rate, step size, precision, checkpoints."""
 
@@ -376,6 +392,7 @@ class TrainSection(Section):
     )
     greater_is_better: Auto | bool = key("auto", "`auto`: false for losses and perplexity, else true.")
     early_stopping: EarlyStoppingSection = Field(default_factory=EarlyStoppingSection)
+    rehearsal: RehearsalSection = Field(default_factory=RehearsalSection)
     merge_at_end: bool = key(False, "Merge the adapter into 16-bit weights when training ends.")
 
     @model_validator(mode="after")

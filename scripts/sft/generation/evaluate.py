@@ -8,7 +8,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -191,28 +191,37 @@ def evaluate_base(
 
     What counts: weights, their type and device, encoder, rows, examples, settings, and the code of answers and scores.
     """
-    code = [files.sha256(path) for name in CODE for path in sorted(PACKAGE.glob(f"{name}/*.py"))]
     shots = files.sha256(store.resolve_stage(config.data, root).train) if config.eval.shots else ""
-    base, tuning = loaded.base, config.tuning
-    in_4_bits = (getattr(base, "is_loaded_in_4bit", None), tuning.quant_type, tuning.double_quant)
-    weights = (base.sft_base["fingerprint"], str(base.dtype), in_4_bits)
+    tuning, (_, schema) = config.tuning, metric_names(config, root)
     settings = (config.eval.model_dump_json(), config.generation.model_dump_json(), config.train.objective)
-    _, schema = metric_names(config, root)
-    content = json.dumps([rows, code, shots, weights, loaded.device, settings, schema, fingerprint(loaded.encoder)])
-    path = root / CACHE / f"{hashlib.sha256(content.encode()).hexdigest()[:32]}.json"
+    path = stored_path(loaded, root, rows, shots, (tuning.quant_type, tuning.double_quant), settings, schema)
     if stored := files.read_json(path):
         log.info("the base's answers of %s are used again: base, rows and settings are the same", stored["at"])
         if on_progress is not None:
             on_progress(len(rows), len(rows))
         return Evaluation(**stored)
     result = evaluate(loaded, rows, config, root, on_progress)
+    write_stored(path, vars(result))
+    return result
+
+
+def stored_path(loaded: LoadedModel, root: Path, *content: Any) -> Path:
+    """Where a base's answers to `content` are stored: a file for each base, its type and device, encoder and code."""
+    code = [files.sha256(path) for name in CODE for path in sorted(PACKAGE.glob(f"{name}/*.py"))]
+    base = loaded.base
+    weights = (base.sft_base["fingerprint"], str(base.dtype), getattr(base, "is_loaded_in_4bit", None))
+    parts = json.dumps([code, weights, loaded.device, fingerprint(loaded.encoder), content])
+    return root / CACHE / f"{hashlib.sha256(parts.encode()).hexdigest()[:32]}.json"
+
+
+def write_stored(path: Path, answers: Mapping[str, Any]) -> None:
+    """Writes answers to their `stored_path` and removes the oldest ones; a disk that refuses is a warning."""
     try:
-        files.write_text(path, json.dumps(vars(result), ensure_ascii=False))
+        files.write_text(path, json.dumps(answers, ensure_ascii=False))
         for old in sorted(path.parent.glob("*.json"), key=lambda path: path.stat().st_mtime)[:-MAX_STORED]:
             old.unlink(missing_ok=True)
     except (OSError, EnvironmentProblem) as error:
-        log.warning("the base's answers cannot be stored for the next evaluation: %s", one_line(error))
-    return result
+        log.warning("the base's answers cannot be stored for the next time: %s", one_line(error))
 
 
 def losses(loaded: LoadedModel, rows: Sequence[Row], config: Config) -> tuple[dict[str, float], list[float]]:

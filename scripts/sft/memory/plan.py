@@ -247,7 +247,8 @@ class _Planner:
 
     def _training(self, config: Config, tracer: Tracer) -> Phase:
         lengths = _row_lengths(config, tracer)
-        traced = tracer.step(lengths, accumulating=len(lengths) < int(config.train.effective_batch))
+        more_rows = isinstance(config.train.rehearsal.rows, int)  # rehearsal rows come on top of the step's own
+        traced = tracer.step(lengths, accumulating=more_rows or len(lengths) < int(config.train.effective_batch))
         return self._traced(traced, config, tracer, f"{sum(lengths)} tokens at a time")
 
     def _generation(self, config: Config, tracer: Tracer) -> Phase:

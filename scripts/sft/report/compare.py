@@ -206,8 +206,8 @@ def passes(answer: str, check: Mapping[str, Any]) -> float:
 # What it means
 
 
-def compare_side(base: Side, tuned: Side, split: str, seed: int) -> dict[str, Any]:
-    """One tuned model against the base: metrics, verdict, stopping, forgetting."""
+def compare_side(base: Side, tuned: Side, split: str, seed: int, remedy: str = "") -> dict[str, Any]:
+    """One tuned model against the base: metrics, verdict, stopping, forgetting (and the remedy for it)."""
     metrics = {
         name: _difference(name, base.values, tuned.values, seed)
         for name in ordered_metrics(tuned) if name in base.values
@@ -225,7 +225,7 @@ def compare_side(base: Side, tuned: Side, split: str, seed: int) -> dict[str, An
         checked = passed if passed.rows else None
         stopped = bootstrap.difference(base.general_values["stopped"], tuned.general_values["stopped"], seed=seed)
         compared["general"] = {
-            **forgetting(loss, checked, stopped), "stopped": stopped.to_json(),
+            **forgetting(loss, checked, stopped, remedy), "stopped": stopped.to_json(),
             "rows": len(tuned.general), ROW_LOSS: loss.to_json(), "passed": checked.to_json() if checked else None,
         }  # fmt: skip
     return compared
@@ -282,9 +282,11 @@ def stopping(side: Side) -> dict[str, Any]:
     return {"share": round(share, 6), "headline": headline, "good": share >= MIN_STOP_RATE}
 
 
-def forgetting(loss: Difference, passed: Difference | None, stopped: Difference | None = None) -> dict[str, str]:
+def forgetting(
+    loss: Difference, passed: Difference | None, stopped: Difference | None = None, remedy: str = ""
+) -> dict[str, str]:
     """level, headline and words on the general questions, by the loss of good answers, the share of checks passed and
-    the share of answers that end by themselves.
+    the share of answers that end by themselves. remedy: added to the words of what is forgotten.
 
     forgotten: the loss has risen by more than FORGETTING_LOSS beyond its interval, or fewer checks pass, or fewer
     answers end, beyond theirs. slight: the loss has risen beyond its interval, by less than that. unknown: too few
@@ -317,9 +319,17 @@ def forgetting(loss: Difference, passed: Difference | None, stopped: Difference 
         )
     if stopped is not None:
         words += f"; answers that end by themselves: {stopped.base:.0%}, now {stopped.tuned:.0%}"
-    if level == "forgotten":
-        words += "; general rows mixed into training help: data.replay"
+    if level == "forgotten" and remedy:
+        words += f"; {remedy}"
     return {"level": level, "headline": headline, "words": words}
+
+
+def against_forgetting(target: Target, root: Path) -> str:
+    """The setting that helps a run that has forgotten: rehearsal where it had none, else more of it."""
+    section = target.config.train.rehearsal
+    if "rehearsal" not in files.read_json(run_of(target, root).folder / "ledger.json"):
+        return "it trained on the task alone; to keep the rest: make train SET=train.rehearsal.rows=100"
+    return f"to keep more of the rest: make train SET=train.rehearsal.share={min(0.5, 2 * section.share):g}"
 
 
 def constant_baseline(side: Side, constant: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -347,7 +357,10 @@ def build_result(
     from sft.model import hardware
 
     first, base, tuned = sides_of[0], measured[0], measured[1:]
-    comparisons = [compare_side(base, side, split, seed) for side in tuned]
+    comparisons = [
+        compare_side(base, side, split, seed, against_forgetting(target, root))
+        for side, target in zip(tuned, sides_of, strict=True)
+    ]
     for compared, side in zip(comparisons, tuned, strict=True):
         if baseline := constant_baseline(side, constant):
             compared["constant_baseline"] = baseline

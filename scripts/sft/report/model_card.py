@@ -93,7 +93,7 @@ def _measured(result: Mapping[str, Any], config: Config) -> str:
         _metrics(compared),
         _limits(compared),
         _training(result, config),
-        _data(result),
+        _data(result, config),
     ]
     return "\n".join(part for part in parts if part)
 
@@ -135,7 +135,7 @@ def _training(result: Mapping[str, Any], config: Config) -> str:
     return f"## Training\n\n| | |\n|---|---|\n{rows}\n\nVersions: {versions}.\n"
 
 
-def _data(result: Mapping[str, Any]) -> str:
+def _data(result: Mapping[str, Any], config: Config) -> str:
     processed, ledger = result["data"].get("processed", {}), result["data"].get("run", {})
     lines = []
     if processed:
@@ -148,6 +148,11 @@ def _data(result: Mapping[str, Any]) -> str:
         lines.append(
             f"Trained on {trained['rows_trained']:,} of {trained['rows_read']:,} rows, "
             f"{trained['labelled_tokens']:,} of {trained['tokens']:,} tokens in the loss."
+        )
+    if rehearsed := ledger.get("rehearsal"):
+        lines.append(
+            f"Rehearsed beside them: {rehearsed['rows_trained']:,} general questions with the base's own answers,"
+            f" {config.train.rehearsal.share:.0%} of the tokens in the loss."
         )
     return "## Data\n\n" + "\n".join(lines) + "\n" if lines else ""
 

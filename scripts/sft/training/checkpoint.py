@@ -26,7 +26,7 @@ from sft.step.step import out_of_memory, release_memory
 
 log = logging.getLogger("sft.training")
 OPTIMIZER, RNG, SCHEDULER, SCALER = "optimizer.pt", "rng.pt", "scheduler.json", "scaler.json"
-PROGRESS, FINGERPRINT = "trainer_state.json", runs.FINGERPRINT
+PROGRESS, FINGERPRINT, REHEARSAL = "trainer_state.json", runs.FINGERPRINT, "rehearsal.json"
 OLD_SESSION = "session.json"  # the second half of the progress in checkpoints of earlier versions
 
 
@@ -227,11 +227,13 @@ CONSEQUENCES = {
     "weights": "the adapter was trained on other weights",
     "max_seq_len": "other rows may be dropped or truncated",
     "labels": "other tokens are trained on from here on",
+    "rehearsal": "other rehearsal rows are mixed in from here on",
     **dict.fromkeys(
         ("total_steps", "learning_rate", "lr_scheduler_type", "warmup_steps"),
         "the learning rate jumps to that of the new schedule",
     ),
 }
+OF_OLD_RUNS = {"objective": "response", "rehearsal": "off"}  # keys that runs of earlier versions lack
 NEVER_ALLOWED = {"backend", "mode", "kind", "base_model", "precision", "lora", "optim"}
 
 
@@ -242,7 +244,7 @@ def check_fingerprint(folder: Path, fingerprint: dict[str, Any], allowed: Iterab
     not fit, or would mean something else.
     """
     try:
-        stored = {"objective": "response", **json.loads((folder / FINGERPRINT).read_text(encoding="utf-8"))}
+        stored = {**OF_OLD_RUNS, **json.loads((folder / FINGERPRINT).read_text(encoding="utf-8"))}
     except (OSError, ValueError) as error:
         what = f"{FINGERPRINT} cannot be read ({type(error).__name__}), so its settings are unknown"
         raise RunError(what, where=str(folder / FINGERPRINT), fix="start a new run: --resume never") from None
@@ -270,6 +272,8 @@ def _change(key: str, was: Any, now: Any) -> str:
         if key == "data":
             return f"data: your rows have changed ({', '.join(names)})"
         return "; ".join(f"{key}.{name}: was {was.get(name)}, is {now.get(name)}" for name in names)
+    if key == "rehearsal":
+        was, now = (value if value == "off" else f"{value['rows']} questions" for value in (was, now))
     if key in ("template", "weights"):
         return f"{key}: the {'chat template' if key == 'template' else 'files of the base model'} changed"
     return f"{key}: was {was}, is {now}"

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import math
 import resource
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -29,11 +30,13 @@ from sft.runs import OpenRun, Run
 from sft.training import distributed
 
 if TYPE_CHECKING:
+    from sft.chat.dataset import TokenisedRows
     from sft.generation.engine import LoadedModel
     from sft.model.backends import Backend
     from sft.model.files import ModelFiles
     from sft.training.loggers import Report
     from sft.training.loop import Answer, Feature, Schedule, TrainingLoop
+    from sft.training.rehearsal import Rehearsal
 
 # unsloth must be imported before transformers: `prepare` sees to that, and whatever imports transformers comes after it
 log = logging.getLogger("sft.training")
@@ -54,7 +57,7 @@ class Rows:
     """
 
     stage: str
-    train: Sequence[Feature]
+    train: TokenisedRows
     validation: Sequence[Feature]
     answer_rows: list[dict[str, Any]] = field(default_factory=list)
     hashes: dict[str, str] = field(default_factory=dict)
@@ -73,7 +76,9 @@ class Rows:
 class Job:
     """A run that is ready to begin: the resolved config, its rows and its schedule.
 
-    unresolved: the section `train` before its `auto` values were resolved. reasons: of each resolved value.
+    unresolved: the section `train` before its `auto` values were resolved. reasons: of each resolved value. questions:
+    to rehearse; those that have no answer yet are put to the base. longest: tokens of the longest row, rehearsed ones
+    included. extra_tokens: that rehearsal adds to the run, about.
     """
 
     config: Config
@@ -85,6 +90,9 @@ class Job:
     encoder: Any
     rows: Rows
     schedule: Schedule
+    questions: list[dict[str, Any]] = field(default_factory=list)
+    longest: int = 0
+    extra_tokens: int = 0
 
     def fingerprint(self) -> dict[str, Any]:
         """The settings that checkpoints of this run depend on; see `checkpoint.check_fingerprint`."""
@@ -108,6 +116,7 @@ class Job:
             "world_size": distributed.world(),
             "total_steps": self.schedule.total_steps,
             "warmup_steps": self.schedule.warmup_steps,
+            "rehearsal": train.rehearsal.model_dump() if self.questions else "off",
             **{name: getattr(train, name) for name in names},
         }
 
@@ -142,6 +151,8 @@ def prepare(
     from sft.generation.encoder import load_encoder
     from sft.metrics.scoring import check_names
     from sft.model.tokenizer import round_trip_problem
+    from sft.training import rehearsal
+    from sft.training.checkpoint import REHEARSAL
 
     check_names(config.eval.metrics)
     encoder = load_encoder(config, root, files=model_files)
@@ -162,17 +173,33 @@ def prepare(
         bf16_supported=device.bf16,
     )
     resolved = auto.resolve(config, facts)
+    stored = files.read_json(checkpoint / REHEARSAL) if checkpoint else None
+    schedule = make_schedule(resolved.config, len(rows.train), validation=bool(rows.validation))
+    section = config.train.rehearsal
+    due = rows.ledgers["train"].labelled_tokens * section.share / (1 - section.share)
+    due *= schedule.total_steps / schedule.steps_per_epoch
+    questions, reason = rehearsal.choose(section, rows.train, encoder, root, due, stored)
+    longest, extra_tokens = rehearsal.sizes(questions, encoder, rows.system, due)
     return Job(
-        config=resolved.config,
+        config=_with_rehearsal(resolved.config, len(questions)),
         unresolved=config.train,
-        reasons=resolved.reasons,
+        reasons=resolved.reasons | ({"train.rehearsal.rows": reason} if reason else {}),
         files=model_files,
         backend=backend,
         device=device,
         encoder=encoder,
         rows=rows,
-        schedule=make_schedule(resolved.config, len(rows.train), validation=bool(rows.validation)),
+        schedule=schedule,
+        questions=questions,
+        longest=max(rows.longest, longest),
+        extra_tokens=extra_tokens,
     )
+
+
+def _with_rehearsal(config: Config, rows: int) -> Config:
+    """The config with the resolved number of rehearsal questions, 0 for `off`."""
+    section = config.train.rehearsal.model_copy(update={"rows": rows or "off"})
+    return config.model_copy(update={"train": config.train.model_copy(update={"rehearsal": section})})
 
 
 def read_rows(
@@ -289,6 +316,15 @@ def describe(job: Job, opened: OpenRun) -> list[str]:
     for name in SHOWN:
         reason = job.reasons.get(f"train.{name}", "")
         lines.append(f"  {name:<24}{getattr(config.train, name)!s:<14}  {reason}")
+    section = config.train.rehearsal
+    lines.append(f"  {'rehearsal.rows':<24}{section.rows!s:<14}  {job.reasons.get('train.rehearsal.rows', '')}")
+    if job.questions:
+        lines.append(
+            f"  {'rehearsal.share':<24}{section.share!s:<14}  of the loss tokens; questions: {section.path or 'ours'}"
+        )
+        new = sum("assistant" not in row for row in job.questions)
+        asked = f"before the first step, the base answers {new} general questions; " if new else ""
+        lines.append(f"  rehearsal: {asked}about {job.extra_tokens:,} tokens are added to the run")
     return [line.rstrip() for line in lines]
 
 
@@ -357,13 +393,17 @@ def make_loop(job: Job, opened: OpenRun, root: Path, report: Report | None) -> t
         train, model, job.files.kind, job.device.device, max_rows=int(train.batch_size) if rows_given else None
     )
     apply_kernels(model, train.kernels, device=job.device.device, autocast=step.autocast, backend=job.backend.name)
-    answer = None
+    answer, rehearsed, rows = None, None, job.rows.train
+    loaded = LoadedModel(model, job.encoder.tokenizer, job.encoder, job.files.kind)
+    if job.questions:
+        with step.forward_context():
+            job, rehearsed, rows = _rehearse(job, loaded, run, root, report)
     if job.rows.answer_rows:
-        loaded = LoadedModel(model, job.encoder.tokenizer, job.encoder, job.files.kind)
         answer = sample_answers(loaded, job.rows.answer_rows, job.config, root)
-    step, settings = autobatch.choose(job, model, step, opened.checkpoint)
+    all_rows = replace(job, rows=replace(job.rows, train=rows))
+    step, settings = autobatch.choose(all_rows, model, step, opened.checkpoint)
     if settings:
-        job = replace(job, config=job.config.model_copy(update={"train": train.model_copy(update=settings)}))
+        job = replace(job, config=job.config.model_copy(update={"train": job.config.train.model_copy(update=settings)}))
         if distributed.rank() == 0:
             job.write_settings(run.folder)
     section, is_first = job.config.logging, distributed.rank() == 0
@@ -377,16 +417,58 @@ def make_loop(job: Job, opened: OpenRun, root: Path, report: Report | None) -> t
     )
     loop = TrainingLoop(
         model,
-        job.rows.train,
+        rows,
         job.rows.validation,
         config=job.config,
         schedule=job.schedule,
         step=step,
         checkpoints=CheckpointManager(run, train.save_total_limit, job.write_settings),
+        rehearsal=rehearsed,
         answer=answer,
         loggers=loggers,
     )
     return job, loop
+
+
+def _rehearse(
+    job: Job, loaded: LoadedModel, run: Run, root: Path, report: Report | None
+) -> tuple[Job, Rehearsal | None, TokenisedRows]:
+    """Asks the base, encodes its answers; returns them, the rows to train on with them behind, and the job with the
+    setting and the ledger that follow. The job is without rehearsal where `auto` finds that the base completes too few.
+    """
+    from sft.training import rehearsal
+    from sft.training.loggers import SECONDS_PER_LINE
+
+    auto = job.unresolved.rehearsal.rows == "auto"
+    shown, began = [0.0], time.monotonic()
+
+    def on_progress(done: float, total: int) -> None:
+        line = f"rehearsal: the base answers general questions, {done:.0f} of {total}"
+        if report is not None:
+            report(int(done), total, line)
+        elif time.monotonic() - began - shown[0] >= SECONDS_PER_LINE:
+            shown[0] = time.monotonic() - began
+            log.info(line)
+
+    def ask() -> list[dict[str, Any]]:
+        return rehearsal.answer(job.questions, loaded, job.config, root, auto=auto, on_progress=on_progress)
+
+    answered = distributed.on_rank0(ask)
+    rehearsed: Rehearsal | None = None
+    complete = sum(bool(row["assistant"]) for row in answered)
+    if auto and complete < rehearsal.MIN_COMPLETE:
+        log.info("no rehearsal: the base ended only %d of %d answers by itself", complete, len(answered))
+        job = replace(job, config=_with_rehearsal(job.config, 0), questions=[])
+        rows = job.rows.train
+    else:
+        rehearsed, rows = rehearsal.make(answered, job.rows.train, job.encoder, job.config, job.rows.system)
+        ledger = rehearsed.ledger
+        job = replace(job, rows=replace(job.rows, ledgers={**job.rows.ledgers, "rehearsal": ledger}))
+        log.info("rehearsal: %d of %d general questions, with answers of the base", ledger.rows_trained, len(answered))
+    if distributed.rank() == 0:
+        job.write_settings(run.folder)
+        files.write_json(run.folder / "ledger.json", job.rows.ledger())
+    return job, rehearsed, rows
 
 
 def load_model(config: Config, model_files: ModelFiles, backend: str, *, device: str) -> Any:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -37,6 +37,9 @@ from sft.training.loggers import Loggers
 from sft.training.monitor import LossMonitor
 from sft.training.signals import SignalHandler
 
+if TYPE_CHECKING:
+    from sft.training.rehearsal import Rehearsal
+
 log = logging.getLogger("sft.training")
 Feature = Mapping[str, Any]
 Answer = Callable[[Any], tuple[dict[str, float], str]]  # the model -> metrics of generated answers, a few as Markdown
@@ -55,23 +58,22 @@ class Schedule:
     metric: str | None
 
 
-def step_batches(
-    rows: int, effective_batch: int, seed: int, epoch: int, *, rank: int = 0, world: int = 1
-) -> list[list[int]]:
-    """The row indices of each step of an epoch that one rank computes.
+def step_batches(rows: int, effective_batch: int, seed: int, epoch: int) -> list[list[int]]:
+    """The row indices of each step of an epoch, over all ranks: each takes every world-th row of a step.
 
-    The order depends only on seed and epoch, so that resuming is exact. Every rank draws the same order and takes
-    every world-th row of a step. No row is dropped or repeated: the last step is smaller, and a share may be empty.
+    The order depends only on seed and epoch, so that resuming is exact. No row is dropped or repeated: the last step is
+    smaller, and a rank's share may be empty.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(rows, generator=generator).tolist()
-    return [order[start : start + effective_batch][rank::world] for start in range(0, rows, effective_batch)]
+    return [order[start : start + effective_batch] for start in range(0, rows, effective_batch)]
 
 
 class TrainingLoop:
     """Trains `model` on `rows` (features with `id`, `input_ids`, `labels`).
 
-    config: resolved. step: how a step is computed; lowered when memory runs out. answer: generates from a sample of
+    config: resolved. step: how a step is computed; lowered when memory runs out. rehearsal: whose rows follow the
+    task's in `rows`; None for none. answer: generates from a sample of
     validation rows at each evaluation, None for losses only. loggers: of rank 0, None for none.
     """
 
@@ -85,12 +87,13 @@ class TrainingLoop:
         schedule: Schedule,
         step: StepConfig,
         checkpoints: CheckpointManager,
+        rehearsal: Rehearsal | None = None,
         answer: Answer | None = None,
         loggers: Loggers | None = None,
     ) -> None:
         from transformers import get_scheduler
 
-        self.model, self.rows, self.validation = model, rows, validation
+        self.model, self.rows, self.validation, self.rehearsal = model, rows, validation, rehearsal
         self.settings, self.schedule, self.step, self.initial_step = config.train, schedule, step, step
         self.log_every = config.logging.log_interval
         self.checkpoints, self.answer, self.loggers = checkpoints, answer, loggers or Loggers()
@@ -149,13 +152,16 @@ class TrainingLoop:
 
     def _remaining_steps(self) -> Iterator[tuple[int, list[int]]]:
         """(epoch, this rank's row indices) of every step from the current one on, without end."""
-        first_epoch, skip = divmod(self.progress.global_step, self.schedule.steps_per_epoch)
-        rank, world = distributed.rank(), distributed.world()
-        for epoch in itertools.count(first_epoch):
-            batches = step_batches(
-                len(self.rows), int(self.settings.effective_batch), self.settings.seed, epoch, rank=rank, world=world
-            )
-            yield from ((epoch, indices) for indices in batches[skip if epoch == first_epoch else 0 :])
+        done, (rank, world) = self.progress.global_step, (distributed.rank(), distributed.world())
+        batch, seed = int(self.settings.effective_batch), self.settings.seed
+        rows = len(self.rows) - (len(self.rehearsal.features) if self.rehearsal else 0)
+        epochs = (step_batches(rows, batch, seed, epoch) for epoch in itertools.count())
+        steps: Iterator[list[int]] = itertools.chain.from_iterable(epochs)
+        if self.rehearsal is not None:
+            steps = self.rehearsal.mix(steps)
+        for number, indices in enumerate(steps):  # from the first one on: what is added depends on the steps before
+            if number >= done:
+                yield number // self.schedule.steps_per_epoch, indices[rank::world]
 
     def _load_batch(self, indices: Sequence[int]) -> dict[str, Any]:
         """The step batch of these rows on the CPU, with their ids under "ids"; without tensors for an empty share."""
@@ -345,6 +351,7 @@ class TrainingLoop:
             ckpt.SCHEDULER: self.scheduler.state_dict(),
             ckpt.RNG: distributed.all_gather(ckpt.random_state()),
             **({} if scaler is None else {ckpt.SCALER: scaler.state_dict()}),
+            **({} if self.rehearsal is None else {ckpt.REHEARSAL: self.rehearsal.state()}),
         }
         self.loggers.sync()
         distributed.on_rank0(lambda: str(self.checkpoints.save(self.model, progress, states)))
