@@ -1,7 +1,7 @@
 """Exports what a run trained: GGUF for llama.cpp, a folder for Ollama, safetensors for transformers and vLLM.
 
     python scripts/export.py --format gguf                         the newest run -> outputs/export/<run>-gguf
-    python scripts/export.py --format ollama --type q8_0
+    python scripts/export.py --format ollama --type q8_0           -> outputs/export/<run>-ollama-q8_0
     python scripts/export.py --format hf --adapters adapters/run --out DIR
 
     python scripts/export.py --format gguf --converter ~/llama.cpp/convert_hf_to_gguf.py      for other architectures
@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     source = flags.add_mutually_exclusive_group()
     source.add_argument("--adapters", metavar="DIR", type=Path, help="an adapter (default: the newest run's)")
     source.add_argument("--merged", metavar="DIR", type=Path, help="a merged model, or a full fine-tune")
-    add("--out", metavar="DIR", type=Path, help="default: outputs/export/RUN-FORMAT")
+    add("--out", metavar="DIR", type=Path, help="default: outputs/export/RUN-FORMAT[-TYPE]")
     return flags
 
 
@@ -60,9 +60,10 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     default = args.config == console.default_config()
     config = Path(args.config)
     target = resolve_model(config, args.set, adapters=args.adapters, merged=args.merged, is_default=default, root=root)
-    out = args.out or root / "outputs" / "export" / f"{target.name}-{args.format}"
     by_hand = args.type in gguf.K_QUANTS and not gguf.has_llama_cpp() and args.format != "hf"
     kind = gguf.K_SOURCE if by_hand else args.type
+    name = f"{target.name}-{args.format}{'' if kind == 'f16' else f'-{kind}'}"  # a type does not replace another one
+    out = args.out or root / "outputs" / "export" / name
     weights = f"{target.name}-{kind}.gguf" if args.format != "hf" else ""
     text = card(
         target.config,

@@ -73,7 +73,7 @@ def chat(loaded: Any, settings: Any, system: str | None, root: Path) -> None:
         count_tokens=lambda messages: len(loaded.encoder.prompt(messages)),
         render=lambda messages: loaded.tokenizer.decode(loaded.encoder.prompt(messages)),
         base=loaded.stream_base if loaded.adapted else None,
-        side_by_side=lambda base, tuned: console.table("", ["base", "tuned"], [[base, tuned]]),
+        side_by_side=lambda base, tuned: console.table("", ["base", "tuned"], [[base, tuned]], text=True),
         **({"markdown": markdown, "status": show_status} if on_terminal() else {}),
     )  # fmt: skip
     name = str(loaded.name).removeprefix(f"{root}/")

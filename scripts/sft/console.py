@@ -20,7 +20,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from sft import files
 from sft.errors import ConfigError, EnvironmentProblem, RunError, SftError, Stopped, one_line, redact
@@ -196,14 +196,15 @@ def _print_marked(label: str, colour: int, text: str) -> None:
     print(f"{mark} {text}", file=sys.stderr, flush=True)
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Prints a table; the caller formats the numbers."""
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, text: bool = False) -> None:
+    """Prints a table; the caller formats the numbers. text: the cells are texts, in columns of equal width."""
     from rich.table import Table
     from rich.text import Text
 
-    result = Table(title=title, title_justify="left", title_style="bold")
+    result = Table(title=title, title_justify="left", title_style="bold", show_lines=text)
     for index, column in enumerate(columns):
-        result.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+        justify: Literal["left", "right"] = "left" if text or index == 0 else "right"
+        result.add_column(column, justify=justify, overflow="fold", ratio=1 if text else None)
     for row in rows:
         result.add_row(*[Text(str(cell)) for cell in row])
     out().print(result)

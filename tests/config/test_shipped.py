@@ -19,7 +19,7 @@ from tests.conftest import ROOT
 SHIPPED = sorted(path for path in (ROOT / "configs").glob("**/*.yaml") if path.name != "local.yaml")
 NAMES = {
     "config_base", "run_bnb", "run_unsloth", "demo_cpu", "alpaca", "chat", "seq2seq_full", "card_8gb", "card_12gb",
-    "card_16gb", "card_24gb", "edugen_240",
+    "card_16gb", "card_24gb", "edugen_240", "smollm2_cpu",
 }  # fmt: skip
 
 

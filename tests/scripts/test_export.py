@@ -47,7 +47,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_an_ollama_folder_is_written_and_would_be_uploaded(project, command):
     done = command("export", "--format", "ollama", "--type", "q8_0", "--json", SFT_ROOT=str(project))
     assert done.returncode == 0, done.stderr
-    report, out = json.loads(done.stdout), project / "outputs" / "export" / "first-ollama"
+    report, out = json.loads(done.stdout), project / "outputs" / "export" / "first-ollama-q8_0"
     assert set(report["files"]) == {"Modelfile", "README.md", "first-q8_0.gguf", "parity.json"}
     assert 0 < report["largest_error"] < 0.05
     assert json.loads((out / "parity.json").read_text())["compared"].keys() == {"safetensors", "gguf", "ollama"}
@@ -79,7 +79,7 @@ def test_an_ollama_folder_is_written_and_would_be_uploaded(project, command):
 def test_a_folder_of_safetensors_is_loaded_again(project, command):
     done = command("export", "--format", "hf", "--type", "bf16", "--json", SFT_ROOT=str(project))
     assert done.returncode == 0, done.stderr
-    out = project / "outputs" / "export" / "first-hf"
+    out = project / "outputs" / "export" / "first-hf-bf16"
     assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == [0, 2]
     card = (out / "README.md").read_text()
     assert "library_name: transformers" in card
@@ -115,6 +115,8 @@ def test_without_llama_cpp_a_k_quant_is_f16_and_the_command_that_quantises_it(pr
     assert "not measured: pip install llama-cpp-python" in printed.out
     card = (out / "README.md").read_text()
     assert "as a GGUF file (first-f16.gguf)" in card and "llama-server -m first-f16.gguf --jinja" in card
+    assert exported(project, monkeypatch, "--type", "q8_0")["out"] == f"{out}-q8_0"
+    assert (out / "first-f16.gguf").is_file()  # another type does not replace it
 
 
 @pytest.mark.parametrize(("kind", "expected"), [
@@ -135,7 +137,7 @@ def test_for_ollama_the_command_that_quantises_is_ollamas_where_it_makes_that_ty
 def test_llama_cpp_gives_the_token_ids_and_what_quantising_costs_is_measured(project, monkeypatch, kind):
     llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     report = exported(project, monkeypatch, "--type", kind)
-    path = project / "outputs" / "export" / "first-gguf" / f"first-{kind}.gguf"
+    path = project / "outputs" / "export" / f"first-gguf-{kind}" / f"first-{kind}.gguf"
     assert set(report["files"]) == {path.name, "README.md", "parity.json"}
     assert (report["llama_cpp"], report["parity"]["equal"]) == (llama_cpp.__version__, True)
     loss = report["loss"]

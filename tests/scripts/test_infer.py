@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -102,4 +103,6 @@ def test_make_answers_the_shipped_questions_with_the_base(project: Path, tmp_pat
     done = subprocess.run(make, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "4 answers in" in done.stdout
+    first = done.stdout.splitlines()[0]
+    assert re.fullmatch(r"model: .+, the base of .+, the newest finished run \(another one: RUN=.+\)", first), first
     assert len((tmp_path / "answers.txt").read_text().splitlines()) == 4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -32,17 +33,48 @@ def empty_project(root: Path) -> Path:
     return root
 
 
-def test_without_a_gpu_or_a_hub_the_demo_model_is_the_only_offer() -> None:
-    assert [name for name, _ in quick_start.choices(None, 0.0, False, [])] == [quick_start.DEMO]
-    offline = quick_start.choices("RTX 4060", 8.0, False, ["Qwen/Qwen2.5-3B-Instruct"])
-    assert [name for name, _ in offline] == [quick_start.DEMO]
-    assert "cannot be reached" in offline[0][1]
+def test_without_a_gpu_the_real_model_is_the_default_from_the_hub_or_else_from_the_package_index() -> None:
+    times = dict.fromkeys((quick_start.SMALL, quick_start.SMALL_PACKAGE), "about 6 min") | {
+        quick_start.DEMO: "about 2 min"
+    }
+    from_hub = quick_start.choices(None, 0.0, True, [], True, times)
+    assert [name for name, _ in from_hub] == [quick_start.SMALL, quick_start.DEMO]
+    assert [reason.rpartition("; ")[2] for _, reason in from_hub] == ["about 6 min", "about 2 min"]
+    from_index = quick_start.choices(None, 0.0, False, [], True, times)
+    assert [name for name, _ in from_index] == [quick_start.SMALL_PACKAGE, quick_start.DEMO]
+    assert "the hub is out of reach" in from_index[0][1]
+    alone = quick_start.choices(None, 0.0, False, [])
+    assert [name for name, _ in alone] == [quick_start.DEMO]
+    assert "neither the model hub nor the package index can be reached" in alone[0][1]
 
 
 def test_with_a_gpu_the_first_that_fits_is_the_default_and_the_demo_the_last() -> None:
-    offers = quick_start.choices("RTX 4060", 8.0, True, ["Qwen/Qwen2.5-3B-Instruct", "Qwen/Qwen2.5-1.5B-Instruct"])
-    assert [name for name, _ in offers] == ["Qwen/Qwen2.5-3B-Instruct", "Qwen/Qwen2.5-1.5B-Instruct", quick_start.DEMO]
+    fitting = ["Qwen/Qwen2.5-3B-Instruct", "Qwen/Qwen2.5-1.5B-Instruct"]
+    offers = quick_start.choices("RTX 4060", 8.0, True, fitting)
+    assert [name for name, _ in offers] == [*fitting, quick_start.SMALL, quick_start.DEMO]
     assert offers[0][1] == "fits RTX 4060 (8 GiB) in 4-bit"
+    offline = quick_start.choices("RTX 4060", 8.0, False, fitting, True)
+    assert [name for name, _ in offline] == [quick_start.SMALL_PACKAGE, quick_start.DEMO]
+
+
+def test_the_times_come_from_the_rows_tokens_and_the_speed(tmp_path: Path) -> None:
+    raw = tmp_path / "mine.jsonl"
+    rows = [{"question": "q" * 33 + str(n), "answer": "a" * 31} for n in range(10)]
+    raw.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"image": "x"}]))
+    assert quick_start.count_tokens(tmp_path, raw) == (10, round(650 / 3.3) + 200)
+    assert quick_start.time_text(10, 5000, 200.0, 1) == "about 80 s on this machine"  # 60 + 0.8 * 5,000 / 200
+    assert quick_start.time_text(10, 5000, 200.0, 0) == "about 3 min on this machine"  # auto: 5 epochs
+    assert quick_start.time_text(999, 150_000, 100.0, 0).startswith("about 1 h 41 min on this machine, or a part")
+    (tmp_path / "table.csv").write_text("Frage eins,Antwort zwei\na,b\n")
+    assert quick_start.count_tokens(tmp_path, tmp_path / "table.csv") == (0, 0)
+    assert "once your rows are read" in quick_start.time_text(0, 0, 100.0, 0)
+
+
+def test_the_measured_speed_is_that_of_the_demo_models_training_step_up_to_a_small_factor() -> None:
+    description = json.loads((ROOT / quick_start.DEMO / "config.json").read_text())
+    deeper = {**description, "num_hidden_layers": 40, "layer_types": ["full_attention"] * 40}
+    speeds = [quick_start.cpu_speed(each, bf16=False) for each in (description, deeper)]
+    assert 2 < speeds[0] / speeds[1] < 40  # 4 layers against 40, of which 3 are computed
 
 
 def test_the_folder_for_the_users_file_is_in_a_fresh_clone() -> None:
@@ -93,14 +125,14 @@ def test_edits_of_local_yaml_stay_and_a_new_file_of_data_is_used(command: Comman
     edited = local.read_text()
     (own.parent / "raw.jsonl").write_bytes((tmp_path / quick_start.SAMPLE).read_bytes())  # the sample gives way
     own.rename(own.with_name("other.csv"))
-    assert quick_start.choose_data(tmp_path, quick_start.DEMO, keep=True) == "data/raw/other.csv (yours)"
+    assert quick_start.follow_data(tmp_path) == "data/raw/other.csv (yours)"
     assert local.read_text() == edited.replace("mine.csv", "other.csv")
-    assert quick_start.earlier_choices(tmp_path, demo=True) is not None
+    assert quick_start.earlier_model(tmp_path, demo=True) is not None
     columns = ("--user_col", "Frage eins", "--answer_col", "Antwort zwei")  # as the fix of the failed start says
     assert command("process_data", *columns, SFT_ROOT=str(tmp_path)).returncode == 0
     assert load(local, root=tmp_path).config.data.columns.user == "Frage eins"
     local.write_text(edited.replace("models/demo", "me/other"))
-    assert quick_start.earlier_choices(tmp_path, demo=True) is None and not local.exists()
+    assert quick_start.earlier_model(tmp_path, demo=True) is None and not local.exists()
     assert len(list(local.parent.glob("local.yaml.*.bak"))) == 1
 
 
@@ -135,9 +167,87 @@ def test_local_yaml_loads_the_same_path_whatever_characters_it_holds(tmp_path: P
     (tmp_path / "configs").mkdir()
     (tmp_path / "data" / "raw").mkdir(parents=True)
     (tmp_path / "data" / "raw" / name).write_text("x")
-    quick_start.choose_data(tmp_path, "me/yes: #1", keep=False)
+    quick_start.write_config(tmp_path, "me/yes: #1", tmp_path / "data" / "raw" / name, on_gpu=True)
     config = load(tmp_path / quick_start.LOCAL, root=tmp_path).config
     assert config.data.raw_path == f"data/raw/{name}" and config.model.name == "me/yes: #1"
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_the_sample_is_trained_on_for_one_epoch_on_a_cpu_and_other_rows_for_auto(tmp_path: Path, ours: bool) -> None:
+    shutil.copytree(ROOT / "configs", tmp_path / "configs", ignore=shutil.ignore_patterns("local.yaml*"))
+    empty_project(tmp_path)
+    raw = quick_start.raw_data(tmp_path)[0]
+    if not ours:
+        raw.write_text('{"user": "mine", "assistant": "b"}\n')
+    quick_start.write_config(tmp_path, quick_start.SMALL, raw, on_gpu=False, fp32="faster")
+    config = load(tmp_path / quick_start.LOCAL, root=tmp_path).config
+    assert (config.train.epochs, config.train.bf16) == (1 if ours else "auto", False)
+    assert (config.tuning.mode, config.model.device_map, config.train.output_dir) == (
+        "lora",
+        "cpu",
+        "outputs/quick-start",
+    )
+    raw.write_text('{"user": "another", "assistant": "b"}\n')  # the sample gives way to the user's rows
+    assert quick_start.follow_data(tmp_path) == "data/raw/raw.jsonl (yours)"
+    config = load(tmp_path / quick_start.LOCAL, root=tmp_path).config
+    assert (config.train.epochs, config.train.bf16) == ("auto", False)
+
+
+def test_a_model_that_cannot_be_downloaded_is_replaced_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command that downloads fails, as with a network that ends after the choice."""
+    (tmp_path / "configs").mkdir()
+    raw = empty_project(tmp_path) / "data" / "raw" / "raw.jsonl"
+    raw.parent.mkdir(parents=True)
+    raw.write_text('{"user": "a", "assistant": "b"}\n')
+    offers = [(quick_start.SMALL, "the default"), (quick_start.DEMO, "the demo")]
+    monkeypatch.setattr(quick_start, "offered_models", lambda root, raw: (offers, False, ""))
+    monkeypatch.setattr(quick_start, "in_child", lambda function, *arguments: function(*arguments))
+    monkeypatch.setenv("SFT_ROOT", str(tmp_path))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    assert quick_start.choose_model(tmp_path, raw, demo=False, interactive=False) == quick_start.DEMO
+    warnings = capsys.readouterr().err
+    assert (
+        f"{quick_start.SMALL} cannot be downloaded (see above): going on with {quick_start.SMALL_PACKAGE}" in warnings
+    )
+    assert f"going on with {quick_start.DEMO}" in warnings
+    assert "include: configs/demo_cpu.yaml" in (tmp_path / quick_start.LOCAL).read_text()
+
+
+def test_long_training_is_capped_in_local_yaml_but_never_against_the_users_own_number(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(ROOT / "configs", tmp_path / "configs", ignore=shutil.ignore_patterns("local.yaml*"))
+    raw = empty_project(tmp_path) / "data" / "raw" / "raw.jsonl"
+    raw.parent.mkdir(parents=True)
+    raw.write_text(
+        "".join(json.dumps({"user": f"What is {n}?", "assistant": f"It is {n}."}) + "\n" for n in range(100))
+    )
+    local = tmp_path / quick_start.LOCAL
+    quick_start.write_config(tmp_path, quick_start.DEMO, raw, on_gpu=False)
+    assert command("process_data", SFT_ROOT=str(tmp_path)).returncode == 0
+    written = local.read_text()
+    monkeypatch.setattr(quick_start, "in_child", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr(quick_start, "cpu_speed", lambda *_, **__: 1e6)
+    quick_start.say_time(tmp_path, interactive=False)
+    assert local.read_text() == written
+    shown = capsys.readouterr().out
+    steps = int(re.search(r"training: (\d+) steps", shown)[1])  # type: ignore[index]
+    assert steps >= 60 and "at 1,000,000 tokens/s" in shown
+    tokens = int(re.search(r"steps, ([\d,]+) tokens", shown)[1].replace(",", ""))  # type: ignore[index]
+    monkeypatch.setattr(quick_start, "cpu_speed", lambda *_, **__: tokens / 3600)  # an hour
+    local.write_text(written + "  epochs: 6\n")
+    quick_start.say_time(tmp_path, interactive=False)
+    assert load(local, root=tmp_path).config.train.max_steps is None
+    local.write_text(written.replace("train:\n", "train:\n  epochs: auto\n"))
+    quick_start.say_time(tmp_path, interactive=False)
+    capped = load(local, root=tmp_path).config.train
+    assert capped.max_steps is not None and "train.max_steps" in capsys.readouterr().out
+    quick_start.say_time(tmp_path, interactive=False)  # a second start changes nothing
+    assert load(local, root=tmp_path).config.train == capped
 
 
 def bars(metrics: dict[str, Any]) -> None:

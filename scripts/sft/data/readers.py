@@ -513,12 +513,9 @@ def _parquet(source: Source, on_progress: Progress | None) -> Iterator[RawRow]:
 
 
 def _excel(source: Source, on_progress: Progress | None) -> Iterator[RawRow]:
-    """One row a line of every sheet, keyed by the sheet's first line. Raises DataError without openpyxl."""
-    try:
-        import openpyxl  # type: ignore[import-untyped,unused-ignore]
-    except ImportError:
-        fix = f"{sys.executable} -m pip install openpyxl; or save the sheet as CSV"
-        raise DataError("openpyxl, which reads Excel files, is missing", where=str(source.path), fix=fix) from None
+    """One row a line of every sheet, keyed by the sheet's first line."""
+    import openpyxl  # type: ignore[import-untyped,unused-ignore]
+
     try:
         book = openpyxl.load_workbook(source.path, read_only=True, data_only=True)
     except Exception as error:  # the library raises whatever it stumbles over

@@ -91,8 +91,9 @@ def resolve_model(
         what, fix = "there is no trained model yet", "make train; the base alone: make infer BASE=1"
         raise RunError(what, where=str(last), fix=fix)
     run = runs.last_run(root)
-    log.info("model: %s, the newest finished run (another one: --run NAME)", run.name)
     settings = _settings(config, sets, run.folder, is_default, root)
+    shown = f"{settings.model.name}, the base of {run.name}" if base else run.name
+    log.info("model: %s, the newest finished run (another one: --run NAME)", shown)
     if run.adapter_dir.is_dir():
         return Target(settings, run, adapter=run.adapter_dir)
     if run.model_dir.is_dir():

