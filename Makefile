@@ -83,7 +83,7 @@ demo-model: $(ENV) ## build models/demo from generated text (up to 90 minutes on
 process: $(ENV) ## raw data -> data/processed/{train,val,test}.jsonl (RAW=file USER_COL=.. ANSWER_COL=..)
 	$(SCRIPT)/process_data.py $(WITH) $(if $(RAW),--raw_path "$$RAW") $(if $(USER_COL),--user_col "$$USER_COL") \
 		$(if $(ANSWER_COL),--answer_col "$$ANSWER_COL")
-style: $(ENV) ## add a style to the system text of every split (STYLE="Answer in JSON" or a preset)
+style: $(ENV) ## set the system text of every split to a style (STYLE="Answer in JSON" or a preset; ARGS="--mode prepend" adds it)
 	$(SCRIPT)/style_prompt.py $(WITH) --style "$$STYLE"
 render: $(ENV) ## write prompt and answer of each row as the chat template renders them (optional)
 	$(SCRIPT)/render_template.py $(WITH)

@@ -12,6 +12,7 @@ tensor; writes safetensors, tokenizer, chat template, stop tokens and merge.json
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -74,8 +75,10 @@ def _merge(args: argparse.Namespace, out: Path, root: Path) -> dict[str, Any]:
         what = f"The adapter was trained on the {report.trained_on} base, but merged into the full-precision one and"
         command = console.as_typed(f"python scripts/eval.py --merged {shown}")
         console.say(f"{what} measured on it. To measure the difference: {command}")
-    console.say(console.as_typed(f"next: python scripts/merge_lora.py --test --out {shown}"))
-    console.say(console.as_typed(f"      python scripts/infer.py --merged {shown}"))
+    commands = (f"python scripts/merge_lora.py --test --out {shown}", f"python scripts/infer.py --merged {shown}")
+    if os.environ.get("SFT_MAKE"):
+        commands = (f"make merge-test OUT={shown}", f'make infer ARGS="--merged {shown}"')
+    console.say(console.as_typed("next: {}\n      {}".format(*commands)))
     return asdict(report)
 
 

@@ -29,7 +29,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     if not selected:
         names = ", ".join(run.name for run in running) or "none"
         what = f"{args.run} is not running" if args.run else "no training is running"
-        raise RunError(what, where=f"running: {names}", fix="ls outputs")
+        raise RunError(what, where=f"runs in progress: {names}", fix="make train starts one, make resume continues one")
     for run in selected:
         (run.folder / runs.PAUSE).touch()
         console.say(f"{run.name} stops after its current step. Continue with: make resume RUN={run.name}")

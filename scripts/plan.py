@@ -65,7 +65,11 @@ def plan_models(args: argparse.Namespace, loaded: Loaded, root: Path) -> dict[st
         console.say('no GPU here: planned for one of 8 GiB (another: --gpu "RTX 4060"; this CPU: --gpu cpu)')
     mode, by_flag = loaded.config.tuning.mode, str(loaded.origin("tuning.mode")).startswith("--set")
     if device.kind == "cuda" and mode != "qlora" and args.config == console.default_config() and not by_flag:
-        console.say(f"planned with {console.DEFAULT_CONFIG} (qlora); for {mode}: --config {console.LOCAL_CONFIG}")
+        console.say(
+            console.as_typed(
+                f"planned with {console.DEFAULT_CONFIG} (qlora); for {mode}: --config {console.LOCAL_CONFIG}"
+            )
+        )
         loaded = load(root / console.DEFAULT_CONFIG, args.set, root=root)
     names = report.model_names(args.models)
     with console.progress("planning models") as progress:

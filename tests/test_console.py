@@ -86,6 +86,7 @@ def test_the_text_of_an_error_fits_on_one_line_without_secrets() -> None:
          'a new run (RESUME="never"), or SET="a.b=1 c.d=x y", or not'),
         ("accept it: --allow-change one --allow-change two", 'accept it: ALLOW="one two"'),
         ("python scripts/eval.py --base", "python scripts/eval.py --base"),
+        ("--gpu", "GPU="),
     ],
 )  # fmt: skip
 def test_a_fix_is_what_can_be_typed_after_make(monkeypatch: pytest.MonkeyPatch, fix: str, typed: str) -> None:

@@ -112,6 +112,8 @@ def as_typed(text: str) -> str:
     text = text.replace("python scripts/", f"{_python()} scripts/")
     if not os.environ.get("SFT_MAKE") or " scripts/" in text:
         return text
+    if name := _VARIABLES.get(text.removeprefix("--")) if text.startswith("--") else None:
+        return f"{name}="
 
     def variable(flags: re.Match[str]) -> str:
         values = [value.replace("'", "") for value in re.findall(rf"--[\w-]+ {_VALUE}", flags[0])]

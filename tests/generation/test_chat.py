@@ -204,10 +204,11 @@ def test_base_and_tuned_are_compared_outside_of_the_conversation(tmp_path: Path)
 def test_the_speed_is_shown_after_an_answer(tmp_path: Path) -> None:
     def answer(messages: list[dict[str, Any]], settings: GenerationSection, attempt: int) -> Any:
         yield "words"
-        return Answer([], "words", True, 7)
+        return Answer([], "words", settings.max_new_tokens != 7, 7)
 
-    output = chat(tmp_path, "one", model=answer)[0]  # type: ignore[arg-type]
-    assert re.fullmatch(r"words\n\(7 tokens, [0-9.]+ tokens/s\)\n", output)
+    output = chat(tmp_path, "one", "/set max_new_tokens 7", "one", model=answer)[0]  # type: ignore[arg-type]
+    assert re.match(r"words\n\(7 tokens, [0-9.]+ tokens/s\)\n", output)
+    assert output.rstrip().endswith("tokens/s; cut at max_new_tokens, for more: /set max_new_tokens 28)")
 
 
 RAW = "1. 1. 1. 2.\n<div>x</div> <!-- --> <think>hm</think> __init__.py\nsingle\nline breaks"

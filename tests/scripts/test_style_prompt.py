@@ -35,5 +35,8 @@ def test_styles_all_splits_or_one_file_and_names_presets(command: Run, tmp_path:
     one = ("--in", "data/processed/val.jsonl", "--out", "styled.jsonl", "--mode", "append", "--style", "concise")
     assert command("style_prompt", *CONFIG, *one, **root).returncode == 0
     assert len((tmp_path / "styled.jsonl").read_text().splitlines()) == result["rows"]["val"]
+    again = ("--in", "styled.jsonl", "--out", "again.jsonl", "--style", "json")
+    replaced = command("style_prompt", *CONFIG, *again, **root)
+    assert f"again.jsonl: the style replaces the system text of {result['rows']['val']} rows" in replaced.stderr
     half = command("style_prompt", *CONFIG, "--style", "concise", "--in", "x.jsonl", **root)
     assert half.returncode == 2 and "--in and --out go together" in half.stderr

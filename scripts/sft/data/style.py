@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from sft import files
@@ -10,6 +11,8 @@ from sft.config.schema import DataSection
 from sft.data import store
 from sft.data.rows import Row, dump_json, is_rendered, messages
 from sft.errors import DataError, nearest
+
+log = logging.getLogger(__name__)
 
 PRESETS = {
     "concise": "Answer in at most two short sentences. Leave out introductions, lists and headings.",
@@ -34,11 +37,16 @@ def style_text(style: str) -> str:
     return style
 
 
+def system_text(row: Row) -> str:
+    """The row's system text, "" if it has none."""
+    turns = messages(row)
+    return str(turns[0]["content"] or "") if turns and turns[0]["role"] == "system" else ""
+
+
 def apply_style(row: Row, style: str, mode: str) -> Row:
     """The row with the style in its system text; its id stays, since it is the same row."""
-    turns = messages(row)
+    turns, system = messages(row), system_text(row)
     first = turns[0] if turns and turns[0]["role"] == "system" else None
-    system = str(first["content"] or "") if first else ""
     text = {
         "replace": style,
         "prepend": f"{style}\n\n{system}" if system else style,
@@ -52,10 +60,13 @@ def apply_style(row: Row, style: str, mode: str) -> Row:
 
 
 def style_file(source: Path, target: Path, style: str, mode: str) -> int:
-    """Styles one file of rows into another and records its source beside it; returns the number of rows."""
+    """Styles one file of rows into another and records its source beside it; returns the number of rows.
+
+    Logs how many rows lose a system text of their own (mode `replace`).
+    """
     if source.resolve() == target.resolve():
         raise DataError("--in and --out are the same file", where=str(source), fix="name another --out")
-    rows = 0
+    rows = lost = 0
     try:
         digest = files.sha256(source) if source.exists() else ""
         with files.atomic_file(target) as staged, staged.open("wb") as out:
@@ -65,10 +76,14 @@ def style_file(source: Path, target: Path, style: str, mode: str) -> int:
                     raise DataError("rendered rows have no system text to style", where=str(source), fix=fix)
                 out.write(dump_json(apply_style(row, style, mode)) + b"\n")
                 rows += 1
+                lost += mode == "replace" and system_text(row) not in ("", style)
         store.record_style(target, source, digest, style=style, mode=mode)
     except OSError as error:
         where = str(error.filename or target)
         raise DataError(f"cannot write: {error.strerror or error}", where=where, fix="name another --out") from None
+    if lost:
+        keep = 'to keep it too: --mode prepend; with make: ARGS="--mode prepend"'
+        log.warning("%s: the style replaces the system text of %d rows (%s)", target.name, lost, keep)
     return rows
 
 

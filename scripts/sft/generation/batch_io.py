@@ -36,7 +36,7 @@ def read(path: Path, system: str | None) -> list[Request]:
     """
     kind = path.suffix.lower()
     if kind not in (".txt", ".jsonl"):
-        raise DataError(f"{path.name} is neither .txt nor .jsonl", where="--input_file", fix="rename or convert it")
+        raise DataError(f"{path.name} is neither .txt nor .jsonl", where=str(path), fix="rename or convert it")
     text = predictions.read_text(path, "input file").replace("\r\n", "\n").removesuffix("\n")
     if not text.strip():
         raise DataError("the input file is empty", where=str(path), fix="write one question a line")

@@ -158,7 +158,9 @@ class ChatSession:
         except StopIteration as end:
             tokens = getattr(end.value, "tokens", 0)
             seconds = max(time.monotonic() - started, 1e-9)
-            return f"\n({tokens} tokens, {tokens / seconds:.1f} tokens/s)" if tokens else ""
+            cut = tokens >= self.settings.max_new_tokens and not end.value.stopped
+            more = f"; cut at max_new_tokens, for more: /set max_new_tokens {tokens * 4}" if cut else ""
+            return f"\n({tokens} tokens, {tokens / seconds:.1f} tokens/s{more})" if tokens else ""
         except KeyboardInterrupt:
             return STOPPED
         finally:

@@ -71,7 +71,7 @@ def parse(text: str) -> Device:
         f"unknown card: {text}" if name else "--gpu names no card",
         where="--gpu",
         fix=(f'did you mean --gpu "{guess}"? ' if guess else "")
-        + f"name a known card {size_hint}; without --gpu the plan is for this machine",
+        + f"name a known card {size_hint}; leave it out to plan for this machine",
     )
 
 

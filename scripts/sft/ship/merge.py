@@ -84,7 +84,8 @@ def merge(
     deltas = lora_delta.read_deltas(adapter, record["config"])
     deltas = lora_delta.rename_to_files(deltas, set(shapes), tied=tied, stays_tied=stays_tied)
     require_space(out, files.parameters * BYTES[dtype], "the merged model")
-    log.info(f"merging {adapter.name} into {files.name} ({files.size} parameters) as {dtype}")
+    newest = ", the newest adapter (another one: --run NAME)," if adapter.name == "last" else ""
+    log.info(f"merging {adapter.resolve().name}{newest} into {files.name} ({files.size} parameters) as {dtype}")
     with disk.atomic_folder(out) as staged:
         counts = lora_delta.write_merged(files.weights, staged, deltas, dtype, on_progress)
         if not counts.changed:

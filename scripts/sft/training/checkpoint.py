@@ -276,4 +276,8 @@ def _change(key: str, was: Any, now: Any) -> str:
         was, now = (value if value == "off" else f"{value['rows']} questions" for value in (was, now))
     if key in ("template", "weights"):
         return f"{key}: the {'chat template' if key == 'template' else 'files of the base model'} changed"
-    return f"{key}: was {was}, is {now}"
+    source = {
+        "total_steps": "train.epochs, train.max_steps and the rows",
+        "warmup_steps": "train.warmup_ratio, train.warmup_steps and the steps",
+    }
+    return f"{key}: was {was}, is {now}" + (f" (from {source[key]})" if key in source else "")
