@@ -11,7 +11,7 @@ from sft.errors import RunError
 from sft.training import checkpoint
 
 WAS = {"backend": "bnb", "base_model": "a/b", "precision": "bf16", "seed": 42, "data": {"train.jsonl": "00"}}
-WAS |= {"objective": "response"}
+WAS |= {"objective": "response", "rehearsal": "off"}
 
 
 def test_the_same_settings_are_accepted(tmp_path: Path) -> None:
@@ -46,9 +46,10 @@ def test_a_missing_fingerprint_is_refused(tmp_path: Path) -> None:
         checkpoint.check_fingerprint(tmp_path, WAS)
 
 
-def test_a_run_from_before_objectives_existed_has_the_default_one(tmp_path: Path) -> None:
+def test_a_run_from_before_objectives_and_rehearsal_has_the_defaults(tmp_path: Path) -> None:
     files.write_json(
-        tmp_path / checkpoint.FINGERPRINT, {key: value for key, value in WAS.items() if key != "objective"}
+        tmp_path / checkpoint.FINGERPRINT,
+        {key: value for key, value in WAS.items() if key not in ("objective", "rehearsal")},
     )
     assert checkpoint.check_fingerprint(tmp_path, WAS) == []
     with pytest.raises(RunError, match="objective: was response, is other"):

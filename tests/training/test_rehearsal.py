@@ -142,7 +142,7 @@ def test_a_question_that_cannot_be_read_is_named_with_its_line(tmp_path: Path) -
     path = tmp_path / "q.jsonl"
     for text, where, what in (
         ('{"user": "a"}\n\n{"question": "b"}\n', "q.jsonl:3", "`user` is not text"),
-        ('{"user": "a"}\n{"user": \n', "q.jsonl:2", ""),
+        ('{"user": "a"}\n{"user": \n', "q.jsonl:2", "JSON"),
         ("\n", "q.jsonl", "no question"),
     ):
         path.write_text(text)

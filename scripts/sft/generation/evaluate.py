@@ -209,7 +209,8 @@ def stored_path(loaded: LoadedModel, root: Path, *content: Any) -> Path:
     """Where a base's answers to `content` are stored: a file for each base, its type and device, encoder and code."""
     code = [files.sha256(path) for name in CODE for path in sorted(PACKAGE.glob(f"{name}/*.py"))]
     base = loaded.base
-    weights = (base.sft_base["fingerprint"], str(base.dtype), getattr(base, "is_loaded_in_4bit", None))
+    stored = getattr(base, "sft_base", None) or {}  # unsloth's models have none: their caller's content names them
+    weights = (stored.get("fingerprint"), str(base.dtype), getattr(base, "is_loaded_in_4bit", None))
     parts = json.dumps([code, weights, loaded.device, fingerprint(loaded.encoder), content])
     return root / CACHE / f"{hashlib.sha256(parts.encode()).hexdigest()[:32]}.json"
 

@@ -451,7 +451,8 @@ def _rehearse(
             log.info(line)
 
     def ask() -> list[dict[str, Any]]:
-        return rehearsal.answer(job.questions, loaded, job.config, root, auto=auto, on_progress=on_progress)
+        weights = job.files.fingerprint()
+        return rehearsal.answer(job.questions, loaded, weights, job.config, root, auto=auto, on_progress=on_progress)
 
     answered = distributed.on_rank0(ask)
     rehearsed: Rehearsal | None = None

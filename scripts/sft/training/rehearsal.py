@@ -196,18 +196,18 @@ def sizes(questions: Sequence[Row], encoder: Encoder, system: str | None, due: f
 
 
 def answer(
-    questions: Sequence[Row], loaded: LoadedModel, config: Config, root: Path, *, auto: bool,
+    questions: Sequence[Row], loaded: LoadedModel, weights: str, config: Config, root: Path, *, auto: bool,
     on_progress: Progress | None = None,
 ) -> list[Row]:  # fmt: skip
     """The questions with the base's own greedy answers, "" where it does not end one; answers that they have stay.
 
-    Stored like the base's answers in evaluations, and read again where nothing differs. auto: ask no further where the
-    first answers show that the base completes few.
+    Stored like the base's answers in evaluations, and read again where nothing differs. weights: fingerprint of the
+    base's files. auto: ask no further where the first answers show that the base completes few.
     """
     settings = config.generation.model_copy(update=GREEDY)
     unanswered = [row for row in questions if "assistant" not in row]
-    precision = (config.train.bf16, config.train.fp16)
-    path = evaluate.stored_path(loaded, root, "rehearsal", auto, unanswered, precision, settings.model_dump_json())
+    base = (weights, config.train.bf16, config.train.fp16, config.tuning.quant_type, config.tuning.double_quant)
+    path = evaluate.stored_path(loaded, root, "rehearsal", auto, unanswered, base, settings.model_dump_json())
     texts: list[str] = files.read_json(path).get("answers", [])
     if unanswered and not texts:
         for part in (unanswered[:TRIAL], unanswered[TRIAL:]):
