@@ -93,10 +93,15 @@ class Clock(TrainerCallback):
 
 @dataclass(frozen=True)
 class Round:
-    """One round of one side. loss: the mean over the rows' labelled tokens after it. memory_mib: the highest rise."""
+    """One round of one side.
+
+    loss: the mean over the rows' labelled tokens after it. memory_mib: the highest rise; resident_mib: the highest size
+    of the whole process, model and libraries included.
+    """
 
     seconds: float
     memory_mib: float
+    resident_mib: float
     norms: list[float]
     loss: float
 
@@ -129,7 +134,7 @@ class Side:
                 trainer.remove_callback(PrinterCallback)
                 trainer.add_callback(clock)
                 trainer.train()
-        return Round(clock.ended - clock.began, memory.rise(), clock.norms, self._loss(rows))
+        return Round(clock.ended - clock.began, memory.rise(), memory.highest(), clock.norms, self._loss(rows))
 
     def _loss(self, rows: list[Row]) -> float:
         step_config = make_step_config(config(self.settings).train, self.model, "causal", self.settings.device)
@@ -289,7 +294,11 @@ class Memory:
         """MiB."""
         if self.device == "cuda":
             return torch.cuda.max_memory_allocated() / 2**20
-        return (_status("VmHWM") - self.before) / 1024
+        return self.highest() - self.before / 1024
+
+    def highest(self) -> float:
+        """The highest resident size of this process since the start, MiB."""
+        return _status("VmHWM") / 1024
 
 
 def _status(name: str) -> int:

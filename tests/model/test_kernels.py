@@ -19,6 +19,7 @@ from peft import LoraConfig, get_peft_model
 
 from sft.errors import EnvironmentProblem
 from sft.model import kernels
+from sft.model.lora import LoraUpdate, keep_mask
 from sft.step import attention
 from sft.step.step import StepConfig, forward_backward
 from tests.step import models
@@ -121,6 +122,74 @@ def test_ligers_kernels_train_adapters_on_four_bits_as_plain_layers_do(liger: No
     plain = gradients(model)
     kernels.apply_kernels(model, "liger", device=DEVICE)
     assert 0 < models.relative(gradients(model), plain) < 1e-4
+
+
+def lora(folder: Path, **settings: Any) -> Any:
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, lora_alpha=5, target_modules="all-linear", init_lora_weights=False, **settings)
+    return get_peft_model(models.load(folder, dtype=torch.float32), config).train()
+
+
+def test_fused_lora_layers_give_the_gradients_of_pefts(tiny_qwen2: Path) -> None:
+    model = lora(tiny_qwen2)
+    ids, names = torch.arange(3, 20)[None], list(model.state_dict())
+    plain = gradients(model)
+    kernels.apply_kernels(model, "fused", device="cpu")
+    assert kernels.kernels_of(model) == "fused" and list(model.state_dict()) == names
+    assert model.training and len([m for m in model.modules() if "forward" in m.__dict__]) == 14  # 7 in each layer
+    assert 0 < models.relative(gradients(model), plain) < 1e-6
+    with model.disable_adapter():
+        without = model(input_ids=ids, use_cache=False).logits
+    assert torch.equal(without, models.load(tiny_qwen2, dtype=torch.float32)(input_ids=ids, use_cache=False).logits)
+
+
+def test_fused_lora_layers_train_adapters_on_four_bits_and_draw_dropout_anew(tiny_qwen2: Path) -> None:
+    model = four_bit(tiny_qwen2)
+    kernels.apply_kernels(model, "fused", device=DEVICE)
+    first, again = gradients(model), gradients(model)  # layers are recomputed in the backward pass: with the same mask
+    assert torch.equal(first, again)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    without = gradients(model)
+    assert models.relative(first, without) > 1e-2
+    kernels.restore_plain_layers(model)
+    assert models.relative(gradients(model), without) < 1e-4
+
+
+def test_dora_layers_stay_plain(tiny_qwen2: Path) -> None:
+    with pytest.raises(EnvironmentProblem, match="they support no layer of this model"):
+        kernels.apply_kernels(lora(tiny_qwen2, use_dora=True), "fused", device="cpu")
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_the_update_of_a_lora_layer_has_the_gradients_of_its_formula(dropout: float) -> None:
+    shapes = [(2, 7, 9), (2, 7, 12), (4, 12), (9, 4)]
+    drawn = torch.Generator().manual_seed(1)
+    inputs = [torch.randn(shape, generator=drawn, dtype=torch.float64, requires_grad=True) for shape in shapes]
+
+    def update(*tensors: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(3)
+        return LoraUpdate.apply(*tensors, 0.5, dropout)
+
+    result, x, a, b = inputs
+    torch.manual_seed(3)
+    mask = keep_mask(x, dropout)
+    dropped = x if mask is None else x * mask / (1 - 19661 / 65536)
+    assert torch.allclose(update(*inputs), result + 0.5 * dropped @ a.T @ b.T)
+    assert torch.autograd.gradcheck(update, inputs)
+
+
+def test_a_dropout_mask_drops_its_share_and_follows_the_seed() -> None:
+    like = torch.empty(1001, 999, dtype=torch.bfloat16)
+    torch.manual_seed(0)
+    first, second = keep_mask(like, 0.05), keep_mask(like, 0.05)
+    torch.manual_seed(0)
+    assert first is not None and second is not None and torch.equal(first, keep_mask(like, 0.05))
+    assert first.dtype == like.dtype and set(first.unique().tolist()) == {0.0, 1.0}
+    assert abs(float(first.float().mean()) - 0.95) < 0.001  # 5 standard deviations
+    assert abs(float((first * second).float().mean()) - 0.95**2) < 0.0015  # drawn independently
+    assert keep_mask(like, 0.0) is None
 
 
 @pytest.mark.parametrize(

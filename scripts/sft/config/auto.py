@@ -200,7 +200,11 @@ RULES: dict[str, Callable[[Config, Facts], tuple[Any, str]]] = {
         (True, "saves most activation memory") if facts.device == "cuda"
         else (False, "on CPU, recomputation costs more than it saves")
     ),
-    "kernels": lambda config, facts: ("plain", "faster kernels are used only where the config names them"),
+    "kernels": lambda config, facts: (
+        ("fused", "LoRA layers are faster so on the CPU") if facts.device == "cpu" and config.tuning.mode != "full"
+        and not config.tuning.lora.use_dora
+        else ("plain", "faster kernels are used only where the config names them")
+    ),
     "optim": lambda config, facts: (
         "adamw_torch_fused" if facts.device == "cuda" else "adamw_torch", f"AdamW on {facts.name}"
     ),

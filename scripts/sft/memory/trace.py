@@ -29,6 +29,7 @@ from sft.config.auto import optimizer_state
 from sft.config.schema import Config
 from sft.errors import ModelError
 from sft.memory import shapes
+from sft.model import kernels
 from sft.model.adapters import head, unwrap
 from sft.step import attention
 from sft.step.batch import Collator, MicroBatch, split_micro_batches
@@ -264,12 +265,7 @@ def _attention(
     if cuda:
         out = _FlashAttention.apply(*(tensor[0].transpose(0, 1) for tensor in (query, key, value)))  # type: ignore[no-untyped-call]
         return out[None], None
-    rows = zip(*(torch.split(tensor, _row_lengths, dim=2) for tensor in (query, key, value)), strict=True)
-    parts = [
-        sdpa_attention_forward(module, q, k, v, None, dropout=dropout, scaling=scaling, is_causal=True)[0]
-        for q, k, v in rows
-    ]
-    return torch.cat(parts, dim=1), None
+    return attention.row_by_row(module, query, key, value, _row_lengths, dropout, scaling), None
 
 
 class _FlashAttention(torch.autograd.Function):
@@ -326,6 +322,8 @@ class Phases:
             label_smoothing=train.label_smoothing,
             autocast=None if dtype == torch.float32 else dtype,
         )
+        if train.kernels == "fused":
+            kernels.use_fused_lora(model)
         self.trained = [weight for weight in model.parameters() if weight.requires_grad]
         _assign_weights(model, tracker)
         stack_of = dict[int, str]()  # of a weight: the index of its list of layers, whose intervals share a label

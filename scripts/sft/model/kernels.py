@@ -1,4 +1,5 @@
-"""Faster ways to compute a model's layers: Liger's Triton kernels, or torch.compile (`train.kernels`).
+"""Faster ways to compute a model's layers: our LoRA layers for the CPU, Liger's Triton kernels, or torch.compile
+(`train.kernels`).
 
 `apply_kernels` checks on the model itself that loss and gradients stay the same, and refuses what differs. Kernels are
 used where gradients are formed; evaluation and answers use plain layers, as `eval`, `infer` and a merged model do.
@@ -6,6 +7,7 @@ used where gradients are formed; evaluation and answers use plain layers, as `ev
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import sys
@@ -13,12 +15,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 from sft.errors import EnvironmentProblem, one_line
+from sft.model.adapters import is_linear
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-Kernels = Literal["plain", "liger", "compiled"]
+Kernels = Literal["plain", "fused", "liger", "compiled"]
 PLAIN: Kernels = "plain"
 # Relative error allowed by dtype. Rounding alone makes 2e-7 for two layers in fp32, 1e-3 in fp16 and 8 times that in
 # bf16; it grows as the root of their number.
@@ -33,7 +36,7 @@ def apply_kernels(
     autocast: torch.dtype | None = None,
     backend: Literal["bnb", "unsloth"] = "bnb",
 ) -> None:
-    """Computes the layers of `model`, wrappers included, with these kernels from here on; `auto` means plain.
+    """Computes the layers of `model`, wrappers included, with these kernels from here on; `auto` means plain here.
 
     autocast: the 16-bit type that training computes in, None for the weights' own. Raises EnvironmentProblem if the
     kernels are not available, fail, or give another loss or other gradients, NaN included; the layers are plain then.
@@ -45,7 +48,9 @@ def apply_kernels(
     try:
         if backend == "unsloth":
             raise EnvironmentProblem("unsloth has kernels of its own")
-        if kernels == "liger":
+        if kernels == "fused":
+            use_fused_lora(model)
+        elif kernels == "liger":
             _use_liger(model, device)
         else:
             _compile_layers(model)
@@ -71,13 +76,13 @@ def apply_kernels(
 
 
 def _loss_and_gradients(model: Any, device: str, autocast: torch.dtype | None) -> tuple[Tensor, Tensor]:
-    """Loss and gradients of one short row with fixed dropout; of each weight the first 65,536 numbers."""
+    """Loss and gradients of one short row without dropout; of each weight the first 65,536 numbers."""
     import torch
 
-    ids = torch.arange(3, 20, device=device)[None]
+    ids, training = torch.arange(3, 20, device=device)[None], model.training
     with torch.random.fork_rng([torch.cuda.current_device()] if device == "cuda" else []):
-        torch.manual_seed(0)
         try:
+            model.eval()
             with torch.autocast(device, dtype=autocast, enabled=autocast is not None):
                 loss = model(input_ids=ids, labels=ids, use_cache=False).loss
             loss.backward()
@@ -86,6 +91,7 @@ def _loss_and_gradients(model: Any, device: str, autocast: torch.dtype | None) -
             return loss.detach().double(), gradients
         finally:
             model.zero_grad(set_to_none=True)
+            model.train(training)
 
 
 def restore_plain_layers(model: nn.Module) -> None:
@@ -106,6 +112,38 @@ def compiler_failed(error: BaseException) -> bool:
     from torch._dynamo.exc import TorchDynamoException
 
     return isinstance(error, TorchDynamoException)
+
+
+def use_fused_lora(model: nn.Module) -> None:
+    """Every LoRA layer with one adapter as one function with its own backward pass; DoRA and others stay as they are.
+
+    peft casts a layer's input to fp32 and back, draws dropout one number at a time on one core, and stores several
+    tensors of the input's size. On a CPU that takes longer than the layer's own product of matrices.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and is_linear(module.get_base_layer()):
+            names = module.active_adapters
+            if (
+                len(names) == 1
+                and names[0] in module.lora_A
+                and not module.lora_variant
+                and not module.lora_bias[names[0]]
+            ):
+                _set_forward(module, functools.partial(_fused_lora, module, module.forward, names[0]), "fused")
+
+
+def _fused_lora(layer: Any, plain: Callable[..., Tensor], name: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """The output of a LoRA layer, as its own forward computes it. x [..., in] to [..., out]."""
+    from sft.model.lora import LoraUpdate
+
+    if layer.disable_adapters or layer.merged or kwargs:
+        return plain(x, *args, **kwargs)
+    dropout = getattr(layer.lora_dropout[name], "p", 0.0) if layer.training else 0.0
+    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+    result: Tensor = LoraUpdate.apply(layer.base_layer(x, *args), x, a, b, layer.scaling[name], dropout)  # type: ignore[no-untyped-call]
+    return result
 
 
 def _use_liger(model: nn.Module, device: str) -> None:

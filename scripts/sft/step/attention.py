@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from sft.model.adapters import unwrap
 
 NAME = "sft_rows"
+IN_FP32 = 256  # tokens: on a CPU, torch's backward pass of bf16 attention takes 2 to 5 times as long on rows this short
 log = logging.getLogger("sft.step")
 _verified: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
@@ -118,26 +119,43 @@ def rows_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of [B, heads, T, width] to [B, T, heads, width]; a one-dimensional mask is the rows' boundaries."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
     if attention_mask is None or attention_mask.ndim != 1:
         one_query = query.shape[2] == 1 and not query.requires_grad and dropout == 0
         if one_query and query.device.type == "cpu":
             return _one_query(query, key, value, attention_mask, scaling), None
-        output: tuple[Tensor, None] = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
-        return output
+        return _sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs), None
     width = query.shape[-1]
     if query.is_cuda and dropout == 0 and width <= 256 and width % 8 == 0 and (half := _half(query)) is not None:
         return _varlen(query.to(half), key.to(half), value.to(half), attention_mask, scaling), None
-    lengths = attention_mask.diff().tolist()
-    split = [torch.split(tensor, lengths, dim=2) for tensor in (query, key, value)]
-    parts = [
-        sdpa_attention_forward(module, q, k, v, None, dropout=dropout, scaling=scaling, is_causal=True)[0]
-        for q, k, v in zip(*split, strict=True)
-    ]
-    return torch.cat(parts, dim=1), None
+    return row_by_row(module, query, key, value, attention_mask.diff().tolist(), dropout, scaling), None
+
+
+def row_by_row(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Sequence[int],
+    dropout: float = 0.0,
+    scaling: float | None = None,
+) -> Tensor:
+    """Causal attention within each row of a packed sequence: [1, heads, T, width] to [1, T, heads, width]."""
+    rows = zip(*(torch.split(tensor, list(lengths), dim=2) for tensor in (query, key, value)), strict=True)
+    parts = [_sdpa(module, q, k, v, None, dropout=dropout, scaling=scaling, is_causal=True) for q, k, v in rows]
+    return torch.cat(parts, dim=1)
+
+
+def _sdpa(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Tensor:
+    """transformers' SDPA attention, short rows of bf16 on a CPU in fp32."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    dtype, alone = query.dtype, mask is None and not query.is_cuda and query.shape[2] == key.shape[2]
+    if not (alone and dtype == torch.bfloat16 and query.shape[2] <= IN_FP32):
+        out: Tensor = sdpa_attention_forward(module, query, key, value, mask, **kwargs)[0]
+        return out
+    with torch.autocast("cpu", enabled=False):
+        out = sdpa_attention_forward(module, query.float(), key.float(), value.float(), mask, **kwargs)[0]
+    return out.to(dtype)
 
 
 def _one_query(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:

@@ -82,7 +82,7 @@ def tiled_cross_entropy(
     head = adapters.head(base)
     if head is None or _transforms.get(base, IDENTITY) is None:
         return full_cross_entropy(model, inputs, targets, smoothing=smoothing, labelled_only=True)
-    hidden, raw, logits = _run_to_head(model, head, inputs)
+    hidden, raw, logits = _run_to_head(model, head, inputs, positions=0 if base in _transforms else 1)
     if hidden is None or raw is None or hidden.shape[:2] != targets.shape:
         _transforms[base] = None
     elif base not in _transforms:
@@ -237,23 +237,24 @@ def _recomputed_tiles(
 
 
 def _run_to_head(
-    model: nn.Module, head: nn.Module, inputs: dict[str, Any]
+    model: nn.Module, head: nn.Module, inputs: dict[str, Any], *, positions: int
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """The head's input [B, L, h], and one position's logits: the head's output and the model's.
+    """The head's input [B, L, h], and the logits of its first positions: the head's output and the model's.
 
-    The first two are None if the model does not call its head exactly once.
+    The first two are None if the model does not call its head exactly once. positions: 0 where the logits are not
+    needed: on a CPU a single one would cost a copy of the whole head in bf16.
     """
     hidden_states: list[Tensor] = []
     outputs: list[Tensor] = []
 
-    def pass_one_position(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def pass_few_positions(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden_states.append(args[0])
-        return (args[0][:1, :1], *args[1:])
+        return (args[0][:1, :positions], *args[1:])
 
     def record(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:
         outputs.append(output)
 
-    hooks = [head.register_forward_pre_hook(pass_one_position), head.register_forward_hook(record)]
+    hooks = [head.register_forward_pre_hook(pass_few_positions), head.register_forward_hook(record)]
     try:
         logits = model(**inputs, use_cache=False).logits
     finally:

@@ -24,7 +24,7 @@ from sft.config import auto
 from sft.config.load import Loaded, display_path
 from sft.config.schema import Config, TrainSection
 from sft.data import store
-from sft.errors import ConfigError, Stopped
+from sft.errors import ConfigError, EnvironmentProblem, Stopped
 from sft.model import backends, hardware, hub
 from sft.runs import OpenRun, Run
 from sft.training import distributed
@@ -392,7 +392,12 @@ def make_loop(job: Job, opened: OpenRun, root: Path, report: Report | None) -> t
     step = make_step_config(
         train, model, job.files.kind, job.device.device, max_rows=int(train.batch_size) if rows_given else None
     )
-    apply_kernels(model, train.kernels, device=job.device.device, autocast=step.autocast, backend=job.backend.name)
+    try:
+        apply_kernels(model, train.kernels, device=job.device.device, autocast=step.autocast, backend=job.backend.name)
+    except EnvironmentProblem as problem:
+        if job.unresolved.kernels != "auto":
+            raise
+        log.warning("layers are computed as transformers does: %s", problem.what)
     answer, rehearsed, rows = None, None, job.rows.train
     loaded = LoadedModel(model, job.encoder.tokenizer, job.encoder, job.files.kind)
     if job.questions:
