@@ -53,6 +53,14 @@ def short(user: str, assistant: str, system: str = "") -> dict[str, str]:
             short("What is <image> in SVG?", "a"),
         ),
         ({"dialog": ["q", "a"]}, "messages", short("q", "a")),
+        ({"instruction": "i", "input": "x", "answer": "a"}, "qa", short("i\n\nx", "a")),
+        ({"prompt": "i", "input": "x", "output": "a"}, "prompt", short("i\n\nx", "a")),
+        ({"question": "q", "context": ["one", "two"], "answer": "a"}, "qa", short("q\n\none\n\ntwo", "a")),
+        (
+            {"utterances": [{"speaker": "USER", "text": "q"}, {"speaker": "Agent", "text": "a"}]},
+            "messages",
+            short("q", "a"),
+        ),
         ({"id": "1", "data": ["q", "a"]}, "messages", short("q", "a") | {"source_id": "1"}),
         (
             {"chat_messages": [{"sender": "human", "text": "q"}, {"sender": "assistant", "text": "a"}]},
@@ -347,6 +355,10 @@ def turns(*pairs: tuple[str, Any]) -> dict[str, Any]:
         ({"instruction": "Name it.", "input": "<image>", "output": "a"}, "not text"),
         ({"question_id": 1, "turns": ["first question", "second question"]}, "unknown format"),
         (["q", "a"], "unknown format"),
+        ({"question": "q", "answers": ["a", "b"], "correct": 0}, "unknown format"),
+        ({"question": "q", "option1": "a", "option2": "b", "answer": "1"}, "unknown format"),
+        ({"conversation_id": 1, "role": "user", "content": "q"}, "unknown format"),
+        ({"question": "q", "answer": "a", "accepted": False}, "marked as bad"),
         ({"input_ids": [1, 2], "labels": [1, 2]}, "unknown format"),
         ({"question": "q", "answer": b"bytes"}, "not text"),
         (turns(("user", [{"type": "image_url", "image_url": {}}]), ("assistant", "a")), "not text"),
@@ -385,6 +397,13 @@ def test_calls_as_the_answer_of_a_row_with_tools_become_tool_calls() -> None:
         {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
     ]
     assert record["tools"] == [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
+
+
+def test_a_context_that_is_no_text_is_reported_as_unread() -> None:
+    formats = Formats("auto", None)
+    for context in ("text", ["texts"], {"title": ["t"]}, [{"title": "t"}]):
+        formats.parse({"question": "q", "context": context, "answer": "a"})
+    assert formats.unread == {"context": 2}
 
 
 def test_a_named_format_applies_to_every_row() -> None:

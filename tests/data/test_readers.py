@@ -284,6 +284,11 @@ def test_tables_split_into_columns_and_rows_and_rows_of_the_hub_s_viewer(tmp_pat
     assert values(put(tmp_path / "b.json", json.dumps(viewer))) == [{"q": "x"}]
 
 
+def test_a_line_that_is_a_list_of_turns_is_a_row(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    assert values(put(tmp_path / "a.jsonl", json.dumps(turns) + "\n" + json.dumps(turns))) == [{"messages": turns}] * 2
+
+
 def test_a_comment_in_json_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="a comment: JSON has none"):
         read(put(tmp_path / "a.json", '[\n// mine\n{"q": 1}\n]'))

@@ -9,7 +9,15 @@ from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from sft.data.messages import ROLES, check_turns, normalize_messages, normalize_tool_calls, normalize_tools, to_text
+from sft.data.messages import (
+    ROLES,
+    SPEAKER_KEYS,
+    check_turns,
+    normalize_messages,
+    normalize_tool_calls,
+    normalize_tools,
+    to_text,
+)
 from sft.data.readers import RawRow
 from sft.data.rows import Message, Row, RowFault, content_hash, content_id, dump_json, parse_json
 from sft.errors import DataError, nearest
@@ -23,14 +31,22 @@ INPUTS = ("input", "context")
 PASSAGES = ("context", "passage")
 OUTPUTS = ("output", "response")
 TURNS = ("messages", "conversations", "conversation")
-LISTS = ("dialog", "dialogue", "turns", "chat_messages", "contents", "data")  # turns if they have roles, see _turns_key
+LISTS = (
+    "dialog",
+    "dialogue",
+    "utterances",
+    "turns",
+    "chat_messages",
+    "contents",
+    "data",
+)  # turns if they have roles, see _turns_key
 TOOLS = ("tools", "functions")
 USERS = ("user", "human")
 ASSISTANTS = ("assistant", "gpt", "bot")
 ASKING = (*USERS, "prompt", *QUESTIONS)
 ANSWERING = (*ASSISTANTS, "completion", *ANSWERS)
-LABELS = ("label", "kto_tag", "desirable", "is_correct", "correct")  # of KTO and others: whether the answer is good
-FEEDBACK = ("feedback", "thumbs", "thumb", "vote", "reaction", "rating")  # of people who read the answer
+LABELS = ("label", "kto_tag", "desirable", "is_correct", "correct", "accepted", "approved")  # KTO: is the answer good?
+FEEDBACK = ("feedback", "thumbs", "thumb", "vote", "reaction", "rating", "quality")  # of people who read the answer
 BAD = ("thumbs_down", "thumbsdown", "thumb_down", "down", "downvote", "dislike", "bad", "negative", "👎")
 REJECTED = ("rejected", "rejected_response", "rejected_messages")
 COMPARED = ("response_b", "response_k", "response_1", "answer_b", "answer_1", "human_ref_b")  # and another like it
@@ -101,7 +117,10 @@ class Formats:
             _refuse(row, names)
             format = self._choose(row, names)
             read = _keys_read(tuple(row), format)
-        if unread := [key for key in row if key and (key not in read or key in UNUSED)]:
+        unread = [key for key in row if key and (key not in read or key in UNUSED)]
+        if (key := _first(names, PASSAGES)) and key in read and row[key] and _passage(row[key]) is None:
+            unread.append(key)
+        if unread:
             self.unread.update(unread[:MAX_KEYS])
         reader = FORMATS["chat" if format == "columns" else format]
         try:
@@ -147,13 +166,29 @@ def _refuse(row: Row, names: Names) -> None:
         )
     if (key := _first(names, (*REJECTED, *COMPARED))) and row[key] and not {"messages", "chosen"} <= names.keys():
         raise RowFault("preference pair", f"a good and a bad answer (`{key}`), as for DPO: not supported yet")
+    speaker, text = _first(names, SPEAKER_KEYS), _first(names, ("content", "text", "message", "value", "utterance"))
+    if (
+        speaker
+        and text
+        and isinstance(row[text], str)
+        and not _first(names, (*TURNS, *ANSWERING, "prompt", "question", "label", "reply"))
+    ):
+        raise RowFault(
+            "unknown format",
+            f"one turn of a conversation (`{speaker}`, `{text}`): join its turns into a list, `messages`",
+        )
     scored = next((names[name] for name in SCORED if name in names and _has_scores(row[names[name]], row)), None)
     if scored:
         raise RowFault("preference pair", f"several answers with scores or ranks (`{scored}`): not supported yet")
     choices, answer = (row[_first(names, keys) or ""] if _first(names, keys) else None for keys in (CHOICES, CHOSEN))
     short = isinstance(answer, int) or (isinstance(answer, str) and len(answer) < 3)
     columns = {match[1] for name in names if (match := CHOICE.fullmatch(name))}
-    if short and ((choices and isinstance(choices, (list, dict))) or len(columns) > 2):
+    marked = "answers" in names and isinstance(row[names["answers"]], list) and _first(names, CHOSEN[1:])
+    if marked and isinstance(row[marked], int) and len(row[names["answers"]]) > 1:
+        choices, short = row[names["answers"]], True
+    if short and (
+        (choices and isinstance(choices, (list, dict))) or str(answer).lower() in columns or len(columns) > 2
+    ):
         raise RowFault("unknown format", "multiple choice: write the choices into the question, and the answer as text")
     if key := _says_bad(row, names):
         raise RowFault("marked as bad", f"the row says that its answer is bad (`{key}` is {row[key]!r})")
@@ -355,7 +390,7 @@ def _turns_key(row: Row, names: Names) -> str | None:
     for name in (name for name in LISTS if name in names):
         value = row[names[name]]
         first = value[0] if isinstance(value, list) and value else None
-        if isinstance(first, dict) and {"role", "from", "sender"} & first.keys():
+        if isinstance(first, dict) and set(SPEAKER_KEYS) & first.keys():
             return names[name]
         if isinstance(first, str) and (name in ("dialog", "dialogue") or names.keys() == {"id", "data"}):
             return names[name]
@@ -439,12 +474,20 @@ def _read_qa(row: Row, names: Names) -> Parsed:
 def _read_pair(row: Row, names: Names, question: str, answer: str) -> Parsed:
     answers, passage = _all_answers(row[answer], answer), row.get(_first(names, PASSAGES) or "")
     user = to_text(row[question], question)
-    turns = _exchange(alpaca_user(user, passage) if isinstance(passage, str) else user, answers[0])
+    if "input" in names and names["input"] not in (question, answer):  # as in alpaca, under another question's name
+        user = alpaca_user(user, _text(row, names, "input"))
+    turns = _exchange(alpaca_user(user, _passage(passage) or ""), answers[0])
     if (tools := _first(names, TOOLS)) and row[tools]:
         if answers[0].lstrip().startswith(("[{", "{")):  # calls as JSON text, as in xLAM
             turns[1] |= {"content": "", "tool_calls": normalize_tool_calls(answers[0], answer)}
         return Parsed(turns, normalize_tools(row[tools]))
     return Parsed(turns, references=answers if len(answers) > 1 else ())
+
+
+def _passage(value: Any) -> str | None:
+    """A text to read with the question, or a list of them; None for anything else."""
+    parts = value if isinstance(value, list) else [value]
+    return "\n\n".join(parts) if all(isinstance(part, str) for part in parts) else None
 
 
 def _all_answers(value: Any, name: str) -> tuple[str, ...]:
@@ -502,7 +545,7 @@ FORMATS: dict[str, Format] = {
         _read_alpaca,
     ),
     "prompt": Format(
-        ("prompt", "history", *COMPLETIONS, *PASSAGES, *TOOLS),
+        ("prompt", "input", "history", *COMPLETIONS, *PASSAGES, *TOOLS),
         lambda _, names: "prompt" in names and bool(_first(names, COMPLETIONS)),
         _read_prompt,
     ),

@@ -17,13 +17,16 @@ from sft.data.rows import (
 )
 
 ROLES = {
-    **dict.fromkeys(("user", "human", "prompter", "usr"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "model", "bot", "chatgpt", "bing", "bard", "ai"), "assistant"),
+    **dict.fromkeys(("user", "human", "prompter", "usr", "customer", "client"), "user"),
+    **dict.fromkeys(
+        ("assistant", "gpt", "model", "bot", "chatgpt", "bing", "bard", "ai", "agent", "operator"), "assistant"
+    ),
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("tool", "observation", "function", "function_response", "tool_response", "ipython"), "tool"),
     **dict.fromkeys(("function_call", "tool_call"), "function_call"),
 }
 PAIRS = (("human", "assistant"), ("user", "assistant"), ("input", "output"), ("question", "answer"))
+SPEAKER_KEYS = ("role", "from", "sender", "speaker")
 CONTENT = ("content", "value", "parts", "text")
 REASONING = ("reasoning_content", "reasoning", "thinking")
 COPIED = ("name", "tool_call_id", "weight")
@@ -72,7 +75,7 @@ def _message(turn: Any, where: str) -> tuple[Message, bool]:
     """The turn, and whether it is nothing but a function call."""
     if not isinstance(turn, dict):
         raise RowFault("unknown format", f"{where} is {_type(turn)}, not a turn")
-    name = turn.get("role", turn.get("from", turn.get("sender")))
+    name = next((turn[key] for key in SPEAKER_KEYS if key in turn), None)
     role = ROLES.get(name.strip().lower()) if isinstance(name, str) else None
     if role is None:
         what = f"the role {name!r}: who asks is `user`, who answers `assistant`" if name else "no `role` or `from`"

@@ -88,6 +88,11 @@ def process(data: DataSection, root: Path, raw_path: str | None = None, on_progr
         ledger.reports |= _reports(rows, pairs, places, checks)
         _require_good_rows(ledger, staged, target, root, checks.formats.table, raw_path)
         ledger.warnings += _row_warnings(ledger.reports, checks)
+        if plain := ledger.formats.get("rendered"):
+            ledger.warnings.append(
+                f"{plain:,} rows of `input` and `target` are trained on as they are, without the chat template; for"
+                " questions and answers: --user_col input --answer_col target"
+            )
         for name in moved:
             ledger.warnings.append(f"{name} would be empty with so few rows: one row was moved to it")
         held_out = {row.prompt for row, place in zip(rows, places, strict=True) if place in ("val", "test")}
@@ -287,7 +292,7 @@ def _row_warnings(reports: dict[str, Any], checks: RowChecks) -> list[str]:
     if "placeholders" not in checks.data.drop and (unfilled := reports["quality"]["placeholders"]):
         warnings.append(
             f"{unfilled:,} rows hold a placeholder such as {{{{name}}}} (the first: {checks.placeholder}), which the"
-            " model would write as it is: fill it in, or leave these rows out with data.drop=[placeholders]"
+            " model would write as it is: fill it in, or leave these rows out: --set data.drop=[placeholders]"
         )
     if weighted := checks.formats.unread["weight"]:
         warnings.append(

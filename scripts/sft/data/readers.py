@@ -294,7 +294,10 @@ def _json_row(source: Source, origin: str, text: str) -> RawRow:
     if fault := _invalid_text(source, text):
         return RawRow(origin, None, fault, text)
     try:
-        return RawRow(origin, parse_json(text))
+        value = parse_json(text)
+        if isinstance(value, list) and value and isinstance(value[0], dict) and {"role", "from"} & value[0].keys():
+            value = {"messages": value}  # the turns alone
+        return RawRow(origin, value)
     except RowFault as error:
         return RawRow(origin, None, error.detail, text)
 
