@@ -432,6 +432,7 @@ def raw_data(root: Path) -> tuple[Path, str]:
 
 def show_answers(root: Path) -> None:
     """Shows base and tuned answers to the first test rows and, of a language model, to general questions."""
+    from sft.config.load import load
     from sft.errors import one_line
 
     def short(text: str) -> str:
@@ -444,17 +445,16 @@ def show_answers(root: Path) -> None:
         note = "(as it should be)" if right else f"(should be: {short(sample['reference'])})"
         answers = [short(sample["base"]["prediction"]), f"{short(sample['prediction'])}\n{note}"]
         rows.append([short(sample["prompt"]), *answers])
-    rows += [[short(text) for text in row] for row in in_child(general_answers, root)]
+    if load(root / LOCAL, root=root).config.model.name != DEMO:  # which knows nothing
+        rows += [[short(text) for text in row] for row in in_child(general_answers, root)]
     console.table("\nbase and tuned", ["question", "base", "tuned"], rows, text=True)
 
 
 def general_answers(root: Path) -> list[list[str]]:
-    """(question, base answer, tuned answer) of the general questions; none for the demo model, which knows nothing."""
+    """(question, base answer, tuned answer) of the general questions."""
     from sft.generation import load
 
     target = load.resolve_model(root / LOCAL, [], is_default=True, root=root)
-    if target.config.model.name == DEMO:
-        return []
     system = load.system_text(target.config, target.folder, root)
     turns = [{"role": "system", "content": system}] if system else []
     questions = [{"messages": [*turns, {"role": "user", "content": question}]} for question in GENERAL]
