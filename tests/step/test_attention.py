@@ -127,6 +127,21 @@ def test_generation_equals_that_of_sdpa(tiny_qwen2: Path) -> None:
     assert answers[0].tolist() == answers[1].tolist()
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_query_a_row_attends_as_sdpa_does_also_under_autocast(dtype: torch.dtype, autocast: bool) -> None:
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(3, heads, length, 8, dtype=dtype) for heads, length in ((4, 1), (2, 7), (2, 7)))
+    mask = torch.arange(7) >= torch.tensor([0, 2, 6])[:, None, None, None]
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        out = attention._one_query(query, key, value, mask, None)
+    grouped = (tensor.repeat_interleave(2, dim=1).float() for tensor in (key, value))
+    expected = torch.nn.functional.scaled_dot_product_attention(query.float(), *grouped, attn_mask=mask)
+    torch.testing.assert_close(
+        out.float(), expected.transpose(1, 2), **({"atol": 0.02, "rtol": 0.02} if dtype == torch.bfloat16 else {})
+    )
+
+
 def test_checkpointing_recomputes_packed_rows_alike(tiny_qwen2: Path) -> None:
     gradients = []
     for checkpointing in (False, True):

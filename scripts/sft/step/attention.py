@@ -166,10 +166,11 @@ def _one_query(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, s
     """
     batch, heads, _, width = query.shape
     grouped = query.reshape(batch, key.shape[1], -1, width).float() * (width**-0.5 if scaling is None else scaling)
-    scores = grouped @ key.float().transpose(-1, -2)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, torch.finfo(torch.float32).min)
-    return (scores.softmax(dim=-1).to(value.dtype) @ value).reshape(batch, 1, heads, width)
+    with torch.autocast("cpu", enabled=False):  # which would compute the scores in bfloat16
+        scores = grouped @ key.float().transpose(-1, -2)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, torch.finfo(torch.float32).min)
+        return (scores.softmax(dim=-1).to(value.dtype) @ value).reshape(batch, 1, heads, width)
 
 
 def _row_bounds(mask_function: Callable[..., Tensor], length: int, device: torch.device) -> Tensor | None:
