@@ -42,3 +42,11 @@ def test_each_form_has_its_own_words_and_code(mode: str, form: str, words: list[
     assert ("lora" in text.split("---")[1]) == (form == "adapter") and ("Peft" in text) == (form == "adapter")
     assert "| epochs | 1.3 |" in text and "| rougeL |" in text  # the config says 3 or more
     assert "was not measured" in card(config, "mine", form) and "parity.json" not in text
+
+
+def test_rehearsal_is_part_of_the_data() -> None:
+    counts = {"rows_read": 90, "rows_trained": 63, "tokens": 900, "labelled_tokens": 400}
+    for ledger, is_named in (({"train": counts}, False), ({"train": counts, "rehearsal": counts}, True)):
+        text = card(Config(), "mine", "adapter", result={**MEASURED, "data": {"run": ledger}})
+        line = "Rehearsed beside them: 63 general questions with the base's own answers, 10% of the tokens in the loss."
+        assert (line in text) == is_named
