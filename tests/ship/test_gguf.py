@@ -339,6 +339,19 @@ def test_llama_cpp_answers_as_transformers_does_in_every_family(llama, tmp_path,
 
 
 @pytest.mark.slow
+def test_a_converters_file_that_llama_cpp_fails_on_is_refused(tmp_path):
+    pytest.importorskip("llama_cpp", reason=NO_LLAMA)
+    own, path = vocabulary(DEMO), tmp_path / "theirs.gguf"
+    broken = replace(own, tokens=[f"[{at}]" if len(token) == 1 else token for at, token in enumerate(own.tokens)])
+    ship_gguf.write(model_files(DEMO), path, "f32", replace(broken, merges=[]), "{{ messages }}", lambda *_: None)
+    script = converter(tmp_path, f"outfile.write_bytes(pathlib.Path({str(path)!r}).read_bytes())")
+    target = Target(Config(model=ModelSection(name=str(DEMO))), None, merged=DEMO)
+    with pytest.raises(ModelError, match=r"cannot convert demo: llama\.cpp cannot tokenise with its file"):
+        export(target, "gguf", "f32", tmp_path / "out", tmp_path, card="", converter=script)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
 def test_a_gguf_of_another_architecture_is_imported_trained_exported_and_answers_alike(llama, tmp_path, command):
     folder = tiny(tmp_path / "m", "qwen2")
     template = load_tokenizer(folder).chat_template

@@ -258,7 +258,8 @@ def _vocabulary(files: ModelFiles, encoder: Encoder, config: Config) -> Vocabula
     labels = [row.labels for row in map(encoder.encode, GOLDEN_ROWS) if row.dropped is None]
     last_two = [row[at] for at in (-1, -2) for row in labels if len(row) >= -at]
     ends = [token for token in (*last_two, *sorted(encoder.stops.ids)) if token in encoder.stops.ids]
-    adds_bos = tokenizer.bos_token_id is not None and encoder.prompt(GOLDEN_ROWS[0])[:1] == [tokenizer.bos_token_id]
+    begin = [tokenizer.bos_token_id]  # for llama.cpp to put first only where the tokenizer does, not just the template
+    adds_bos = encoder.prompt(GOLDEN_ROWS[0])[:1] == begin and tokenizer.encode("x")[:1] == begin
     texts = [row["messages"][0]["content"] for row in GOLDEN_ROWS]
     rows = int(files.config["vocab_size"])
     return gguf.vocabulary_of_tokenizer(tokenizer, rows, list(dict.fromkeys(ends)), adds_bos=adds_bos, texts=texts)

@@ -59,6 +59,9 @@ _LLAMA_CPP_ENDS = set(  # tokens at which llama.cpp ends an answer whatever the 
     "<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|> </s> <|eom_id|>"
     " <EOT> _<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance> <eos>".split()
 )
+_TOKENISE = """import llama_cpp, sys
+model = llama_cpp.Llama(sys.argv[1], vocab_only=True, verbose=False)
+for text in sys.argv[2:]: model.tokenize(text.encode(), add_bos=True, special=True)"""
 _RELATIVE_ERROR = {"F32": 0.0, "F16": 2**-11, "BF16": 2**-8}  # half a step
 log = logging.getLogger("sft.ship")
 Array = NDArray[Any]
@@ -324,7 +327,7 @@ def _allowed_error(values: Array, kind: GgmlType) -> Array:
 def convert(converter: Path, folder: Path, path: Path, kind: str, name: str) -> int:
     """Writes the model in `folder` to `path` by llama.cpp's convert_hf_to_gguf.py; returns the number of tensors.
 
-    Raises ModelError if it refuses the model or leaves no complete file.
+    Raises ModelError if it refuses the model, leaves no complete file, or one with which llama.cpp cannot tokenise.
     """
     command = [sys.executable, str(converter), str(folder), "--outfile", str(path), "--outtype", kind]
     done = subprocess.run(
@@ -334,9 +337,14 @@ def convert(converter: Path, folder: Path, path: Path, kind: str, name: str) -> 
     problem = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "it wrote no file")
     if done.returncode == 0 and path.is_file():
         try:
-            return len(gguf.GGUFReader(path).tensors)
+            count = len(gguf.GGUFReader(path).tensors)
         except Exception as error:  # whatever reading beyond the end of the file leads to
             problem = f"its file cannot be read: {one_line(error, 120)}"
+        else:
+            tried = [sys.executable, "-c", _TOKENISE, str(path), *PROBES]  # llama.cpp ends a process that it fails in
+            if not has_llama_cpp() or subprocess.run(tried, check=False, capture_output=True).returncode == 0:
+                return count
+            problem = "llama.cpp cannot tokenise with its file"
     raise ModelError(
         f"{converter.name} cannot convert {name}: {one_line(problem, 300)}",
         where=str(converter),
