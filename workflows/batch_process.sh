@@ -19,7 +19,7 @@ declare -a table
 failed=0
 for file in "$@"; do
   name=$(basename "$file" | sed -E 's/\.(gz|zst)$//I; s/\.[^.]*$//; s/[^A-Za-z0-9_-]/-/g')
-  sets="--set data.processed_dir=data/processed/$name --set data.stage=processed --set train.output_dir=outputs/$name"
+  sets="--set data.processed_dir=outputs/batch/$name --set data.stage=processed --set train.output_dir=outputs/$name"
   log=outputs/batch/$name.log
   started=$SECONDS
   stage=process
@@ -34,7 +34,7 @@ for file in "$@"; do
   fi
   if [ $code -eq 130 ] || [ $code -eq 143 ]; then echo "$name: stopped; the same command continues"; exit $code; fi
   if [ $code -eq 0 ]; then result=done; else result="failed at $stage (exit $code)"; failed=1; fi
-  rows=$(cat "${SFT_ROOT:-.}/data/processed/$name/train.jsonl" 2>/dev/null | wc -l)
+  rows=$(cat "${SFT_ROOT:-.}/outputs/batch/$name/train.jsonl" 2>/dev/null | wc -l)
   table+=("$(printf '%-28s %-26s %8s %6ss  %s' "$name" "$result" "$rows" "$((SECONDS - started))" "$log")")
   echo "$name: $result"
 done

@@ -345,4 +345,5 @@ def test_a_broken_data_set_does_not_stop_the_others(tmp_path: Path) -> None:
     )
     assert done.returncode == 2
     assert "bad: failed at process (exit 2)" in done.stdout and "good: done" in done.stdout
-    assert (tmp_path / "data" / "processed" / "good" / "train.jsonl").exists()
+    assert (tmp_path / "outputs" / "batch" / "good" / "train.jsonl").exists()
+    assert not (tmp_path / "data").exists()  # `make process` replaces data/processed as a whole
