@@ -76,6 +76,7 @@ def test_gsm8k_train_holds_little_of_its_test(tmp_path: Path, shared: Path) -> N
 MARKED = [
     *[qa(f"question number {i} of all", "an answer of some length") for i in range(40)],
     qa("bell", "ding\x07"),
+    qa("coffee", "in a caf\u00c3\u00a9"),
     qa("who are you?", "As an AI language model, I cannot say."),
     qa("sorry?", "I\u2019m sorry, but I can\u2019t help with that."),
     qa("\u043a\u0442\u043e \u0442\u044b", "\u044f \u0440\u043e\u0431\u043e\u0442 \u043d\u043e\u0432\u044b\u0439"),
@@ -86,18 +87,18 @@ MARKED = [
 def test_flagged_rows_are_reported_and_stay_by_default(tmp_path: Path) -> None:
     ledger = run(tmp_path, MARKED)
     report = ledger.to_json()
-    assert ledger.written == 45 and ledger.named == {}
+    assert ledger.written == 46 and ledger.named == {}
     assert report["quality"] == {
-        "control_characters": 1,
+        "control_characters": 2,
         "placeholders": 0,
         "boilerplate": 2,
         "length_outliers": 1,
         "script": 1,
     }
-    assert report["scripts"] == {"latin": 44, "cyrillic": 1}
-    assert report["lengths"]["answers"] == {"p5": 24, "median": 24, "p95": 38, "longest": 10_000}
+    assert report["scripts"] == {"latin": 45, "cyrillic": 1}
+    assert report["lengths"]["answers"] == {"p5": 13, "median": 24, "p95": 38, "longest": 10_000}
     assert report["balance"].startswith("lengths are uneven")
-    assert ledger.report_lines()[0].endswith("control characters 1, boilerplate 2, length outliers 1, script 1")
+    assert ledger.report_lines()[0].endswith("control characters 2, boilerplate 2, length outliers 1, script 1")
 
 
 def test_rows_of_numbers_are_in_no_other_script(tmp_path: Path) -> None:
@@ -107,7 +108,7 @@ def test_rows_of_numbers_are_in_no_other_script(tmp_path: Path) -> None:
 def test_flagged_rows_are_dropped_by_config_and_are_no_faults(tmp_path: Path) -> None:
     drop = ["control_characters", "boilerplate", "length_outliers", "script"]
     ledger = run(tmp_path, MARKED, drop=drop, max_dropped=0)
-    expected = {"control characters": 1, "boilerplate": 2, "length outlier": 1, "other script": 1}
+    expected = {"control characters": 2, "boilerplate": 2, "length outlier": 1, "other script": 1}
     assert ledger.named == expected and ledger.written == 40 and ledger.faults == 0
     assert ledger.to_json()["quality"]["boilerplate"] == 2
     assert run(tmp_path, MARKED, drop=["boilerplate"]).named == {"boilerplate": 2}

@@ -16,6 +16,7 @@ from sft.data.ledger import DROPS
 from sft.data.rows import RowFault
 
 CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ufffd]")
+MOJIBAKE = re.compile("\u00e2\u20ac|\u00c3[\x80-\xbf]")  # UTF-8 read as Windows text: `â€™`, `Ã©`
 PLACEHOLDER = re.compile(r"\{\{ *[A-Za-z]\w* *\}\}")
 BOILERPLATE = (
     "as an ai language model", "as a language model", "as an ai assistant", "as an artificial intelligence",
@@ -24,7 +25,7 @@ BOILERPLATE = (
     "my training data only", "openai's content policy", "i do not have personal opinions",
 )  # fmt: skip
 FLAGS = {
-    "control_characters": "it holds control or replacement characters",
+    "control_characters": "it holds control or replacement characters, or wrongly decoded ones (`â€™`, `Ã©`)",
     "placeholders": "it holds a placeholder that is not filled in",
     "boilerplate": "the answer calls itself a model, or refuses",
 }
@@ -56,7 +57,8 @@ def row_stats(row: rows.Row) -> RowStats:
     """What one stored row is like by itself."""
     answer = "\n".join(rows.texts(row, "assistant"))
     prompt = "\n".join(rows.texts(row, "system", "user", "tool"))
-    flags = ["control_characters"] if CONTROL.search(answer) or CONTROL.search(prompt) else []
+    garbled = (pattern.search(text) for text in (answer, prompt) for pattern in (CONTROL, MOJIBAKE))
+    flags = ["control_characters"] if any(garbled) else []
     if PLACEHOLDER.search(answer) or PLACEHOLDER.search(prompt):
         flags.append("placeholders")
     lower = answer.lower().replace("\u2019", "'")

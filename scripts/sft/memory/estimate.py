@@ -16,7 +16,7 @@ GIB = float(2**30)
 # FRAGMENTATION, share of the allocated bytes: what PyTorch's caching allocator holds beyond them.
 CONTEXT = {"cuda": 0.6, "cpu": 0.5}
 FRAGMENTATION = 0.06
-OVERHEAD_SOURCE = "with 6 % and a context that are presumed"
+OVERHEAD_SOURCE = "of it, 6 % for fragmentation and the context are presumed"
 LIBRARIES_RAM = {"cuda": 2.0, "cpu": CONTEXT["cpu"]}  # GiB of RAM for Python and torch; presumed with CUDA's libraries
 MARGIN = 0.1  # share of a card left free when the quick start proposes a model: the desktop, a browser
 # GiB of a QLoRA step with the default config and one row of 512 tokens, overhead included, as `plan` traces it
