@@ -86,7 +86,7 @@ TRAINED = [
 
 @pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("family", "mode"), TRAINED)
-def test_the_trace_is_within_four_percent_of_real_training(
+def test_the_trace_is_within_three_percent_of_real_training(
     family: str, mode: str, checkpointing: bool, tmp_path: Path
 ) -> None:
     config = resolved(mode, "cpu", gradient_checkpointing=checkpointing)
@@ -94,7 +94,8 @@ def test_the_trace_is_within_four_percent_of_real_training(
     real = measured(folder, config)
     written = json.loads((folder / "config.json").read_text())
     traced = Tracer(config, written, device="cpu").step(LENGTHS, accumulating=False)
-    assert traced.peak == pytest.approx(real.peak, rel=0.04), (real.parts, traced.parts)
+    # of stablelm 1.5 MiB more is traced than is taken: 2.9 % with peft's LoRA layers, which take more memory
+    assert traced.peak == pytest.approx(real.peak, rel=0.03, abs=1.6e6), (real.parts, traced.parts)
 
 
 @pytest.mark.parametrize(

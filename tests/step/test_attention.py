@@ -199,3 +199,28 @@ def test_on_cuda_packed_rows_have_the_logits_they_have_alone(tiny_qwen2: Path) -
         actual, expected = _logits_packed(model, batch), _logits_row_by_row(model, batch)
     assert _largest_difference(actual, expected) < 2e-2
     assert attention.keeps_rows_apart(model)
+
+
+@pytest.mark.parametrize("length", [1, 37, 130])
+def test_short_rows_in_bf16_on_the_cpu_are_as_exact_as_torchs_attention(length: int) -> None:
+    """Output and gradients of 6 heads that share 2 keys' heads: off from fp64 by bf16's rounding (2^-9), as SDPA is."""
+    drawn = torch.Generator().manual_seed(length)
+    query, key, value, grad = (torch.randn(1, heads, length, 16, generator=drawn) * 2 for heads in (6, 2, 2, 6))
+
+    def attend(dtype: torch.dtype) -> list[torch.Tensor]:
+        inputs = [tensor.bfloat16().to(dtype).requires_grad_() for tensor in (query, key, value)]
+        module = torch.nn.Module()
+        module.num_key_value_groups = 3  # type: ignore[assignment]  # what transformers repeats keys by
+        out = attention.row_by_row(module, *inputs, [length], 0.0, 0.3)
+        return [out, *torch.autograd.grad(out, inputs, grad.transpose(1, 2).bfloat16().to(dtype))]
+
+    exact, ours = attend(torch.float64), attend(torch.bfloat16)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "SHORT", 0)
+        torchs = attend(torch.bfloat16)
+    for reference, actual, other in zip(exact, ours, torchs, strict=True):
+        assert actual.dtype == torch.bfloat16 and actual.shape == reference.shape
+        if length > 1:
+            assert not torch.equal(actual, other)  # else SHORT decides nothing
+        size = reference.norm().clamp_min(1e-6)
+        assert float((actual - reference).norm() / size) < 1.5 * float((other - reference).norm() / size) + 1e-4

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from sft.model.adapters import unwrap
 
 NAME = "sft_rows"
-IN_FP32 = 256  # tokens: on a CPU, torch's backward pass of bf16 attention takes 2 to 5 times as long on rows this short
+SHORT = 256  # tokens: attention of longer rows in bf16 on a CPU is left to torch, which stores no probabilities
 log = logging.getLogger("sft.step")
 _verified: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
@@ -146,16 +147,54 @@ def row_by_row(
 
 
 def _sdpa(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Tensor:
-    """transformers' SDPA attention, short rows of bf16 on a CPU in fp32."""
+    """transformers' SDPA attention, [B, heads, T, width] to [B, T, heads, width], or `_ShortRows` on a CPU."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    dtype, alone = query.dtype, mask is None and not query.is_cuda and query.shape[2] == key.shape[2]
-    if not (alone and dtype == torch.bfloat16 and query.shape[2] <= IN_FP32):
-        out: Tensor = sdpa_attention_forward(module, query, key, value, mask, **kwargs)[0]
-        return out
-    with torch.autocast("cpu", enabled=False):
-        out = sdpa_attention_forward(module, query.float(), key.float(), value.float(), mask, **kwargs)[0]
-    return out.to(dtype)
+    short = query.dtype == torch.bfloat16 and query.shape[2] == key.shape[2] <= SHORT and not query.is_cuda
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    if short and causal and mask is None and not kwargs["dropout"]:
+        scaling = query.shape[-1] ** -0.5 if kwargs["scaling"] is None else kwargs["scaling"]
+        rows: Tensor = _ShortRows.apply(query, key, value, scaling)  # type: ignore[no-untyped-call]
+        return rows
+    out: Tensor = sdpa_attention_forward(module, query, key, value, mask, **kwargs)[0]
+    return out
+
+
+class _ShortRows(torch.autograd.Function):
+    """Causal attention as plain matrix products, [B, heads, T, width] and keys of fewer heads to [B, T, heads, width].
+
+    Scores and softmax are in fp32, as in torch's kernel, whose backward pass takes 4 times as long at 100 tokens.
+    Stored: the inputs, and the probabilities in their type, [B, heads, T, T].
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        batch, heads, length, width = query.shape
+        grouped = query.reshape(
+            batch, key.shape[1], -1, width
+        )  # the queries that share a key's head, one after another
+        with torch.autocast("cpu", enabled=False):
+            scores = grouped.float().mul_(scaling) @ key.float().transpose(-1, -2)
+            hidden = torch.ones(length, length, dtype=torch.bool, device=query.device).triu_(1)
+            scores.view(batch, -1, length, length).masked_fill_(hidden, -math.inf)
+            weights = scores.softmax(dim=-1).to(value.dtype)
+            out = weights @ value
+        ctx.save_for_backward(grouped, key, value, weights)
+        ctx.scaling = scaling
+        return out.view(batch, heads, length, width).transpose(1, 2).contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grouped, key, value, weights = ctx.saved_tensors
+        batch, length, heads, width = grads[0].shape
+        grad = grads[0].transpose(1, 2).reshape(grouped.shape)
+        grad_value = weights.transpose(-1, -2) @ grad
+        grad_weights, weights = (grad @ value.transpose(-1, -2)).float(), weights.float()
+        share = (grad_weights * weights).sum(dim=-1, keepdim=True)
+        grad_scores = grad_weights.sub_(share).mul_(weights).mul_(ctx.scaling).to(key.dtype)
+        grad_query = (grad_scores @ key).view(batch, heads, length, width)
+        return grad_query, grad_scores.transpose(-1, -2) @ grouped, grad_value, None
 
 
 def _one_query(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
