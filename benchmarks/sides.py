@@ -9,10 +9,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import logging
+import multiprocessing
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,12 @@ from benchmarks.material import ROOT, Row
 from sft import runs
 from sft.config import auto
 from sft.config.schema import Config
-from sft.model import hardware
+from sft.model import hardware, kernels
 from sft.step import attention
 from sft.step.step import evaluate_loss, make_step_config
 from sft.training.checkpoint import CheckpointManager
 from sft.training.job import make_schedule
-from sft.training.loop import TrainingLoop
+from sft.training.loop import TrainingLoop, step_batches
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Settings:
     checkpointing: bool = False
     folder: Path = Path("/tmp")
     tokens: int | str = "auto"  # our micro-batch
+    dropout: float = 0.0  # of the adapters
 
 
 @dataclass
@@ -168,6 +170,9 @@ def config(settings: Settings) -> Config:
 
 def ours(model: Any, rows: list[Row], settings: Settings) -> TrainingLoop:
     resolved = config(settings)
+    step = make_step_config(resolved.train, model, "causal", settings.device)
+    if settings.device == "cpu":
+        kernels.apply_kernels(model, resolved.train.kernels, device="cpu", autocast=step.autocast)
     run = runs.at(Path(resolved.train.output_dir), settings.folder)
     run.folder.mkdir(parents=True, exist_ok=True)
     AcceleratorState._reset_state()  # of a peer's other precision
@@ -177,7 +182,7 @@ def ours(model: Any, rows: list[Row], settings: Settings) -> TrainingLoop:
         [],
         config=resolved,
         schedule=make_schedule(resolved, len(rows), validation=False),
-        step=make_step_config(resolved.train, model, "causal", settings.device),
+        step=step,
         checkpoints=CheckpointManager(run, 1, lambda _: None),
     )
 
@@ -215,13 +220,17 @@ def _padded(features: list[Row]) -> dict[str, torch.Tensor]:
 def plain(sampling: str) -> Callable[[Any, list[Row], Settings], Trainer]:
     """transformers' Trainer, padded to the longest of a micro-batch; sampling: `random` or `group_by_length`.
 
-    `sorted` orders the whole set by length, which grouping approaches on a large set.
+    `sorted` orders the whole set by length, which grouping approaches on a large set. `steps`: the same rows in each
+    step as our trainer takes, those of a step sorted by length.
     """
 
     def make(model: Any, rows: list[Row], settings: Settings) -> Trainer:
         if sampling == "sorted":
             rows = sorted(rows, key=lambda row: -len(row["input_ids"]))
-        strategy = "sequential" if sampling == "sorted" else sampling
+        if sampling == "steps":
+            steps = step_batches(len(rows), settings.rows, config(settings).train.seed, 0)
+            rows = [rows[i] for step in steps for i in sorted(step, key=lambda i: len(rows[i]["input_ids"]))]
+        strategy = "sequential" if sampling in ("sorted", "steps") else sampling
         args = TrainingArguments(
             **_common(settings, train_sampling_strategy=strategy, remove_unused_columns=False, log_level="error")
         )
@@ -275,6 +284,57 @@ def packed(model: Any, rows: list[Row], settings: Settings) -> Trainer:
     )
 
 
+class Worker:
+    """A side of a real model in a process of its own, so that the memory measured is its own: `round` as `Side` has it.
+
+    name: of a trainer, with rows of a micro-batch for a peer and the type where it is not bf16: `ours`, `hf 8x2`,
+    `hf 4x4 fp32`. Sides train on the same steps; each step's rows are sorted by length, which suits the peers.
+    """
+
+    def __init__(self, name: str, folder: Path, settings: Settings, threads: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.name, (self.pipe, theirs) = name, context.Pipe()
+        context.Process(target=_work, args=(theirs, name, folder, settings, threads), daemon=True).start()
+
+    def round(self, rows: list[Row]) -> Round:
+        self.pipe.send(rows)
+        result = self.pipe.recv()
+        if isinstance(result, str):
+            raise RuntimeError(result)
+        return result  # type: ignore[no-any-return]
+
+
+def _work(pipe: Any, name: str, folder: Path, settings: Settings, threads: int) -> None:
+    import logging
+
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(threads)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    trainer, _, cut = name.partition(" ")
+    settings = replace(settings, bf16="fp32" not in cut, micro_rows=int(cut.split("x")[0] or 4) if cut else 4)
+
+    def model(attn: str) -> Any:
+        dtype = torch.bfloat16 if settings.bf16 else torch.float32
+        attention.register()
+        base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attn)
+        torch.manual_seed(1)
+        adapters = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", lora_dropout=settings.dropout)
+        return get_peft_model(base, adapters).train()
+
+    side: Side | None = None
+    while True:
+        rows = pipe.recv()
+        try:
+            side = (
+                side or make_sides(model, settings, [{"hf": "hf steps", "trl": "trl default"}.get(trainer, trainer)])[0]
+            )
+            pipe.send(side.round(rows))
+        except Exception as error:  # that a peer cannot run here is a result too
+            pipe.send(f"{type(error).__name__}: {error}"[:200])
+
+
 class Memory:
     """How far memory rises from now on: the resident size of this process, or the GPU's allocated bytes."""
 
@@ -326,6 +386,7 @@ def make_sides(model: Callable[[str], Any], settings: Settings, names: list[str]
         "hf dynamic": plain("random"),
         "hf grouped": plain("group_by_length"),
         "hf sorted": plain("sorted"),
+        "hf steps": plain("steps"),
         "hf packed": packed,
         "trl default": trl(packing=False),
         "trl packing": trl(packing=True),

@@ -3,6 +3,10 @@
     python benchmarks/step_cpu.py                                  # real Alpaca rows, three labelled shares, 7 rounds
     python benchmarks/step_cpu.py --rounds 1 --rows 32 --shares 0.5
     python benchmarks/step_cpu.py --data rows.json --tokenizer tokenizer.json
+    python benchmarks/step_cpu.py --model models/smollm2 --rows 32 --rounds 5     # a real model, bf16
+
+With --model each side is a process of its own (memory is its highest resident size), all sides train on the same steps,
+and transformers' Trainer takes several cuts: `hf 8x2` is 8 rows a micro-batch, 2 micro-batches a step.
 
 Model: Qwen2 of 4 layers, hidden 256, feed-forward 1024, 8 heads (4 for keys), 32k vocabulary, tied head, random
 weights, LoRA r 16 on all linear layers without dropout. fp32, AdamW, no checkpointing, the same threads for all; 16
@@ -22,6 +26,7 @@ the last whose chunked loss is plain torch, runs here:
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import sys
@@ -46,6 +51,8 @@ SHAPES = {
 }
 PEERS = ["hf dynamic", "hf grouped", "trl default", "trl packing", "hf packed"]
 SIDES = ["ours", *PEERS, "hf sorted"]
+REAL_PEERS = ["hf 4x4", "hf 8x2", "hf 16x1", "hf 4x4 fp32", "trl 4x4"]
+REAL_SIDES = ["ours", *REAL_PEERS]
 TARGETS = {0.25: 2.0, 0.5: 1.5, 0.8: 1.15}
 
 
@@ -53,17 +60,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="an Alpaca JSON file; default: ../shared, else generated rows")
     parser.add_argument("--tokenizer", type=Path, help="its tokenizer.json")
+    parser.add_argument("--model", type=Path, help="folder of a real model, with its tokenizer.json")
+    parser.add_argument("--dropout", type=float, default=0.0, help="of the adapters, with --model")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--rows", type=int, default=80, help="of a set, 16 a step")
     parser.add_argument(
         "--shares", type=float, nargs="+", default=list(TARGETS), help="labelled shares of the row sets"
     )
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
+    parser.add_argument("--sides", nargs="+", choices=[*SIDES, *REAL_SIDES])
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--longest", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=2048, help="our micro-batch")
     parser.add_argument("--out", type=Path, help="folder of results; default: benchmarks/results")
     args = parser.parse_args()
+    args.sides = args.sides or (REAL_SIDES if args.model else SIDES)
+    args.tokenizer = args.tokenizer or (args.model and args.model / "tokenizer.json")
     began = time.monotonic()
     import torch
 
@@ -71,8 +82,11 @@ def main() -> None:
     from benchmarks import material
 
     rows, source = _rows(args)
-    results: dict[str, Any] = {"machine": material.machine(), "model": SHAPES, "lora_r": 16, "rows_from": source}
-    results["matmul_peak_gflops"] = round(material.matmul_peak("cpu", torch.float32) / 1e9, 1)
+    dtype = torch.bfloat16 if args.model else torch.float32
+    results: dict[str, Any] = {"machine": material.machine(), "model": _shapes(args), "lora_r": 16, "rows_from": source}
+    results["matmul_peak_gflops"] = round(material.matmul_peak("cpu", dtype) / 1e9, 1)
+    if args.model:
+        args.shares = [material.share(material.with_share(rows, material.share(rows), args.rows))]
     with tempfile.TemporaryDirectory() as folder:
         sides = _sides(args, Path(folder))
         results["sets"] = [
@@ -80,7 +94,7 @@ def main() -> None:
         ]
     results["minutes"] = round((time.monotonic() - began) / 60, 1)
     lines = _lines(results)
-    path = material.save_results("step_cpu", results, lines, args.out)
+    path = material.save_results("step_cpu_model" if args.model else "step_cpu", results, lines, args.out)
     _plot(results, path.with_suffix(".png"))
     print("\n".join(lines))
     print(f"\n{path} (and .md, .png)")
@@ -91,8 +105,9 @@ def _rows(args: Any) -> tuple[list[Any], str]:
 
     data, tokenizer = args.data or material.ALPACA, args.tokenizer or material.TOKENIZER
     if data.exists() and tokenizer.exists():
-        return material.alpaca(data, tokenizer, longest=args.longest, vocabulary=VOCABULARY), data.name
-    if args.data:
+        folded = None if args.model else VOCABULARY
+        return material.alpaca(data, tokenizer, longest=args.longest, vocabulary=folded), data.name
+    if args.data or args.model:
         sys.exit(f"{data if not data.exists() else tokenizer} does not exist")
     return material.generated_rows(
         2000, longest=args.longest, vocabulary=VOCABULARY
@@ -104,9 +119,12 @@ def _sides(args: Any, folder: Path) -> list[Any]:
     from peft import LoraConfig, get_peft_model
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from benchmarks.sides import Settings, make_sides
+    from benchmarks.sides import Settings, Worker, make_sides
     from sft.step import attention
 
+    if args.model:
+        settings = Settings(longest=args.longest, folder=folder, dropout=args.dropout)
+        return [Worker(name, args.model, settings, args.threads) for name in args.sides]
     attention.register()
 
     def model(attn: str) -> Any:
@@ -141,10 +159,10 @@ def _set(sides: list[Any], rows: list[Any], target_share: float, args: Any, peak
                 timed[side.name].append(side.round(chosen))
                 _log_round(target_share, turn, args.rounds, side.name, tokens / timed[side.name][-1].seconds)
     median_loss = statistics.median(one.loss for rounds in timed.values() for one in rounds)
-    work = _work(chosen, material.share(chosen))
+    work = _work(chosen, material.share(chosen), _shapes(args))
     result = {name: _summary(rounds, tokens, median_loss, work / (peak * 1e9)) for name, rounds in timed.items()}
     valid = {name: one["tokens_per_second"] for name, one in result.items() if not one["thrown_out"]}
-    best = max((name for name in PEERS if name in valid), key=valid.__getitem__, default=None)
+    best = max((name for name in [*PEERS, *REAL_PEERS] if name in valid), key=valid.__getitem__, default=None)
     return {
         "labelled": round(material.share(chosen), 3),
         "rows": len(chosen),
@@ -179,6 +197,7 @@ def _summary(rounds: list[Any], tokens: int, median_loss: float, least_seconds_a
         "tokens_per_second": round(middle, 1),
         "rounds": [round(speed, 1) for speed in speeds],
         "memory_mib": round(statistics.median(timed.memory_mib for timed in rounds), 1),
+        "resident_mib": round(max(timed.resident_mib for timed in rounds), 1),
         "flop_utilisation": round(used, 3),
         "loss_after": round(loss, 5),
         "steps": len(rounds[0].norms),
@@ -186,19 +205,26 @@ def _summary(rounds: list[Any], tokens: int, median_loss: float, least_seconds_a
     }
 
 
-def _work(rows: list[Any], labelled: float) -> float:
+def _shapes(args: Any) -> dict[str, Any]:
+    if not args.model:
+        return SHAPES
+    described = json.loads((args.model / "config.json").read_text(encoding="utf-8"))
+    return {"name": args.model.name, **{name: described[name] for name in SHAPES}}
+
+
+def _work(rows: list[Any], labelled: float, shapes: dict[str, Any]) -> float:
     """FLOPs that training needs per real token; padding and unlabelled logits do not count."""
     from benchmarks.flops import Shape, a_token
 
-    heads = SHAPES["hidden_size"] // SHAPES["num_attention_heads"]
-    keys = heads * SHAPES["num_key_value_heads"]
-    h, ffn, layers = SHAPES["hidden_size"], SHAPES["intermediate_size"], SHAPES["num_hidden_layers"]
+    heads = shapes["hidden_size"] // shapes["num_attention_heads"]
+    keys = heads * shapes["num_key_value_heads"]
+    h, ffn, layers = shapes["hidden_size"], shapes["intermediate_size"], shapes["num_hidden_layers"]
     linears = [(h, h), (h, keys), (h, keys), (h, h), (h, ffn), (h, ffn), (ffn, h)]
     shape = Shape(
         linear=layers * sum(a * b for a, b in linears),
         lora=layers * sum(16 * (a + b) for a, b in linears),
         attention=layers * h,
-        head=VOCABULARY * h,
+        head=shapes["vocab_size"] * h,
     )
     return a_token(shape, [len(row["input_ids"]) for row in rows], labelled, frozen=True, checkpointing=False)
 
@@ -219,7 +245,7 @@ def _lines(results: dict[str, Any]) -> list[str]:
         f"# A step on the CPU, {machine['date']}",
         "",
         f"{machine['processor']}, {machine['threads']} threads, load {machine['load'][0]} at the start, "
-        f"{results['matmul_peak_gflops']} GFLOP/s fp32 matmul; rows: {results['rows_from']}; "
+        f"{results['matmul_peak_gflops']} GFLOP/s matmul; rows: {results['rows_from']}; "
         + ", ".join(f"{name} {version}" for name, version in machine["versions"].items()),
         f"`{machine['command']}` at {machine['commit']}, {results['minutes']} minutes",
     ]
@@ -231,7 +257,7 @@ def _lines(results: dict[str, Any]) -> list[str]:
                 name,
                 f"{side['tokens_per_second']:,.0f}",
                 f"{ours / side['tokens_per_second']:.2f}",
-                f"{side['memory_mib']:.0f}",
+                f"{side['resident_mib' if 'name' in results['model'] else 'memory_mib']:.0f}",
                 f"{side['flop_utilisation']:.0%}",
                 f"{side['loss_after']:.4f}",
                 side["steps"],

@@ -22,12 +22,12 @@ MARGIN = 0.1  # share of a card left free when the quick start proposes a model:
 # GiB of a QLoRA step with the default config and one row of 512 tokens, overhead included, as `plan` traces it
 # (tests/memory/test_estimate.py). In the order in which they are offered: a good default, smaller ones, larger ones.
 QUICK_START_MODELS = {
-    "Qwen/Qwen2.5-3B-Instruct": 3.70,
-    "Qwen/Qwen2.5-1.5B-Instruct": 2.57,
-    "Qwen/Qwen2.5-0.5B-Instruct": 1.69,
-    "Qwen/Qwen2.5-7B-Instruct": 7.37,
-    "Qwen/Qwen2.5-14B-Instruct": 12.36,
-    "Qwen/Qwen2.5-32B-Instruct": 22.77,
+    "Qwen/Qwen2.5-3B-Instruct": 3.44,
+    "Qwen/Qwen2.5-1.5B-Instruct": 2.30,
+    "Qwen/Qwen2.5-0.5B-Instruct": 1.43,
+    "Qwen/Qwen2.5-7B-Instruct": 7.14,
+    "Qwen/Qwen2.5-14B-Instruct": 12.10,
+    "Qwen/Qwen2.5-32B-Instruct": 22.64,
 }
 
 
