@@ -339,6 +339,7 @@ def as_json(job: Job, opened: OpenRun) -> dict[str, Any]:
         "rows": len(job.rows.train),
         "validation_rows": len(job.rows.validation),
         "steps": job.schedule.total_steps,
+        "rehearsal_tokens": job.extra_tokens,
         "train": job.config.train.model_dump(),
         "reasons": job.reasons,
     }
