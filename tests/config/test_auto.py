@@ -282,3 +282,21 @@ def test_a_learning_rate_far_above_the_usual_one_is_a_warning(
     assert caplog.messages == []
     resolve_with(CPU, "lora", learning_rate=0.5)
     assert caplog.messages == ["train.learning_rate 0.5 is 5,000 times the usual 0.0001: it may diverge"]
+
+
+@pytest.mark.parametrize(
+    ("device", "mode", "dora", "chosen", "expected"),
+    [
+        ("cpu", "lora", False, "auto", "fused"),
+        ("cpu", "qlora", False, "auto", "fused"),
+        ("cpu", "lora", True, "auto", "plain"),
+        ("cpu", "full", False, "auto", "plain"),
+        ("cuda", "lora", False, "auto", "plain"),
+        ("cpu", "lora", False, "plain", "plain"),
+    ],
+)
+def test_lora_layers_are_fused_on_the_cpu_where_the_config_leaves_them_open(
+    device: Any, mode: str, dora: bool, chosen: str, expected: str
+) -> None:
+    raw = {"tuning": {"mode": mode, "lora": {"use_dora": dora}}, "train": {"kernels": chosen}}
+    assert resolve(Config.model_validate(raw), Facts(device)).config.train.kernels == expected
