@@ -79,12 +79,12 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     step("process the data", "process_data")
     step("show what is trained on", "preview", "--limit", "1")
     step("check the set-up", "check")
-    say_time(root, interactive)
+    on_cpu = say_time(root, interactive)
     if interactive and input("\ntrain now? [Y/n] ").strip().lower() == "n":
         console.say("to start training later: make train")
         return {"model": model, "trained": False}
     step("train", "train")
-    step("compare base and tuned model on the test split", "eval", "--split", "test", "--both")
+    step("compare base and tuned model on the test split", "eval", "--split", "test", "--both", *bounds(root, on_cpu))
     show_answers(root)
     console.say(f"\ndone in {(time.monotonic() - started) / 60:.1f} minutes{NEXT}")
     if interactive:
@@ -310,15 +310,16 @@ def planned(root: Path) -> tuple[int, int, float] | None:
     return steps, tokens, cpu_speed(job.files.config, bf16=bf16, full=mode == "full") if is_known else 0.0
 
 
-def say_time(root: Path, interactive: bool) -> None:
-    """Says how long the training takes on a CPU; where that is over 20 minutes, offers (or with --yes sets) a cap.
+def say_time(root: Path, interactive: bool) -> bool:
+    """Says how long training takes if it is on a CPU, and returns whether it is.
 
-    The cap, `train.max_steps`, is written into configs/local.yaml; a number of steps or epochs in there is not changed.
+    Where that is over 20 minutes, it offers (or with --yes sets) a cap: `train.max_steps` in configs/local.yaml. A
+    number of steps or epochs that is there is not changed.
     """
     from sft.config.load import load
 
     if (plan := in_child(planned, root)) is None:
-        return
+        return False
     steps, tokens, speed = plan
     seconds = tokens / speed if speed else 0.0
     about = f"about {console.duration(seconds)} at {speed:,.0f} tokens/s, as measured" if speed else "time not known"
@@ -327,20 +328,32 @@ def say_time(root: Path, interactive: bool) -> None:
     train, where = loaded.config.train, loaded.origin("train.epochs") or ""
     is_chosen = train.max_steps is not None or (train.epochs != "auto" and where.startswith(f"{LOCAL}:"))
     if seconds <= LONG or is_chosen:
-        return
+        return True
     cap = max(1, int(steps * LONG / seconds))
     if interactive and input(f"stop after {cap:,} steps, about 20 min? [Y/n] ").strip().lower() == "n":
-        return
+        return True
     text = (root / LOCAL).read_text(encoding="utf-8")
     line = f"  max_steps: {cap}  # about 20 minutes; without this line: {steps} steps\n"
     if text.count(OUTPUT_DIR) != 1:
         console.say(f"to stop earlier: make train SET=train.max_steps={cap}")
-        return
+        return True
     files.write_text(root / LOCAL, text.replace(OUTPUT_DIR, OUTPUT_DIR + line))
     console.say(
         f"it stops after {cap:,} of {steps:,} steps: train.max_steps in {LOCAL}; delete that line for all of them",
         wrap=True,
     )
+    return True
+
+
+def bounds(root: Path, on_cpu: bool) -> list[str]:
+    """Flags with which the evaluation takes a minute or two on a CPU: short answers of the sample, or fewer rows."""
+    from sft.config.load import load, resolve_path
+
+    if not on_cpu:
+        return []
+    raw = resolve_path(root, load(root / LOCAL, root=root).config.data.raw_path or "data/raw/raw.jsonl")
+    is_ours = raw.is_file() and is_sample(root, raw)
+    return ["--set", "generation.max_new_tokens=64"] if is_ours else ["--limit", "50"]
 
 
 # --- the data and configs/local.yaml

@@ -232,7 +232,8 @@ def test_long_training_is_capped_in_local_yaml_but_never_against_the_users_own_n
     written = local.read_text()
     monkeypatch.setattr(quick_start, "in_child", lambda function, *arguments: function(*arguments))
     monkeypatch.setattr(quick_start, "cpu_speed", lambda *_, **__: 1e6)
-    quick_start.say_time(tmp_path, interactive=False)
+    assert quick_start.say_time(tmp_path, interactive=False)  # on the CPU
+    assert quick_start.bounds(tmp_path, on_cpu=True) == ["--limit", "50"]  # rows of the user's own
     assert local.read_text() == written
     shown = capsys.readouterr().out
     steps = int(re.search(r"training: (\d+) steps", shown)[1])  # type: ignore[index]
