@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,8 +20,8 @@ from sft.data.contamination import Contamination
 from sft.data.rows import RowFault
 from sft.errors import ConfigError, DataError, ModelError, RunError
 from sft.step.batch import Collator, count_labels
-from sft.training import rehearsal
-from sft.training.loop import step_batches
+from sft.training import distributed, rehearsal
+from sft.training.loop import TrainingLoop, step_batches
 from sft.training.rehearsal import Rehearsal
 from tests.conftest import ROOT
 from tests.training import bench, project
@@ -60,6 +62,27 @@ def test_a_step_depends_on_seed_and_the_steps_before_it_alone() -> None:
     assert first == list(of(task, extra, 0.15).mix(iter(steps)))
     assert first[:4] == list(of(task, extra, 0.15).mix(steps[:4]))
     assert first != list(of(task, extra, 0.15, seed=7).mix(steps))
+
+
+@pytest.mark.parametrize("done", [0, 7])
+def test_ranks_share_the_same_mixed_steps(done: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def steps(rank: int, world: int) -> list[tuple[int, list[int]]]:
+        monkeypatch.setattr(distributed, "rank", lambda: rank)
+        monkeypatch.setattr(distributed, "world", lambda: world)
+        loop: Any = SimpleNamespace(
+            progress=SimpleNamespace(global_step=done),
+            settings=SimpleNamespace(effective_batch=4, seed=42),
+            schedule=SimpleNamespace(steps_per_epoch=3),
+            rows=range(14),
+            rehearsal=of([5, 7, 3, 9, 4, 6, 8, 2, 5, 5], [4, 11, 2, 6], 0.3),
+        )
+        return list(itertools.islice(TrainingLoop._remaining_steps(loop), 5))
+
+    whole, first, second = steps(0, 1), steps(0, 2), steps(1, 2)
+    assert [epoch for epoch, _ in whole] == [(done + at) // 3 for at in range(5)]
+    assert any(row >= 10 for _, rows in whole for row in rows)
+    for (_, rows), (_, even), (_, odd) in zip(whole, first, second, strict=True):
+        assert rows[::2] == even and rows[1::2] == odd
 
 
 def test_losses_are_counted_as_the_step_counts_them() -> None:
