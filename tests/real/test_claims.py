@@ -316,3 +316,22 @@ def test_llama_cpps_own_converter_writes_what_we_do_not(smollm2: Path, tmp_path:
     report = export(target, "gguf", "f16", tmp_path / "out", tmp_path, card="", converter=Path(converter))
     assert report.parity["equal"] and report.largest_error is None and report.llama_cpp
     assert report.loss["llama_cpp"] == pytest.approx(report.loss["model"], rel=1e-3)
+
+
+# --- memory
+
+
+def test_the_planned_peak_is_the_peak_of_the_process(tmp_path: Path, smollm2: Path, rows: list[dict[str, Any]]) -> None:
+    long = [{**row, "user": " ".join(other["user"] for other in rows[at : at + 8])} for at, row in enumerate(rows[:48])]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in long), encoding="utf-8")
+    config = CONFIG.format(model=smollm2, mode="lora", steps=2, save=2, rehearsal="off")
+    (tmp_path / "config.yaml").write_text(config, encoding="utf-8")
+    run_command(tmp_path, "process_data", "--raw_path", tmp_path / "long.jsonl")
+    planned = json.loads(run_command(tmp_path, "plan", "--gpu", "cpu", "--json"))
+    train = [sys.executable, str(ROOT / "scripts" / "train.py"), "--config", str(tmp_path / "config.yaml")]
+    silent: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(train, cwd=tmp_path, env={**os.environ, "SFT_ROOT": str(tmp_path)}, **silent)
+    _, status, usage = os.wait4(process.pid, 0)
+    measured = usage.ru_maxrss / 2**20
+    assert status == 0
+    assert planned["phases"]["training"]["peak_gib"] == pytest.approx(measured, rel=0.05)

@@ -11,12 +11,16 @@ from typing import Any
 from sft.config.schema import Config
 
 GIB = float(2**30)
-# What a tensor trace cannot see. Presumed: no consumer card has been measured yet (docs/MEMORY.md).
+# What a tensor trace cannot see. Presumed for CUDA: no consumer card has been measured yet (docs/MEMORY.md).
 # CONTEXT, GiB: the CUDA context with cuBLAS's workspaces; on a CPU, Python with torch (measured: 0.40-0.53).
-# FRAGMENTATION, share of the allocated bytes: what PyTorch's caching allocator holds beyond them.
+# FRAGMENTATION, share of the allocated bytes: what PyTorch's caching allocator holds beyond them; on a CPU, blocks
+# that glibc does not return and buffers inside of kernels (measured on SmolLM2-135M, docs/MEMORY.md).
 CONTEXT = {"cuda": 0.6, "cpu": 0.5}
-FRAGMENTATION = 0.06
-OVERHEAD_SOURCE = "of it, 6 % for fragmentation and the context are presumed"
+FRAGMENTATION = {"cuda": 0.06, "cpu": 0.4}
+OVERHEAD_SOURCE = {
+    "cuda": "of it, 6 % for fragmentation and the context are presumed",
+    "cpu": "of it, 40 % for the allocator and 0.5 for Python",
+}
 LIBRARIES_RAM = {"cuda": 2.0, "cpu": CONTEXT["cpu"]}  # GiB of RAM for Python and torch; presumed with CUDA's libraries
 MARGIN = 0.1  # share of a card left free when the quick start proposes a model: the desktop, a browser
 # GiB of a QLoRA step with the default config and one row of 512 tokens, overhead included, as `plan` traces it
@@ -33,7 +37,7 @@ QUICK_START_MODELS = {
 
 def with_overhead(allocated_gib: float, kind: str) -> float:
     """GiB of a device (`cuda` or `cpu`) that `allocated_gib` of tensors take."""
-    return allocated_gib * (1 + FRAGMENTATION) + CONTEXT[kind]
+    return allocated_gib * (1 + FRAGMENTATION[kind]) + CONTEXT[kind]
 
 
 def models_that_fit(gib: float) -> list[str]:

@@ -124,7 +124,7 @@ class Plan:
             "remedies": [vars(suggestion) for suggestion in self.suggestions],
             "together": None if self.combination is None else vars(self.combination),
             "smallest_card": self.smallest_card,
-            "residual": OVERHEAD_SOURCE,
+            "residual": OVERHEAD_SOURCE[self.device.kind],
             "method": "traced",
             "device": {"kind": self.device.kind, "name": self.device.name, "gib": round(self.device.gib, 2)},
         }

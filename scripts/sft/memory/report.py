@@ -25,7 +25,7 @@ def verdict(plan: Plan) -> list[str]:
     lines = [
         f"{plan.config.model.name}, {plan.config.tuning.mode}, rows of {length} tokens:",
         f"{'fits' if plan.fits else 'does NOT fit'} {plan.device.name} ({plan.device.gib:.1f} GiB)",
-        f"  {plan.worst_phase} needs {plan.peak:.2f} GiB ({OVERHEAD_SOURCE})",
+        f"  {plan.worst_phase} needs {plan.peak:.2f} GiB ({OVERHEAD_SOURCE[plan.device.kind]})",
         f"  a step: {train.effective_batch} rows, {rows} of {length} tokens at a time",
     ]
     if plan.smallest_card:
