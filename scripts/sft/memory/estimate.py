@@ -16,10 +16,10 @@ GIB = float(2**30)
 # FRAGMENTATION, share of the allocated bytes: what PyTorch's caching allocator holds beyond them; on a CPU, blocks
 # that glibc does not return and buffers inside of kernels (measured on SmolLM2-135M, docs/MEMORY.md).
 CONTEXT = {"cuda": 0.6, "cpu": 0.5}
-FRAGMENTATION = {"cuda": 0.06, "cpu": 0.4}
+FRAGMENTATION = {"cuda": 0.06, "cpu": 0.36}
 OVERHEAD_SOURCE = {
-    "cuda": "of it, 6 % for fragmentation and the context are presumed",
-    "cpu": "of it, 40 % for the allocator and 0.5 for Python",
+    "cuda": "of it, 6 % and the context are presumed",
+    "cpu": "of it, 36 % for the allocator and 0.5 for Python",
 }
 LIBRARIES_RAM = {"cuda": 2.0, "cpu": CONTEXT["cpu"]}  # GiB of RAM for Python and torch; presumed with CUDA's libraries
 MARGIN = 0.1  # share of a card left free when the quick start proposes a model: the desktop, a browser
