@@ -37,7 +37,7 @@ from sft.step.batch import Collator, count_labels
 from sft.step.step import StepConfig, forward_backward
 from tests.conftest import ROOT
 from tests.generation import tiny_runs
-from tests.ship.test_gguf import NO_LLAMA, ask, vocabulary
+from tests.ship.test_gguf import NO_LLAMA, ask, first_departures, vocabulary
 from tests.step import models
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -242,28 +242,6 @@ def llama() -> list[str]:
     if subprocess.run([python, "-c", "import llama_cpp"], capture_output=True, check=False).returncode:
         pytest.skip(NO_LLAMA)
     return [python, str(ROOT / "tests" / "ship" / "llama_answers.py")]
-
-
-def first_departures(
-    model: Any, prompts: list[list[int]], answers: list[list[int]], stops: set[int], most: int
-) -> list:
-    """Where greedy decoding by `model` leaves an answer: (prompt, position, its choice's logit over the answer's).
-
-    One forward over prompt and answer shows it: up to the first departure, the model has chosen each token itself.
-    """
-    departures = []
-    for at, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        with torch.no_grad():
-            logits = model(input_ids=torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 :]
-        for place, scores in enumerate(logits[: len(answer) + (len(answer) < most)]):
-            best = int(scores.argmax())
-            ended = place == len(answer)  # llama.cpp ended here
-            if best in stops if ended else best == answer[place]:
-                continue
-            other = max(float(scores[stop]) for stop in stops) if ended else float(scores[answer[place]])
-            departures.append((at, place, float(scores[best]) - other))
-            break
-    return departures
 
 
 def test_llama_cpp_gives_the_same_greedy_text_for_50_prompts(llama: list[str], tuned: Path, tmp_path: Path) -> None:

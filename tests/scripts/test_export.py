@@ -137,7 +137,7 @@ def test_for_ollama_the_command_that_quantises_is_ollamas_where_it_makes_that_ty
 def test_llama_cpp_gives_the_token_ids_and_what_quantising_costs_is_measured(project, monkeypatch, kind):
     llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     report = exported(project, monkeypatch, "--type", kind)
-    path = project / "outputs" / "export" / f"first-gguf-{kind}" / f"first-{kind}.gguf"
+    path = Path(report["out"]) / f"first-{kind}.gguf"
     assert set(report["files"]) == {path.name, "README.md", "parity.json"}
     assert (report["llama_cpp"], report["parity"]["equal"]) == (llama_cpp.__version__, True)
     loss = report["loss"]

@@ -15,6 +15,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from sft import runs
 from sft.chat.encode import build_encoder
@@ -317,13 +318,31 @@ def ask(llama: list[str], model: Path, prompts: list[str], texts: list[str], tok
 
 def greedy(folder: Path, prompt: list[int], tokens: int, stops: set[int]) -> list[int]:
     """The model's own greedy answer, a token at a time, in float32."""
-    from transformers import AutoModelForCausalLM
-
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     generated = model.generate(
         torch.tensor([prompt]), max_new_tokens=tokens, do_sample=False, eos_token_id=sorted(stops), pad_token_id=0
     )[0, len(prompt) :].tolist()  # fmt: skip
     return generated[: next((at for at, token in enumerate(generated) if token in stops), len(generated))]
+
+
+def first_departures(model, prompts: list[list[int]], answers: list[list[int]], stops: set[int], most: int) -> list:
+    """Where greedy decoding by `model` leaves an answer: (prompt, position, its choice's logit over the answer's).
+
+    One forward over prompt and answer shows it: up to the first departure, the model has chosen each token itself.
+    """
+    departures = []
+    for at, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 :]
+        for place, scores in enumerate(logits[: len(answer) + (len(answer) < most)]):
+            best = int(scores.argmax())
+            ended = place == len(answer)  # llama.cpp ended here
+            if best in stops if ended else best == answer[place]:
+                continue
+            other = max(float(scores[stop]) for stop in stops) if ended else float(scores[answer[place]])
+            departures.append((at, place, float(scores[best]) - other))
+            break
+    return departures
 
 
 @pytest.mark.slow
@@ -374,8 +393,11 @@ def test_a_gguf_of_another_architecture_is_imported_trained_exported_and_answers
     (path,) = (tmp_path / "outputs" / "export").glob("*/*-f32.gguf")
     answered = ask(llama, path, prompts, [], 24)
     assert answered["prompts"] == [encoder.prompt(each) for each in turns]
-    stops = set(encoder.stops.ids)
-    assert answered["answers"] == [greedy(tmp_path / "merged", ids, 24, stops) for ids in answered["prompts"]]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    departures = first_departures(model, answered["prompts"], answered["answers"], set(encoder.stops.ids), 24)
+    assert all(gap < 1e-3 for _, _, gap in departures), (
+        departures
+    )  # a random model's best tokens may be as good as tied
 
 
 @pytest.mark.slow
