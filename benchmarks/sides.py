@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import logging
 import multiprocessing
+import os
 import time
 import warnings
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from benchmarks.material import ROOT, Row
-from sft import runs
+from sft import console, runs
 from sft.config import auto
 from sft.config.schema import Config
 from sft.model import hardware, kernels
@@ -294,7 +295,12 @@ class Worker:
     def __init__(self, name: str, folder: Path, settings: Settings, threads: int) -> None:
         context = multiprocessing.get_context("spawn")
         self.name, (self.pipe, theirs) = name, context.Pipe()
+        environment = dict(os.environ)
+        if name == "ours":  # how threads wait, as our commands set it; the peers' processes have OpenMP's default
+            console.quiet_libraries()
         context.Process(target=_work, args=(theirs, name, folder, settings, threads), daemon=True).start()
+        os.environ.clear()
+        os.environ.update(environment)
 
     def round(self, rows: list[Row]) -> Round:
         self.pipe.send(rows)

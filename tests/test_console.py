@@ -147,13 +147,15 @@ def test_progress_on_a_pipe_is_a_line_now_and_then_with_the_time_left(
     assert [console.duration(seconds) for seconds in (7, 150, 7800)] == ["7 s", "2 min", "2 h 10 min"]
 
 
-def test_threads_do_not_wait_by_spinning_unless_the_user_chose_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+def test_threads_do_not_spin_for_long_unless_the_user_chose_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
     console.quiet_libraries()
-    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert (os.environ["OMP_WAIT_POLICY"], os.environ["GOMP_SPINCOUNT"]) == ("PASSIVE", "1000")
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    monkeypatch.delenv("GOMP_SPINCOUNT")
     console.quiet_libraries()
-    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
+    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE" and "GOMP_SPINCOUNT" not in os.environ
 
 
 @pytest.mark.parametrize(("terminal", "lines"), [(True, 2), (False, 1)])

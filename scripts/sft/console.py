@@ -334,7 +334,7 @@ def _save_error(text: str, *, make_folder: bool = False) -> Path:
 
 
 def quiet_libraries() -> None:
-    """Switches off the libraries' advice lines, telemetry and welcome messages, and waiting by spinning."""
+    """Switches off the libraries' advice lines, telemetry and welcome messages, and long waiting by spinning."""
     for name, value in {
         "TOKENIZERS_PARALLELISM": "false",
         "TRANSFORMERS_VERBOSITY": "error",
@@ -342,9 +342,11 @@ def quiet_libraries() -> None:
         "BITSANDBYTES_NOWELCOME": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TF_CPP_MIN_LOG_LEVEL": "3",
-        "OMP_WAIT_POLICY": "PASSIVE",  # threads that wait by spinning slow everything down beside another busy process
     }.items():
         os.environ.setdefault(name, value)
+    if "OMP_WAIT_POLICY" not in os.environ:  # long spinning slows everything down beside other work, none costs speed
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # figures: docs/decisions/0018-faster-layers.md
 
 
 class _ConsoleHandler(logging.Handler):
