@@ -81,7 +81,7 @@ def test_a_chat_on_a_terminal(tmp_path: Path, tiny_qwen2: Path) -> None:
     chat.type("again\r")
     chat.until(r"([^\s\x1b]+ ?)\1{9}")
     os.write(chat.fd, b"/undo\r/bye\r")  # typed while the model answers: shown and run after its answer
-    answer = chat.until(r"(?s)tokens/s\).*you>.*\(removed\)")
-    assert "reading" in answer and "/undo" not in answer.partition("tokens/s)")[0]
+    answer = chat.until(r"(?s)tokens/s; cut at max_new_tokens.*you>.*\(removed\)")
+    assert "reading" in answer and "/undo" not in answer.partition("tokens/s;")[0]
     assert chat.close() == 0
     assert "hello" in (root / "outputs" / ".chat_history").read_text()
