@@ -38,7 +38,7 @@ OUTPUT_DIR = "  output_dir: outputs/quick-start\n"
 SAMPLE_EPOCHS = "  epochs: 1  # enough for the sample\n"  # without this line: auto
 LOCAL = console.LOCAL_CONFIG
 LONG = 20 * 60  # seconds of training on a CPU from which a cap is offered
-OTHER_STEPS = 60  # seconds that everything but download and training takes, about
+OTHER_STEPS, SMALL_STEPS = 60, 180  # seconds that everything but download and training takes, about; of SmolLM2
 CHARACTERS, TEMPLATE = 3.3, 20  # of a token; tokens of a row's template (SmolLM2: 2.4-4.1, tickets, sums, Alpaca)
 ROLES = ("system", "user", "assistant", "tool")
 MOST_COUNTED = 20_000  # rows
@@ -169,7 +169,9 @@ def offered_models(root: Path, raw: Path) -> tuple[list[Choice], bool, str]:
         if of_small[False] > 1.1 * of_small[True]:
             fp32 = f"faster than bf16 on this CPU: {of_small[False]:,.0f} against {of_small[True]:,.0f} tokens/s"
         rows, tokens = count_tokens(root, raw)
-        times[SMALL] = times[SMALL_PACKAGE] = time_text(rows, tokens, max(of_small.values()), is_sample(root, raw))
+        times[SMALL] = times[SMALL_PACKAGE] = time_text(
+            rows, tokens, max(of_small.values()), is_sample(root, raw), SMALL_STEPS
+        )
         times[DEMO] = time_text(rows, tokens, cpu_speed(read_json(shipped(root, DEMO) / "config.json"), bf16=False), 6)
     fitting = estimate.models_that_fit(gib) if gpu else []
     return choices(gpu, gib, has_hub, fitting, has_package, times), gpu is not None, fp32
@@ -220,8 +222,8 @@ def count_tokens(root: Path, raw: Path) -> tuple[int, int]:
     return rows, round(characters / CHARACTERS) + TEMPLATE * rows
 
 
-def time_text(rows: int, tokens: int, speed: float, epochs: int) -> str:
-    """What an offer says about its time. epochs: 0 for `auto`."""
+def time_text(rows: int, tokens: int, speed: float, epochs: int, other: int = OTHER_STEPS) -> str:
+    """What an offer says about its time. epochs: 0 for `auto`; other: seconds of everything but training."""
     from sft.config import auto
     from sft.config.schema import Config
 
@@ -231,7 +233,7 @@ def time_text(rows: int, tokens: int, speed: float, epochs: int) -> str:
     seconds = 0.8 * tokens * passes / speed  # 0.8: of the rows are trained on
     least = "at least" if rows == MOST_COUNTED else "about"
     part = ", or a part of it in 20 min" if seconds > LONG else ""
-    return f"{least} {console.duration(OTHER_STEPS + seconds)} on this machine{part}"
+    return f"{least} {console.duration(other + seconds)} on this machine{part}"
 
 
 def cpu_speed(description: Mapping[str, Any], *, bf16: bool, full: bool = False) -> float:
