@@ -230,7 +230,7 @@ def _write_gguf(
 def _losses(
     files: ModelFiles, path: Path, kind: str, encoder: Encoder, config: Config, root: Path
 ) -> dict[str, Any] | None:
-    """The held-out loss of the weights and of the GGUF file in llama.cpp; None if llama.cpp cannot be asked.
+    """The held-out loss of the weights and of the GGUF file in llama.cpp; None if llama.cpp cannot be used.
 
     Raises ModelError if a file that is not quantised has another loss than its weights.
     """

@@ -323,8 +323,8 @@ def describe(job: Job, opened: OpenRun) -> list[str]:
             f"  {'rehearsal.share':<24}{section.share!s:<14}  of the loss tokens; questions: {section.path or 'ours'}"
         )
         new = sum("assistant" not in row for row in job.questions)
-        asked = f"before the first step, the base answers {new} general questions; " if new else ""
-        lines.append(f"  rehearsal: {asked}about {job.extra_tokens:,} tokens are added to the run")
+        before = f"before the first step, the base answers {new} general questions; " if new else ""
+        lines.append(f"  rehearsal: {before}about {job.extra_tokens:,} tokens are added to the run")
     return [line.rstrip() for line in lines]
 
 
@@ -446,14 +446,15 @@ def _rehearse(
     from sft.training.loggers import SECONDS_PER_LINE
 
     auto = job.unresolved.rehearsal.rows == "auto"
-    shown, began = [0.0], time.monotonic()
+    last_line = time.monotonic()
 
     def on_progress(done: float, total: int) -> None:
+        nonlocal last_line
         line = f"rehearsal: the base answers general questions, {done:.0f} of {total}"
         if report is not None:
             report(int(done), total, line)
-        elif time.monotonic() - began - shown[0] >= SECONDS_PER_LINE:
-            shown[0] = time.monotonic() - began
+        elif time.monotonic() - last_line >= SECONDS_PER_LINE:
+            last_line = time.monotonic()
             log.info(line)
 
     def ask() -> list[dict[str, Any]]:

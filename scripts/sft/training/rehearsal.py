@@ -34,10 +34,8 @@ NARROW = 150  # tokens of effective vocabulary below which answers are narrow: t
 SAMPLE = 16  # parts of the rows, of some 1,000 each, that are looked at
 MIN_TRAIN_ROWS = 64  # below which `auto` is off
 MAX_NEW_TOKENS = 64  # of the base's answers; what is not complete by then is not used
-MIN_ASKED, LOSSES = (
-    48,
-    16,
-)  # questions that `auto` asks at least; losses that a question yields, about
+MIN_QUESTIONS = 48  # that `auto` puts to the base at least
+LOSSES_PER_QUESTION = 16  # that it yields, about, those counted whose answers are not used
 TRIAL, MIN_TRIAL, MIN_COMPLETE = 16, 4, 20  # `auto` gives up below 4 complete answers of the first 16, or 20 of all
 GREEDY = {
     "max_new_tokens": MAX_NEW_TOKENS,
@@ -148,7 +146,7 @@ def choose(
     if isinstance(section.rows, int) and section.rows > len(questions):
         what = f"train.rehearsal.rows is {section.rows}, but {display_path(path, root)} has {len(questions)} questions"
         raise ConfigError(what, where="train.rehearsal.rows", fix=f"--set train.rehearsal.rows={len(questions)}")
-    enough = max(MIN_ASKED, math.ceil(due / LOSSES))
+    enough = max(MIN_QUESTIONS, math.ceil(due / LOSSES_PER_QUESTION))
     return questions[: section.rows if isinstance(section.rows, int) else enough], reason
 
 
