@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from sft.step import loss
 from sft.step.batch import Collator, split_micro_batches
-from sft.step.loss import LogitTransform, tile_gradient_
+from sft.step.loss import LogitTransform, TokenLoss, tile_gradient_
 from sft.step.step import StepConfig, token_losses
 from tests.step import models
 
@@ -159,12 +159,13 @@ def test_a_tiles_gradient_is_autograds() -> None:
     torch.manual_seed(0)
     raw, targets = 3 * torch.randn(5, 11, dtype=torch.float64), torch.tensor([0, 3, 10, 3, 7])
     for transform in (LogitTransform(), LogitTransform(0.5), LogitTransform(2.0, 1.5)):
-        leaf = raw.clone().requires_grad_()
-        losses = nn.functional.cross_entropy(transform(leaf), targets, reduction="none", label_smoothing=0.2)
-        (expected,) = torch.autograd.grad(losses.sum(), leaf)
-        mine = raw.clone()
-        assert torch.allclose(tile_gradient_(mine, targets, transform, 0.2), losses, rtol=1e-12)
-        assert torch.allclose(mine, expected, atol=1e-12)
+        for kind in (TokenLoss(0.2, 0.1), TokenLoss(z_loss=0.1, dft=True)):
+            leaf = raw.clone().requires_grad_()
+            losses = loss.cross_entropy(transform(leaf), targets, kind)
+            (expected,) = torch.autograd.grad(losses.sum(), leaf)
+            mine = raw.clone()
+            assert torch.allclose(tile_gradient_(mine, targets, transform, kind), losses, rtol=1e-12)
+            assert torch.allclose(mine, expected, atol=1e-12)
 
 
 @pytest.mark.parametrize("frozen_head", [True, False])

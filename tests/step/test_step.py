@@ -56,6 +56,51 @@ def test_any_split_gives_the_gradients_of_the_mean_loss(
             assert models.relative(models.gradients(model), gradient) < limit, name
 
 
+LOSSES: dict[str, tuple[StepConfig, bool, Any]] = {
+    "weighted": (StepConfig(), True, "tokens"),
+    "by rows": (StepConfig(), False, "rows"),
+    "weighted, by rows": (StepConfig(), True, "rows"),
+    "dft": (StepConfig(objective="dft"), False, "tokens"),
+    "z_loss": (StepConfig(z_loss=0.01), False, "tokens"),
+    "all": (StepConfig(objective="dft", z_loss=0.01), True, "rows"),
+    "smoothed": (StepConfig(label_smoothing=0.1, z_loss=0.01), True, "tokens"),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_each_loss_is_its_formula_under_any_split(tiny_qwen2: Path, name: str) -> None:
+    """Against the formulas of docs/TRAINING.md in fp64, a token at a time: values and gradients."""
+    (loss, weighted, normalize), model, rows = LOSSES[name], models.load(tiny_qwen2), models.rows()
+    for number, row in enumerate(rows if weighted else []):
+        if number % 3:
+            row["weights"] = [0.25 * (1 + (number + place) % 5) for place in range(len(row["labels"]))]
+    total, divisor = torch.zeros((), dtype=torch.float64), 0.0
+    for row in rows:
+        logits = model(input_ids=torch.tensor([row["input_ids"]]), use_cache=False).logits[0]
+        labelled = [place for place, label in enumerate(row["labels"]) if place and label != -100]
+        for place in labelled:
+            scores, label = logits[place - 1], row["labels"][place]
+            normalizer = scores.exp().sum().log()
+            probability = (scores[label] - normalizer).exp()
+            value = (1 - loss.label_smoothing) * (normalizer - scores[label])
+            value = value + loss.label_smoothing * (normalizer - scores).mean()
+            if loss.objective == "dft":
+                value = value * probability.detach()
+            value = value + loss.z_loss * normalizer**2
+            weight = row.get("weights", [1.0] * len(row["labels"]))[place]
+            weight /= len(labelled) if normalize == "rows" else 1
+            total, divisor = total + weight * value, divisor + weight
+    (total / divisor).backward()
+    expected, gradient = float(total.detach() / divisor), models.gradients(model)
+    batch, limit = Collator("causal", normalize)(rows), 1e-7 if normalize == "rows" else 1e-12  # weights are fp32
+    for split, how in SPLITS.items():
+        for logits in ("chunked", "full"):
+            config = replace(loss, micro_batch_tokens=how.micro_batch_tokens, max_rows=how.max_rows, packed=how.packed)
+            mean, _ = forward_backward(model, batch, replace(config, logits=logits, logits_tile=8))  # type: ignore[arg-type]
+            assert float(mean) == pytest.approx(expected, rel=limit), split
+            assert models.relative(models.gradients(model), gradient) < limit, split
+
+
 def test_any_split_of_a_seq2seq_batch_too(tiny_t5: Path) -> None:
     model = models.load(tiny_t5, attn="sdpa", seq2seq=True)
     batch = Collator("seq2seq")(models.seq2seq_rows())
@@ -101,8 +146,9 @@ def test_evaluation_gives_each_rows_own_loss_without_smoothing_or_gradients(
     tiny_qwen2: Path, config: StepConfig
 ) -> None:
     model, rows = models.load(tiny_qwen2).eval(), models.rows()
-    evaluated = evaluate_loss(model, rows, replace(config, label_smoothing=0.3))
-    assert evaluated.config == replace(config, label_smoothing=0.3)
+    settings = replace(config, label_smoothing=0.3, z_loss=0.1)
+    evaluated = evaluate_loss(model, [{**row, "weights": [0.5] * len(row["labels"])} for row in rows], settings)
+    assert evaluated.config == settings
     assert all(parameter.grad is None for parameter in model.parameters())
     for row, total, count in zip(rows, evaluated.row_sums, evaluated.row_counts, strict=True):
         batch = Collator()([row])

@@ -320,10 +320,20 @@ class TrainSection(Section):
     optim: Auto | Optimizer = key(
         "auto", "`auto`: fused AdamW on a GPU, torch AdamW on the CPU; names with bits or `paged` are bitsandbytes'."
     )
-    objective: Literal["response"] = key(
-        "response", "What is minimised; `response`: cross-entropy of the labelled tokens (see `labels`)."
+    objective: Literal["response", "dft"] = key(
+        "response",
+        "What is minimised; `response`: cross-entropy of the labelled tokens (see `labels`); `dft`: times the"
+        " probability that the model gives to the token (dynamic fine-tuning, arXiv 2508.05629).",
+    )
+    normalize: Literal["tokens", "rows"] = key(
+        "tokens", "What a step's loss is the mean of: labelled tokens, or rows, each the mean of its labelled tokens."
     )
     label_smoothing: float = key(0.0, "Share of the target spread over the vocabulary.", ge=0, lt=1)
+    z_loss: float = key(
+        0.0,
+        "Added to each token's loss: this times the squared logarithm of the softmax's normaliser, e.g. 1e-4.",
+        ge=0,
+    )
     labels: Literal["all_assistant", "last_assistant", "all_tokens"] = key(
         "all_assistant", "Which tokens are in the loss: every answer, the last answer, or everything."
     )
@@ -400,6 +410,8 @@ class TrainSection(Section):
     def _is_consistent(self) -> TrainSection:
         if self.bf16 is True and self.fp16 is True:
             raise ValueError("bf16 and fp16 are both true, and a run has one precision")
+        if self.objective == "dft" and self.label_smoothing:
+            raise ValueError("objective is dft, which has no label_smoothing: set label_smoothing to 0")
         effective, batch, accum = self.effective_batch, self.batch_size, self.grad_accum
         if "auto" in (effective, batch, accum):
             return self

@@ -320,6 +320,7 @@ class Phases:
             logits=train.logits,
             logits_tile=train.logits_tile,
             label_smoothing=train.label_smoothing,
+            z_loss=train.z_loss,
             autocast=None if dtype == torch.float32 else dtype,
         )
         if train.kernels == "fused":

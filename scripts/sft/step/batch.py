@@ -2,7 +2,8 @@
 
 A causal batch is `{"input_ids": [T], "labels": [T], "lengths": [R]}`, a seq2seq one `{"source_ids": [S],
 "source_lengths": [R], "labels": [T], "lengths": [R]}`: R rows end to end. The first label of a causal row is masked,
-because no token precedes it; so the number of labels other than -100 is the number of losses.
+because no token precedes it; so the number of labels other than -100 is the number of losses. Either may have
+`"weights": [T]`, fp32: how much the loss of each label counts; without them each counts 1.
 `split_micro_batches` decides how many tokens are computed at a time; it never changes the step's gradient.
 """
 
@@ -34,6 +35,7 @@ class MicroBatch:
     inputs: the model's keyword arguments, [1, T] with restarting `position_ids`, or [B, L] padded on the right.
     targets: the token that each position predicts, IGNORED where no loss is taken; [1, T] or [B, L].
     rows: indices of its rows in the step batch. computed: tokens, padding included. labelled: number of losses.
+    weights: of the targets, in their shape; None where each is 1.
     """
 
     inputs: dict[str, Tensor]
@@ -42,13 +44,17 @@ class MicroBatch:
     computed: int
     labelled: int
     seq2seq: bool = field(default=False)
+    weights: Tensor | None = field(default=None)
 
 
 class Collator:
-    """Collates rows `{"input_ids": [...], "labels": [...]}` into one flat step batch; ignores other keys."""
+    """Collates rows `{"input_ids": [...], "labels": [...], "weights"?: [...]}` into one flat step batch; ignores other
+    keys. normalize: `rows` divides the weights of a row's labels by their number, so that long answers do not count
+    more than short ones.
+    """
 
-    def __init__(self, kind: Kind = "causal") -> None:
-        self.kind = kind
+    def __init__(self, kind: Kind = "causal", normalize: Literal["tokens", "rows"] = "tokens") -> None:
+        self.kind, self.normalize = kind, normalize
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """The step batch of these rows, in their order. Raises ValueError if tokens and labels differ in number."""
@@ -62,12 +68,26 @@ class Collator:
                 if len(row) != len(label):
                     raise ValueError(f"a row has {len(row)} tokens and {len(label)} labels")
                 label[:1] = IGNORED
-        return {**sources, "labels": torch.cat(labels), "lengths": torch.tensor([len(row) for row in labels])}
+        batch = {**sources, "labels": torch.cat(labels), "lengths": torch.tensor([len(row) for row in labels])}
+        if self.normalize == "rows" or any(feature.get("weights") for feature in features):
+            batch["weights"] = torch.cat(list(map(self._weights, features, labels)))
+        return batch
+
+    def _weights(self, feature: Mapping[str, Any], labels: Tensor) -> Tensor:
+        weights = torch.tensor(feature.get("weights") or [1.0] * len(labels), dtype=torch.float32)
+        return weights / max(1, int((labels != IGNORED).sum())) if self.normalize == "rows" else weights
 
 
 def count_labels(batch: Batch) -> int:
-    """The number of losses in the batch, by which its gradient is divided."""
+    """The number of losses in the batch."""
     return int((batch["labels"] != IGNORED).sum())
+
+
+def loss_weight(batch: Batch) -> float:
+    """The weights of all losses in the batch, by whose sum over all ranks its gradient is divided."""
+    if "weights" not in batch:
+        return float(count_labels(batch))
+    return float(batch["weights"][batch["labels"] != IGNORED].double().sum())
 
 
 def split_micro_batches(batch: Batch, *, tokens: int, rows: int | None = None, packed: bool) -> list[MicroBatch]:
@@ -79,6 +99,7 @@ def split_micro_batches(batch: Batch, *, tokens: int, rows: int | None = None, p
     lengths, seq2seq = batch["lengths"].tolist(), "source_ids" in batch
     most_rows = rows or len(lengths)
     targets = list(torch.split(batch["labels"], lengths))
+    weights = list(torch.split(batch["weights"], lengths)) if "weights" in batch else None
     if seq2seq:
         source_lengths = batch["source_lengths"].tolist()
         ids, sizes = torch.split(batch["source_ids"], source_lengths), list(zip(source_lengths, lengths, strict=True))
@@ -86,9 +107,11 @@ def split_micro_batches(batch: Batch, *, tokens: int, rows: int | None = None, p
         ids, sizes = torch.split(batch["input_ids"], lengths), [(length, 0) for length in lengths]
         # a label moves to the position that predicts it
         targets = [pad(row[1:], (0, min(1, len(row))), value=IGNORED) for row in targets]
+        weights = None if weights is None else [pad(row[1:], (0, min(1, len(row)))) for row in weights]
     if packed and not seq2seq:
-        return [_pack(ids, targets, group) for group in _best_fit(lengths, tokens, most_rows)]
-    return [_pad(ids, targets, group, seq2seq=seq2seq) for group in _group_by_length(sizes, tokens, most_rows)]
+        return [_pack(ids, targets, weights, group) for group in _best_fit(lengths, tokens, most_rows)]
+    groups = _group_by_length(sizes, tokens, most_rows)
+    return [_pad(ids, targets, weights, group, seq2seq=seq2seq) for group in groups]
 
 
 def row_indices(micro: MicroBatch, batch: Batch) -> Tensor:
@@ -141,19 +164,31 @@ def _group_by_length(sizes: Sequence[tuple[int, int]], tokens: int, most_rows: i
     return groups[::-1]
 
 
-def _pack(ids: Sequence[Tensor], targets: Sequence[Tensor], group: list[int]) -> MicroBatch:
+def _pack(
+    ids: Sequence[Tensor], targets: Sequence[Tensor], weights: Sequence[Tensor] | None, group: list[int]
+) -> MicroBatch:
     """The rows of `group` end to end in one sequence."""
     positions = torch.cat([torch.arange(len(ids[i]), device=ids[i].device) for i in group])[None]
     inputs = {"input_ids": torch.cat([ids[i] for i in group])[None], "position_ids": positions}
     joined = torch.cat([targets[i] for i in group])[None]
-    return MicroBatch(inputs, joined, tuple(group), positions.numel(), int((joined != IGNORED).sum()))
+    counts = None if weights is None else torch.cat([weights[i] for i in group])[None]
+    labelled = int((joined != IGNORED).sum())
+    return MicroBatch(inputs, joined, tuple(group), positions.numel(), labelled, weights=counts)
 
 
-def _pad(ids: Sequence[Tensor], targets: Sequence[Tensor], group: list[int], *, seq2seq: bool) -> MicroBatch:
+def _pad(
+    ids: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    weights: Sequence[Tensor] | None,
+    group: list[int],
+    *,
+    seq2seq: bool,
+) -> MicroBatch:
     """The rows of `group` padded on the right with token 0; for seq2seq the targets' tokens are computed too."""
     padded = pad_sequence([ids[i] for i in group], True, 0)
     mask = pad_sequence([torch.ones_like(ids[i]) for i in group], True, 0)
     joined = pad_sequence([targets[i] for i in group], True, IGNORED)
     computed = padded.numel() + (joined.numel() if seq2seq else 0)
+    counts = None if weights is None else pad_sequence([weights[i] for i in group], True)
     inputs = {"input_ids": padded, "attention_mask": mask}
-    return MicroBatch(inputs, joined, tuple(group), computed, int((joined != IGNORED).sum()), seq2seq)
+    return MicroBatch(inputs, joined, tuple(group), computed, int((joined != IGNORED).sum()), seq2seq, counts)

@@ -43,6 +43,21 @@ class LogitTransform:
         return logits
 
 
+@dataclass(frozen=True)
+class TokenLoss:
+    """The loss of one token: cross-entropy + z_loss * logsumexp(logits)^2.
+
+    smoothing: the target is 1 - smoothing on the token and the rest spread evenly over the vocabulary (Szegedy et al.,
+    2016). z_loss: keeps the logits' normaliser near 1 (PaLM, Chowdhery et al., 2022: 1e-4). dft: cross-entropy times
+    the token's probability, which is not differentiated (dynamic fine-tuning, arXiv 2508.05629); not with smoothing.
+    """
+
+    smoothing: float = 0.0
+    z_loss: float = 0.0
+    dft: bool = False
+
+
+CROSS_ENTROPY = TokenLoss()
 IDENTITY = LogitTransform()
 # The transform of each model seen so far; None if it is unknown, and the loss uses full logits.
 _transforms: WeakKeyDictionary[nn.Module, LogitTransform | None] = WeakKeyDictionary()
@@ -53,36 +68,51 @@ def loss_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def cross_entropy(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy of each position [N]. logits [N, V] of any precision, targets [N] without ignored ones.
-
-    With smoothing e the target is (1 - e) on the token and e spread evenly over the vocabulary (Szegedy et al., 2016).
-    """
+def cross_entropy(logits: Tensor, targets: Tensor, loss: TokenLoss = CROSS_ENTROPY) -> Tensor:
+    """The loss of each position [N]. logits [N, V] of any precision, targets [N]; of an ignored one no use is made."""
     logits = logits.to(loss_dtype(logits.dtype))
-    return functional.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
+    losses = functional.cross_entropy(logits, targets, reduction="none", label_smoothing=loss.smoothing)
+    if loss.dft:
+        losses = losses * losses.detach().neg().exp()
+    return losses + loss.z_loss * logits.logsumexp(dim=-1).square() if loss.z_loss else losses
 
 
 def full_cross_entropy(
-    model: nn.Module, inputs: dict[str, Any], targets: Tensor, *, smoothing: float = 0.0, labelled_only: bool = False
+    model: nn.Module,
+    inputs: dict[str, Any],
+    targets: Tensor,
+    loss: TokenLoss = CROSS_ENTROPY,
+    weights: Tensor | None = None,
+    *,
+    labelled_only: bool = False,
 ) -> Tensor:
-    """Cross-entropy [N] of the N labelled positions of `targets` [B, L] from the model's full logits.
+    """Losses [N] of the N labelled positions of `targets` [B, L], times their `weights` [B, L], from the model's full
+    logits.
 
     All logits are taken to fp32 at once, as a plain loop does; with `labelled_only` those of labelled positions only.
     """
     logits, labelled = model(**inputs, use_cache=False).logits, targets != IGNORED
     if labelled_only:
-        return cross_entropy(logits[labelled], targets[labelled], smoothing)
-    return cross_entropy(logits.flatten(0, -2), targets.flatten(), smoothing)[labelled.flatten()]
+        losses = cross_entropy(logits[labelled], targets[labelled], loss)
+    else:
+        losses = cross_entropy(logits.flatten(0, -2), targets.flatten(), loss)[labelled.flatten()]
+    return losses if weights is None else losses * weights[labelled]
 
 
 def tiled_cross_entropy(
-    model: nn.Module, inputs: dict[str, Any], targets: Tensor, *, tile: int, smoothing: float = 0.0
+    model: nn.Module,
+    inputs: dict[str, Any],
+    targets: Tensor,
+    loss: TokenLoss = CROSS_ENTROPY,
+    weights: Tensor | None = None,
+    *,
+    tile: int,
 ) -> Tensor:
     """The same losses [N], the head computed on `tile` labelled positions at a time."""
     base = unwrap(model)
     head = adapters.head(base)
     if head is None or _transforms.get(base, IDENTITY) is None:
-        return full_cross_entropy(model, inputs, targets, smoothing=smoothing, labelled_only=True)
+        return full_cross_entropy(model, inputs, targets, loss, weights, labelled_only=True)
     hidden, raw, logits = _run_to_head(model, head, inputs, positions=0 if base in _transforms else 1)
     if hidden is None or raw is None or hidden.shape[:2] != targets.shape:
         _transforms[base] = None
@@ -91,36 +121,43 @@ def tiled_cross_entropy(
     transform = _transforms[base]
     if transform is None or hidden is None or raw is None:
         log.warning("%s computes its logits in an unknown way: the loss uses full logits", type(base).__name__)
-        return full_cross_entropy(model, inputs, targets, smoothing=smoothing, labelled_only=True)
+        return full_cross_entropy(model, inputs, targets, loss, weights, labelled_only=True)
     labelled = targets != IGNORED
-    hidden, targets = hidden[labelled], targets[labelled]
+    hidden, targets, weights = hidden[labelled], targets[labelled], None if weights is None else weights[labelled]
     if not len(targets):
         return hidden[:, 0].to(loss_dtype(hidden.dtype))  # empty, and part of the graph
     linear = _plain_linear(head)
     if linear is None or linear.weight.device != hidden.device:
-        return _recomputed_tiles(head, hidden, targets, transform, tile, smoothing, raw.dtype)
-    losses: Tensor = _TiledCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden.to(raw.dtype), linear.weight, linear.bias, targets, transform, tile, smoothing, torch.is_grad_enabled()
-    )
-    return losses
+        losses = _recomputed_tiles(head, hidden, targets, transform, tile, loss, raw.dtype)
+        return losses if weights is None else losses * weights
+    tiles: Tensor = _TiledCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden.to(raw.dtype), linear.weight, linear.bias, targets, weights, transform, tile, loss,
+        torch.is_grad_enabled(),
+    )  # fmt: skip
+    return tiles
 
 
-def tile_gradient_(raw: Tensor, targets: Tensor, transform: LogitTransform, smoothing: float) -> Tensor:
-    """Cross-entropy [n] of one tile; overwrites `raw` [n, V] (fp32 or fp64) with the gradient of their sum to it."""
+def tile_gradient_(raw: Tensor, targets: Tensor, transform: LogitTransform, loss: TokenLoss) -> Tensor:
+    """The losses [n] of one tile; overwrites `raw` [n, V] (fp32 or fp64) with the gradient of their sum to it."""
     logits = transform(raw) if transform != IDENTITY else raw
     slope = None
     if transform.softcap:
         slope = (1 - (logits / transform.softcap).square()) * transform.scale
     target_logits = logits.gather(1, targets[:, None])[:, 0]
-    mean = logits.mean(dim=1) if smoothing else 0.0
+    smoothing, mean = loss.smoothing, logits.mean(dim=1) if loss.smoothing else 0.0
     top = logits.amax(dim=1, keepdim=True)
     torch.sub(logits, top, out=raw).exp_()
     total = raw.sum(dim=1, keepdim=True)
-    losses = (top + total.log())[:, 0] - (1 - smoothing) * target_logits - smoothing * mean
+    normalizer = (top + total.log())[:, 0]
+    losses = normalizer - (1 - smoothing) * target_logits - smoothing * mean
     raw.div_(total)
+    share = losses.neg().exp() if loss.dft else torch.ones_like(losses)  # of cross-entropy in the token's loss
+    if loss.dft or loss.z_loss:
+        losses = share * losses + loss.z_loss * normalizer.square()
+        raw.mul_((share + 2 * loss.z_loss * normalizer)[:, None])
     if smoothing:
         raw.sub_(smoothing / raw.shape[1])
-    raw.scatter_add_(1, targets[:, None], torch.full_like(target_logits, smoothing - 1)[:, None])
+    raw.scatter_add_(1, targets[:, None], ((smoothing - 1) * share)[:, None])
     if slope is not None:
         raw.mul_(slope)
     elif transform.scale != 1.0:
@@ -129,9 +166,10 @@ def tile_gradient_(raw: Tensor, targets: Tensor, transform: LogitTransform, smoo
 
 
 class _TiledCrossEntropy(torch.autograd.Function):
-    """Cross-entropy [N] of `transform(hidden @ weight.T + bias)`; all gradients formed in the forward pass.
+    """Losses [N] of `transform(hidden @ weight.T + bias)`; all gradients formed in the forward pass.
 
-    hidden [N, h] in the precision to compute in, weight [V, h], bias [V] or None, targets [N]. In 16-bit, two bytes a
+    hidden [N, h] in the precision to compute in, weight [V, h], bias [V] or None, targets [N], weights of the losses
+    [N] or None. In 16-bit, two bytes a
     logit of one tile are alive at a time, and four of WIDE_ROWS positions; gradients of hidden in its own precision, of
     weight and bias in fp32.
     The gradient of hidden is exact for any upstream gradient [N]. Those of weight and bias are formed for equal ones
@@ -145,19 +183,21 @@ class _TiledCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
+        weights: Tensor | None,
         transform: LogitTransform,
         tile: int,
-        smoothing: float,
+        loss: TokenLoss,
         grad_enabled: bool,
     ) -> Tensor:
         needs = tuple(grad_enabled and need for need in ctx.needs_input_grad[:3])
-        losses, ctx.grads = _compute_tiles(hidden, weight, bias, targets, transform, tile, smoothing, needs)
+        losses, ctx.grads = _compute_tiles(hidden, weight, bias, targets, transform, tile, loss, needs, weights)
         ctx.again = None
         if needs[1] or needs[2]:
             ctx.again = lambda upstream: _compute_tiles(
-                hidden, weight, bias, targets, transform, tile, smoothing, (False, *needs[1:]), upstream
-            )[1]
-        return losses
+                hidden, weight, bias, targets, transform, tile, loss, (False, *needs[1:]),
+                upstream if weights is None else upstream * weights,
+            )[1]  # fmt: skip
+        return losses if weights is None else losses * weights
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -173,7 +213,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
                 if grad is not None:
                     grad.mul_(scale[0])
         ctx.grads = ctx.again = None
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None, None
 
 
 def _compute_tiles(
@@ -183,7 +223,7 @@ def _compute_tiles(
     targets: Tensor,
     transform: LogitTransform,
     tile: int,
-    smoothing: float,
+    loss: TokenLoss,
     needs: tuple[bool, ...],
     upstream: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
@@ -201,7 +241,7 @@ def _compute_tiles(
             for index, logits in enumerate(torch.split(gradient, WIDE_ROWS)):
                 first = start + index * WIDE_ROWS
                 rows, scores = slice(first, first + len(logits)), logits.to(wide)
-                losses[rows] = tile_gradient_(scores, targets[rows], transform, smoothing)
+                losses[rows] = tile_gradient_(scores, targets[rows], transform, loss)
                 if upstream is not None:
                     scores.mul_(upstream[rows, None])
                 if grad_bias is not None:
@@ -223,7 +263,7 @@ def _recomputed_tiles(
     targets: Tensor,
     transform: LogitTransform,
     tile: int,
-    smoothing: float,
+    loss: TokenLoss,
     dtype: torch.dtype,
 ) -> Tensor:
     """The same losses through a head that is more than one matrix (an adapter on it, 4-bit): tiles are recomputed."""
@@ -231,7 +271,7 @@ def _recomputed_tiles(
     def losses_of(hidden: Tensor, targets: Tensor) -> Tensor:
         with torch.autocast(hidden.device.type, dtype=dtype, enabled=dtype in (torch.float16, torch.bfloat16)):
             scores = head(hidden)
-        return cross_entropy(transform(scores.to(loss_dtype(scores.dtype))), targets, smoothing)
+        return cross_entropy(transform(scores.to(loss_dtype(scores.dtype))), targets, loss)
 
     parts = [
         checkpoint(losses_of, hidden[start : start + tile], targets[start : start + tile], use_reentrant=False)

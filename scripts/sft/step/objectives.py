@@ -1,40 +1,45 @@
 """Training objectives: functions `(model, micro_batch, config) -> per-token losses [N]`, chosen by `train.objective`.
 
 An objective returns one loss for each labelled token of the micro-batch, row by row, in fp32 (fp64 for a model in
-fp64). `step.forward_backward` adds them up over all micro-batches and divides by the number of labels in the step
-batch. To add one: write a function with this signature, add its name to OBJECTIVES and to `train.objective` in
-config/schema.py.
+fp64), times the token's weight. `step.forward_backward` adds them up over all micro-batches and divides by the weights
+of the step batch (`batch.loss_weight`). To add one: write a function with this signature, add its name to OBJECTIVES
+and to `train.objective` in config/schema.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
 from sft.model.adapters import unwrap
 from sft.step.batch import IGNORED, MicroBatch
-from sft.step.loss import full_cross_entropy, tiled_cross_entropy
+from sft.step.loss import TokenLoss, full_cross_entropy, tiled_cross_entropy
 
 if TYPE_CHECKING:
     from sft.step.step import StepConfig
 
-ObjectiveName = Literal["response"]
+ObjectiveName = Literal["response", "dft"]
 Objective = Callable[[nn.Module, MicroBatch, "StepConfig"], Tensor]
 
 
-def response(model: nn.Module, micro: MicroBatch, config: StepConfig) -> Tensor:
-    """Cross-entropy of each labelled token [N], smoothed by `config.label_smoothing`."""
+def response(model: nn.Module, micro: MicroBatch, config: StepConfig, *, dft: bool = False) -> Tensor:
+    """Cross-entropy of each labelled token [N], as `config.label_smoothing` and `config.z_loss` say.
+
+    dft: times the probability that the model gives to the token (dynamic fine-tuning).
+    """
     inputs: dict[str, Any] = dict(micro.inputs)
     if micro.seq2seq:
         inputs["decoder_input_ids"] = _decoder_inputs(unwrap(model), micro.targets)
+    loss = TokenLoss(config.label_smoothing, config.z_loss, dft)
     if config.logits == "full":
-        return full_cross_entropy(model, inputs, micro.targets, smoothing=config.label_smoothing)
-    return tiled_cross_entropy(model, inputs, micro.targets, tile=config.logits_tile, smoothing=config.label_smoothing)
+        return full_cross_entropy(model, inputs, micro.targets, loss, micro.weights)
+    return tiled_cross_entropy(model, inputs, micro.targets, loss, micro.weights, tile=config.logits_tile)
 
 
-OBJECTIVES: dict[ObjectiveName, Objective] = {"response": response}
+OBJECTIVES: dict[ObjectiveName, Objective] = {"response": response, "dft": partial(response, dft=True)}
 
 
 def _decoder_inputs(base: Any, labels: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from sft.config.schema import TrainSection
 from sft.errors import EnvironmentProblem, one_line
 from sft.model import kernels
 from sft.step import attention
-from sft.step.batch import IGNORED, Batch, Collator, Kind, MicroBatch, count_labels, row_indices, split_micro_batches
+from sft.step.batch import IGNORED, Batch, Collator, Kind, MicroBatch, loss_weight, row_indices, split_micro_batches
 from sft.step.loss import loss_dtype
 from sft.step.objectives import OBJECTIVES, ObjectiveName
 
@@ -32,7 +32,8 @@ EVALUATED_TOGETHER = 256  # rows that are split into micro-batches together when
 
 @dataclass(frozen=True)
 class StepConfig:
-    """How a step batch is computed. All but `objective` and `label_smoothing` change memory and time, not the step.
+    """How a step batch is computed. All but `objective`, `label_smoothing` and `z_loss` change memory and time, not the
+    step.
 
     micro_batch_tokens: computed tokens of a micro-batch, padding included. max_rows: most rows of a micro-batch, None
     for any number. eval_tokens: the budget that evaluation was lowered to when memory ran out in it, else None.
@@ -48,6 +49,7 @@ class StepConfig:
     packed: bool = False
     objective: ObjectiveName = "response"
     label_smoothing: float = 0.0
+    z_loss: float = 0.0
     logits: Literal["chunked", "full"] = "chunked"
     logits_tile: int = 512
     autocast: torch.dtype | None = None
@@ -89,6 +91,7 @@ def make_step_config(
         packed=kind == "causal" and attention.keeps_rows_apart(model),
         objective=train.objective,
         label_smoothing=train.label_smoothing,
+        z_loss=train.z_loss,
         logits=train.logits,
         logits_tile=train.logits_tile,
         autocast=None if dtype == torch.float32 else dtype,
@@ -124,7 +127,7 @@ class EvaluationLoss:
 
 
 def token_losses(model: nn.Module, micro: MicroBatch, config: StepConfig) -> Tensor:
-    """The objective's loss of each labelled token of a micro-batch, [N] in fp32 (fp64 for a model in fp64)."""
+    """The objective's weighted loss of each labelled token of a micro-batch, [N] in fp32 (fp64 for a model in fp64)."""
     return OBJECTIVES[config.objective](model, micro, config)
 
 
@@ -139,12 +142,12 @@ def forward_backward(
 ) -> StepResult:
     """Forward and backward of a whole step batch; leaves the gradient of its mean loss on the model.
 
-    normalizer: labelled tokens of the batch over all ranks; those of this batch by default. backward: for example
+    normalizer: `loss_weight` of the batch over all ranks; that of this batch by default. backward: for example
     `accelerator.backward`. replay: False lets an out-of-memory error through.
     Gradients must be clear at the start: when memory runs out, all of them are dropped and formed again, with the same
     random numbers, in smaller micro-batches. Raises EnvironmentProblem if a single row does not fit.
     """
-    normalizer, device = count_labels(batch) if normalizer is None else normalizer, batch["labels"].device
+    normalizer, device = loss_weight(batch) if normalizer is None else normalizer, batch["labels"].device
     random_state, gpu_state = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     while True:
         micros = [micro for micro in _split(batch, config, config.micro_batch_tokens) if micro.labelled]
@@ -174,7 +177,8 @@ def _split(batch: Batch, config: StepConfig, tokens: int) -> list[MicroBatch]:
 
 
 def evaluate_loss(model: nn.Module, rows: Sequence[Mapping[str, Any]], config: StepConfig) -> EvaluationLoss:
-    """The loss of rows `{"input_ids", "labels"}` without gradients and without label smoothing.
+    """The cross-entropy of rows `{"input_ids", "labels"}` without gradients, whatever the objective is; each label
+    counts 1.
 
     Leaves the model's training mode as it is. When memory runs out, goes on in smaller micro-batches.
     Raises EnvironmentProblem if a single row does not fit.
@@ -182,13 +186,15 @@ def evaluate_loss(model: nn.Module, rows: Sequence[Mapping[str, Any]], config: S
     sums, counts = torch.zeros(len(rows), dtype=torch.float64), torch.zeros(len(rows), dtype=torch.long)
     order = sorted(range(len(rows)), key=lambda i: (len(rows[i]["input_ids"]), len(rows[i]["labels"])))
     collate, start = Collator(config.kind), 0
+    plain = replace(config, objective="response", label_smoothing=0.0, z_loss=0.0)
     while start < len(order):
         chosen = order[start : start + EVALUATED_TOGETHER]
         batch = {name: tensor.to(config.device) for name, tensor in collate([rows[i] for i in chosen]).items()}
+        batch.pop("weights", None)
         tokens = min(config.eval_tokens or config.micro_batch_tokens, config.micro_batch_tokens)
         micros = _split(batch, config, tokens)
         try:
-            sums[chosen], counts[chosen] = _evaluate_batch(model, batch, micros, replace(config, label_smoothing=0.0))
+            sums[chosen], counts[chosen] = _evaluate_batch(model, batch, micros, plain)
             start += len(chosen)
             continue
         except (RuntimeError, MemoryError) as error:

@@ -233,7 +233,9 @@ CONSEQUENCES = {
         "the learning rate jumps to that of the new schedule",
     ),
 }
-OF_OLD_RUNS = {"objective": "response", "rehearsal": "off"}  # keys that runs of earlier versions lack
+OF_OLD_RUNS = {  # keys that runs of earlier versions lack
+    "objective": "response", "rehearsal": "off", "normalize": "tokens", "z_loss": 0.0,
+}  # fmt: skip
 NEVER_ALLOWED = {"backend", "mode", "kind", "base_model", "precision", "lora", "optim"}
 
 

@@ -99,7 +99,7 @@ class Job:
         train, tuning = self.config.train, self.config.tuning
         names = (
             "seed effective_batch learning_rate lr_scheduler_type weight_decay optim max_grad_norm label_smoothing"
-            " labels objective"
+            " z_loss labels objective normalize"
         ).split()
         return {
             "backend": self.backend.name,

@@ -28,7 +28,7 @@ from sft.errors import ConfigError, EnvironmentProblem, RunError, one_line
 from sft.model import kernels
 from sft.model.adapters import unwrap
 from sft.runs import step_of
-from sft.step.batch import Collator, count_labels
+from sft.step.batch import Collator, count_labels, loss_weight
 from sft.step.step import StepConfig, evaluate_loss, forward_backward, optimizer_step
 from sft.training import checkpoint as ckpt
 from sft.training import distributed
@@ -108,7 +108,7 @@ class TrainingLoop:
         self.progress = Progress(max_steps=schedule.total_steps)
         self.greater_is_better = bool(self.settings.greater_is_better)
         self.monitor = LossMonitor(schedule.metric, self.greater_is_better, self.settings.early_stopping)
-        self.collate = Collator(step.kind)
+        self.collate = Collator(step.kind, self.settings.normalize)
         self._last_entry = (0, 0.0)  # tokens and seconds at the last log entry
 
     # -- the loop ------------------------------------------------------------------------------------------------------
@@ -178,8 +178,9 @@ class TrainingLoop:
         ids = batch.pop("ids")
         batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
         tokens = sum(int(batch[name].sum()) for name in ("lengths", "source_lengths") if name in batch)
-        counts = torch.tensor([count_labels(batch) if batch else 0, tokens], device=self.device)
-        labels, tokens = (int(count) for count in distributed.all_reduce(counts))
+        sizes = [loss_weight(batch) if batch else 0.0, count_labels(batch) if batch else 0, tokens]
+        weight, *counts = distributed.all_reduce(torch.tensor(sizes, dtype=torch.float64, device=self.device)).tolist()
+        labels, tokens = (int(count) for count in counts)
         progress.tokens, progress.labelled = progress.tokens + tokens, progress.labelled + labels
         if not labels:
             log.warning("step %d has no labelled token: it trains nothing", progress.global_step + 1)
@@ -188,9 +189,7 @@ class TrainingLoop:
         loss = torch.zeros((), device=self.device)
         if batch:
             backward = self.accelerator.backward
-            loss, self.step = forward_backward(
-                self.model, batch, self.step, normalizer=max(1, labels), backward=backward
-            )
+            loss, self.step = forward_backward(self.model, batch, self.step, normalizer=weight or 1, backward=backward)
         distributed.sum_gradients(self.model.parameters())
         mean_loss = float(distributed.all_reduce(loss.detach().float()))
 
