@@ -70,6 +70,8 @@ def render(encoder: Any, source: Path, target: Path) -> dict[str, Any]:
     with atomic_file(target) as staged, staged.open("w", encoding="utf-8", newline="\n") as file:
         for row in store.iter_rows(source):
             try:
+                if records.is_pair(row):
+                    raise Refused("a preference pair has two answers, and a rendered row has one")
                 rendered = row if records.is_rendered(row) else {"id": records.row_id(row), **encoder.split(row)}
             except Refused as refusal:
                 refused[records.row_id(row)] = str(refusal)

@@ -14,6 +14,7 @@ from sft.data.formats import Formats, guess_columns, make_row, parse_text, rende
 from sft.data.process import process
 from sft.data.readers import RawRow
 from sft.data.rows import RowFault
+from sft.data.style import apply_style
 from sft.errors import DataError
 
 
@@ -327,9 +328,11 @@ def turns(*pairs: tuple[str, Any]) -> dict[str, Any]:
         (turns(("user", "u"), ("system", "s"), ("assistant", "a")), "roles out of order"),
         (turns(("user", "u"), ("tool", "t"), ("assistant", "a")), "roles out of order"),
         ({"question": {"text": "q"}, "answer": "a"}, "not text"),
-        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "preference pair"),
-        ({"chosen": "q a", "rejected": "q b"}, "preference pair"),
-        ({**turns(("user", "u"), ("assistant", "a")), "rejected_response": "b"}, "preference pair"),
+        ({"prompt": "q", "chosen": "a", "rejected": "a"}, "preference pair"),
+        ({"prompt": "q", "chosen": "a", "rejected": ""}, "empty answer"),
+        ({"prompt": "q", "chosen": "a", "rejected": [1]}, "unknown format"),
+        ({"chosen": "q a", "rejected": "q b"}, "no user turn"),
+        ({"prompt": "q", "chosen": [], "rejected": "b"}, "empty answer"),
         ({"prompt": "q", "completion": "a", "label": False}, "marked as bad"),
         ({"question": "q", "answer": "a", "is_correct": False}, "marked as bad"),
         ({**turns(("user", "u"), ("assistant", "a")), "kto_tag": "False"}, "marked as bad"),
@@ -553,9 +556,79 @@ def test_rows_of_a_classification_keep_both_labels() -> None:
     assert stored({"question": "q", "answer": "bad", "label": "bad"})[1]["assistant"] == "bad"
 
 
-def test_conversations_beside_a_preference_pair_are_read() -> None:
-    row = turns(("user", "u"), ("assistant", "a")) | {"chosen": [{"role": "user"}], "rejected": [{"role": "user"}]}
-    assert stored(row)[0] == "messages"
+def chat(*texts: str) -> list[dict[str, str]]:
+    """Turns by turns: user, assistant, user, ..."""
+    return [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
+
+
+GPT = {"from": "gpt", "value": "Paris."}
+PAIR = {"prompt": "Capital of France?", "chosen": "Paris.", "rejected": "Lyon."}
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (PAIR, PAIR),  # TRL, plain
+        ({"question": PAIR["prompt"], "chosen": "Paris.", "rejected": "Lyon."}, PAIR),
+        ({"instruction": "Capital", "input": "France", "chosen": "a", "rejected": "b"},
+         {"prompt": "Capital\n\nFrance", "chosen": "a", "rejected": "b"}),  # LLaMA-Factory, alpaca
+        ({"conversations": [{"from": "human", "value": PAIR["prompt"]}], "chosen": GPT,
+          "rejected": {"from": "gpt", "value": "Lyon."}}, PAIR),  # LLaMA-Factory, sharegpt
+        ({"prompt": chat(PAIR["prompt"]), "chosen": [{"role": "assistant", "content": "Paris."}],
+          "rejected": [{"role": "assistant", "content": "Lyon."}]}, PAIR),  # TRL, conversational
+        ({"prompt": PAIR["prompt"], "messages": chat(PAIR["prompt"], "Paris."), "score_chosen": 8.0,
+          "chosen": chat(PAIR["prompt"], "Paris."), "rejected": chat(PAIR["prompt"], "Lyon.")}, PAIR),  # UltraFeedback
+        ({"messages": chat(PAIR["prompt"], "Paris."), "rejected_response": "Lyon."}, PAIR),  # ms-swift
+        ({"messages": chat(PAIR["prompt"], "Paris."), "chosen": "Paris.", "rejected": "Lyon."}, PAIR),
+        ({"chosen": "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: Go\n\nAssistant: Gone.",
+          "rejected": "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: Go\n\nAssistant: No\n\nnever."},
+         {"messages": chat("Hi", "Yes?", "Go"), "chosen": "Gone.", "rejected": "No\n\nnever."}),  # HH-RLHF
+        ({"system": "Be brief.", "question": "q", "chosen": "a", "rejected": "b"},
+         {"messages": [{"role": "system", "content": "Be brief."}, *chat("q")], "chosen": "a", "rejected": "b"}),
+        ({"chosen": chat("q", "a"), "rejected": chat("q", "b", "more", "c")},
+         {"prompt": "q", "chosen": "a", "rejected": chat("q", "b", "more", "c")[1:]}),
+    ],
+)  # fmt: skip
+def test_preference_pairs_are_read_with_their_prompt(row: dict[str, Any], expected: dict[str, Any]) -> None:
+    format, record = stored(row)
+    assert (format, record) == ("preference", expected)
+
+
+def test_a_pair_counts_as_the_row_of_its_chosen_answer() -> None:
+    pair, plain = stored(PAIR)[1], stored({"question": PAIR["prompt"], "answer": "Paris."})[1]
+    assert rows.messages(pair) == rows.messages(plain) and rows.reference(pair) == "Paris."
+    assert rows.prompt_id(pair) == rows.prompt_id(plain)
+    other = stored({**PAIR, "rejected": "Nice."})[1]
+    assert rows.row_id(other) != rows.row_id(pair) and rows.comparison_text(other) != rows.comparison_text(pair)
+
+
+def test_a_style_goes_into_the_prompt_of_a_pair() -> None:
+    styled = apply_style({"id": "7", **PAIR}, "Be brief.", "replace")
+    system = {"role": "system", "content": "Be brief."}
+    answers = {"chosen": "Paris.", "rejected": "Lyon."}
+    assert styled == {"id": "7", "messages": [system, *chat(PAIR["prompt"])], **answers}
+    assert apply_style(styled, "Be kind.", "append")["messages"][0]["content"] == "Be brief.\n\nBe kind."
+
+
+def test_answers_in_the_prompt_of_a_pair_are_context_on_both_sides() -> None:
+    chosen, rejected = rows.sides(
+        {"id": "7", "messages": chat("a", "b", "c"), "chosen": "d", "rejected": chat("", "e")[1:]}
+    )
+    prompt = [chat("a")[0], {**chat("a", "b")[1], "weight": 0}, chat("a", "b", "c")[2]]
+    assert chosen == {"id": "7", "messages": [*prompt, {"role": "assistant", "content": "d"}]}
+    assert rejected == {"id": "7", "messages": [*prompt, {"role": "assistant", "content": "e"}]}
+
+
+def test_rated_answers_keep_their_label_where_both_kinds_are_used() -> None:
+    def label(row: dict[str, Any]) -> Any:
+        return make_row(RawRow("raw.jsonl:1", row), Formats("auto", None, rated=True), None)[0].get("label")
+
+    qa = {"prompt": "q", "completion": "a"}
+    assert label({**qa, "label": True}) is True and label({**qa, "label": False}) is False
+    assert label({**qa, "feedback": "thumbs_up"}) is True and label({**qa, "label": "0"}) is False
+    assert label(PAIR) is None
+    with pytest.raises(RowFault, match="no `label` says whether the answer is good"):
+        label(qa)
 
 
 def test_open_questions_with_empty_options_are_no_multiple_choice() -> None:

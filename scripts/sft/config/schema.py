@@ -157,8 +157,11 @@ class DataSection(Section):
         "Several sources instead of `raw_path`: [{path: P, weight: 1.0, limit: null}, ...].",
     )
     format: Literal[
-        "auto", "chat", "qa", "prompt", "alpaca", "sharegpt", "messages", "openassistant", "rendered", "text", "columns"
-    ] = key("auto", "Format of raw rows; `auto` detects it row by row. `chat` is {system, user, assistant}.")
+        "auto", "chat", "qa", "prompt", "alpaca", "sharegpt", "messages", "openassistant", "rendered", "text",
+        "preference", "columns",
+    ] = key(
+        "auto", "Format of raw rows; `auto` detects it row by row. `chat` is {system, user, assistant}."
+    )  # fmt: skip
     columns: ColumnsSection | None = key(None, "Mapping of plain columns, e.g. {user: Question, ...}.")
     hub_config: str | None = key(None, "Configuration of a hub data set.")
     hub_split: str = key("train", "Split of a hub data set.")

@@ -19,7 +19,7 @@ from sft.data.messages import (
     to_text,
 )
 from sft.data.readers import RawRow
-from sft.data.rows import Message, Row, RowFault, content_hash, content_id, dump_json, parse_json
+from sft.data.rows import Message, Row, RowFault, content_hash, content_id, dump_json, parse_json, row_id
 from sft.errors import DataError, nearest
 
 Names = dict[str, str]  # plain spelling of a key (`best_answer`) -> the key in the row (`Best Answer`)
@@ -48,12 +48,14 @@ ANSWERING = (*ASSISTANTS, "completion", *ANSWERS)
 LABELS = ("label", "kto_tag", "desirable", "is_correct", "correct", "accepted", "approved")  # KTO: is the answer good?
 FEEDBACK = ("feedback", "thumbs", "thumb", "vote", "reaction", "rating", "quality")  # of people who read the answer
 BAD = ("thumbs_down", "thumbsdown", "thumb_down", "down", "downvote", "dislike", "bad", "negative", "👎")
+CHOSEN = ("chosen", "chosen_response", "chosen_messages")  # the better answer, or the whole conversation with it
 REJECTED = ("rejected", "rejected_response", "rejected_messages")
 COMPARED = ("response_b", "response_k", "response_1", "answer_b", "answer_1", "human_ref_b")  # and another like it
+TRANSCRIPT = re.compile(r"(?:\A|\n\n)(Human|Assistant):")  # a conversation as Anthropic's HH-RLHF writes it
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 SCORED = ("completions", "responses", "answers")  # several answers with scores, as in UltraFeedback
 CHOICES = ("choices", "options")
-CHOSEN = ("answer", "answerkey", "answer_key", "correct_answer", "answer_index", "label", "correct", "cop")
+CORRECT = ("answer", "answerkey", "answer_key", "correct_answer", "answer_index", "label", "correct", "cop")
 CHOICE = re.compile(r"(?:option|choice|opt|answer)?_?([a-d1-4])")  # a column a choice
 TOKENS = ("input_ids", "token_ids")
 OLD_OPENAI_ENDS = ("\n\n###\n\n", " ->", "\n->")  # of prompts in files for its first fine-tuning API
@@ -61,6 +63,7 @@ TREE_MESSAGE = {"message_id", "parent_id", "role", "text"}  # keys of OpenAssist
 EVERY_FORMAT = ("id", "origin", *SYSTEM)  # read in every format
 STORED = ("tags", "tag", "category", "weight", "references")  # copied to the stored row as they are
 UNUSED = ("weight",)  # of these, what training does not use
+GOOD = ("thumbs_up", "thumbsup", "thumb_up", "up", "upvote", "like", "good", "positive", "👍")
 NEVER_GUESSED = (  # columns of facts about a row
     "id", "uuid", "title", "name", "url", "link", "source", "date", "time", "timestamp", "ts", "type", "lang", "model",
     "user_id", "username", "user_name", "author",
@@ -69,13 +72,20 @@ MAX_KEYS = 20  # unread keys of a row that are reported
 
 
 class Parsed(NamedTuple):
-    """One row. pair: (input, target) of a rendered row, without turns. references: all good answers, if several."""
+    """One row. pair: (input, target) of a rendered row, without turns. references: all good answers, if several.
+
+    chosen: how many turns at the end are the better answer of a preference pair; rejected: the turns of the other one.
+    good: whether the row says that its answer is good; None if it does not say.
+    """
 
     messages: list[Message]
     tools: list[Message] | None = None
     pair: tuple[str, str] | None = None
     references: tuple[str, ...] = ()
     format: str = ""
+    chosen: int = 0
+    rejected: tuple[Message, ...] = ()
+    good: bool | None = None
 
 
 class Format(NamedTuple):
@@ -87,15 +97,17 @@ class Format(NamedTuple):
 
 
 class Formats:
-    """Reads raw rows. format: `auto` or the only one to accept. columns: role -> column of a table."""
+    """Reads raw rows. format: `auto` or the only one to accept. columns: role -> column of a table. rated: rows say
+    whether their answer is good, and those with a bad one are used too (KTO).
+    """
 
-    def __init__(self, format: str, columns: dict[str, str] | None) -> None:
+    def __init__(self, format: str, columns: dict[str, str] | None, *, rated: bool = False) -> None:
         if (columns or format == "columns") and not {"user", "assistant"} <= set(columns or ()):
             fix = "name both: USER_COL=NAME ANSWER_COL=NAME, or data.columns.user and data.columns.assistant"
             raise DataError(
                 "a column of the questions and one of the answers are needed", where="data.columns", fix=fix
             )
-        self._format, self._columns = format, columns or {}
+        self._format, self._columns, self._rated = format, columns or {}, rated
         self.unread: Counter[str] = Counter()  # key -> rows that have it although no format reads it
         self.cut = 0  # rows that ended with an empty turn
         self.table: Row | None = None  # the first row in no known format whose columns could be mapped
@@ -115,8 +127,14 @@ class Formats:
             read = {*names.values(), *STORED}
         else:
             _refuse(row, names)
+            if (bad := _says_bad(row, names)) and not self._rated:
+                raise RowFault("marked as bad", f"the row says that its answer is bad (`{bad}` is {row[bad]!r})")
             format = self._choose(row, names)
             read = _keys_read(tuple(row), format)
+            if self._rated and format != "preference":
+                if not (label := bad or _says_good(row, names)):
+                    raise RowFault("unknown format", f"no `label` says whether the answer is good: {_listed(row)}")
+                read = read | {label}
         unread = [key for key in row if key and (key not in read or key in UNUSED)]
         if (key := _first(names, PASSAGES)) and key in read and row[key] and _passage(row[key]) is None:
             unread.append(key)
@@ -133,7 +151,8 @@ class Formats:
         if "history" in names and "history" in reader.keys:
             messages = _history(row[names["history"]]) + messages
         messages = _with_system(row, names, messages) if parsed.pair is None else []
-        return parsed._replace(messages=messages, format=parsed.format or format)
+        rating = not bad if self._rated and format not in ("preference", "columns") else None
+        return parsed._replace(messages=messages, format=parsed.format or format, good=rating)
 
     def _choose(self, row: Row, names: Names) -> str:
         if self._format != "auto":
@@ -164,8 +183,9 @@ def _refuse(row: Row, names: Names) -> None:
         raise RowFault(
             "unknown format", f"a message that no first message leads to: its parent is {row['parent_id']!r}"
         )
-    if (key := _first(names, (*REJECTED, *COMPARED))) and row[key] and not {"messages", "chosen"} <= names.keys():
-        raise RowFault("preference pair", f"a good and a bad answer (`{key}`), as for DPO: not supported yet")
+    if (key := _first(names, COMPARED)) and row[key] and not _first(names, REJECTED):
+        what = f"two answers (`{key}` and another): name the better one `chosen` and the other `rejected`"
+        raise RowFault("preference pair", what)
     speaker, text = _first(names, SPEAKER_KEYS), _first(names, ("content", "text", "message", "value", "utterance"))
     if (
         speaker
@@ -179,19 +199,20 @@ def _refuse(row: Row, names: Names) -> None:
         )
     scored = next((names[name] for name in SCORED if name in names and _has_scores(row[names[name]], row)), None)
     if scored:
-        raise RowFault("preference pair", f"several answers with scores or ranks (`{scored}`): not supported yet")
-    choices, answer = (row[_first(names, keys) or ""] if _first(names, keys) else None for keys in (CHOICES, CHOSEN))
+        what = (
+            f"several answers with scores or ranks (`{scored}`): write the best as `chosen`, a worse one as `rejected`"
+        )
+        raise RowFault("preference pair", what)
+    choices, answer = (row[_first(names, keys) or ""] if _first(names, keys) else None for keys in (CHOICES, CORRECT))
     short = isinstance(answer, int) or (isinstance(answer, str) and len(answer) < 3)
     columns = {match[1] for name in names if (match := CHOICE.fullmatch(name))}
-    marked = "answers" in names and isinstance(row[names["answers"]], list) and _first(names, CHOSEN[1:])
+    marked = "answers" in names and isinstance(row[names["answers"]], list) and _first(names, CORRECT[1:])
     if marked and isinstance(row[marked], int) and len(row[names["answers"]]) > 1:
         choices, short = row[names["answers"]], True
     if short and (
         (choices and isinstance(choices, (list, dict))) or str(answer).lower() in columns or len(columns) > 2
     ):
         raise RowFault("unknown format", "multiple choice: write the choices into the question, and the answer as text")
-    if key := _says_bad(row, names):
-        raise RowFault("marked as bad", f"the row says that its answer is bad (`{key}` is {row[key]!r})")
     if (key := next((names[name] for name in MEDIA if name in names and row[names[name]]), None)) is not None:
         raise RowFault("not text", f"the row comes with media (`{key}`): only text is trained on")
 
@@ -208,6 +229,14 @@ def _says_bad(row: Row, names: Names) -> str | None:
             return key
     verdicts = (names[name] for name in FEEDBACK if name in names)
     return next((key for key in verdicts if _plain(str(row[key])) in BAD), None)
+
+
+def _says_good(row: Row, names: Names) -> str | None:
+    """The key under which the row says that its answer is good."""
+    labels = (names[name] for name in LABELS if name in names)
+    verdicts = (names[name] for name in FEEDBACK if name in names)
+    good = next((key for key in labels if str(row[key]).strip().lower() in ("true", "1", "1.0")), None)
+    return good or next((key for key in verdicts if _plain(str(row[key])) in GOOD), None)
 
 
 def _has_scores(answers: Any, row: Row) -> bool:
@@ -281,7 +310,8 @@ def make_row(raw: RawRow, formats: Formats, system_prompt: str | None) -> tuple[
     if raw.fault is not None:
         raise RowFault("unreadable", raw.fault)
     parsed = formats.parse(raw.value)
-    extra = {key: raw.value[key] for key in STORED if raw.value.get(key) is not None}
+    rating = {} if parsed.good is None else {"label": parsed.good}
+    extra = rating | {key: raw.value[key] for key in STORED if raw.value.get(key) is not None}
     if raw.value.get("id") is not None:
         extra["source_id"] = raw.value["id"]
     if parsed.references:
@@ -292,11 +322,15 @@ def make_row(raw: RawRow, formats: Formats, system_prompt: str | None) -> tuple[
     turns = parsed.messages
     if system_prompt and turns and turns[0]["role"] != "system":
         turns = [{"role": "system", "content": system_prompt}, *turns]
-    if whole := without_empty_end(turns):
+    if not parsed.chosen and (whole := without_empty_end(turns)):
         formats.cut += 1
         turns = whole
     check_turns(turns)
     try:
+        if parsed.chosen:
+            before, chosen, rejected = turns[: -parsed.chosen], turns[-parsed.chosen :], list(parsed.rejected)
+            check_turns([*before, *rejected])
+            return pair_record(before, chosen, rejected, parsed.tools, origin=raw.origin, **extra), parsed.format
         return to_record(turns, parsed.tools, origin=raw.origin, **extra), parsed.format
     except TypeError as error:  # a value that JSON does not have
         raise RowFault("not text", str(error)) from None
@@ -325,6 +359,32 @@ def to_record(messages: list[Message], tools: list[Message] | None = None, *, or
     else:
         row |= {"messages": messages} | ({"tools": tools} if tools else {})
     return row | extra
+
+
+def pair_record(
+    prompt: list[Message],
+    chosen: list[Message],
+    rejected: list[Message],
+    tools: list[Message] | None,
+    *,
+    origin: str,
+    **extra: Any,
+) -> Row:
+    """The stored row of a preference pair; answers and a prompt of one plain turn are texts. Raises RowFault if both
+    answers are the same.
+    """
+    if chosen == rejected:
+        raise RowFault("preference pair", "the chosen and the rejected answer are the same")
+
+    def short(turns: list[Message], role: str) -> Any:
+        plain = len(turns) == 1 and turns[0].keys() == {"role", "content"} and turns[0]["role"] == role
+        return turns[0]["content"] if plain else turns
+
+    question = short(prompt, "user")
+    row: Row = {"prompt": question} if isinstance(question, str) else {"messages": prompt}
+    row |= {"tools": tools} if tools else {}
+    row |= {"chosen": short(chosen, "assistant"), "rejected": short(rejected, "assistant")}
+    return {"id": row_id(row)} | ({"origin": origin} if origin else {}) | row | extra
 
 
 def rendered_record(source: str, target: str, *, origin: str = "", **extra: Any) -> Row:
@@ -508,8 +568,78 @@ def _read_text(row: Row, names: Names) -> Parsed:
     return Parsed(messages, format=f"text ({template})")
 
 
+def _is_preference(row: Row, names: Names) -> bool:
+    """Whether a row has a worse answer beside the one to learn."""
+    key = _first(names, REJECTED)
+    return bool(key and (row[key] or _first(names, CHOSEN)))
+
+
+def _read_preference(row: Row, names: Names) -> Parsed:
+    """A better and a worse answer, each a text, a turn, or turns; or two conversations that begin alike.
+
+    The prompt is what both begin with, else it is read from the row's other keys, and so is the better answer if it has
+    no key of its own.
+    """
+    key, other_key = _first(names, CHOSEN), _first(names, REJECTED) or ""
+    rejected = _side(row[other_key], other_key)
+    rest = {name: value for name, value in row.items() if name not in (key, other_key)}
+    tools = _first(names, TOOLS)
+    row_tools = normalize_tools(row[tools]) if tools else None
+    if key:
+        chosen = _side(row[key], key)
+        if chosen and chosen[0]["role"] != "assistant":
+            both = zip(chosen, rejected, strict=False)
+            same = next((at for at, (one, other) in enumerate(both) if one != other), min(len(chosen), len(rejected)))
+            if same == len(chosen) == len(rejected):
+                raise RowFault("preference pair", "the chosen and the rejected answer are the same")
+            return Parsed(chosen, row_tools, chosen=len(chosen) - same, rejected=tuple(rejected[same:]))
+        if turns_key := _turns_key(rest, _plain_names(tuple(rest))):
+            messages = normalize_messages(rest[turns_key], turns_key)
+            messages = messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
+        elif isinstance(row.get(names.get("prompt", "")), list):
+            messages = normalize_messages(row[names["prompt"]], "prompt")
+        else:
+            answerless = {name: value for name, value in rest.items() if _plain(name) not in ANSWERING} | {
+                "output": "-"
+            }
+            messages = _first_format(answerless).messages[:-1]
+        return Parsed([*messages, *chosen], row_tools, chosen=len(chosen), rejected=tuple(rejected))
+    parsed = _first_format(rest)
+    return parsed._replace(chosen=1, rejected=tuple(rejected))
+
+
+def _first_format(row: Row) -> Parsed:
+    """The turns of a row in the first format that fits. Raises RowFault if none does."""
+    names = _plain_names(tuple(row))
+    for name, format in FORMATS.items():
+        if name not in ("rendered", "text") and format.fits(row, names):
+            return format.read(row, names)
+    raise RowFault("no user turn", f"no prompt beside the answers: {_listed(row)}")
+
+
+def _side(value: Any, where: str) -> list[Message]:
+    """The turns of one side of a preference pair: an answer (a text or a turn), turns, or a transcript of HH-RLHF."""
+    if isinstance(value, dict):
+        return normalize_messages([value], where)
+    if isinstance(value, list) or (isinstance(value, str) and value.lstrip().startswith("[{")):
+        return normalize_messages(value, where)
+    text = to_text(value, where)
+    if not (TRANSCRIPT.match(text) and "\n\nAssistant:" in text):
+        return [{"role": "assistant", "content": text}]
+    _, *parts = TRANSCRIPT.split(text)
+    return [
+        {"role": ROLES[name.lower()], "content": part.strip()}
+        for name, part in zip(parts[::2], parts[1::2], strict=True)
+    ]
+
+
 # In this order: the first that fits is taken.
 FORMATS: dict[str, Format] = {
+    "preference": Format(
+        (*CHOSEN, *REJECTED, *TURNS, *LISTS, *TOOLS, *QUESTIONS, *INPUTS, *PASSAGES, "prompt", "history", *ANSWERING),
+        _is_preference,
+        _read_preference,
+    ),
     "sharegpt": Format(
         (*TURNS, *LISTS, *TOOLS, "mapping", "current_node"),
         lambda row, names: bool(_turns_key(row, names)) and _from_turns(row, names),

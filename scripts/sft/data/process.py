@@ -63,10 +63,18 @@ class Rejected(DataError):
         self.ledger, self.table = ledger, table
 
 
-def process(data: DataSection, root: Path, raw_path: str | None = None, on_progress: Progress | None = None) -> Ledger:
+def process(
+    data: DataSection,
+    root: Path,
+    raw_path: str | None = None,
+    on_progress: Progress | None = None,
+    *,
+    rated: bool = False,
+) -> Ledger:
     """Processes the sources of `data` into `data.processed_dir` and returns the account of their rows.
 
-    raw_path counts from the working folder. Raises DataError (nothing to read, cannot write) or Rejected.
+    raw_path counts from the working folder. rated: rows say whether their answer is good (KTO).
+    Raises DataError (nothing to read, cannot write) or Rejected.
     """
     parts, target = find_sources(data, root, raw_path), resolve_path(root, data.processed_dir)
     name, kind, encoding = (
@@ -76,7 +84,7 @@ def process(data: DataSection, root: Path, raw_path: str | None = None, on_progr
     ledger = Ledger(name, kind, encoding, max_dropped=data.max_dropped, few_faults=few)
     ledger.splits = dict.fromkeys(split.ranges(data.split), 0)
     with store.replace_dir(target, FILES, "data.processed_dir") as staged:
-        checks = RowChecks(data, root)
+        checks = RowChecks(data, root, rated=rated)
         with (staged / "quarantine.jsonl").open("wb") as quarantine:
             rows = _read(parts, checks, staged / PENDING, quarantine, ledger, on_progress)
             ledger.warnings = [line for part in parts for line in part.warnings()]
@@ -109,10 +117,10 @@ def process(data: DataSection, root: Path, raw_path: str | None = None, on_progr
 class RowChecks:
     """What every readable row must pass: not seen before, not of a benchmark, no flag that is to be dropped."""
 
-    def __init__(self, data: DataSection, root: Path) -> None:
+    def __init__(self, data: DataSection, root: Path, *, rated: bool = False) -> None:
         self.data, self.profile = data, DataProfile()
         columns = {role: name for role, name in data.columns if name} if data.columns else None
-        self.formats = Formats(data.format, columns)
+        self.formats = Formats(data.format, columns, rated=rated)
         self.contamination: Contamination | None = None
         self.near: NearDuplicates | None = None
         self._seen: set[int] = set()
@@ -345,7 +353,7 @@ def _require_good_rows(
                 f"if line 1 is a row, write names above it, such as question and answer; if it names the columns, {fix}"
             )
     elif most == "preference pair":
-        fix = "to train on the good answers alone, write rows of `prompt` and `completion`"
+        fix = "write each row as `prompt`, `chosen` and `rejected`, whose answers differ"
     elif ledger.written and ledger.fault_share <= 0.5:
         share = math.ceil(ledger.fault_share * 100) / 100
         fix = f"correct them, or leave them out: make process{raw} SET=data.max_dropped={share:g}"

@@ -1,7 +1,8 @@
-"""Stored rows and their parts: strict JSON, reasons to exclude a row, and the three shapes.
+"""Stored rows and their parts: strict JSON, reasons to exclude a row, and the four shapes.
 
-A row is short (`system`, `user`, `assistant`), `messages` (with `tools`), or rendered (`input`, `target`); each has
-`id`, a hash of its content, and `origin`, the file and line that it was read from.
+A row is short (`system`, `user`, `assistant`), `messages` (with `tools`), rendered (`input`, `target`), or a preference
+pair (`prompt` or `messages`, `chosen`, `rejected`); each has `id`, a hash of its content, and `origin`, the file and
+line that it was read from. Wherever one answer is meant, a pair counts as the row of its chosen answer.
 """
 
 from __future__ import annotations
@@ -102,12 +103,42 @@ def is_rendered(row: Row) -> bool:
 
 
 def shape(row: Row) -> str:
-    """For the user: which of the three shapes a row has."""
+    """For the user: which of the four shapes a row has."""
+    if is_pair(row):
+        return "preference pair"
     return "messages" if "messages" in row else "rendered" if is_rendered(row) else "one turn"
 
 
+def is_pair(row: Row) -> bool:
+    """Whether this is a preference pair: a prompt with a better answer and a worse one."""
+    return "chosen" in row and "rejected" in row and ("prompt" in row or "messages" in row)
+
+
+def sides(row: Row) -> tuple[Row, Row]:
+    """The two rows of a pair, as `messages`: with its chosen and with its rejected answer.
+
+    Answers in the prompt have `weight: 0`, since the two sides share them.
+    """
+    prompt = [{**turn, "weight": 0} if turn["role"] == "assistant" else turn for turn in prompt_of_pair(row)]
+    shared = {"id": row_id(row)} | ({"tools": row["tools"]} if row.get("tools") else {})
+    chosen, rejected = ({**shared, "messages": [*prompt, *_answer(row[side])]} for side in ("chosen", "rejected"))
+    return chosen, rejected
+
+
+def prompt_of_pair(row: Row) -> list[Message]:
+    """The turns that both answers of a pair follow."""
+    return list(row["messages"]) if "messages" in row else [{"role": "user", "content": row["prompt"]}]
+
+
+def _answer(value: Any) -> list[Message]:
+    """The turns of one side of a pair, which is a text or a list of turns."""
+    return list(value) if isinstance(value, list) else [{"role": "assistant", "content": value}]
+
+
 def messages(row: Row) -> list[Message]:
-    """The turns of a stored row of either shape; an empty system text is left out."""
+    """The turns of a stored row that is not rendered; an empty system text is left out."""
+    if is_pair(row):
+        return [*prompt_of_pair(row), *_answer(row["chosen"])]
     if "messages" in row:
         return list(row["messages"])
     turns = [{"role": "system", "content": row["system"]}] if row.get("system") else []
@@ -131,6 +162,8 @@ def row_id(row: Row) -> str:
         return str(row["id"])
     if is_rendered(row):
         return content_hash({"input": row["input"], "target": row["target"]})
+    if is_pair(row):
+        return content_hash([messages(row), _answer(row["rejected"]), tools(row)])
     return content_id(messages(row), tools(row))
 
 
@@ -169,7 +202,8 @@ def prompt_id(row: Row) -> str:
 
 def comparison_text(row: Row) -> str:
     """All turns but the system text, which many rows share: what rows are compared by."""
-    return "\n".join(texts(row, "user", "assistant", "tool"))
+    rejected = _answer(row["rejected"]) if is_pair(row) else []
+    return "\n".join([*texts(row, "user", "assistant", "tool"), *(str(turn["content"] or "") for turn in rejected)])
 
 
 def content_id(messages: list[Message], tools: list[Message] | None = None) -> str:

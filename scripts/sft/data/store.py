@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, cast
 from sft import files
 from sft.config.load import resolve_path
 from sft.config.schema import DataSection
-from sft.data.rows import Row, RowFault, parse_json, row_id
+from sft.data.rows import Row, RowFault, is_pair, parse_json, row_id
 from sft.errors import DataError
 
 SPLITS = ("train", "val", "test")
@@ -96,17 +96,20 @@ def iter_rows(path: Path | str) -> Iterator[Row]:
 
 
 def _stored_row(text: bytes) -> Row:
-    """Raises RowFault unless this is a row of one of the three stored shapes, with text if text belongs."""
+    """Raises RowFault unless this is a row of one of the four stored shapes, with text if text belongs."""
     row = parse_json(text.decode("utf-8"))
     keys = set(row) if isinstance(row, dict) else set()
+    pair = bool(keys) and is_pair(row)
+    for key in ("messages", *(("chosen", "rejected") if pair else ())):
+        if key in keys and not (key != "messages" and isinstance(row[key], str)):
+            turns = row[key]
+            if not isinstance(turns, list) or not turns or not all(isinstance(t, dict) and "role" in t for t in turns):
+                raise RowFault("unknown format", f"{key} is not a list of turns with a role")
     if "messages" in keys:
-        turns = row["messages"]
-        if not isinstance(turns, list) or not turns or not all(isinstance(t, dict) and "role" in t for t in turns):
-            raise RowFault("unknown format", "messages is not a list of turns with a role")
         return dict(row)
-    required = ("user", "assistant") if "user" in keys else ("input", "target")
+    required = ("user", "assistant") if "user" in keys else ("prompt",) if pair else ("input", "target")
     if not keys.issuperset(required):
-        shapes = "{system,user,assistant}, {messages} or {input,target}"
+        shapes = "{system,user,assistant}, {messages}, {prompt,chosen,rejected} or {input,target}"
         raise RowFault(
             "unknown format", f"not a processed row: its keys are {', '.join(sorted(keys)[:8])}, not {shapes}"
         )

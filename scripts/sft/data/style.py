@@ -9,7 +9,7 @@ from sft import files
 from sft.config.load import resolve_path
 from sft.config.schema import DataSection
 from sft.data import store
-from sft.data.rows import Row, dump_json, is_rendered, messages
+from sft.data.rows import Row, dump_json, is_pair, is_rendered, messages, prompt_of_pair
 from sft.errors import DataError, nearest
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ def system_text(row: Row) -> str:
 
 def apply_style(row: Row, style: str, mode: str) -> Row:
     """The row with the style in its system text; its id stays, since it is the same row."""
-    turns, system = messages(row), system_text(row)
+    turns, system = prompt_of_pair(row) if is_pair(row) else messages(row), system_text(row)
     first = turns[0] if turns and turns[0]["role"] == "system" else None
     text = {
         "replace": style,
@@ -53,9 +53,10 @@ def apply_style(row: Row, style: str, mode: str) -> Row:
         "append": f"{system}\n\n{style}" if system else style,
         "fill": system or style,
     }[mode]
-    if "messages" not in row:
+    if "messages" not in row and not is_pair(row):
         return {**row, "system": text}
     head = {**(first or {"role": "system"}), "content": text}
+    row = {key: value for key, value in row.items() if key != "prompt"}
     return {**row, "messages": [head, *(turns[1:] if first else turns)]}
 
 
