@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from sft.config.load import load
-from sft.config.schema import Config
+from sft.config.schema import RENAMED, Config
 from sft.errors import ConfigError
 from tests.conftest import ROOT
 from tests.training import project
@@ -27,7 +27,11 @@ REMOVED_KEYS: dict[str, str] = {}  # key -> the successor that its error must na
 REMOVED_CHOICES: dict[str, set[str]] = {}  # key -> values that are an error now
 REMOVED_FILES = {"outputs/t/checkpoint-6/session.json"}  # now part of trainer_state.json
 REMOVED_LOG_KEYS = {"train/input_wait"}  # rows are in memory: nothing waited
-CHANGED_DEFAULTS = {"train.save_strategy": "auto", "data.replay.path": "(required)"}  # key -> its default now
+CHANGED_DEFAULTS = {  # key -> its default now
+    "train.save_strategy": "auto",
+    "data.replay.path": "(required)",
+    "logging.backend": "[tensorboard]",
+}
 
 
 @cache
@@ -69,6 +73,7 @@ def schema_keys(section: Any = None, prefix: str = "") -> dict[str, Any]:
 
 def test_every_config_key_is_accepted_or_names_its_successor(tmp_path: Path) -> None:
     keys = schema_keys()
+    keys |= {spelling: keys[key] for spelling, key in RENAMED.items()}
     gone = {key for key in INVENTORY["config keys"] if key not in keys and not parent_is_nullable(key, keys)}
     assert gone == set(REMOVED_KEYS), gone ^ set(REMOVED_KEYS)
     for key, successor in REMOVED_KEYS.items():
@@ -85,7 +90,7 @@ def parent_is_nullable(key: str, keys: dict[str, Any]) -> bool:
 def test_every_choice_of_a_key_is_accepted() -> None:
     reference = (ROOT / "docs" / "CONFIG.md").read_text(encoding="utf-8")
     for key, entry in INVENTORY["config keys"].items():
-        row = next((line for line in reference.splitlines() if line.startswith(f"| `{key}` |")), "")
+        row = next((line for line in reference.splitlines() if line.startswith(f"| `{RENAMED.get(key, key)}` |")), "")
         missing = {choice for choice in entry["choices"] if f"`{choice}`" not in row}
         assert missing <= REMOVED_CHOICES.get(key, set()), (key, missing)
 
@@ -93,7 +98,7 @@ def test_every_choice_of_a_key_is_accepted() -> None:
 def test_no_default_changes_unnoticed() -> None:
     reference = (ROOT / "docs" / "CONFIG.md").read_text(encoding="utf-8")
     for key, entry in INVENTORY["config keys"].items():
-        row = next((line for line in reference.splitlines() if line.startswith(f"| `{key}` |")), None)
+        row = next((line for line in reference.splitlines() if line.startswith(f"| `{RENAMED.get(key, key)}` |")), None)
         if row is None:
             assert key in REMOVED_KEYS, key
             continue

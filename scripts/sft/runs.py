@@ -26,7 +26,7 @@ SETTINGS, RESOLVED, FINISHED = "config.yaml", "config.resolved.yaml", "finished.
 LOCK, PAUSE, SAVE = "lock", "pause", "save"
 FINGERPRINT = "backend.json"  # of a run and a checkpoint: the settings that its weights depend on
 SERVING = "serving.json"  # of an adapter or model: {"system": the system text that all training rows share}
-_RESERVED = {"tb", "last", ""}
+_RESERVED = {"tb", "wandb", "mlflow", "trackio", "last", ""}
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 

@@ -21,7 +21,10 @@ Optimizer = Literal[
     "lion_8bit", "lion_32bit", "paged_lion_8bit", "paged_lion_32bit",
     "ademamix", "ademamix_8bit", "paged_ademamix_8bit", "paged_ademamix_32bit",
 ]  # fmt: skip
-RENAMED = {"train.evaluation_strategy": "train.eval_strategy"}  # other accepted spellings of a key -> the key
+RENAMED = {
+    "train.evaluation_strategy": "train.eval_strategy",
+    "logging.backend": "logging.backends",
+}  # other accepted spellings of a key -> the key
 
 
 def key(default: Any, description: str, **limits: Any) -> Any:
@@ -427,10 +430,21 @@ class TrainSection(Section):
 class LoggingSection(Section):
     """What a run logs."""
 
-    backend: Literal["tensorboard", "none"] = key("tensorboard", "`log.jsonl` is written in any case.")
+    backends: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = key(
+        ["tensorboard"],
+        "Where the numbers go besides `log.jsonl`; `none` for nowhere else (`logging.backend` is accepted too). wandb,"
+        " mlflow and trackio write into outputs/ and send nothing, unless your environment names a key or a server.",
+    )
     log_interval: int = key(10, "Steps between log lines.", ge=1)
     gpu_stats: bool = key(True, "Log GPU memory and utilisation.")
     samples: int = key(3, "Sample answers logged at each evaluation.", ge=0)
+
+    @field_validator("backends", mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        return (
+            [name.strip() for name in value.split(",") if name.strip() != "none"] if isinstance(value, str) else value
+        )
 
 
 class Config(Section):

@@ -153,8 +153,10 @@ def prepare(
     from sft.model.tokenizer import round_trip_problem
     from sft.training import rehearsal
     from sft.training.checkpoint import REHEARSAL
+    from sft.training.loggers import require_installed
 
     check_names(config.eval.metrics)
+    require_installed(config.logging.backends)
     encoder = load_encoder(config, root, files=model_files)
     if problem := round_trip_problem(encoder.tokenizer):
         log.warning(problem)
@@ -384,7 +386,7 @@ def make_loop(job: Job, opened: OpenRun, root: Path, report: Report | None) -> t
     from sft.step.step import make_step_config
     from sft.training import autobatch
     from sft.training.checkpoint import CheckpointManager
-    from sft.training.loggers import Loggers
+    from sft.training.loggers import Loggers, Trackers
     from sft.training.loop import TrainingLoop
 
     run, train = opened.run, job.config.train
@@ -413,9 +415,11 @@ def make_loop(job: Job, opened: OpenRun, root: Path, report: Report | None) -> t
         if distributed.rank() == 0:
             job.write_settings(run.folder)
     section, is_first = job.config.logging, distributed.rank() == 0
+    trackers = [name for name in section.backends if name != "tensorboard"]
     loggers = Loggers(
         run.folder / "log.jsonl" if is_first else None,
-        run.tb_dir if is_first and section.backend == "tensorboard" else None,
+        run.tb_dir if is_first and "tensorboard" in section.backends else None,
+        trackers=Trackers(trackers, run, job.config) if trackers else None,
         after_step=runs.step_of(opened.checkpoint) if opened.checkpoint else 0,
         total_steps=job.schedule.total_steps,
         gpu=section.gpu_stats,

@@ -1,22 +1,35 @@
-"""Where a run's numbers go: outputs/<run>/log.jsonl, TensorBoard's event files, and the terminal.
+"""Where a run's numbers go: outputs/<run>/log.jsonl, TensorBoard's event files, the terminal, and other trackers.
 
 On a resume, lines of steps after the checkpoint are removed and TensorBoard purges those steps, so that no
-curve overlaps itself.
+curve overlaps itself. Trackers that cannot take numbers back are not sent them twice.
 """
 
 from __future__ import annotations
 
+import atexit
+import importlib
+import io
 import json
 import logging
 import math
+import netrc
+import os
+import sys
 import time
-from collections.abc import Callable, Mapping
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from sft import files
+from sft.errors import EnvironmentProblem, one_line, redact
 
 if TYPE_CHECKING:
+    from sft.config.schema import Config
+    from sft.runs import Run
     from sft.training.checkpoint import Progress
 
 log = logging.getLogger("sft.training")
@@ -57,8 +70,9 @@ class Loggers:
     """Logs a run from the step after `after_step` on.
 
     path: its log.jsonl, one JSON object a line, in which a number that is not finite is null; None on other ranks than
-    0, which log nothing. curves: the folder for TensorBoard, None for no curves. gpu: whether to add its memory and
-    utilisation. report: called after each step, for a progress bar; without one, lines are logged.
+    0, which log nothing. curves: the folder for TensorBoard, None for no curves. trackers: wandb and others. gpu:
+    whether to add its memory and utilisation. report: called after each step, for a progress bar; without one, lines
+    are logged.
     """
 
     def __init__(
@@ -66,6 +80,7 @@ class Loggers:
         path: Path | None = None,
         curves: Path | None = None,
         *,
+        trackers: Trackers | None = None,
         after_step: int = 0,
         total_steps: int = 0,
         gpu: bool = False,
@@ -73,6 +88,7 @@ class Loggers:
     ) -> None:
         self.path, self.total_steps, self.gpu, self.report = path, total_steps, gpu, report
         self.writer: Any = None
+        self.trackers, self._after_step = trackers, after_step
         self._start = (time.monotonic(), 0, 0, 0.0)  # when this process began to train; steps, tokens, seconds before
         self._line = -math.inf  # when the last line of progress was logged
         if path is None:
@@ -94,6 +110,8 @@ class Loggers:
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         files.append(self.path, _json_line({"step": step, **finite}))
         self._to_tensorboard(step, lambda writer: [writer.add_scalar(name, values[name], step) for name in values])
+        if self.trackers is not None:
+            self.trackers.log(step, finite)
         log.debug("step %d: %s", step, "  ".join(f"{name} {value:.4g}" for name, value in values.items()))
 
     def text(self, step: int, name: str, text: str) -> None:
@@ -101,9 +119,18 @@ class Loggers:
         if self.path is not None:
             files.append(self.path, _json_line({"step": step, name: text}))
             self._to_tensorboard(step, lambda writer: writer.add_text(name, text, step))
+            if self.trackers is not None:
+                self.trackers.log(step, {name: text})
 
     def begin(self, progress: Progress) -> None:
-        """Training begins, or goes on, after `progress`: speed and time left count from here."""
+        """Training begins, or goes on, after `progress`: speed and time left count from here.
+
+        Raises EnvironmentProblem, on every rank, if a tracker cannot start.
+        """
+        if (trackers := self.trackers) is not None:
+            from sft.training import distributed
+
+            distributed.on_rank0(lambda: trackers.start(resume=self._after_step > 0))
         self._start = (time.monotonic(), progress.global_step, progress.tokens, progress.seconds)
         self.busy(progress.global_step, "the first step")
 
@@ -138,6 +165,9 @@ class Loggers:
             writer.close()
 
         self._to_tensorboard(step, end)
+        if self.trackers is not None:
+            self.trackers.log(step, {f"final/{name.removeprefix('hparam/')}": value for name, value in results.items()})
+            self.trackers.end()
 
     def _to_tensorboard(self, step: int, write: Callable[[Any], object]) -> None:
         """Writes to TensorBoard; its curves end where its disk refuses, while log.jsonl's refusal ends the run."""
@@ -149,6 +179,156 @@ class Loggers:
         except OSError as error:
             self.writer = None
             log.warning("TensorBoard's curves end at step %d (%s); log.jsonl has the numbers", step, error)
+
+
+class Trackers:
+    """The runs of this training run in wandb, MLflow and trackio, through accelerate's trackers.
+
+    outputs/<run>/trackers.json has their ids, so that a resumed run continues the same ones, and the last step that
+    each has in full. Without a key or a server in the environment they write into outputs/<tracker> and send nothing.
+    Only rank 0 starts them.
+    """
+
+    PROJECT = "sft-play"
+
+    def __init__(self, names: Sequence[str], run: Run, config: Config) -> None:
+        self.names, self.run, self.config = names, run, config
+        self.path, self.folder = run.folder / "trackers.json", run.folder.parent
+        self.started: dict[str, Any] = {}
+        self.records: dict[str, dict[str, Any]] = {}
+
+    def start(self, *, resume: bool) -> None:
+        """Starts or continues every tracker's run. Raises EnvironmentProblem."""
+        stored = files.read_json(self.path) if resume else {}
+        for name in self.names:
+            known = stored.get(name, {})
+            try:
+                with redirect_stdout(sys.stderr if name != "trackio" else io.StringIO()):
+                    tracker, identity, place = getattr(self, f"_start_{name}")(known.get("id"))
+                    if not known:
+                        tracker.store_init_configuration(flat(self.config.model_dump()))
+            except Exception as error:  # of a library that we do not know well: network, login, disk, versions
+                raise EnvironmentProblem(
+                    f"{name} cannot be used: {one_line(error, 300)}",
+                    where="logging.backends",
+                    fix="--set logging.backends=tensorboard",
+                ) from error
+            self.started[name] = tracker
+            self.records[name] = {"id": identity, "has_steps_to": known.get("has_steps_to", -1), "at": place}
+            log.info("%s: %s%s", name, "the same run as before, " if known else "", place)
+        self._last = {name: record["has_steps_to"] for name, record in self.records.items()}
+        files.write_json(self.path, self.records)
+        atexit.register(self.end)  # a run that is stopped; before the libraries' own, which print on stdout
+
+    def _start_wandb(self, identity: str | None) -> tuple[Any, str, str]:
+        from accelerate.tracking import WandBTracker
+
+        os.environ.setdefault("WANDB_SILENT", "true")
+        identity = identity or uuid.uuid4().hex[:12]
+        mode, has_key = os.environ.get("WANDB_MODE"), _has_wandb_key()
+        if mode == "online" and not has_key:
+            raise ValueError("WANDB_MODE is online, but there is no key (type `wandb login`, or set WANDB_API_KEY)")
+        mode = mode or ("online" if has_key else "offline")
+        tracker = WandBTracker(
+            os.environ.get("WANDB_PROJECT", self.PROJECT),
+            id=identity,
+            name=self.run.name,
+            dir=str(self.folder),
+            mode=mode,
+            resume="allow",
+            settings={"console": "off"},
+        )
+        tracker.start()
+        where = Path(tracker.tracker.dir).parent if mode != "online" else ""
+        return tracker, identity, f"offline; to upload it: wandb sync {where}" if where else str(tracker.tracker.url)
+
+    def _start_mlflow(self, identity: str | None) -> tuple[Any, str, str]:
+        from accelerate.tracking import MLflowTracker
+
+        place = os.environ.get("MLFLOW_TRACKING_URI", "")
+        if not place:
+            folder = self.folder / "mlflow"
+            files.make_folder(folder)
+            has_database = find_spec("sqlalchemy") is not None  # mlflow-skinny comes without
+            place = f"sqlite:///{folder}/mlflow.db" if has_database else folder.as_uri()
+            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+        importlib.import_module("mlflow").set_tracking_uri(place)
+        tracker = MLflowTracker(self.PROJECT, run_name=self.run.name, run_id=identity)
+        tracker.start()
+        is_local = place.startswith(("file:", "sqlite:"))
+        shown = f"to look at it: mlflow ui --backend-store-uri {place}" if is_local else place
+        return tracker, str(tracker.tracker.info.run_id), shown
+
+    def _start_trackio(self, identity: str | None) -> tuple[Any, str, str]:
+        from accelerate.tracking import TrackioTracker
+
+        folder = os.environ.setdefault("TRACKIO_DIR", str(self.folder / "trackio"))
+        name = identity or f"{self.run.name}-{uuid.uuid4().hex[:6]}"
+        tracker = TrackioTracker(self.PROJECT, name=name, resume="must" if identity else "never", embed=False)
+        tracker.start()
+        return tracker, name, f"to look at it: TRACKIO_DIR={folder} trackio show --project {self.PROJECT}"
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """Sends what the trackers do not have yet; one that fails ends there, while the run goes on."""
+        for name, tracker in list(self.started.items()):
+            record = self.records[name]
+            numbers = {key: value for key, value in values.items() if value is not None}
+            if name == "mlflow":
+                numbers = {key: value for key, value in numbers.items() if not isinstance(value, str)}
+            if step <= self._last[name] or not numbers:
+                continue
+            try:
+                tracker.log(numbers, step=step)
+            except Exception as error:  # as above
+                del self.started[name]
+                log.warning("%s ends at step %d (%s); log.jsonl has the numbers", name, step, one_line(error, 300))
+            else:
+                record["has_steps_to"] = step - 1  # more numbers of this step may follow
+        if self.started:
+            files.write_json(self.path, self.records)
+
+    def end(self) -> None:
+        """Ends every tracker's run and waits until it has everything."""
+        for name, tracker in list(self.started.items()):
+            del self.started[name]
+            with suppress(Exception), redirect_stdout(sys.stderr if name != "trackio" else io.StringIO()):
+                if name == "trackio":  # whose tracker leaves its run open for a second end, at exit
+                    importlib.import_module(name).finish()
+                else:
+                    tracker.finish()
+
+
+def require_installed(backends: Sequence[str]) -> None:
+    """Raises EnvironmentProblem for a tracker whose library is missing."""
+    for name in backends:
+        if find_spec(name) is None:
+            raise EnvironmentProblem(
+                f"{name} is not installed, and logging.backends names it",
+                where="logging.backends",
+                fix=f"{sys.executable} -m pip install {name}",
+            )
+
+
+def _has_wandb_key() -> bool:
+    """Whether wandb would find a key without asking for one: WANDB_API_KEY, or the host's entry in the netrc file."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    with suppress(OSError, netrc.NetrcParseError):
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    return False
+
+
+def flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The settings with dotted keys, as trackers take them: plain values, secrets replaced."""
+    values: dict[str, Any] = {}
+    for key, value in section.items():
+        if isinstance(value, Mapping) and value:
+            values |= flat(value, f"{prefix}{key}.")
+        else:
+            plain = isinstance(value, bool | int | float)
+            values[prefix + key] = value if plain else redact(str(value))
+    return values
 
 
 def _json_line(entry: Mapping[str, Any]) -> str:
