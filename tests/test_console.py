@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +16,7 @@ import pytest
 
 from sft import console
 from sft.errors import ConfigError, SftError, nearest, one_line
+from tests.conftest import ROOT
 
 TOKEN = "hf_" + "AbcDef0123456789"
 Run = Callable[[Callable[[argparse.Namespace], Any]], tuple[int, str, str]]
@@ -156,6 +159,31 @@ def test_threads_do_not_spin_for_long_unless_the_user_chose_so(monkeypatch: pyte
     monkeypatch.delenv("GOMP_SPINCOUNT")
     console.quiet_libraries()
     assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE" and "GOMP_SPINCOUNT" not in os.environ
+
+
+def test_matrix_products_of_ever_new_shapes_do_not_fill_the_memory() -> None:
+    """oneDNN compiles a kernel for each shape and stores it: rows of other lengths in every step are other shapes."""
+    code = """
+import ctypes
+from sft import console
+console.quiet_libraries()
+import torch
+libc = ctypes.CDLL(None)
+Counts = type("Counts", (ctypes.Structure,), {"_fields_": [(str(i), ctypes.c_size_t) for i in range(10)]})
+libc.mallinfo2.restype = Counts
+rows, matrix = torch.ones(300, 64, dtype=torch.bfloat16), torch.ones(64, 64, dtype=torch.bfloat16)
+used = []
+for length in range(1, 301):
+    rows[:length] @ matrix
+    used.append(getattr(libc.mallinfo2(), "7"))
+print((used[-1] - used[149]) / 2**20)
+"""
+    if not hasattr(ctypes.CDLL(None), "mallinfo2"):
+        pytest.skip("glibc older than 2.33 does not count its blocks")
+    environment = {name: value for name, value in os.environ.items() if "CACHE_CAPACITY" not in name}
+    environment |= {"PYTHONPATH": str(ROOT / "scripts"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 8  # MiB; 80 with torch's default
 
 
 @pytest.mark.parametrize(("terminal", "lines"), [(True, 2), (False, 1)])

@@ -34,6 +34,7 @@ DEFAULT_CONFIG = "configs/run_bnb.yaml"
 LOCAL_CONFIG = "configs/local.yaml"
 ERROR_LINES = 60  # of earlier errors in outputs/last_error.txt
 SECONDS_PER_LINE = 30.0  # of progress if there is no terminal
+KERNELS_STORED = "128"  # a micro-batch uses about 60 shapes; torch's default of 1,024 grows to over half a GiB
 _json_mode = False
 
 
@@ -334,7 +335,9 @@ def _save_error(text: str, *, make_folder: bool = False) -> Path:
 
 
 def quiet_libraries() -> None:
-    """Switches off the libraries' advice lines, telemetry and welcome messages, and long waiting by spinning."""
+    """Switches off the libraries' advice lines, telemetry and welcome messages, and long waiting by spinning; sets what
+    torch reads at its import about memory on a CPU (figures: docs/decisions/0018-faster-layers.md).
+    """
     for name, value in {
         "TOKENIZERS_PARALLELISM": "false",
         "TRANSFORMERS_VERBOSITY": "error",
@@ -342,11 +345,14 @@ def quiet_libraries() -> None:
         "BITSANDBYTES_NOWELCOME": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TF_CPP_MIN_LOG_LEVEL": "3",
+        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": KERNELS_STORED,
+        "LRU_CACHE_CAPACITY": KERNELS_STORED,  # torch's own cache above oneDNN's
+        "THP_MEM_ALLOC_ENABLE": "1",  # tensors from 2 MiB on in huge pages: half of the page faults
     }.items():
         os.environ.setdefault(name, value)
     if "OMP_WAIT_POLICY" not in os.environ:  # long spinning slows everything down beside other work, none costs speed
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # figures: docs/decisions/0018-faster-layers.md
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 class _ConsoleHandler(logging.Handler):
