@@ -198,3 +198,123 @@ def test_a_pickled_adapter_is_refused(tmp_path):
     (tmp_path / "adapter_model.bin").write_bytes(b"x")
     with pytest.raises(ModelError, match="pickled"):
         adapters.base_of(tmp_path)
+
+
+def tuned(mode: str = "lora", **lora) -> TuningSection:
+    return TuningSection(mode=mode, lora=LoraSection(**{"r": 4, "alpha": 8, "dropout": 0.0, **lora}))
+
+
+def attached(folder: Path, tuning: TuningSection):
+    torch.manual_seed(0)
+    return adapters.attach(base(folder, tuning), tuning, gradient_checkpointing=False)
+
+
+@pytest.mark.parametrize(("which", "init"), [("tiny_qwen2", "pissa"), ("tiny_qwen2", "olora"), ("tiny_gpt2", "pissa")])
+def test_an_adapter_of_the_base_s_weights_trains_as_peft_s_and_leaves_the_base_alone(which, init, request):
+    from peft import LoraConfig, get_peft_model
+
+    folder = request.getfixturevalue(which)
+    tuning = tuned(init=init, use_rslora=True, alpha=3)
+    ours, theirs = attached(folder, tuning), base(folder, tuning)
+    frozen = frozen_bytes(ours)
+    for module in [*ours.modules(), *theirs.modules()]:
+        if isinstance(module, torch.nn.Dropout):  # GPT-2's own
+            module.p = 0.0
+    with torch.no_grad():
+        same = (ours(input_ids=ids()).logits - theirs(input_ids=ids()).logits).abs().max()
+    config = ours.peft_config["default"]
+    lora = LoraConfig(r=4, lora_alpha=3, use_rslora=True, init_lora_weights=init, task_type="CAUSAL_LM")
+    lora.target_modules, lora.fan_in_fan_out = config.target_modules, config.fan_in_fan_out
+    theirs = get_peft_model(theirs, lora)
+    assert same < 1e-4
+    mine, reference = (train(model, steps=4, input_ids=ids(), labels=ids()) for model in (ours, theirs))
+    assert mine == pytest.approx(reference, rel=1e-4) and mine[-1] < mine[0] - 0.1
+    assert frozen_bytes(ours) == frozen
+    with ours.disable_adapter(), torch.no_grad():
+        assert torch.equal(ours.eval()(input_ids=ids()).logits, base(folder, tuning).eval()(input_ids=ids()).logits)
+
+
+@pytest.mark.parametrize("mode", ["lora", "qlora"])
+@pytest.mark.parametrize("init", ["pissa_niter_2", "olora"])
+def test_it_is_saved_as_plain_lora_that_loads_on_the_unchanged_base_and_goes_on(tiny_qwen2, tmp_path, mode, init):
+    tuning = tuned(mode, init=init, use_rslora=True, rank_pattern={"q_proj": 2}, alpha_pattern={"up_proj": 5})
+    model = attached(tiny_qwen2, tuning)
+    train(model, input_ids=ids(), labels=ids())
+    adapters.save(model, tmp_path / "a")
+    with torch.no_grad():
+        expected = model.eval()(input_ids=ids()).logits
+        loaded = adapters.load(base(tiny_qwen2, tuned(mode)), tmp_path / "a")
+        assert (loaded(input_ids=ids()).logits - expected).abs().max() < 1e-4
+        torch.manual_seed(7)  # other first matrices, which those of the folder replace
+        again = adapters.attach(base(tiny_qwen2, tuning), tuning, gradient_checkpointing=False)
+        assert adapters.restore(again, tmp_path / "a") == ([], [])
+        assert torch.equal(again.eval()(input_ids=ids()).logits, expected)
+
+
+def test_ranks_alphas_and_layers_may_differ(tiny_qwen2):
+    tuning = tuned(rank_pattern={"layers.0.*q_proj": 2}, alpha_pattern={"v_proj": 16}, layers_to_transform=[0])
+    layers = dict(adapters.lora_layers(attached(tiny_qwen2, tuning)))
+    assert len(layers) == 7 and all(".layers.0." in name for name in layers)
+    ranks = {name.rpartition(".")[2]: (layer.r["default"], layer.scaling["default"]) for name, layer in layers.items()}
+    assert (ranks["q_proj"], ranks["v_proj"], ranks["k_proj"]) == ((2, 4.0), (4, 4.0), (4, 2.0))
+
+
+def test_targets_may_be_an_expression_or_all_linear_layers(tiny_qwen2):
+    layers = adapters.lora_layers(attached(tiny_qwen2, tuned(target_modules=".*layers[.]1[.].*[qv]_proj")))
+    assert [name.removeprefix("base_model.model.model.") for name, _ in layers] == [
+        "layers.1.self_attn.q_proj", "layers.1.self_attn.v_proj",
+    ]  # fmt: skip
+    assert len(list(adapters.lora_layers(attached(tiny_qwen2, tuned(target_modules="all-linear"))))) == 14
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        ({"target_modules": "q_proj"}, "matches no layer of the model"),
+        ({"layers_to_transform": [0, 2]}, r"layers that the model does not have: \[2\]\n.*\n.*its layers are 0 to 1"),
+        ({"rank_pattern": {"q_prj": 2}}, "rank_pattern has 'q_prj', which matches no layer"),
+        ({"alpha_pattern": {"lm_head": 2}}, "alpha_pattern has 'lm_head', which matches no layer"),
+        ({"init": "pissa", "target_modules": ["embed_tokens"]}, "needs linear layers, and .*embed_tokens is Embedding"),
+    ],
+)
+def test_what_an_adapter_cannot_be_attached_to_is_named(tiny_qwen2, lora, message):
+    with pytest.raises(ModelError, match=message):
+        attached(tiny_qwen2, tuned(**lora))
+
+
+def test_a_new_run_goes_on_from_a_saved_adapter_of_its_own_base_and_shape(tiny_qwen2, tmp_path):
+    folder = saved(tiny_qwen2, LORA, tmp_path / "a")
+    same = LORA.model_copy(update={"adapter_path": str(folder)})
+    first, again = adapters.load(base(tiny_qwen2, LORA), folder), attached(tiny_qwen2, same)
+    with torch.no_grad():
+        assert torch.equal(again.eval()(input_ids=ids()).logits, first(input_ids=ids()).logits)
+    losses = train(again, input_ids=ids(), labels=ids())
+    assert losses[-1] < losses[0] - 0.1
+    wide = tuned(r=8, target_modules=["q_proj"]).model_copy(update={"adapter_path": str(folder)})
+    with pytest.raises(ModelError, match="another shape: r, target_modules") as caught:
+        attached(tiny_qwen2, wide)
+    assert "--set 'tuning.lora.r=4' --set 'tuning.lora.target_modules=[" in str(caught.value)
+    twin = tiny_models.tiny_qwen2(tmp_path / "twin", seed=1)
+    with pytest.raises(ModelError, match="the weights differ"):
+        attached(twin, same)
+
+
+def test_full_mode_leaves_frozen_weights_as_they_are(tiny_qwen2):
+    model = base(tiny_qwen2, TuningSection(mode="full"))
+    adapters.freeze(model, ["embed_tokens", "layers[.]0[.]"])
+    before, names = frozen_bytes(model), [name for name, _ in model.named_parameters()]
+    assert sorted(before) == sorted(name for name in names if "embed_tokens" in name or "layers.0." in name)
+    train(model, input_ids=ids(), labels=ids())
+    assert frozen_bytes(model) == before
+    for expressions, message in ((["layers[.]7"], "matches no weight"), ([""], "leaves no weight to train")):
+        with pytest.raises(ModelError, match=message):
+            adapters.freeze(model, expressions)
+
+
+def test_lora_plus_trains_b_faster(tiny_qwen2):
+    model = attached(tiny_qwen2, LORA)
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    groups = [{"params": weights, "weight_decay": 0.1}, {"params": [], "weight_decay": 0.0}]
+    slow, none, fast = adapters.lora_plus(groups, model, 1e-3, 16)
+    assert {weight.shape[0] for weight in slow["params"]} == {4} and len(slow["params"]) == len(fast["params"]) == 14
+    assert (none["params"], fast["lr"], fast["weight_decay"]) == ([], 0.016, 0.1) and "lr" not in slow

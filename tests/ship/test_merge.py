@@ -61,6 +61,7 @@ def logits(model) -> torch.Tensor:
         {"bias": "lora_only"},
         {"modules_to_save": ["embed_tokens"]},
         {"target_modules": ["q_proj"]},
+        {"layers_to_transform": [1], "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.1.*up_proj": 3}},
     ],
     ids=lambda lora: next(iter(lora), "lora"),
 )
@@ -88,6 +89,15 @@ def test_other_families_merge_as_well(which, lora, request, tmp_path):
     adapters.save(model, tmp_path / "a")
     merge(tmp_path / "a", tmp_path / "m", "fp32", tmp_path)
     assert (logits(plain(tmp_path / "m")) - logits(model)).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize(("which", "init"), [("tiny_qwen2", "olora"), ("tiny_gpt2", "pissa")])
+def test_an_adapter_that_began_with_the_base_s_weights_merges_into_the_unchanged_base(which, init, request, tmp_path):
+    model = attached(request.getfixturevalue(which), init=init, use_rslora=True, rank_pattern={"up_proj|c_fc": 2})
+    adapters.save(model, tmp_path / "a")
+    report = merge(tmp_path / "a", tmp_path / "m", "fp32", tmp_path)
+    assert (logits(plain(tmp_path / "m")) - logits(model)).abs().max() <= 1e-4
+    assert report.max_logit_difference <= 1e-4
 
 
 def test_gpt2_files_without_the_leading_part_of_the_names_merge_too(tiny_gpt2, tmp_path):

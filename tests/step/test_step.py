@@ -327,3 +327,34 @@ def test_offloading_leaves_weights_and_their_views() -> None:
     assert (
         step.stays_on_gpu(weight) and step.stays_on_gpu(weight.t()) and not step.stays_on_gpu(weight.detach().clone())
     )
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_neftune_noise_is_that_of_transformers_for_each_row_by_its_own_length(tiny_qwen2: Path, packed: bool) -> None:
+    """Against transformers' hook, a row at a time; noise is off where no gradients are formed."""
+    from transformers.integrations.neftune import neftune_post_forward_hook
+
+    model = models.load(tiny_qwen2, dtype=torch.float32)
+    embedding, batch = model.get_input_embeddings(), models.batch()
+    micro, *rest = split_micro_batches(batch, tokens=4096, packed=packed)
+    ids, seen = micro.inputs["input_ids"], dict[str, torch.Tensor]()
+    plain = embedding(ids)
+    with step.noisy_embeddings(model, micro, 5.0):
+        torch.manual_seed(0)
+        noise = embedding(ids) - plain
+        with torch.no_grad():
+            assert torch.equal(embedding(ids), plain)
+    assert torch.equal(embedding(ids), plain) and not rest
+    mask = torch.ones_like(ids) if packed else micro.inputs["attention_mask"]
+    rows = noise[mask.bool()].split([int(batch["lengths"][row]) for row in micro.rows])
+    for row in rows:
+        limit = 5.0 / (len(row) * plain.shape[-1]) ** 0.5
+        assert 0.9 * limit < float(row.abs().max()) <= limit * 1.0001 and abs(float(row.mean())) < limit / 5
+    (alone,) = split_micro_batches(models.batch((9,)), tokens=4096, packed=packed)
+    embedding.neftune_noise_alpha, embedding.training = 5.0, True
+    torch.manual_seed(1)
+    expected = neftune_post_forward_hook(embedding, (alone.inputs["input_ids"],), embedding(alone.inputs["input_ids"]))
+    with step.noisy_embeddings(model, alone, 5.0):
+        torch.manual_seed(1)
+        seen["ours"] = embedding(alone.inputs["input_ids"])
+    assert torch.allclose(seen["ours"], expected, atol=1e-6)

@@ -42,6 +42,25 @@ def test_resuming_mid_epoch_and_at_its_end_gives_the_same_weights(tiny_qwen2: Pa
         assert (out / f"set-aside-checkpoint-{step + 1}").is_dir() and (out / f"checkpoint-{step + 1}").is_dir()
 
 
+@pytest.mark.parametrize(
+    "tuning",
+    [
+        {"mode": "qlora", "lora": {"r": 4, "dropout": 0.0, "init": "pissa_niter_1", "lora_plus_ratio": 4}},
+        {"mode": "full", "freeze": ["embed_tokens"]},
+    ],
+    ids=["pissa", "freeze"],
+)
+def test_methods_resume_exactly(tiny_qwen2: Path, tmp_path: Path, tuning: dict[str, Any]) -> None:
+    train = {**EVERY_STEP, "neftune_alpha": 5, "max_steps": 4}
+    straight = bench.make_loop(bench.config(tiny_qwen2, tmp_path / "outputs" / "a", tuning=tuning, train=train))
+    straight.fit()
+    out = Path(shutil.copytree(tmp_path / "outputs" / "a", tmp_path / "outputs" / "b"))
+    again = bench.make_loop(bench.config(tiny_qwen2, out, tuning=tuning, train=train))
+    again.fit(out / "checkpoint-2")
+    assert same(bench.trained(straight), bench.trained(again))
+    assert bench.logged(again, "loss") == bench.logged(straight, "loss")
+
+
 @pytest.mark.parametrize("mode", ["qlora", "full"])
 def test_rows_in_groups_of_similar_length_resume_exactly_too(tiny_qwen2: Path, tmp_path: Path, mode: str) -> None:
     def settings(out: Path) -> Any:

@@ -89,7 +89,8 @@ def _expected(member: dict[str, Any]) -> str:
         return "a mapping of keys"
     if member["type"] == "array":
         choices = [f"`{choice}`" for choice in _choices(member["items"])]
-        return f"a list of {', '.join(choices) or ('mappings' if '$ref' in member['items'] else 'texts')}"
+        kinds = {"string": "texts", "integer": "whole numbers"}
+        return f"a list of {', '.join(choices) or kinds.get(member['items'].get('type'), 'mappings')}"
     limits = [f"{word} {member[limit]:g}" for limit, word in LIMITS.items() if limit in member]
     limits += ["not empty"] if "minLength" in member else []
     return WORDS[member["type"]] + (f" ({', '.join(limits)})" if limits else "")

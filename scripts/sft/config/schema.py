@@ -6,6 +6,7 @@ Sections are frozen and strict and take no unknown key; `load` reads files into 
 from __future__ import annotations
 
 import math
+import re
 from datetime import date
 from typing import Annotated, Any, Literal
 
@@ -25,6 +26,14 @@ RENAMED = {
     "train.evaluation_strategy": "train.eval_strategy",
     "logging.backend": "logging.backends",
 }  # other accepted spellings of a key -> the key
+
+
+def _compile(expression: str) -> None:
+    """Raises ValueError, in words, for text that is not a regular expression."""
+    try:
+        re.compile(expression)
+    except re.error as error:
+        raise ValueError(f"{expression!r} is not a regular expression: {error}") from None
 
 
 def key(default: Any, description: str, **limits: Any) -> Any:
@@ -73,13 +82,67 @@ class LoraSection(Section):
     r: int = key(16, "Rank of the adapter's matrices.", ge=1)
     alpha: int = key(32, "Scale: the adapter's output is multiplied by alpha / r.", ge=1)
     dropout: float = key(0.05, "Dropout in front of the adapter.", ge=0, lt=1)
-    target_modules: Auto | list[str] = key(
-        "auto", "`auto`: every linear layer except the head; or a list of module names."
+    target_modules: str | list[str] = key(
+        "auto",
+        "`auto` (or `all-linear`): every linear layer except the head; a list of module names; or a regular"
+        " expression that matches whole names, such as `.*layers[.][0-9][.].*_proj`.",
+    )
+    layers_to_transform: list[int] | None = key(
+        None, "Numbers of the layers that get adapters, from 0, where `target_modules` has no expression; null: all."
+    )
+    rank_pattern: dict[str, Annotated[int, Ge(1)]] = key(
+        {}, "Other ranks by layer: {name or regular expression: r}, matched against the end of a layer's name."
+    )
+    alpha_pattern: dict[str, Annotated[int, Ge(1)]] = key({}, "Other alphas by layer, as in `rank_pattern`.")
+    init: str = key(
+        "default",
+        "First values of the matrices: `default`, `gaussian`, or from the base's weights: `pissa` (its largest singular"
+        " vectors), `pissa_niter_4` (the same, found faster), `olora` (a QR decomposition). See docs/TRAINING.md.",
+    )
+    lora_plus_ratio: float = key(
+        1.0, "LoRA+: the learning rate of the B matrices is this many times that of the A matrices; 1 is LoRA.", ge=1
     )
     bias: Literal["none", "all", "lora_only"] = key("none", "Which biases are trained.")
     use_rslora: bool = key(False, "Rank-stabilised LoRA: scale alpha / sqrt(r).")
     use_dora: bool = key(False, "Weight-decomposed LoRA (DoRA).")
     modules_to_save: list[str] = key([], "Modules trained in full and saved with the adapter, e.g. [embed_tokens].")
+
+    @property
+    def from_weights(self) -> bool:
+        """Whether the matrices begin as part of the base's own weights."""
+        return self.init.startswith(("pissa", "olora"))
+
+    @field_validator("init")
+    @classmethod
+    def _is_known(cls, name: str) -> str:
+        if not re.fullmatch("default|gaussian|olora|pissa|pissa_niter_[1-9][0-9]*", name):
+            raise ValueError(f"{name!r} is none of default, gaussian, olora, pissa, pissa_niter_N (N: iterations)")
+        return name
+
+    @field_validator("target_modules", "rank_pattern", "alpha_pattern")
+    @classmethod
+    def _compiles(cls, value: Any) -> Any:
+        for expression in [value] if isinstance(value, str) else value if isinstance(value, dict) else []:
+            _compile(expression)
+        return value
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> LoraSection:
+        if self.from_weights and self.dropout:
+            raise ValueError(
+                f"init {self.init} needs dropout 0: the adapter holds the largest part of the weights, which dropout"
+                " would drop"
+            )
+        if self.from_weights and self.use_dora:
+            raise ValueError(f"init {self.init} and use_dora: true exclude each other")
+        if self.layers_to_transform is not None and isinstance(self.target_modules, str) and not self.all_linear:
+            raise ValueError("layers_to_transform and a target_modules expression are both set: name the layers in it")
+        return self
+
+    @property
+    def all_linear(self) -> bool:
+        """Whether every linear layer but the head gets an adapter."""
+        return self.target_modules in ("auto", "all-linear")
 
 
 class TuningSection(Section):
@@ -92,8 +155,35 @@ class TuningSection(Section):
         "qlora", "4-bit base with adapters, 16-bit base with adapters, or every weight."
     )
     lora: LoraSection = Field(default_factory=LoraSection)
+    adapter_path: str | None = key(
+        None,
+        "Folder of an adapter to go on from, such as adapters/last; its base, and its shape in `lora`, must be the"
+        " run's. Null: a new one.",
+    )
+    freeze: list[str] = key(
+        [],
+        "For mode `full`: regular expressions; weights whose names contain a match are not trained, e.g."
+        " [embed_tokens, 'layers[.][0-7][.]'].",
+    )
     quant_type: Literal["nf4", "fp4"] = key("nf4", "4-bit number format of a QLoRA base.")
     double_quant: bool = key(True, "Quantise the quantisation constants too (saves 0.4 bit a weight).")
+
+    @field_validator("freeze")
+    @classmethod
+    def _compiles(cls, expressions: list[str]) -> list[str]:
+        for expression in expressions:
+            _compile(expression)
+        return expressions
+
+    @model_validator(mode="after")
+    def _fits_the_mode(self) -> TuningSection:
+        if self.freeze and self.mode != "full":
+            raise ValueError(f"freeze is for mode full; in mode {self.mode} only the adapter is trained: remove it")
+        if self.adapter_path and self.mode == "full":
+            raise ValueError("adapter_path is for modes lora and qlora; for mode full, merge it and name the result")
+        if self.adapter_path and self.lora.init != "default":
+            raise ValueError(f"adapter_path and lora.init {self.lora.init} both say what the adapter begins with")
+        return self
 
 
 class SplitSection(Section):
@@ -339,6 +429,9 @@ class TrainSection(Section):
         0.0,
         "Added to each token's loss: this times the squared logarithm of the softmax's normaliser, e.g. 1e-4.",
         ge=0,
+    )
+    neftune_alpha: float | None = key(
+        None, "NEFTune: noise on the embeddings in training, of this size; 5 is usual. Null: none.", gt=0
     )
     labels: Literal["all_assistant", "last_assistant", "all_tokens"] = key(
         "all_assistant", "Which tokens are in the loss: every answer, the last answer, or everything."

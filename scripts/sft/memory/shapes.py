@@ -101,6 +101,7 @@ def meta_model(
         model.train()
         model.config.use_cache = False
         if tuning.mode == "full":
+            adapters.freeze(model, tuning.freeze)
             adapters.set_checkpointing(model, checkpointing)
             return model
         return adapters.attach(model, tuning, gradient_checkpointing=checkpointing)

@@ -417,7 +417,7 @@ def _assign_weights(model: nn.Module, tracker: MemoryTracker) -> None:
     """Counts every tensor of the model as the part that it belongs to."""
     base: Any = unwrap(model)
     top = head(base)
-    adapted = any(not weight.requires_grad for weight in model.parameters())
+    adapted = hasattr(model, "peft_config")
     four_bit = any(shapes.is_four_bit(weight) for weight in model.parameters())
     edges = {id(p) for m in base.modules() if m is top or isinstance(m, nn.Embedding) for p in m.parameters()}
     for weight in model.parameters():

@@ -5,7 +5,9 @@ A layer is linear by its class, and the head by what the model says; names decid
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-    from sft.config.schema import TuningSection
+    from sft.config.schema import LoraSection, TuningSection
 
 WEIGHTS, CONFIG, BASE = "adapter_model.safetensors", "adapter_config.json", "base.json"
 
@@ -56,27 +58,48 @@ def hits(target: str, name: str) -> bool:
     return name == target or name.endswith("." + target)
 
 
+def _linear_layers(model: nn.Module) -> list[str]:
+    """The names of every linear layer but the head."""
+    top = head(model)
+    return [name for name, module in model.named_modules() if name and is_linear(module) and module is not top]
+
+
 def linear_names(model: nn.Module) -> list[str]:
     """Every linear layer but the head, as peft takes them: last parts of names (`q_proj`), whole names where a last
     part alone would also hit the head or something that is not linear. Raises ModelError if there is none.
     """
-    top = head(model)
-    modules = [(name, module) for name, module in model.named_modules() if name]
-    linear = [name for name, module in modules if is_linear(module) and module is not top]
+    linear = _linear_layers(model)
     if not linear:
         raise ModelError(
             f"{type(model).__name__} has no linear layers to attach adapters to", fix="--set tuning.mode=full"
         )
-    others = {_last(name) for name, _ in modules if name not in set(linear)}
+    others = {_last(name) for name, _ in model.named_modules() if name and name not in set(linear)}
     return sorted({name if _last(name) in others else _last(name) for name in linear})
 
 
-def targets(model: nn.Module, tuning: TuningSection) -> list[str]:
-    """`tuning.lora.target_modules`, or every linear layer for `auto`. Raises ModelError naming unknown entries."""
-    lora = tuning.lora
-    if lora.target_modules == "auto":
-        return [name for name in linear_names(model) if _last(name) not in lora.modules_to_save]
+def targets(model: nn.Module, lora: LoraSection) -> list[str] | str:
+    """`tuning.lora.target_modules` as peft takes it, every linear layer for `auto`. Raises ModelError naming what the
+    model does not have: modules, or layers to transform.
+    """
     names = [name for name, _ in model.named_modules()]
+    layers = {int(number) for name in names for number in re.findall(r"^(?:.*?\.)?[^.]*\.(\d+)\.", name)}
+    if unknown_layers := sorted(set(lora.layers_to_transform or []) - layers):
+        raise ModelError(
+            f"tuning.lora.layers_to_transform names layers that the model does not have: {unknown_layers}",
+            where="tuning.lora.layers_to_transform",
+            fix=f"its layers are 0 to {max(layers, default=0)}",
+        )
+    if lora.all_linear:
+        return [name for name in linear_names(model) if _last(name) not in lora.modules_to_save]
+    if isinstance(lora.target_modules, str):
+        if not any(re.fullmatch(lora.target_modules, name) for name in names):
+            raise ModelError(
+                f"tuning.lora.target_modules is {lora.target_modules!r}, which matches no layer of the model",
+                where="tuning.lora.target_modules",
+                fix=f"an expression matches whole names ({next(iter(_linear_layers(model)), '')}); names go in a list,"
+                f" e.g. [{', '.join(linear_names(model))}]",
+            )
+        return lora.target_modules
     unknown = [target for target in lora.target_modules if not any(hits(target, name) for name in names)]
     if unknown:
         near = nearest(unknown[0], sorted({_last(name) for name in names}), 0.4)
@@ -88,6 +111,18 @@ def targets(model: nn.Module, tuning: TuningSection) -> list[str]:
     return list(lora.target_modules)
 
 
+def _refuse_idle_patterns(lora: LoraSection, adapted: Sequence[str]) -> None:
+    """Raises ModelError for a rank or alpha pattern that no adapted layer matches; peft would ignore it."""
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(lora, key):
+            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in adapted):  # as peft matches
+                raise ModelError(
+                    f"tuning.lora.{key} has {pattern!r}, which matches no layer with an adapter",
+                    where=f"tuning.lora.{key}",
+                    fix=f"it is matched against the end of names such as {adapted[0]}",
+                )
+
+
 def attach(model: PreTrainedModel, tuning: TuningSection, *, gradient_checkpointing: bool) -> PeftModel:
     """New adapters on a frozen base; what is trained is float32, the base keeps its types and its bytes.
 
@@ -96,25 +131,33 @@ def attach(model: PreTrainedModel, tuning: TuningSection, *, gradient_checkpoint
     Raises ModelError.
     """
     from peft import LoraConfig, TaskType, get_peft_model
+    from peft.tuners.tuners_utils import check_target_module_exists
 
-    lora, names = tuning.lora, targets(model, tuning)
-    adapted_layers = [layer for name, layer in model.named_modules() if any(hits(target, name) for target in names)]
+    lora = tuning.lora
+    begin_at = Path(tuning.adapter_path) if tuning.adapter_path and model.device.type != "meta" else None
+    record = _check_base(model, begin_at) if begin_at else {}
     tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False) and lora.modules_to_save)
     config = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=names,
+        target_modules=targets(model, lora),
+        layers_to_transform=lora.layers_to_transform,
+        rank_pattern=dict(lora.rank_pattern),
+        alpha_pattern=dict(lora.alpha_pattern),
+        init_lora_weights="gaussian" if lora.init == "gaussian" else True,
         bias=lora.bias,
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
         modules_to_save=lora.modules_to_save or None,
         ensure_weight_tying=tied,
-        # GPT-2's Conv1D, alone without in_features, stores its weight as (in, out)
-        fan_in_fan_out=any(is_linear(module) and not hasattr(module, "in_features") for module in adapted_layers),
         task_type=TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM,
         revision=(getattr(model, "sft_base", None) or {}).get("revision"),
     )
+    layers = {name: layer for name, layer in model.named_modules() if check_target_module_exists(config, name)}
+    _refuse_idle_patterns(lora, list(layers))
+    # GPT-2's Conv1D, alone without in_features, stores its weight as (in, out)
+    config.fan_in_fan_out = any(is_linear(layer) and not hasattr(layer, "in_features") for layer in layers.values())
     set_checkpointing(model, gradient_checkpointing)
     try:
         adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
@@ -127,7 +170,124 @@ def attach(model: PreTrainedModel, tuning: TuningSection, *, gradient_checkpoint
     for weight in adapted.parameters():
         if weight.requires_grad and weight.is_floating_point():
             weight.data = weight.data.float()
+    if lora.from_weights:
+        _begin_with_weights(adapted, lora.init)
+    if begin_at is not None:
+        _go_on_from(adapted, begin_at, record["config"])
     return adapted
+
+
+def _go_on_from(model: PeftModel, folder: Path, saved: Mapping[str, Any]) -> None:
+    """Loads the adapter of `folder`, with the config `saved`, into a new one. Raises ModelError for another shape."""
+    new = model.peft_config["default"].to_dict()
+    same = {"r": "r", "alpha": "lora_alpha", "target_modules": "target_modules", "bias": "bias"}
+    same |= {key: key for key in "use_rslora use_dora rank_pattern alpha_pattern layers_to_transform".split()}
+    same["modules_to_save"] = "modules_to_save"
+    other = {key: saved.get(name) for key, name in same.items() if _plain(saved.get(name)) != _plain(new[name])}
+    if saved.get("peft_type") != "LORA" or other:
+        raise ModelError(
+            f"the adapter to go on from has another shape: {', '.join(other) or saved.get('peft_type')}",
+            where=f"tuning.adapter_path: {folder}",
+            fix=" ".join(f"--set 'tuning.lora.{key}={json.dumps(_plain(value))}'" for key, value in other.items())
+            or "name a LoRA adapter",
+        )
+    if wrong := [name for names in restore(model, folder) for name in names]:
+        raise ModelError(f"the adapter in {folder} does not fit: {wrong[0]}", where="tuning.adapter_path")
+
+
+def _plain(value: Any) -> Any:
+    """A value of an adapter's config in one form: no order in lists, nothing for what is empty."""
+    return sorted(value) if isinstance(value, list | set | tuple) else value or None
+
+
+def freeze(model: nn.Module, expressions: Sequence[str]) -> None:
+    """Trains no weight whose name contains a match. Raises ModelError for an expression without one, and if all are."""
+    named = dict(model.named_parameters())
+    for expression in expressions:
+        matched = [name for name in named if re.search(expression, name)]
+        if not matched:
+            raise ModelError(
+                f"tuning.freeze has {expression!r}, which matches no weight of the model",
+                where="tuning.freeze",
+                fix=f"names are such as {', '.join(list(named)[:3])}; a tied head goes by its embedding",
+            )
+        for name in matched:
+            named[name].requires_grad_(False)
+    if not any(weight.requires_grad for weight in named.values()):
+        raise ModelError("tuning.freeze leaves no weight to train", where="tuning.freeze")
+
+
+def lora_plus(groups: list[dict[str, Any]], model: nn.Module, rate: float, ratio: float) -> list[dict[str, Any]]:
+    """The optimizer's parameter groups with the B matrices in groups of their own, of `ratio` times the rate (LoRA+,
+    Hayou et al., 2024).
+    """
+    of_b = {id(weight) for name, weight in model.named_parameters() if ".lora_B." in name}
+
+    def part(group: dict[str, Any], is_b: bool) -> list[Any]:
+        return [weight for weight in group["params"] if (id(weight) in of_b) == is_b]
+
+    faster = [{**group, "params": part(group, True), "lr": rate * ratio} for group in groups if part(group, True)]
+    return [{**group, "params": part(group, False)} for group in groups] + faster
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """(name, module) of every layer with LoRA matrices."""
+    from peft.tuners.lora import LoraLayer
+
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer))
+
+
+def _begin_with_weights(model: nn.Module, init: str) -> None:
+    """Sets A [r, in] and B [out, r] of every layer so that scaling * B @ A is a part of its weight W [out, in], and
+    from then on subtracts that part's output, so that the layer begins as its base and W is never changed.
+
+    `pissa`: U sqrt(S) and sqrt(S) V of the r largest singular values of W (Meng et al., 2024), `pissa_niter_N` by
+    randomised SVD with N iterations. `olora`: the first r columns of Q and rows of R (Büyükakyüz, 2024). Both papers
+    subtract the part from W itself: the same function and gradients, but a rounded and changed base. A 4-bit base is
+    dequantised for its decomposition. Raises ModelError for adapters on anything but linear layers.
+    """
+    import torch
+    from peft.utils.integrations import dequantize_module_weight
+
+    for name, layer in lora_layers(model):
+        base = layer.get_base_layer()
+        if not is_linear(base):
+            raise ModelError(
+                f"tuning.lora.init is {init}, which needs linear layers, and {name} is {type(base).__name__}",
+                where="tuning.lora.init",
+                fix="--set tuning.lora.init=default",
+            )
+        a, b, scaling = layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.scaling["default"]
+        if a.device.type != "meta":
+            weight = dequantize_module_weight(base).detach().float()
+            weight = weight if hasattr(base, "in_features") else weight.T
+            if init == "olora":
+                left, right = torch.linalg.qr(weight)
+            else:
+                u, s, v = (
+                    torch.svd_lowrank(weight, len(a), niter=int(init.rpartition("_")[2])) if "niter" in init
+                    else torch.svd(weight)
+                )  # fmt: skip
+                root = (s / scaling).sqrt()
+                left, right = u * root, (v * root).T
+            a.data.copy_(right[: len(a)])
+            b.data.copy_(left[:, : len(a)])
+        layer.register_buffer("first_a", a.detach().clone(), persistent=False)
+        layer.register_buffer("first_b", b.detach().clone(), persistent=False)
+        layer.register_forward_hook(_subtract_first)
+
+
+def _subtract_first(layer: Any, inputs: tuple[Any, ...], output: Any) -> Any:
+    """A LoRA layer's output [..., out] without what its first matrices add to it; see `_begin_with_weights`."""
+    import torch
+    from torch.nn.functional import linear
+
+    if layer.disable_adapters or layer.merged:
+        return output
+    dtype = output.dtype
+    with torch.autocast(output.device.type, enabled=False):
+        low = linear(inputs[0].to(dtype), layer.first_a.to(dtype))
+        return output - linear(low, (layer.first_b * layer.scaling["default"]).to(dtype))
 
 
 def set_checkpointing(model: Any, on: bool) -> None:
@@ -138,32 +298,78 @@ def set_checkpointing(model: Any, on: bool) -> None:
         model.gradient_checkpointing_disable()
 
 
-def save(model: PeftModel, folder: Path, state: Mapping[str, Any] | None = None) -> None:
-    """Writes adapter_model.safetensors, adapter_config.json and base.json (the base's name and fingerprint)."""
+def save(model: PeftModel, folder: Path) -> None:
+    """Writes adapter_model.safetensors, adapter_config.json and base.json (the base's name and fingerprint).
+
+    An adapter that began with the base's weights is written as plain LoRA of twice the rank, the second half being what
+    is subtracted; so it fits the unchanged base, in every program.
+    """
+    import torch
+
+    state, begun = model.state_dict(), [(n, layer) for n, layer in lora_layers(model) if hasattr(layer, "first_a")]
+    for name, layer in begun:
+        a, b = f"{name}.lora_A.default.weight", f"{name}.lora_B.default.weight"
+        state[a], state[b] = torch.cat([state[a], layer.first_a]), torch.cat([state[b], -layer.first_b], dim=1)
     # "auto" would ask the hub for the base's config; modules_to_save are written in any case
     model.save_pretrained(str(folder), safe_serialization=True, state_dict=state, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
+    if begun:
+        config = files.read_json(folder / CONFIG)
+        factor = 2**0.5 if config["use_rslora"] else 2  # of alpha, so that its scale stays
+        files.write_json(
+            folder / CONFIG,
+            {
+                **config,
+                "r": 2 * config["r"],
+                "lora_alpha": factor * config["lora_alpha"],
+                "rank_pattern": {key: 2 * rank for key, rank in config["rank_pattern"].items()},
+                "alpha_pattern": {key: factor * alpha for key, alpha in config["alpha_pattern"].items()},
+            },
+        )
     if base := getattr(model.get_base_model(), "sft_base", None):
         files.write_json(folder / BASE, base)
+
+
+def restore(model: PeftModel, folder: Path) -> tuple[list[str], list[str]]:
+    """Loads what `save` wrote into the same adapter, bit for bit; returns the names that are missing and unexpected."""
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    state = load_file(folder / WEIGHTS)
+    for name, layer in lora_layers(model):
+        a, b, rank = f"{name}.lora_A.weight", f"{name}.lora_B.weight", layer.r["default"]
+        if hasattr(layer, "first_a") and {a, b} <= state.keys():
+            layer.first_a.copy_(state[a][rank:])
+            layer.first_b.copy_(-state[b][:, rank:])
+            state[a], state[b] = state[a][:rank], state[b][:, :rank]
+    result = set_peft_model_state_dict(model, state)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return [name for name in result.missing_keys if name in trained], list(result.unexpected_keys)
 
 
 def load(model: PreTrainedModel, folder: Path, *, trainable: bool = False) -> PeftModel:
     """The adapter of `folder` on its base. Raises ModelError if `model` is another base, naming both."""
     from peft import PeftModel
 
+    _check_base(model, folder)
+    adapted = PeftModel.from_pretrained(
+        model, str(folder), is_trainable=trainable, use_safetensors=True, local_files_only=True
+    )
+    return adapted if trainable else adapted.eval()
+
+
+def _check_base(model: Any, folder: Path) -> dict[str, Any]:
+    """`base_of` the adapter in `folder`. Raises ModelError if `model` is another base, naming both."""
     base, loaded = base_of(folder), getattr(model, "sft_base", None) or {"name": model.name_or_path}
     names = str(base["name"]), str(loaded["name"])
-    problem = _shape_problem(model, folder, base["config"].get("target_modules"))
+    problem = _shape_problem(model, folder, base["config"])
     if problem is None and base["fingerprint"] and loaded.get("fingerprint"):
         problem = None if base["fingerprint"] == loaded["fingerprint"] else "the weights differ"
     elif problem is None and base["name"] and Path(names[0]).name != Path(names[1]).name:  # a project can be moved
         problem = "the names differ, and nothing shows that the weights are the same"
     if problem:
         raise other_base(folder, *names, problem)
-    adapted = PeftModel.from_pretrained(
-        model, str(folder), is_trainable=trainable, use_safetensors=True, local_files_only=True
-    )
-    return adapted if trainable else adapted.eval()
+    return base
 
 
 def base_of(folder: Path) -> dict[str, Any]:
@@ -197,7 +403,7 @@ def other_base(folder: Path, trained_on: str, loaded: str, problem: str) -> Mode
     )
 
 
-def _shape_problem(model: Any, folder: Path, target_modules: Any) -> str | None:
+def _shape_problem(model: Any, folder: Path, config: Mapping[str, Any]) -> str | None:
     """The first way in which the adapter's shapes are not this model's, None if all fit."""
     layers, adapted = {name: module for name, module in model.named_modules() if is_linear(module)}, set()
     for key, entry in tensors(folder / WEIGHTS).items():
@@ -211,10 +417,14 @@ def _shape_problem(model: Any, folder: Path, target_modules: Any) -> str | None:
         if saved != width:
             return f"{name} is {width} wide here, {saved} in the adapter"
         adapted.add(name)
-    if isinstance(target_modules, list):
-        for name in layers.keys() - adapted:
-            if any(hits(target, name) for target in target_modules):
-                return f"it has no weights for the layer {name}"
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    names = ("target_modules", "layers_to_transform", "layers_pattern", "exclude_modules", "modules_to_save")
+    chosen = LoraConfig(**{key: config[key] for key in names if config.get(key)})
+    for name in layers.keys() - adapted:
+        if chosen.target_modules and check_target_module_exists(chosen, name):
+            return f"it has no weights for the layer {name}"
     return None
 
 

@@ -11,6 +11,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from sft.config.schema import LoraSection
 from sft.errors import ModelError, one_line
 from sft.model import hardware
 
@@ -39,6 +40,9 @@ def choose(tuning: TuningSection, *, cuda: bool, kind: str = "causal") -> Backen
         return Backend("bnb", "there is no CUDA GPU")
     if kind != "causal":
         return Backend("bnb", "unsloth trains only decoder-only models")
+    plain = {"target_modules", "r", "alpha", "dropout", "bias", "use_rslora", "modules_to_save", "lora_plus_ratio"}
+    if others := [name for name, value in LoraSection() if name not in plain and getattr(tuning.lora, name) != value]:
+        return Backend("bnb", f"it has no tuning.lora.{others[0]}")
     if importlib.util.find_spec("unsloth") is None:
         return Backend("bnb", "it is not installed (make install-unsloth)")
     return Backend("unsloth")
@@ -89,7 +93,7 @@ def load_unsloth(
         return FastLanguageModel.get_peft_model(
             base,
             r=lora.r,
-            target_modules=adapters.targets(base, tuning),
+            target_modules=adapters.targets(base, lora),
             lora_alpha=lora.alpha,
             lora_dropout=lora.dropout,
             bias=lora.bias,

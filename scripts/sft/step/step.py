@@ -21,6 +21,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from sft.config.schema import TrainSection
 from sft.errors import EnvironmentProblem, one_line
 from sft.model import kernels
+from sft.model.adapters import unwrap
 from sft.step import attention
 from sft.step.batch import IGNORED, Batch, Collator, Kind, MicroBatch, loss_weight, row_indices, split_micro_batches
 from sft.step.loss import loss_dtype
@@ -32,8 +33,8 @@ EVALUATED_TOGETHER = 256  # rows that are split into micro-batches together when
 
 @dataclass(frozen=True)
 class StepConfig:
-    """How a step batch is computed. All but `objective`, `label_smoothing` and `z_loss` change memory and time, not the
-    step.
+    """How a step batch is computed. All but `objective`, `label_smoothing`, `z_loss` and `neftune_alpha` change memory
+    and time, not the step.
 
     micro_batch_tokens: computed tokens of a micro-batch, padding included. max_rows: most rows of a micro-batch, None
     for any number. eval_tokens: the budget that evaluation was lowered to when memory ran out in it, else None.
@@ -50,6 +51,7 @@ class StepConfig:
     objective: ObjectiveName = "response"
     label_smoothing: float = 0.0
     z_loss: float = 0.0
+    neftune_alpha: float | None = None
     logits: Literal["chunked", "full"] = "chunked"
     logits_tile: int = 512
     autocast: torch.dtype | None = None
@@ -92,6 +94,7 @@ def make_step_config(
         objective=train.objective,
         label_smoothing=train.label_smoothing,
         z_loss=train.z_loss,
+        neftune_alpha=train.neftune_alpha,
         logits=train.logits,
         logits_tile=train.logits_tile,
         autocast=None if dtype == torch.float32 else dtype,
@@ -217,7 +220,7 @@ def _accumulate(
     parameter = next(model.parameters())
     total = torch.zeros((), dtype=loss_dtype(parameter.dtype), device=parameter.device)
     for micro in micros:
-        with config.forward_context():
+        with config.forward_context(), noisy_embeddings(model, micro, config.neftune_alpha):
             loss = token_losses(model, micro, config).sum() / normalizer
         backward(loss)
         total = total + loss.detach()
@@ -302,6 +305,35 @@ def optimizer_step(optimizer: Any, on_retry: Callable[[], None]) -> None:
     log.warning("out of memory in the optimizer's step: the weights are restored and the step is retried")
     on_retry()
     optimizer.step()
+
+
+@contextlib.contextmanager
+def noisy_embeddings(model: nn.Module, micro: MicroBatch, alpha: float | None) -> Iterator[None]:
+    """NEFTune (Jain et al., 2023): uniform noise in +-alpha / sqrt(L * d) on the embeddings of a row of L tokens, width
+    d, where gradients are formed. L is the row's own length, packed or padded; of an encoder-decoder, the source's.
+    """
+    if alpha is None:
+        yield
+        return
+    ids, mask = micro.inputs["input_ids"], micro.inputs.get("attention_mask")
+    if mask is not None:
+        lengths = mask.sum(1, keepdim=True)
+    else:
+        rows = (micro.inputs["position_ids"] == 0).cumsum(1) - 1
+        lengths = rows.flatten().bincount()[rows]
+
+    def add_noise(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        if inputs[0].data_ptr() != ids.data_ptr() or not torch.is_grad_enabled():  # a decoder's own tokens
+            return output
+        size = alpha / (lengths * output.shape[-1]).sqrt()
+        return output + torch.empty_like(output).uniform_(-1, 1) * size[..., None].to(output.dtype)
+
+    embedding: Any = unwrap(model).get_input_embeddings()  # type: ignore[operator]
+    hook = embedding.register_forward_hook(add_noise)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 SMALL = 2**20  # bytes: smaller tensors stay on the GPU, where the transfer would cost more than they do

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from sft import files, runs
+from sft.config.schema import LoraSection
 from sft.errors import EnvironmentProblem, RunError
 from sft.model import adapters
 from sft.runs import Run, step_of
@@ -157,20 +158,15 @@ def save_weights(model: Any, folder: Path) -> None:
 def load_weights(model: Any, folder: Path) -> None:
     """Loads what `save_weights` wrote into the model, bit for bit. Raises RunError if the names differ."""
     if is_adapter(model):
-        from peft import set_peft_model_state_dict
-
-        result = set_peft_model_state_dict(model, load_file(folder / adapters.WEIGHTS))
-        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        missing = [name for name in result.missing_keys if name in trained]
+        missing, unexpected = adapters.restore(model, folder)
     else:
         parts = [load_file(part) for part in sorted(folder.glob("model*.safetensors"))]
         state = {name: tensor for part in parts for name, tensor in part.items()}
         result = model.load_state_dict(state, strict=False)
         loaded = {id(parameter) for name, parameter in model.named_parameters() if name in state}
         tied = {name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in loaded}
-        missing = [name for name in result.missing_keys if name not in tied]
-    if missing or result.unexpected_keys:
-        wrong = [*missing, *result.unexpected_keys]
+        missing, unexpected = [name for name in result.missing_keys if name not in tied], result.unexpected_keys
+    if wrong := [*missing, *unexpected]:
         raise RunError(
             f"the weights in {folder.name} do not fit this model: {len(wrong)} names differ, such as {wrong[0]}",
             where=str(folder),
@@ -233,10 +229,11 @@ CONSEQUENCES = {
         "the learning rate jumps to that of the new schedule",
     ),
 }
-OF_OLD_RUNS = {  # keys that runs of earlier versions lack
-    "objective": "response", "rehearsal": "off", "normalize": "tokens", "z_loss": 0.0,
+OF_OLD_RUNS: dict[str, Any] = {  # keys that runs of earlier versions lack
+    "objective": "response", "rehearsal": "off", "normalize": "tokens", "z_loss": 0.0, "adapter_path": None,
+    "freeze": [], "neftune_alpha": None,
 }  # fmt: skip
-NEVER_ALLOWED = {"backend", "mode", "kind", "base_model", "precision", "lora", "optim"}
+NEVER_ALLOWED = {"backend", "mode", "kind", "base_model", "precision", "lora", "optim", "freeze"}
 
 
 def check_fingerprint(folder: Path, fingerprint: dict[str, Any], allowed: Iterable[str] = ()) -> list[str]:
@@ -247,6 +244,8 @@ def check_fingerprint(folder: Path, fingerprint: dict[str, Any], allowed: Iterab
     """
     try:
         stored = {**OF_OLD_RUNS, **json.loads((folder / FINGERPRINT).read_text(encoding="utf-8"))}
+        if stored.get("lora"):  # keys that are newer than the run had their default
+            stored["lora"] = {**LoraSection().model_dump(), **stored["lora"]}
     except (OSError, ValueError) as error:
         what = f"{FINGERPRINT} cannot be read ({type(error).__name__}), so its settings are unknown"
         raise RunError(what, where=str(folder / FINGERPRINT), fix="start a new run: --resume never") from None

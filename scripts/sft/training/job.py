@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from sft import files, runs
 from sft.config import auto
-from sft.config.load import Loaded, display_path
+from sft.config.load import Loaded, display_path, resolve_path
 from sft.config.schema import Config, TrainSection
 from sft.data import store
 from sft.errors import ConfigError, EnvironmentProblem, Stopped
@@ -78,7 +78,7 @@ class Job:
 
     unresolved: the section `train` before its `auto` values were resolved. reasons: of each resolved value. questions:
     to rehearse; those that have no answer yet are put to the base. longest: tokens of the longest row, rehearsed ones
-    included. extra_tokens: that rehearsal adds to the run, about.
+    included. extra_tokens: that rehearsal adds to the run, about. adapter_digest: SHA-256 of the adapter to go on from.
     """
 
     config: Config
@@ -93,13 +93,14 @@ class Job:
     questions: list[dict[str, Any]] = field(default_factory=list)
     longest: int = 0
     extra_tokens: int = 0
+    adapter_digest: str | None = None
 
     def fingerprint(self) -> dict[str, Any]:
         """The settings that checkpoints of this run depend on; see `checkpoint.check_fingerprint`."""
         train, tuning = self.config.train, self.config.tuning
         names = (
             "seed effective_batch learning_rate lr_scheduler_type weight_decay optim max_grad_norm label_smoothing"
-            " z_loss labels objective normalize"
+            " z_loss labels objective normalize neftune_alpha"
         ).split()
         return {
             "backend": self.backend.name,
@@ -109,6 +110,8 @@ class Job:
             "kind": self.files.kind,
             "mode": tuning.mode,
             "lora": tuning.lora.model_dump() if tuning.mode != "full" else None,
+            "adapter_path": self.adapter_digest,
+            "freeze": tuning.freeze,
             "precision": "bf16" if train.bf16 else "fp16" if train.fp16 else "fp32",
             "template": self.encoder.template.digest,
             "data": self.rows.hashes,
@@ -157,6 +160,7 @@ def prepare(
 
     check_names(config.eval.metrics)
     require_installed(config.logging.backends)
+    config, adapter_digest = _find_adapter(config, root)
     encoder = load_encoder(config, root, files=model_files)
     if problem := round_trip_problem(encoder.tokenizer):
         log.warning(problem)
@@ -195,7 +199,20 @@ def prepare(
         questions=questions,
         longest=max(rows.longest, longest),
         extra_tokens=extra_tokens,
+        adapter_digest=adapter_digest,
     )
+
+
+def _find_adapter(config: Config, root: Path) -> tuple[Config, str | None]:
+    """The config with the real folder of the adapter to go on from, which adapters/last is not, and its SHA-256."""
+    from sft.model import adapters
+
+    if config.tuning.adapter_path is None:
+        return config, None
+    folder = resolve_path(root, config.tuning.adapter_path).resolve()
+    adapters.base_of(folder)
+    tuning = config.tuning.model_copy(update={"adapter_path": str(folder)})
+    return config.model_copy(update={"tuning": tuning}), files.sha256(folder / adapters.WEIGHTS)
 
 
 def _with_rehearsal(config: Config, rows: int) -> Config:
@@ -303,6 +320,7 @@ def describe(job: Job, opened: OpenRun) -> list[str]:
     dated = f", dated {template.day}" if template.prints_date else ""
     mode = {"lora": "LoRA", "qlora": "QLoRA (4-bit base)", "full": "all weights"}[tuning.mode]
     adapter = f", r {tuning.lora.r}, alpha {tuning.lora.alpha}" if tuning.mode != "full" else ""
+    adapter += f", going on from {tuning.adapter_path}" if tuning.adapter_path else ""
     library = ", unsloth" if job.backend.name == "unsloth" else ""
     lines = [
         opened.message,
@@ -506,6 +524,7 @@ def load_model(config: Config, model_files: ModelFiles, backend: str, *, device:
     implementation = attention.choose(device, model_files.config)
     model = load_base(model_files, config.model, tuning, dtype, device=device, train=True, attention=implementation)
     if tuning.mode == "full":
+        adapters.freeze(model, tuning.freeze)
         adapters.set_checkpointing(model, checkpointing)
         return model
     return adapters.attach(model, tuning, gradient_checkpointing=checkpointing)

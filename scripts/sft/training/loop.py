@@ -26,7 +26,7 @@ from sft import files
 from sft.config.schema import Config, TrainSection
 from sft.errors import ConfigError, EnvironmentProblem, RunError, one_line
 from sft.model import kernels
-from sft.model.adapters import unwrap
+from sft.model.adapters import lora_plus, unwrap
 from sft.runs import step_of
 from sft.step.batch import Collator, count_labels, loss_weight
 from sft.step.step import StepConfig, evaluate_loss, forward_backward, optimizer_step
@@ -98,7 +98,7 @@ class TrainingLoop:
         self.log_every = config.logging.log_interval
         self.checkpoints, self.answer, self.loggers = checkpoints, answer, loggers or Loggers()
         self.device = next(model.parameters()).device
-        optimizer = create_optimizer(model, self.settings)
+        optimizer = create_optimizer(model, self.settings, config.tuning.lora.lora_plus_ratio)
         self.accelerator = make_accelerator(self.settings, step.device)
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
         self.scheduler = get_scheduler(
@@ -425,10 +425,11 @@ def make_accelerator(train: TrainSection, device: str) -> Any:
     return accelerator
 
 
-def create_optimizer(model: nn.Module, train: TrainSection) -> torch.optim.Optimizer:
+def create_optimizer(model: nn.Module, train: TrainSection, lora_plus_ratio: float = 1.0) -> torch.optim.Optimizer:
     """The optimizer that `train.optim` names (see transformers' OptimizerNames); no weight decay on biases and norms.
 
-    Raises ConfigError if the name is unknown, or its library is missing.
+    lora_plus_ratio: rate of the B matrices over that of all others. Raises ConfigError if the name is unknown, or its
+    library is missing.
     """
     from transformers import Trainer, TrainingArguments
     from transformers.trainer_pt_utils import get_parameter_names
@@ -440,6 +441,8 @@ def create_optimizer(model: nn.Module, train: TrainSection) -> torch.optim.Optim
         {"params": [weight for name, weight in trained if name in decayed], "weight_decay": train.weight_decay},
         {"params": [weight for name, weight in trained if name not in decayed], "weight_decay": 0.0},
     ]
+    if lora_plus_ratio != 1:
+        groups = lora_plus(groups, model, float(train.learning_rate), lora_plus_ratio)
     on_cpu = next(model.parameters()).device.type == "cpu"
     try:
         settings = TrainingArguments(
