@@ -97,8 +97,8 @@ def test_an_unknown_key_names_the_nearest(mistakes: Mistakes, line: str, key: st
         ("model: {name: ''}", "`model.name`: expected text (not empty), not the text ''",
          "the default is `name: Qwen/Qwen2.5-3B-Instruct`"),
         ("tuning: {lora: 8}", "`tuning.lora`: expected a mapping of keys, not 8",
-         "its keys are r, alpha, dropout, target_modules, bias, use_rslora, use_dora, modules_to_save, each on an"
-         " indented line"),
+         "its keys are r, alpha, dropout, target_modules, layers_to_transform, rank_pattern, alpha_pattern, init,"
+         " lora_plus_ratio, bias, use_rslora, use_dora, modules_to_save, each on an indented line"),
         ("data: {columns: 5}", "`data.columns`: expected a mapping of keys or null, not 5",
          "its keys are system, user, assistant, each on an indented line"),
         ("data: {sources: [{path: a, weigth: 2}]}", "unknown key `data.sources[0].weigth`",

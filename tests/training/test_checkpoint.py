@@ -11,7 +11,7 @@ from sft.errors import RunError
 from sft.training import checkpoint
 
 WAS = {"backend": "bnb", "base_model": "a/b", "precision": "bf16", "seed": 42, "data": {"train.jsonl": "00"}}
-WAS |= {"objective": "response", "rehearsal": "off"}
+WAS |= checkpoint.OF_OLD_RUNS
 
 
 def test_the_same_settings_are_accepted(tmp_path: Path) -> None:

@@ -348,7 +348,7 @@ def _problem(item: str, node: Node, entry: Any) -> ConfigError:
         what = f"`{item}`: {entry['msg'].removeprefix('Value error, ')}"
         if not isinstance(node.value, dict):
             return ConfigError(what, where=node.where, fix=page)
-        keys = {name: child for name, child in node.value.items() if re.search(rf"\b{name}\b", what)}
+        keys = {name: child for name, child in node.value.items() if re.search(rf"\b{re.escape(name)}\b", what)}
         places = ", ".join(f"{child.where} ({item}.{name})" for name, child in keys.items())
         return ConfigError(what, where=places or node.where, fix="change one, or remove it to take its default")
     if field is None or kind == "extra_forbidden":
