@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sft import files, runs
+from sft.config.load import load
+from sft.data import store
 from sft.errors import ConfigError, RunError
+from sft.generation.encoder import load_encoder
 from sft.step import step
 from tests.training import project
 
@@ -43,6 +47,27 @@ def test_a_run_leaves_adapter_log_ledger_curves_and_links(root: Path) -> None:
     assert [step for step, _ in project.losses(root, "t")] == [1, 2, 4, 6]
     assert [step for step, _ in project.losses(root, "t", "eval/rougeL")] == [2, 4, 6]
     assert not list(root.rglob("training_args.bin"))
+
+
+def test_rows_that_come_as_tokens_train_as_their_texts_do(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    texts = project.run(root, "train.output_dir=outputs/texts")
+    encoder = load_encoder(load(root / "config.yaml", [], root=root).config, root)
+    rows = {}
+    for split, name in (("train", "train"), ("val", "validation")):
+        encoded = encoder.encode_batch(store.read_rows(root / f"data/processed/{split}.jsonl"))
+        rows[name] = Dataset.from_list([{"input_ids": one.input_ids, "labels": one.labels} for one in encoded])
+    DatasetDict(rows).save_to_disk(root / "tokens")
+    logging.getLogger("sft").propagate = True
+    caplog.set_level(logging.INFO, "sft")
+    tokens = project.run(root, "train.output_dir=outputs/tokens", "data.train_path=tokens")
+    assert "the validation rows are tokens" in caplog.text
+    for key in ("train/loss", "eval/loss"):
+        assert project.losses(root, "tokens", key) == project.losses(root, "texts", key) != []
+    assert tokens["labelled_tokens"] == texts["labelled_tokens"]
+    ledger = json.loads((root / "outputs/tokens/ledger.json").read_text())
+    assert ledger["stage"] == "given" and ledger["train"]["rows_trained"] == 20 and ledger["val"]["rows_trained"] == 6
+    with pytest.raises(ConfigError, match="the validation rows are tokens"):
+        project.run(root, "data.train_path=tokens", "train.metric_for_best_model=rougeL")
 
 
 def test_each_evaluation_is_one_line_of_verdict_and_its_figures_are_for_verbose(

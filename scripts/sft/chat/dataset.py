@@ -16,13 +16,15 @@ from typing import Any
 
 import numpy as np
 import pyarrow
+import pyarrow.compute
 from numpy.typing import NDArray
 
 from sft import files
+from sft.chat import pretokenised
 from sft.chat.encode import Encoded, Encoder, Row
 from sft.chat.loss_mask import IGNORED
 from sft.data import rows as records
-from sft.data import store
+from sft.data import shards, store
 from sft.errors import DataError, EnvironmentProblem
 
 log = logging.getLogger("sft.chat")
@@ -108,10 +110,14 @@ def encode_rows(
 
 
 class TokenisedRows(Sequence[Feature]):
-    """Rows `{"id", "input_ids", "labels"}` of an Arrow table (SCHEMA), e.g. memory-mapped; lists on access."""
+    """Rows `{"id", "input_ids", "labels"}` of an Arrow table (SCHEMA), e.g. memory-mapped; lists on access.
 
-    def __init__(self, table: pyarrow.Table | None = None) -> None:
+    release: gives back the memory that reading a mapped table has filled.
+    """
+
+    def __init__(self, table: pyarrow.Table | None = None, release: Callable[[], None] | None = None) -> None:
         self._table = SCHEMA.empty_table() if table is None else table
+        self._release = release or (lambda: None)
 
     def __len__(self) -> int:
         return int(self._table.num_rows)
@@ -127,17 +133,18 @@ class TokenisedRows(Sequence[Feature]):
         """These rows and, behind them, others, whose `prompt_id` is 0."""
         columns: dict[str, list[Any]] = {name: [row[name] for row in others] for name in ("id", "input_ids", "labels")}
         columns["prompt_id"] = [0] * len(columns["id"])
-        return TokenisedRows(pyarrow.concat_tables([self._table, pyarrow.table(columns, schema=SCHEMA)]))
+        more = pyarrow.table(columns, schema=SCHEMA).cast(self._table.schema)
+        return TokenisedRows(pyarrow.concat_tables([self._table, more]), self._release)
 
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of each row's `input_ids`."""
-        chunks = [np.diff(chunk.offsets.to_numpy()) for chunk in self._table.column("input_ids").chunks]
-        return np.concatenate([np.zeros(0, np.int64), *chunks])
+        return np.asarray(pyarrow.compute.list_value_length(self._table.column("input_ids")).to_numpy(), np.int64)
 
     def labels(self) -> Iterator[tuple[NDArray[np.int32], NDArray[np.int64]]]:
         """The labels of some rows end to end and how many each of them has, part by part through all rows."""
         for chunk in self._table.column("labels").chunks:
-            yield chunk.flatten().to_numpy(), np.diff(chunk.offsets.to_numpy())
+            yield chunk.flatten().to_numpy(), pyarrow.compute.list_value_length(chunk).to_numpy().astype(np.int64)
+            self._release()
 
     def prompt_ids(self) -> NDArray[np.uint64]:
         """For each row the hash of what it asks (`records.prompt_id`)."""
@@ -156,7 +163,8 @@ class Split:
 
 class Tokeniser:
     """Encodes files of rows and caches the result in a folder (None: only in memory): a folder with a manifest, named
-    by the SHA-256 of the file and the encoder's fingerprint.
+    by the SHA-256 of the file and the encoder's fingerprint. Of rows that come as tokens and can be used where they
+    are, only ids are cached.
     """
 
     def __init__(self, encoder: Encoder, cache: Path | None) -> None:
@@ -168,7 +176,7 @@ class Tokeniser:
         if self.cache is not None:
             entry = self.cache / hashlib.sha256(f"{digest} {self.fingerprint}".encode()).hexdigest()[:32]
             try:
-                if entry.exists() and (split := self._read(entry)):
+                if entry.exists() and (split := self._read(entry, path)):
                     return split
                 with files.atomic_folder(entry) as staged:
                     with pyarrow.OSFile(str(staged / ROWS), "wb") as sink:
@@ -176,39 +184,59 @@ class Tokeniser:
                     files.write_json(staged / ABOUT, about)
                     files.write_manifest(staged)
                 _remove_old_entries(self.cache)
-                return _split(pyarrow.memory_map(str(entry / ROWS)), about)
+                return _split(*shards.mapped([entry / ROWS]), about, path)
             except (OSError, EnvironmentProblem) as error:
                 log.warning("tokens cannot be cached in %s (%s): they stay in memory", self.cache, error)
         buffer = pyarrow.BufferOutputStream()
         about = self._write(path, buffer, on_progress)
-        return _split(pyarrow.BufferReader(buffer.getvalue()), about)
+        return _split(pyarrow.ipc.open_file(buffer.getvalue()).read_all(), None, about, path)
 
     def _write(self, path: Path, sink: Any, on_progress: Progress | None) -> dict[str, Any]:
         """Writes the rows to `sink` as they are encoded; returns ledger, system text and warnings as JSON values."""
-        ledger, earlier = RunLedger(), set(self.encoder.warnings)
-        with path.open("rb") as lines:
-            total = sum(1 for _ in lines)
-        with pyarrow.ipc.new_file(sink, SCHEMA) as out:
-            encoded = encode_rows(self.encoder, store.iter_rows(path), ledger, total, on_progress)
-            while part := list(islice(encoded, 4 * BATCH)):
+        ledger, earlier, system, mapped = RunLedger(), set(self.encoder.warnings), None, {}
+        if shards.has_tokens(path):
+            scan = pretokenised.scan(path, self.encoder, on_progress)
+            log.info("%s: %s", path.name, scan.sentence())
+            pieces, mapped = self._tokens(path, scan, ledger), scan.mapped
+        else:
+            rows = encode_rows(self.encoder, store.iter_rows(path), ledger, shards.count(path), on_progress)
+            pieces = ((int(records.prompt_id(row), 16), piece) for row, piece in rows)
+            system = records.shared_system_text(store.iter_rows(path))
+        schema = pyarrow.schema([field for field in SCHEMA if field.name not in mapped])
+        with pyarrow.ipc.new_file(sink, schema) as out:
+            while part := list(islice(pieces, 4 * BATCH)):
                 columns = {
                     "id": [piece.id for _, piece in part],
-                    "prompt_id": [int(records.prompt_id(row), 16) for row, _ in part],
+                    "prompt_id": [prompt_id for prompt_id, _ in part],
                     "input_ids": [piece.input_ids for _, piece in part],
                     "labels": [piece.labels for _, piece in part],
                 }
-                out.write_batch(pyarrow.RecordBatch.from_pydict(columns, schema=SCHEMA))
+                out.write_batch(pyarrow.RecordBatch.from_pydict({name: columns[name] for name in schema.names}, schema))
         warnings = {kind: text for kind, text in self.encoder.warnings.items() if kind not in earlier}
-        system = records.shared_system_text(store.iter_rows(path))
-        return {"ledger": vars(ledger), "system": system, "warnings": warnings}
+        return {"ledger": vars(ledger), "system": system, "warnings": warnings, "mapped": mapped}
 
-    def _read(self, entry: Path) -> Split | None:
+    def _tokens(self, path: Path, scan: pretokenised.Scan, ledger: RunLedger) -> Iterator[tuple[int, Encoded]]:
+        """The rows of `path`, which come as tokens; without the tokens where they are mapped."""
+        prompt_ids = (int(one) for part in scan.prompt_ids for one in part)
+        if scan.mapped:
+            ledger.rows_read = ledger.rows_trained = ledger.pieces = scan.rows
+            ledger.tokens, ledger.labelled_tokens = scan.tokens, scan.labelled
+            yield from (
+                (prompt_id, Encoded(id_, [], [])) for prompt_id, id_ in zip(prompt_ids, scan.ids(), strict=True)
+            )
+            return
+        for prompt_id, piece in zip(prompt_ids, pretokenised.encoded(path, self.encoder), strict=True):
+            ledger.add(piece)
+            if piece.dropped is None:
+                yield prompt_id, piece
+
+    def _read(self, entry: Path, path: Path) -> Split | None:
         """What is cached in `entry`, with the warnings of when it was written; None, with a warning, if damaged."""
         problem = files.manifest_problem(entry)
         try:
             if not problem:
                 about = json.loads((entry / ABOUT).read_text(encoding="utf-8"))
-                split = _split(pyarrow.memory_map(str(entry / ROWS)), about, cached=True)
+                split = _split(*shards.mapped([entry / ROWS]), about, path, cached=True)
                 for kind, text in about["warnings"].items():
                     self.encoder.warn_once(kind, text)
                 entry.touch()
@@ -219,9 +247,15 @@ class Tokeniser:
         return None
 
 
-def _split(source: Any, about: dict[str, Any], *, cached: bool = False) -> Split:
-    rows = TokenisedRows(pyarrow.ipc.open_file(source).read_all())
-    return Split(rows, RunLedger(**about["ledger"]), about["system"], cached)
+def _split(
+    table: pyarrow.Table, release: Callable[[], None] | None, about: dict[str, Any], path: Path, *, cached: bool = False
+) -> Split:
+    """mapped: of rows that come as tokens, column -> the column of the files at `path` that it is."""
+    if mapped := about["mapped"]:
+        columns, release = shards.mapped(shards.files_of(path), list(dict.fromkeys(mapped.values())))
+        for name, source in mapped.items():
+            table = table.append_column(name, columns.column(source))
+    return Split(TokenisedRows(table, release), RunLedger(**about["ledger"]), about["system"], cached)
 
 
 def fingerprint(encoder: Encoder) -> str:

@@ -243,7 +243,8 @@ class DataSection(Section):
     """Where rows come from and where they go."""
 
     raw_path: str | None = key(
-        None, "File, folder of files or hub data set to process; null is data/raw/raw.jsonl, then data/raw/raw.json."
+        None,
+        "File, folder of files, URL or hub data set to process; null is data/raw/raw.jsonl, then data/raw/raw.json.",
     )
     sources: list[SourceSection] = key(
         [],
@@ -281,9 +282,13 @@ class DataSection(Section):
     processed_dir: str = key("data/processed", "Output folder of `process`.")
     styled_dir: str = key("data/processed_with_style", "Output folder of `style`.")
     rendered_dir: str = key("data/rendered", "Output folder of `render`.")
-    train_path: str | None = key(None, "Training rows; null follows `stage`.")
+    train_path: str | None = key(
+        None,
+        "Training rows: a file (JSON lines, Arrow, Parquet), a folder of them, a URL or a hub data set (`owner/name`,"
+        " `owner/name:split`), of texts or tokens; null follows `stage`.",
+    )
     val_path: str | None = key(
-        None, "Validation rows; null follows `stage`, or is val.jsonl beside `train_path`, if set."
+        None, "Validation rows; null follows `stage`, or is val.jsonl (or the folder val) beside `train_path`, if set."
     )
     test_path: str | None = key(None, "Test rows; null follows `stage`, or is test.jsonl beside `train_path`, if set.")
     template_path: str = key(

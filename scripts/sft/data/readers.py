@@ -24,24 +24,25 @@ from typing import Any, Literal, NamedTuple
 
 from sft.config.load import display_path
 from sft.config.schema import DataSection, ReplaySection, SourceSection
+from sft.data import shards
 from sft.data.rows import MAX_DEPTH, RowFault, parse_json
 from sft.data.store import BROKEN, open_bytes
 from sft.errors import DataError, nearest
 
-Kind = Literal["jsonl", "json", "csv", "parquet", "xlsx", "qa"]
+Kind = Literal["jsonl", "json", "csv", "parquet", "arrow", "xlsx", "qa"]
 Progress = Callable[[int, int], None]  # bytes read, bytes in total
 Section = DataSection | SourceSection | ReplaySection
 # The one list of file names that hold rows: folders and the quick start go by it too.
 SUFFIXES: dict[str, Kind] = {
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",
-    ".xlsx": "xlsx",
+    ".arrow": "arrow", ".xlsx": "xlsx",
 }  # fmt: skip
 COMPRESSED = (".gz", ".zst")
 KIND_NAMES = {
-    "jsonl": "JSON lines", "json": "JSON", "csv": "a table in text (CSV)", "parquet": "Parquet", "xlsx": "Excel",
-    "qa": "text with Q: and A: lines",
+    "jsonl": "JSON lines", "json": "JSON", "csv": "a table in text (CSV)", "parquet": "Parquet", "arrow": "Arrow",
+    "xlsx": "Excel", "qa": "text with Q: and A: lines",
 }  # fmt: skip
-READABLE = "give rows as JSON, JSONL, CSV, TSV, Parquet, .xlsx, or text with Q: and A: lines: docs/DATA.md"
+READABLE = "give rows as JSON, JSONL, CSV, TSV, Parquet, Arrow, .xlsx, or text with Q: and A: lines: docs/DATA.md"
 OTHER_FILES = {  # first bytes -> what the file is, and what to do
     b"\x89PNG": ("a PNG picture", READABLE),
     b"%PDF": ("a PDF document", "extract its text, and write rows of questions and answers: docs/DATA.md"),
@@ -54,10 +55,7 @@ OTHER_FILES = {  # first bytes -> what the file is, and what to do
     b"7z\xbc\xaf": ("a 7z archive", "unpack it"),
     b"Rar!": ("a rar archive", "unpack it"),
     b"SQLite format 3": ("an SQLite data base", "sqlite3 -header -csv {path} 'select * from TABLE' > rows.csv"),
-    b"ARROW1": ("an Arrow or Feather file", "save it as Parquet: pandas.read_feather(path).to_parquet(new_path)"),
-    b"\xff\xff\xff\xff": ("an Arrow file of the datasets library", "save it as Parquet: data_set.to_parquet(new_path)"),
 }
-HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 CONTROL = re.compile("[\0-\x08\x0e-\x1f\ufffe\uffff]")
 INVALID = re.compile("[\ud800-\udfff]")  # bytes that are invalid in the encoding are decoded to these
 BYTE_ORDER_MARKS = {"utf-32": (b"\xff\xfe\0\0", b"\0\0\xfe\xff"), "utf-16": (b"\xff\xfe", b"\xfe\xff")}
@@ -76,7 +74,6 @@ SPLITS = ("train", "val", "valid", "validation", "dev", "eval", "test")
 LENIENT_DECODER = json.JSONDecoder(parse_int=str, parse_float=str)  # finds where a value ends, whatever its faults
 HEAD = 1 << 18  # bytes from which kind and encoding are detected
 BLOCK = 1 << 20  # characters of JSON read at a time
-PARQUET_BATCH = 512  # rows in memory at a time
 MAX_CSV_LINES = 10_000  # of one row
 MAX_PROBLEMS = 10  # of broken JSON in one message
 JSON_PROBLEMS = {  # how Python's message begins -> ours
@@ -124,7 +121,8 @@ class Source:
         if self.format is None:
             return _hub(self)
         read = {
-            "jsonl": _json_lines, "json": _json, "csv": _csv, "parquet": _parquet, "xlsx": _excel, "qa": _qa_text,
+            "jsonl": _json_lines, "json": _json, "csv": _csv, "parquet": _arrow, "arrow": _arrow, "xlsx": _excel,
+            "qa": _qa_text,
         }  # fmt: skip
         return read[self.format](self, on_progress)
 
@@ -146,7 +144,7 @@ def open_source(path: Path, root: Path, text: str = "", section: Section | None 
     Raises DataError: no such file, empty, or not rows (a picture, a web page).
     """
     named_as_file = is_data_file(path) or path.suffix.lower() in (".txt", *COMPRESSED)
-    if section is not None and not path.exists() and HUB_NAME.match(text) and not named_as_file:
+    if section is not None and not path.exists() and shards.HUB_NAME.match(text) and not named_as_file:
         return Source(text, hub_config=section.hub_config, hub_split=section.hub_split)
     try:
         with open_bytes(path) as (stream, _):
@@ -166,6 +164,8 @@ def open_source(path: Path, root: Path, text: str = "", section: Section | None 
         other, fix = "a tar archive", "tar -xf {path}"
     if head.startswith(b"PAR1"):
         return Source(display_path(path, root), path, "parquet")
+    if head.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
+        return Source(display_path(path, root), path, "arrow")
     if other and zipfile.is_zipfile(path) and "xl/workbook.xml" in zipfile.ZipFile(path).namelist():
         return Source(display_path(path, root), path, "xlsx")
     if other or len(CONTROL.findall(content)) * 50 > len(content):
@@ -496,23 +496,16 @@ def _csv_header(source: Source, cells: list[str], fault: str | None) -> list[str
     return names
 
 
-def _parquet(source: Source, on_progress: Progress | None) -> Iterator[RawRow]:
-    """One row a record, in order. Raises DataError for a file that is not Parquet inside."""
-    import pyarrow
-    from pyarrow import parquet
-
-    index = 0
-    try:
-        with parquet.ParquetFile(source.path) as file:
-            for batch in file.iter_batches(batch_size=PARQUET_BATCH):
-                for value in batch.to_pylist():
-                    yield RawRow(f"{source.name}[{index}]", value)
-                    index += 1
-                if on_progress:
-                    on_progress(index, file.metadata.num_rows)
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        what = f"the Parquet file is broken: {_first_line(error)}"
-        raise DataError(what, where=str(source.path), fix="fetch it again") from None
+def _arrow(source: Source, on_progress: Progress | None) -> Iterator[RawRow]:
+    """One row a record of a Parquet or Arrow file, in order."""
+    path, index = source.path or Path(), 0
+    total = shards.count(path) if on_progress else 0
+    for batch in shards.batches(path):
+        for value in batch.to_pylist():
+            yield RawRow(f"{source.name}[{index}]", value)
+            index += 1
+        if on_progress:
+            on_progress(index, total)
 
 
 def _excel(source: Source, on_progress: Progress | None) -> Iterator[RawRow]:
@@ -580,26 +573,9 @@ def _qa_text(source: Source, on_progress: Progress | None) -> Iterator[RawRow]:
 
 
 def _hub(source: Source) -> Iterator[RawRow]:
-    """The rows of a data set of the Hugging Face hub, from its cache if possible. Any failure is a DataError."""
-    import datasets
-    import huggingface_hub
-
-    name, config, split = source.name, source.hub_config, source.hub_split
-    where = f"hub data set {name}" + (f", config {config}" if config else "") + f", split {split}"
-    try:
-        datasets.disable_progress_bars()
-        data_set = datasets.load_dataset(name, config, split=split)
-    except huggingface_hub.errors.GatedRepoError:
-        fix = f"request access on https://huggingface.co/datasets/{name}, then: hf auth login"
-        raise DataError("the data set is gated", where=where, fix=fix) from None
-    except Exception as error:  # the library raises a dozen kinds for a wrong name, config, split or file
-        fix = (
-            "check the name (no file has it here either), or name config and split: --set data.hub_config=... --set"
-            " data.hub_split=train; without a network, or with HF_HUB_OFFLINE, give a file with --raw_path"
-        )
-        raise DataError(f"the data set cannot be loaded: {_first_line(error)}", where=where, fix=fix) from None
-    for index, value in enumerate(data_set):
-        yield RawRow(f"{name}[{index}]", value)
+    """The rows of a data set of the Hugging Face hub."""
+    for index, value in enumerate(shards.load_hub(source.name, source.hub_config, source.hub_split)):
+        yield RawRow(f"{source.name}[{index}]", value)
 
 
 def _first_line(error: Exception) -> str:

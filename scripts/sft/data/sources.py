@@ -21,6 +21,7 @@ from sft.data.formats import TREE_MESSAGE, Formats, make_row, rendered_record, t
 from sft.data.ledger import Ledger
 from sft.data.readers import COMPRESSED, SPLITS, SUFFIXES, Progress, RawRow, Section, Source, is_data_file, open_source
 from sft.data.rows import RowFault, dump_json
+from sft.data.shards import URL, download
 from sft.data.split import position
 from sft.errors import DataError
 
@@ -133,10 +134,11 @@ def find_sources(data: DataSection, root: Path, raw_path: str | None = None) -> 
 
 
 def open_part(text: str, path: Path, root: Path, section: Section) -> SourcePart:
-    """The file at `path`, all files of rows in and below the folder at `path`, or the hub data set `text`.
+    """The file at `path`, all files of rows in and below the folder at `path`, or the URL or hub data set `text`.
 
     Raises DataError: no such file, not rows, empty.
     """
+    path = download(text, root) if URL.match(text) else path
     if not path.is_dir():
         source = open_source(path, root, text, section)
         return SourcePart(source.name, [source])

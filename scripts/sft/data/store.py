@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, cast
 from sft import files
 from sft.config.load import resolve_path
 from sft.config.schema import DataSection
+from sft.data import shards
 from sft.data.rows import Row, RowFault, is_pair, parse_json, row_id
 from sft.errors import DataError
 
@@ -72,27 +73,44 @@ def read_rows(path: Path | str) -> list[Row]:
 
 
 def iter_rows(path: Path | str) -> Iterator[Row]:
-    """The same, one at a time."""
-    path, process, number = Path(path), f"make process RAW={path}", 0
+    """The same, one at a time. path: a file of JSON lines, Arrow or Parquet, or a folder of such files."""
+    path, process = Path(path), f"make process RAW={path}"
     if not path.exists():
         raise DataError("no such file of rows", where=str(path), fix="create it: make process RAW=your_file")
-    try:
-        with open_bytes(path) as (file, _):
-            for number, line in enumerate(file, 1):
-                text = line.removeprefix(codecs.BOM_UTF8).strip()
-                if text and number == 1 and not text.startswith(b"{"):
-                    raise DataError("not a file of JSON lines", where=str(path), fix=process)
-                if text:
-                    row = _stored_row(text)
-                    row.setdefault("origin", f"{path.name}:{number}")
-                    yield row if row.get("id") else {"id": row_id(row), **row}
-    except (RowFault, UnicodeDecodeError) as error:
-        what = error.detail if isinstance(error, RowFault) else f"not UTF-8 at byte {error.start + 1}"
-        raise DataError(what, where=f"{path}:{number}", fix=f"correct that line, or: {process}") from None
-    except BROKEN as error:
-        raise DataError(f"the file cannot be read: {error}", where=str(path), fix=process) from None
-    if number == 0:
+    if shards.has_tokens(path):
+        what = "these rows are tokens (a column input_ids), and this needs their texts"
+        raise DataError(what, where=str(path), fix="name rows of text: data.train_path, data.val_path, data.test_path")
+    empty = True
+    for file in shards.files_of(path):
+        place = str(file)
+        try:
+            for place, text in _texts(file):
+                row = _stored_row(text)
+                row.setdefault("origin", place.removeprefix(f"{file.parent}/"))
+                empty = False
+                yield row if row.get("id") else {"id": row_id(row), **row}
+        except (RowFault, UnicodeDecodeError) as error:
+            what = error.detail if isinstance(error, RowFault) else f"not UTF-8 at byte {error.start + 1}"
+            raise DataError(what, where=place, fix=f"correct that line, or: {process}") from None
+        except BROKEN as error:
+            raise DataError(f"the file cannot be read: {error}", where=str(file), fix=process) from None
+    if empty:
         raise DataError("the file is empty", where=str(path), fix="create it: make process RAW=your_file")
+
+
+def _texts(file: Path) -> Iterator[tuple[str, bytes]]:
+    """The place ("path:line" or "path[index]") and the JSON of each row of a file."""
+    if shards.is_table(file):
+        yield from ((f"{file}[{index}]", text) for index, text in shards.rows(file))
+        return
+    with open_bytes(file) as (lines, _):
+        for number, line in enumerate(lines, 1):
+            text = line.removeprefix(codecs.BOM_UTF8).strip()
+            if text and number == 1 and not text.startswith(b"{"):
+                what = "not a file of JSON lines"
+                raise DataError(what, where=str(file), fix=f"make process RAW={file}")
+            if text:
+                yield f"{file}:{number}", text
 
 
 def _stored_row(text: bytes) -> Row:
@@ -121,15 +139,11 @@ def _stored_row(text: bytes) -> Row:
     return dict(row)
 
 
-def count_rows(path: Path) -> int:
-    """The lines that are not blank: rows, if they can be read."""
-    with path.open("rb") as file:
-        return sum(1 for line in file if line.strip())
-
-
 @dataclass(frozen=True)
 class Stage:
-    """The files of one stage; None for a split without rows. name: processed, styled, rendered or given."""
+    """The files (or folders of files) of one stage; None for a split without rows. name: processed, styled, rendered or
+    given.
+    """
 
     name: str
     train: Path
@@ -147,7 +161,7 @@ def resolve_stage(data: DataSection, root: Path) -> Stage:
     if name == "auto":
         name = "styled" if (resolve_path(root, data.styled_dir) / "train.jsonl").exists() else "processed"
     if name == "given":
-        train = _existing(root, str(data.train_path), "data.train_path")
+        train = _existing(root, data, "train")
     else:
         train = resolve_path(root, getattr(data, f"{name}_dir")) / "train.jsonl"
         if not train.exists():
@@ -157,16 +171,18 @@ def resolve_stage(data: DataSection, root: Path) -> Stage:
         check_styled(data, root)
     paths: dict[str, Path | None] = {}
     for split, text in (("val", data.val_path), ("test", data.test_path)):
-        path = _existing(root, text, f"data.{split}_path") if text else train.with_name(f"{split}.jsonl")
+        path = _existing(root, data, split) if text else shards.beside(train, split)
         paths[split] = path if path.exists() and path != train else None
     return Stage(name, train, paths["val"], paths["test"])
 
 
-def _existing(root: Path, text: str, key: str) -> Path:
-    """The file that the config key `key` names. Raises DataError if there is none."""
-    path = resolve_path(root, text)
-    if not path.is_file():
-        raise DataError(f"the file of {key} does not exist", where=str(path), fix=f"correct {key}, or make process")
+def _existing(root: Path, data: DataSection, split: str) -> Path:
+    """The file or folder that the config names for a split. Raises DataError if there is none."""
+    key = f"{split}_path"
+    path = shards.local(getattr(data, key), root, data, split)
+    if not path.exists():
+        what = f"the file of data.{key} does not exist"
+        raise DataError(what, where=str(path), fix=f"correct data.{key}, or make process")
     return path
 
 

@@ -10,6 +10,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from sft.chat.dataset import fingerprint
 from sft.config.load import display_path, resolve_path
 from sft.config.schema import Config
 from sft.data import rows as records
-from sft.data import store
+from sft.data import shards, store
 from sft.errors import ConfigError, DataError, EnvironmentProblem, one_line
 from sft.generation.engine import LoadedModel, Progress, warn_truncated
 from sft.generation.load import Target, open_sides
@@ -32,6 +33,7 @@ Row = dict[str, Any]
 Message = dict[str, Any]
 Prompt = Callable[[Row], tuple[list[int], int]]  # a row's prompt ids, and how many oldest turns were removed
 SPARE_SHOTS = 8  # examples beyond `eval.shots`: some may have the row's own question
+FIRST_ROWS = 100_000  # of the training rows that examples and constant answers come from
 LOSS_TOKENS = 4096
 PACKAGE = Path(__file__).resolve().parents[1]
 CODE = ("generation", "metrics", "step")  # packages that the base's stored answers depend on, besides the encoder's
@@ -79,9 +81,11 @@ def answer_turns(row: Row) -> list[int]:
 
 
 def _shots(config: Config, root: Path) -> list[Row]:
-    """Training rows as examples, drawn with `generation.seed`: conversations of one question, without tools."""
+    """Training rows as examples, drawn with `generation.seed` from the first FIRST_ROWS: conversations of one question,
+    without tools.
+    """
     path = store.resolve_stage(config.data, root).train
-    rows = [row for row in store.iter_rows(path) if _is_single_exchange(row)]
+    rows = [row for row in islice(store.iter_rows(path), FIRST_ROWS) if _is_single_exchange(row)]
     if len(rows) < config.eval.shots:
         raise ConfigError(
             f"eval.shots is {config.eval.shots}, but {path.name} has {len(rows)} rows of one question and one answer",
@@ -159,11 +163,12 @@ def held_out_rows(
     stage = store.resolve_stage(config.data, root)
     split = split or ("test" if stage.test is not None else "val")
     path = stage.test if split == "test" else stage.val
-    rows = store.read_rows(path)[: (config.eval.limit if limit is None else limit) or None] if path else []
+    most = (config.eval.limit if limit is None else limit) or None
+    rows = list(islice(store.iter_rows(path), most)) if path else []
     if not rows:
         raise DataError(f"there are no {split} rows", where=str(path or f"data.{split}_path"), fix="make process")
     digest = files.read_json(model / runs.FINGERPRINT).get("data", {}).get(stage.train.name) if model else None
-    if model and digest and digest != files.sha256(stage.train):
+    if model and digest and digest != shards.digest(stage.train):
         log.warning(
             "%s has changed since %s was trained: rows that it was trained on may be among these %s rows now,"
             " and their scores too good; train again to be sure", display_path(stage.train, root), model.name, split,
@@ -191,7 +196,7 @@ def evaluate_base(
 
     What counts: weights, their type and device, encoder, rows, examples, settings, and the code of answers and scores.
     """
-    shots = files.sha256(store.resolve_stage(config.data, root).train) if config.eval.shots else ""
+    shots = shards.digest(store.resolve_stage(config.data, root).train) if config.eval.shots else ""
     tuning, (_, schema) = config.tuning, metric_names(config, root)
     settings = (config.eval.model_dump_json(), config.generation.model_dump_json(), config.train.objective)
     path = stored_path(loaded, root, rows, shots, (tuning.quant_type, tuning.double_quant), settings, schema)
@@ -325,9 +330,11 @@ def evaluate_sides(
 
 
 def constant_baseline(config: Config, train: Path, rows: Sequence[Row]) -> dict[str, Any] | None:
-    """The scores of the best constant answer: one training answer to every question; None without rows."""
+    """The scores of the best constant answer: one training answer (of the first FIRST_ROWS rows) to every question;
+    None without rows.
+    """
     try:
-        answers = [records.reference(row) for row in store.iter_rows(train)]
+        answers = [records.reference(row) for row in islice(store.iter_rows(train), FIRST_ROWS)]
     except DataError:
         return None
     references = [records.reference(row) for row in rows]

@@ -113,7 +113,7 @@ def check_data(context: CheckContext) -> Iterator[Finding]:
     """Counts the rows that training would use and reads the first one."""
     if context.config is None:
         return
-    from sft.data import sources, store
+    from sft.data import shards, sources, store
 
     data = context.config.data
     processed = resolve_path(context.root, data.processed_dir) / "train.jsonl"
@@ -123,11 +123,12 @@ def check_data(context: CheckContext) -> Iterator[Finding]:
         return
     stage = store.resolve_stage(data, context.root)
     splits = (("train", stage.train), ("val", stage.val), ("test", stage.test))
-    counts = {name: store.count_rows(path) for name, path in splits if path is not None}
+    counts = {name: shards.count(path) for name, path in splits if path is not None}
     if not counts["train"]:
         yield Finding("error", "data", f"{display_path(stage.train, context.root)} has no rows", "make process")
         return
-    next(iter(store.iter_rows(stage.train)))
+    if not shards.has_tokens(stage.train):
+        next(iter(store.iter_rows(stage.train)))
     message = f"{stage.name} rows: {', '.join(f'{name} {rows}' for name, rows in counts.items())}"
     fix = "raise data.split.val: without validation rows no best checkpoint can be chosen"
     yield _finding("data", message, None if counts.get("val") else fix)

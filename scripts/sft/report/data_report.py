@@ -19,7 +19,7 @@ from sft.chat.encode import Encoded, Encoder
 from sft.chat.loss_mask import IGNORED
 from sft.config.schema import Config
 from sft.data import rows as records
-from sft.data import store
+from sft.data import shards, store
 from sft.data.dedup import WORD, NearDuplicates
 from sft.data.ledger import SIZES
 from sft.data.quality import quantiles
@@ -46,7 +46,7 @@ def figures(config: Config, stage: store.Stage, folder: Path, limit: int) -> tup
     result = {
         "stage": stage.name,
         "files": {name: path.name for name, path in {"train": stage.train, **held_out}.items()},
-        "rows": {"train": total, **{name: store.count_rows(path) for name, path in held_out.items()}},
+        "rows": {"train": total, **{name: shards.count(path) for name, path in held_out.items()}},
         "ledger": ledger,
         "verdict": ledger.get("verdict") or size,
         "sample": {"rows": len(rows), "of": total, "seed": config.data.split.seed},

@@ -187,7 +187,8 @@ def evaluate_loss(model: nn.Module, rows: Sequence[Mapping[str, Any]], config: S
     Raises EnvironmentProblem if a single row does not fit.
     """
     sums, counts = torch.zeros(len(rows), dtype=torch.float64), torch.zeros(len(rows), dtype=torch.long)
-    order = sorted(range(len(rows)), key=lambda i: (len(rows[i]["input_ids"]), len(rows[i]["labels"])))
+    sizes = [(len(row["input_ids"]), len(row["labels"])) for row in rows]
+    order = sorted(range(len(rows)), key=sizes.__getitem__)
     collate, start = Collator(config.kind), 0
     plain = replace(config, objective="response", label_smoothing=0.0, z_loss=0.0)
     while start < len(order):

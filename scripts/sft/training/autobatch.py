@@ -83,7 +83,7 @@ def choose(job: Job, model: Any, step: StepConfig, checkpoint: Path | None = Non
         tokens = (
             progress.asked_budget[0]
             if progress
-            else cpu_tokens(model, step, max(job.rows.train, key=lambda row: len(row["input_ids"])))
+            else cpu_tokens(model, step, job.rows.train[int(job.rows.train.lengths().argmax())])
         )
         return replace(step, micro_batch_tokens=tokens), {"micro_batch_tokens": tokens}
     is_free = (unresolved.batch_size, unresolved.grad_accum, unresolved.micro_batch_tokens) == ("auto", "auto", "auto")

@@ -23,7 +23,7 @@ from sft import files, runs
 from sft.config import auto
 from sft.config.load import Loaded, display_path, resolve_path
 from sft.config.schema import Config, TrainSection
-from sft.data import store
+from sft.data import shards, store
 from sft.errors import ConfigError, EnvironmentProblem, Stopped
 from sft.model import backends, hardware, hub
 from sft.runs import OpenRun, Run
@@ -180,7 +180,8 @@ def prepare(
     )
     resolved = auto.resolve(config, facts)
     stored = files.read_json(checkpoint / REHEARSAL) if checkpoint else None
-    schedule = make_schedule(resolved.config, len(rows.train), validation=bool(rows.validation))
+    answers = stage.val is None or not shards.has_tokens(stage.val)
+    schedule = make_schedule(resolved.config, len(rows.train), validation=bool(rows.validation), answers=answers)
     section = config.train.rehearsal
     due = rows.ledgers["train"].labelled_tokens * section.share / (1 - section.share)
     due *= schedule.total_steps / schedule.steps_per_epoch
@@ -239,7 +240,7 @@ def read_rows(
     from sft.data.rows import row_id
     from sft.generation.evaluate import answerable
 
-    hashes = {path: files.sha256(path) for path in (stage.train, stage.val) if path is not None}
+    hashes = {path: shards.digest(path) for path in (stage.train, stage.val) if path is not None}
     tokenise = Tokeniser(encoder, cache)
     train = tokenise(stage.train, hashes[stage.train], on_progress)
     if not train.rows:
@@ -249,8 +250,11 @@ def read_rows(
         split = tokenise(stage.val, hashes[stage.val])
         validation, validation_ledger = split.rows, split.ledger
         dropped = {name for names in validation_ledger.dropped.values() for name in names}
-        usable = (row for row in store.iter_rows(stage.val) if row_id(row) not in dropped and answerable(row))
-        answer_rows = list(islice(usable, answered))
+        if answered and shards.has_tokens(stage.val):
+            log.info("the validation rows are tokens: their loss is measured, and no answers are generated")
+        elif answered:
+            usable = (row for row in store.iter_rows(stage.val) if row_id(row) not in dropped and answerable(row))
+            answer_rows = list(islice(usable, answered))
     if validation_ledger.rows_read and not validation:
         reason = validation_ledger.no_rows_left(encoder.template.name).what
         log.warning("no validation row can be used, so nothing is evaluated while training: %s", reason)
@@ -272,8 +276,10 @@ def read_rows(
     )
 
 
-def make_schedule(config: Config, rows: int, *, validation: bool) -> Schedule:
-    """The schedule of a resolved config for `rows` training rows. Raises ConfigError."""
+def make_schedule(config: Config, rows: int, *, validation: bool, answers: bool = True) -> Schedule:
+    """The schedule of a resolved config for `rows` training rows. answers: whether validation rows have texts to
+    compare answers with. Raises ConfigError.
+    """
     from sft.training.loop import Schedule
 
     train = config.train
@@ -289,10 +295,10 @@ def make_schedule(config: Config, rows: int, *, validation: bool) -> Schedule:
             fix="--set train.eval_strategy=epoch with validation rows, or switch early stopping off",
         )
     warmup_steps = math.ceil(train.warmup_ratio * total) if train.warmup_steps is None else train.warmup_steps
-    return Schedule(per_epoch, total, warmup_steps, _best_metric(config) if evaluates else None)
+    return Schedule(per_epoch, total, warmup_steps, _best_metric(config, answers) if evaluates else None)
 
 
-def _best_metric(config: Config) -> str:
+def _best_metric(config: Config, answers: bool) -> str:
     """The metric that chooses the best checkpoint. Raises ConfigError if it is not measured while training."""
     from sft.metrics.scoring import check_names
 
@@ -306,8 +312,11 @@ def _best_metric(config: Config) -> str:
             fix=f"one of {', '.join(known)}; or add {name} to eval.metrics",
         )
     gate = config.train.min_stop_rate
-    if (gate > 0 or name not in {"loss", "perplexity"}) and config.eval.train_sample == 0:
+    if (gate > 0 or name not in {"loss", "perplexity"}) and (config.eval.train_sample == 0 or not answers):
         setting = f"min_stop_rate is {gate}" if gate > 0 else f"metric_for_best_model is {name!r}"
+        if not answers:
+            what = f"train.{setting}, but the validation rows are tokens, so no answers are generated"
+            raise ConfigError(what, where="data.val_path", fix="name rows of texts: --set data.val_path=FILE")
         what = f"train.{setting}, but eval.train_sample is 0, so no answers are generated"
         raise ConfigError(what, where="eval.train_sample", fix="--set eval.train_sample=32")
     return name

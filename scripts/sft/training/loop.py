@@ -69,6 +69,19 @@ def step_batches(rows: int, effective_batch: int, seed: int, epoch: int) -> list
     return [order[start : start + effective_batch] for start in range(0, rows, effective_batch)]
 
 
+class RowsAt(Sequence[Feature]):
+    """Some of the rows, each read when it is used."""
+
+    def __init__(self, rows: Sequence[Feature], indices: Sequence[int]) -> None:
+        self.rows, self.indices = rows, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.rows[self.indices[index]]
+
+
 class TrainingLoop:
     """Trains `model` on `rows` (features with `id`, `input_ids`, `labels`).
 
@@ -261,8 +274,8 @@ class TrainingLoop:
         self.loggers.busy(self.progress.global_step, "evaluating")
         self.model.eval()
         with torch.random.fork_rng():
-            share = list(self.validation)[distributed.rank() :: distributed.world()]
-            result = evaluate_loss(self.model, share, self.step)
+            mine = range(distributed.rank(), len(self.validation), distributed.world())
+            result = evaluate_loss(self.model, RowsAt(self.validation, mine), self.step)
             self.step = result.config
             sums = torch.tensor([result.loss_sum, result.count], dtype=torch.float64, device=self.device)
             loss_sum, labels = distributed.all_reduce(sums).tolist()
