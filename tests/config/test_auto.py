@@ -70,6 +70,13 @@ def test_an_explicit_precision_that_the_hardware_lacks_is_used_with_a_warning(
     ]
 
 
+@pytest.mark.parametrize("key", ["gradient_checkpointing", "merge_at_end"])
+def test_a_prefix_excludes_recomputation_and_merging(key: str) -> None:
+    with pytest.raises(ConfigError, match=f"train.{key}"):
+        raw = {"tuning": {"adapter": "prefix"}, "train": {key: True}}
+        resolve(Config.model_validate(raw), Facts(device="cpu"))
+
+
 def test_both_precisions_are_refused_by_the_schema_too() -> None:
     with pytest.raises(ValueError, match="both true"):
         resolve_with(ADA, bf16=True, fp16=True)

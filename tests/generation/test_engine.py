@@ -9,9 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
 
-from sft.config.schema import GenerationSection
+from sft.config.schema import GenerationSection, TuningSection
 from sft.errors import EnvironmentProblem
 from sft.generation.stop import Answer
+from sft.model import adapters
 from sft.step import attention
 from tests.generation.test_stop import Stops, answering
 
@@ -80,6 +81,19 @@ def test_a_batch_gives_the_answers_of_single_prompts_and_of_a_manual_loop(qwen2:
     assert [answer.ids for answer in together] == [by_hand(model, prompt, SOME.ids, 24) for prompt in prompts]
     assert {answer.stopped for answer in together} == {True, False}
     assert all(answer.tokens == len(answer.ids) + answer.stopped for answer in together)
+
+
+def test_a_prefix_answers_in_batches_as_in_a_manual_loop_and_the_base_without_it(tiny_qwen2: Path) -> None:
+    base, tokenizer, prompts = opened(tiny_qwen2)
+    without = generate(base, tokenizer, prompts, GREEDY, SOME, batch_size=4)
+    torch.manual_seed(0)
+    tuning = TuningSection(mode="lora", adapter="prefix", prefix_tokens=5)
+    model = adapters.attach(base, tuning, gradient_checkpointing=False).eval()
+    model.prompt_encoder["default"].embedding.weight.data.mul_(3)
+    answers = generate(model, tokenizer, prompts, GREEDY, SOME, batch_size=4)
+    assert [answer.ids for answer in answers] == [by_hand(model, prompt, SOME.ids, 24) for prompt in prompts]
+    with answering(model, tokenizer, SOME).base_only():
+        assert generate(model, tokenizer, prompts, GREEDY, SOME, batch_size=4) == without != answers
 
 
 @pytest.mark.parametrize("family", ["tiny_gpt2", "tiny_t5"])

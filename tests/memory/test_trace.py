@@ -105,14 +105,16 @@ def test_the_trace_is_within_three_percent_of_real_training(
         ("lora", {"lora": LoraSection(init="pissa_niter_1", dropout=0.0)}),
         ("lora", {"lora": LoraSection(layers_to_transform=[1], rank_pattern={"q_proj": 64})}),
         ("full", {"freeze": ["embed_tokens", "layers[.]0[.]"]}),
+        ("qlora", {"adapter": "prefix", "prefix_tokens": 64}),
     ],
-    ids=["pissa", "patterns", "freeze"],
+    ids=["pissa", "patterns", "freeze", "prefix"],
 )
 def test_every_way_of_training_less_is_traced_within_three_percent(
     mode: str, settings: dict[str, Any], tmp_path: Path
 ) -> None:
     config = resolved(mode, "cpu")
-    config = changed(config, tuning=changed(config.tuning, **settings))
+    train = {"kernels": "plain"} if "adapter" in settings else {}
+    config = changed(config, tuning=changed(config.tuning, **settings), train=changed(config.train, **train))
     folder = save_random_model("llama", tmp_path / "llama")
     real = measured(folder, config)
     traced = Tracer(config, json.loads((folder / "config.json").read_text()), device="cpu")

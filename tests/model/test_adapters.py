@@ -299,6 +299,22 @@ def test_a_new_run_goes_on_from_a_saved_adapter_of_its_own_base_and_shape(tiny_q
         attached(twin, same)
 
 
+def test_a_prefix_trains_alone_and_is_saved_and_loaded_unchanged(tiny_qwen2, tiny_t5, tmp_path):
+    tuning = TuningSection(mode="qlora", adapter="prefix", prefix_tokens=3)
+    model = attached(tiny_qwen2, tuning)
+    assert [w.shape[0] for w in model.parameters() if w.requires_grad] == [3]
+    losses = train(model, input_ids=ids(), labels=ids())
+    assert losses[-1] < losses[0]
+    adapters.save(model, tmp_path / "a")
+    with torch.no_grad():
+        expected = model.eval()(input_ids=ids()).logits
+        assert torch.equal(adapters.load(base(tiny_qwen2, tuning), tmp_path / "a")(input_ids=ids()).logits, expected)
+        with model.disable_adapter():
+            assert torch.equal(model(input_ids=ids()).logits, base(tiny_qwen2, tuning).eval()(input_ids=ids()).logits)
+    with pytest.raises(ModelError, match="prefix tuning is for decoder-only models"):
+        attached(tiny_t5, tuning)
+
+
 def test_full_mode_leaves_frozen_weights_as_they_are(tiny_qwen2):
     model = base(tiny_qwen2, TuningSection(mode="full"))
     adapters.freeze(model, ["embed_tokens", "layers[.]0[.]"])

@@ -100,6 +100,15 @@ def test_an_adapter_that_began_with_the_base_s_weights_merges_into_the_unchanged
     assert report.max_logit_difference <= 1e-4
 
 
+def test_a_prefix_is_no_change_of_weights_and_is_not_merged(tiny_qwen2, tmp_path):
+    tuning, section = TuningSection(mode="lora", adapter="prefix"), ModelSection(name=str(tiny_qwen2))
+    files = hub.find(section, tiny_qwen2.parent)
+    model = load.load_base(files, section, tuning, torch.float32, device="cpu", train=True)
+    adapters.save(adapters.attach(model, tuning, gradient_checkpointing=False), tmp_path / "a")
+    with pytest.raises(ModelError, match="this adapter is PREFIX_TUNING"):
+        merge(tmp_path / "a", tmp_path / "m", "fp32", tmp_path)
+
+
 def test_gpt2_files_without_the_leading_part_of_the_names_merge_too(tiny_gpt2, tmp_path):
     from safetensors.torch import load_file, save_file
 

@@ -213,6 +213,44 @@ def test_a_checkpoint_of_an_earlier_version_with_its_session_file_resumes(root: 
     assert files.sha256(root / "adapters/t/adapter_model.safetensors") == before
 
 
+@pytest.mark.parametrize(
+    "sets",
+    [
+        ["tuning.lora={init: pissa, dropout: 0, lora_plus_ratio: 4}", "train={merge_at_end: true, neftune_alpha: 5}"],
+        ["tuning.adapter=prefix", "train.learning_rate=auto"],
+        pytest.param(["tuning.mode=qlora", "tuning.lora={init: olora, dropout: 0}"], marks=pytest.mark.slow),
+        pytest.param(["tuning.lora={layers_to_transform: [1], rank_pattern: {q_proj: 2}}"], marks=pytest.mark.slow),
+        pytest.param(["tuning={mode: full, freeze: ['layers[.]0[.]']}"], marks=pytest.mark.slow),
+    ],
+    ids=["pissa", "prefix", "olora", "patterns", "freeze"],
+)
+def test_every_method_trains_and_its_result_answers_as_at_the_last_evaluation(root: Path, sets: list[str]) -> None:
+    """What is written, opened again as eval does it, gives the answers of the evaluation while training."""
+    from sft.generation.load import open_model
+    from sft.training.job import sample_answers
+
+    summary = project.run(root, *sets, "train.load_best_model_at_end=false")
+    assert summary["train_loss_last"] < summary["train_loss_first"]
+    output = Path(summary["output"])
+    config = runs.run_of_adapter(output)
+    kind = {"merged": output} if config.tuning.mode == "full" else {"adapter": output}
+    loaded = open_model(config, root=root, **kind)
+    rows = [json.loads(line) for line in (root / "data/processed/val.jsonl").read_text().splitlines()[:4]]
+    scores, _ = sample_answers(loaded, rows, config, root)(loaded.model)
+    assert scores == pytest.approx({name: value for name, value in summary["eval"].items() if name in scores}, abs=1e-6)
+
+
+def test_a_run_goes_on_from_an_adapter_and_from_that_very_one_when_it_resumes(root: Path) -> None:
+    first = project.run(root, "train.max_steps=4")
+    sets = ("tuning.adapter_path=adapters/last", "train.output_dir=outputs/more")
+    second = project.run(root, *sets, "train.warmup_steps=0")
+    assert second["train_loss_first"] < first["train_loss_first"] - 0.1
+    assert runs.run_of_adapter(root / "adapters/more").tuning.adapter_path == str(root / "adapters/t")
+    (root / "outputs/more/finished.json").unlink()
+    with pytest.raises(RunError, match="adapter_path: was"):  # adapters/last is another adapter now
+        project.run(root, *sets, "train.warmup_steps=0")
+
+
 def test_full_mode_leaves_a_whole_model_that_loads(root: Path, tiny_qwen2: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -47,8 +47,9 @@ def test_resuming_mid_epoch_and_at_its_end_gives_the_same_weights(tiny_qwen2: Pa
     [
         {"mode": "qlora", "lora": {"r": 4, "dropout": 0.0, "init": "pissa_niter_1", "lora_plus_ratio": 4}},
         {"mode": "full", "freeze": ["embed_tokens"]},
+        {"mode": "lora", "adapter": "prefix", "prefix_tokens": 3},
     ],
-    ids=["pissa", "freeze"],
+    ids=["pissa", "freeze", "prefix"],
 )
 def test_methods_resume_exactly(tiny_qwen2: Path, tmp_path: Path, tuning: dict[str, Any]) -> None:
     train = {**EVERY_STEP, "neftune_alpha": 5, "max_steps": 4}

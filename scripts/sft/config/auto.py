@@ -21,6 +21,7 @@ MAX_MICRO_BATCH_TOKENS = 4096
 CPU_MICRO_BATCH_TOKENS = 1024  # 1.25 times as fast as 4096 on a 135M model, in 0.5 GiB less: fewer pages are faulted in
 # Full fine-tuning, by the model's nominal size in billions of parameters (decision 0001).
 FULL_RATES = {1: 1e-4, 7: 2e-5, 13: 1e-5, 70: 5e-6}
+PREFIX_RATE = 1e-2
 LOWER_IS_BETTER = ("loss", "perplexity", "repetition", "empty_rate", "wer", "cer", "ter")
 
 
@@ -74,6 +75,19 @@ def resolve(config: Config, facts: Facts) -> Resolved:
     it is loaded. Raises ConfigError when batch_size, grad_accum and effective_batch contradict each other.
     """
     reasons = {}
+    if config.tuning.adapter == "prefix":
+        if config.train.gradient_checkpointing is True:
+            raise ConfigError(
+                "prefix tuning (tuning.adapter) puts keys and values in front of each row, which recomputation drops",
+                where="train.gradient_checkpointing",
+                fix="--set train.gradient_checkpointing=false",
+            )
+        if config.train.merge_at_end:
+            raise ConfigError(
+                "a prefix (tuning.adapter) cannot be merged into the weights",
+                where="train.merge_at_end",
+                fix="--set train.merge_at_end=false, or --set tuning.adapter=lora",
+            )
     if config.train.bf16 is True and not facts.has_bf16:
         log.warning(f"train.bf16 is true, but {facts.name} has no bfloat16: it is emulated and slow")
     if config.train.fp16 is True and facts.device == "cpu":
@@ -111,6 +125,8 @@ def _learning_rate(config: Config, facts: Facts) -> tuple[float, str]:
         billions = 7.0 if parameters is None else max(parameters / 1e9, 1e-3)
         nominal = min(FULL_RATES, key=lambda known: abs(math.log(billions / known)))
         return FULL_RATES[nominal], f"full tuning of {size}: the rate of the {nominal}B class"
+    if config.tuning.adapter == "prefix":
+        return PREFIX_RATE, "prefix tuning: its few numbers need large steps"
     if parameters is None:
         return 1e-4, f"{mode} on {size}, which may be 3B or more"
     return (2e-4, f"{mode} on {size}: below 3B") if parameters < 3e9 else (1e-4, f"{mode} on {size}: 3B or more")
@@ -197,12 +213,13 @@ RULES: dict[str, Callable[[Config, Facts], tuple[Any, str]]] = {
     "fp16": _fp16,
     "tf32": lambda config, facts: (facts.ampere, f"{facts.name} {'has' if facts.ampere else 'has no'} TF32"),
     "gradient_checkpointing": lambda config, facts: (
-        (True, "saves most activation memory") if facts.device == "cuda"
+        (False, "recomputation would drop the prefix") if config.tuning.adapter == "prefix"
+        else (True, "saves most activation memory") if facts.device == "cuda"
         else (False, "on CPU, recomputation costs more than it saves")
     ),
     "kernels": lambda config, facts: (
         ("fused", "LoRA layers are faster so on the CPU") if facts.device == "cpu" and config.tuning.mode != "full"
-        and not config.tuning.lora.use_dora
+        and config.tuning.adapter == "lora" and not config.tuning.lora.use_dora
         else ("plain", "faster kernels are used only where the config names them")
     ),
     "optim": lambda config, facts: (

@@ -154,6 +154,12 @@ class TuningSection(Section):
     mode: Literal["qlora", "lora", "full"] = key(
         "qlora", "4-bit base with adapters, 16-bit base with adapters, or every weight."
     )
+    adapter: Literal["lora", "prefix"] = key(
+        "lora",
+        "In modes qlora and lora: `lora`, or `prefix` (prefix tuning: trained keys and values in front of each row, for"
+        " decoder-only models; it cannot be merged).",
+    )
+    prefix_tokens: int = key(20, "For `adapter: prefix`: how many positions the trained keys and values take.", ge=1)
     lora: LoraSection = Field(default_factory=LoraSection)
     adapter_path: str | None = key(
         None,
@@ -179,6 +185,9 @@ class TuningSection(Section):
     def _fits_the_mode(self) -> TuningSection:
         if self.freeze and self.mode != "full":
             raise ValueError(f"freeze is for mode full; in mode {self.mode} only the adapter is trained: remove it")
+        if self.adapter == "prefix" and (self.mode == "full" or self.adapter_path):
+            other = "mode full" if self.mode == "full" else "adapter_path, which is for LoRA"
+            raise ValueError(f"adapter prefix and {other} exclude each other")
         if self.adapter_path and self.mode == "full":
             raise ValueError("adapter_path is for modes lora and qlora; for mode full, merge it and name the result")
         if self.adapter_path and self.lora.init != "default":

@@ -22,7 +22,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from sft.config.schema import GenerationSection
 from sft.generation.stop import StopCriteria
 from sft.model import hardware
-from sft.model.adapters import unwrap
+from sft.model.adapters import has_prefix, unwrap
 
 log = logging.getLogger("sft.generation")
 PROVEN = frozenset(
@@ -207,7 +207,11 @@ class _KVLayer(CacheLayerMixin):  # type: ignore[misc]
 def supports(model: nn.Module) -> bool:
     """Whether this loop may decode the model: a family tested against transformers' `generate`, its code unpatched."""
     base: Any = unwrap(model)
-    return base.config.model_type in PROVEN and type(base).forward.__module__.startswith("transformers.models.")
+    return (
+        not has_prefix(model)
+        and base.config.model_type in PROVEN
+        and type(base).forward.__module__.startswith("transformers.models.")
+    )
 
 
 class Decoder:

@@ -21,7 +21,7 @@ from sft.errors import DataError, EnvironmentProblem
 from sft.generation import decode
 from sft.generation.decode import Decoder, DecodingSequence, choose_tokens, seeds
 from sft.generation.stop import Answer, IncrementalText, StopCriteria
-from sft.model.adapters import unwrap
+from sft.model.adapters import has_prefix, unwrap
 from sft.model.files import Kind
 from sft.step.step import out_of_memory, release_memory
 
@@ -251,7 +251,7 @@ class LoadedModel:
         def ended(ids: Tensor, *_: Any, **__: Any) -> Tensor:
             return torch.tensor([sequence.done for sequence in batch], device=ids.device)
 
-        self.base.generate(
+        (self.model if has_prefix(self.model) else self.base).generate(
             input_ids=ids.to(self.device),
             attention_mask=mask.to(self.device),
             generation_config=GenerationConfig(

@@ -306,18 +306,23 @@ def _changes(config: Config, resolved: Config, *, gpu: bool) -> Iterator[tuple[d
     checkpointing = {"train.gradient_checkpointing": True}
     offloading = {**checkpointing, "train.activation_offload": True}
     one_row, half_rank = {"train.micro_batch_tokens": length}, {"tuning.lora.r": rank // 2}
+    prefix, free = config.tuning.adapter == "prefix", not config.tuning.freeze
     changes: list[tuple[bool, dict[str, Any], str]] = [  # the first column: whether it applies
         (int(train.micro_batch_tokens) > length, one_row, "one row at a time: slower, the same steps"),
-        (train.gradient_checkpointing is not True, checkpointing, "a step takes about 1.45 times as long"),
+        (
+            train.gradient_checkpointing is not True and not prefix,
+            checkpointing,
+            "a step takes about 1.45 times as long",
+        ),
         (train.logits == "full", {"train.logits": "chunked"}, "the same loss"),
-        (gpu and not train.activation_offload, offloading, "slower: activations go to RAM and back"),
+        (gpu and not train.activation_offload and not prefix, offloading, "slower: activations go to RAM and back"),
         (train.logits_tile > 128, {"train.logits_tile": 128}, "a little slower in the loss head"),
         (gpu and "8bit" not in train.optim, {"train.optim": "adamw_8bit"}, "optimizer state rounded to 8 bits"),
         (gpu and "paged" not in train.optim, {"train.optim": "paged_adamw_8bit"}, "optimizer state in RAM"),
         (mode == "lora", {"tuning.mode": "qlora"}, "a base rounded to 4 bits, dequantised in every step"),
-        (mode == "full", {"tuning.mode": "lora"}, "adapters are trained, not the weights themselves"),
-        (mode == "full", {"tuning.mode": "qlora"}, "adapters on a base rounded to 4 bits"),
-        (mode != "full" and rank > 4, half_rank, "half the capacity of the adapter"),
+        (mode == "full" and free, {"tuning.mode": "lora"}, "adapters are trained, not the weights themselves"),
+        (mode == "full" and free, {"tuning.mode": "qlora"}, "adapters on a base rounded to 4 bits"),
+        (mode != "full" and rank > 4 and not prefix, half_rank, "half the capacity of the adapter"),
     ]
     for shorter in (length // 2, length // 4):
         budget = {} if config.train.micro_batch_tokens == "auto" else {"train.micro_batch_tokens": shorter}

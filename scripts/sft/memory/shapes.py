@@ -144,6 +144,8 @@ def add_storage(model: nn.Module, dtype: torch.dtype) -> None:
     """Gives every tensor of a meta model its storage on the active FakeTensorMode's CPU; tied tensors stay tied."""
     copies: dict[int, Any] = {}
     codes: dict[str, Tensor] = {}
+    for key, ids in getattr(model, "prompt_tokens", {}).items():  # peft's, of a prefix
+        model.prompt_tokens[key] = torch.empty(ids.shape, dtype=ids.dtype)  # type: ignore[union-attr, index, operator]
     for module in model.modules():
         four_bit = type(module).__name__ == "Linear4bit"
         for name, weight in list(module._parameters.items()):

@@ -646,7 +646,8 @@ class _FakeModel:
         config, self.device = tracer.config, tracer.device
         self.name, dtype = config.model.name, compute_dtype(config.train)
         with shapes.model_errors(self.name):
-            chosen, self.packed = attention_for(tracer.description)
+            chosen, packed = attention_for(tracer.description)
+        self.packed = packed and (config.tuning.adapter == "lora" or config.tuning.mode == "full")
 
         def on_base(base: Any) -> None:
             tracer.parameters = sum(weight.numel() for weight in base.parameters())

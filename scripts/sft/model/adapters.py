@@ -1,4 +1,4 @@
-"""LoRA adapters: the layers they go on, attaching, saving, loading, and the refusal of another base.
+"""Adapters (LoRA, prefixes): the layers they go on, attaching, saving, loading, and the refusal of another base.
 
 A layer is linear by its class, and the head by what the model says; names decide nothing.
 """
@@ -133,6 +133,8 @@ def attach(model: PreTrainedModel, tuning: TuningSection, *, gradient_checkpoint
     from peft import LoraConfig, TaskType, get_peft_model
     from peft.tuners.tuners_utils import check_target_module_exists
 
+    if tuning.adapter == "prefix":
+        return _attach_prefix(model, tuning.prefix_tokens)
     lora = tuning.lora
     begin_at = Path(tuning.adapter_path) if tuning.adapter_path and model.device.type != "meta" else None
     record = _check_base(model, begin_at) if begin_at else {}
@@ -175,6 +177,31 @@ def attach(model: PreTrainedModel, tuning: TuningSection, *, gradient_checkpoint
     if begin_at is not None:
         _go_on_from(adapted, begin_at, record["config"])
     return adapted
+
+
+def _attach_prefix(model: PreTrainedModel, tokens: int) -> PeftModel:
+    """Trained keys and values of `tokens` positions in front of every row, in each layer (Li & Liang, 2021)."""
+    from peft import PrefixTuningConfig, TaskType, get_peft_model
+
+    if model.config.is_encoder_decoder:
+        raise ModelError(
+            "prefix tuning is for decoder-only models",
+            where="tuning.adapter",
+            fix="--set tuning.adapter=lora",
+        )
+    set_checkpointing(model, False)
+    revision = (getattr(model, "sft_base", None) or {}).get("revision")
+    config = PrefixTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=tokens, revision=revision)
+    adapted: Any = get_peft_model(model, config)
+    for weight in adapted.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.float()
+    return adapted  # type: ignore[no-any-return]
+
+
+def has_prefix(model: Any) -> bool:
+    """Whether the adapter of this model is a prefix: rows are padded then, and peft's own `generate` is used."""
+    return bool(getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False))
 
 
 def _go_on_from(model: PeftModel, folder: Path, saved: Mapping[str, Any]) -> None:
@@ -336,6 +363,12 @@ def restore(model: PeftModel, folder: Path) -> tuple[list[str], list[str]]:
     from safetensors.torch import load_file
 
     state = load_file(folder / WEIGHTS)
+    if has_prefix(model):
+        weight, saved = model.prompt_encoder["default"].embedding.weight, state.pop("prompt_embeddings", None)
+        if saved is None or saved.shape != weight.shape:
+            return ["prompt_embeddings"], list(state)
+        weight.data.copy_(saved)
+        return [], list(state)
     for name, layer in lora_layers(model):
         a, b, rank = f"{name}.lora_A.weight", f"{name}.lora_B.weight", layer.r["default"]
         if hasattr(layer, "first_a") and {a, b} <= state.keys():

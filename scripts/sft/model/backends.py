@@ -40,6 +40,8 @@ def choose(tuning: TuningSection, *, cuda: bool, kind: str = "causal") -> Backen
         return Backend("bnb", "there is no CUDA GPU")
     if kind != "causal":
         return Backend("bnb", "unsloth trains only decoder-only models")
+    if tuning.adapter == "prefix":
+        return Backend("bnb", "it has no prefix tuning")
     plain = {"target_modules", "r", "alpha", "dropout", "bias", "use_rslora", "modules_to_save", "lora_plus_ratio"}
     if others := [name for name, value in LoraSection() if name not in plain and getattr(tuning.lora, name) != value]:
         return Backend("bnb", f"it has no tuning.lora.{others[0]}")

@@ -23,7 +23,9 @@ def parts(config: Config, model: ModelFiles) -> dict[str, int]:
     if not full:
         shapes = {name: entry["shape"] for path in model.weights for name, entry in tensors(path).items()}
         linear = [s for name, s in shapes.items() if len(s) == 2 and not any(table in name for table in _TABLES)]
-        numbers = int(config.tuning.lora.r * sum(map(sum, linear)))
+        lora = config.tuning.lora
+        rank = max(lora.r, *lora.rank_pattern.values(), 0) * (2 if lora.from_weights else 1)
+        numbers = int(rank * sum(map(sum, linear)))
     beside = sum(path.stat().st_size for path in model.path.glob("*") if "token" in path.name or "vocab" in path.name)
     moments, size = optimizer_state(train.optim)
     checkpoint = numbers * (4 + moments * size) + 2**20

@@ -74,13 +74,16 @@ def _header(config: Config, name: str, form: str, result: Mapping[str, Any] | No
 
 def _about(config: Config, form: str, weights: str) -> str:
     base, lora = load.model_name(config.model.name), config.tuning.lora
+    shape = f"r {lora.r}, alpha {lora.alpha}" + (f", began with {lora.init}" if lora.from_weights else "")
     if config.tuning.mode == "full":
         what = f"`{base}` after a full fine-tune"
+    elif config.tuning.adapter == "prefix":
+        what = f"a prefix of {config.tuning.prefix_tokens} positions (prefix tuning) for `{base}`"
     elif form == ADAPTER:
-        what = f"a {_METHODS[config.tuning.mode]} adapter (r {lora.r}, alpha {lora.alpha}) for `{base}`"
+        what = f"a {_METHODS[config.tuning.mode]} adapter ({shape}) for `{base}`"
     else:
         method = _METHODS[config.tuning.mode]
-        what = f"`{base}` with a {method} adapter (r {lora.r}, alpha {lora.alpha}) merged into its weights"
+        what = f"`{base}` with a {method} adapter ({shape}) merged into its weights"
     return f"This is {what}{f', as a GGUF file ({weights})' if weights else ''}, made with sft-play.\n"
 
 

@@ -65,7 +65,11 @@ def read_deltas(folder: Path, config: dict[str, Any]) -> dict[str, TensorDelta]:
     """
     kind = str(config.get("peft_type", "LORA"))
     if kind != "LORA":
-        raise ModelError(f"merging supports LoRA, rsLoRA and DoRA; this adapter is {kind}", where=str(folder))
+        raise ModelError(
+            f"merging supports LoRA, rsLoRA and DoRA; this adapter is {kind}, which is no change of weights",
+            where=str(folder),
+            fix="use it as it is (make eval, make infer), or train a LoRA adapter: --set tuning.adapter=lora",
+        )
     init = str(config.get("init_lora_weights", "")).lower()
     if init.startswith(_INITS_THAT_CHANGE_THE_BASE):
         raise ModelError(

@@ -20,7 +20,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from sft.model.adapters import unwrap
+from sft.model.adapters import has_prefix, unwrap
 
 NAME = "sft_rows"
 SHORT = 256  # tokens: attention of longer rows in bf16 on a CPU is left to torch, which stores no probabilities
@@ -75,6 +75,8 @@ def keeps_rows_apart(model: nn.Module) -> bool:
     ignored positions.
     """
     base = unwrap(model)
+    if has_prefix(model):  # every row needs the prefix in front of it
+        return False
     if getattr(getattr(base, "config", None), "_attn_implementation", None) != NAME:
         return False
     if base not in _verified:

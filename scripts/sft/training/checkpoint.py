@@ -230,10 +230,11 @@ CONSEQUENCES = {
     ),
 }
 OF_OLD_RUNS: dict[str, Any] = {  # keys that runs of earlier versions lack
-    "objective": "response", "rehearsal": "off", "normalize": "tokens", "z_loss": 0.0, "adapter_path": None,
+    "objective": "response", "rehearsal": "off", "normalize": "tokens", "z_loss": 0.0, "adapter": "lora",
+    "adapter_path": None,
     "freeze": [], "neftune_alpha": None,
 }  # fmt: skip
-NEVER_ALLOWED = {"backend", "mode", "kind", "base_model", "precision", "lora", "optim", "freeze"}
+NEVER_ALLOWED = {"backend", "mode", "kind", "base_model", "precision", "lora", "optim", "freeze", "adapter"}
 
 
 def check_fingerprint(folder: Path, fingerprint: dict[str, Any], allowed: Iterable[str] = ()) -> list[str]:

@@ -110,6 +110,7 @@ class Job:
             "kind": self.files.kind,
             "mode": tuning.mode,
             "lora": tuning.lora.model_dump() if tuning.mode != "full" else None,
+            "adapter": f"prefix of {tuning.prefix_tokens}" if tuning.adapter == "prefix" else "lora",
             "adapter_path": self.adapter_digest,
             "freeze": tuning.freeze,
             "precision": "bf16" if train.bf16 else "fp16" if train.fp16 else "fp32",
@@ -329,6 +330,9 @@ def describe(job: Job, opened: OpenRun) -> list[str]:
     dated = f", dated {template.day}" if template.prints_date else ""
     mode = {"lora": "LoRA", "qlora": "QLoRA (4-bit base)", "full": "all weights"}[tuning.mode]
     adapter = f", r {tuning.lora.r}, alpha {tuning.lora.alpha}" if tuning.mode != "full" else ""
+    if tuning.adapter == "prefix":
+        mode = f"prefix tuning ({'4-bit' if tuning.mode == 'qlora' else 'whole'} base)"
+        adapter = f", {tuning.prefix_tokens} positions; rows are padded, not packed"
     adapter += f", going on from {tuning.adapter_path}" if tuning.adapter_path else ""
     library = ", unsloth" if job.backend.name == "unsloth" else ""
     lines = [
@@ -473,6 +477,7 @@ def _rehearse(
     """Asks the base, encodes its answers; returns them, the rows to train on with them behind, and the job with the
     setting and the ledger that follow. The job is without rehearsal where `auto` finds that the base completes too few.
     """
+    from sft.model.adapters import has_prefix
     from sft.training import rehearsal
     from sft.training.loggers import SECONDS_PER_LINE
 
@@ -490,7 +495,10 @@ def _rehearse(
 
     def ask() -> list[dict[str, Any]]:
         weights = job.files.fingerprint()
-        return rehearsal.answer(job.questions, loaded, weights, job.config, root, auto=auto, on_progress=on_progress)
+        with loaded.base_only() if has_prefix(loaded.model) else contextlib.nullcontext():  # new LoRA changes nothing
+            return rehearsal.answer(
+                job.questions, loaded, weights, job.config, root, auto=auto, on_progress=on_progress
+            )
 
     answered = distributed.on_rank0(ask)
     rehearsed: Rehearsal | None = None
@@ -676,6 +684,6 @@ def describe_result(job: Job, summary: dict[str, Any], root: Path) -> list[str]:
         "next:   make eval    (scores it on the validation rows; make eval-test for the test rows)",
         "next:   make infer   (chat with it)",
     ]
-    if job.config.tuning.mode != "full" and not job.config.train.merge_at_end:
+    if job.config.tuning.mode != "full" and job.config.tuning.adapter == "lora" and not job.config.train.merge_at_end:
         lines.append("next:   make merge   (one model, without the adapter)")
     return lines
