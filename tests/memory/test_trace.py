@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from sft.config.schema import Config, LoraSection
+from sft.config.schema import Config, EwcSection, LoraSection
 from sft.errors import ModelError
 from sft.memory import shapes
 from sft.memory.trace import Interval, MemoryTracker, Phases, Tracer, micro_batch
@@ -120,6 +120,19 @@ def test_every_way_of_training_less_is_traced_within_three_percent(
     traced = Tracer(config, json.loads((folder / "config.json").read_text()), device="cpu")
     peak = traced.step(LENGTHS, accumulating=False).peak
     assert peak == pytest.approx(real.peak, rel=0.03, abs=1.6e6), (real.parts, peak)
+
+
+def test_the_trace_counts_elastic_weight_consolidation(tmp_path: Path) -> None:
+    config = resolved("full", "cpu", ewc=EwcSection(strength=1.0))
+    folder = save_random_model("llama", tmp_path / "llama")
+    real = measured(folder, config)
+    written = json.loads((folder / "config.json").read_text())
+    tracer = Tracer(config, written, device="cpu")
+    traced = tracer.step(LENGTHS, accumulating=False)
+    assert traced.peak == pytest.approx(real.peak, rel=0.03), (real.parts, traced.parts)
+    assert traced.parts["consolidation"] == real.parts["consolidation"] == 8 * tracer.parameters
+    without = Tracer(resolved("full", "cpu"), written, device="cpu").step(LENGTHS, accumulating=False)
+    assert traced.peak - without.peak >= 8 * tracer.parameters
 
 
 @pytest.mark.parametrize(

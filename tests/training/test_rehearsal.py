@@ -26,8 +26,6 @@ from sft.training.rehearsal import Rehearsal
 from tests.conftest import ROOT
 from tests.training import bench, project
 
-QUESTIONS = ROOT / rehearsal.SHIPPED
-
 
 def of(task: list[int], extra: list[int], share: float, seed: int = 42) -> Rehearsal:
     features = [{"id": f"r{at}", "input_ids": [1], "labels": [1]} for at in range(len(extra))]
@@ -150,7 +148,7 @@ def test_the_effective_vocabulary_is_two_to_the_entropy_and_leaves_end_tokens_ou
 
 
 def test_shipped_questions_are_many_broad_and_none_of_the_reports() -> None:
-    rows = rehearsal.read_questions(QUESTIONS)
+    rows = rehearsal.read_questions(RehearsalSection(), ROOT)
     assert 140 <= len(rows) == len({row["user"].casefold() for row in rows}) == len({row["id"] for row in rows})
     kinds = {row["id"].split(":")[1].rsplit("-")[0] for row in rows}
     assert kinds == {row["id"].split(":")[1].rsplit("-")[0] for row in rows[:16]} and len(kinds) == 8
@@ -170,10 +168,10 @@ def test_a_question_that_cannot_be_read_is_named_with_its_line(tmp_path: Path) -
     ):
         path.write_text(text)
         with pytest.raises(DataError, match=what) as error:
-            rehearsal.read_questions(path)
+            rehearsal.read_questions(RehearsalSection(path=str(path)), tmp_path)
         assert str(error.value.where).endswith(where)
     with pytest.raises(DataError, match="No such file"):
-        rehearsal.read_questions(tmp_path / "none.jsonl")
+        rehearsal.read_questions(RehearsalSection(path="none.jsonl"), tmp_path)
 
 
 # -- runs
@@ -207,7 +205,9 @@ def test_a_number_of_rows_is_used_whatever_the_data_and_a_resume_reads_the_same_
     assert rehearsed["rows_read"] == 12 == rehearsed["rows_trained"] + sum(rehearsed["reasons"].values())
     assert rehearsed["rows_trained"] > 2
     stored = json.loads((root / "outputs/t/checkpoint-2/rehearsal.json").read_text())["rows"]
-    assert [row["user"] for row in stored] == [row["user"] for row in rehearsal.read_questions(QUESTIONS)[:12]]
+    assert [row["user"] for row in stored] == [
+        row["user"] for row in rehearsal.read_questions(RehearsalSection(), ROOT)[:12]
+    ]
     assert sum(bool(row["assistant"]) for row in stored) == rehearsed["rows_trained"]
     summary = json.loads((root / "outputs/t/finished.json").read_text())
     weights = (root / "adapters/t/adapter_model.safetensors").read_bytes()
@@ -261,7 +261,7 @@ def test_auto_gives_up_early_on_a_base_that_completes_nothing(
     shutil.rmtree(tmp_path / "outputs/t/checkpoint-2")
     monkeypatch.setattr(rehearsal, "_generate", lambda *_: pytest.fail("asked again"))
     assert project.run(tmp_path, *sets)["steps"] == 2
-    with pytest.raises(ModelError, match="nothing to rehearse: 3 rows: the base did not end"):
+    with pytest.raises(ModelError, match=r"no general answer for train\.rehearsal: 3 rows: the base did not end"):
         monkeypatch.undo()
         monkeypatch.setenv("SFT_ROOT", str(tmp_path))
         project.run(tmp_path, "train.rehearsal.rows=3", *sets)

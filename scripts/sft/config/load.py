@@ -345,7 +345,12 @@ def _problem(item: str, node: Node, entry: Any) -> ConfigError:
     field = table().get(key.removesuffix("[]"))
     page = f"see `{field.key}` in docs/CONFIG.md" if field else "see docs/CONFIG.md for every key"
     if kind == "value_error":
-        what = f"`{item}`: {entry['msg'].removeprefix('Value error, ')}"
+        what, _, fix = entry["msg"].removeprefix("Value error, ").partition(" fix: ")
+        if not item:  # keys of several sections that contradict each other: the message names them
+            named = {name: find(node.value, name) for name in re.findall(r"[a-z]\w*(?:\.\w+)+", what)}
+            places = ", ".join(f"{child.where} ({name})" for name, child in named.items() if child)
+            return ConfigError(what, where=places or None, fix=fix or "change one of them")
+        what = f"`{item}`: {what}"
         if not isinstance(node.value, dict):
             return ConfigError(what, where=node.where, fix=page)
         keys = {name: child for name, child in node.value.items() if re.search(rf"\b{re.escape(name)}\b", what)}

@@ -408,6 +408,22 @@ class RehearsalSection(Section):
     )
 
 
+class EwcSection(Section):
+    """Elastic weight consolidation: in full mode, weights that general answers depend on stay near the base's."""
+
+    strength: float = key(
+        0.0,
+        "Weight of the penalty strength / 2 * sum F (w - w0)^2, F the Fisher information per answer token; 0 is off.",
+        ge=0,
+    )
+    rows: int = key(128, "Most general questions from which F is estimated, before the first step.", ge=1)
+    path: str | None = key(
+        None,
+        "Your own questions, as for `train.rehearsal.path`: the base answers those without an `assistant`; null:"
+        " data/samples/rehearsal.jsonl.",
+    )
+
+
 class TrainSection(Section):
     """One run: length, learning rate, step size, precision, checkpoints."""
 
@@ -517,6 +533,7 @@ class TrainSection(Section):
     greater_is_better: Auto | bool = key("auto", "`auto`: false for losses and perplexity, else true.")
     early_stopping: EarlyStoppingSection = Field(default_factory=EarlyStoppingSection)
     rehearsal: RehearsalSection = Field(default_factory=RehearsalSection)
+    ewc: EwcSection = Field(default_factory=EwcSection)
     merge_at_end: bool = key(False, "Merge the adapter into 16-bit weights when training ends.")
 
     @model_validator(mode="after")
@@ -565,3 +582,13 @@ class Config(Section):
     eval: EvalSection = Field(default_factory=EvalSection)
     generation: GenerationSection = Field(default_factory=GenerationSection)
     logging: LoggingSection = Field(default_factory=LoggingSection)
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Config:
+        if self.train.ewc.strength and self.tuning.mode != "full":
+            raise ValueError(
+                f"train.ewc.strength is {self.train.ewc.strength:g}, but tuning.mode is {self.tuning.mode}: an adapter"
+                " has no weights in the base that it could stay near fix: --set train.ewc.strength=0 (adapters have"
+                " train.rehearsal), or --set tuning.mode=full"
+            )
+        return self

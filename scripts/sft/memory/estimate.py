@@ -57,9 +57,9 @@ def ram_needed(parameters: int, mode: str, device: str) -> float:
 def upper_bound(description: Mapping[str, Any], config: Config, parameters: int, longest: int) -> float:
     """GiB that no phase of a run exceeds, from the sizes in config.json; infinite where one of them is missing.
 
-    Counts fp32 weights, gradients and AdamW's moments; for each token of a micro-batch 32 hidden and 12 feed-forward
-    numbers and its attention scores in every layer, and four numbers per logit; and the KV cache of a batch of answers.
-    longest: tokens of the longest row.
+    Counts fp32 weights, gradients, AdamW's moments and the two copies of `train.ewc`; for each token of a micro-batch
+    32 hidden and 12 feed-forward numbers and its attention scores in every layer, and four numbers per logit; and the
+    KV cache of a batch of answers. longest: tokens of the longest row.
     """
 
     def size(*names: str) -> float:
@@ -77,4 +77,5 @@ def upper_bound(description: Mapping[str, Any], config: Config, parameters: int,
     tokens = sides * max(longest, budget if isinstance(budget, int) else min(4096, 16 * longest))
     per_token = layers * (32 * hidden + 12 * widest + 2 * heads * longest) + 4 * size("vocab_size")
     answers = config.eval.batch_size * (config.generation.max_new_tokens + longest) * layers * 4 * hidden
-    return (16.0 * parameters + 4.0 * (tokens * per_token + answers)) / GIB
+    copies = 24.0 if config.train.ewc.strength else 16.0
+    return (copies * parameters + 4.0 * (tokens * per_token + answers)) / GIB

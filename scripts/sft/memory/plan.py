@@ -25,7 +25,7 @@ WORTHWHILE = 0.01  # GiB: a suggestion that saves less is left out
 UNTRACED = 0.5  # a run whose upper bound is below this share of the free memory is not traced
 _TRACED_KEYS = {  # of `train`: what a trace depends on besides its row lengths
     "objective", "gradient_checkpointing", "logits", "logits_tile", "max_grad_norm", "label_smoothing", "z_loss",
-    "bf16", "fp16", "weight_decay", "activation_offload", "kernels",
+    "bf16", "fp16", "weight_decay", "activation_offload", "kernels", "ewc",
 }  # fmt: skip
 log = logging.getLogger("sft.memory")
 

@@ -33,11 +33,12 @@ from sft.model import kernels
 from sft.model.adapters import head, unwrap
 from sft.step import attention
 from sft.step.batch import Collator, MicroBatch, split_micro_batches
+from sft.step.ewc import Consolidation, trained_weights
 from sft.step.step import StepConfig, compute_dtype, stays_on_gpu, token_losses
 
 PARTS = (
     "weights in 4 bit", "weights", "embedding and head", "adapters", "gradients", "optimizer", "activations", "logits",
-    "dequantised", "weights cast",
+    "dequantised", "weights cast", "consolidation",
 )  # fmt: skip
 MODEL_PARTS = frozenset(("weights", "embedding and head", "adapters"))
 ROUNDING = {"cuda": 512, "cpu": 1}  # bytes: CUDA's caching allocator hands out multiples of 512
@@ -335,6 +336,12 @@ class Phases:
         for weight in self.trained:
             hook = functools.partial(self._gradient_arrived, stack_of.get(id(weight), ""))
             weight.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+        self.ewc: Consolidation | None = None
+        if train.ewc.strength:
+            tracker.part = "consolidation"
+            fisher = {name: torch.zeros_like(weight) for name, weight in trained_weights(model).items()}
+            self.ewc = Consolidation.around(model, fisher, train.ewc.strength)
+            tracker.part = None
         self.optimizer: Any = None
         if is_optimizer_traced(train.optim, device):
             self._zero_gradients(part="optimizer")
@@ -367,6 +374,8 @@ class Phases:
         loss.backward()  # type: ignore[no-untyped-call]
         del loss
         tracker.mark(OPTIMIZER)
+        if self.ewc is not None:
+            self.ewc.add_gradients()
         if train.max_grad_norm:
             torch.nn.utils.clip_grad_norm_(self.trained, train.max_grad_norm)
         if self.optimizer is not None:

@@ -36,6 +36,7 @@ def parts(config: Config, model: ModelFiles) -> dict[str, int]:
         "best checkpoint": checkpoint if best else 0,
         "model" if full else "adapter": numbers * 4 + beside,
         "merged model": model.parameters * 2 if train.merge_at_end and not full else 0,
+        "Fisher information": numbers * 4 if train.ewc.strength else 0,
         "logs": LOGS,
     }
 

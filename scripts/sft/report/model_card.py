@@ -157,6 +157,11 @@ def _data(result: Mapping[str, Any], config: Config) -> str:
             f"Rehearsed beside them: {rehearsed['rows_trained']:,} general questions with the base's own answers,"
             f" {config.train.rehearsal.share:.0%} of the tokens in the loss."
         )
+    if general := ledger.get("ewc"):
+        lines.append(
+            f"Elastic weight consolidation of strength {config.train.ewc.strength:g}, from the base's answers to"
+            f" {general['rows_trained']:,} general questions."
+        )
     return "## Data\n\n" + "\n".join(lines) + "\n" if lines else ""
 
 

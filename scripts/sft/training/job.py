@@ -24,7 +24,7 @@ from sft.config import auto
 from sft.config.load import Loaded, display_path, resolve_path
 from sft.config.schema import Config, TrainSection
 from sft.data import shards, store
-from sft.errors import ConfigError, EnvironmentProblem, Stopped
+from sft.errors import ConfigError, EnvironmentProblem, RunError, Stopped
 from sft.model import backends, hardware, hub
 from sft.runs import OpenRun, Run
 from sft.training import distributed
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from sft.generation.engine import LoadedModel
     from sft.model.backends import Backend
     from sft.model.files import ModelFiles
+    from sft.step.ewc import Consolidation
+    from sft.step.step import StepConfig
     from sft.training.loggers import Report
     from sft.training.loop import Answer, Feature, Schedule, TrainingLoop
     from sft.training.rehearsal import Rehearsal
@@ -77,8 +79,9 @@ class Job:
     """A run that is ready to begin: the resolved config, its rows and its schedule.
 
     unresolved: the section `train` before its `auto` values were resolved. reasons: of each resolved value. questions:
-    to rehearse; those that have no answer yet are put to the base. longest: tokens of the longest row, rehearsed ones
-    included. extra_tokens: that rehearsal adds to the run, about. adapter_digest: SHA-256 of the adapter to go on from.
+    to rehearse; those that have no answer yet are put to the base. general: questions of `train.ewc`. longest: tokens
+    of the longest row, rehearsed ones included. extra_tokens: that rehearsal adds to the run, about. adapter_digest:
+    SHA-256 of the adapter to go on from.
     """
 
     config: Config
@@ -91,6 +94,7 @@ class Job:
     rows: Rows
     schedule: Schedule
     questions: list[dict[str, Any]] = field(default_factory=list)
+    general: list[dict[str, Any]] = field(default_factory=list)
     longest: int = 0
     extra_tokens: int = 0
     adapter_digest: str | None = None
@@ -121,6 +125,7 @@ class Job:
             "total_steps": self.schedule.total_steps,
             "warmup_steps": self.schedule.warmup_steps,
             "rehearsal": train.rehearsal.model_dump() if self.questions else "off",
+            "ewc": train.ewc.model_dump() if train.ewc.strength else "off",
             **{name: getattr(train, name) for name in names},
         }
 
@@ -187,6 +192,8 @@ def prepare(
     due = rows.ledgers["train"].labelled_tokens * section.share / (1 - section.share)
     due *= schedule.total_steps / schedule.steps_per_epoch
     questions, reason = rehearsal.choose(section, rows.train, encoder, root, due, stored)
+    ewc = config.train.ewc
+    general = rehearsal.read_questions(ewc, root)[: ewc.rows] if ewc.strength and checkpoint is None else []
     longest, extra_tokens = rehearsal.sizes(questions, encoder, rows.system, due)
     return Job(
         config=_with_rehearsal(resolved.config, len(questions)),
@@ -199,6 +206,7 @@ def prepare(
         rows=rows,
         schedule=schedule,
         questions=questions,
+        general=general,
         longest=max(rows.longest, longest),
         extra_tokens=extra_tokens,
         adapter_digest=adapter_digest,
@@ -358,6 +366,8 @@ def describe(job: Job, opened: OpenRun) -> list[str]:
         new = sum("assistant" not in row for row in job.questions)
         before = f"before the first step, the base answers {new} general questions; " if new else ""
         lines.append(f"  rehearsal: {before}about {job.extra_tokens:,} tokens are added to the run")
+    if strength := config.train.ewc.strength:
+        lines.append(f"  {'ewc.strength':<24}{strength:<14g}  questions: {config.train.ewc.path or 'ours'}")
     return [line.rstrip() for line in lines]
 
 
@@ -432,11 +442,13 @@ def make_loop(job: Job, opened: OpenRun, root: Path, report: Report | None) -> t
         if job.unresolved.kernels != "auto":
             raise
         log.warning("layers are computed as transformers does: %s", problem.what)
-    answer, rehearsed, rows = None, None, job.rows.train
+    answer, rehearsed, ewc, rows = None, None, None, job.rows.train
     loaded = LoadedModel(model, job.encoder.tokenizer, job.encoder, job.files.kind)
     if job.questions:
         with step.forward_context():
             job, rehearsed, rows = _rehearse(job, loaded, run, root, report)
+    if train.ewc.strength:
+        job, ewc = _consolidate(job, loaded, step, opened, root, report)
     if job.rows.answer_rows:
         answer = sample_answers(loaded, job.rows.answer_rows, job.config, root)
     all_rows = replace(job, rows=replace(job.rows, train=rows))
@@ -465,6 +477,7 @@ def make_loop(job: Job, opened: OpenRun, root: Path, report: Report | None) -> t
         step=step,
         checkpoints=CheckpointManager(run, train.save_total_limit, job.write_settings),
         rehearsal=rehearsed,
+        ewc=ewc,
         answer=answer,
         loggers=loggers,
     )
@@ -477,30 +490,10 @@ def _rehearse(
     """Asks the base, encodes its answers; returns them, the rows to train on with them behind, and the job with the
     setting and the ledger that follow. The job is without rehearsal where `auto` finds that the base completes too few.
     """
-    from sft.model.adapters import has_prefix
     from sft.training import rehearsal
-    from sft.training.loggers import SECONDS_PER_LINE
 
     auto = job.unresolved.rehearsal.rows == "auto"
-    last_line = time.monotonic()
-
-    def on_progress(done: float, total: int) -> None:
-        nonlocal last_line
-        line = f"rehearsal: the base answers general questions, {done:.0f} of {total}"
-        if report is not None:
-            report(int(done), total, line)
-        elif time.monotonic() - last_line >= SECONDS_PER_LINE:
-            last_line = time.monotonic()
-            log.info(line)
-
-    def ask() -> list[dict[str, Any]]:
-        weights = job.files.fingerprint()
-        with loaded.base_only() if has_prefix(loaded.model) else contextlib.nullcontext():  # new LoRA changes nothing
-            return rehearsal.answer(
-                job.questions, loaded, weights, job.config, root, auto=auto, on_progress=on_progress
-            )
-
-    answered = distributed.on_rank0(ask)
+    answered = _answers(job, job.questions, loaded, root, report, auto=auto)
     rehearsed: Rehearsal | None = None
     complete = sum(bool(row["assistant"]) for row in answered)
     if auto and complete < rehearsal.MIN_COMPLETE:
@@ -516,6 +509,79 @@ def _rehearse(
         job.write_settings(run.folder)
         files.write_json(run.folder / "ledger.json", job.rows.ledger())
     return job, rehearsed, rows
+
+
+def _answers(
+    job: Job, questions: list[dict[str, Any]], loaded: LoadedModel, root: Path, report: Report | None, *, auto: bool
+) -> list[dict[str, Any]]:
+    """The questions with the base's answers, which the first process asks for."""
+    from sft.model.adapters import has_prefix
+    from sft.training import rehearsal
+    from sft.training.loggers import SECONDS_PER_LINE
+
+    last_line = time.monotonic()
+
+    def on_progress(done: float, total: int) -> None:
+        nonlocal last_line
+        line = f"the base answers general questions, {done:.0f} of {total}"
+        if report is not None:
+            report(int(done), total, line)
+        elif time.monotonic() - last_line >= SECONDS_PER_LINE:
+            last_line = time.monotonic()
+            log.info(line)
+
+    def ask() -> list[dict[str, Any]]:
+        weights = job.files.fingerprint()
+        with loaded.base_only() if has_prefix(loaded.model) else contextlib.nullcontext():  # new LoRA changes nothing
+            return rehearsal.answer(questions, loaded, weights, job.config, root, auto=auto, on_progress=on_progress)
+
+    return distributed.on_rank0(ask)
+
+
+def _consolidate(
+    job: Job, loaded: LoadedModel, step: StepConfig, opened: OpenRun, root: Path, report: Report | None
+) -> tuple[Job, Consolidation]:
+    """Elastic weight consolidation of the base that is loaded, and the job with its ledger.
+
+    A new run estimates the Fisher information and stores it, with its rows, in outputs/<run>/ewc; a resumed one reads
+    it there. Raises ModelError, RunError.
+    """
+    from safetensors.torch import load_file, save_file
+
+    from sft.step.ewc import Consolidation, squared_gradients
+    from sft.training import rehearsal
+
+    folder, model = opened.run.folder / "ewc", loaded.model
+    path, rows_path = folder / "fisher.safetensors", folder / "rows.json"
+    if opened.checkpoint is not None:
+        if problem := distributed.on_rank0(lambda: files.manifest_problem(folder)):
+            what = f"the Fisher information of this run cannot be used: {problem}"
+            raise RunError(what, where=str(folder), fix="restore it, or start a new run: --resume never")
+        rows = files.read_json(rows_path)["rows"]
+    else:
+        with step.forward_context():
+            rows = _answers(job, job.general, loaded, root, report, auto=False)
+    ledger, features = rehearsal.encode(rows, job.encoder, job.rows.system, "train.ewc")
+    if opened.checkpoint is not None:
+        fisher = load_file(path, device=str(next(model.parameters()).device))
+    else:
+        fisher, labels = squared_gradients(model, features[distributed.rank() :: distributed.world()], step)
+        labels = sum(distributed.all_gather(labels))
+        for squares in fisher.values():
+            distributed.all_reduce(squares).div_(max(1, labels))
+
+        def store() -> None:
+            with files.atomic_folder(folder) as staged:
+                files.put(staged / path.name, partial(save_file, fisher))
+                files.write_json(staged / rows_path.name, {"rows": rows})
+                files.write_manifest(staged)
+
+        distributed.on_rank0(store)
+        log.info("ewc: Fisher information of %d answers, %d tokens", len(features), labels)
+    job = replace(job, rows=replace(job.rows, ledgers={**job.rows.ledgers, "ewc": ledger}))
+    if distributed.rank() == 0:
+        files.write_json(opened.run.folder / "ledger.json", job.rows.ledger())
+    return job, Consolidation.around(model, fisher, job.config.train.ewc.strength)
 
 
 def load_model(config: Config, model_files: ModelFiles, backend: str, *, device: str) -> Any:

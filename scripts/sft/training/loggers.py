@@ -40,6 +40,7 @@ NAMES = {
     "grad_norm": "train/grad_norm",
     "tokens_per_second": "train/tokens_per_second",
     "epoch": "train/epoch",
+    "ewc_penalty": "train/ewc_penalty",
     "windows_skipped": "train/windows_skipped",
 }
 SECONDS_PER_LINE = 30.0  # of progress where there is no bar

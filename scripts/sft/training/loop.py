@@ -38,6 +38,7 @@ from sft.training.monitor import LossMonitor
 from sft.training.signals import SignalHandler
 
 if TYPE_CHECKING:
+    from sft.step.ewc import Consolidation
     from sft.training.rehearsal import Rehearsal
 
 log = logging.getLogger("sft.training")
@@ -86,8 +87,8 @@ class TrainingLoop:
     """Trains `model` on `rows` (features with `id`, `input_ids`, `labels`).
 
     config: resolved. step: how a step is computed; lowered when memory runs out. rehearsal: whose rows follow the
-    task's in `rows`; None for none. answer: generates from a sample of
-    validation rows at each evaluation, None for losses only. loggers: of rank 0, None for none.
+    task's in `rows`; None for none. ewc: the penalty on leaving the base; None for none. answer: generates from a
+    sample of validation rows at each evaluation, None for losses only. loggers: of rank 0, None for none.
     """
 
     def __init__(
@@ -101,12 +102,14 @@ class TrainingLoop:
         step: StepConfig,
         checkpoints: CheckpointManager,
         rehearsal: Rehearsal | None = None,
+        ewc: Consolidation | None = None,
         answer: Answer | None = None,
         loggers: Loggers | None = None,
     ) -> None:
         from transformers import get_scheduler
 
         self.model, self.rows, self.validation, self.rehearsal = model, rows, validation, rehearsal
+        self.ewc, self.ewc_penalty = ewc, 0.0
         self.settings, self.schedule, self.step, self.initial_step = config.train, schedule, step, step
         self.log_every = config.logging.log_interval
         self.checkpoints, self.answer, self.loggers = checkpoints, answer, loggers or Loggers()
@@ -211,6 +214,9 @@ class TrainingLoop:
         if usable:
             progress.last_loss = mean_loss
         if usable := usable and labels > 0:  # without gradients, a gradient scaler would refuse to step
+            if self.ewc is not None:  # the same on every rank, once the gradients are summed
+                scaler = self.accelerator.scaler
+                self.ewc_penalty = float(self.ewc.add_gradients(1.0 if scaler is None else scaler.get_scale()))
             max_norm = self.settings.max_grad_norm or math.inf
             grad_norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), max_norm))
             if self.accelerator.scaler is None:  # a gradient scaler detects and skips infinite gradients itself
@@ -233,6 +239,8 @@ class TrainingLoop:
         if stop or step in (1, self.schedule.total_steps) or step % self.log_every == 0:
             loss_sum, last_logged = self.progress.unlogged
             entry = {"loss": loss_sum / (step - last_logged), "grad_norm": grad_norm, "learning_rate": learning_rate}
+            if self.ewc is not None:
+                entry["ewc_penalty"] = self.ewc_penalty
             if self.progress.skipped:
                 entry["windows_skipped"] = len(self.progress.skipped)
             tokens, seconds = self._last_entry

@@ -21,7 +21,7 @@ from sft.chat.dataset import RunLedger, TokenisedRows
 from sft.chat.encode import Encoded, Encoder
 from sft.chat.loss_mask import IGNORED, OVER_LENGTH
 from sft.config.load import display_path, resolve_path, shipped
-from sft.config.schema import Config, GenerationSection, RehearsalSection
+from sft.config.schema import Config, EwcSection, GenerationSection, RehearsalSection
 from sft.data import rows as records
 from sft.data.rows import RowFault, parse_json
 from sft.errors import ConfigError, DataError, ModelError
@@ -141,23 +141,29 @@ def choose(
             few = f"fewer than {MIN_TRAIN_ROWS} training rows"
             return [], few if len(train) < MIN_TRAIN_ROWS else f"{reason} (narrow: below {NARROW})"
         reason += f": narrow (below {NARROW})"
-    path = resolve_path(root, section.path) if section.path else shipped(root, SHIPPED)
-    questions = read_questions(path)
+    questions = read_questions(section, root)
     if isinstance(section.rows, int) and section.rows > len(questions):
-        what = f"train.rehearsal.rows is {section.rows}, but {display_path(path, root)} has {len(questions)} questions"
+        name = display_path(questions_file(section, root), root)
+        what = f"train.rehearsal.rows is {section.rows}, but {name} has {len(questions)} questions"
         raise ConfigError(what, where="train.rehearsal.rows", fix=f"--set train.rehearsal.rows={len(questions)}")
     enough = max(MIN_QUESTIONS, math.ceil(due / LOSSES_PER_QUESTION))
     return questions[: section.rows if isinstance(section.rows, int) else enough], reason
 
 
-def read_questions(path: Path) -> list[Row]:
+def questions_file(section: RehearsalSection | EwcSection, root: Path) -> Path:
+    """The section's file of questions, or ours."""
+    return resolve_path(root, section.path) if section.path else shipped(root, SHIPPED)
+
+
+def read_questions(section: RehearsalSection | EwcSection, root: Path) -> list[Row]:
     """The questions of a file of JSON lines, with the answers and system texts that they have. Raises DataError."""
-    questions = []
+    questions, path = [], questions_file(section, root)
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else (error.strerror or "it cannot be read")
-        fix = "--set train.rehearsal.path=FILE, or =null for ours"
+        key = "train.ewc.path" if isinstance(section, EwcSection) else "train.rehearsal.path"
+        fix = f"--set {key}=FILE, or =null for ours"
         raise DataError(f"no questions to rehearse: {reason}", where=str(path), fix=fix) from None
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -231,7 +237,15 @@ def _generate(
 def make(
     rows: list[Row], train: TokenisedRows, encoder: Encoder, config: Config, system: str | None
 ) -> tuple[Rehearsal, TokenisedRows]:
-    """Encodes the answered rows; returns them, and the task's rows with them behind.
+    """Encodes the answered rows; returns them, and the task's rows with them behind. Raises ModelError."""
+    ledger, features = encode(rows, encoder, system, "train.rehearsal")
+    joined = train.joined(features)
+    losses = loss_counts(joined, causal=encoder.kind == "causal")
+    return Rehearsal(rows, features, ledger, losses, config.train.rehearsal.share, config.train.seed), joined
+
+
+def encode(rows: list[Row], encoder: Encoder, system: str | None, section: str) -> tuple[RunLedger, list[Feature]]:
+    """Encodes answered rows for a section of the config.
 
     Every other row has the task's shared system text, as `infer` sends it. A row without an answer, or too long for
     `model.max_seq_len`, is named in the ledger. Raises ModelError if no row is left.
@@ -248,12 +262,11 @@ def make(
         if encoded.dropped is None:
             features.append({"id": row["id"], "input_ids": encoded.input_ids, "labels": encoded.labels})
     if not features:
+        off = f"{section}.{'strength=0' if section == 'train.ewc' else 'rows=off'}"
         reasons = "; ".join(f"{len(ids)} rows: {reason}" for reason, ids in ledger.dropped.items())
         raise ModelError(
-            f"there is nothing to rehearse: {reasons}",
-            where="train.rehearsal.rows",
-            fix="--set train.rehearsal.rows=off, or questions with answers of your own: train.rehearsal.path",
+            f"there is no general answer for {section}: {reasons}",
+            where=f"{section}.rows",
+            fix=f"--set {off}, or questions with answers of your own: --set {section}.path=FILE",
         )
-    joined = train.joined(features)
-    losses = loss_counts(joined, causal=encoder.kind == "causal")
-    return Rehearsal(rows, features, ledger, losses, config.train.rehearsal.share, config.train.seed), joined
+    return ledger, features
