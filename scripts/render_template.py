@@ -73,6 +73,8 @@ def render(encoder: Any, source: Path, target: Path) -> dict[str, Any]:
                 if records.is_pair(row):
                     raise Refused("a preference pair has two answers, and a rendered row has one")
                 rendered = row if records.is_rendered(row) else {"id": records.row_id(row), **encoder.split(row)}
+                if (field := encoder.weight_field) and field in row:
+                    rendered[field] = row[field]
             except Refused as refusal:
                 refused[records.row_id(row)] = str(refusal)
                 continue

@@ -15,6 +15,7 @@ from sft.chat import dataset
 from sft.chat.dataset import RunLedger, Split, TokenisedRows, Tokeniser, fingerprint
 from sft.chat.encode import Encoded
 from sft.data import rows, store
+from sft.errors import DataError
 from sft.training import job
 from tests.chat import words
 from tests.chat.helpers import CHATML, encode_all, encoder_for, make_encoder
@@ -213,3 +214,20 @@ def test_a_run_reads_its_rows_and_warns_of_leaked_validation_questions(
         assert split.ledger()["val"]["reasons"] == {"over length": 1} and "validation loss is optimistic" in caplog.text
         assert split.longest == max(len(one["input_ids"]) for one in split.train) and len(split.train) > 20
     assert len(TokenisedRows()) == 0 and list(TokenisedRows()) == []
+
+
+def test_weights_are_cached_with_the_rows_and_a_key_that_no_row_has_is_an_error(tmp_path: Path) -> None:
+    content = [row(0, grade=0.5), row(1), row(2, grade=1), row(3, grade=0)]
+    train = write_jsonl(tmp_path / "train.jsonl", content)
+    stage, encoder = store.Stage("given", train, None, None), plain_encoder(max_seq_len=100, weight_field="grade")
+    for _ in ("encoded", "from the cache"):
+        split = job.read_rows(stage, encoder, answered=0, cache=tmp_path / "c")
+        assert [set(one.get("weights", [])) for one in split.train] == [{0.5}, set(), set()]
+        assert len(split.train[0]["weights"]) == len(split.train[0]["labels"])
+        ledger = split.ledgers["train"]
+        assert ledger.rows_weighted == 2 and ledger.dropped == {"its weight is 0": ["r3"]}
+        assert "1 rows have no weight of their own (data.weight_field): each counts 1" in ledger.sentences()
+    joined = split.train.joined([{"id": "x", "input_ids": [1, 2], "labels": [-100, 2]}])
+    assert "weights" in joined[0] and "weights" not in joined[3]
+    with pytest.raises(DataError, match="no training row has the key 'mark'"):
+        job.read_rows(stage, plain_encoder(weight_field="mark"), answered=0, cache=tmp_path / "c")

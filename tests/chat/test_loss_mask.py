@@ -37,6 +37,27 @@ def test_truncate_left_cuts_the_oldest_tokens_and_keeps_the_begin_token_and_the_
     assert in_loss(encoder, got) == ["Bob.</s>"[3:], " Bob. Ann.</s>"] or in_loss(encoder, got)[-1] == " Bob. Ann.</s>"
 
 
+def test_the_weights_of_turns_and_of_the_row_multiply_and_are_cut_with_the_labels() -> None:
+    talk = [TALK[0], {**TALK[1], "weight": 0.5}, *TALK[2:]]
+    for policy, limit, expected in (
+        ("drop", 39, [3.0] * 13 + [1.5] * 7 + [3.0] * 19),
+        ("truncate_left", 24, [3.0] + [1.5] * 4 + [3.0] * 19),
+        ("truncate_right", 35, [3.0] * 13 + [1.5] * 7 + [3.0] * 15),
+    ):
+        encoder = encoder_for("plain", words.tokenizer(), over_length=policy, max_seq_len=limit, weight_field="grade")
+        got = encoder.encode({"messages": talk, "grade": 3})
+        assert got.weights == expected and len(got.labels) == limit and got.row_weight == 3
+    assert row("drop", 39)[1].weights is None
+    assert encode(encoder, *TALK).weights is None
+    assert encoder.encode({"messages": TALK, "grade": 0}).dropped == "its weight is 0"
+    with pytest.raises(DataError, match='grade is "x", not a number from 0 on'):
+        encoder.encode({"messages": TALK, "grade": "x"})
+    pieces = encoder_for("plain", words.tokenizer(), over_length="split_turns", max_seq_len=30, weight_field="grade")
+    (parts,) = pieces.encode_pieces([{"messages": talk, "grade": 3}])
+    counted = [zip(part.weights, part.labels, strict=True) for part in parts]
+    assert [{weight for weight, label in pairs if label != -100} for pairs in counted] == [{1.5}, {3.0}]
+
+
 def test_truncate_left_cuts_the_newline_after_the_answer_first() -> None:
     _, whole = row("drop", 39)
     encoder, got = row("truncate_left", 9)  # begin token, one token of the prompt, seven of the answer

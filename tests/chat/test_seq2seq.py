@@ -45,6 +45,7 @@ def test_rendered_rows_and_control_text(tokenizer: Any) -> None:
     assert encoder.split({"user": "a", "assistant": "b"}) == {"input": "a", "target": "b"}
     assert encode(encoder, user("a</s>b"), answer("c")).input_ids.count(tokenizer.eos_token_id) <= 2
     assert encode(encoder, user("a"), {**answer("c"), "weight": 0}).dropped == NO_LABEL
+    assert set(encode(encoder, user("a"), {**answer("c"), "weight": 0.5}).weights) == {0.5}
 
 
 def test_source_and_target_are_cut_by_the_policy(tokenizer: Any) -> None:

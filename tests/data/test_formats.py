@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from sft.config.schema import DataSection
-from sft.data import rows
+from sft.config.schema import DataSection, SplitSection
+from sft.data import rows, store
 from sft.data.formats import Formats, guess_columns, make_row, parse_text, rendered_record, to_record
 from sft.data.process import process
 from sft.data.readers import RawRow
@@ -206,6 +206,30 @@ def test_a_weight_of_a_row_is_stored_and_reported_as_unused(tmp_path: Path) -> N
     assert ledger.example is not None and ledger.example["weight"] == 3
     assert ledger.reports["keys_not_read"] == {"weight": 1}
     assert any("1 rows have a `weight`" in text for text in ledger.warnings)
+
+
+def test_the_field_of_a_rows_weight_is_stored_as_a_number_and_a_bad_value_is_a_fault(tmp_path: Path) -> None:
+    raw, good = tmp_path / "a.csv", ["0.5", "2", "", "0"]
+    values = [*good, "high", "-1", "inf"]
+    raw.write_text("question,answer,grade\n" + "".join(f"q{n},a,{v}\n" for n, v in enumerate(values)), encoding="utf-8")
+    data = DataSection(weight_field="grade", max_dropped=1, split=SplitSection(train=1, val=0, test=0))
+    ledger = process(data, tmp_path, str(raw))
+    written = store.read_rows(tmp_path / "data/processed/train.jsonl")
+    assert [row.get("grade") for row in written] == [0.5, 2.0, None, 0.0]
+    assert ledger.named == {"no weight": 3} and "keys_not_read" not in ledger.reports
+    assert ledger.examples["no weight"][0]["detail"] == 'grade is "high", not a number from 0 on'
+    other = process(data.model_copy(update={"weight_field": "mark"}), tmp_path, str(raw))
+    assert "no row has the key data.weight_field=mark" in other.warnings
+
+
+@pytest.mark.parametrize(
+    ("mark", "weight"), [({"weight": 0.5}, 0.5), ({"train": False}, 0), ({"training": True}, None)]
+)
+def test_turns_are_weighted_as_data_sets_write_it(mark: dict[str, Any], weight: float | None) -> None:
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", **mark}]
+    _, row = stored({"messages": chat})
+    assert (row["messages"][1].get("weight") if weight is not None else row.get("messages")) == weight
+    assert fault({"messages": [chat[0], {**chat[1], "weight": "much"}]}) == "no weight"
 
 
 def test_rows_of_several_turns_are_stored_as_messages() -> None:

@@ -37,7 +37,15 @@ ROWS, ABOUT = "rows.arrow", "about.json"
 CODE = ("chat/*.py", "data/*.py", "model/tokenizer.py")  # the files that decide ids and labels
 LIBRARIES = ("transformers", "tokenizers", "jinja2", "pyarrow")
 _IDS = pyarrow.list_(pyarrow.int32())
-SCHEMA = pyarrow.schema({"id": pyarrow.string(), "prompt_id": pyarrow.uint64(), "input_ids": _IDS, "labels": _IDS})
+SCHEMA = pyarrow.schema(
+    {
+        "id": pyarrow.string(),
+        "prompt_id": pyarrow.uint64(),
+        "input_ids": _IDS,
+        "labels": _IDS,
+        "weights": pyarrow.list_(pyarrow.float32()),  # of the labels; null where each is 1
+    }
+)
 
 
 @dataclass
@@ -53,6 +61,7 @@ class RunLedger:
     pieces: int = 0
     tokens: int = 0
     labelled_tokens: int = 0
+    rows_weighted: int = 0
     rows_truncated: int = 0
     tokens_truncated: int = 0
     dropped: dict[str, list[str]] = field(default_factory=dict)
@@ -69,6 +78,7 @@ class RunLedger:
         for reason in reasons:
             self.pieces_dropped[reason] = self.pieces_dropped.get(reason, 0) + 1
         self.rows_trained += 1
+        self.rows_weighted += usable[0].row_weight is not None
         self.pieces += len(usable)
         self.tokens += sum(len(piece.input_ids) for piece in usable)
         self.labelled_tokens += sum(label != IGNORED for piece in usable for label in piece.labels)
@@ -84,6 +94,8 @@ class RunLedger:
         lines = [f"{len(ids):,} rows dropped: {reason} (first: row {ids[0]})" for reason, ids in self.dropped.items()]
         if self.rows_truncated:
             lines.append(f"{self.rows_truncated:,} rows cut to length, {self.tokens_truncated:,} tokens lost")
+        if self.rows_weighted and (rest := self.rows_trained - self.rows_weighted):
+            lines.append(f"{rest:,} rows have no weight of their own (data.weight_field): each counts 1")
         if self.pieces > self.rows_trained:
             lines.append(f"{self.rows_trained:,} rows split at their turns into {self.pieces:,} pieces")
         return lines + [f"{count:,} pieces of split rows dropped: {why}" for why, count in self.pieces_dropped.items()]
@@ -110,7 +122,7 @@ def encode_rows(
 
 
 class TokenisedRows(Sequence[Feature]):
-    """Rows `{"id", "input_ids", "labels"}` of an Arrow table (SCHEMA), e.g. memory-mapped; lists on access.
+    """Rows `{"id", "input_ids", "labels", "weights"?}` of an Arrow table (SCHEMA), e.g. mapped; lists on access.
 
     release: gives back the memory that reading a mapped table has filled.
     """
@@ -127,13 +139,15 @@ class TokenisedRows(Sequence[Feature]):
             return [self[one] for one in range(*index.indices(len(self)))]
         index = range(len(self))[index]
         ids = {name: self._table.column(name)[index].values.to_numpy().tolist() for name in ("input_ids", "labels")}
+        if (weights := self._table.column("weights")[index]).is_valid:
+            ids["weights"] = weights.values.to_numpy().tolist()
         return {"id": self._table.column("id")[index].as_py(), **ids}
 
     def joined(self, others: Sequence[Feature]) -> TokenisedRows:
         """These rows and, behind them, others, whose `prompt_id` is 0."""
-        columns: dict[str, list[Any]] = {name: [row[name] for row in others] for name in ("id", "input_ids", "labels")}
+        columns: dict[str, list[Any]] = {name: [row.get(name) for row in others] for name in SCHEMA.names}
         columns["prompt_id"] = [0] * len(columns["id"])
-        more = pyarrow.table(columns, schema=SCHEMA).cast(self._table.schema)
+        more = pyarrow.table(columns, schema=SCHEMA).select(self._table.column_names).cast(self._table.schema)
         return TokenisedRows(pyarrow.concat_tables([self._table, more]), self._release)
 
     def lengths(self) -> NDArray[np.int64]:
@@ -210,6 +224,7 @@ class Tokeniser:
                     "prompt_id": [prompt_id for prompt_id, _ in part],
                     "input_ids": [piece.input_ids for _, piece in part],
                     "labels": [piece.labels for _, piece in part],
+                    "weights": [piece.weights for _, piece in part],
                 }
                 out.write_batch(pyarrow.RecordBatch.from_pydict({name: columns[name] for name in schema.names}, schema))
         warnings = {kind: text for kind, text in self.encoder.warnings.items() if kind not in earlier}
@@ -268,7 +283,7 @@ def fingerprint(encoder: Encoder) -> str:
     parts = (
         template.digest,
         (template.name, template.origin, template.control_text, template.parts),
-        (encoder.kind, encoder.max_seq_len, encoder.over_length, encoder.in_loss),
+        (encoder.kind, encoder.max_seq_len, encoder.over_length, encoder.in_loss, encoder.weight_field),
         type(tokenizer).__name__,
         (*code, *(metadata.version(name) for name in LIBRARIES)),
     )

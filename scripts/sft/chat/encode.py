@@ -20,7 +20,7 @@ from sft.config.schema import Config
 from sft.data import rows as records
 from sft.data.messages import normalize_messages
 from sft.data.rows import RowFault
-from sft.errors import TemplateError
+from sft.errors import DataError, TemplateError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("sft.chat")
 Row = dict[str, Any]
 Kind = Literal["causal", "seq2seq"]
+NO_WEIGHT = "its weight is 0"
 _PROMPT_DIFFERS = (
     "the generation prompt differs from the training text for row {row} (usually a <think> block;"
     " data.template_options may set it)"
@@ -45,6 +46,7 @@ class Encoded:
 
     input_ids, labels: equally long (causal), or source and target (seq2seq); labels are -100 where no loss is taken.
     truncated_tokens: tokens cut for length. dropped: None, or why the row is not trained on. text: as rendered.
+    weights: how much each label counts, None where each counts 1. row_weight: the row's own, None if it has none.
     """
 
     id: str
@@ -53,6 +55,8 @@ class Encoded:
     truncated_tokens: int = 0
     dropped: str | None = None
     text: str = ""
+    weights: list[float] | None = None
+    row_weight: float | None = None
 
     @property
     def fits(self) -> bool:
@@ -63,7 +67,7 @@ class Encoded:
 class Encoder:
     """Encodes rows for a decoder-only model. Raises TemplateError if labels cannot be derived for the template.
 
-    eos_ids: the end tokens of the model's generation_config.
+    eos_ids: the end tokens of the model's generation_config. weight_field: key of a row's weight (`data.weight_field`).
     """
 
     kind: Kind = "causal"
@@ -77,8 +81,9 @@ class Encoder:
         over_length: OverLength,
         labels: InLoss,
         eos_ids: Iterable[int] = (),
+        weight_field: str | None = None,
     ) -> None:
-        self.template, self.tokenizer = template, tokenizer
+        self.template, self.tokenizer, self.weight_field = template, tokenizer, weight_field
         self.max_seq_len, self.over_length, self.in_loss = max_seq_len, over_length, labels
         self.vocabulary = Vocabulary(tokenizer, control_text=template.control_text)
         self.warnings: dict[str, str] = {}  # kind -> text, as logged
@@ -126,7 +131,9 @@ class Encoder:
         ]
 
     def _pieces(self, row: Row, whole: Encoded) -> list[Encoded]:
-        shared = {"id": whole.id, "tools": records.tools(row)}
+        shared: Row = {"id": whole.id, "tools": records.tools(row)}
+        if self.weight_field:
+            shared[self.weight_field] = whole.row_weight
         chats = split_long_chat(records.messages(row), lambda chat: self.encode({**shared, "messages": chat}).fits)
         return [self.encode({**shared, "messages": chat}) for chat in chats] if len(chats) > 1 else [whole]
 
@@ -171,7 +178,23 @@ class Encoder:
         fitted, dropped = fit_length(whole, self.max_seq_len, self.over_length, name, self.tokenizer.bos_token_id)
         if dropped is None and all(label == IGNORED for label in fitted.labels):
             dropped = NO_LABEL
-        return Encoded(name, fitted.ids, fitted.labels, len(whole.ids) - len(fitted.ids), dropped, layout.text)
+        encoded = Encoded(name, fitted.ids, fitted.labels, len(whole.ids) - len(fitted.ids), dropped, layout.text)
+        return self._weighted(row, encoded, fitted.weights)
+
+    def _weighted(self, row: Row, encoded: Encoded, weights: list[float]) -> Encoded:
+        """The row with the weights of its labels times its own; dropped if that is 0. Raises DataError."""
+        if self.weight_field and row.get(self.weight_field) is not None:
+            try:
+                encoded.row_weight = records.to_weight(row[self.weight_field], self.weight_field)
+            except RowFault as fault:
+                where = str(row.get("origin") or f"row {encoded.id}")
+                raise DataError(fault.detail, where=where, fix="correct that row, then make process") from None
+            weights = [weight * encoded.row_weight for weight in weights]
+            if encoded.row_weight == 0 and encoded.dropped is None:
+                encoded.dropped = NO_WEIGHT
+        if any(weight != 1 and label != IGNORED for weight, label in zip(weights, encoded.labels, strict=True)):
+            encoded.weights = weights
+        return encoded
 
     def _labelled(self, layout: Layout, line: Line, messages: list[Message]) -> LabelledRow:
         """The tokens of a layout, with a boundary wherever the model begins to write or an end token is appended."""
@@ -192,9 +215,11 @@ class Encoder:
 
         Training on it gives the ids that training on the row itself gives. Raises Refused with the reason.
         """
-        layout = self._layout(records.row_id(row), records.messages(row), records.tools(row))
+        layout = self._layout(records.row_id(row), messages := records.messages(row), records.tools(row))
         if not layout.regions:
             raise Refused("it has no answer")
+        if messages[-1].get("weight", 1) != 1:
+            raise Refused("its last answer has a weight of its own, which no rendered row has")
         region, turn, text = layout.regions[-1], self.traits.turn, layout.text
         end = region.end - len(turn.end)
         if text[end:] == turn.tail:
@@ -336,4 +361,5 @@ def build_encoder(
         over_length=config.model.over_length,
         labels=config.train.labels,
         eos_ids=eos_ids,
+        weight_field=config.data.weight_field,
     )

@@ -19,11 +19,14 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class LabelledRow:
-    """Token ids and labels of one row, and the tokens [first, end) of its answers, end tokens included."""
+    """Token ids and labels of one row, the weight of each label, and the tokens [first, end) of its answers, end tokens
+    included.
+    """
 
     ids: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     answers: list[tuple[int, int]] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
 
 
 def mask_loss(
@@ -32,14 +35,15 @@ def mask_loss(
     """The only place where a loss mask is built: labels are the token's id where a loss is taken, else IGNORED.
 
     A token is in the loss if it starts inside a region (what the model writes as one answer, its end token included),
-    unless the message has `weight: 0` or `in_loss` excludes it. missing_ends: region -> the end tokens to append to it
-    where the template writes none.
+    unless the message has `weight: 0` or `in_loss` excludes it; it counts as much as the message's weight.
+    missing_ends: region -> the end tokens to append to it where the template writes none.
     """
     row = LabelledRow()
 
-    def append(ids: list[int], trained: bool) -> None:
+    def append(ids: list[int], trained: bool, weight: float = 1.0) -> None:
         row.ids.extend(ids)
         row.labels.extend(ids if trained else [IGNORED] * len(ids))
+        row.weights.extend([weight] * len(ids))
 
     position = 0
     for region in regions:
@@ -51,6 +55,7 @@ def mask_loss(
         append(
             line.ids[first:end] + missing_ends.get(region, []),
             trained=weight != 0 and (is_last or in_loss != "last_assistant"),
+            weight=weight,
         )
         row.answers.append((answer, len(row.ids)))
         position = end
@@ -97,7 +102,7 @@ def _truncate_left(row: LabelledRow, limit: int, bos: int | None) -> tuple[Label
         if first < answer:
             answers = [(max(a, first) - first + head, b - first + head) for a, b in row.answers if b > first]
             ids, labels = row.ids[:head] + row.ids[first:end], row.labels[:head] + row.labels[first:end]
-            return LabelledRow(ids, labels, answers), None
+            return LabelledRow(ids, labels, answers, row.weights[:head] + row.weights[first:end]), None
     return row, OVER_LENGTH
 
 
@@ -111,4 +116,4 @@ def _truncate_right(row: LabelledRow, limit: int) -> tuple[LabelledRow, str | No
             if first == limit - 1:  # nothing of the answer but its end would be left
                 labels[-1] = IGNORED
     trained = any(label != IGNORED for label in labels)
-    return LabelledRow(ids, labels, answers), None if trained else NO_LABEL
+    return LabelledRow(ids, labels, answers, row.weights[:limit]), None if trained else NO_LABEL

@@ -43,7 +43,8 @@ class Seq2SeqEncoder(Encoder):
             return Encoded(name, [], [], dropped=f"template: {refused}")
         target = records.reference(row).strip()
         ids, labels, cut = self._ids(source), self._ids(target), 0
-        if not target or (row.get("messages") and row["messages"][-1].get("weight", 1) == 0):
+        weight = row["messages"][-1].get("weight", 1) if row.get("messages") else 1
+        if not target or weight == 0:
             return Encoded(name, ids, [], dropped=NO_LABEL, text=source)
         if records.is_rendered(row) and not source.strip():
             # Plain text (replay): its first half is the source, the rest the target, as in prefix language modelling,
@@ -66,7 +67,8 @@ class Seq2SeqEncoder(Encoder):
             labels = labels if len(labels) <= limit else [*labels[: limit - 1], labels[-1]]
             short = ids[-limit:] if policy == "truncate_left" else [*ids[: limit - 1], ids[-1]]
             ids = ids if len(ids) <= limit else short
-        return Encoded(name, ids, labels, cut, dropped, f"{source}\n{target}")
+        encoded = Encoded(name, ids, labels, cut, dropped, f"{source}\n{target}")
+        return self._weighted(row, encoded, [weight] * len(labels))
 
     def _source(self, row: Row | list[Message]) -> str:
         if isinstance(row, dict) and records.is_rendered(row):

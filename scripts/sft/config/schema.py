@@ -269,6 +269,11 @@ class DataSection(Section):
     hub_config: str | None = key(None, "Configuration of a hub data set.")
     hub_split: str = key("train", "Split of a hub data set.")
     system_prompt: str | None = key(None, "System text for rows that have none.")
+    weight_field: str | None = key(
+        None,
+        "Key of a number from 0 on in each row: how much the row counts in the loss; 1 where a row has none, null for"
+        " every row.",
+    )
     deduplicate: bool = key(True, "Drop exact duplicates (the first row stays) and report how many.")
     near_duplicates: Literal["off", "report", "drop"] = key(
         "off",

@@ -19,7 +19,7 @@ from sft.data.messages import (
     to_text,
 )
 from sft.data.readers import RawRow
-from sft.data.rows import Message, Row, RowFault, content_hash, content_id, dump_json, parse_json, row_id
+from sft.data.rows import Message, Row, RowFault, content_hash, content_id, dump_json, parse_json, row_id, to_weight
 from sft.errors import DataError, nearest
 
 Names = dict[str, str]  # plain spelling of a key (`best_answer`) -> the key in the row (`Best Answer`)
@@ -62,7 +62,7 @@ OLD_OPENAI_ENDS = ("\n\n###\n\n", " ->", "\n->")  # of prompts in files for its 
 TREE_MESSAGE = {"message_id", "parent_id", "role", "text"}  # keys of OpenAssistant's messages, a row each
 EVERY_FORMAT = ("id", "origin", *SYSTEM)  # read in every format
 STORED = ("tags", "tag", "category", "weight", "references")  # copied to the stored row as they are
-UNUSED = ("weight",)  # of these, what training does not use
+UNUSED = ("weight",)  # of these, what training uses only where `data.weight_field` names it
 GOOD = ("thumbs_up", "thumbsup", "thumb_up", "up", "upvote", "like", "good", "positive", "👍")
 NEVER_GUESSED = (  # columns of facts about a row
     "id", "uuid", "title", "name", "url", "link", "source", "date", "time", "timestamp", "ts", "type", "lang", "model",
@@ -98,16 +98,19 @@ class Format(NamedTuple):
 
 class Formats:
     """Reads raw rows. format: `auto` or the only one to accept. columns: role -> column of a table. rated: rows say
-    whether their answer is good, and those with a bad one are used too (KTO).
+    whether their answer is good, and those with a bad one are used too (KTO). weight_field: key of a row's weight.
     """
 
-    def __init__(self, format: str, columns: dict[str, str] | None, *, rated: bool = False) -> None:
+    def __init__(
+        self, format: str, columns: dict[str, str] | None, *, rated: bool = False, weight_field: str | None = None
+    ) -> None:
         if (columns or format == "columns") and not {"user", "assistant"} <= set(columns or ()):
             fix = "name both: USER_COL=NAME ANSWER_COL=NAME, or data.columns.user and data.columns.assistant"
             raise DataError(
                 "a column of the questions and one of the answers are needed", where="data.columns", fix=fix
             )
         self._format, self._columns, self._rated = format, columns or {}, rated
+        self.weight_field, self.weighted = weight_field, 0  # rows with a weight
         self.unread: Counter[str] = Counter()  # key -> rows that have it although no format reads it
         self.cut = 0  # rows that ended with an empty turn
         self.table: Row | None = None  # the first row in no known format whose columns could be mapped
@@ -135,7 +138,7 @@ class Formats:
                 if not (label := bad or _says_good(row, names)):
                     raise RowFault("unknown format", f"no `label` says whether the answer is good: {_listed(row)}")
                 read = read | {label}
-        unread = [key for key in row if key and (key not in read or key in UNUSED)]
+        unread = [key for key in row if key and (key not in read or key in UNUSED) and key != self.weight_field]
         if (key := _first(names, PASSAGES)) and key in read and row[key] and _passage(row[key]) is None:
             unread.append(key)
         if unread:
@@ -316,6 +319,9 @@ def make_row(raw: RawRow, formats: Formats, system_prompt: str | None) -> tuple[
         extra["source_id"] = raw.value["id"]
     if parsed.references:
         extra["references"] = list(parsed.references)
+    if (field := formats.weight_field) and raw.value.get(field) not in (None, ""):
+        extra[field] = to_weight(raw.value[field], field)
+        formats.weighted += 1
     if parsed.pair:
         check_turns(_exchange(*parsed.pair))
         return rendered_record(*parsed.pair, origin=raw.origin, **extra), parsed.format

@@ -14,6 +14,7 @@ from sft.data.rows import (
     Message,
     RowFault,
     parse_json,
+    to_weight,
 )
 
 ROLES = {
@@ -29,7 +30,8 @@ PAIRS = (("human", "assistant"), ("user", "assistant"), ("input", "output"), ("q
 SPEAKER_KEYS = ("role", "from", "sender", "speaker")
 CONTENT = ("content", "value", "parts", "text")
 REASONING = ("reasoning_content", "reasoning", "thinking")
-COPIED = ("name", "tool_call_id", "weight")
+COPIED = ("name", "tool_call_id")
+TRAINED = ("train", "training", "loss")  # true or false, as Axolotl and ms-swift write it
 TYPES = {dict: "an object", list: "a list", str: "a text", type(None): "null", bool: "true or false", bytes: "bytes"}
 MEDIA_MARK = re.compile(r"^\s*<(?:image|audio|video)>|<image>\s*$")  # as LLaVA and ms-swift write it
 BEFORE = {  # role -> the roles that it may follow
@@ -93,6 +95,10 @@ def _message(turn: Any, where: str) -> tuple[Message, bool]:
     fields = (turn.get("tool_calls"), turn.get("function_call"))
     if calls := next(filter(None, (normalize_tool_calls(field, where) for field in fields)), parts.get("tool_calls")):
         message["tool_calls"] = calls
+    if (weight := turn.get("weight")) is not None:
+        message["weight"] = to_weight(weight, f"{where}.weight")
+    elif any(turn.get(key) is False for key in TRAINED):
+        message["weight"] = 0
     return message | {key: turn[key] for key in COPIED if turn.get(key) is not None}, False
 
 

@@ -120,7 +120,7 @@ class RowChecks:
     def __init__(self, data: DataSection, root: Path, *, rated: bool = False) -> None:
         self.data, self.profile = data, DataProfile()
         columns = {role: name for role, name in data.columns if name} if data.columns else None
-        self.formats = Formats(data.format, columns, rated=rated)
+        self.formats = Formats(data.format, columns, rated=rated, weight_field=data.weight_field)
         self.contamination: Contamination | None = None
         self.near: NearDuplicates | None = None
         self._seen: set[int] = set()
@@ -304,9 +304,11 @@ def _row_warnings(reports: dict[str, Any], checks: RowChecks) -> list[str]:
         )
     if weighted := checks.formats.unread["weight"]:
         warnings.append(
-            f"{weighted:,} rows have a `weight` of their own: it is stored, but training does not use it;"
-            " weigh a whole source (data.sources) or a turn (`weight` in messages)"
+            f"{weighted:,} rows have a `weight` of their own, which training does not use;"
+            " to use it: --set data.weight_field=weight, in `process` and in training"
         )
+    if (field := checks.data.weight_field) and not checks.formats.weighted:
+        warnings.append(f"no row has the key data.weight_field={field}")
     if checks.formats.cut:
         warnings.append(f"{checks.formats.cut:,} rows ended with an empty turn: it was left out")
     if by is not None and not reports["groups"]["groups"]:

@@ -24,7 +24,7 @@ MAX_DEPTH = 128  # levels of lists and objects; orjson writes up to 254
 
 Fault = Literal[
     "unreadable", "unknown format", "not text", "no user turn", "empty answer", "unknown role", "roles out of order",
-    "preference pair",
+    "preference pair", "no weight",
 ]  # fmt: skip
 Filter = Literal[  # by the config: no faults of the rows
     "marked as bad", "exact duplicate", "near duplicate", "leak into val or test", "contamination",
@@ -154,6 +154,17 @@ def prompt_messages(row: Row | list[Message]) -> tuple[list[Message], list[Messa
     """The turns of a row, or these turns, without the answer at their end; and the tools."""
     turns, row_tools = (row, None) if isinstance(row, list) else (messages(row), tools(row))
     return turns[:-1] if turns and turns[-1].get("role") == "assistant" else turns, row_tools
+
+
+def to_weight(value: Any, where: str) -> float:
+    """How much a row or a turn counts in the loss: a number from 0 on, or its text. Raises RowFault."""
+    try:
+        weight = float(value) if isinstance(value, str) else value
+        if not isinstance(weight, bool) and 0 <= weight < math.inf:
+            return weight  # type: ignore[no-any-return]
+    except (ValueError, TypeError):
+        pass
+    raise RowFault("no weight", f"{where} is {json.dumps(value, default=str)[:40]}, not a number from 0 on")
 
 
 def row_id(row: Row) -> str:

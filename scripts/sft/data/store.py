@@ -17,7 +17,7 @@ from sft import files
 from sft.config.load import resolve_path
 from sft.config.schema import DataSection
 from sft.data import shards
-from sft.data.rows import Row, RowFault, is_pair, parse_json, row_id
+from sft.data.rows import Row, RowFault, is_pair, parse_json, row_id, to_weight
 from sft.errors import DataError
 
 SPLITS = ("train", "val", "test")
@@ -123,6 +123,8 @@ def _stored_row(text: bytes) -> Row:
             turns = row[key]
             if not isinstance(turns, list) or not turns or not all(isinstance(t, dict) and "role" in t for t in turns):
                 raise RowFault("unknown format", f"{key} is not a list of turns with a role")
+            for number, turn in enumerate(turns):
+                to_weight(turn.get("weight", 1), f"{key}[{number}].weight")
     if "messages" in keys:
         return dict(row)
     required = ("user", "assistant") if "user" in keys else ("prompt",) if pair else ("input", "target")

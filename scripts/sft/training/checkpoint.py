@@ -230,8 +230,8 @@ CONSEQUENCES = {
     ),
 }
 OF_OLD_RUNS: dict[str, Any] = {  # keys that runs of earlier versions lack
-    "objective": "response", "rehearsal": "off", "normalize": "tokens", "z_loss": 0.0, "adapter": "lora",
-    "adapter_path": None, "freeze": [], "neftune_alpha": None, "ewc": "off",
+    "objective": "response", "rehearsal": "off", "normalize": "tokens", "z_loss": 0.0, "weight_field": None,
+    "adapter": "lora", "adapter_path": None, "freeze": [], "neftune_alpha": None, "ewc": "off",
 }  # fmt: skip
 NEVER_ALLOWED = {"backend", "mode", "kind", "base_model", "precision", "lora", "optim", "freeze", "adapter", "ewc"}
 

@@ -24,7 +24,7 @@ from sft.config import auto
 from sft.config.load import Loaded, display_path, resolve_path
 from sft.config.schema import Config, TrainSection
 from sft.data import shards, store
-from sft.errors import ConfigError, EnvironmentProblem, RunError, Stopped
+from sft.errors import ConfigError, DataError, EnvironmentProblem, RunError, Stopped
 from sft.model import backends, hardware, hub
 from sft.runs import OpenRun, Run
 from sft.training import distributed
@@ -120,6 +120,7 @@ class Job:
             "precision": "bf16" if train.bf16 else "fp16" if train.fp16 else "fp32",
             "template": self.encoder.template.digest,
             "data": self.rows.hashes,
+            "weight_field": self.config.data.weight_field,
             "max_seq_len": self.config.model.max_seq_len,
             "world_size": distributed.world(),
             "total_steps": self.schedule.total_steps,
@@ -254,6 +255,10 @@ def read_rows(
     train = tokenise(stage.train, hashes[stage.train], on_progress)
     if not train.rows:
         raise train.ledger.no_rows_left(encoder.template.name)
+    if encoder.weight_field and not train.ledger.rows_weighted:
+        what = f"no training row has the key {encoder.weight_field!r}"
+        fix = "make process, which stores it with each row; or --set data.weight_field=null"
+        raise DataError(what, where="data.weight_field", fix=fix)
     validation, validation_ledger, answer_rows = TokenisedRows(), RunLedger(), []
     if stage.val is not None:
         split = tokenise(stage.val, hashes[stage.val])
