@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     """Load the encoder and the rows, choose some, show them."""
     from sft.chat import preview
-    from sft.data import store
+    from sft.data import shards, store
     from sft.files import write_text
     from sft.generation.encoder import load_named_encoder
 
@@ -44,11 +44,18 @@ def main(args: argparse.Namespace) -> None:
     config = console.load_config(args).config
     encoder = load_named_encoder(config, root, tokenizer=args.tokenizer, template=args.template)
     path = Path(args.rows) if args.rows else rows_of_split(config.data, root, args.split)
-    rows = choose_rows(store.read_rows(path), path, args)
+    if shards.has_tokens(path):
+        shown = tokens_of(encoder, path, args)
+    else:
+        rows = choose_rows(store.read_rows(path), path, args)
+        if args.json:
+            print_json(encoder, rows)
+            return
+        shown = [pair for row in rows for pair in encode(encoder, row)]
     if args.json:
-        print_json(encoder, rows)
+        for piece, _ in shown:
+            print_piece(piece)
         return
-    shown = [pair for row in rows for pair in encode(encoder, row)]
     if args.html:
         write_text(args.html, preview.page(f"{path.name}, {encoder.template.name}", shown))
         console.say(f"{len(shown):,} rows written to {args.html}")
@@ -71,6 +78,17 @@ def rows_of_split(data: Any, root: Path, split: str) -> Path:
     if path is None:
         raise DataError(f"there are no {split} rows", where=f"data.{split}_path", fix="make process")
     return path
+
+
+def tokens_of(encoder: Any, path: Path, args: argparse.Namespace) -> list[tuple[Any, Any]]:
+    """The first rows, or the one that --id names, of rows that come as tokens."""
+    from itertools import islice
+
+    from sft.chat import pretokenised, preview
+
+    pieces = (one for one in pretokenised.encoded(path, encoder) if one.id.startswith(args.id or ""))
+    limit = args.limit if args.limit is not None else None if args.json else DEFAULT_LIMIT
+    return [(one, preview.tokens(encoder, one, one)) for one in islice(pieces, limit or None)]
 
 
 def choose_rows(rows: list[dict[str, Any]], path: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -104,11 +122,15 @@ def print_json(encoder: Any, rows: list[dict[str, Any]]) -> None:
     """A JSON line a row; under `split_turns` one for each piece."""
     from sft.chat.dataset import BATCH
 
-    keys = ("id", "text", "input_ids", "labels", "truncated_tokens", "dropped")
     for start in range(0, len(rows), BATCH):
         for pieces in encoder.encode_pieces(rows[start : start + BATCH]):
             for piece in pieces:
-                console.emit({key: getattr(piece, key) for key in keys})
+                print_piece(piece)
+
+
+def print_piece(piece: Any) -> None:
+    keys = ("id", "text", "input_ids", "labels", "truncated_tokens", "dropped")
+    console.emit({key: getattr(piece, key) for key in keys})
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ MAY_IMPORT = {  # package -> packages it may import besides itself and EVERYONE;
     "errors": set(),
     "files": set(),
     "console": {"config", "runs"},
+    "api": {"console", "config", "runs", "generation"},
     "config": set(),
     "metrics": set(),
     "runs": {"config"},
@@ -35,7 +36,7 @@ MAY_IMPORT = {  # package -> packages it may import besides itself and EVERYONE;
     "preflight": {"report", "memory", "generation", "chat", "data", "model", "config", "runs"},
 }
 CORE_COMMANDS = ("train", "eval", "infer")
-AROUND_THE_CORE = {"memory", "ship", "report", "preflight", "server"}
+AROUND_THE_CORE = {"api", "memory", "ship", "report", "preflight", "server"}
 LIGHT = {"config", "data", "metrics", "errors", "files", "console", "runs"}
 HEAVY = {"torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes"}
 OPTIONAL = {"bitsandbytes", "unsloth", "liger_kernel"}

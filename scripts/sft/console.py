@@ -79,7 +79,7 @@ def load_config(args: argparse.Namespace) -> Loaded:
     return loaded
 
 
-def _use_run(args: argparse.Namespace) -> None:
+def use_run(args: argparse.Namespace) -> None:
     """--run: the config is the run's own; the adapter or model is its own, in commands that take one."""
     from sft import runs
 
@@ -128,6 +128,8 @@ def continue_command(run: str) -> str:
     """What continues the training run of this process: the same command, or the run by its name after a --resume."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return "the same command"
+    if Path(sys.argv[0]).suffix != ".py" or "ipykernel" in sys.argv[0]:  # a notebook, or Python itself
+        return f"the same call, or make resume RUN={_quoted(run)}"
     by_name = any(word.startswith(("--resume", "--run")) for word in sys.argv)
     if target := os.environ.get("SFT_MAKE"):
         if by_name or not target.startswith("train"):
@@ -274,7 +276,7 @@ def run(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], An
         if "set" in args:  # several settings in one text, as make passes them
             args.set = [item for text in args.set for item in re.split(r"\s+(?=[a-z_]+\.[\w.]+\s*=)", text.strip())]
             if args.run:
-                _use_run(args)
+                use_run(args)
             args.config = args.config or default_config()
         result = main(args)
     except SftError as error:

@@ -124,6 +124,15 @@ def test_long_rows_are_cut_as_texts_are(tmp_path: Path, policy: str) -> None:
     assert ledger.dropped or ledger.tokens_truncated
 
 
+@pytest.mark.parametrize("limit", [100, 4])
+def test_weights_of_labels_are_used(tmp_path: Path, limit: int) -> None:
+    columns = {"input_ids": [[5, 6, 7], [5, 6, 7, 8, 9]], "labels": [[-100, 6, 7], [-100, -100, 7, 8, 9]]}
+    weights = [[1.0, 0.5, 0.0], [1.0, 1.0, 2.0, 0.25, 1.0]]
+    path = write(tmp_path / "train.arrow", columns | {"weights": pa.array(weights, pa.list_(pa.float32()))})
+    rows = start(plain_encoder(max_seq_len=limit, over_length="truncate_right"), path).rows
+    assert [row["weights"] for row in rows] == [weights[0], weights[1][:limit]]
+
+
 def test_a_row_without_a_label_is_dropped_and_named(tmp_path: Path) -> None:
     path = write(tmp_path / "train.arrow", {"input_ids": [[5, 6], [5, 6]], "labels": [[-100, -100], [-100, 6]]})
     split = start(plain_encoder(), path)
@@ -148,6 +157,7 @@ def test_tokens_alone_need_labels_all_tokens(tmp_path: Path) -> None:
         ({"input_ids": [[5, 6]], "labels": [[None, 6]]}, "an empty place", 0),
         ({"input_ids": [[5.0, 6.0]], "labels": [[-100, 6]]}, "not a list of token ids", 0),
         ({"input_ids": ["text"], "labels": [[-100, 6]]}, "not a list of token ids", 0),
+        ({"input_ids": [[5, 6]], "labels": [[5, 6]], "weights": [[1.0, -1.0]]}, "the weight -1.0 cannot be right", 0),
         ({"input_ids": [[5, 6]], "mask": [[1]]}, "2 tokens in input_ids and 1 in mask", 0),
     ],
 )

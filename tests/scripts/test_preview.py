@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 
 import preview
 from sft.errors import SftError
@@ -63,6 +64,18 @@ def test_a_json_line_for_every_row(command: Callable[..., Result], place: Path) 
     assert two["id"] == "two" and two["input_ids"].count(words.ID["<|im_end|>"]) == 4 and two["truncated_tokens"] == 1
     assert three["truncated_tokens"] == 33 and len(three["input_ids"]) == 39 and three["dropped"] is None
     assert four["dropped"] == "over length"
+
+
+def test_rows_that_come_as_tokens(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ids = words.ids("Who ? <|im_end|>")
+    Dataset.from_list([{"input_ids": ids, "labels": [-100, *ids[1:]]}] * 3).save_to_disk(tmp_path / "tokens")
+    (file,) = (tmp_path / "tokens").glob("*.arrow")
+    run(*preview_args(place, "--in", tmp_path / "tokens", "--limit", 1))
+    assert f"row {file.name}[0]: 3 tokens, 2 in the loss" in (shown := capsys.readouterr().out)
+    assert "?<|im_end|>⟧" in shown and shown.count("⟦") == 2  # the legend has one
+    run(*preview_args(place, "--in", tmp_path / "tokens", "--id", f"{file.name}[2]", "--json"))
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (line["id"], line["input_ids"], line["labels"]) == (f"{file.name}[2]", ids, [-100, *ids[1:]])
 
 
 def test_the_terminal_and_the_page(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,19 +23,21 @@ from sft.data import shards
 from sft.errors import DataError
 
 log = logging.getLogger("sft.chat")
+_FIX = "write the files again from the rows"
 MASKS = (
     "completion_mask",
     "assistant_masks",
     "loss_mask",
     "mask",
 )  # 1 where a loss is taken, as TRL and others name it
-_IDS = pyarrow.list_(pyarrow.int32())
+_IDS, _WEIGHTS = pyarrow.list_(pyarrow.int32()), pyarrow.list_(pyarrow.float32())
 
 
 @dataclass(frozen=True)
 class Part:
-    """Up to shards.BATCH rows of a file, end to end, without padding. first: index of the first. copied: why they
-    cannot be mapped as they are, None if they can.
+    """Up to shards.BATCH rows of a file, end to end, without padding. first: index of the first.
+
+    weights: of the labels, None where each counts 1. copied: why they cannot be mapped as they are, None if they can.
     """
 
     file: Path
@@ -44,6 +46,7 @@ class Part:
     lengths: NDArray[np.int64]
     labels: NDArray[np.int32]
     label_lengths: NDArray[np.int64]
+    weights: NDArray[np.float32] | None = None
     copied: str | None = None
 
     def name(self, row: int) -> str:
@@ -61,6 +64,7 @@ class Scan:
 
     labels: str = "labels"
     copied: str | None = None
+    weighted: bool = False
     rows: int = 0
     tokens: int = 0
     labelled: int = 0
@@ -71,7 +75,8 @@ class Scan:
     @property
     def mapped(self) -> dict[str, str]:
         """Column -> the column of the files that it is; nothing where all is copied."""
-        return {} if self.copied else {"input_ids": "input_ids", "labels": self.labels}
+        weights = {"weights": "weights"} if self.weighted else {}
+        return {} if self.copied else {"input_ids": "input_ids", "labels": self.labels, **weights}
 
     def ids(self) -> Iterator[str]:
         """The id of each row: its file and its place in it."""
@@ -96,6 +101,7 @@ def scan(path: Path, encoder: Encoder, on_progress: Callable[[int, int], None] |
             result.files.append((part.file.name, 0))
         result.files[-1] = (part.file.name, result.files[-1][1] + len(part.lengths))
         result.copied = result.copied or part.copied or _unfit(part, encoder)
+        result.weighted = part.weights is not None
         if on_progress:
             on_progress(result.rows, total)
     if result.rows and not result.stops:
@@ -119,8 +125,10 @@ def encoded(path: Path, encoder: Encoder) -> Iterator[Encoded]:
                 longer = LabelledRow(ids if len(ids) > len(labels) else labels)
                 yield Encoded(name, ids, labels, dropped=fit_length(longer, limit, policy, name, bos)[1])
             else:
-                row_, dropped = fit_length(LabelledRow(ids, labels, _runs(labels)), limit, policy, name, bos)
-                yield Encoded(name, row_.ids, row_.labels, len(ids) - len(row_.ids), dropped)
+                weights = [] if part.weights is None else part.weights[end - part.lengths[row] : end].tolist()
+                whole = LabelledRow(ids, labels, _runs(labels), weights)
+                cut, dropped = fit_length(whole, limit, policy, name, bos)
+                yield Encoded(name, cut.ids, cut.labels, len(ids) - len(cut.ids), dropped, weights=cut.weights or None)
 
 
 def parts(path: Path, encoder: Encoder) -> Iterator[Part]:
@@ -133,7 +141,8 @@ def parts(path: Path, encoder: Encoder) -> Iterator[Part]:
             names = set(batch.schema.names)
             ids, lengths = _flat(batch, "input_ids", file, first)
             labels, label_lengths = _flat(batch, label_column, file, first)
-            of_file = {name: batch.schema.field(name).type for name in ("input_ids", label_column)}
+            used = [name for name in ("input_ids", label_column, "weights") if name in names]
+            of_file = {name: batch.schema.field(name).type for name in used}
             why = None if in_place else "Parquet and compressed files cannot be memory-mapped"
             if (types := types or of_file) != of_file:
                 why = "the types of the files' columns differ"
@@ -141,18 +150,22 @@ def parts(path: Path, encoder: Encoder) -> Iterator[Part]:
                 why = f"labels are made of the column {label_column}"
                 _require_equal(lengths, label_lengths, file, first, label_column)
                 labels = np.where(labels != 0, ids, IGNORED).astype(np.int32)
+            weights = None
+            if "weights" in names:
+                weights, weight_lengths = _flat(batch, "weights", file, first, _WEIGHTS)
+                _require_equal(label_lengths, weight_lengths, file, first, "weights")
             if "attention_mask" in names:
                 mask, mask_lengths = _flat(batch, "attention_mask", file, first)
                 _require_equal(lengths, mask_lengths, file, first, "attention_mask")
-                if not mask.all():
-                    why = "padding is removed"
-                    row = np.repeat(np.arange(len(lengths)), lengths)[mask != 0]
-                    before, lengths = lengths, np.bincount(row, minlength=len(lengths))
-                    ids = ids[mask != 0]
+                if not (real := mask != 0).all():
+                    why, row = "padding is removed", np.repeat(np.arange(len(lengths)), lengths)
+                    ids, real_lengths = ids[real], np.bincount(row[real], minlength=len(lengths))
                     if encoder.kind == "causal":
-                        _require_equal(before, label_lengths, file, first, label_column)
-                        labels, label_lengths = labels[mask != 0], lengths
-            part = Part(file, first, ids, lengths, labels, label_lengths, why)
+                        _require_equal(lengths, label_lengths, file, first, label_column)
+                        labels, label_lengths = labels[real], real_lengths
+                        weights = None if weights is None else weights[real]
+                    lengths = real_lengths
+            part = Part(file, first, ids, lengths, labels, label_lengths, weights, why)
             _check(part, encoder, vocabulary)
             yield part
             first += batch.num_rows
@@ -171,23 +184,21 @@ def _labels_column(path: Path, encoder: Encoder) -> str:
     raise DataError(what, where=str(path), fix=fix)
 
 
-def _flat(batch: Any, name: str, file: Path, first: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+def _flat(batch: Any, name: str, file: Path, first: int, kind: Any = _IDS) -> tuple[NDArray[Any], NDArray[np.int64]]:
     """A column of lists end to end, and the length of each."""
     where = f"{file}[{first}]"
-    kind: Any = batch.schema.field(name).type if name in batch.schema.names else "missing"
+    own: Any = batch.schema.field(name).type if name in batch.schema.names else "missing"
     try:
-        column = batch.column(name).cast(_IDS)
-        if pyarrow.types.is_floating(kind.value_type):
+        column = batch.column(name).cast(kind)
+        if kind is _IDS and pyarrow.types.is_floating(own.value_type):
             raise TypeError
     except (KeyError, TypeError, AttributeError, pyarrow.ArrowException):
-        raise DataError(f"the column {name} is {kind}, not a list of token ids", where=where, fix=_FIX) from None
+        what = "token ids" if kind is _IDS else "weights"
+        raise DataError(f"the column {name} is {own}, not a list of {what}", where=where, fix=_FIX) from None
     values = column.flatten()
     if column.null_count or values.null_count:
         raise DataError(f"the column {name} has an empty place (null)", where=where, fix=_FIX)
     return values.to_numpy(), np.diff(column.offsets.to_numpy()).astype(np.int64)
-
-
-_FIX = "write the files again from the rows"
 
 
 def _require_equal(lengths: Any, others: Any, file: Path, first: int, name: str) -> None:
@@ -210,10 +221,13 @@ def _check(part: Part, encoder: Encoder, vocabulary: int) -> None:
         )
     _require(part, (part.ids >= 0) & (part.ids < vocabulary), "token", part.ids, part.lengths, in_vocabulary, encoder)
     _require(part, right | (part.labels == IGNORED), "label", part.labels, part.label_lengths, why, encoder)
+    if part.weights is not None:
+        valid, rule = np.isfinite(part.weights) & (part.weights >= 0), "it is negative or no number"
+        _require(part, valid, "weight", part.weights, part.label_lengths, rule, encoder)
 
 
 def _require(
-    part: Part, right: Any, what: str, values: NDArray[np.int32], lengths: NDArray[np.int64], why: str, encoder: Encoder
+    part: Part, right: Any, what: str, values: NDArray[Any], lengths: NDArray[np.int64], why: str, encoder: Encoder
 ) -> None:
     """Raises DataError with the row of the first value that is not right."""
     if not right.all():
