@@ -8,7 +8,7 @@
 # STYLE="..."        a style or a preset                               PYTHON=python  your own environment, not .venv
 
 .DEFAULT_GOAL := help
-.PHONY: help coverage install install-dev install-unsloth lock setup-dirs download-model import-gguf demo-model process style render \
+.PHONY: help coverage install install-dev install-unsloth lock setup-dirs download-model import-gguf demo-model process advise style render \
 	full-pipeline style-if-set preview report-data plan check train train-bnb train-unsloth train-with-tb train-bnb-tb \
 	train-unsloth-tb pause resume doctor tensorboard tb-stop tb-clean tb-open eval eval-val eval-test eval-quick eval-full compare lm-eval infer \
 	infer-interactive infer-batch merge merge-bf16 merge-test export push \
@@ -32,7 +32,7 @@ only = $(foreach name,$(1),$(if $($(name)),$(if $(filter $(2),$(MAKECMDGOALS)),,
 TRAIN_TARGETS := train train-bnb train-unsloth train-with-tb train-bnb-tb train-unsloth-tb
 $(call only,RESUME,$(TRAIN_TARGETS))
 $(call only,ALLOW,$(TRAIN_TARGETS) resume)
-$(call only,USER_COL ANSWER_COL,process full-pipeline)
+$(call only,USER_COL ANSWER_COL,process full-pipeline advise)
 $(call only,BASE,infer infer-interactive infer-batch)
 ifneq ($(filter help install% lock setup-dirs demo-model full-pipeline clean lint tb-% tensorboard %-tb,$(MAKECMDGOALS)),)
 $(if $(ARGS),$(error ARGS= does not work in $(MAKECMDGOALS)))
@@ -94,6 +94,9 @@ preview: $(ENV) ## show rows token by token: what is in the loss, what is masked
 	$(SCRIPT)/preview.py $(WITH)
 report-data: $(ENV) ## write a page with plots of the training rows (outputs/reports/data.html)
 	$(SCRIPT)/report_data.py $(WITH)
+advise: $(ENV) ## prompt, few-shot, retrieval, adapter or full tuning? asks, then writes configs/advised.yaml (RAW=, GPU=, MODEL=, OUT=)
+	$(SCRIPT)/advise.py $(WITH) $(if $(RAW),--raw_path "$$RAW") $(if $(USER_COL),--user_col "$$USER_COL") \
+		$(if $(ANSWER_COL),--answer_col "$$ANSWER_COL") $(if $(GPU),--gpu "$$GPU") $(if $(MODEL),--model "$$MODEL") $(if $(OUT),--out "$$OUT")
 plan: $(ENV) ## will it fit? memory of every phase by part, and what would help (SET="model.name=...", GPU="8GiB", PNG=f)
 	$(SCRIPT)/plan.py $(WITH) $(if $(GPU),--gpu "$$GPU") $(if $(PNG),--png "$(PNG)")
 plan-models: $(ENV) ## which models fit this card (GPU="8GiB", MODELS="names or a file")

@@ -13,7 +13,15 @@ from typing import Any
 from sft import console
 from sft.files import format_bytes, size
 
-GENERATED = ("data/processed", "data/processed_with_style", "data/rendered", "outputs", "adapters", ".cache")
+GENERATED = (
+    "data/processed",
+    "data/advised",
+    "data/processed_with_style",
+    "data/rendered",
+    "outputs",
+    "adapters",
+    ".cache",
+)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -1,0 +1,335 @@
+"""Advises: prompting, few-shot, retrieval, an adapter or full fine-tuning, and writes a config for this card and data.
+
+    python scripts/advise.py                                        asks on a terminal; data/raw or the processed rows
+    python scripts/advise.py --raw_path questions.csv --task simple --budget low --yes
+    python scripts/advise.py --examples 30 --knowledge special --facts daily       before there is any data
+    python scripts/advise.py --gpu "RTX 4060" --model Qwen/Qwen2.5-1.5B-Instruct
+
+Raw rows are processed into data/advised/<name>. Writes configs/advised.yaml, each value with its reason, which
+`make train CONFIG=configs/advised.yaml` runs as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sft import console, files
+
+if TYPE_CHECKING:
+    from sft.config.load import Loaded
+    from sft.config.schema import Config, DataSection
+    from sft.data.store import Stage
+    from sft.memory.devices import Device
+    from sft.memory.plan import Plan
+    from sft.preflight.advise import Facts, Setting, UseCase
+
+SAMPLE = 5_000  # rows that are tokenised
+MARGIN = 0.1  # share of a card left free: the desktop, a browser
+LONGEST = 2048  # tokens: longer rows are cut, unless a config says otherwise
+QUESTIONS = {  # flag -> what is asked, its answers
+    "task": ("how hard is the task? a label or a rewrite is simple, several steps of thought are complex",
+             ("simple", "moderate", "complex")),
+    "form": ("must answers have one strict form?", ("free", "strict")),
+    "knowledge": ("do answers need knowledge that a general model lacks?", ("general", "special")),
+    "facts": ("how often do the facts in the answers change?", ("rarely", "monthly", "weekly", "daily")),
+    "latency": ("must answers come fast?", ("any", "tight")),
+    "budget": ("how much computing may it cost? low: this machine for an evening", ("low", "medium", "high")),
+}  # fmt: skip
+
+
+def parser() -> argparse.ArgumentParser:
+    result = console.parser(__doc__)
+    add = result.add_argument
+    add("--raw_path", metavar="FILE", help="raw data to process (default: the config's rows, processed if need be)")
+    add("--user_col", metavar="NAME", help="column of the question, in a table")
+    add("--answer_col", metavar="NAME", help="column of the answer")
+    add("--examples", type=int, metavar="N", help="how many examples there will be, where there are none yet")
+    for name, (question, choices) in QUESTIONS.items():
+        add(f"--{name}", choices=choices, help=question)
+    add("--model", metavar="NAME", help="the model to train (default: one for this machine)")
+    add("--gpu", metavar="CARD", help='for another machine: `8GiB`, `"RTX 4060"` or `cpu`')
+    add("--out", metavar="FILE", type=Path, help="the config to write (default: configs/advised.yaml)")
+    add("--yes", action="store_true", help="ask nothing: what no flag says is measured or usual")
+    return result
+
+
+def main(args: argparse.Namespace) -> dict[str, Any]:
+    """Read the rows, ask, decide, choose every value, write the config."""
+    from sft.memory import devices
+    from sft.preflight import advise
+
+    root = console.project_root()
+    args.set += [f"data.columns.user={args.user_col}"] if args.user_col else []
+    args.set += [f"data.columns.assistant={args.answer_col}"] if args.answer_col else []
+    loaded = console.load_config(args)
+    device = devices.parse(args.gpu) if args.gpu else devices.this_machine()
+
+    # 1. the rows, and the model that they are for
+    rows = read_data(args, loaded, root)
+    if rows is None:
+        approach, reasons = decide(ask(args, None, device), lambda: "", 0)
+        console.say("no config is written without rows; with them: make advise RAW=FILE")
+        return {"approach": approach, "reasons": reasons, "config": None}
+    name, why = model_of(args, loaded) or advise.choose_model(device, root)
+    config = with_values(loaded.config, {"model.name": name, "data": rows.data})
+    description = model_config(config, root)
+    facts = measure(config, rows, root)
+    tokens, tokens_why = advise.length(facts, min(LONGEST, int(description.get("max_position_embeddings") or LONGEST)))
+    config = with_values(config, {"model.max_seq_len": tokens})
+
+    # 2. the decision
+    plans: dict[str, Plan] = {}
+
+    def plan_of(mode: str) -> Plan:
+        from sft.memory.plan import make_plan
+
+        if mode not in plans:
+            with console.progress(f"tracing the model ({mode})"):
+                plans[mode] = make_plan(with_values(config, {"tuning.mode": mode}), description, device)
+        return plans[mode]
+
+    def full_problem() -> str:
+        plan = plan_of("full")
+        return "" if plan.fits else f"it needs {plan.peak:.1f} GiB, and {device.name} has {device.gib:.1f}"
+
+    case = ask(args, facts, device)
+    approach, reasons = decide(case, full_problem, sorted(facts.sizes)[len(facts.sizes) // 2])
+
+    # 3. the config
+    mode, mode_why = "full", "as advised; it fits"
+    if approach != "full SFT":
+        mode, mode_why = "lora", "adapters on a 16-bit base: 4-bit weights take twice the time on a CPU"
+        if device.kind == "cuda":
+            fits = plan_of("lora").peak <= (1 - MARGIN) * device.gib
+            mode, mode_why = ("lora", "the 16-bit base fits") if fits else ("qlora", "the 16-bit base does not fit")
+    plan = plan_of(mode)
+    fit = f"{'fits' if plan.fits else 'does NOT fit'}: {plan.peak:.2f} of {device.gib:.1f} GiB"
+    chosen: list[Setting] = [
+        ("model.name", name, why),
+        ("model.max_seq_len", tokens, tokens_why),
+        ("tuning.mode", mode, mode_why),
+        *rows.settings,
+        ("train.output_dir", f"outputs/{out_of(args, root).stem}", "the run's folder and name"),
+        *advise.settings(plan.config, facts, case, device, plan.parameters),
+    ]
+    if args.gpu == "cpu":
+        chosen.insert(1, ("model.device_map", "cpu", "--gpu cpu"))
+    out = write(args, root, approach, reasons, f"{device.name}, {fit}", chosen)
+    console.say(f"plan: {mode} on {device.name} {fit}")
+    shown = display(out, root)
+    start = "to train" if approach in ("PEFT", "full SFT") else "to train all the same"
+    console.say(f"written: {shown}, each value with its reason; {start}: make train CONFIG={shown}")
+    counts = {"train": facts.train, "val": facts.val, "test": facts.test}
+    return {
+        "approach": approach, "reasons": reasons, "case": vars(case), "rows": counts, "model": name, "mode": mode,
+        "fits": plan.fits, "peak_gib": round(plan.peak, 3), "config": str(out),
+    }  # fmt: skip
+
+
+# --- the rows
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Processed rows. data: the config's section that finds them. settings: its values for the new config."""
+
+    data: DataSection
+    settings: list[Setting]
+    stage: Stage
+
+
+def read_data(args: argparse.Namespace, loaded: Loaded, root: Path) -> Rows | None:
+    """The rows to advise on, processed first where they are raw; None without any, where --examples says how many."""
+    from sft.config.load import display_path
+    from sft.data import store
+    from sft.data.process import process
+    from sft.errors import DataError
+
+    data = loaded.config.data
+    try:
+        if not args.raw_path:
+            stage = store.resolve_stage(data, root)
+            places = {name: getattr(data, name) for name in ("train_path", "val_path", "test_path")}
+            settings: list[Setting] = [
+                (f"data.{name}", value, "rows as the config named them") for name, value in places.items() if value
+            ]
+            if stage.name != "given":
+                key = f"{stage.name}_dir"
+                settings = [
+                    (f"data.{key}", getattr(data, key), "rows that were processed before"),
+                    ("data.stage", stage.name, "these rows and no others"),
+                ]
+            return Rows(data, settings, stage)
+    except DataError:
+        pass  # nothing is processed yet
+    raw = args.raw_path or data.raw_path
+    name = (raw or "raw").rstrip("/").rpartition("/")[2].partition(".")[0] or "raw"
+    data = data.model_copy(update={"processed_dir": f"data/advised/{name}", "stage": "processed"})
+    try:
+        with console.progress("reading rows") as on_progress:
+            ledger = process(data, root, args.raw_path, on_progress)
+    except DataError:
+        if args.examples is None or args.raw_path:
+            raise
+        return None
+    for line in ledger.warnings:
+        console.warn(line)
+    splits = ", ".join(f"{count:,} {split}" for split, count in ledger.splits.items())
+    console.say(f"rows: {ledger.read:,} read, {ledger.written:,} written to {data.processed_dir} ({splits})")
+    source = display_path(Path(raw), root) if raw and Path(raw).exists() else raw
+    columns = {role: column for role, column in (data.columns.model_dump() if data.columns else {}).items() if column}
+    settings = [("data.raw_path", source, "where the rows come from: make process reads it again")] if source else []
+    settings += [("data.columns", columns, "the columns of the table")] if columns else []
+    settings += [
+        (
+            "data.processed_dir",
+            data.processed_dir,
+            f"{splits}; a folder of its own, so that no other rows are replaced",
+        ),
+        ("data.stage", "processed", "these rows and no others"),
+    ]
+    return Rows(data, settings, store.resolve_stage(data, root))
+
+
+def measure(config: Config, rows: Rows, root: Path) -> Facts:
+    """The facts of a sample of the rows, in tokens where the model's tokenizer can be had."""
+    from sft.data import store
+    from sft.errors import ModelError
+    from sft.generation.encoder import load_encoder
+    from sft.preflight import advise
+    from sft.report import data_report
+
+    stage, split = rows.stage, config.data.split
+    sample, train = data_report.sample_rows(store.iter_rows(stage.train), SAMPLE, split.seed)
+    held_out = {name: path for name, path in (("val", stage.val), ("test", stage.test)) if path}
+    counts = {"train": train, **{name: store.count_rows(path) for name, path in held_out.items()}}
+    sizes, answers = list[int](), list[int]()
+    try:
+        encoder = load_encoder(config, root)
+        with console.progress("tokenising") as on_progress:
+            figures = data_report.token_figures(encoder, sample, on_progress)
+        sizes = figures["sizes"]
+        answers = [figures["by_role"].get(role, {}).get("longest", 0) for role in ("assistant", "target")]
+    except ModelError as error:
+        console.warn(f"lengths are estimated from characters, because there is no tokenizer yet: {error.what}")
+    return advise.measure(sample, counts, sizes, answers)
+
+
+# --- the model and the questions
+
+
+def model_of(args: argparse.Namespace, loaded: Loaded) -> tuple[str, str] | None:
+    """The model that a flag, --set or a config of the user's own names; None where the machine is to decide."""
+    if args.model:
+        return args.model, "your choice"
+    origin = loaded.origin("model.name") or ""
+    if not origin or origin.startswith("configs/config_base.yaml"):
+        return None
+    return loaded.config.model.name, f"from {origin}"
+
+
+def model_config(config: Config, root: Path) -> dict[str, Any]:
+    from sft.memory import report
+
+    return report.model_config(config.model, root)
+
+
+def with_values(config: Config, values: dict[str, Any]) -> Config:
+    """The config with other values of dotted keys; a model by another name has no revision."""
+    for key, value in values.items():
+        section, _, name = key.partition(".")
+        update = {name: value} | ({"revision": None} if key == "model.name" and value != config.model.name else {})
+        new = getattr(config, section).model_copy(update=update) if name else value
+        config = config.model_copy(update={section: new})
+    return config
+
+
+def ask(args: argparse.Namespace, facts: Facts | None, device: Device) -> UseCase:
+    """What the rows cannot tell: from flags, else asked on a terminal, else the usual answer, which is shown."""
+    from sft.preflight.advise import UseCase
+
+    usual = {name: choices[0] for name, (_, choices) in QUESTIONS.items()} | {"task": "moderate"}
+    usual["budget"] = "low" if device.kind == "cpu" or device.gib < 12 else "medium" if device.gib < 30 else "high"
+    if facts is not None:
+        usual["form"] = "strict" if facts.strict else "free"
+        what = f"{facts.labels} different answers" if facts.labels else f"{facts.form[1]:.0%} are {facts.form[0]}"
+        console.say(f"answers: {what if facts.strict else 'of no one form'}")
+    interactive, answers = sys.stdin.isatty() and not args.yes and not args.json, {}
+    for name, (question, choices) in QUESTIONS.items():
+        answer = getattr(args, name)
+        while answer is None and interactive:
+            text = input(f"{question} [{'/'.join(choices)}, Enter for {usual[name]}] ").strip().lower() or usual[name]
+            answer = next((choice for choice in choices if choice.startswith(text)), None)
+        answers[name] = answer or usual[name]
+    assumed = [f"{name} {answers[name]}" for name in QUESTIONS if getattr(args, name) is None and not interactive]
+    if assumed:
+        console.say(
+            f"taken as usual or measured (a flag changes it, e.g. --budget high): {', '.join(assumed)}", wrap=True
+        )
+    count = args.examples if args.examples is not None else facts.train + facts.val + facts.test if facts else 0
+    return UseCase(
+        count, answers["task"], answers["form"] == "strict", answers["knowledge"] == "special", answers["facts"],
+        answers["latency"] == "tight", answers["budget"],
+    )  # fmt: skip
+
+
+def decide(case: UseCase, full_problem: Callable[[], str], row_tokens: int) -> tuple[str, list[str]]:
+    """The approach and its reasons, shown with what speaks for the others."""
+    from sft.preflight import advise
+
+    approach, reasons = advise.recommend(case, full_problem, row_tokens)
+    console.say(f"\nadvice: {approach}")
+    for reason in reasons:
+        console.say(f"  - {reason}", wrap=True)
+    console.say("the others:")
+    for name, text in advise.others(case, approach):
+        console.say(f"  - {name}: {text}", wrap=True)
+    return approach, reasons
+
+
+# --- the config
+
+
+def out_of(args: argparse.Namespace, root: Path) -> Path:
+    return args.out or root / "configs" / "advised.yaml"
+
+
+def display(path: Path, root: Path) -> str:
+    from sft.config.load import display_path
+
+    return display_path(path, root)
+
+
+def write(
+    args: argparse.Namespace, root: Path, approach: str, reasons: Sequence[str], plan: str, chosen: Sequence[Setting]
+) -> Path:
+    """Writes the config, after a check that it loads; an earlier one of that name gets the ending .bak."""
+    from sft.config.load import load
+    from sft.preflight.advise import yaml_text
+
+    out = out_of(args, root)
+    head = [
+        f"Written by `make advise` on {time.strftime('%Y-%m-%d')} for {plan}.",
+        f"Advice: {approach}; {reasons[0]}",
+        f"make train CONFIG={display(out, root)}",
+    ]
+    text = yaml_text(head, "configs/config_base.yaml", chosen)
+    files.make_folder(out.parent)
+    if out.exists() and out.read_text(encoding="utf-8") != text:
+        out.replace(out.with_name(f"{out.name}.bak"))
+        console.say(f"the earlier {display(out, root)} is now {out.name}.bak")
+    files.write_text(out, text)
+    load(out, root=root)
+    return out
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # nothing is compiled here: saves a second of imports
+    console.run(parser(), main)
