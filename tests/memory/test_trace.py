@@ -16,6 +16,7 @@ from sft.memory import shapes
 from sft.memory.trace import Interval, MemoryTracker, Phases, Tracer, micro_batch
 from sft.model import adapters, load
 from sft.model.hub import find
+from sft.model.tokenizer import NEW_TOKENS
 from sft.step import attention
 from sft.step.step import compute_dtype
 from tests.memory.cases import CELLS, FAMILIES, PEAKS, changed, description, resolved
@@ -106,8 +107,9 @@ def test_the_trace_is_within_three_percent_of_real_training(
         ("lora", {"lora": LoraSection(layers_to_transform=[1], rank_pattern={"q_proj": 64})}),
         ("full", {"freeze": ["embed_tokens", "layers[.]0[.]"]}),
         ("qlora", {"adapter": "prefix", "prefix_tokens": 64}),
+        ("lora", {}),
     ],
-    ids=["pissa", "patterns", "freeze", "prefix"],
+    ids=["pissa", "patterns", "freeze", "prefix", "tokens"],
 )
 def test_every_way_of_training_less_is_traced_within_three_percent(
     mode: str, settings: dict[str, Any], tmp_path: Path
@@ -116,8 +118,11 @@ def test_every_way_of_training_less_is_traced_within_three_percent(
     train = {"kernels": "plain"} if "adapter" in settings else {}
     config = changed(config, tuning=changed(config.tuning, **settings), train=changed(config.train, **train))
     folder = save_random_model("llama", tmp_path / "llama")
+    written = json.loads((folder / "config.json").read_text())
+    written |= {} if settings else {NEW_TOKENS: [4094, 4095]}
+    (folder / "config.json").write_text(json.dumps(written))
     real = measured(folder, config)
-    traced = Tracer(config, json.loads((folder / "config.json").read_text()), device="cpu")
+    traced = Tracer(config, written, device="cpu")
     peak = traced.step(LENGTHS, accumulating=False).peak
     assert peak == pytest.approx(real.peak, rel=0.03, abs=1.6e6), (real.parts, peak)
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sft.config.schema import LoraSection, ModelSection, TuningSection
+from sft import runs
+from sft.config.schema import Config, LoraSection, ModelSection, TuningSection
 from sft.errors import ModelError
 from sft.model import adapters, hub, load
 from tests import tiny_models
@@ -313,6 +314,50 @@ def test_a_prefix_trains_alone_and_is_saved_and_loaded_unchanged(tiny_qwen2, tin
             assert torch.equal(model(input_ids=ids()).logits, base(tiny_qwen2, tuning).eval()(input_ids=ids()).logits)
     with pytest.raises(ModelError, match="prefix tuning is for decoder-only models"):
         attached(tiny_t5, tuning)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_new_tokens_begin_as_the_mean_of_their_parts_and_their_rows_alone_are_trained(tmp_path, tied):
+    from sft.model.tokenizer import load_tokenizer
+    from sft.ship.merge import merge
+
+    folder = tiny_models.tiny_qwen2(tmp_path / "q", tie_word_embeddings=tied)
+    section = ModelSection(name=str(folder), add_tokens=["<order>", "Mara Olsen", "the"])
+    old, files = hub.find(section.model_copy(update={"add_tokens": []}), tmp_path), hub.find(section, tmp_path)
+    tokenizer, before = load_tokenizer(files), load_tokenizer(old)
+    rows = old.config["vocab_size"]
+    new = tokenizer.convert_tokens_to_ids(["<order>", "Mara Olsen"])  # the third is a token already
+    assert tokenizer.encode("Mara Olsen<order>", add_special_tokens=False) == [new[1], new[0]]
+    assert files.config["sft_new_token_ids"] == sorted(new) and files.config["vocab_size"] == max(rows, *new) + (
+        max(new) >= rows
+    )
+    model = load.load_base(files, section, LORA, torch.float32, device="cpu", train=True)
+    tables = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
+    for table in tables:
+        for token, text in zip(new, ("<order>", "Mara Olsen"), strict=True):
+            pieces = before.encode(text, add_special_tokens=False)
+            assert torch.allclose(table[token], table[pieces].mean(0), atol=1e-6)
+    torch.manual_seed(0)
+    model = adapters.attach(model, LORA, gradient_checkpointing=False)
+    frozen = frozen_bytes(model)
+    sizes = [w.shape for n, w in model.named_parameters() if w.requires_grad and "lora_" not in n]
+    assert sizes == [(2, tables[0].shape[1])] * (1 if tied else 2)
+    tokens = torch.tensor([[5, new[0], 7, new[1], 9, new[0], 11]])
+    losses = train(model, input_ids=tokens, labels=tokens)
+    assert losses[-1] < losses[0] - 0.1 and frozen_bytes(model) == frozen
+    adapters.save(model, tmp_path / "a")
+    runs.write_resolved(tmp_path / "a", Config(model=section, tuning=LORA))
+    with torch.no_grad():
+        expected = model.eval()(input_ids=tokens).logits
+        again = adapters.load(
+            load.load_base(files, section, LORA, torch.float32, device="cpu", train=False), tmp_path / "a"
+        )
+        assert torch.allclose(again(input_ids=tokens).logits, expected, atol=1e-6)
+        merge(tmp_path / "a", tmp_path / "m", "fp32", tmp_path)
+        merged = hub.find(section.model_copy(update={"name": str(tmp_path / "m")}), tmp_path)
+        assert merged.path == tmp_path / "m" and "sft_new_token_ids" not in merged.config
+        whole = load.load_base(merged, section, LORA, torch.float32, device="cpu", train=False)
+        assert torch.allclose(whole(input_ids=tokens).logits, expected, atol=1e-4)
 
 
 def test_full_mode_leaves_frozen_weights_as_they_are(tiny_qwen2):

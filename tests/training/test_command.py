@@ -218,11 +218,12 @@ def test_a_checkpoint_of_an_earlier_version_with_its_session_file_resumes(root: 
     [
         ["tuning.lora={init: pissa, dropout: 0, lora_plus_ratio: 4}", "train={merge_at_end: true, neftune_alpha: 5}"],
         ["tuning.adapter=prefix", "train.learning_rate=auto"],
+        ["model.add_tokens=['; order ', Mara Olsen]", "train.merge_at_end=true"],
         pytest.param(["tuning.mode=qlora", "tuning.lora={init: olora, dropout: 0}"], marks=pytest.mark.slow),
         pytest.param(["tuning.lora={layers_to_transform: [1], rank_pattern: {q_proj: 2}}"], marks=pytest.mark.slow),
         pytest.param(["tuning={mode: full, freeze: ['layers[.]0[.]']}"], marks=pytest.mark.slow),
     ],
-    ids=["pissa", "prefix", "olora", "patterns", "freeze"],
+    ids=["pissa", "prefix", "tokens", "olora", "patterns", "freeze"],
 )
 def test_every_method_trains_and_its_result_answers_as_at_the_last_evaluation(root: Path, sets: list[str]) -> None:
     """What is written, opened again as eval does it, gives the answers of the evaluation while training."""

@@ -68,6 +68,11 @@ class ModelSection(Section):
         " answer's tail (its end token stays), drop the row and name it, cut a conversation between its turns"
         " into rows that fit, or stop with an error.",
     )
+    add_tokens: list[Annotated[str, Field(min_length=1)]] = key(
+        [],
+        "Texts that become one token each, e.g. ['<ticket>', '</ticket>']. With an adapter only their rows of embedding"
+        " and head are trained besides it.",
+    )
     trust_remote_code: bool = key(False, "Run code that comes with the model; gives a warning.")
     device_map: str = key("auto", "`auto`: the GPU if there is one, else the CPU; or `cpu`, `cuda:0`.")
     attn_implementation: str = key(

@@ -19,6 +19,7 @@ from sft.memory.estimate import CONTEXT, GIB, OVERHEAD_SOURCE, QUICK_START_MODEL
 from sft.memory.trace import Interval, Tracer, is_optimizer_traced
 from sft.model.files import ModelFiles
 from sft.model.hardware import Hardware
+from sft.model.tokenizer import NEW_TOKENS
 
 MOST_TOKENS = 4096  # of a micro-batch; a larger one is not faster
 WORTHWHILE = 0.01  # GiB: a suggestion that saves less is left out
@@ -138,6 +139,9 @@ def make_plan(config: Config, description: Mapping[str, Any], device: Device, *,
     that cannot be traced or is stored quantised.
     """
     _refuse_unusable(config, description)
+    if config.model.add_tokens and NEW_TOKENS not in description:  # the model's files are not there yet
+        rows, new = int(description["vocab_size"]), len(config.model.add_tokens)
+        description = {**description, "vocab_size": rows + new, NEW_TOKENS: list(range(rows, rows + new))}
     planner = _Planner(description, device)
     run = planner.run(config)
     plan = Plan(device, run.config, planner.phases(run), run.tracer.parameters)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from sft import files
 from sft.errors import ModelError, nearest, one_line
 from sft.model.files import tensors
+from sft.model.tokenizer import NEW_TOKENS
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -133,7 +134,10 @@ def attach(model: PreTrainedModel, tuning: TuningSection, *, gradient_checkpoint
     from peft import LoraConfig, TaskType, get_peft_model
     from peft.tuners.tuners_utils import check_target_module_exists
 
+    new_tokens = getattr(model.config, NEW_TOKENS, None)
     if tuning.adapter == "prefix":
+        if new_tokens:
+            raise ModelError("model.add_tokens needs LoRA or mode full", where="tuning.adapter")
         return _attach_prefix(model, tuning.prefix_tokens)
     lora = tuning.lora
     begin_at = Path(tuning.adapter_path) if tuning.adapter_path and model.device.type != "meta" else None
@@ -153,6 +157,7 @@ def attach(model: PreTrainedModel, tuning: TuningSection, *, gradient_checkpoint
         use_dora=lora.use_dora,
         modules_to_save=lora.modules_to_save or None,
         ensure_weight_tying=tied,
+        trainable_token_indices=_token_rows(model, new_tokens) if new_tokens else None,
         task_type=TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM,
         revision=(getattr(model, "sft_base", None) or {}).get("revision"),
     )
@@ -177,6 +182,14 @@ def attach(model: PreTrainedModel, tuning: TuningSection, *, gradient_checkpoint
     if begin_at is not None:
         _go_on_from(adapted, begin_at, record["config"])
     return adapted
+
+
+def _token_rows(model: PreTrainedModel, ids: list[int]) -> dict[str, list[int]]:
+    """The rows of new tokens that are trained, by the name of embedding and head; a tied head goes by the embedding."""
+    embedding, top = model.get_input_embeddings(), head(model)
+    tied = top is None or getattr(top, "weight", None) is embedding.weight
+    modules = [embedding] if tied else [embedding, top]
+    return {name: list(ids) for name, module in model.named_modules() if any(module is each for each in modules)}
 
 
 def _attach_prefix(model: PreTrainedModel, tokens: int) -> PeftModel:

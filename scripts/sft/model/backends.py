@@ -77,6 +77,8 @@ def load_unsloth(
 
     from sft.model import adapters, load
 
+    if model.add_tokens:
+        raise ModelError("unsloth trains no new tokens here", where="model.add_tokens", fix="--set tuning.backend=bnb")
     full = tuning.mode == "full"
     try:
         base, _ = FastLanguageModel.from_pretrained(

@@ -30,6 +30,7 @@ from sft import files
 from sft.config import load
 from sft.errors import ModelError, one_line, register_secret
 from sft.model.files import INDEX, SINGLE, ModelFiles, kind_of, read_config, weight_files
+from sft.model.tokenizer import with_new_tokens
 
 if TYPE_CHECKING:
     from sft.config.schema import ModelSection
@@ -68,7 +69,9 @@ def find(section: ModelSection, root: Path, *, weights: bool = True) -> ModelFil
     model_files = ModelFiles(path=folder, name=section.name, revision=revision, config=config, kind=kind)
     if weights:
         _ = model_files.weights
-    return model_files
+    return (
+        with_new_tokens(model_files, section.add_tokens, root, weights=weights) if section.add_tokens else model_files
+    )
 
 
 def local_folder(name: str, root: Path) -> Path | None:

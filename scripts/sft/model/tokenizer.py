@@ -1,14 +1,22 @@
-"""Loads a tokenizer with a pad token that is not its end token, and reports text that does not survive it."""
+"""Loads a tokenizer with a pad token that is not its end token, and reports text that does not survive it; writes the
+base with a larger vocabulary (`model.add_tokens`).
+"""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
 import logging
+import os
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft import files
 from sft.errors import ModelError, one_line
-from sft.model.files import ModelFiles
+from sft.model.files import INDEX, ModelFiles, tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -60,6 +68,80 @@ def load_tokenizer(source: ModelFiles | Path | str, *, trust_remote_code: bool =
     config = files.read_json(folder / "config.json")
     choose_pad(tokenizer, config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size"))
     return tokenizer  # type: ignore[no-any-return]
+
+
+NEW_TOKENS = "sft_new_token_ids"  # key in config.json: ids whose rows are trained beside an adapter
+_COPIED = 16 << 20  # bytes; larger files than these (weights in other formats) stay with the base
+
+
+def with_new_tokens(base: ModelFiles, texts: Sequence[str], root: Path, *, weights: bool) -> ModelFiles:
+    """The base with `texts` as tokens of its own, in a folder below .cache/models; the base itself if it has them.
+
+    A new token's rows in embedding and head are the mean of the rows of the tokens that its text was before. Files
+    without such rows are the base's own, linked. Written again when the base changes. weights: False writes tokenizer
+    and config alone. Raises ModelError, EnvironmentProblem (disk).
+    """
+    tokenizer = load_tokenizer(base)
+    known = tokenizer.get_vocab()
+    if not (new := [text for text in dict.fromkeys(texts) if text not in known]):
+        return base
+    key = hashlib.sha256(json.dumps([str(base.path.resolve()), list(texts)]).encode()).hexdigest()[:8]
+    folder = root / ".cache" / "models" / f"{Path(base.name).name}-{key}"
+    stamp = {"base": base.fingerprint() if weights else None, "config": base.config}
+    stored = files.read_json(folder / "base.json")
+    if stored.get("config") != base.config or (weights and stored.get("base") != stamp["base"]):
+        pieces = [tokenizer.encode(text, add_special_tokens=False) for text in new]
+        from tokenizers import AddedToken
+
+        tokenizer.add_tokens([AddedToken(text, normalized=False) for text in new])
+        rows = dict(zip(tokenizer.convert_tokens_to_ids(new), pieces, strict=True))
+        config: dict[str, Any] = json.loads(json.dumps(base.config))
+        text_config = config.get("text_config") or config
+        old = int(text_config["vocab_size"])
+        text_config["vocab_size"], config[NEW_TOKENS] = max(old, *(token + 1 for token in rows)), sorted(rows)
+        if weights:
+            files.require_free(files.existing(root), base.bytes, "the base with new tokens", fix="free space there")
+        with files.atomic_folder(folder) as staged:
+            tokenizer.save_pretrained(staged)
+            for path in base.path.iterdir():
+                small = path.is_file() and path.stat().st_size < _COPIED and path.suffix != ".safetensors"
+                if small and path.name != INDEX and not (staged / path.name).exists():
+                    shutil.copyfile(path, staged / path.name)
+            if weights:
+                for source in base.weights:
+                    _write_rows(source, staged / source.name, rows, old, text_config["vocab_size"])
+                with contextlib.suppress(FileNotFoundError):
+                    shutil.copyfile(base.path / INDEX, staged / INDEX)
+            files.write_json(staged / "config.json", config)
+            files.write_json(staged / "base.json", stamp)
+    return ModelFiles(folder, base.name, base.revision, files.read_json(folder / "config.json"), base.kind)
+
+
+def _write_rows(source: Path, target: Path, rows: dict[int, list[int]], old: int, new: int) -> None:
+    """The safetensors file with `new` instead of `old` rows where a tensor has one for every token; a link without.
+
+    rows: token id -> the ids whose mean its row is.
+    """
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    shapes = {name: entry["shape"] for name, entry in tensors(source).items()}
+    if not any(shape[:1] == [old] for shape in shapes.values()):
+        try:
+            os.link(source.resolve(), target)
+        except OSError:  # another disk
+            shutil.copyfile(source, target)
+        return
+    state = {}
+    with safe_open(source, "pt") as opened:
+        for name, shape in shapes.items():
+            weight = state[name] = opened.get_tensor(name)
+            if shape[:1] == [old] and any(part in name for part in ("emb", "wte", "head", "shared", "output")):
+                state[name] = weight.new_zeros((new, *shape[1:]))
+                state[name][:old] = weight
+                for token, pieces in rows.items():
+                    state[name][token] = weight[pieces].float().mean(0).to(weight.dtype)
+    save_file(state, target, metadata={"format": "pt"})
 
 
 def choose_pad(tokenizer: PreTrainedTokenizerBase, rows: int | None = None) -> str:

@@ -24,6 +24,7 @@ from sft.model.files import tensors
 
 BLOCK = 1 << 24  # numbers merged at a time: 64 MiB in float32
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
+TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 SAFETENSORS_DTYPE = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 TORCH_DTYPE = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -37,14 +38,16 @@ Progress = Callable[[int, int, str], None]  # tensors done, tensors in all, the 
 class TensorDelta:
     """The change to one tensor of the base: low-rank factors, or a whole replacement.
 
-    a [r, in], b [out, r], scale: of b @ a. magnitude [out]: DoRA's row lengths. replacement: the new tensor itself.
-    transposed: the base stores the tensor as [in, out] (Conv1D, embeddings); decided by shape where it can be.
+    tokens: {id: row} of new tokens, whose rows replace the base's. a [r, in], b [out, r], scale: of b @ a.
+    magnitude [out]: DoRA's row lengths. replacement: the new tensor itself. transposed: the base stores the tensor as
+    [in, out] (Conv1D, embeddings); decided by shape where it can be.
     """
 
     a: Tensor | None = None
     b: Tensor | None = None
     magnitude: Tensor | None = None
     replacement: Tensor | None = None
+    tokens: dict[int, Tensor] | None = None
     scale: float = 1.0
     transposed: bool = False
 
@@ -90,6 +93,12 @@ def read_deltas(folder: Path, config: dict[str, Any]) -> dict[str, TensorDelta]:
     for key, tensor in loaded.items():
         name = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
         layer, _, part = name.rpartition(".lora_")
+        if name.endswith(TOKEN_ROWS):
+            name = name.removesuffix(TOKEN_ROWS)
+            by_name: dict[str, list[int]] = config["trainable_token_indices"]
+            ids = next(ids for key, ids in by_name.items() if name == key or name.endswith("." + key))
+            deltas[name + ".weight"] = TensorDelta(tokens=dict(zip(ids, tensor, strict=True)))
+            continue
         if not layer:
             deltas.setdefault(name, TensorDelta()).replacement = tensor
             continue
@@ -142,7 +151,9 @@ def rename_to_files(
             )
         renamed[stored] = delta
     head_has_delta = any(name.endswith(HEAD) for name in deltas)
-    if tied and not stays_tied and not head_has_delta and HEAD not in names and find_name(EMBEDDING, names) in renamed:
+    table = renamed.get(find_name(EMBEDDING, names) or "")
+    unties = table is not None and table.tokens is None  # new tokens have one row for both, as peft ties them
+    if tied and not stays_tied and not head_has_delta and HEAD not in names and unties:
         renamed[HEAD] = TensorDelta()
     return renamed
 
@@ -173,7 +184,13 @@ def merged_blocks(weight: Tensor, delta: TensorDelta, name: str) -> Iterator[tup
                 fix="merge it with peft: merge_and_unload()",
             )
         for rows in _row_blocks(whole):
-            yield rows, whole[rows].float()
+            values, start = whole[rows].float(), getattr(rows, "start", 0)
+            inside = {token - start: row for token, row in (delta.tokens or {}).items()}
+            inside = {index: row for index, row in inside.items() if 0 <= index < len(values)}
+            if inside:
+                values = values.clone()
+                values[list(inside)] = torch.stack(list(inside.values())).float()
+            yield rows, values
         return
     if delta.a is None or delta.b is None:
         raise ModelError(f"the adapter has only one of the two factors for {name}", fix="use another checkpoint")

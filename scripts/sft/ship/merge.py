@@ -19,6 +19,7 @@ from sft.errors import EnvironmentProblem, ModelError, RunError
 from sft.generation.encoder import load_encoder
 from sft.model import adapters, hub
 from sft.model.files import INDEX, ModelFiles, tensors
+from sft.model.tokenizer import NEW_TOKENS
 from sft.ship import MERGE_REPORT, lora_delta, verify
 from sft.ship.lora_delta import BYTES, HEAD, TORCH_DTYPE, Progress
 
@@ -204,7 +205,7 @@ def write_config_and_tokenizer(
     if config.model.trust_remote_code:
         for code in files.path.glob("*.py"):
             shutil.copyfile(code, folder / code.name)
-    unchanged = {key: value for key, value in files.config.items() if key != "torch_dtype"}
+    unchanged = {key: value for key, value in files.config.items() if key not in ("torch_dtype", NEW_TOKENS)}
     disk.write_json(folder / "config.json", {**unchanged, "dtype": TORCH_DTYPE[dtype], **(settings or {})})
     encoder = load_encoder(config, root, files=files)
     disk.write_text(folder / "chat_template.jinja", portable_template(encoder.template))

@@ -227,9 +227,10 @@ def open_streamed(files: ModelFiles, *, trust_remote_code: bool, adapter: Path |
         )
     modules = list(model.modules())
     dora_layers = {id(layer.base_layer): layer for layer in modules if getattr(layer, "lora_magnitude_vector", None)}
+    dora_layers |= {id(layer.base_layer): layer for layer in modules if hasattr(layer, "trainable_tokens_delta")}
     for module in modules:
         own = {key: stored[weight] for key, weight in module._parameters.items() if weight in stored}
-        if own:  # a DoRA layer reads the weights of its base layer itself
+        if own:  # a DoRA layer reads the weights of its base layer itself, and so does that of new tokens
             unit = dora_layers.get(id(module), module)
             unit.forward = (
                 partial(_run_linear, module, own)

@@ -338,8 +338,10 @@ def _best_metric(config: Config, answers: bool) -> str:
 
 def describe(job: Job, opened: OpenRun) -> list[str]:
     """What a user sees before training: the run, the model, the rows, the steps, the settings with their reasons."""
+    from sft.model.tokenizer import NEW_TOKENS
+
     config, rows, schedule, tuning = job.config, job.rows, job.schedule, job.config.tuning
-    template = job.encoder.template
+    template, new = job.encoder.template, job.files.config.get(NEW_TOKENS, [])
     dated = f", dated {template.day}" if template.prints_date else ""
     mode = {"lora": "LoRA", "qlora": "QLoRA (4-bit base)", "full": "all weights"}[tuning.mode]
     adapter = f", r {tuning.lora.r}, alpha {tuning.lora.alpha}" if tuning.mode != "full" else ""
@@ -354,6 +356,11 @@ def describe(job: Job, opened: OpenRun) -> list[str]:
         f" {mode}{adapter}{library}, on {job.device.name}",
         f"rows    {len(rows.train):,} to train on, {len(rows.validation):,} to evaluate on ({rows.stage} rows,"
         f" template {template.name}{dated})",
+        *(
+            [f"tokens  {len(new)} of {len(config.model.add_tokens)} are new to the model"]
+            if config.model.add_tokens
+            else []
+        ),
         *(f"        {split}: {line}" for split, ledger in rows.ledgers.items() for line in ledger.sentences()),
         f"steps   {schedule.total_steps:,} ({schedule.steps_per_epoch:,} an epoch, {schedule.warmup_steps} of warm-up),"
         f" seed {config.train.seed}",
@@ -600,6 +607,7 @@ def load_model(config: Config, model_files: ModelFiles, backend: str, *, device:
 
     from sft.model import adapters
     from sft.model.load import load_base
+    from sft.model.tokenizer import NEW_TOKENS
     from sft.step import attention
     from sft.step.step import compute_dtype
 
@@ -612,6 +620,7 @@ def load_model(config: Config, model_files: ModelFiles, backend: str, *, device:
     implementation = attention.choose(device, model_files.config)
     model = load_base(model_files, config.model, tuning, dtype, device=device, train=True, attention=implementation)
     if tuning.mode == "full":
+        vars(model.config).pop(NEW_TOKENS, None)  # all rows are trained
         adapters.freeze(model, tuning.freeze)
         adapters.set_checkpointing(model, checkpointing)
         return model
