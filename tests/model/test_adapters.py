@@ -275,6 +275,7 @@ def test_targets_may_be_an_expression_or_all_linear_layers(tiny_qwen2):
         ({"layers_to_transform": [0, 2]}, r"layers that the model does not have: \[2\]\n.*\n.*its layers are 0 to 1"),
         ({"rank_pattern": {"q_prj": 2}}, "rank_pattern has 'q_prj', which matches no layer"),
         ({"alpha_pattern": {"lm_head": 2}}, "alpha_pattern has 'lm_head', which matches no layer"),
+        ({"init": "pissa", "r": 33}, "self_attn.k_proj has 32 singular values, fewer than r 33"),
         ({"init": "pissa", "target_modules": ["embed_tokens"]}, "needs linear layers, and .*embed_tokens is Embedding"),
     ],
 )

@@ -298,6 +298,12 @@ def _begin_with_weights(model: nn.Module, init: str) -> None:
                 fix="--set tuning.lora.init=default",
             )
         a, b, scaling = layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.scaling["default"]
+        if len(a) > min(widths(base)):
+            raise ModelError(
+                f"tuning.lora.init is {init}: {name} has {min(widths(base))} singular values, fewer than r {len(a)}",
+                where="tuning.lora.r",
+                fix=f"a smaller r, or --set tuning.lora.rank_pattern={{{_last(name)}: {min(widths(base))}}}",
+            )
         if a.device.type != "meta":
             weight = dequantize_module_weight(base).detach().float()
             weight = weight if hasattr(base, "in_features") else weight.T
