@@ -198,6 +198,7 @@ def test_step_size_on_a_machine(
     ("facts", "optim", "tf32", "checkpointing"),
     [
         (CPU, "adamw_torch", False, False),
+        (Facts("cpu", seq2seq=True), "adafactor", False, False),
         (ADA, "adamw_torch_fused", True, True),
         (TURING, "adamw_torch_fused", False, True),
     ],

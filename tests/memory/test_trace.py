@@ -140,6 +140,16 @@ def test_the_trace_counts_elastic_weight_consolidation(tmp_path: Path) -> None:
     assert traced.peak - without.peak >= 8 * tracer.parameters
 
 
+def test_the_trace_counts_the_adafactor_of_encoder_decoders(tmp_path: Path) -> None:
+    config = resolved("full", "cpu", optim="adafactor")
+    folder = save_random_model("t5", tmp_path / "t5")
+    real = measured(folder, config)
+    tracer = Tracer(config, json.loads((folder / "config.json").read_text()), device="cpu")
+    traced = tracer.step(LENGTHS, accumulating=False)
+    assert traced.peak == pytest.approx(real.peak, rel=0.03), (real.parts, traced.parts)
+    assert 0 < traced.parts["optimizer"] < 0.2 * traced.parts["weights"]  # rows and columns, not moments
+
+
 @pytest.mark.parametrize(
     "size", [pytest.param(size, marks=[] if size == "0.5B" else pytest.mark.slow) for size in PEAKS]
 )

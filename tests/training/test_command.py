@@ -264,12 +264,29 @@ def test_full_mode_leaves_a_whole_model_that_loads(root: Path, tiny_qwen2: Path)
     assert AutoTokenizer.from_pretrained(folder).chat_template
 
 
-def test_a_tiny_t5_trains_in_full_mode(tmp_path: Path, tiny_t5: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_t5_trains_is_scored_resumes_and_merges(
+    tmp_path: Path, tiny_t5: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SFT_ROOT", str(tmp_path))
     root = project.make(tmp_path, tiny_t5, mode="full")
-    summary = project.run(root, "train.max_steps=8")
+    sets = ("train.max_steps=8", "train.rehearsal.rows=auto")
+    planned = project.run(root, *sets, dry=True)
+    assert (planned["train"]["optim"], planned["train"]["rehearsal"]["rows"]) == ("adafactor", "off")
+    assert "encoder-decoder" in planned["reasons"]["train.rehearsal.rows"]
+    summary = project.run(root, *sets)
     assert summary["train_loss_last"] < summary["train_loss_first"]
-    assert (root / "outputs/t/model/model.safetensors").is_file()
+    assert {"loss", "rougeL", "exact_match", "stop_rate", "length_tokens"} <= summary["eval"].keys()
+    assert [step for step, _ in project.losses(root, "t", "eval/rougeL")] == [2, 4, 6, 8]
+    weights = (root / "outputs/t/model/model.safetensors").read_bytes()
+    as_if_killed_after(root, 4)
+    project.run(root, *sets)
+    assert (root / "outputs/t/model/model.safetensors").read_bytes() == weights
+    own = root / "own.jsonl"
+    own.write_text('{"user": "Ping?", "assistant": "Pong."}\n')
+    adapter = ("tuning.mode=lora", "train.merge_at_end=true", "train.max_steps=2", "train.output_dir=outputs/lora")
+    project.run(root, *adapter, "train.rehearsal.rows=1", f"train.rehearsal.path={own}")
+    assert json.loads((root / "outputs/lora/ledger.json").read_text())["rehearsal"]["rows_trained"] == 1
+    assert (root / "outputs/lora/merged/model.safetensors").is_file()
 
 
 def test_the_best_metric_may_be_any_that_is_measured_and_the_end_may_merge(root: Path) -> None:

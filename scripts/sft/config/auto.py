@@ -223,7 +223,8 @@ RULES: dict[str, Callable[[Config, Facts], tuple[Any, str]]] = {
         else ("plain", "faster kernels are used only where the config names them")
     ),
     "optim": lambda config, facts: (
-        "adamw_torch_fused" if facts.device == "cuda" else "adamw_torch", f"AdamW on {facts.name}"
+        ("adafactor", "as T5 was trained: an encoder-decoder") if facts.seq2seq
+        else ("adamw_torch_fused" if facts.device == "cuda" else "adamw_torch", f"AdamW on {facts.name}")
     ),
     "learning_rate": _learning_rate,
     "epochs": _epochs,

@@ -454,7 +454,8 @@ class TrainSection(Section):
     weight_decay: float = key(0.01, "Decoupled weight decay of AdamW.", ge=0)
     max_grad_norm: float = key(1.0, "Gradients are clipped to this norm; 0 switches clipping off.", ge=0)
     optim: Auto | Optimizer = key(
-        "auto", "`auto`: fused AdamW on a GPU, torch AdamW on the CPU; names with bits or `paged` are bitsandbytes'."
+        "auto",
+        "`auto`: Adafactor for encoder-decoders, else AdamW, fused on a GPU; with bits or `paged` are bitsandbytes'.",
     )
     objective: Literal["response", "dft"] = key(
         "response",

@@ -298,8 +298,8 @@ class _FlashAttention(torch.autograd.Function):
 
 
 def is_optimizer_traced(optim: str, device: str) -> bool:
-    """Whether an optimizer's step allocates, so that it is stepped in a trace: AdamW on a CPU."""
-    return device == "cpu" and optim in ("auto", "adamw_torch")
+    """Whether an optimizer's step allocates, so that it is stepped in a trace: Adafactor, and AdamW on a CPU."""
+    return optim == "adafactor" or (device == "cpu" and optim in ("auto", "adamw_torch"))
 
 
 BACKWARD, OPTIMIZER, ANSWER = "backward", "optimizer", "answer"  # labels of intervals that belong to no layer
@@ -345,7 +345,13 @@ class Phases:
         self.optimizer: Any = None
         if is_optimizer_traced(train.optim, device):
             self._zero_gradients(part="optimizer")
-            self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, weight_decay=train.weight_decay)
+            if train.optim == "adafactor":
+                from transformers import Adafactor
+
+                options = {"scale_parameter": False, "relative_step": False}
+                self.optimizer = Adafactor(self.trained, 1e-4, weight_decay=train.weight_decay, **options)
+            else:
+                self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, weight_decay=train.weight_decay)
             self.optimizer.step()
             self.optimizer.zero_grad()
             tracker.part = None

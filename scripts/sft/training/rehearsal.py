@@ -136,7 +136,7 @@ def choose(
         tokens = effective_vocabulary(train, encoder.stops.ids)
         reason = f"the answers are as varied as {tokens:,.0f} equally frequent tokens"
         if encoder.kind == "seq2seq":
-            return [], "an encoder-decoder"
+            return [], "an encoder-decoder, whose base does not chat"
         if tokens >= NARROW or len(train) < MIN_TRAIN_ROWS:
             few = f"fewer than {MIN_TRAIN_ROWS} training rows"
             return [], few if len(train) < MIN_TRAIN_ROWS else f"{reason} (narrow: below {NARROW})"
