@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from sft.config.schema import Config, EwcSection, LoraSection
+from sft.config.schema import PREFERENCES, Config, EwcSection, LoraSection, PreferenceSection
 from sft.errors import ModelError
 from sft.memory import shapes
 from sft.memory.trace import Interval, MemoryTracker, Phases, Tracer, micro_batch
@@ -38,7 +38,9 @@ def measured(folder: Path, config: Config) -> Interval:
     else:
         model = adapters.attach(model, config.tuning, gradient_checkpointing=checkpointing)
     kind = "seq2seq" if files.kind == "seq2seq" else "causal"
-    micro = micro_batch(kind, LENGTHS, packed=kind == "causal" and attention.keeps_rows_apart(model))
+    pairs = config.train.objective in PREFERENCES
+    lengths = [*LENGTHS, *LENGTHS[:1]] if pairs else LENGTHS
+    micro = micro_batch(kind, lengths, packed=kind == "causal" and attention.keeps_rows_apart(model), pairs=pairs)
     tracker = MemoryTracker(rounding=1, vocabulary=4096)
     with tracker:
         phases = Phases(model, config, tracker, device="cpu")
@@ -232,3 +234,16 @@ def test_the_shipped_list_is_planned_without_a_download() -> None:
     assert len(models) == 26
     assert models["google/flan-t5-base"]["model_type"] == "t5"
     assert models["Qwen/Qwen2.5-7B-Instruct"]["tie_word_embeddings"] is False
+
+
+@pytest.mark.parametrize("objective", ["dpo", pytest.param("orpo", marks=pytest.mark.slow)])
+def test_pairs_take_the_memory_of_as_many_rows(objective: str, tmp_path: Path) -> None:
+    lengths = [*LENGTHS, *LENGTHS[:1]]
+    plain = resolved("lora", "cpu")
+    config = resolved("lora", "cpu", objective=objective, preference=PreferenceSection(beta=0.1))
+    folder = save_random_model("llama", tmp_path / "llama")
+    written = json.loads((folder / "config.json").read_text())
+    traced = Tracer(config, written, device="cpu").step(lengths, accumulating=False)
+    assert traced.peak == pytest.approx(measured(folder, config).peak, rel=0.03)
+    rows = Tracer(plain, written, device="cpu").step(lengths, accumulating=False)
+    assert traced.peak == pytest.approx(rows.peak, rel=0.02)

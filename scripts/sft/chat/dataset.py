@@ -41,6 +41,7 @@ SCHEMA = pyarrow.schema(
     {
         "id": pyarrow.string(),
         "prompt_id": pyarrow.uint64(),
+        "chosen": pyarrow.int32(),  # of a preference pair, how many of its tokens are the chosen side's; else 0
         "input_ids": _IDS,
         "labels": _IDS,
         "weights": pyarrow.list_(pyarrow.float32()),  # of the labels; null where each is 1
@@ -122,7 +123,7 @@ def encode_rows(
 
 
 class TokenisedRows(Sequence[Feature]):
-    """Rows `{"id", "input_ids", "labels", "weights"?}` of an Arrow table (SCHEMA), e.g. mapped; lists on access.
+    """Rows `{"id", "input_ids", "labels", "weights"?, "chosen"?}` of an Arrow table (SCHEMA); lists on access.
 
     release: gives back the memory that reading a mapped table has filled.
     """
@@ -141,17 +142,24 @@ class TokenisedRows(Sequence[Feature]):
         ids = {name: self._table.column(name)[index].values.to_numpy().tolist() for name in ("input_ids", "labels")}
         if (weights := self._table.column("weights")[index]).is_valid:
             ids["weights"] = weights.values.to_numpy().tolist()
+        if chosen := self._table.column("chosen")[index].as_py():
+            ids["chosen"] = chosen
         return {"id": self._table.column("id")[index].as_py(), **ids}
 
     def joined(self, others: Sequence[Feature]) -> TokenisedRows:
         """These rows and, behind them, others, whose `prompt_id` is 0."""
         columns: dict[str, list[Any]] = {name: [row.get(name) for row in others] for name in SCHEMA.names}
-        columns["prompt_id"] = [0] * len(columns["id"])
+        columns["prompt_id"] = columns["chosen"] = [0] * len(columns["id"])
         more = pyarrow.table(columns, schema=SCHEMA).select(self._table.column_names).cast(self._table.schema)
         return TokenisedRows(pyarrow.concat_tables([self._table, more]), self._release)
 
+    def longest(self) -> int:
+        """Tokens of the longest row, or side of a pair."""
+        lengths, chosen = self.lengths(), self._table.column("chosen").to_numpy()
+        return int(np.maximum(chosen, lengths - chosen).max())
+
     def lengths(self) -> NDArray[np.int64]:
-        """Tokens of each row's `input_ids`."""
+        """Tokens of each row's `input_ids`, of a pair those of both sides."""
         return np.asarray(pyarrow.compute.list_value_length(self._table.column("input_ids")).to_numpy(), np.int64)
 
     def labels(self) -> Iterator[tuple[NDArray[np.int32], NDArray[np.int64]]]:
@@ -209,6 +217,11 @@ class Tokeniser:
         """Writes the rows to `sink` as they are encoded; returns ledger, system text and warnings as JSON values."""
         ledger, earlier, system, mapped = RunLedger(), set(self.encoder.warnings), None, {}
         if shards.has_tokens(path):
+            if self.encoder.pairs:
+                fix = "train on pairs of `chosen` and `rejected`, or --set train.objective=response"
+                raise DataError(
+                    "train.objective compares two answers, and rows of tokens have one", where=str(path), fix=fix
+                )
             scan = pretokenised.scan(path, self.encoder, on_progress)
             log.info("%s: %s", path.name, scan.sentence())
             pieces, mapped = self._tokens(path, scan, ledger), scan.mapped
@@ -222,6 +235,7 @@ class Tokeniser:
                 columns = {
                     "id": [piece.id for _, piece in part],
                     "prompt_id": [prompt_id for prompt_id, _ in part],
+                    "chosen": [piece.chosen for _, piece in part],
                     "input_ids": [piece.input_ids for _, piece in part],
                     "labels": [piece.labels for _, piece in part],
                     "weights": [piece.weights for _, piece in part],
@@ -283,7 +297,7 @@ def fingerprint(encoder: Encoder) -> str:
     parts = (
         template.digest,
         (template.name, template.origin, template.control_text, template.parts),
-        (encoder.kind, encoder.max_seq_len, encoder.over_length, encoder.in_loss, encoder.weight_field),
+        (encoder.kind, encoder.max_seq_len, encoder.over_length, encoder.in_loss, encoder.weight_field, encoder.pairs),
         type(tokenizer).__name__,
         (*code, *(metadata.version(name) for name in LIBRARIES)),
     )

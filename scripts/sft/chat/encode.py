@@ -16,11 +16,11 @@ from sft.chat.sentinels import Layout, Region
 from sft.chat.template import ChatTemplate, Message, Refused, Tools, load_template
 from sft.chat.template_probe import Stops, find_stops, probe_template
 from sft.chat.tokenize import Line, Tokens, Vocabulary
-from sft.config.schema import Config
+from sft.config.schema import PREFERENCES, Config
 from sft.data import rows as records
 from sft.data.messages import normalize_messages
 from sft.data.rows import RowFault
-from sft.errors import DataError, TemplateError
+from sft.errors import ConfigError, DataError, TemplateError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,6 +47,7 @@ class Encoded:
     input_ids, labels: equally long (causal), or source and target (seq2seq); labels are -100 where no loss is taken.
     truncated_tokens: tokens cut for length. dropped: None, or why the row is not trained on. text: as rendered.
     weights: how much each label counts, None where each counts 1. row_weight: the row's own, None if it has none.
+    chosen: of a preference pair, how many of its tokens are those of the chosen side, which the rejected one follows.
     """
 
     id: str
@@ -57,6 +58,7 @@ class Encoded:
     text: str = ""
     weights: list[float] | None = None
     row_weight: float | None = None
+    chosen: int = 0
 
     @property
     def fits(self) -> bool:
@@ -68,6 +70,8 @@ class Encoder:
     """Encodes rows for a decoder-only model. Raises TemplateError if labels cannot be derived for the template.
 
     eos_ids: the end tokens of the model's generation_config. weight_field: key of a row's weight (`data.weight_field`).
+    pairs: training rows are preference pairs, of which both
+    answers are trained on.
     """
 
     kind: Kind = "causal"
@@ -82,8 +86,9 @@ class Encoder:
         labels: InLoss,
         eos_ids: Iterable[int] = (),
         weight_field: str | None = None,
+        pairs: bool = False,
     ) -> None:
-        self.template, self.tokenizer, self.weight_field = template, tokenizer, weight_field
+        self.template, self.tokenizer, self.weight_field, self.pairs = template, tokenizer, weight_field, pairs
         self.max_seq_len, self.over_length, self.in_loss = max_seq_len, over_length, labels
         self.vocabulary = Vocabulary(tokenizer, control_text=template.control_text)
         self.warnings: dict[str, str] = {}  # kind -> text, as logged
@@ -119,16 +124,29 @@ class Encoder:
         ]
 
     def encode_pieces(self, rows: list[Row]) -> list[list[Encoded]]:
-        """What each row is trained on as: itself, or pieces that fit if it is too long and `split_turns` is set.
+        """What each row is trained on as: itself, or pieces that fit if it is too long and `split_turns` is set; of a
+        preference pair both sides as one.
 
         Every answer is in the loss of exactly one piece, and every piece begins with the row's system text.
         """
+        if self.pairs:
+            sides = self.encode_batch([side for row in rows for side in self._sides(row)])
+            return [[_joined(*both)] for both in zip(sides[::2], sides[1::2], strict=True)]
         splits = self.over_length == "split_turns" and self.in_loss != "last_assistant"
         pairs = zip(rows, self.encode_batch(rows), strict=True)
         return [
             self._pieces(row, whole) if splits and not whole.fits and not records.is_rendered(row) else [whole]
             for row, whole in pairs
         ]
+
+    def _sides(self, row: Row) -> tuple[Row, Row]:
+        if not records.is_pair(row):
+            raise DataError(
+                "train.objective compares two answers, and this row has one",
+                where=str(row.get("origin", records.row_id(row))),
+                fix="train on pairs of `chosen` and `rejected`, or --set train.objective=response",
+            )
+        return records.sides(row)
 
     def _pieces(self, row: Row, whole: Encoded) -> list[Encoded]:
         shared: Row = {"id": whole.id, "tools": records.tools(row)}
@@ -274,6 +292,19 @@ class Encoder:
             log.warning("%s", text)
 
 
+def _joined(chosen: Encoded, rejected: Encoded) -> Encoded:
+    """Both sides of a pair as one row; dropped if one of them is."""
+    return Encoded(
+        chosen.id,
+        chosen.input_ids + rejected.input_ids,
+        chosen.labels + rejected.labels,
+        chosen.truncated_tokens + rejected.truncated_tokens,
+        chosen.dropped or rejected.dropped,
+        chosen.text,
+        chosen=len(chosen.input_ids),
+    )
+
+
 def _plain_spans(row: Row) -> list[tuple[int, int]]:
     return [(int(start), int(end)) for start, end in row.get("plain_spans") or []]
 
@@ -354,6 +385,10 @@ def build_encoder(
     """The encoder for a config and its tokenizer; see `generation.encoder.load_encoder`. Raises TemplateError."""
     from sft.chat.seq2seq import Seq2SeqEncoder
 
+    pairs = config.train.objective in PREFERENCES
+    if pairs and kind == "seq2seq":
+        what = f"train.objective is {config.train.objective}, but {config.model.name} is an encoder-decoder"
+        raise ConfigError(what, where="train.objective", fix="--set train.objective=response, or a decoder-only model")
     return (Encoder if kind == "causal" else Seq2SeqEncoder)(
         load_template(config.data, tokenizer, root),
         tokenizer,
@@ -362,4 +397,5 @@ def build_encoder(
         labels=config.train.labels,
         eos_ids=eos_ids,
         weight_field=config.data.weight_field,
+        pairs=pairs,
     )

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sft.config.schema import Config
+from sft.config.schema import PREFERENCES, WITH_REFERENCE, Config
 from sft.errors import ConfigError
 
 log = logging.getLogger("sft.config")
@@ -74,6 +74,7 @@ def resolve(config: Config, facts: Facts) -> Resolved:
     data.template_path, tuning.lora.target_modules and the `auto`s of `model` depend on the model and are resolved when
     it is loaded. Raises ConfigError when batch_size, grad_accum and effective_batch contradict each other.
     """
+    _check_objective(config)
     reasons = {}
     if config.tuning.adapter == "prefix":
         if config.train.gradient_checkpointing is True:
@@ -99,9 +100,54 @@ def resolve(config: Config, facts: Facts) -> Resolved:
         if getattr(config.train, name) in ("auto", None):
             value, reasons[f"train.{name}"] = rule(config, facts)
             config = config.model_copy(update={"train": config.train.model_copy(update={name: value})})
+    train = config.train
+    if train.objective in PREFERENCES and train.preference.beta == "auto":
+        beta, reasons["train.preference.beta"] = (2.0 if train.objective == "simpo" else 0.1), f"for {train.objective}"
+        preference = train.preference.model_copy(update={"beta": beta})
+        config = config.model_copy(update={"train": train.model_copy(update={"preference": preference})})
     if facts.seq2seq and config.train.fp16 is True and facts.device == "cuda":
         log.warning("fp16 overflows in some encoder-decoder models: --set train.fp16=false if the loss is NaN")
     return Resolved(config, reasons)
+
+
+def _check_objective(config: Config) -> None:
+    """Raises ConfigError if the config's preference objective cannot be used with its other settings."""
+    train, tuning, name = config.train, config.tuning, config.train.objective
+    if name not in PREFERENCES:
+        return
+    problem = next(
+        (
+            (key, f"{key} is {value}, but {name} {why}", fix)
+            for applies, key, value, why, fix in (
+                (name in WITH_REFERENCE and tuning.mode == "full", "tuning.mode", "full",
+                 "compares with the base, which is the model with its adapter off",
+                 "--set tuning.mode=lora, or train.objective=orpo or simpo, which need no base"),
+                (name in WITH_REFERENCE and tuning.lora.bias != "none", "tuning.lora.bias", tuning.lora.bias,
+                 "compares with the base, whose biases would have changed too", "--set tuning.lora.bias=none"),
+                (name in WITH_REFERENCE and tuning.lora.init not in ("default", "gaussian"),
+                 "tuning.lora.init", tuning.lora.init,
+                 "compares with the base, which this start of the adapter changes", "--set tuning.lora.init=default"),
+                (name in WITH_REFERENCE and tuning.adapter_path is not None, "tuning.adapter_path", tuning.adapter_path,
+                 "compares with the model that training begins from, which is the base with its adapter off",
+                 "make merge, and name the merged folder as model.name"),
+                (train.labels == "all_tokens", "train.labels", train.labels, "compares answers, not prompts",
+                 "--set train.labels=all_assistant"),
+                (config.data.weight_field is not None, "data.weight_field", config.data.weight_field, "has no weights",
+                 "--set data.weight_field=null"),
+                (train.normalize == "rows", "train.normalize", "rows", "has one loss a pair",
+                 "--set train.normalize=tokens"),
+                (train.label_smoothing > 0, "train.label_smoothing", train.label_smoothing, "has no smoothing",
+                 "--set train.label_smoothing=0"),
+                (train.z_loss > 0, "train.z_loss", train.z_loss, "has no z-loss", "--set train.z_loss=0"),
+                (isinstance(train.rehearsal.rows, int), "train.rehearsal.rows", train.rehearsal.rows,
+                 "trains on pairs, and rehearsal on single answers", "--set train.rehearsal.rows=off"),
+            )
+            if applies
+        ),
+        None,
+    )  # fmt: skip
+    if problem:
+        raise ConfigError(problem[1], where=problem[0], fix=problem[2])
 
 
 def _bf16(config: Config, facts: Facts) -> tuple[bool, str]:
@@ -127,6 +173,8 @@ def _learning_rate(config: Config, facts: Facts) -> tuple[float, str]:
         return FULL_RATES[nominal], f"full tuning of {size}: the rate of the {nominal}B class"
     if config.tuning.adapter == "prefix":
         return PREFIX_RATE, "prefix tuning: its few numbers need large steps"
+    if config.train.objective in PREFERENCES:
+        return 2e-5, f"{mode} with {config.train.objective}: a tenth of that of answers"
     if parameters is None:
         return 1e-4, f"{mode} on {size}, which may be 3B or more"
     return (2e-4, f"{mode} on {size}: below 3B") if parameters < 3e9 else (1e-4, f"{mode} on {size}: 3B or more")
@@ -136,6 +184,8 @@ def _epochs(config: Config, facts: Facts) -> tuple[float, str]:
     rows = facts.train_rows
     if rows is None:
         return 3.0, "the number of rows is not known"
+    if config.train.objective in PREFERENCES:
+        return 2.0 if rows < 1_000 else 1.0, f"{rows:,} pairs"
     return 5.0 if rows < 1_000 else 3.0 if rows < 10_000 else 1.0, f"{rows:,} training rows"
 
 
@@ -198,6 +248,7 @@ def _micro_batch_tokens(config: Config, facts: Facts) -> tuple[int, str]:
     rows, length = min(int(config.train.batch_size), int(config.train.effective_batch)), config.model.max_seq_len
     if facts.device == "cpu":
         return min(rows * length, CPU_MICRO_BATCH_TOKENS), "the fastest on a CPU; a longer row is computed alone"
+    length *= 2 if config.train.objective in PREFERENCES else 1
     tokens = max(length, min(rows * length, MAX_MICRO_BATCH_TOKENS))
     return tokens, f"{rows} rows of {length}, at most {MAX_MICRO_BATCH_TOKENS}"
 

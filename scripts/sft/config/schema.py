@@ -22,6 +22,8 @@ Optimizer = Literal[
     "lion_8bit", "lion_32bit", "paged_lion_8bit", "paged_lion_32bit",
     "ademamix", "ademamix_8bit", "paged_ademamix_8bit", "paged_ademamix_32bit",
 ]  # fmt: skip
+PREFERENCES = ("dpo", "ipo", "orpo", "simpo")  # of train.objective: those that compare answers
+WITH_REFERENCE = ("dpo", "ipo")  # of them, those that compare with the base, too
 RENAMED = {
     "train.evaluation_strategy": "train.eval_strategy",
     "logging.backend": "logging.backends",
@@ -434,6 +436,17 @@ class EwcSection(Section):
     )
 
 
+class PreferenceSection(Section):
+    """Settings of the objectives for preference pairs (docs/TRAINING.md)."""
+
+    beta: Auto | Positive = key(
+        "auto",
+        "`dpo`, `ipo`: how closely the model stays to the base; `orpo`: weight of the comparison; `simpo`: scale of the"
+        " mean log-probabilities. `auto`: 0.1, for `simpo` 2.",
+    )
+    gamma: float = key(1.0, "`simpo`: by how much the chosen answer's scaled mean is to be higher.", ge=0)
+
+
 class TrainSection(Section):
     """One run: length, learning rate, step size, precision, checkpoints."""
 
@@ -457,11 +470,13 @@ class TrainSection(Section):
         "auto",
         "`auto`: Adafactor for encoder-decoders, else AdamW, fused on a GPU; with bits or `paged` are bitsandbytes'.",
     )
-    objective: Literal["response", "dft"] = key(
+    objective: Literal["response", "dft", "dpo", "ipo", "orpo", "simpo"] = key(
         "response",
         "What is minimised; `response`: cross-entropy of the labelled tokens (see `labels`); `dft`: times the"
-        " probability that the model gives to the token (dynamic fine-tuning, arXiv 2508.05629).",
+        " probability that the model gives to the token (dynamic fine-tuning, arXiv 2508.05629). `dpo`, `ipo`, `orpo`"
+        " and `simpo` train on preference pairs.",
     )
+    preference: PreferenceSection = Field(default_factory=PreferenceSection)
     normalize: Literal["tokens", "rows"] = key(
         "tokens", "What a step's loss is the mean of: labelled tokens, or rows, each the mean of its labelled tokens."
     )

@@ -202,7 +202,7 @@ class _Planner:
         The peak is the highest of several moments that each grow linearly with the rows, so it lies below the line
         between two traced points: what fits by that line fits.
         """
-        row_tokens = config.model.max_seq_len * (2 if tracer.kind == "seq2seq" else 1)
+        row_tokens = config.model.max_seq_len * _sides(tracer)
         most = max(1, min(MOST_TOKENS // row_tokens, int(resolved.train.effective_batch)))
         low, high = (self._training(self._resolve(config, rows=rows), tracer).peak for rows in (1, most))
         limit = self.device.gib
@@ -269,12 +269,20 @@ class _Planner:
 
 
 def _row_lengths(config: Config, tracer: Tracer) -> list[int]:
-    """The rows of the largest micro-batch that a resolved config allows: at max_seq_len, the last one shorter."""
-    train, length = config.train, config.model.max_seq_len
+    """The rows of the largest micro-batch that a resolved config allows: at max_seq_len, the last one shorter; of pairs
+    both sides.
+    """
+    train, length, sides = config.train, config.model.max_seq_len, _sides(tracer)
     tokens, effective = int(train.micro_batch_tokens), int(train.effective_batch)
-    rows = max(1, min(tokens // (length * (2 if tracer.kind == "seq2seq" else 1)), effective))
-    rest = min(tokens - rows * length, length)
-    return [length] * rows + ([rest] if tracer.packed and rows < effective and rest > 1 else [])
+    rows = max(1, min(tokens // (length * sides), effective))
+    count = 2 if tracer.pairs else 1
+    rest = min((tokens - count * rows * length) // count, length)
+    return [length] * count * rows + ([rest] * count if tracer.packed and rows < effective and rest > 1 else [])
+
+
+def _sides(tracer: Tracer) -> int:
+    """Sequences of a row, each of up to max_seq_len tokens: source and target, or the two answers of a pair."""
+    return 2 if tracer.kind == "seq2seq" or tracer.pairs else 1
 
 
 # ---- suggestions

@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from sft.config.auto import optimizer_state
-from sft.config.schema import Config
+from sft.config.schema import PREFERENCES, Config
 from sft.errors import ModelError
 from sft.memory import shapes
 from sft.model import kernels
@@ -321,6 +321,7 @@ class Phases:
             logits=train.logits,
             logits_tile=train.logits_tile,
             label_smoothing=train.label_smoothing,
+            preference=train.preference,
             z_loss=train.z_loss,
             autocast=None if dtype == torch.float32 else dtype,
         )
@@ -467,11 +468,18 @@ def _extend_cache(cache: Any, tokens: int) -> None:
             layer.update(*(tensor.new_empty((*tensor.shape[:2], tokens, tensor.shape[3])) for tensor in (keys, values)))
 
 
-def micro_batch(kind: Any, lengths: Sequence[int], *, packed: bool) -> MicroBatch:
-    """Rows of these lengths, every token labelled, as one micro-batch; padded to the longest unless packed."""
+def micro_batch(kind: Any, lengths: Sequence[int], *, packed: bool, pairs: bool = False) -> MicroBatch:
+    """Rows of these lengths, every token labelled, as one micro-batch; padded to the longest unless packed. pairs: each
+    two of them are a preference pair.
+    """
     if not packed:
         lengths = [max(lengths)] * len(lengths)
-    rows = [{"input_ids": [1] * length, "labels": [1] * length} for length in lengths]
+    chosen = lengths[::2] if pairs else [0] * len(lengths)
+    lengths = list(map(sum, zip(lengths[::2], lengths[1::2], strict=True))) if pairs else lengths
+    rows = [
+        {"input_ids": [1] * length, "labels": [1] * length, "chosen": first}
+        for length, first in zip(lengths, chosen, strict=True)
+    ]
     (micro,) = split_micro_batches(Collator(kind)(rows), tokens=2 * max(lengths) * len(lengths), packed=packed)
     return micro
 
@@ -599,6 +607,7 @@ class Tracer:
         if self.removed:
             self._models.append(_FakeModel(self, deeper=True))
         self.kind, self.packed = self._models[0].kind, self._models[0].packed
+        self.pairs = config.train.objective in PREFERENCES
 
     def optimizer_bytes(self, optim: str) -> int:
         """Bytes of optimizer state on the device beside a trace; paged state is in the machine's memory."""
@@ -616,7 +625,8 @@ class Tracer:
     def step(self, lengths: Sequence[int], *, accumulating: bool) -> Interval:
         """The peak of a step whose largest micro-batch has rows of these lengths, every token labelled.
 
-        An encoder-decoder has a source and a target of each length. accumulating: gradients of earlier micro-batches of
+        An encoder-decoder has a source and a target of each length; with a preference objective, each two rows are a
+        pair. accumulating: gradients of earlier micro-batches of
         the same step exist already.
         """
         return self._trace(("step", accumulating), lengths, functools.partial(Phases.step, accumulating=accumulating))
@@ -642,7 +652,8 @@ class Tracer:
         if key in self._results:
             return self._results[key]
         _on_gpu[:], _row_lengths[:] = [self.device == "cuda"], lengths
-        micro = micro_batch(self.kind, lengths, packed=self.packed and not pad)
+        pairs = self.pairs and not pad
+        micro = micro_batch(self.kind, lengths, packed=self.packed and not pad, pairs=pairs)
         traces = [model.trace(micro, run) for model in self._models]
         intervals = traces[0] if len(traces) == 1 else extrapolate(traces[0], traces[1], self.removed)
         if intervals is None:
@@ -696,7 +707,8 @@ class _FakeModel:
             if mask is not None and self.device == "cpu":  # transformers drops an all-true mask, if it can read it
                 inputs["attention_mask"] = mask.bool()
             targets = torch.empty(real.targets.shape, dtype=torch.long)
-            return run(self.phases, replace(real, inputs=inputs, targets=targets))
+            counts = tuple(count + 1 for count in real.counts)  # a mask without values chooses the last position too
+            return run(self.phases, replace(real, inputs=inputs, targets=targets, counts=counts))
 
     @contextlib.contextmanager
     def _faking(self) -> Iterator[None]:

@@ -4,13 +4,15 @@ A causal batch is `{"input_ids": [T], "labels": [T], "lengths": [R]}`, a seq2seq
 "source_lengths": [R], "labels": [T], "lengths": [R]}`: R rows end to end. The first label of a causal row is masked,
 because no token precedes it; so the number of labels other than -100 is the number of losses. Either may have
 `"weights": [T]`, fp32: how much the loss of each label counts; without them each counts 1.
+Where rows 2i and 2i + 1 belong together (a chosen and a rejected answer), it has `"ratings": [R / 2]`; they are never
+parted, count as one row wherever rows are limited, and have one loss (`step/preferences.py`).
 `split_micro_batches` decides how many tokens are computed at a time; it never changes the step's gradient.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -35,7 +37,7 @@ class MicroBatch:
     inputs: the model's keyword arguments, [1, T] with restarting `position_ids`, or [B, L] padded on the right.
     targets: the token that each position predicts, IGNORED where no loss is taken; [1, T] or [B, L].
     rows: indices of its rows in the step batch. computed: tokens, padding included. labelled: number of losses.
-    weights: of the targets, in their shape; None where each is 1.
+    weights: of the targets, in their shape; None where each is 1. counts: of pairs only, the losses of each row.
     """
 
     inputs: dict[str, Tensor]
@@ -45,12 +47,13 @@ class MicroBatch:
     labelled: int
     seq2seq: bool = field(default=False)
     weights: Tensor | None = field(default=None)
+    counts: tuple[int, ...] = field(default=())
 
 
 class Collator:
     """Collates rows `{"input_ids": [...], "labels": [...], "weights"?: [...]}` into one flat step batch; ignores other
     keys. normalize: `rows` divides the weights of a row's labels by their number, so that long answers do not count
-    more than short ones.
+    more than short ones. A pair is one row whose first `chosen` tokens are its first side.
     """
 
     def __init__(self, kind: Kind = "causal", normalize: Literal["tokens", "rows"] = "tokens") -> None:
@@ -58,6 +61,9 @@ class Collator:
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """The step batch of these rows, in their order. Raises ValueError if tokens and labels differ in number."""
+        if features and features[0].get("chosen"):
+            sides = [side for feature in features for side in _sides(feature)]
+            return {**self(sides), "ratings": torch.tensor([feature.get("rating", 0) for feature in features])}
         ids = [torch.tensor(list(feature["input_ids"]), dtype=torch.long) for feature in features]
         labels = [torch.tensor(list(feature["labels"]), dtype=torch.long) for feature in features]
         sources = {"input_ids": torch.cat(ids)}
@@ -78,6 +84,11 @@ class Collator:
         return weights / max(1, int((labels != IGNORED).sum())) if self.normalize == "rows" else weights
 
 
+def _sides(pair: Mapping[str, Any]) -> list[dict[str, Any]]:
+    ids, labels, end = pair["input_ids"], pair["labels"], pair["chosen"]
+    return [{"input_ids": ids[part], "labels": labels[part]} for part in (slice(end), slice(end, None))]
+
+
 def count_labels(batch: Batch) -> int:
     """The number of losses in the batch."""
     return int((batch["labels"] != IGNORED).sum())
@@ -85,6 +96,8 @@ def count_labels(batch: Batch) -> int:
 
 def loss_weight(batch: Batch) -> float:
     """The weights of all losses in the batch, by whose sum over all ranks its gradient is divided."""
+    if "ratings" in batch:
+        return float(len(batch["ratings"]))
     if "weights" not in batch:
         return float(count_labels(batch))
     return float(batch["weights"][batch["labels"] != IGNORED].double().sum())
@@ -108,10 +121,30 @@ def split_micro_batches(batch: Batch, *, tokens: int, rows: int | None = None, p
         # a label moves to the position that predicts it
         targets = [pad(row[1:], (0, min(1, len(row))), value=IGNORED) for row in targets]
         weights = None if weights is None else [pad(row[1:], (0, min(1, len(row)))) for row in weights]
+    if "ratings" in batch:
+        return _split_pairs(ids, targets, lengths, tokens=tokens, pairs=most_rows, packed=packed)
     if packed and not seq2seq:
         return [_pack(ids, targets, weights, group) for group in _best_fit(lengths, tokens, most_rows)]
     groups = _group_by_length(sizes, tokens, most_rows)
     return [_pad(ids, targets, weights, group, seq2seq=seq2seq) for group in groups]
+
+
+def _split_pairs(
+    ids: Sequence[Tensor], targets: Sequence[Tensor], lengths: list[int], *, tokens: int, pairs: int, packed: bool
+) -> list[MicroBatch]:
+    """The same for rows of which each two belong together."""
+    both = list(zip(lengths[::2], lengths[1::2], strict=True))
+    if packed:
+        groups = _best_fit([sum(pair) for pair in both], tokens, pairs)
+    else:
+        groups = _group_by_length([(max(pair), 0) for pair in both], tokens // 2, pairs)
+    of_rows = torch.stack([(row != IGNORED).sum() for row in targets]).tolist()
+    micros = []
+    for group in groups:
+        rows = [row for pair in group for row in (2 * pair, 2 * pair + 1)]
+        micro = _pack(ids, targets, None, rows) if packed else _pad(ids, targets, None, rows, seq2seq=False)
+        micros.append(replace(micro, counts=tuple(of_rows[row] for row in rows)))
+    return micros
 
 
 def row_indices(micro: MicroBatch, batch: Batch) -> Tensor:

@@ -11,14 +11,14 @@ import contextlib
 import gc
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from sft.config.schema import TrainSection
+from sft.config.schema import PreferenceSection, TrainSection
 from sft.errors import EnvironmentProblem, one_line
 from sft.model import kernels
 from sft.model.adapters import unwrap
@@ -26,6 +26,7 @@ from sft.step import attention
 from sft.step.batch import IGNORED, Batch, Collator, Kind, MicroBatch, loss_weight, row_indices, split_micro_batches
 from sft.step.loss import loss_dtype
 from sft.step.objectives import OBJECTIVES, ObjectiveName
+from sft.step.preferences import MEASURES, PreferenceName, pair_losses
 
 log = logging.getLogger("sft.step")
 EVALUATED_TOGETHER = 256  # rows that are split into micro-batches together when evaluating
@@ -33,8 +34,8 @@ EVALUATED_TOGETHER = 256  # rows that are split into micro-batches together when
 
 @dataclass(frozen=True)
 class StepConfig:
-    """How a step batch is computed. All but `objective`, `label_smoothing`, `z_loss` and `neftune_alpha` change memory
-    and time, not the step.
+    """How a step batch is computed. All but `objective`, `label_smoothing`, `z_loss`, `neftune_alpha` and `preference`
+    change memory and time, not the step.
 
     micro_batch_tokens: computed tokens of a micro-batch, padding included. max_rows: most rows of a micro-batch, None
     for any number. eval_tokens: the budget that evaluation was lowered to when memory ran out in it, else None.
@@ -48,7 +49,7 @@ class StepConfig:
     micro_batch_tokens: int = 4096
     max_rows: int | None = None
     packed: bool = False
-    objective: ObjectiveName = "response"
+    objective: ObjectiveName | PreferenceName = "response"
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     neftune_alpha: float | None = None
@@ -57,6 +58,7 @@ class StepConfig:
     autocast: torch.dtype | None = None
     offload: bool = False
     eval_tokens: int | None = None
+    preference: PreferenceSection = field(default_factory=PreferenceSection)
 
     @property
     def budget(self) -> list[Any]:
@@ -99,26 +101,32 @@ def make_step_config(
         logits_tile=train.logits_tile,
         autocast=None if dtype == torch.float32 else dtype,
         offload=train.activation_offload and device != "cpu",
+        preference=train.preference,
     )
 
 
 class StepResult(NamedTuple):
-    """loss: mean loss of the batch, a detached scalar. config: to use from here on."""
+    """loss: mean loss of the batch, a detached scalar. config: to use from here on. measures: of pairs, the means of
+    their `MEASURES`; zeros for other batches.
+    """
 
     loss: Tensor
     config: StepConfig
+    measures: Tensor
 
 
 @dataclass(frozen=True)
 class EvaluationLoss:
     """row_sums: each row's loss summed over its labelled tokens, fp64 [R]; row_counts: its labelled tokens, int64 [R].
 
-    Both on the CPU, in the order of the rows. config: to use from here on.
+    Both on the CPU, in the order of the rows; a pair has one loss. config: to use from here on. measures: of pairs,
+    their `MEASURES` summed, fp64.
     """
 
     row_sums: Tensor
     row_counts: Tensor
     config: StepConfig
+    measures: Tensor
 
     @property
     def loss_sum(self) -> float:
@@ -130,8 +138,12 @@ class EvaluationLoss:
 
 
 def token_losses(model: nn.Module, micro: MicroBatch, config: StepConfig) -> Tensor:
-    """The objective's weighted loss of each labelled token of a micro-batch, [N] in fp32 (fp64 for a model in fp64)."""
-    return OBJECTIVES[config.objective](model, micro, config)
+    """The objective's weighted loss of each labelled token of a micro-batch, [N] in fp32 (fp64 for a model in fp64);
+    of pairs one loss each.
+    """
+    if micro.counts:
+        return pair_losses(model, micro, config).losses
+    return OBJECTIVES[config.objective](model, micro, config)  # type: ignore[index]
 
 
 def forward_backward(
@@ -155,7 +167,8 @@ def forward_backward(
     while True:
         micros = [micro for micro in _split(batch, config, config.micro_batch_tokens) if micro.labelled]
         try:
-            return StepResult(_accumulate(model, micros, config, normalizer, backward), config)
+            loss, measures = _accumulate(model, micros, config, normalizer, backward)
+            return StepResult(loss, config, measures)
         except (RuntimeError, MemoryError) as error:
             memory = out_of_memory(error)
             if not (replay and (memory or kernels.compiler_failed(error))):
@@ -181,7 +194,7 @@ def _split(batch: Batch, config: StepConfig, tokens: int) -> list[MicroBatch]:
 
 def evaluate_loss(model: nn.Module, rows: Sequence[Mapping[str, Any]], config: StepConfig) -> EvaluationLoss:
     """The cross-entropy of rows `{"input_ids", "labels"}` without gradients, whatever the objective is; each label
-    counts 1.
+    counts 1. Of pairs the objective's loss.
 
     Leaves the model's training mode as it is. When memory runs out, goes on in smaller micro-batches.
     Raises EnvironmentProblem if a single row does not fit.
@@ -189,7 +202,7 @@ def evaluate_loss(model: nn.Module, rows: Sequence[Mapping[str, Any]], config: S
     sums, counts = torch.zeros(len(rows), dtype=torch.float64), torch.zeros(len(rows), dtype=torch.long)
     sizes = [(len(row["input_ids"]), len(row["labels"])) for row in rows]
     order = sorted(range(len(rows)), key=sizes.__getitem__)
-    collate, start = Collator(config.kind), 0
+    collate, start, measures = Collator(config.kind), 0, torch.zeros(len(MEASURES), dtype=torch.float64)
     plain = replace(config, objective="response", label_smoothing=0.0, z_loss=0.0)
     while start < len(order):
         chosen = order[start : start + EVALUATED_TOGETHER]
@@ -198,7 +211,9 @@ def evaluate_loss(model: nn.Module, rows: Sequence[Mapping[str, Any]], config: S
         tokens = min(config.eval_tokens or config.micro_batch_tokens, config.micro_batch_tokens)
         micros = _split(batch, config, tokens)
         try:
-            sums[chosen], counts[chosen] = _evaluate_batch(model, batch, micros, plain)
+            settings = config if "ratings" in batch else plain
+            sums[chosen], counts[chosen], more = _evaluate_batch(model, batch, micros, settings)
+            measures += more
             start += len(chosen)
             continue
         except (RuntimeError, MemoryError) as error:
@@ -207,7 +222,7 @@ def evaluate_loss(model: nn.Module, rows: Sequence[Mapping[str, Any]], config: S
         release_memory()
         config = replace(config, eval_tokens=smaller_budget(micros, tokens))
         log.warning("out of memory in evaluation: continuing in micro-batches of at most %d tokens", config.eval_tokens)
-    return EvaluationLoss(sums, counts, config)
+    return EvaluationLoss(sums, counts, config, measures)
 
 
 def _accumulate(
@@ -216,33 +231,49 @@ def _accumulate(
     config: StepConfig,
     normalizer: int | float | Tensor,
     backward: Callable[[Tensor], object],
-) -> Tensor:
-    """Adds the gradients of all micro-batches; returns their loss, summed and divided by the normalizer."""
+) -> tuple[Tensor, Tensor]:
+    """Adds the gradients of all micro-batches; returns their loss and measures, divided by the normalizer."""
     parameter = next(model.parameters())
     total = torch.zeros((), dtype=loss_dtype(parameter.dtype), device=parameter.device)
+    measures = total.new_zeros(len(MEASURES))
     for micro in micros:
         with config.forward_context(), noisy_embeddings(model, micro, config.neftune_alpha):
-            loss = token_losses(model, micro, config).sum() / normalizer
+            if micro.counts:
+                losses, measured = pair_losses(model, micro, config)
+                measures = measures + measured.sum(0) / normalizer
+            else:
+                losses = token_losses(model, micro, config)
+            loss = losses.sum() / normalizer
+            del losses
         backward(loss)
         total = total + loss.detach()
         del loss
-    return total
+    return total, measures
 
 
 @torch.no_grad()
 def _evaluate_batch(
     model: nn.Module, batch: Batch, micros: Sequence[MicroBatch], config: StepConfig
-) -> tuple[Tensor, Tensor]:
-    """Each row's summed loss, fp64 [R], and its number of labelled tokens, int64 [R], on the CPU."""
-    rows = len(batch["lengths"])
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each row's summed loss, fp64 [R], its number of labelled tokens, int64 [R], and the sums of the pairs' measures,
+    on the CPU.
+    """
+    rows = len(batch["ratings" if "ratings" in batch else "lengths"])
     sums, counts = torch.zeros(rows, dtype=torch.float64), torch.zeros(rows, dtype=torch.long)
+    measures = torch.zeros(len(MEASURES), dtype=torch.float64)
     for micro in micros:
         with config.forward_context():
+            if micro.counts:
+                losses, measured = pair_losses(model, micro, config)
+                pairs = [row // 2 for row in micro.rows[::2]]
+                sums[pairs], counts[pairs] = losses.double().cpu(), 1
+                measures += measured.double().cpu().sum(0)
+                continue
             losses = token_losses(model, micro, config)
         indices = row_indices(micro, batch)[micro.targets != IGNORED].cpu()
         sums.index_add_(0, indices, losses.double().cpu())  # on the CPU, where the order of additions is fixed
         counts += indices.bincount(minlength=rows)
-    return sums, counts
+    return sums, counts, measures
 
 
 def out_of_memory(error: BaseException | None) -> bool:
@@ -263,7 +294,7 @@ def release_memory() -> None:
 
 def smaller_budget(micros: Sequence[MicroBatch], tokens: int) -> int:
     """The token budget for the next try: half of the largest micro-batch. Raises EnvironmentProblem at single rows."""
-    shared = [micro.computed for micro in micros if len(micro.rows) > 1]
+    shared = [micro.computed for micro in micros if len(micro.rows) > (2 if micro.counts else 1)]
     if shared:
         return max(1, min(tokens, max(shared)) // 2)
     longest = max(micros, key=lambda micro: micro.computed)

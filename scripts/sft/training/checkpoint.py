@@ -38,6 +38,7 @@ class Progress:
     log_history: every logged entry, with its step. best_global_step, best_metric: of the best evaluation so far.
     tokens, labelled, seconds: of all training steps, over all ranks. skipped: the steps that `on_nan: skip` dropped.
     last_loss, unlogged: of the last step; the sum since the last log entry, and the step of that entry.
+    measures: of preference pairs, summed since then.
     asked_budget, budget, evaluating: how steps are split into micro-batches: as configured, now, and in evaluation.
     checkpointing, kernels: whether activations are recomputed, and the kernels in use.
     """
@@ -54,6 +55,7 @@ class Progress:
     skipped: list[dict[str, Any]] = field(default_factory=list)
     last_loss: float = 0.0
     unlogged: tuple[float, int] = (0.0, 0)
+    measures: list[float] = field(default_factory=list)
     asked_budget: list[Any] = field(default_factory=list)
     budget: list[Any] = field(default_factory=list)
     evaluating: int | None = None
@@ -232,6 +234,7 @@ CONSEQUENCES = {
 OF_OLD_RUNS: dict[str, Any] = {  # keys that runs of earlier versions lack
     "objective": "response", "rehearsal": "off", "normalize": "tokens", "z_loss": 0.0, "weight_field": None,
     "adapter": "lora", "adapter_path": None, "freeze": [], "neftune_alpha": None, "ewc": "off",
+    "preference": None,
 }  # fmt: skip
 NEVER_ALLOWED = {"backend", "mode", "kind", "base_model", "precision", "lora", "optim", "freeze", "adapter", "ewc"}
 

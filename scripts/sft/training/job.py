@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from sft import files, runs
 from sft.config import auto
 from sft.config.load import Loaded, display_path, resolve_path
-from sft.config.schema import Config, TrainSection
+from sft.config.schema import PREFERENCES, Config, TrainSection
 from sft.data import shards, store
 from sft.errors import ConfigError, DataError, EnvironmentProblem, RunError, Stopped
 from sft.model import backends, hardware, hub
@@ -44,8 +44,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("sft.training")
 ANSWER_METRICS = ("format_adherence", "stop_rate", "repetition", "empty_rate", "length_words", "length_tokens")
 SHOWN = (
-    "epochs learning_rate lr_scheduler_type effective_batch batch_size grad_accum micro_batch_tokens bf16 fp16 optim"
-    " gradient_checkpointing kernels eval_strategy save_strategy"
+    "objective epochs learning_rate lr_scheduler_type effective_batch batch_size grad_accum micro_batch_tokens"
+    " bf16 fp16 optim gradient_checkpointing kernels eval_strategy save_strategy"
 ).split()
 
 
@@ -127,6 +127,7 @@ class Job:
             "warmup_steps": self.schedule.warmup_steps,
             "rehearsal": train.rehearsal.model_dump() if self.questions else "off",
             "ewc": train.ewc.model_dump() if train.ewc.strength else "off",
+            "preference": train.preference.model_dump() if train.objective in PREFERENCES else None,
             **{name: getattr(train, name) for name in names},
         }
 
@@ -192,6 +193,8 @@ def prepare(
     section = config.train.rehearsal
     due = rows.ledgers["train"].labelled_tokens * section.share / (1 - section.share)
     due *= schedule.total_steps / schedule.steps_per_epoch
+    if config.train.objective in PREFERENCES:
+        section = section.model_copy(update={"rows": "off"})
     questions, reason = rehearsal.choose(section, rows.train, encoder, root, due, stored)
     ewc = config.train.ewc
     general = rehearsal.read_questions(ewc, root)[: ewc.rows] if ewc.strength and checkpoint is None else []
@@ -285,7 +288,7 @@ def read_rows(
         hashes={path.name: digest for path, digest in hashes.items()},
         ledgers={"train": train.ledger, "val": validation_ledger},
         system=train.system,
-        longest=int(train.rows.lengths().max()),
+        longest=train.rows.longest(),
         leaks=leaks,
     )
 
@@ -318,6 +321,8 @@ def _best_metric(config: Config, answers: bool) -> str:
 
     name = config.train.metric_for_best_model.removeprefix("eval_").removeprefix("eval/")
     known = ["loss", "perplexity", *check_names(config.eval.metrics), *ANSWER_METRICS]
+    if config.train.objective in PREFERENCES:
+        known = ["loss", "rewards/margins", "rewards/accuracies", *known[2:]]
     known += ["json_schema"] if config.eval.json_schema else []
     if name not in known:
         raise ConfigError(
@@ -326,7 +331,8 @@ def _best_metric(config: Config, answers: bool) -> str:
             fix=f"one of {', '.join(known)}; or add {name} to eval.metrics",
         )
     gate = config.train.min_stop_rate
-    if (gate > 0 or name not in {"loss", "perplexity"}) and (config.eval.train_sample == 0 or not answers):
+    generated = name not in {"loss", "perplexity"} and not name.startswith("rewards/")
+    if (gate > 0 or generated) and (config.eval.train_sample == 0 or not answers):
         setting = f"min_stop_rate is {gate}" if gate > 0 else f"metric_for_best_model is {name!r}"
         if not answers:
             what = f"train.{setting}, but the validation rows are tokens, so no answers are generated"
@@ -369,6 +375,11 @@ def describe(job: Job, opened: OpenRun) -> list[str]:
     for name in SHOWN:
         reason = job.reasons.get(f"train.{name}", "")
         lines.append(f"  {name:<24}{getattr(config.train, name)!s:<14}  {reason}")
+    if config.train.objective in PREFERENCES:
+        preference = config.train.preference
+        lines.append(
+            f"  {'preference.beta':<24}{preference.beta!s:<14}  {job.reasons.get('train.preference.beta', '')}"
+        )
     section = config.train.rehearsal
     lines.append(f"  {'rehearsal.rows':<24}{section.rows!s:<14}  {job.reasons.get('train.rehearsal.rows', '')}")
     if job.questions:

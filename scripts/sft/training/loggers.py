@@ -50,6 +50,7 @@ Report = Callable[[int, int, str], None]  # steps done, steps in all, what to sh
 def public_names(entry: Mapping[str, Any]) -> dict[str, float]:
     """An entry of the loop's history under the public names; `eval_x` is `eval/x`."""
     values = {NAMES[key]: value for key, value in entry.items() if key in NAMES}
+    values |= {f"train/{key}": value for key, value in entry.items() if key.startswith(("rewards/", "logps/"))}
     values |= {f"eval/{key[5:]}": value for key, value in entry.items() if key.startswith("eval_")}
     return {key: float(value) for key, value in values.items()}
 

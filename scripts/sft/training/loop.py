@@ -23,12 +23,13 @@ import torch
 from torch import nn
 
 from sft import files
-from sft.config.schema import Config, TrainSection
+from sft.config.schema import PREFERENCES, Config, TrainSection
 from sft.errors import ConfigError, EnvironmentProblem, RunError, one_line
 from sft.model import kernels
 from sft.model.adapters import lora_plus, unwrap
 from sft.runs import step_of
 from sft.step.batch import Collator, count_labels, loss_weight
+from sft.step.preferences import MEASURES
 from sft.step.step import StepConfig, evaluate_loss, forward_backward, optimizer_step
 from sft.training import checkpoint as ckpt
 from sft.training import distributed
@@ -124,6 +125,7 @@ class TrainingLoop:
         self.progress = Progress(max_steps=schedule.total_steps)
         self.greater_is_better = bool(self.settings.greater_is_better)
         self.monitor = LossMonitor(schedule.metric, self.greater_is_better, self.settings.early_stopping)
+        self.pairs = self.settings.objective in PREFERENCES
         self.collate = Collator(step.kind, self.settings.normalize)
         self._last_entry = (0, 0.0)  # tokens and seconds at the last log entry
 
@@ -202,11 +204,17 @@ class TrainingLoop:
             log.warning("step %d has no labelled token: it trains nothing", progress.global_step + 1)
             self.monitor.gradient(0.0)
 
-        loss = torch.zeros((), device=self.device)
+        loss, measures = torch.zeros((), device=self.device), torch.zeros(len(MEASURES), device=self.device)
         if batch:
             backward = self.accelerator.backward
-            loss, self.step = forward_backward(self.model, batch, self.step, normalizer=weight or 1, backward=backward)
+            result = forward_backward(self.model, batch, self.step, normalizer=weight or 1, backward=backward)
+            loss, self.step, measures = result
         distributed.sum_gradients(self.model.parameters())
+        if self.pairs:
+            sums = distributed.all_reduce(measures.float()).tolist()
+            progress.measures = [
+                old + new for old, new in zip(progress.measures or [0.0] * len(sums), sums, strict=True)
+            ]
         mean_loss = float(distributed.all_reduce(loss.detach().float()))
 
         grad_norm, learning_rate = 0.0, float(self.optimizer.param_groups[0]["lr"])
@@ -241,6 +249,12 @@ class TrainingLoop:
             entry = {"loss": loss_sum / (step - last_logged), "grad_norm": grad_norm, "learning_rate": learning_rate}
             if self.ewc is not None:
                 entry["ewc_penalty"] = self.ewc_penalty
+            if self.pairs:
+                entry |= {
+                    name: total / (step - last_logged)
+                    for name, total in zip(MEASURES, self.progress.measures, strict=True)
+                }
+                self.progress.measures = []
             if self.progress.skipped:
                 entry["windows_skipped"] = len(self.progress.skipped)
             tokens, seconds = self._last_entry
@@ -285,10 +299,14 @@ class TrainingLoop:
             mine = range(distributed.rank(), len(self.validation), distributed.world())
             result = evaluate_loss(self.model, RowsAt(self.validation, mine), self.step)
             self.step = result.config
-            sums = torch.tensor([result.loss_sum, result.count], dtype=torch.float64, device=self.device)
-            loss_sum, labels = distributed.all_reduce(sums).tolist()
-            loss = loss_sum / max(1.0, labels)
-            metrics = {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0)), **self.monitor.gap(loss)}
+            sums = [result.loss_sum, result.count, *result.measures.tolist()]
+            sums = distributed.all_reduce(torch.tensor(sums, dtype=torch.float64, device=self.device)).tolist()
+            loss, *measures = (total / max(1.0, sums[1]) for total in (sums[0], *sums[2:]))
+            metrics = {"eval_loss": loss, **self.monitor.gap(loss)}
+            if self.pairs:
+                metrics |= {f"eval_{name}": value for name, value in zip(MEASURES, measures, strict=True)}
+            else:
+                metrics["eval_perplexity"] = math.exp(min(loss, 700.0))
             if self.answer is not None:
                 with self.step.forward_context():
                     scores, samples = self.answer(self.model)
