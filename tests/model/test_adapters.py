@@ -315,6 +315,11 @@ def test_a_prefix_trains_alone_and_is_saved_and_loaded_unchanged(tiny_qwen2, tin
             assert torch.equal(model(input_ids=ids()).logits, base(tiny_qwen2, tuning).eval()(input_ids=ids()).logits)
     with pytest.raises(ModelError, match="prefix tuning is for decoder-only models"):
         attached(tiny_t5, tuning)
+    for folder, settings in ((tiny_qwen2, tuning), (tiny_t5, LORA)):
+        model = base(folder, settings)
+        model.config.sft_new_token_ids = [7]
+        with pytest.raises(ModelError, match="add_tokens needs mode full here"):
+            adapters.attach(model, settings, gradient_checkpointing=False)
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -17,8 +17,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from sft.config.schema import LoraSection, TuningSection
 from sft.errors import EnvironmentProblem
-from sft.model import kernels
+from sft.model import adapters, kernels
 from sft.model.lora import LoraUpdate, keep_mask
 from sft.step import attention
 from sft.step.step import StepConfig, forward_backward
@@ -141,6 +142,26 @@ def test_fused_lora_layers_give_the_gradients_of_pefts(tiny_qwen2: Path) -> None
     with model.disable_adapter():
         without = model(input_ids=ids, use_cache=False).logits
     assert torch.equal(without, models.load(tiny_qwen2, dtype=torch.float32)(input_ids=ids, use_cache=False).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_layers_that_began_with_the_base_s_weights_are_those_of_plain_ones(
+    tiny_qwen2: Path, dtype: torch.dtype
+) -> None:
+    tuning = TuningSection(mode="lora", lora=LoraSection(r=4, dropout=0.0, init="olora"))
+    torch.manual_seed(0)
+    model = adapters.attach(models.load(tiny_qwen2, dtype=dtype), tuning, gradient_checkpointing=False)
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data += 0.02 * torch.randn_like(weight)
+    plain = gradients(model)
+    kernels.apply_kernels(model, "fused", device="cpu")
+    assert 0 < models.relative(gradients(model), plain) < (1e-5 if dtype == torch.float32 else 5e-2)
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        answer = model(input_ids=ids, use_cache=False).logits
+    difference = float((model(input_ids=ids, use_cache=False).logits - answer).detach().abs().max())
+    assert difference < (1e-5 if dtype == torch.float32 else 5e-2)
 
 
 def test_fused_lora_layers_train_adapters_on_four_bits_and_draw_dropout_anew(tiny_qwen2: Path) -> None:

@@ -44,6 +44,19 @@ def test_each_form_has_its_own_words_and_code(mode: str, form: str, words: list[
     assert "was not measured" in card(config, "mine", form) and "parity.json" not in text
 
 
+def test_the_settings_of_methods_are_named_where_they_are_set() -> None:
+    raw = {"tuning": {"lora": {"init": "pissa", "dropout": 0}}, "train": {"neftune_alpha": 5}}
+    raw["tuning"]["adapter_path"] = "/home/me/adapters/first"
+    with pytest.raises(ValueError, match="both say what the adapter begins with"):
+        Config.model_validate(raw)
+    raw["tuning"]["lora"]["init"] = "default"
+    text = card(Config.model_validate(raw), "mine", "adapter", result=MEASURED)
+    assert "| train.neftune_alpha | 5.0 |" in text and "| went on from | first |" in text
+    assert "tuning.lora" not in text and "/home/me" not in text
+    prefix = Config.model_validate({"tuning": {"adapter": "prefix"}})
+    assert "a prefix of 20 positions (prefix tuning) for" in card(prefix, "mine", "adapter", result=MEASURED)
+
+
 def test_rehearsal_is_part_of_the_data() -> None:
     counts = {"rows_read": 90, "rows_trained": 63, "tokens": 900, "labelled_tokens": 400}
     for ledger, is_named in (({"train": counts}, False), ({"train": counts, "rehearsal": counts}, True)):

@@ -218,7 +218,7 @@ def test_a_checkpoint_of_an_earlier_version_with_its_session_file_resumes(root: 
     [
         ["tuning.lora={init: pissa, dropout: 0, lora_plus_ratio: 4}", "train={merge_at_end: true, neftune_alpha: 5}"],
         ["tuning.adapter=prefix", "train.learning_rate=auto"],
-        ["model.add_tokens=['; order ', Mara Olsen]", "train.merge_at_end=true"],
+        pytest.param(["model.add_tokens=['; order ', Mara Olsen]", "train.merge_at_end=true"], marks=pytest.mark.slow),
         pytest.param(["tuning.mode=qlora", "tuning.lora={init: olora, dropout: 0}"], marks=pytest.mark.slow),
         pytest.param(["tuning.lora={layers_to_transform: [1], rank_pattern: {q_proj: 2}}"], marks=pytest.mark.slow),
         pytest.param(["tuning={mode: full, freeze: ['layers[.]0[.]']}"], marks=pytest.mark.slow),
@@ -241,6 +241,7 @@ def test_every_method_trains_and_its_result_answers_as_at_the_last_evaluation(ro
     assert scores == pytest.approx({name: value for name, value in summary["eval"].items() if name in scores}, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_an_adapter_and_from_that_very_one_when_it_resumes(root: Path) -> None:
     first = project.run(root, "train.max_steps=4")
     sets = ("tuning.adapter_path=adapters/last", "train.output_dir=outputs/more")

@@ -135,9 +135,14 @@ def attach(model: PreTrainedModel, tuning: TuningSection, *, gradient_checkpoint
     from peft.tuners.tuners_utils import check_target_module_exists
 
     new_tokens = getattr(model.config, NEW_TOKENS, None)
+    if new_tokens and (tuning.adapter == "prefix" or model.config.is_encoder_decoder):
+        raise ModelError(
+            "model.add_tokens needs mode full here: a prefix, or adapters of an encoder-decoder, leave their rows as"
+            " they are",
+            where="model.add_tokens",
+            fix="--set tuning.mode=full",
+        )
     if tuning.adapter == "prefix":
-        if new_tokens:
-            raise ModelError("model.add_tokens needs LoRA or mode full", where="tuning.adapter")
         return _attach_prefix(model, tuning.prefix_tokens)
     lora = tuning.lora
     begin_at = Path(tuning.adapter_path) if tuning.adapter_path and model.device.type != "meta" else None
@@ -328,7 +333,8 @@ def _subtract_first(layer: Any, inputs: tuple[Any, ...], output: Any) -> Any:
     import torch
     from torch.nn.functional import linear
 
-    if layer.disable_adapters or layer.merged:
+    fused = torch.is_grad_enabled() and getattr(layer.__dict__.get("forward"), "sft_kernels", "") == "fused"
+    if layer.disable_adapters or layer.merged or fused:  # fused layers subtract it in the same product
         return output
     dtype = output.dtype
     with torch.autocast(output.device.type, enabled=False):

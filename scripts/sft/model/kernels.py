@@ -136,12 +136,16 @@ def use_fused_lora(model: nn.Module) -> None:
 
 def _fused_lora(layer: Any, plain: Callable[..., Tensor], name: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """The output of a LoRA layer, as its own forward computes it. x [..., in] to [..., out]."""
+    import torch
+
     from sft.model.lora import LoraUpdate
 
     if layer.disable_adapters or layer.merged or kwargs:
         return plain(x, *args, **kwargs)
     dropout = getattr(layer.lora_dropout[name], "p", 0.0) if layer.training else 0.0
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+    if hasattr(layer, "first_a"):  # `adapters` subtracts these elsewhere; one product rounds once
+        a, b = torch.cat([a, layer.first_a]), torch.cat([b, -layer.first_b], dim=1)
     result: Tensor = LoraUpdate.apply(layer.base_layer(x, *args), x, a, b, layer.scaling[name], dropout)  # type: ignore[no-untyped-call]
     return result
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
 from sft.config import load
@@ -13,6 +15,12 @@ from sft.report.html import number
 ADAPTER, SAFETENSORS = "adapter", "hf"  # forms of a model besides gguf and ollama
 _LIBRARIES = {ADAPTER: "peft", SAFETENSORS: "transformers"}
 _METHODS = {"qlora": "QLoRA", "lora": "LoRA"}
+_NAMED_IF_SET = (  # settings of methods, besides those that each card has
+    "model.add_tokens tuning.freeze tuning.lora.init tuning.lora.use_rslora tuning.lora.use_dora tuning.lora.bias"
+    " tuning.lora.lora_plus_ratio tuning.lora.target_modules tuning.lora.layers_to_transform tuning.lora.rank_pattern"
+    " tuning.lora.alpha_pattern tuning.lora.modules_to_save train.neftune_alpha train.objective train.normalize"
+    " train.label_smoothing train.z_loss train.ewc data.weight_field"
+).split()
 
 
 def form_of_run(config: Config) -> str:
@@ -133,6 +141,10 @@ def _training(result: Mapping[str, Any], config: Config) -> str:
         "time": f"{summary['seconds']:.0f} s" if "seconds" in summary else None, "device": summary.get("device"),
         "peak memory": f"{summary['peak_memory_gib']} GiB" if "peak_memory_gib" in summary else None,
     }  # fmt: skip
+    values = ((name, attrgetter(name)) for name in _NAMED_IF_SET)
+    facts |= {name: value(config) for name, value in values if value(config) != value(Config())}
+    if config.tuning.adapter_path:
+        facts["went on from"] = Path(config.tuning.adapter_path).name
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items() if value is not None)
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     return f"## Training\n\n| | |\n|---|---|\n{rows}\n\nVersions: {versions}.\n"
