@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import argparse
 import copy
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from sft import console
 
 DEFAULT_LIMIT = 6
+FIRST_ROWS = 100_000  # of which some are chosen
 
 
 def parser() -> argparse.ArgumentParser:
@@ -24,7 +26,12 @@ def parser() -> argparse.ArgumentParser:
     add = result.add_argument
     add("--in", dest="rows", metavar="FILE", help="rows to show (default: the config's)")
     add("--split", choices=["train", "val", "test"], default="train", help="which split of the config")
-    add("--limit", type=int, metavar="N", help=f"how many rows, 0 for all (default {DEFAULT_LIMIT}; --json: all)")
+    add(
+        "--limit",
+        type=int,
+        metavar="N",
+        help=f"how many of the first 100,000 rows, 0 for all (default {DEFAULT_LIMIT}; --json: all)",
+    )
     add("--id", metavar="ID", help="the row whose id begins with this")
     add("--html", metavar="FILE", help="write a page instead of the terminal")
     add("--tokenizer", metavar="DIR", help="a folder of tokenizer files instead of model.name")
@@ -47,7 +54,8 @@ def main(args: argparse.Namespace) -> None:
     if shards.has_tokens(path):
         shown = tokens_of(encoder, path, args)
     else:
-        rows = choose_rows(store.read_rows(path), path, args)
+        some = None if args.id or args.json or args.limit == 0 else FIRST_ROWS
+        rows = choose_rows(list(islice(store.iter_rows(path), some)), path, args)
         if args.json:
             print_json(encoder, rows)
             return
@@ -82,8 +90,6 @@ def rows_of_split(data: Any, root: Path, split: str) -> Path:
 
 def tokens_of(encoder: Any, path: Path, args: argparse.Namespace) -> list[tuple[Any, Any]]:
     """The first rows, or the one that --id names, of rows that come as tokens."""
-    from itertools import islice
-
     from sft.chat import pretokenised, preview
 
     pieces = (one for one in pretokenised.encoded(path, encoder) if one.id.startswith(args.id or ""))

@@ -7,6 +7,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from pyarrow import ipc, parquet
@@ -198,3 +199,30 @@ def test_texts_are_needed_where_answers_are_compared(tmp_path: Path) -> None:
     path = write(tmp_path / "train.arrow", {"input_ids": [[5, 6]], "labels": [[-100, 6]]})
     with pytest.raises(DataError, match="these rows are tokens"):
         store.read_rows(path)
+
+
+def peak_mib() -> float:
+    """The most resident memory since the last `clear_refs`, mapped pages included."""
+    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) / 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc/self/clear_refs")
+def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
+    encoder, length, batch = plain_encoder(max_seq_len=2_000), 1_024, 1_000
+    start(encoder, write(tmp_path / "small.arrow", {"input_ids": [[5, 6]], "labels": [[-100, 6]]}))  # imports
+    ids = pa.FixedSizeListArray.from_arrays(pa.array(np.full(batch * length, 5, np.int32)), length)
+    part = pa.RecordBatch.from_pydict({"input_ids": ids.cast(pa.list_(pa.int32()))})
+    (tmp_path / "train").mkdir()
+    with pa.OSFile(str(tmp_path / "train/a.arrow"), "wb") as sink, ipc.new_stream(sink, part.schema) as out:
+        for _ in range(40):
+            out.write_batch(part)
+    assert (tmp_path / "train/a.arrow").stat().st_size > 150 * 2**20
+    del ids, part
+    Path("/proc/self/clear_refs").write_text("5")
+    before = peak_mib()
+    encoder = plain_encoder(max_seq_len=2_000, labels="all_tokens")
+    rows = start(encoder, tmp_path / "train", tmp_path / "cache").rows
+    assert len(rows) == 40_000 and rows.lengths().max() == length
+    assert sum(len(labels) for labels, _ in rows.labels()) == 40_000 * length
+    assert rows[39_999]["input_ids"][-1] == 5
+    assert peak_mib() - before < 60

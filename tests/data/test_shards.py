@@ -38,8 +38,12 @@ def test_a_folder_of_splits_has_its_training_and_held_out_rows(tmp_path: Path) -
 def test_files_of_several_splits_in_one_folder_are_not_mixed(tmp_path: Path) -> None:
     put(tmp_path / "set/train-00000-of-00001.jsonl")
     put(tmp_path / "set/test-00000-of-00001.jsonl")
-    with pytest.raises(DataError, match=r"rows of several splits \(test, train\)"):
+    with pytest.raises(DataError, match=r"several splits \(test, train\)"):
         store.read_rows(stage(tmp_path, train_path="set").train)
+    put(tmp_path / "processed/train.jsonl")
+    put(tmp_path / "processed/quarantine.jsonl")
+    with pytest.raises(DataError, match=r"several splits \(others, train\)"):
+        store.read_rows(tmp_path / "processed")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="holds no rows"):
         store.read_rows(tmp_path / "empty")

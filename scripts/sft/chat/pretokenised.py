@@ -85,7 +85,7 @@ class Scan:
     def sentence(self) -> str:
         """For the user: what happens to the files."""
         how = f"copied to the token cache, since {self.copied}" if self.copied else "used where they are, memory-mapped"
-        return f"{self.rows:,} rows of {self.tokens:,} tokens, {how}"
+        return f"{self.rows:,} rows, {self.tokens:,} tokens, {how}"
 
 
 def scan(path: Path, encoder: Encoder, on_progress: Callable[[int, int], None] | None = None) -> Scan:

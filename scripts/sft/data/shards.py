@@ -66,8 +66,8 @@ def is_table(path: Path) -> bool:
 
 
 def files_of(path: Path) -> list[Path]:
-    """The files of rows in a folder, by name, or the file itself. Raises DataError for a folder without any, or with
-    those of several splits.
+    """The files of rows in a folder, by name, or the file itself. Raises DataError for a folder without any, or where
+    some are named for a split and others are not of it (val.jsonl, quarantine.jsonl).
     """
     if not path.is_dir():
         return [path]
@@ -76,10 +76,10 @@ def files_of(path: Path) -> list[Path]:
         what = "the folder holds no rows: no file ends in .arrow, .parquet or .jsonl"
         raise DataError(what, where=str(path), fix=f"rows in other formats: make process RAW={path}")
     firsts = (re.split(r"[-._]", file.name)[0] for file in inside)
-    splits = {split for first in firsts for split, names in SPLIT_NAMES.items() if first in names}
+    splits = {next((one for one, names in SPLIT_NAMES.items() if first in names), "others") for first in firsts}
     if len(splits) > 1:
-        what = f"the folder holds the rows of several splits ({', '.join(sorted(splits))})"
-        raise DataError(what, where=str(path), fix=f"name a file: --set data.train_path={inside[-1]}, or split folders")
+        what = f"the folder mixes the files of several splits ({', '.join(sorted(splits))})"
+        raise DataError(what, where=str(path), fix="name one file, or put each split into a folder of its own")
     return inside
 
 
