@@ -125,6 +125,18 @@ def test_long_rows_are_cut_as_texts_are(tmp_path: Path, policy: str) -> None:
     assert ledger.dropped or ledger.tokens_truncated
 
 
+def test_sources_and_targets_of_an_encoder_decoder(tmp_path: Path) -> None:
+    encoder = plain_encoder(kind="seq2seq")
+    columns = {name: rows for name, rows in tokens(encoder).items() if name != "mask"}
+    longest = max(map(len, columns["labels"]))
+    padded = [row + [-100] * (longest - len(row)) for row in columns["labels"]]
+    path = write(tmp_path / "train.arrow", columns | {"labels": padded})
+    assert pairs(start(encoder, path).rows) == list(zip(columns["input_ids"], columns["labels"], strict=True))
+    write(path, columns | {"labels": [[99_999]] * 40})
+    with pytest.raises(DataError, match="the label 99999 cannot be right: the tokenizer has"):
+        start(encoder, path)
+
+
 @pytest.mark.parametrize("limit", [100, 4])
 def test_weights_of_labels_are_used(tmp_path: Path, limit: int) -> None:
     columns = {"input_ids": [[5, 6, 7], [5, 6, 7, 8, 9]], "labels": [[-100, 6, 7], [-100, -100, 7, 8, 9]]}

@@ -158,17 +158,24 @@ def parts(path: Path, encoder: Encoder) -> Iterator[Part]:
                 mask, mask_lengths = _flat(batch, "attention_mask", file, first)
                 _require_equal(lengths, mask_lengths, file, first, "attention_mask")
                 if not (real := mask != 0).all():
-                    why, row = "padding is removed", np.repeat(np.arange(len(lengths)), lengths)
-                    ids, real_lengths = ids[real], np.bincount(row[real], minlength=len(lengths))
+                    why, real_lengths = "padding is removed", _real_lengths(lengths, real)
                     if encoder.kind == "causal":
                         _require_equal(lengths, label_lengths, file, first, label_column)
                         labels, label_lengths = labels[real], real_lengths
                         weights = None if weights is None else weights[real]
-                    lengths = real_lengths
+                    ids, lengths = ids[real], real_lengths
+            if encoder.kind == "seq2seq" and not (real := labels != IGNORED).all():
+                why, label_lengths = "padding is removed", _real_lengths(label_lengths, real)
+                labels, weights = labels[real], None if weights is None else weights[real]
             part = Part(file, first, ids, lengths, labels, label_lengths, weights, why)
             _check(part, encoder, vocabulary)
             yield part
             first += batch.num_rows
+
+
+def _real_lengths(lengths: NDArray[np.int64], real: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Of each row, how many of its places are real."""
+    return np.bincount(np.repeat(np.arange(len(lengths)), lengths)[real], minlength=len(lengths)).astype(np.int64)
 
 
 def _labels_column(path: Path, encoder: Encoder) -> str:
