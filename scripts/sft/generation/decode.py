@@ -307,7 +307,8 @@ class Decoder:
             position_ids=(queries - starts).clamp(min=0),
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=1,
+            # not 1: on a CPU, a slice of the hidden states is multiplied with a copy of a frozen bf16 head for each row
+            logits_to_keep=torch.tensor([width - 1], device=self.device),
         ).logits[:, -1]
         cache.at += width
         return logits
