@@ -341,7 +341,7 @@ def test_neftune_noise_is_that_of_transformers_for_each_row_by_its_own_length(ti
     plain = embedding(ids)
     with step.noisy_embeddings(model, micro, 5.0):
         torch.manual_seed(0)
-        noise = embedding(ids) - plain
+        noise = (embedding(ids) - plain).detach()
         with torch.no_grad():
             assert torch.equal(embedding(ids), plain)
     assert torch.equal(embedding(ids), plain) and not rest
@@ -358,3 +358,8 @@ def test_neftune_noise_is_that_of_transformers_for_each_row_by_its_own_length(ti
         torch.manual_seed(1)
         seen["ours"] = embedding(alone.inputs["input_ids"])
     assert torch.allclose(seen["ours"], expected, atol=1e-6)
+    configs = [StepConfig(packed=packed, neftune_alpha=alpha) for alpha in (5.0, None)]
+    noisy, clean = (float(forward_backward(model, batch, config).loss) for config in configs)
+    assert abs(noisy - clean) > 1e-3
+    sums = [evaluate_loss(model, models.rows(), config).loss_sum for config in configs]
+    assert sums[0] == sums[1]
