@@ -81,6 +81,13 @@ def test_unsloth_falls_back_where_there_is_no_gpu_and_logs_why_once(caplog):
 def test_unsloth_needs_its_package_and_a_causal_model():
     assert backends.choose(UNSLOTH, cuda=True, kind="seq2seq").reason == "unsloth trains only decoder-only models"
     assert "not installed" in str(backends.choose(UNSLOTH, cuda=True).reason)
+    for settings, reason in (
+        ({"adapter": "prefix"}, "it has no tuning.adapter: prefix"),
+        ({"mode": "full", "freeze": ["embed"]}, "it has no tuning.freeze"),
+        ({"lora": {"use_dora": True}}, "it has no tuning.lora.use_dora"),
+    ):
+        tuning = TuningSection.model_validate({"backend": "unsloth", **settings})
+        assert backends.choose(tuning, cuda=True).reason == reason
 
 
 @pytest.mark.usefixtures("no_tokens")

@@ -33,15 +33,18 @@ class Backend:
 
 
 def choose(tuning: TuningSection, *, cuda: bool, kind: str = "causal") -> Backend:
-    """The backend for this machine. unsloth falls back to bnb where it is not installed, or there is no CUDA GPU."""
+    """The backend for this machine. unsloth falls back to bnb where it is not installed, lacks a setting, or there
+    is no CUDA GPU.
+    """
     if tuning.backend == "bnb":
         return Backend("bnb")
     if not cuda:
         return Backend("bnb", "there is no CUDA GPU")
     if kind != "causal":
         return Backend("bnb", "unsloth trains only decoder-only models")
-    if tuning.adapter == "prefix":
-        return Backend("bnb", "it has no prefix tuning")
+    ours = {"adapter: prefix": tuning.adapter == "prefix", "freeze": tuning.freeze, "adapter_path": tuning.adapter_path}
+    if named := [key for key, is_set in ours.items() if is_set]:
+        return Backend("bnb", f"it has no tuning.{named[0]}")
     plain = {"target_modules", "r", "alpha", "dropout", "bias", "use_rslora", "modules_to_save", "lora_plus_ratio"}
     if others := [name for name, value in LoraSection() if name not in plain and getattr(tuning.lora, name) != value]:
         return Backend("bnb", f"it has no tuning.lora.{others[0]}")
