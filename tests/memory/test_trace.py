@@ -129,6 +129,28 @@ def test_every_way_of_training_less_is_traced_within_three_percent(
     assert peak == pytest.approx(real.peak, rel=0.03, abs=1.6e6), (real.parts, peak)
 
 
+@pytest.mark.parametrize(
+    "train",
+    [
+        {"optim": "muon", "objective": "dft", "z_loss": 1e-4},
+        {"optim": "schedule_free_adamw", "lr_scheduler_type": "constant"},
+        pytest.param({"optim": "adafactor"}, marks=pytest.mark.slow),
+        pytest.param({"optim": "sgd"}, marks=pytest.mark.slow),
+    ],
+    ids=lambda train: train["optim"],
+)
+def test_every_optimizer_is_traced_within_three_percent(train: dict[str, Any], tmp_path: Path) -> None:
+    if train["optim"].startswith("schedule_free"):
+        pytest.importorskip("schedulefree")
+    config = resolved("full", "cpu", **train)
+    folder = save_random_model("llama", tmp_path / "llama")
+    real = measured(folder, config)
+    tracer = Tracer(config, json.loads((folder / "config.json").read_text()), device="cpu")
+    traced = tracer.step(LENGTHS, accumulating=False)
+    assert traced.peak == pytest.approx(real.peak, rel=0.03), (real.parts, traced.parts)
+    assert tracer.optimizer_bytes(config.train.optim) == 0  # it is part of the trace
+
+
 def test_the_trace_counts_elastic_weight_consolidation(tmp_path: Path) -> None:
     config = resolved("full", "cpu", ewc=EwcSection(strength=1.0))
     folder = save_random_model("llama", tmp_path / "llama")

@@ -142,6 +142,7 @@ def test_two_processes_give_the_result_of_one(tmp_path: Path, tiny_qwen2: Path) 
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         settings = ["--config", "config.yaml", "--set", "tuning.lora.dropout=0.0"]
+        settings += ["--set", "train={normalize: rows, z_loss: 1.0e-3}", "--set", "data.weight_field=grade"]
         launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={count}", f"--master_port={port}"]
         done = subprocess.run(
             [sys.executable, *launcher, str(ROOT / "scripts" / "train.py"), *settings],

@@ -31,7 +31,7 @@ def make(root: Path, model: Path, *, mode: str = "lora", rows: int = 20) -> Path
         for index in range(count):
             name, order = draw.choice(NAMES), draw.randrange(1000, 9999)
             row = {"id": f"{split}-{index}", "system": "", "user": f"Name: {name}; order {order}.", "assistant": name}
-            lines.append(json.dumps(row) + "\n")
+            lines.append(json.dumps({**row, "grade": 1 + index % 3}) + "\n")
         (folder / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
     (root / "config.yaml").write_text(CONFIG.format(model=model, mode=mode), encoding="utf-8")
     return root

@@ -62,6 +62,40 @@ def test_methods_resume_exactly(tiny_qwen2: Path, tmp_path: Path, tuning: dict[s
     assert bench.logged(again, "loss") == bench.logged(straight, "loss")
 
 
+FREE = {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 2}
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "muon": {},
+    "lion_32bit": {"learning_rate": 1e-3},
+    "adafactor": {},
+    "schedule_free_adamw": FREE,
+    "schedule_free_sgd": {**FREE, "learning_rate": 0.5},
+}
+
+
+@pytest.mark.parametrize("optim", OPTIMIZERS)
+def test_each_optimizer_learns_and_resumes_exactly_even_from_an_extra_checkpoint(
+    tiny_qwen2: Path, tmp_path: Path, optim: str
+) -> None:
+    if optim.startswith("schedule_free"):
+        pytest.importorskip("schedulefree")
+    train = {"optim": optim, "save_strategy": "no", "epochs": 4, "load_best_model_at_end": False, **OPTIMIZERS[optim]}
+    loops = []
+    for name, more in (("a", {}), ("b", {"save_strategy": "steps", "save_steps": 5, "save_total_limit": 99})):
+        settings = bench.config(
+            tiny_qwen2, tmp_path / "outputs" / name, tuning={"mode": "full"}, train={**train, **more}
+        )
+        loops.append(bench.make_loop(settings))
+        loops[-1].fit()
+    straight, saving = loops
+    losses = bench.logged(straight, "loss")
+    assert sum(losses[-3:]) < sum(losses[:3])
+    assert same(bench.trained(straight), bench.trained(saving))  # saving changes no bit of what is trained
+    again = bench.make_loop(settings)
+    again.fit(tmp_path / "outputs" / "b" / "checkpoint-5")
+    assert same(bench.trained(straight), bench.trained(again)) and bench.logged(again, "loss") == losses
+    assert again.evaluate()["eval_loss"] == bench.logged(straight, "eval_loss")[-1]
+
+
 @pytest.mark.parametrize("mode", ["qlora", "full"])
 def test_rows_in_groups_of_similar_length_resume_exactly_too(tiny_qwen2: Path, tmp_path: Path, mode: str) -> None:
     def settings(out: Path) -> Any:

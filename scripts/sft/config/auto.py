@@ -295,6 +295,10 @@ RULES: dict[str, Callable[[Config, Facts], tuple[Any, str]]] = {
 def optimizer_state(optim: str) -> tuple[int, int]:
     """(numbers, bytes of each) that the optimizer `train.optim` keeps for every trained weight.
 
-    AdamW and its relatives keep two moments, of a byte each in the 8-bit variants; SGD and Adafactor almost nothing.
+    AdamW and its relatives keep two moments, of a byte each in the 8-bit variants; SGD and Adafactor almost nothing;
+    Muon one of each matrix and two of all else, counted as two.
     """
-    return 0 if "sgd" in optim or "adafactor" in optim else 2, 1 if "8bit" in optim else 4
+    numbers = {"sgd": 0, "adafactor": 0, "adagrad": 1, "ademamix": 3, "schedule_free_sgd": 1}
+    kind = optim.removeprefix("paged_").removesuffix("_8bit").removesuffix("_32bit")
+    few = 1 if kind.startswith(("lion", "rmsprop")) else 2
+    return numbers.get(kind, few), 1 if "8bit" in optim else 4

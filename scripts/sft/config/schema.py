@@ -21,6 +21,7 @@ Optimizer = Literal[
     "adafactor", "sgd", "adagrad", "rmsprop", "rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit",
     "lion_8bit", "lion_32bit", "paged_lion_8bit", "paged_lion_32bit",
     "ademamix", "ademamix_8bit", "paged_ademamix_8bit", "paged_ademamix_32bit",
+    "muon", "schedule_free_adamw", "schedule_free_radam", "schedule_free_sgd",
 ]  # fmt: skip
 PREFERENCES = ("dpo", "ipo", "orpo", "simpo")  # of train.objective: those that compare answers
 WITH_REFERENCE = ("dpo", "ipo")  # of them, those that compare with the base, too
@@ -459,8 +460,15 @@ class TrainSection(Section):
         "Peak rate; `auto`: adapters 2e-4 below 3B parameters, else 1e-4; full tuning by the nearest"
         " size: 1B 1e-4, 7B 2e-5, 13B 1e-5, 70B 5e-6.",
     )
-    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = key(
-        "cosine", "Schedule of the learning rate after warm-up."
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup", "warmup_stable_decay"] = key(
+        "cosine",
+        "Schedule of the learning rate after warm-up; `warmup_stable_decay` is constant, then falls to the end.",
+    )
+    min_lr_ratio: float = key(
+        0.0, "Lowest rate after warm-up, as a share of the peak: of `cosine` and `warmup_stable_decay`.", ge=0, lt=1
+    )
+    decay_ratio: float | None = key(
+        None, "Share of the steps in which `warmup_stable_decay` falls; null is 0.2.", gt=0, le=1
     )
     warmup_ratio: float = key(0.03, "Share of the steps over which the rate rises.", ge=0, lt=1)
     warmup_steps: int | None = key(None, "Warm-up in steps; wins over `warmup_ratio`.", ge=0)
@@ -566,6 +574,15 @@ class TrainSection(Section):
     def _is_consistent(self) -> TrainSection:
         if self.bf16 is True and self.fp16 is True:
             raise ValueError("bf16 and fp16 are both true, and a run has one precision")
+        schedule = self.lr_scheduler_type
+        if self.optim.startswith("schedule_free") and not schedule.startswith("constant"):
+            raise ValueError(
+                f"optim {self.optim} needs no schedule, but lr_scheduler_type is {schedule}: write constant_with_warmup"
+            )
+        if self.min_lr_ratio and schedule not in ("cosine", "warmup_stable_decay"):
+            raise ValueError(f"min_lr_ratio is of cosine and warmup_stable_decay, but lr_scheduler_type is {schedule}")
+        if self.decay_ratio is not None and schedule != "warmup_stable_decay":
+            raise ValueError(f"decay_ratio is of warmup_stable_decay, but lr_scheduler_type is {schedule}")
         if self.objective == "dft" and self.label_smoothing:
             raise ValueError("objective is dft, which has no label_smoothing: set label_smoothing to 0")
         effective, batch, accum = self.effective_batch, self.batch_size, self.grad_accum

@@ -16,7 +16,7 @@ from sft.errors import EnvironmentProblem, ModelError, SftError
 from sft.memory import shapes
 from sft.memory.devices import Device, smallest_card
 from sft.memory.estimate import CONTEXT, GIB, OVERHEAD_SOURCE, QUICK_START_MODELS, upper_bound, with_overhead
-from sft.memory.trace import Interval, Tracer, is_optimizer_traced
+from sft.memory.trace import Interval, Tracer, traced_optimizer
 from sft.model.files import ModelFiles
 from sft.model.hardware import Hardware
 from sft.model.tokenizer import NEW_TOKENS
@@ -235,7 +235,7 @@ class _Planner:
         return resolve(config, facts).config
 
     def _tracer(self, config: Config) -> Tracer:
-        optimizer = is_optimizer_traced(config.train.optim, self.device.kind)
+        optimizer = traced_optimizer(config.train.optim, self.device.kind)
         key = f"{config.tuning.model_dump_json()} {config.train.model_dump(include=_TRACED_KEYS)} {optimizer}"
         if key not in self._tracers:
             self._tracers[key] = Tracer(config, self.description, device=self.device.kind)

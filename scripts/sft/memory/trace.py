@@ -34,6 +34,7 @@ from sft.model.adapters import head, unwrap
 from sft.step import attention
 from sft.step.batch import Collator, MicroBatch, split_micro_batches
 from sft.step.ewc import Consolidation, trained_weights
+from sft.step.optimizer import TORCH, begin_training, create_optimizer
 from sft.step.step import StepConfig, compute_dtype, stays_on_gpu, token_losses
 
 PARTS = (
@@ -297,9 +298,13 @@ class _FlashAttention(torch.autograd.Function):
 # ---- the phases of a run
 
 
-def is_optimizer_traced(optim: str, device: str) -> bool:
-    """Whether an optimizer's step allocates, so that it is stepped in a trace: Adafactor, and AdamW on a CPU."""
-    return optim == "adafactor" or (device == "cpu" and optim in ("auto", "adamw_torch"))
+def traced_optimizer(optim: str, device: str) -> str:
+    """The optimizer that is stepped in a trace, because its step allocates: Adafactor and Muon, and on a CPU all but
+    fused AdamW and bitsandbytes' own; "" for none.
+    """
+    by_name = optim in TORCH or optim.startswith("schedule_free")
+    traced = optim in ("adafactor", "muon") or (device == "cpu" and by_name and optim != "adamw_torch_fused")
+    return "adamw_torch" if (optim, device) == ("auto", "cpu") else optim if traced else ""
 
 
 BACKWARD, OPTIMIZER, ANSWER = "backward", "optimizer", "answer"  # labels of intervals that belong to no layer
@@ -308,7 +313,7 @@ BACKWARD, OPTIMIZER, ANSWER = "backward", "optimizer", "answer"  # labels of int
 class Phases:
     """The passes of a run on one model, real or fake, followed by a tracker.
 
-    Layers and arriving gradients begin an interval each. An optimizer whose step allocates (AdamW on a CPU) is stepped
+    Layers and arriving gradients begin an interval each. An optimizer whose step allocates (most on a CPU) is stepped
     for real; the state of the others is only counted (`Tracer.optimizer_bytes`), for their step works in place.
     """
 
@@ -344,15 +349,10 @@ class Phases:
             self.ewc = Consolidation.around(model, fisher, train.ewc.strength)
             tracker.part = None
         self.optimizer: Any = None
-        if is_optimizer_traced(train.optim, device):
+        if name := traced_optimizer(train.optim, device):
             self._zero_gradients(part="optimizer")
-            if train.optim == "adafactor":
-                from transformers import Adafactor
-
-                options = {"scale_parameter": False, "relative_step": False}
-                self.optimizer = Adafactor(self.trained, 1e-4, weight_decay=train.weight_decay, **options)
-            else:
-                self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, weight_decay=train.weight_decay)
+            self.optimizer = create_optimizer(model, train.model_copy(update={"optim": name, "learning_rate": 1e-4}))
+            begin_training(self.optimizer)
             self.optimizer.step()
             self.optimizer.zero_grad()
             tracker.part = None
@@ -611,9 +611,7 @@ class Tracer:
 
     def optimizer_bytes(self, optim: str) -> int:
         """Bytes of optimizer state on the device beside a trace; paged state is in the machine's memory."""
-        if is_optimizer_traced(optim, self.device):
-            return 0
-        if optim.startswith("paged"):
+        if traced_optimizer(optim, self.device) or optim.startswith("paged"):
             return 0
         moments, size = optimizer_state(optim)
         shallow, *deep = (  # one allocation per weight

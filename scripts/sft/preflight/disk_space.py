@@ -28,6 +28,7 @@ def parts(config: Config, model: ModelFiles) -> dict[str, int]:
         numbers = int(rank * sum(map(sum, linear)))
     beside = sum(path.stat().st_size for path in model.path.glob("*") if "token" in path.name or "vocab" in path.name)
     moments, size = optimizer_state(train.optim)
+    moments += train.optim.startswith("schedule_free")  # the weights of training beside the averaged ones
     checkpoint = numbers * (4 + moments * size) + 2**20
     checkpoints = train.save_total_limit if train.save_strategy != "no" else 0
     best = train.load_best_model_at_end and train.eval_strategy != "no"

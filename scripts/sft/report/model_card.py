@@ -19,7 +19,7 @@ _NAMED_IF_SET = (  # settings of methods, besides those that each card has
     "model.add_tokens tuning.freeze tuning.lora.init tuning.lora.use_rslora tuning.lora.use_dora tuning.lora.bias"
     " tuning.lora.lora_plus_ratio tuning.lora.target_modules tuning.lora.layers_to_transform tuning.lora.rank_pattern"
     " tuning.lora.alpha_pattern tuning.lora.modules_to_save train.neftune_alpha train.objective train.normalize"
-    " train.label_smoothing train.z_loss train.ewc data.weight_field"
+    " train.label_smoothing train.z_loss train.min_lr_ratio train.decay_ratio train.ewc data.weight_field"
 ).split()
 
 
@@ -136,7 +136,7 @@ def _training(result: Mapping[str, Any], config: Config) -> str:
     facts = {
         "epochs": summary.get("epochs"), "learning rate": train.learning_rate, "schedule": train.lr_scheduler_type,
         "rows a step": train.effective_batch, "longest row": f"{config.model.max_seq_len} tokens",
-        "labels": train.labels, "seed": train.seed, "steps": summary.get("steps"),
+        "labels": train.labels, "optimizer": train.optim, "seed": train.seed, "steps": summary.get("steps"),
         "best step": summary.get("best_step"), "tokens": summary.get("tokens"),
         "time": f"{summary['seconds']:.0f} s" if "seconds" in summary else None, "device": summary.get("device"),
         "peak memory": f"{summary['peak_memory_gib']} GiB" if "peak_memory_gib" in summary else None,

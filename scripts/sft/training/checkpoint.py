@@ -233,6 +233,7 @@ CONSEQUENCES = {
 }
 OF_OLD_RUNS: dict[str, Any] = {  # keys that runs of earlier versions lack
     "objective": "response", "rehearsal": "off", "normalize": "tokens", "z_loss": 0.0, "weight_field": None,
+    "min_lr_ratio": 0.0, "decay_ratio": None,
     "adapter": "lora", "adapter_path": None, "freeze": [], "neftune_alpha": None, "ewc": "off",
     "preference": None,
 }  # fmt: skip

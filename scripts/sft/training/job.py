@@ -103,8 +103,8 @@ class Job:
         """The settings that checkpoints of this run depend on; see `checkpoint.check_fingerprint`."""
         train, tuning = self.config.train, self.config.tuning
         names = (
-            "seed effective_batch learning_rate lr_scheduler_type weight_decay optim max_grad_norm label_smoothing"
-            " z_loss labels objective normalize neftune_alpha"
+            "seed effective_batch learning_rate lr_scheduler_type min_lr_ratio decay_ratio weight_decay optim"
+            " max_grad_norm label_smoothing z_loss labels objective normalize neftune_alpha"
         ).split()
         return {
             "backend": self.backend.name,

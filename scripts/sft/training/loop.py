@@ -20,15 +20,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from sft import files
 from sft.config.schema import PREFERENCES, Config, TrainSection
-from sft.errors import ConfigError, EnvironmentProblem, RunError, one_line
+from sft.errors import EnvironmentProblem, RunError, one_line
 from sft.model import kernels
-from sft.model.adapters import lora_plus, unwrap
+from sft.model.adapters import unwrap
 from sft.runs import step_of
 from sft.step.batch import Collator, count_labels, loss_weight
+from sft.step.optimizer import averaged_weights, begin_training, create_optimizer, create_scheduler, end_training
 from sft.step.preferences import MEASURES
 from sft.step.step import StepConfig, evaluate_loss, forward_backward, optimizer_step
 from sft.training import checkpoint as ckpt
@@ -107,8 +107,6 @@ class TrainingLoop:
         answer: Answer | None = None,
         loggers: Loggers | None = None,
     ) -> None:
-        from transformers import get_scheduler
-
         self.model, self.rows, self.validation, self.rehearsal = model, rows, validation, rehearsal
         self.ewc, self.ewc_penalty = ewc, 0.0
         self.settings, self.schedule, self.step, self.initial_step = config.train, schedule, step, step
@@ -118,9 +116,7 @@ class TrainingLoop:
         optimizer = create_optimizer(model, self.settings, config.tuning.lora.lora_plus_ratio)
         self.accelerator = make_accelerator(self.settings, step.device)
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
-        self.scheduler = get_scheduler(
-            self.settings.lr_scheduler_type, self.optimizer, schedule.warmup_steps, schedule.total_steps
-        )
+        self.scheduler = create_scheduler(self.optimizer, config.train, schedule.warmup_steps, schedule.total_steps)
         self.signals = SignalHandler(checkpoints.run.folder, partial(distributed.largest, device=self.device))
         self.progress = Progress(max_steps=schedule.total_steps)
         self.greater_is_better = bool(self.settings.greater_is_better)
@@ -151,6 +147,7 @@ class TrainingLoop:
     def _fit(self, checkpoint: Path | None) -> None:
         if checkpoint is not None:
             self.resume(checkpoint)
+        begin_training(self.optimizer)
         self.loggers.begin(self.progress)
         stop = self.complete
         for epoch, indices in self._remaining_steps():
@@ -162,6 +159,7 @@ class TrainingLoop:
             steps_in_epoch = self.progress.global_step - epoch * self.schedule.steps_per_epoch
             self.progress.epoch = epoch + steps_in_epoch / self.schedule.steps_per_epoch
             stop = self.after_step(grad_norm, learning_rate) or self.complete
+        end_training(self.optimizer)
 
     @property
     def complete(self) -> bool:
@@ -265,10 +263,12 @@ class TrainingLoop:
         self.loggers.step(self.progress)
         eval_steps = settings.eval_steps or settings.save_steps
         if self.schedule.metric and self._is_due(settings.eval_strategy, eval_steps):
-            is_best = self._update_best(self.evaluate(), self.schedule.metric)
+            with averaged_weights(self.optimizer):
+                is_best = self._update_best(self.evaluate(), self.schedule.metric)
             save = save or (is_best and settings.load_best_model_at_end) or self.monitor.stop_early
         if save or stop or self._is_due(settings.save_strategy, settings.save_steps):
-            self.save()
+            with averaged_weights(self.optimizer):
+                self.save()
         return stop
 
     def _is_due(self, strategy: str, every: int) -> bool:
@@ -462,41 +462,3 @@ def make_accelerator(train: TrainSection, device: str) -> Any:
     if device.startswith("cuda"):
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = bool(train.tf32)
     return accelerator
-
-
-def create_optimizer(model: nn.Module, train: TrainSection, lora_plus_ratio: float = 1.0) -> torch.optim.Optimizer:
-    """The optimizer that `train.optim` names (see transformers' OptimizerNames); no weight decay on biases and norms.
-
-    lora_plus_ratio: rate of the B matrices over that of all others. Raises ConfigError if the name is unknown, or its
-    library is missing.
-    """
-    from transformers import Trainer, TrainingArguments
-    from transformers.trainer_pt_utils import get_parameter_names
-
-    no_decay = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
-    decayed = set(get_parameter_names(model, [nn.LayerNorm], no_decay))
-    trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
-    groups = [
-        {"params": [weight for name, weight in trained if name in decayed], "weight_decay": train.weight_decay},
-        {"params": [weight for name, weight in trained if name not in decayed], "weight_decay": 0.0},
-    ]
-    if lora_plus_ratio != 1:
-        groups = lora_plus(groups, model, float(train.learning_rate), lora_plus_ratio)
-    on_cpu = next(model.parameters()).device.type == "cpu"
-    try:
-        settings = TrainingArguments(
-            optim=train.optim, learning_rate=float(train.learning_rate), weight_decay=train.weight_decay, use_cpu=on_cpu
-        )
-        optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(settings, model)  # type: ignore[arg-type]
-        optimizer: torch.optim.Optimizer = optimizer_class(groups, **options)
-    except (ValueError, TypeError, ImportError) as error:
-        raise ConfigError(
-            f"train.optim is {train.optim}, which cannot be used: {one_line(error, 300)}",
-            where="train.optim",
-            fix="--set train.optim=auto",
-        ) from error
-    if options.get("optim_bits") == 8 and (manager := getattr(optimizer, "mng", None)) is not None:
-        for module in model.modules():  # bitsandbytes: 8-bit states of embeddings are unstable
-            if isinstance(module, nn.Embedding):
-                manager.register_module_override(module, "weight", {"optim_bits": 32})
-    return optimizer
