@@ -8,7 +8,7 @@
 # STYLE="..."        a style or a preset                               PYTHON=python  your own environment, not .venv
 
 .DEFAULT_GOAL := help
-.PHONY: help coverage install install-dev install-unsloth lock setup-dirs download-model import-gguf demo-model process advise style render \
+.PHONY: help coverage install install-dev install-unsloth lock setup-dirs download-model import-gguf demo-model process advise sweep style render \
 	full-pipeline style-if-set preview report-data plan check train train-bnb train-unsloth train-with-tb train-bnb-tb \
 	train-unsloth-tb pause resume doctor tensorboard tb-stop tb-clean tb-open eval eval-val eval-test eval-quick eval-full compare lm-eval infer \
 	infer-interactive infer-batch merge merge-bf16 merge-test export push \
@@ -21,7 +21,7 @@ OUTPUT ?= outputs/preds.txt
 .NOTPARALLEL:
 .SILENT:
 
-KNOWN := CONFIG RUN SET ARGS RESUME ALLOW RAW USER_COL ANSWER_COL STYLE MODEL MODELS TB_PORT INPUT OUTPUT ADAPTERS BASE FORCE GPU PNG TASKS FORMAT TYPE CONVERTER REPO DRY FILE OUT PYTHON
+KNOWN := CONFIG RUN SET ARGS RESUME ALLOW SWEEP RAW USER_COL ANSWER_COL STYLE MODEL MODELS TB_PORT INPUT OUTPUT ADAPTERS BASE FORCE GPU PNG TASKS FORMAT TYPE CONVERTER REPO DRY FILE OUT PYTHON
 export $(KNOWN)
 GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command line,$(origin $(name))),$(name)))
 $(foreach name,$(filter-out $(KNOWN) SHELL MAKEFLAGS,$(GIVEN)),$(error $(name)= is not a variable of this kit. Known: $(KNOWN). \
@@ -33,6 +33,7 @@ TRAIN_TARGETS := train train-bnb train-unsloth train-with-tb train-bnb-tb train-
 $(call only,RESUME,$(TRAIN_TARGETS))
 $(call only,ALLOW,$(TRAIN_TARGETS) resume)
 $(call only,USER_COL ANSWER_COL,process full-pipeline advise)
+$(call only,SWEEP,sweep)
 $(call only,BASE,infer infer-interactive infer-batch)
 ifneq ($(filter help install% lock setup-dirs demo-model full-pipeline clean lint tb-% tensorboard %-tb,$(MAKECMDGOALS)),)
 $(if $(ARGS),$(error ARGS= does not work in $(MAKECMDGOALS)))
@@ -117,6 +118,8 @@ train-bnb-tb: tensorboard train-bnb ## train-bnb, with TensorBoard in the backgr
 train-unsloth-tb: tensorboard train-unsloth ## train-unsloth, with TensorBoard in the background
 resume: $(ENV) ## resume the newest unfinished run with its own settings; never starts one (RUN=name)
 	$(call stoppable,$(SCRIPT)/train.py $(WITH) --resume newest $(TRAIN))
+sweep: $(ENV) ## train every combination of a few values and compare (SWEEP="train.learning_rate=1e-4,3e-4 tuning.lora.r=8,16", ARGS=--halving)
+	$(call stoppable,$(SCRIPT)/sweep.py $(WITH) "$$SWEEP")
 pause: $(ENV) ## stop the run at the next step, with a checkpoint
 	$(SCRIPT)/pause.py $(RUN) $(ARGS)
 

@@ -30,6 +30,13 @@ def build_parser() -> argparse.ArgumentParser:
         " the newest unfinished run with its own config; never: start a run; or the folder of a run or checkpoint",
     )
     parser.add_argument("--dry-run", action="store_true", help="show settings and steps; load no weights, start no run")
+    parser.add_argument(
+        "--until",
+        metavar="STEP",
+        type=float,
+        help="stop with an evaluation and a checkpoint after this step, or this share of the steps (0.25); the same"
+        " command without it goes on, with the same schedule",
+    )
     parser.add_argument("-v", "--verbose", action="store_true", help="every figure of each evaluation")
     parser.add_argument("--force", action="store_true", help="train even if the memory plan says that it does not fit")
     parser.add_argument(
@@ -90,7 +97,7 @@ def main(args: argparse.Namespace) -> dict[str, Any] | None:
         try:
             with console.progress("training", remaining=False) as report:
                 job, loop = jobs.make_loop(job, opened, root, report if sys.stderr.isatty() else None)
-                loop.fit(opened.checkpoint)
+                loop.fit(opened.checkpoint, until=jobs.step_of_share(args.until, job.schedule))
         except KeyboardInterrupt:  # while the model was loaded, or the second Ctrl-C
             saved = opened.run.checkpoints()
             what = (
@@ -98,6 +105,8 @@ def main(args: argparse.Namespace) -> dict[str, Any] | None:
             )
             raise Stopped(what, fix=continue_command) from None
         jobs.require_finished(loop, continue_command)
+        if not loop.complete:
+            return jobs.stopped_by_until(loop, opened.run)
         # 6. the adapter or model, the summary
         summary = jobs.finish(job, loop, opened.run, root)
     if distributed.rank() != 0:

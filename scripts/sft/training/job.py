@@ -676,6 +676,26 @@ def require_finished(loop: TrainingLoop, continue_command: str) -> None:
         raise Stopped(what, exit_code=code, fix=continue_command)
 
 
+def step_of_share(until: float | None, schedule: Schedule) -> int | None:
+    """The step that `--until` means: a share of all steps below 1, else a step. Raises ConfigError below 0."""
+    if until is None:
+        return None
+    if until <= 0:
+        raise ConfigError(f"--until {until:g} is no step", where="--until", fix="a step (100) or a share (0.25)")
+    return math.ceil(until * schedule.total_steps) if until < 1 else int(until)
+
+
+def stopped_by_until(loop: TrainingLoop, run: Run) -> dict[str, Any] | None:
+    """The steps and the last evaluation of a run that `--until` stopped; None on other ranks than 0."""
+    if distributed.rank() != 0:
+        return None
+    evaluations = [entry for entry in loop.progress.log_history if "eval_loss" in entry]
+    last = {name[5:]: value for name, value in (evaluations or [{}])[-1].items() if name.startswith("eval_")}
+    steps = {"steps": loop.progress.global_step, "planned_steps": loop.schedule.total_steps}
+    log.info("step %d of %d (--until), with a checkpoint: without --until it goes on", *steps.values())
+    return {"run": run.name, **steps, "eval": last}
+
+
 def finish(job: Job, loop: TrainingLoop, run: Run, root: Path) -> dict[str, Any]:
     """Writes the adapter or the model, marks the run finished and returns its summary. Every rank calls it."""
     best = loop.load_best()

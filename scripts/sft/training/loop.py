@@ -124,14 +124,19 @@ class TrainingLoop:
         self.pairs = self.settings.objective in PREFERENCES
         self.collate = Collator(step.kind, self.settings.normalize)
         self._last_entry = (0, 0.0)  # tokens and seconds at the last log entry
+        self.until: int | None = None
 
     # -- the loop ------------------------------------------------------------------------------------------------------
 
-    def fit(self, checkpoint: Path | None = None) -> None:
-        """Trains until the schedule ends, early stopping does, or a stop is requested; resumes from `checkpoint`."""
+    def fit(self, checkpoint: Path | None = None, until: int | None = None) -> None:
+        """Trains until the schedule ends, early stopping does, or a stop is requested; resumes from `checkpoint`.
+
+        until: the step after which it evaluates, writes a checkpoint and returns, the schedule being that of all steps.
+        """
         from transformers import set_seed
 
         set_seed(self.settings.seed)
+        self.until = until
         try:
             with self.signals:
                 self._fit(checkpoint)
@@ -149,7 +154,7 @@ class TrainingLoop:
             self.resume(checkpoint)
         begin_training(self.optimizer)
         self.loggers.begin(self.progress)
-        stop = self.complete
+        stop = self.complete or (self.until is not None and self.progress.global_step >= self.until)
         for epoch, indices in self._remaining_steps():
             if stop:
                 break
@@ -242,6 +247,8 @@ class TrainingLoop:
         """Logs, evaluates and saves as the schedule, the signals and early stopping say; returns whether to stop."""
         step, settings = self.progress.global_step, self.settings
         stop, save = self.signals.poll()
+        is_end = step == self.until
+        stop = stop or is_end
         if stop or step in (1, self.schedule.total_steps) or step % self.log_every == 0:
             loss_sum, last_logged = self.progress.unlogged
             entry = {"loss": loss_sum / (step - last_logged), "grad_norm": grad_norm, "learning_rate": learning_rate}
@@ -262,7 +269,7 @@ class TrainingLoop:
             self.progress.unlogged = (0.0, step)
         self.loggers.step(self.progress)
         eval_steps = settings.eval_steps or settings.save_steps
-        if self.schedule.metric and self._is_due(settings.eval_strategy, eval_steps):
+        if self.schedule.metric and (is_end or self._is_due(settings.eval_strategy, eval_steps)):
             with averaged_weights(self.optimizer):
                 is_best = self._update_best(self.evaluate(), self.schedule.metric)
             save = save or (is_best and settings.load_best_model_at_end) or self.monitor.stop_early
