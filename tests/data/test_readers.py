@@ -313,6 +313,20 @@ def test_parquet_rows_and_a_broken_parquet_file(tmp_path: Path) -> None:
         read(broken)
 
 
+def test_arrow_rows_of_either_form_and_a_broken_file(tmp_path: Path) -> None:
+    import pyarrow as pa
+
+    rows = [{"q": f"question {i}", "a": i} for i in range(1_500)]
+    table, path = pa.Table.from_pylist(rows), tmp_path / "a.arrow"
+    for new in (pa.ipc.new_file, pa.ipc.new_stream):
+        with pa.OSFile(str(path), "wb") as sink, new(sink, table.schema) as out:
+            out.write_table(table)
+        assert values(path) == rows and read(path)[1_400].origin == "a.arrow[1400]"
+    broken = put(tmp_path / "b.arrow", path.read_bytes()[:900])
+    with pytest.raises(DataError, match="the Arrow file is broken"):
+        read(broken)
+
+
 def test_gzip_is_decompressed_while_reading(tmp_path: Path) -> None:
     path = put(tmp_path / "a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 1_000))
     assert values(path) == [{"a": 1}] * 1_000

@@ -10,7 +10,7 @@ import fsspec
 import pytest
 
 from sft.config.schema import DataSection
-from sft.data import shards, store
+from sft.data import shards, sources, store
 from sft.errors import DataError, EnvironmentProblem
 
 LINE = '{"user": "Who are you?", "assistant": "Ann."}\n'
@@ -57,6 +57,8 @@ def test_a_url_is_copied_once_and_a_file_url_never(tmp_path: Path, caplog: pytes
     one = stage(tmp_path, train_path="memory://bucket/train.jsonl", val_path="memory://bucket/many")
     assert one.train.name == "train.jsonl" and len(store.read_rows(one.train)) == 1
     assert one.val is not None and len(store.read_rows(one.val)) == 2
+    raw = sources.open_part("memory://bucket/many", Path("unused"), tmp_path, DataSection())
+    assert [row.value["user"] for row in raw.rows_of_all()] == ["Who are you?"] * 2  # make process RAW=
     memory.rm("/bucket", recursive=True)
     with caplog.at_level(logging.INFO, "sft"):
         assert stage(tmp_path, train_path="memory://bucket/train.jsonl").train == one.train

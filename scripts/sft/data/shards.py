@@ -24,6 +24,7 @@ from sft.errors import DataError, EnvironmentProblem, one_line, redact
 
 log = logging.getLogger("sft.data")
 FOLDER = ".cache/downloads"  # below the project root
+ABOUT = ".about.json"  # hidden: no file of rows
 TABLES = (".arrow", ".parquet")
 LINES = (".jsonl", ".ndjson")  # also .gz and .zst of them
 HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
@@ -253,7 +254,7 @@ def download(url: str, root: Path) -> Path:
         if url.startswith("file:"):
             return Path(place)
         target = root / FOLDER / hashlib.sha256(url.encode()).hexdigest()[:16]
-        about = files.read_json(target / "about.json")
+        about = files.read_json(target / ABOUT)
         if about:
             log.info("%s: the copy of %s is used; to download it again, delete %s", shown, about["at"], target)
         else:
@@ -265,7 +266,7 @@ def download(url: str, root: Path) -> Path:
                 for name in wanted:
                     log.info("downloading %s", _file_name(name) if name != place else shown)
                     system.get_file(name, str(staged / _file_name(name)))
-                files.write_json(staged / "about.json", about)
+                files.write_json(staged / ABOUT, about)
     except ImportError as error:
         fix = f"{one_line(error)}; or download it and name the file"
         raise EnvironmentProblem("the library that opens this kind of URL is missing", where=shown, fix=fix) from None
