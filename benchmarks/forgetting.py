@@ -29,7 +29,7 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {  # what differs from COMMON
     "rate": ("a lower rate, 3e-5", ["train.learning_rate=3e-5"]),
     "replay": ("replay of Alpaca rows, ratio 0.1", ["data.replay.ratio=0.1"]),
     "rehearsal": ("rehearsal, share 0.1", ["train.rehearsal.rows=auto"]),
-    "ewc": ("EWC, strength 100", ["train.ewc.strength=100"]),
+    "ewc": ("EWC, strength 1e4", ["train.ewc.strength=1e4"]),
 }
 
 

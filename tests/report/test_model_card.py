@@ -63,3 +63,10 @@ def test_rehearsal_is_part_of_the_data() -> None:
         text = card(Config(), "mine", "adapter", result={**MEASURED, "data": {"run": ledger}})
         line = "Rehearsed beside them: 63 general questions with the base's own answers, 10% of the tokens in the loss."
         assert (line in text) == is_named
+
+
+def test_elastic_weight_consolidation_is_named() -> None:
+    config = Config.model_validate({"tuning": {"mode": "full"}, "train": {"ewc": {"strength": 30.0}}})
+    counts = {"rows_read": 128, "rows_trained": 97, "tokens": 900, "labelled_tokens": 400}
+    text = card(config, "mine", "hf", result={**MEASURED, "data": {"run": {"ewc": counts}}})
+    assert "consolidation of strength 30, from the base's answers to 97 general questions." in text

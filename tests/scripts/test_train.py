@@ -135,27 +135,19 @@ def test_a_killed_rank_ends_the_launch_and_the_next_one_resumes_bit_for_bit(tmp_
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_result_of_one(tmp_path: Path, tiny_qwen2: Path) -> None:
+@pytest.mark.parametrize("mode", ["lora", "full"])  # full with elastic weight consolidation
+def test_two_processes_give_the_result_of_one(mode: str, tmp_path: Path, tiny_qwen2: Path) -> None:
+    general = tmp_path / "general.jsonl"
+    general.write_text("".join(f'{{"user": "{n} + 1?", "assistant": "{n + 1}"}}\n' for n in range(5)))
+    sets = "--set tuning.lora.dropout=0.0 --set train.normalize=rows --set train.z_loss=1e-3"
+    sets += " --set data.weight_field=grade"
+    if mode == "full":
+        sets = f"--set train.learning_rate=1e-3 --set train.ewc.strength=1e3 --set train.ewc.path={general}"
     for name, count in (("one", 1), ("two", 2)):
-        root = project.make(tmp_path / name, tiny_qwen2)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        settings = ["--config", "config.yaml", "--set", "tuning.lora.dropout=0.0"]
-        settings += ["--set", "train={normalize: rows, z_loss: 1.0e-3}", "--set", "data.weight_field=grade"]
-        launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={count}", f"--master_port={port}"]
-        done = subprocess.run(
-            [sys.executable, *launcher, str(ROOT / "scripts" / "train.py"), *settings],
-            cwd=root,
-            env={**os.environ, "SFT_ROOT": str(root), "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=280,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("t is finished") == 1
-    for key in ("train/loss", "eval/loss", "train/grad_norm"):
+        launch = torchrun(project.make(tmp_path / name, tiny_qwen2, mode=mode), count, sets=sets)
+        output = launch.communicate(timeout=280)[0]
+        assert launch.returncode == 0 and output.count("t is finished") == 1, output
+    for key in ("train/loss", "eval/loss", "train/grad_norm", *(["train/ewc_penalty"] if mode == "full" else [])):
         one, two = (project.losses(tmp_path / name, "t", key) for name in ("one", "two"))
-        assert [step for step, _ in one] == [step for step, _ in two]
+        assert [step for step, _ in one] == [step for step, _ in two] != []
         assert all(abs(a - b) < 1e-4 for (_, a), (_, b) in zip(one, two, strict=True))

@@ -10,8 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from sft import files
 from sft.errors import ConfigError, RunError
 from sft.step.ewc import Consolidation, trained_weights
+from tests.conftest import ROOT
 from tests.training import bench, project
 
 SGD = {"optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0, "weight_decay": 0, "learning_rate": 0.1}
@@ -102,3 +104,15 @@ def test_a_run_stores_its_fisher_information_and_resumes_with_it_bit_for_bit(
     (stored / "fisher.safetensors").write_bytes(b"torn")
     with pytest.raises(RunError, match=r"Fisher information of this run cannot be used: fisher\.safetensors"):
         project.run(root, *sets, "train.ewc.strength=1e3")
+
+
+def test_the_base_answers_our_questions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SFT_ROOT", str(tmp_path))
+    root = project.make(tmp_path, ROOT / "models" / "demo", mode="full", rows=8)
+    project.run(root, "train.ewc.strength=1", "train.ewc.rows=6", "train.max_steps=1", "train.eval_strategy=no")
+    rows = json.loads((root / "outputs/t/ewc/rows.json").read_text())["rows"]
+    ledger = json.loads((root / "outputs/t/ledger.json").read_text())["ewc"]
+    assert len(rows) == 6 == ledger["rows_read"] and ledger["rows_trained"] == sum(
+        bool(row["assistant"]) for row in rows
+    )
+    assert files.manifest_problem(root / "outputs/t/ewc") is None

@@ -318,7 +318,7 @@ def _changes(config: Config, resolved: Config, *, gpu: bool) -> Iterator[tuple[d
     checkpointing = {"train.gradient_checkpointing": True}
     offloading = {**checkpointing, "train.activation_offload": True}
     one_row, half_rank = {"train.micro_batch_tokens": length}, {"tuning.lora.r": rank // 2}
-    prefix, free = config.tuning.adapter == "prefix", not config.tuning.freeze
+    prefix, free = config.tuning.adapter == "prefix", not (config.tuning.freeze or config.train.ewc.strength)
     changes: list[tuple[bool, dict[str, Any], str]] = [  # the first column: whether it applies
         (int(train.micro_batch_tokens) > length, one_row, "one row at a time: slower, the same steps"),
         (
@@ -332,6 +332,7 @@ def _changes(config: Config, resolved: Config, *, gpu: bool) -> Iterator[tuple[d
         (gpu and "8bit" not in train.optim, {"train.optim": "adamw_8bit"}, "optimizer state rounded to 8 bits"),
         (gpu and "paged" not in train.optim, {"train.optim": "paged_adamw_8bit"}, "optimizer state in RAM"),
         (mode == "lora", {"tuning.mode": "qlora"}, "a base rounded to 4 bits, dequantised in every step"),
+        (train.ewc.strength > 0, {"train.ewc.strength": 0.0}, "nothing holds the weights near the base's"),
         (mode == "full" and free, {"tuning.mode": "lora"}, "adapters are trained, not the weights themselves"),
         (mode == "full" and free, {"tuning.mode": "qlora"}, "adapters on a base rounded to 4 bits"),
         (mode != "full" and rank > 4 and not prefix, half_rank, "half the capacity of the adapter"),
