@@ -135,7 +135,8 @@ def print_json(encoder: Any, rows: list[dict[str, Any]]) -> None:
 
 
 def print_piece(piece: Any) -> None:
-    keys = ("id", "text", "input_ids", "labels", "truncated_tokens", "dropped")
+    keys = ["id", "text", "input_ids", "labels", "truncated_tokens", "dropped"]
+    keys += ["weights"] if piece.weights else []
     console.emit({key: getattr(piece, key) for key in keys})
 
 

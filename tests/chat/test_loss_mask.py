@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from sft.chat.preview import headline
 from sft.errors import DataError
 from tests.chat import words
 from tests.chat.helpers import answer, encode, encoder_for, in_loss, user
@@ -47,6 +48,8 @@ def test_the_weights_of_turns_and_of_the_row_multiply_and_are_cut_with_the_label
         encoder = encoder_for("plain", words.tokenizer(), over_length=policy, max_seq_len=limit, weight_field="grade")
         got = encoder.encode({"messages": talk, "grade": 3})
         assert got.weights == expected and len(got.labels) == limit and got.row_weight == 3
+    whole = encoder_for("plain", words.tokenizer(), weight_field="grade").encode({"messages": talk, "grade": 3})
+    assert headline(whole).endswith(": 39 tokens, 14 in the loss with weight 1.5 and 3")
     assert row("drop", 39)[1].weights is None
     assert encode(encoder, *TALK).weights is None
     assert encoder.encode({"messages": TALK, "grade": 0}).dropped == "its weight is 0"

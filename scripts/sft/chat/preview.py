@@ -74,7 +74,9 @@ def headline(row: Encoded) -> str:
     labelled = sum(1 for label in row.labels if label != IGNORED)
     cut = f", {row.truncated_tokens:,} cut for length" if row.truncated_tokens else ""
     dropped = f"; dropped: {row.dropped}" if row.dropped else ""
-    return f"row {row.id}: {len(row.input_ids):,} tokens, {labelled:,} in the loss{cut}{dropped}"
+    counted = {weight for weight, label in zip(row.weights or [], row.labels, strict=False) if label != IGNORED}
+    weights = f" with weight {' and '.join(f'{weight:g}' for weight in sorted(counted))}" if counted else ""
+    return f"row {row.id}: {len(row.input_ids):,} tokens, {labelled:,} in the loss{weights}{cut}{dropped}"
 
 
 def page(title: str, rows: Sequence[tuple[Encoded, Sequence[Token]]]) -> str:
