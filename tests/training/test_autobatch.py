@@ -6,6 +6,7 @@ size; with checkpointing a token takes a quarter.
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -124,6 +125,11 @@ def test_a_resumed_run_uses_its_checkpoints_micro_batch_unless_the_config_has_on
     assert base.is_gradient_checkpointing == settings["gradient_checkpointing"] == bool(explicit)
 
 
+def live_tensors() -> int:
+    gc.collect()
+    return sum(type(each) in (torch.Tensor, torch.UntypedStorage) for each in gc.get_objects())
+
+
 def test_on_the_cpu_activations_take_at_most_half_of_the_free_memory(
     tiny_qwen2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -135,6 +141,9 @@ def test_on_the_cpu_activations_take_at_most_half_of_the_free_memory(
         return autobatch.cpu_tokens(loop.model, step, loop.rows[0])
 
     assert tokens(1e12) == 1024
+    alive = live_tensors()
+    tokens(1e12)
+    assert live_tensors() == alive  # nothing of the measured graph stays
     enough = next(power for power in range(40) if tokens(2.0**power) == 1024)
     assert 10 < enough < 32  # bytes: what 1,024 tokens of two tiny layers store
     assert (tokens(2.0 ** (enough - 1)), tokens(2.0 ** (enough - 2)), tokens(0)) == (512, 256, 1)

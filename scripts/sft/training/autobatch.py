@@ -123,19 +123,19 @@ def cpu_tokens(model: Any, step: StepConfig, row: Feature) -> int:
     That is measured on one long row (weights that are cast count too, whatever its length), without a backward pass.
     """
     weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
-    stored: dict[int, int] = {}
+    stored: dict[int, torch.UntypedStorage] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
-            stored[storage.data_ptr()] = storage.nbytes()
-        return tensor
+            stored[storage.data_ptr()] = storage
+        return torch.empty(0)  # a graph that has no backward pass never frees what it gets here
 
     (micro,) = split_micro_batches(Collator(step.kind)([row]), tokens=1, packed=step.packed)
     with torch.random.fork_rng([]), saved_tensors_hooks(note, lambda tensor: tensor), step.forward_context():
-        losses = token_losses(model, micro, step)
-    tokens, of_token, half = step.micro_batch_tokens, sum(stored.values()) / micro.computed, memory()[1] / 2
-    del losses
+        token_losses(model, micro, step)
+    of_token = sum(storage.nbytes() for storage in stored.values()) / micro.computed
+    tokens, half = step.micro_batch_tokens, memory()[1] / 2
     while tokens > 1 and tokens * of_token > half:
         tokens //= 2
     if tokens < step.micro_batch_tokens:
