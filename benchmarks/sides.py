@@ -140,10 +140,17 @@ class Side:
         return Round(clock.ended - clock.began, memory.rise(), memory.highest(), clock.norms, self._loss(rows))
 
     def _loss(self, rows: list[Row]) -> float:
-        step_config = make_step_config(config(self.settings).train, self.model, "causal", self.settings.device)
+        """After a round; on a CPU in fp32 for every side, so that it shows how the training was rounded, no more."""
+        settings, types = self.settings, {name: weight.dtype for name, weight in self.model.named_parameters()}
+        if settings.device == "cpu":
+            settings = replace(settings, bf16=False)
+            self.model.float()
+        step_config = make_step_config(config(settings).train, self.model, "causal", settings.device)
         self.model.eval()
         evaluated = evaluate_loss(self.model, rows, step_config)
         self.model.train()
+        for name, weight in self.model.named_parameters():
+            weight.data = weight.data.to(types[name])
         return evaluated.loss_sum / evaluated.count
 
 
@@ -288,15 +295,15 @@ def packed(model: Any, rows: list[Row], settings: Settings) -> Trainer:
 class Worker:
     """A side of a real model in a process of its own, so that the memory measured is its own: `round` as `Side` has it.
 
-    name: of a trainer, with rows of a micro-batch for a peer and the type where it is not bf16: `ours`, `hf 8x2`,
-    `hf 4x4 fp32`. Sides train on the same steps; each step's rows are sorted by length, which suits the peers.
+    name: of a trainer, with rows of a micro-batch for a peer and the type where it is not bf16: `ours`, `ours fp32`,
+    `hf 8x2`, `hf 4x4 fp32`. All train on the same steps; each step's rows are sorted by length, which suits the peers.
     """
 
     def __init__(self, name: str, folder: Path, settings: Settings, threads: int) -> None:
         context = multiprocessing.get_context("spawn")
         self.name, (self.pipe, theirs) = name, context.Pipe()
         environment = dict(os.environ)
-        if name == "ours":  # how threads wait, as our commands set it; the peers' processes have OpenMP's default
+        if name.startswith("ours"):  # threads and memory as our commands set them; the peers have the defaults
             console.quiet_libraries()
         context.Process(target=_work, args=(theirs, name, folder, settings, threads), daemon=True).start()
         os.environ.clear()
@@ -319,7 +326,8 @@ def _work(pipe: Any, name: str, folder: Path, settings: Settings, threads: int) 
     torch.set_num_threads(threads)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     trainer, _, cut = name.partition(" ")
-    settings = replace(settings, bf16="fp32" not in cut, micro_rows=int(cut.split("x")[0] or 4) if cut else 4)
+    micro_rows = int(cut.split("x")[0]) if "x" in cut else 4
+    settings = replace(settings, bf16="fp32" not in cut, micro_rows=micro_rows)
 
     def model(attn: str) -> Any:
         dtype = torch.bfloat16 if settings.bf16 else torch.float32

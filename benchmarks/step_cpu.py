@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument(
         "--shares", type=float, nargs="+", default=list(TARGETS), help="labelled shares of the row sets"
     )
-    parser.add_argument("--sides", nargs="+", choices=[*SIDES, *REAL_SIDES])
+    parser.add_argument("--sides", nargs="+", choices=[*SIDES, *REAL_SIDES, "ours fp32"])
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--longest", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=2048, help="our micro-batch")
