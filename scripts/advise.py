@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from sft.memory.plan import Plan
     from sft.preflight.advise import Facts, Setting, UseCase
 
+BASE = "configs/config_base.yaml"
 SAMPLE = 5_000  # rows that are tokenised
 MARGIN = 0.1  # share of a card left free: the desktop, a browser
 LONGEST = 2048  # tokens: longer rows are cut, unless a config says otherwise
@@ -62,12 +63,15 @@ def parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Read the rows, ask, decide, choose every value, write the config."""
+    from sft.config.load import display_path, load, shipped
     from sft.memory import devices
+    from sft.memory import report as memory_report
+    from sft.memory.plan import make_plan
     from sft.preflight import advise
 
     root = console.project_root()
-    args.set += [f"data.columns.user={args.user_col}"] if args.user_col else []
-    args.set += [f"data.columns.assistant={args.answer_col}"] if args.answer_col else []
+    columns = (("user", args.user_col), ("assistant", args.answer_col))
+    args.set += [f"data.columns.{role}={name}" for role, name in columns if name]
     loaded = console.load_config(args)
     device = devices.parse(args.gpu) if args.gpu else devices.this_machine()
 
@@ -78,24 +82,28 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         console.say("no config is written without rows; with them: make advise RAW=FILE")
         return {"approach": approach, "reasons": reasons, "config": None}
     name, why = model_of(args, loaded) or advise.choose_model(device, root)
-    config = with_values(loaded.config, {"model.name": name, "data": rows.data})
-    description = model_config(config, root)
+    base = load(shipped(root, BASE), args.set, root=root)
+    config = with_values(base.config, {"model.name": name, "data": rows.data})
+    description = memory_report.model_config(config.model, root)
     facts = measure(config, rows, root)
     tokens, tokens_why = advise.length(facts, min(LONGEST, int(description.get("max_position_embeddings") or LONGEST)))
+    tokens = config.model.max_seq_len if is_own(base, "model.max_seq_len") else tokens
     config = with_values(config, {"model.max_seq_len": tokens})
+    if facts.pairs >= advise.STRICT and not is_own(base, "train.objective"):
+        config = with_values(config, {"train.objective": "dpo"})
 
     # 2. the decision
     plans: dict[str, Plan] = {}
 
     def plan_of(mode: str) -> Plan:
-        from sft.memory.plan import make_plan
-
         if mode not in plans:
             with console.progress(f"tracing the model ({mode})"):
                 plans[mode] = make_plan(with_values(config, {"tuning.mode": mode}), description, device)
         return plans[mode]
 
     def full_problem() -> str:
+        if facts.pairs >= advise.STRICT:
+            return "preference pairs are compared with the base, which full tuning overwrites"
         plan = plan_of("full")
         return "" if plan.fits else f"it needs {plan.peak:.1f} GiB, and {device.name} has {device.gib:.1f}"
 
@@ -103,34 +111,47 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     approach, reasons = decide(case, full_problem, sorted(facts.sizes)[len(facts.sizes) // 2])
 
     # 3. the config
-    mode, mode_why = "full", "as advised; it fits"
-    if approach != "full SFT":
-        mode, mode_why = "lora", "adapters on a 16-bit base: 4-bit weights take twice the time on a CPU"
-        if device.kind == "cuda":
-            fits = plan_of("lora").peak <= (1 - MARGIN) * device.gib
-            mode, mode_why = ("lora", "the 16-bit base fits") if fits else ("qlora", "the 16-bit base does not fit")
-    plan = plan_of(mode)
-    fit = f"{'fits' if plan.fits else 'does NOT fit'}: {plan.peak:.2f} of {device.gib:.1f} GiB"
+    mode, mode_why = (config.tuning.mode, "") if is_own(base, "tuning.mode") else mode_of(approach, plan_of, device)
     chosen: list[Setting] = [
         ("model.name", name, why),
         ("model.max_seq_len", tokens, tokens_why),
         ("tuning.mode", mode, mode_why),
         *rows.settings,
         ("train.output_dir", f"outputs/{out_of(args, root).stem}", "the run's folder and name"),
-        *advise.settings(plan.config, facts, case, device, plan.parameters),
     ]
+    if config.train.objective != "response":
+        chosen.append(
+            ("train.objective", config.train.objective, f"{facts.pairs:.0%} of the rows are preference pairs")
+        )
+    rank = config.tuning.lora.r if is_own(base, "tuning.lora.r") else None
+    resolved = with_values(config, {"tuning.mode": mode})
+    chosen += advise.settings(resolved, facts, case, device, plan_of(mode).parameters, rank)
     if args.gpu == "cpu":
         chosen.insert(1, ("model.device_map", "cpu", "--gpu cpu"))
-    out = write(args, root, approach, reasons, f"{device.name}, {fit}", chosen)
-    console.say(f"plan: {mode} on {device.name} {fit}")
-    shown = display(out, root)
-    start = "to train" if approach in ("PEFT", "full SFT") else "to train all the same"
-    console.say(f"written: {shown}, each value with its reason; {start}: make train CONFIG={shown}")
+    out = write(args, root, f"{approach}; {reasons[0]}", device, with_sets(chosen, args.set, base))
+    plan = make_plan(load(out, root=root).config, description, device)
+    console.say(
+        f"plan: {'fits' if plan.fits else 'does NOT fit'} {device.name}: {plan.peak:.2f} of {device.gib:.1f} GiB"
+    )
+    for line in memory_report.help_lines(plan):
+        console.say(console.as_typed(line))
+    console.say(f"each value has its reason there; to train: make train CONFIG={display_path(out, root)}")
     counts = {"train": facts.train, "val": facts.val, "test": facts.test}
     return {
         "approach": approach, "reasons": reasons, "case": vars(case), "rows": counts, "model": name, "mode": mode,
         "fits": plan.fits, "peak_gib": round(plan.peak, 3), "config": str(out),
     }  # fmt: skip
+
+
+def mode_of(approach: str, plan_of: Callable[[str], Plan], device: Device) -> tuple[str, str]:
+    """tuning.mode, and why."""
+    if approach == "full SFT":
+        return "full", "as advised; it fits"
+    if device.kind == "cpu":
+        return "lora", "adapters on a 16-bit base: 4-bit weights take twice the time on a CPU"
+    if plan_of("lora").peak <= (1 - MARGIN) * device.gib:
+        return "lora", "the 16-bit base fits"
+    return "qlora", "the 16-bit base does not fit"
 
 
 # --- the rows
@@ -200,7 +221,7 @@ def read_data(args: argparse.Namespace, loaded: Loaded, root: Path) -> Rows | No
 
 def measure(config: Config, rows: Rows, root: Path) -> Facts:
     """The facts of a sample of the rows, in tokens where the model's tokenizer can be had."""
-    from sft.data import store
+    from sft.data import shards, store
     from sft.errors import ModelError
     from sft.generation.encoder import load_encoder
     from sft.preflight import advise
@@ -209,7 +230,7 @@ def measure(config: Config, rows: Rows, root: Path) -> Facts:
     stage, split = rows.stage, config.data.split
     sample, train = data_report.sample_rows(store.iter_rows(stage.train), SAMPLE, split.seed)
     held_out = {name: path for name, path in (("val", stage.val), ("test", stage.test)) if path}
-    counts = {"train": train, **{name: store.count_rows(path) for name, path in held_out.items()}}
+    counts = {"train": train, **{name: shards.count(path) for name, path in held_out.items()}}
     sizes, answers = list[int](), list[int]()
     try:
         encoder = load_encoder(config, root)
@@ -235,10 +256,9 @@ def model_of(args: argparse.Namespace, loaded: Loaded) -> tuple[str, str] | None
     return loaded.config.model.name, f"from {origin}"
 
 
-def model_config(config: Config, root: Path) -> dict[str, Any]:
-    from sft.memory import report
-
-    return report.model_config(config.model, root)
+def is_own(base: Loaded, key: str) -> bool:
+    """Whether --set sets the key: an explicit value is never changed."""
+    return (base.origin(key) or "").startswith("--set")
 
 
 def with_values(config: Config, values: dict[str, Any]) -> Config:
@@ -259,8 +279,7 @@ def ask(args: argparse.Namespace, facts: Facts | None, device: Device) -> UseCas
     usual["budget"] = "low" if device.kind == "cpu" or device.gib < 12 else "medium" if device.gib < 30 else "high"
     if facts is not None:
         usual["form"] = "strict" if facts.strict else "free"
-        what = f"{facts.labels} different answers" if facts.labels else f"{facts.form[1]:.0%} are {facts.form[0]}"
-        console.say(f"answers: {what if facts.strict else 'of no one form'}")
+        console.say(f"answers: {facts.form_text}")
     interactive, answers = sys.stdin.isatty() and not args.yes and not args.json, {}
     for name, (question, choices) in QUESTIONS.items():
         answer = getattr(args, name)
@@ -301,32 +320,39 @@ def out_of(args: argparse.Namespace, root: Path) -> Path:
     return args.out or root / "configs" / "advised.yaml"
 
 
-def display(path: Path, root: Path) -> str:
+def with_sets(chosen: Sequence[Setting], sets: Sequence[str], base: Loaded) -> list[Setting]:
+    """The settings with those of --set in their place."""
+    from sft.config.schema import RENAMED
+
+    settings = {key: (key, value, reason) for key, value, reason in chosen}
+    for item in sets:
+        key = RENAMED.get(item.partition("=")[0].strip(), item.partition("=")[0].strip())
+        if not key.startswith("data.columns"):  # which the settings of the rows have as one mapping
+            value: Any = base.config.model_dump()
+            for part in key.split("."):
+                value = value[part]
+            settings[key] = (key, value, "your choice (--set)")
+    return list(settings.values())
+
+
+def write(args: argparse.Namespace, root: Path, advice: str, device: Device, chosen: Sequence[Setting]) -> Path:
+    """Writes the config; an earlier one of that name gets the ending .bak."""
     from sft.config.load import display_path
-
-    return display_path(path, root)
-
-
-def write(
-    args: argparse.Namespace, root: Path, approach: str, reasons: Sequence[str], plan: str, chosen: Sequence[Setting]
-) -> Path:
-    """Writes the config, after a check that it loads; an earlier one of that name gets the ending .bak."""
-    from sft.config.load import load
     from sft.preflight.advise import yaml_text
 
     out = out_of(args, root)
+    shown = display_path(out, root)
     head = [
-        f"Written by `make advise` on {time.strftime('%Y-%m-%d')} for {plan}.",
-        f"Advice: {approach}; {reasons[0]}",
-        f"make train CONFIG={display(out, root)}",
+        f"Written by `make advise` on {time.strftime('%Y-%m-%d')} for {device.name} ({device.gib:.1f} GiB).",
+        f"Advice: {advice}",
+        f"make train CONFIG={shown}",
     ]
-    text = yaml_text(head, "configs/config_base.yaml", chosen)
+    text = yaml_text(head, BASE, chosen)
     files.make_folder(out.parent)
     if out.exists() and out.read_text(encoding="utf-8") != text:
         out.replace(out.with_name(f"{out.name}.bak"))
-        console.say(f"the earlier {display(out, root)} is now {out.name}.bak")
+        console.say(f"the earlier {shown} is now {out.name}.bak")
     files.write_text(out, text)
-    load(out, root=root)
     return out
 
 

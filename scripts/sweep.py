@@ -144,7 +144,7 @@ def metric_of(config: Config) -> tuple[str, bool]:
 def make_trials(args: argparse.Namespace, loaded: Loaded, root: Path) -> list[Trial]:
     """Every combination with its checked config; its name has a hash of all settings and of the rows."""
     from sft.config.load import load
-    from sft.data import store
+    from sft.data import shards, store
 
     values = parse_values(args.values)
     if taken := [key for key in values if key == "train.output_dir" or any(s.startswith(f"{key}=") for s in args.set)]:
@@ -153,7 +153,7 @@ def make_trials(args: argparse.Namespace, loaded: Loaded, root: Path) -> list[Tr
     stage = store.resolve_stage(loaded.config.data, root)
     if stage.val is None:
         raise ConfigError("there are no validation rows to compare runs by", where="data.val_path", fix="make process")
-    rows = [files.sha256(path) if path.is_file() else str(path) for path in (stage.train, stage.val)]
+    rows = [shards.digest(path) for path in (stage.train, stage.val)]
     trials = []
     for combination in itertools.product(*values.values()):
         sets = dict(zip(values, combination, strict=True))
@@ -200,10 +200,12 @@ def train(trial: Trial, share: float, args: argparse.Namespace, root: Path, metr
         script = str(Path(__file__).with_name("train.py"))
         command = [sys.executable, script, "--config", str(args.config), *flags, "--json"]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        handlers = {
-            number: signal.signal(number, lambda *received: received[0] == signal.SIGINT or process.terminate())
-            for number in (signal.SIGINT, signal.SIGTERM)  # Ctrl-C reaches the run by itself: it writes its checkpoint
-        }
+
+        def stop(number: int, _: object) -> None:
+            if number == signal.SIGTERM:  # Ctrl-C reaches the run by itself: it writes its checkpoint
+                process.terminate()
+
+        handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             text = process.communicate()[0]
         finally:

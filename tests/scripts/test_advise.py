@@ -123,9 +123,25 @@ def advised_and_trained(command: Command, root: Path, data: Path, *flags: str) -
     return result
 
 
-def test_the_advised_config_trains_without_an_edit(command: Command, tmp_path: Path) -> None:
-    result = advised_and_trained(command, tmp_path, ROOT / "data" / "samples" / "faq.jsonl")
+def test_the_advised_config_trains_without_an_edit_and_has_the_values_of_set(command: Command, tmp_path: Path) -> None:
+    own = ("--set", "tuning.lora.r=4 train.seed=7")
+    result = advised_and_trained(command, tmp_path, ROOT / "data" / "samples" / "faq.jsonl", *own)
     assert result["rows"]["train"] > 0 and result["fits"]
+    text = (tmp_path / "configs" / "advised.yaml").read_text(encoding="utf-8")
+    assert re.search(r"^    alpha: 8 +# twice", text, re.MULTILINE)
+    assert re.search(r"^    r: 4 +# your choice \(--set\)$", text, re.MULTILINE)
+    assert re.search(r"^  seed: 7 +# your choice \(--set\)$", text, re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_preference_pairs_are_advised_dpo(command: Command, tmp_path: Path) -> None:
+    rows = [{"prompt": f"What is {n} and {n}?", "chosen": f"{2 * n}.", "rejected": f"{n}."} for n in range(120)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ("--budget", "high", "--task", "complex", "--form", "strict")
+    result = advised_and_trained(command, tmp_path, tmp_path / "pairs.jsonl", *flags)
+    assert (result["approach"], result["mode"]) == ("PEFT", "lora")
+    assert "compared with the base" in " ".join(result["reasons"])
+    assert load(tmp_path / "configs" / "advised.yaml", root=tmp_path).config.train.objective == "dpo"
 
 
 @pytest.mark.slow

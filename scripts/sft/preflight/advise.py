@@ -70,6 +70,15 @@ class Facts:
     pairs: float = 0.0
 
     @property
+    def form_text(self) -> str:
+        """The form of the answers in words."""
+        if not self.strict:
+            return "the answers have no one form"
+        return (
+            f"{self.labels} different answers" if self.labels else f"{self.form[1]:.0%} have one form ({self.form[0]})"
+        )
+
+    @property
     def strict(self) -> bool:
         return bool(self.labels) or (self.form[1] >= STRICT and self.form[0] != "free")
 
@@ -177,14 +186,20 @@ def length(facts: Facts, limit: int) -> tuple[int, str]:
     return value, f"the longest of {len(facts.sizes):,} rows has {longest:,} {how}: none is cut"
 
 
-def settings(config: Config, facts: Facts, case: UseCase, device: Device, parameters: int) -> list[Setting]:
-    """The values of training and generation, each with its reason. config: with model and tuning.mode as chosen."""
+def settings(
+    config: Config, facts: Facts, case: UseCase, device: Device, parameters: int, rank: int | None = None
+) -> list[Setting]:
+    """The values of training and generation, each with its reason.
+
+    config: with model and tuning.mode as chosen. rank: of the adapter, where the user has chosen it.
+    """
     tuning, rows = config.tuning, facts.train
     on_cpu = device.kind == "cpu"
     chosen: list[Setting] = []
     if tuning.mode != "full":
-        rank = 32 if case.task == "complex" or rows >= 5_000 else 8 if rows < ENOUGH else 16
-        why = "many rows or a hard task: more room" if rank == 32 else "few rows" if rank == 8 else "the usual rank"
+        usual = 32 if case.task == "complex" or rows >= 5_000 else 8 if rows < ENOUGH else 16
+        why = "many rows or a hard task: more room" if usual == 32 else "few rows" if usual == 8 else "the usual rank"
+        rank = rank or usual
         dropout = 0.05 if rows < 1_000 else 0.0
         chosen += [
             ("tuning.lora.r", rank, f"{why} ({rows:,} rows, {case.task})"),
@@ -195,7 +210,7 @@ def settings(config: Config, facts: Facts, case: UseCase, device: Device, parame
     epochs, why = auto.RULES["epochs"](config, known)
     chosen.append(("train.epochs", epochs, why))
     rate, why = auto.RULES["learning_rate"](config, known)
-    if parameters < 5e8 and tuning.mode != "full":
+    if parameters < 5e8 and tuning.mode != "full" and config.train.objective == "response":
         rate = 2e-3 if parameters < 2e7 else 1e-3
         why = f"adapters on {parameters / 1e6:,.0f}M parameters: so small a model needs a higher rate"
     batch = 8 if rows < ENOUGH else auto.EFFECTIVE_BATCH
@@ -218,12 +233,7 @@ def settings(config: Config, facts: Facts, case: UseCase, device: Device, parame
     tokens = min(1024, max(32, math.ceil(1.2 * longest / 16) * 16))
     chosen.append(("generation.max_new_tokens", tokens, f"the longest answer has {longest:,} tokens"))
     if facts.strict:
-        what = (
-            f"{facts.labels} different answers"
-            if facts.labels
-            else f"{facts.form[1]:.0%} of the answers are {facts.form[0]}"
-        )
-        chosen.append(("eval.metrics", ["exact_match", "rougeL"], f"{what}: right or wrong can be counted"))
+        chosen.append(("eval.metrics", ["exact_match", "rougeL"], f"{facts.form_text}: right or wrong can be counted"))
     else:
         chosen.append(("eval.metrics", ["rougeL", "sari"], "free text: overlap with the reference, read samples too"))
     return chosen
