@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ LOSS_LIMIT = 0.02  # nats per token by which the merged model's held-out loss ma
 GREETING = "Hello! What can you do?"
 _SHIPPED = "data/samples/support_desk.jsonl"
 _SHOWN = 600  # characters of a question or an answer
+FIRST_ROWS = 100_000  # of the run's own that some are chosen from
 _CHECKED_TOKENS = 64  # newest tokens of the prompt whose logits must be finite
 
 
@@ -118,7 +120,7 @@ def run_rows(config: Config, root: Path) -> tuple[str, list[Row]] | None:
     try:
         stage = store.resolve_stage(config.data, root)
         for path in (stage.val, stage.train):
-            if path is not None and (rows := store.read_rows(path)):
+            if path is not None and (rows := list(islice(store.iter_rows(path), FIRST_ROWS))):
                 shown = load.display_path(path, root)
                 return path.name if Path(shown).is_absolute() else shown, rows
     except DataError as error:
