@@ -159,7 +159,7 @@ def test_packed_rows_give_the_loss_and_gradients_of_transformers_padded_batch(
     model = get_peft_model(models.load(smollm2, dtype=torch.float32), lora)
     results = {}
     for name, config in (("packed", StepConfig(packed=True)), ("padded", StepConfig(max_rows=3))):
-        loss, _ = forward_backward(model, batch, config)
+        loss, *_ = forward_backward(model, batch, config)
         results[name] = float(loss), models.gradients(model)
     model.base_model.model.set_attn_implementation("sdpa")
     ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row.input_ids) for row in encoded], batch_first=True)

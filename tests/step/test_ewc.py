@@ -65,12 +65,12 @@ def test_the_penalty_and_its_gradient_are_those_of_the_definition(tiny_qwen2: Pa
             weight.add_(torch.randn(weight.shape, generator=drawn, dtype=weight.dtype), alpha=0.01)
     moved = zip(fisher.values(), model.parameters(), base.values(), strict=True)
     expected = 3.0 / 2 * sum((f * (weight - start) ** 2).sum() for f, weight, start in moved)
-    loss, _ = forward_backward(model, models.batch(), StepConfig(packed=True))
+    loss, *_ = forward_backward(model, models.batch(), StepConfig(packed=True))
     task = models.gradients(model)
     expected.backward()
     pull = models.gradients(model)
     for config in (StepConfig(packed=True), StepConfig(max_rows=1)):  # one micro-batch, or eight
-        again, _ = forward_backward(
+        again, *_ = forward_backward(
             model,
             models.batch(),
             config,

@@ -50,7 +50,7 @@ def test_any_split_gives_the_gradients_of_the_mean_loss(
     loss, gradient = _expected(model, batch)
     for name, config in SPLITS.items():
         for logits in ("chunked", "full"):
-            mean, _ = forward_backward(model, batch, replace(config, logits=logits, logits_tile=8))  # type: ignore[arg-type]
+            mean, *_ = forward_backward(model, batch, replace(config, logits=logits, logits_tile=8))  # type: ignore[arg-type]
             assert mean.dtype == dtype
             assert float((mean - loss).abs() / loss) < limit, name
             assert models.relative(models.gradients(model), gradient) < limit, name
@@ -96,7 +96,7 @@ def test_each_loss_is_its_formula_under_any_split(tiny_qwen2: Path, name: str) -
     for split, how in SPLITS.items():
         for logits in ("chunked", "full"):
             config = replace(loss, micro_batch_tokens=how.micro_batch_tokens, max_rows=how.max_rows, packed=how.packed)
-            mean, _ = forward_backward(model, batch, replace(config, logits=logits, logits_tile=8))  # type: ignore[arg-type]
+            mean, *_ = forward_backward(model, batch, replace(config, logits=logits, logits_tile=8))  # type: ignore[arg-type]
             assert float(mean) == pytest.approx(expected, rel=limit), split
             assert models.relative(models.gradients(model), gradient) < limit, split
 
@@ -106,7 +106,7 @@ def test_any_split_of_a_seq2seq_batch_too(tiny_t5: Path) -> None:
     batch = Collator("seq2seq")(models.seq2seq_rows())
     results = []
     for tokens, rows in ((10_000, 1), (10_000, None), (25, None)):
-        loss, _ = forward_backward(model, batch, StepConfig(kind="seq2seq", micro_batch_tokens=tokens, max_rows=rows))
+        loss, *_ = forward_backward(model, batch, StepConfig(kind="seq2seq", micro_batch_tokens=tokens, max_rows=rows))
         results.append((float(loss), models.gradients(model)))
     assert all(abs(loss - results[0][0]) < 1e-12 for loss, _ in results)
     assert all(models.relative(gradient, results[0][1]) < 1e-9 for _, gradient in results)
@@ -120,10 +120,10 @@ def test_any_split_of_a_seq2seq_batch_too(tiny_t5: Path) -> None:
 
 def test_the_normalizer_may_cover_more_than_this_batch(tiny_qwen2: Path) -> None:
     model, batch = models.load(tiny_qwen2), models.batch()
-    mine, _ = forward_backward(model, batch, SPLITS["8x1 packed"])
+    mine, *_ = forward_backward(model, batch, SPLITS["8x1 packed"])
     gradient = models.gradients(model)
     normalizer = torch.tensor(2 * count_labels(batch))
-    doubled, _ = forward_backward(model, batch, SPLITS["8x1 packed"], normalizer=normalizer)
+    doubled, *_ = forward_backward(model, batch, SPLITS["8x1 packed"], normalizer=normalizer)
     assert float(mine) == pytest.approx(2 * float(doubled), rel=1e-12)
     assert models.relative(2 * models.gradients(model), gradient) < 1e-12
 
@@ -214,7 +214,7 @@ def test_out_of_memory_is_rolled_back_and_the_same_rows_replayed(
     model, batch = models.load(tiny_qwen2), models.batch()
     loss, gradient = _expected(model, batch)
     ceiling = Ceiling(model, 18, layer=1, backward=backward)
-    mean, config = forward_backward(model, batch, StepConfig(packed=packed))
+    mean, config, _ = forward_backward(model, batch, StepConfig(packed=packed))
     assert ceiling.failed == caplog.text.count("out of memory: replaying") > 0
     assert config.micro_batch_tokens <= 36 and config == StepConfig(
         packed=packed, micro_batch_tokens=config.micro_batch_tokens
@@ -233,7 +233,7 @@ def test_the_random_state_is_put_back_before_the_replay(tiny_qwen2: Path) -> Non
     clean = models.gradients(model)
     ceiling = Ceiling(model.get_base_model(), 20, layer=1)
     torch.manual_seed(1)
-    _, config = forward_backward(model, batch, StepConfig(micro_batch_tokens=33, max_rows=2, packed=True))
+    _, config, _ = forward_backward(model, batch, StepConfig(micro_batch_tokens=33, max_rows=2, packed=True))
     assert (ceiling.failed, config.micro_batch_tokens) == (1, 12)
     assert torch.equal(models.gradients(model), clean)
 
