@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sft.chat.dataset import RunLedger, TokenisedRows
 from sft.config.schema import ContaminationSection, RehearsalSection
@@ -120,8 +121,6 @@ def test_a_run_with_rehearsal_resumes_bit_for_bit(tiny_qwen2: Path, tmp_path: Pa
 
 
 def answers_of(path: Path, key: str) -> TokenisedRows:
-    from transformers import AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "models" / "demo")
     rows = [json.loads(line)[key] for line in path.read_text(encoding="utf-8").splitlines()]
     ids = tokenizer(rows, add_special_tokens=False)["input_ids"]
@@ -244,7 +243,11 @@ def test_auto_gives_up_early_on_a_base_that_completes_nothing(
     tmp_path: Path, tiny_qwen2: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("SFT_ROOT", str(tmp_path))
-    project.make(tmp_path, tiny_qwen2, rows=70)
+    model, certain = AutoModelForCausalLM.from_pretrained(tiny_qwen2), tmp_path / "certain"
+    model.model.norm.weight.data *= 1000  # one token has all the probability, and it is never the end
+    model.save_pretrained(certain)
+    AutoTokenizer.from_pretrained(tiny_qwen2).save_pretrained(certain)
+    project.make(tmp_path, certain, rows=70)
     logging.getLogger("sft").propagate = True
     caplog.set_level(logging.INFO, "sft")
     planned = project.run(tmp_path, dry=True)
@@ -295,8 +298,6 @@ def test_ones_own_questions_and_answers(root: Path) -> None:
 
 
 def test_every_other_row_has_the_tasks_system_text() -> None:
-    from transformers import AutoTokenizer
-
     from sft.chat.encode import build_encoder
     from sft.config.schema import Config
 

@@ -37,9 +37,12 @@ MAX_NEW_TOKENS = 64  # of the base's answers; what is not complete by then is no
 MIN_QUESTIONS = 48  # that `auto` puts to the base at least
 LOSSES_PER_QUESTION = 16  # that it yields, about, those counted whose answers are not used
 TRIAL, MIN_TRIAL, MIN_COMPLETE = 16, 4, 20  # `auto` gives up below 4 complete answers of the first 16, or 20 of all
-GREEDY = {
+SAMPLED = {  # drawn from the base's own distribution: greedy answers would sharpen it
     "max_new_tokens": MAX_NEW_TOKENS,
-    "do_sample": False,
+    "do_sample": True,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
     "repetition_penalty": 1.0,
     "stop": [],
     "stop_loops": True,
@@ -203,12 +206,12 @@ def answer(
     questions: Sequence[Row], loaded: LoadedModel, weights: str, config: Config, root: Path, *, auto: bool,
     on_progress: Progress | None = None,
 ) -> list[Row]:  # fmt: skip
-    """The questions with the base's own greedy answers, "" where it does not end one; answers that they have stay.
+    """The questions with the base's own sampled answers, "" where it does not end one; answers that they have stay.
 
     Stored like the base's answers in evaluations, and read again where nothing differs. weights: fingerprint of the
     base's files. auto: ask no further where the first answers show that the base completes few.
     """
-    settings = config.generation.model_copy(update=GREEDY)
+    settings = config.generation.model_copy(update=SAMPLED)
     unanswered = [row for row in questions if "assistant" not in row]
     base = (weights, config.train.bf16, config.train.fp16, config.tuning.quant_type, config.tuning.double_quant)
     path = evaluate.stored_path(loaded, root, "rehearsal", auto, unanswered, base, settings.model_dump_json())
