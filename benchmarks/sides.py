@@ -177,7 +177,10 @@ def config(settings: Settings) -> Config:
 
 
 def ours(model: Any, rows: list[Row], settings: Settings) -> TrainingLoop:
-    resolved = config(settings)
+    return loop_of(model, rows, settings, config(settings))
+
+
+def loop_of(model: Any, rows: list[Row], settings: Settings, resolved: Config) -> TrainingLoop:
     step = make_step_config(resolved.train, model, "causal", settings.device)
     if settings.device == "cpu":
         kernels.apply_kernels(model, resolved.train.kernels, device="cpu", autocast=step.autocast)
