@@ -1,4 +1,4 @@
-"""DPO on a real model on the CPU: our step against TRL's DPOTrainer on the same pairs, and against SFT on the same rows.
+"""DPO on a real model on the CPU: our step against TRL's DPOTrainer on the same pairs, and against SFT on as many rows.
 
     python benchmarks/dpo.py --model models/smollm2                       # 200 pairs, one epoch, 16 pairs a step
     python benchmarks/dpo.py --model models/smollm2 --pairs 32 --sides ours "trl 4x4"
@@ -12,6 +12,7 @@ pairs in the same order, from the same adapter (LoRA r 16 on all linear layers, 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -79,7 +80,7 @@ def make_pairs(args: Any) -> list[Row]:
 
     rows = material.alpaca(material.ALPACA, args.model / "tokenizer.json", longest=10_000)
     pairs = []
-    for number, (row, other) in enumerate(zip(rows, rows[1:], strict=False)):
+    for number, (row, other) in enumerate(itertools.pairwise(rows)):
         prompt = row["labels"].count(-100)
         answer, wrong = row["input_ids"][prompt:], other["input_ids"][other["labels"].count(-100) :]
         if number % 2:

@@ -56,6 +56,7 @@ def main(args: argparse.Namespace) -> None:
     else:
         some = None if args.id or args.json or args.limit == 0 else FIRST_ROWS
         rows = choose_rows(list(islice(store.iter_rows(path), some)), path, args)
+        encoder, rows = sides(encoder, rows)
         if args.json:
             print_json(encoder, rows)
             return
@@ -112,6 +113,24 @@ def choose_rows(rows: list[dict[str, Any]], path: Path, args: argparse.Namespace
     turns = [[row["input"], row["target"]] if records.is_rendered(row) else records.messages(row) for row in rows]
     lengths = [len(str(one)) for one in turns]  # good enough to order rows by, without tokenising them all
     return [rows[index] for index in preview.choose(lengths, limit, args.seed)]
+
+
+def sides(encoder: Any, rows: list[dict[str, Any]]) -> tuple[Any, list[dict[str, Any]]]:
+    """Where pairs are trained on: their two sides as rows, called by their side, and an encoder for them."""
+    if not (encoder.pairs or encoder.rated):
+        return encoder, rows
+    plain = copy.copy(encoder)
+    plain.pairs = plain.rated = False
+    named = [
+        {**side, "id": f"{side['id']} {name}"}
+        for row in rows
+        for name, side in (
+            zip(("chosen", "rejected"), encoder.sides(row), strict=True)
+            if "rejected" in row or encoder.pairs
+            else [("good" if row.get("label") else "bad", {key: row[key] for key in row if key != "label"})]
+        )
+    ]
+    return plain, named
 
 
 def encode(encoder: Any, row: dict[str, Any]) -> list[tuple[Any, Any]]:

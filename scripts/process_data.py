@@ -53,7 +53,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     while True:
         try:
             with console.progress("reading rows") as on_progress:
-                ledger = process(data, root, args.raw_path, on_progress)
+                ledger = process(data, root, args.raw_path, on_progress, rated=loaded.config.train.objective == "kto")
             break
         except Rejected as rejected:
             show(rejected.ledger)

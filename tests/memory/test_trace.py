@@ -38,9 +38,11 @@ def measured(folder: Path, config: Config) -> Interval:
     else:
         model = adapters.attach(model, config.tuning, gradient_checkpointing=checkpointing)
     kind = "seq2seq" if files.kind == "seq2seq" else "causal"
-    pairs = config.train.objective in PREFERENCES
-    lengths = [*LENGTHS, *LENGTHS[:1]] if pairs else LENGTHS
-    micro = micro_batch(kind, lengths, packed=kind == "causal" and attention.keeps_rows_apart(model), pairs=pairs)
+    objective = config.train.objective
+    lengths = [*LENGTHS, *LENGTHS[:1]] if objective in PREFERENCES else LENGTHS
+    micro = micro_batch(
+        kind, lengths, packed=kind == "causal" and attention.keeps_rows_apart(model), objective=objective
+    )
     tracker = MemoryTracker(rounding=1, vocabulary=4096)
     with tracker:
         phases = Phases(model, config, tracker, device="cpu")
@@ -258,7 +260,7 @@ def test_the_shipped_list_is_planned_without_a_download() -> None:
     assert models["Qwen/Qwen2.5-7B-Instruct"]["tie_word_embeddings"] is False
 
 
-@pytest.mark.parametrize("objective", ["dpo", pytest.param("orpo", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("objective", ["dpo", *(pytest.param(one, marks=pytest.mark.slow) for one in ("orpo", "kto"))])
 def test_pairs_take_the_memory_of_as_many_rows(objective: str, tmp_path: Path) -> None:
     lengths = [*LENGTHS, *LENGTHS[:1]]
     plain = resolved("lora", "cpu")

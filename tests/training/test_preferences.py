@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from sft import runs
-from sft.config.schema import PREFERENCES
+from sft.config.schema import PREFERENCES, DataSection
+from sft.data.process import process
 from sft.errors import ConfigError, DataError
 from tests.training import project
 
@@ -51,7 +52,7 @@ def test_a_run_on_pairs_raises_the_margin_and_resumes_exactly(root: Path, object
     stored = runs.run_of_adapter(root / "adapters/t").train
     assert (stored.objective, stored.preference.beta) == (objective, 0.5)
     ledger = json.loads((root / "outputs/t/ledger.json").read_text())["train"]
-    assert ledger["rows_read"] == ledger["rows_trained"] == 20
+    assert (ledger["rows_read"], ledger["rows_trained"], ledger["pieces"]) == (20, 20, 40 if objective == "kto" else 20)
     straight = weights(root)
     for name in ("checkpoint-6", "finished.json"):
         path = root / "outputs/t" / name
@@ -85,13 +86,28 @@ def test_a_pair_with_a_side_that_is_dropped_is_dropped_and_named(root: Path) -> 
         ),
         (("train.objective=ipo", "tuning.lora.bias=all"), "whose biases would have changed too"),
         (("train.objective=orpo", "train.labels=all_tokens"), "compares answers, not prompts"),
-        (("train.objective=simpo", "train.rehearsal.rows=8"), "and rehearsal on single answers"),
+        (("train.objective=simpo", "train.rehearsal.rows=8"), "and rehearsal has none to compare"),
     ],
 )
 def test_settings_that_make_no_sense_with_pairs_are_an_error(root: Path, settings: Any, words: str) -> None:
     with pytest.raises(ConfigError, match=words) as caught:
         project.run(root, *settings, dry=True)
     assert caught.value.where in " ".join(settings) and "--set" in str(caught.value.fix)
+
+
+def test_rated_answers_are_processed_and_trained_on_by_kto(root: Path) -> None:
+    raw = root / "raw.jsonl"
+    rows = [{"prompt": f"Name {n}?", "completion": f"Mara {n}", "label": n % 2 == 0} for n in range(24)]
+    raw.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ledger = process(DataSection(), root, str(raw), rated=True)
+    assert (ledger.written, ledger.named.total()) == (24, 0)
+    job = project.run(root, "train.objective=kto", dry=True)
+    assert job["rows"] == ledger.splits["train"] and job["train"]["preference"]["beta"] == 0.1
+    with pytest.raises(DataError, match="is rated as bad") as caught:
+        project.run(root, dry=True)
+    assert "train.objective=kto" in str(caught.value.fix)
+    ledger = process(DataSection(), root, str(raw))
+    assert (ledger.written, ledger.named["marked as bad"]) == (12, 12)
 
 
 def test_rows_with_one_answer_are_refused_by_name(root: Path) -> None:

@@ -43,6 +43,7 @@ SCHEMA = pyarrow.schema(
         "prompt_id": pyarrow.uint64(),
         "chosen": pyarrow.int32(),  # of a preference pair, how many of its tokens are the chosen side's; else 0
         "input_ids": _IDS,
+        "rating": pyarrow.int8(),  # of a rated answer, 1 or -1; else 0
         "labels": _IDS,
         "weights": pyarrow.list_(pyarrow.float32()),  # of the labels; null where each is 1
     }
@@ -142,14 +143,15 @@ class TokenisedRows(Sequence[Feature]):
         ids = {name: self._table.column(name)[index].values.to_numpy().tolist() for name in ("input_ids", "labels")}
         if (weights := self._table.column("weights")[index]).is_valid:
             ids["weights"] = weights.values.to_numpy().tolist()
-        if chosen := self._table.column("chosen")[index].as_py():
-            ids["chosen"] = chosen
+        for name in ("chosen", "rating"):
+            if value := self._table.column(name)[index].as_py():
+                ids[name] = value
         return {"id": self._table.column("id")[index].as_py(), **ids}
 
     def joined(self, others: Sequence[Feature]) -> TokenisedRows:
         """These rows and, behind them, others, whose `prompt_id` is 0."""
         columns: dict[str, list[Any]] = {name: [row.get(name) for row in others] for name in SCHEMA.names}
-        columns["prompt_id"] = columns["chosen"] = [0] * len(columns["id"])
+        columns["prompt_id"] = columns["chosen"] = columns["rating"] = [0] * len(columns["id"])
         more = pyarrow.table(columns, schema=SCHEMA).select(self._table.column_names).cast(self._table.schema)
         return TokenisedRows(pyarrow.concat_tables([self._table, more]), self._release)
 
@@ -217,7 +219,7 @@ class Tokeniser:
         """Writes the rows to `sink` as they are encoded; returns ledger, system text and warnings as JSON values."""
         ledger, earlier, system, mapped = RunLedger(), set(self.encoder.warnings), None, {}
         if shards.has_tokens(path):
-            if self.encoder.pairs:
+            if self.encoder.pairs or self.encoder.rated:
                 fix = "train on pairs of `chosen` and `rejected`, or --set train.objective=response"
                 raise DataError(
                     "train.objective compares two answers, and rows of tokens have one", where=str(path), fix=fix
@@ -236,6 +238,7 @@ class Tokeniser:
                     "id": [piece.id for _, piece in part],
                     "prompt_id": [prompt_id for prompt_id, _ in part],
                     "chosen": [piece.chosen for _, piece in part],
+                    "rating": [piece.rating for _, piece in part],
                     "input_ids": [piece.input_ids for _, piece in part],
                     "labels": [piece.labels for _, piece in part],
                     "weights": [piece.weights for _, piece in part],
@@ -297,7 +300,8 @@ def fingerprint(encoder: Encoder) -> str:
     parts = (
         template.digest,
         (template.name, template.origin, template.control_text, template.parts),
-        (encoder.kind, encoder.max_seq_len, encoder.over_length, encoder.in_loss, encoder.weight_field, encoder.pairs),
+        (encoder.kind, encoder.max_seq_len, encoder.over_length, encoder.in_loss, encoder.weight_field),
+        (encoder.pairs, encoder.rated),
         type(tokenizer).__name__,
         (*code, *(metadata.version(name) for name in LIBRARIES)),
     )

@@ -16,7 +16,7 @@ from sft.chat.sentinels import Layout, Region
 from sft.chat.template import ChatTemplate, Message, Refused, Tools, load_template
 from sft.chat.template_probe import Stops, find_stops, probe_template
 from sft.chat.tokenize import Line, Tokens, Vocabulary
-from sft.config.schema import PREFERENCES, Config
+from sft.config.schema import PAIRED, PREFERENCES, Config
 from sft.data import rows as records
 from sft.data.messages import normalize_messages
 from sft.data.rows import RowFault
@@ -48,6 +48,7 @@ class Encoded:
     truncated_tokens: tokens cut for length. dropped: None, or why the row is not trained on. text: as rendered.
     weights: how much each label counts, None where each counts 1. row_weight: the row's own, None if it has none.
     chosen: of a preference pair, how many of its tokens are those of the chosen side, which the rejected one follows.
+    rating: of a rated answer, 1 or -1; its `chosen` tokens are followed by another row's answer to the same prompt.
     """
 
     id: str
@@ -59,6 +60,7 @@ class Encoded:
     weights: list[float] | None = None
     row_weight: float | None = None
     chosen: int = 0
+    rating: int = 0
 
     @property
     def fits(self) -> bool:
@@ -71,7 +73,7 @@ class Encoder:
 
     eos_ids: the end tokens of the model's generation_config. weight_field: key of a row's weight (`data.weight_field`).
     pairs: training rows are preference pairs, of which both
-    answers are trained on.
+    answers are trained on. rated: training rows are answers that are rated good or bad; of a pair, both.
     """
 
     kind: Kind = "causal"
@@ -87,8 +89,10 @@ class Encoder:
         eos_ids: Iterable[int] = (),
         weight_field: str | None = None,
         pairs: bool = False,
+        rated: bool = False,
     ) -> None:
-        self.template, self.tokenizer, self.weight_field, self.pairs = template, tokenizer, weight_field, pairs
+        self.template, self.tokenizer, self.weight_field = template, tokenizer, weight_field
+        self.pairs, self.rated = pairs, rated
         self.max_seq_len, self.over_length, self.in_loss = max_seq_len, over_length, labels
         self.vocabulary = Vocabulary(tokenizer, control_text=template.control_text)
         self.warnings: dict[str, str] = {}  # kind -> text, as logged
@@ -130,8 +134,16 @@ class Encoder:
         Every answer is in the loss of exactly one piece, and every piece begins with the row's system text.
         """
         if self.pairs:
-            sides = self.encode_batch([side for row in rows for side in self._sides(row)])
-            return [[_joined(*both)] for both in zip(sides[::2], sides[1::2], strict=True)]
+            both = self.encode_batch([side for row in rows for side in self.sides(row)])
+            return [[_joined(*pair)] for pair in zip(both[::2], both[1::2], strict=True)]
+        if self.rated:
+            return self._rated(rows)
+        if bad := next(filter(records.is_bad, rows), None):
+            raise DataError(
+                "this answer is rated as bad, and train.objective would teach it",
+                where=str(bad.get("origin", records.row_id(bad))),
+                fix="--set train.objective=kto, or process the rows again without it",
+            )
         splits = self.over_length == "split_turns" and self.in_loss != "last_assistant"
         pairs = zip(rows, self.encode_batch(rows), strict=True)
         return [
@@ -139,7 +151,41 @@ class Encoder:
             for row, whole in pairs
         ]
 
-    def _sides(self, row: Row) -> tuple[Row, Row]:
+    def _rated(self, rows: list[Row]) -> list[list[Encoded]]:
+        """Each answer with its rating and, behind it, the answer to its prompt of the row half of `rows` away."""
+        answers = [answer for row in rows for answer in self._answers(row)]
+        prompts = [answer["messages"][: answer["prompt"]] for answer in answers]
+        others = [answers[(at + max(1, len(answers) // 2)) % len(answers)] for at in range(len(answers))]
+        mixed = [
+            {**answer, "messages": [*prompt, *other["messages"][other["prompt"] :]]}
+            for answer, prompt, other in zip(answers, prompts, others, strict=True)
+        ]
+        whole = self.encode_batch([row for both in zip(answers, mixed, strict=True) for row in both])
+        pieces = iter(
+            replace(_joined(own, other), dropped=own.dropped or other.dropped, rating=1 if answer["good"] else -1)
+            for answer, own, other in zip(answers, whole[::2], whole[1::2], strict=True)
+        )
+        return [[next(pieces) for _ in range(2 if records.is_pair(row) else 1)] for row in rows]
+
+    def _answers(self, row: Row) -> list[Row]:
+        """The answers of a row: `messages`, of which the first `prompt` are its prompt, and whether it is `good`."""
+        if records.is_pair(row):
+            prompt = len(records.prompt_of_pair(row))
+            both = zip(records.sides(row), (True, False), strict=True)
+            return [{**side, "prompt": prompt, "good": good} for side, good in both]
+        if not isinstance(row.get("label"), bool) or records.is_rendered(row):
+            raise DataError(
+                "train.objective is kto, and this row does not say whether its answer is good",
+                where=str(row.get("origin", records.row_id(row))),
+                fix="process rows with a `label` (true or false) again, with train.objective=kto in the config",
+            )
+        turns = records.messages(row)
+        context = [{**turn, "weight": 0} if turn["role"] == "assistant" else turn for turn in turns[:-1]]
+        answer = {"id": records.row_id(row), "messages": [*context, turns[-1]], "tools": records.tools(row)}
+        return [{**answer, "prompt": len(context), "good": row["label"]}]
+
+    def sides(self, row: Row) -> tuple[Row, Row]:
+        """The chosen and the rejected side of a pair, as rows. Raises DataError for a row with one answer."""
         if not records.is_pair(row):
             raise DataError(
                 "train.objective compares two answers, and this row has one",
@@ -385,8 +431,7 @@ def build_encoder(
     """The encoder for a config and its tokenizer; see `generation.encoder.load_encoder`. Raises TemplateError."""
     from sft.chat.seq2seq import Seq2SeqEncoder
 
-    pairs = config.train.objective in PREFERENCES
-    if pairs and kind == "seq2seq":
+    if config.train.objective in PREFERENCES and kind == "seq2seq":
         what = f"train.objective is {config.train.objective}, but {config.model.name} is an encoder-decoder"
         raise ConfigError(what, where="train.objective", fix="--set train.objective=response, or a decoder-only model")
     return (Encoder if kind == "causal" else Seq2SeqEncoder)(
@@ -397,5 +442,6 @@ def build_encoder(
         labels=config.train.labels,
         eos_ids=eos_ids,
         weight_field=config.data.weight_field,
-        pairs=pairs,
+        pairs=config.train.objective in PAIRED,
+        rated=config.train.objective == "kto",
     )

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sft.config.schema import PREFERENCES, WITH_REFERENCE, Config
+from sft.config.schema import PAIRED, PREFERENCES, WITH_REFERENCE, Config
 from sft.errors import ConfigError
 
 log = logging.getLogger("sft.config")
@@ -134,13 +134,13 @@ def _check_objective(config: Config) -> None:
                  "--set train.labels=all_assistant"),
                 (config.data.weight_field is not None, "data.weight_field", config.data.weight_field, "has no weights",
                  "--set data.weight_field=null"),
-                (train.normalize == "rows", "train.normalize", "rows", "has one loss a pair",
+                (train.normalize == "rows", "train.normalize", "rows", "has one loss a comparison",
                  "--set train.normalize=tokens"),
                 (train.label_smoothing > 0, "train.label_smoothing", train.label_smoothing, "has no smoothing",
                  "--set train.label_smoothing=0"),
                 (train.z_loss > 0, "train.z_loss", train.z_loss, "has no z-loss", "--set train.z_loss=0"),
                 (isinstance(train.rehearsal.rows, int), "train.rehearsal.rows", train.rehearsal.rows,
-                 "trains on pairs, and rehearsal on single answers", "--set train.rehearsal.rows=off"),
+                 "compares answers, and rehearsal has none to compare", "--set train.rehearsal.rows=off"),
             )
             if applies
         ),
@@ -248,7 +248,7 @@ def _micro_batch_tokens(config: Config, facts: Facts) -> tuple[int, str]:
     rows, length = min(int(config.train.batch_size), int(config.train.effective_batch)), config.model.max_seq_len
     if facts.device == "cpu":
         return min(rows * length, CPU_MICRO_BATCH_TOKENS), "the fastest on a CPU; a longer row is computed alone"
-    length *= 2 if config.train.objective in PREFERENCES else 1
+    length *= 2 if config.train.objective in PAIRED else 1
     tokens = max(length, min(rows * length, MAX_MICRO_BATCH_TOKENS))
     return tokens, f"{rows} rows of {length}, at most {MAX_MICRO_BATCH_TOKENS}"
 

@@ -23,8 +23,9 @@ Optimizer = Literal[
     "ademamix", "ademamix_8bit", "paged_ademamix_8bit", "paged_ademamix_32bit",
     "muon", "schedule_free_adamw", "schedule_free_radam", "schedule_free_sgd",
 ]  # fmt: skip
-PREFERENCES = ("dpo", "ipo", "orpo", "simpo")  # of train.objective: those that compare answers
-WITH_REFERENCE = ("dpo", "ipo")  # of them, those that compare with the base, too
+PAIRED = ("dpo", "ipo", "orpo", "simpo")  # of train.objective: those that compare two answers
+PREFERENCES = (*PAIRED, "kto")  # and the one for answers that are rated good or bad
+WITH_REFERENCE = ("dpo", "ipo", "kto")  # of them, those that compare with the base, too
 RENAMED = {
     "train.evaluation_strategy": "train.eval_strategy",
     "logging.backend": "logging.backends",
@@ -442,10 +443,12 @@ class PreferenceSection(Section):
 
     beta: Auto | Positive = key(
         "auto",
-        "`dpo`, `ipo`: how closely the model stays to the base; `orpo`: weight of the comparison; `simpo`: scale of the"
-        " mean log-probabilities. `auto`: 0.1, for `simpo` 2.",
+        "`dpo`, `ipo`, `kto`: how closely the model stays to the base; `orpo`: weight of the comparison; `simpo`: scale"
+        " of the mean log-probabilities. `auto`: 0.1, for `simpo` 2.",
     )
     gamma: float = key(1.0, "`simpo`: by how much the chosen answer's scaled mean is to be higher.", ge=0)
+    desirable_weight: float = key(1.0, "`kto`: weight of a good answer's loss.", gt=0)
+    undesirable_weight: float = key(1.0, "`kto`: weight of a bad answer's loss.", gt=0)
 
 
 class TrainSection(Section):
@@ -478,11 +481,11 @@ class TrainSection(Section):
         "auto",
         "`auto`: Adafactor for encoder-decoders, else AdamW, fused on a GPU; with bits or `paged` are bitsandbytes'.",
     )
-    objective: Literal["response", "dft", "dpo", "ipo", "orpo", "simpo"] = key(
+    objective: Literal["response", "dft", "dpo", "ipo", "orpo", "simpo", "kto"] = key(
         "response",
         "What is minimised; `response`: cross-entropy of the labelled tokens (see `labels`); `dft`: times the"
         " probability that the model gives to the token (dynamic fine-tuning, arXiv 2508.05629). `dpo`, `ipo`, `orpo`"
-        " and `simpo` train on preference pairs.",
+        " and `simpo` train on preference pairs, `kto` on answers that are rated good or bad (docs/TRAINING.md).",
     )
     preference: PreferenceSection = Field(default_factory=PreferenceSection)
     normalize: Literal["tokens", "rows"] = key(

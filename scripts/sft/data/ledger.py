@@ -98,7 +98,10 @@ class Ledger:
             counts = ", ".join(f"{key[:40]} ({count:,} rows)" for key, count in unused.items())
             lines.append(f"keys that training does not use: {counts}")
         if pairs := self.shapes.get("preference pair"):
-            lines.append(f"{pairs:,} preference pairs: train.objective=response trains on their chosen answers alone")
+            lines.append(
+                f"{pairs:,} preference pairs: train.objective dpo, ipo, orpo, simpo and kto use both answers,"
+                " response the chosen one alone"
+            )
         if quality := {name: count for name, count in self.reports.get("quality", {}).items() if count}:
             counts = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in quality.items())
             lines.append(f"rows to look at (dropped only if data.drop names them): {counts}")

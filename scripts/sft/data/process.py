@@ -101,6 +101,10 @@ def process(
                 f"{plain:,} rows of `input` and `target` are trained on as they are, without the chat template; for"
                 " questions and answers: --user_col input --answer_col target"
             )
+        if bad := ledger.named["marked as bad"]:
+            ledger.warnings.append(
+                f"{bad:,} rows with bad answers are left out; train.objective=kto learns from them too"
+            )
         for name in moved:
             ledger.warnings.append(f"{name} would be empty with so few rows: one row was moved to it")
         held_out = {row.prompt for row, place in zip(rows, places, strict=True) if place in ("val", "test")}

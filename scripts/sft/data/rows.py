@@ -114,6 +114,11 @@ def is_pair(row: Row) -> bool:
     return "chosen" in row and "rejected" in row and ("prompt" in row or "messages" in row)
 
 
+def is_bad(row: Row) -> bool:
+    """Whether this is an answer that is rated as bad (KTO): no reference, and no example."""
+    return row.get("label") is False
+
+
 def sides(row: Row) -> tuple[Row, Row]:
     """The two rows of a pair, as `messages`: with its chosen and with its rejected answer.
 

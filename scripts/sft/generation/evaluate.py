@@ -69,8 +69,10 @@ def questions(prompt: Prompt, rows: Sequence[Row], config: Config, root: Path) -
 
 
 def answerable(row: Row) -> bool:
-    """Whether a row has a question and an answer to compare with."""
-    return bool(records.reference(row).strip() if records.is_rendered(row) else answer_turns(row))
+    """Whether a row has a question and an answer to compare with, which is not rated as bad."""
+    return not records.is_bad(row) and bool(
+        records.reference(row).strip() if records.is_rendered(row) else answer_turns(row)
+    )
 
 
 def answer_turns(row: Row) -> list[int]:
@@ -96,7 +98,7 @@ def _shots(config: Config, root: Path) -> list[Row]:
 
 
 def _is_single_exchange(row: Row) -> bool:
-    if records.is_rendered(row) or records.tools(row):
+    if records.is_rendered(row) or records.tools(row) or records.is_bad(row):
         return False
     return [turn["role"] for turn in records.messages(row) if turn["role"] != "system"] == ["user", "assistant"]
 
@@ -164,7 +166,7 @@ def held_out_rows(
     split = split or ("test" if stage.test is not None else "val")
     path = stage.test if split == "test" else stage.val
     most = (config.eval.limit if limit is None else limit) or None
-    rows = list(islice(store.iter_rows(path), most)) if path else []
+    rows = list(islice((row for row in store.iter_rows(path) if not records.is_bad(row)), most)) if path else []
     if not rows:
         raise DataError(f"there are no {split} rows", where=str(path or f"data.{split}_path"), fix="make process")
     digest = files.read_json(model / runs.FINGERPRINT).get("data", {}).get(stage.train.name) if model else None

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sft.config.schema import PREFERENCES, Config
+from sft.config.schema import PAIRED, Config
 
 GIB = float(2**30)
 # What a tensor trace cannot see. Presumed for CUDA: no consumer card has been measured yet (docs/MEMORY.md).
@@ -70,7 +70,7 @@ def upper_bound(description: Mapping[str, Any], config: Config, parameters: int,
     hidden = size("hidden_size", "n_embd", "d_model")
     inner = [description.get(name) or 0 for name in ("intermediate_size", "ffn_dim", "d_ff", "n_inner")]
     widest = max(4 * hidden, *map(float, inner))
-    sides = 2 if description.get("is_encoder_decoder") or config.train.objective in PREFERENCES else 1
+    sides = 2 if description.get("is_encoder_decoder") or config.train.objective in PAIRED else 1
     layers = sides * size("num_hidden_layers", "n_layer", "num_layers")
     heads = size("num_attention_heads", "n_head", "num_heads")
     budget = config.train.micro_batch_tokens

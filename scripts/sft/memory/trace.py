@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from sft.config.auto import optimizer_state
-from sft.config.schema import PREFERENCES, Config
+from sft.config.schema import PAIRED, PREFERENCES, Config
 from sft.errors import ModelError
 from sft.memory import shapes
 from sft.model import kernels
@@ -468,18 +468,21 @@ def _extend_cache(cache: Any, tokens: int) -> None:
             layer.update(*(tensor.new_empty((*tensor.shape[:2], tokens, tensor.shape[3])) for tensor in (keys, values)))
 
 
-def micro_batch(kind: Any, lengths: Sequence[int], *, packed: bool, pairs: bool = False) -> MicroBatch:
-    """Rows of these lengths, every token labelled, as one micro-batch; padded to the longest unless packed. pairs: each
-    two of them are a preference pair.
+def micro_batch(kind: Any, lengths: Sequence[int], *, packed: bool, objective: str = "response") -> MicroBatch:
+    """Rows of these lengths, every token labelled, as one micro-batch; padded to the longest unless packed. Each two of
+    them are a pair where the objective compares two answers.
     """
     if not packed:
         lengths = [max(lengths)] * len(lengths)
-    chosen = lengths[::2] if pairs else [0] * len(lengths)
-    lengths = list(map(sum, zip(lengths[::2], lengths[1::2], strict=True))) if pairs else lengths
-    rows = [
-        {"input_ids": [1] * length, "labels": [1] * length, "chosen": first}
-        for length, first in zip(lengths, chosen, strict=True)
-    ]
+    sides = [(length, 0) for length in lengths]
+    if objective in PAIRED:
+        sides = list(zip(lengths[::2], lengths[1::2], strict=True))
+    elif objective == "kto":
+        sides = [(length, length) for length in lengths]
+    rows: list[dict[str, Any]] = [{"input_ids": [1] * sum(both), "labels": [1] * sum(both)} for both in sides]
+    if objective in PREFERENCES:
+        rating = int(objective == "kto")
+        rows = [{**row, "chosen": both[0], "rating": rating} for row, both in zip(rows, sides, strict=True)]
     (micro,) = split_micro_batches(Collator(kind)(rows), tokens=2 * max(lengths) * len(lengths), packed=packed)
     return micro
 
@@ -607,7 +610,7 @@ class Tracer:
         if self.removed:
             self._models.append(_FakeModel(self, deeper=True))
         self.kind, self.packed = self._models[0].kind, self._models[0].packed
-        self.pairs = config.train.objective in PREFERENCES
+        self.pairs = config.train.objective in PAIRED
 
     def optimizer_bytes(self, optim: str) -> int:
         """Bytes of optimizer state on the device beside a trace; paged state is in the machine's memory."""
@@ -650,8 +653,8 @@ class Tracer:
         if key in self._results:
             return self._results[key]
         _on_gpu[:], _row_lengths[:] = [self.device == "cuda"], lengths
-        pairs = self.pairs and not pad
-        micro = micro_batch(self.kind, lengths, packed=self.packed and not pad, pairs=pairs)
+        objective = "response" if pad else self.config.train.objective
+        micro = micro_batch(self.kind, lengths, packed=self.packed and not pad, objective=objective)
         traces = [model.trace(micro, run) for model in self._models]
         intervals = traces[0] if len(traces) == 1 else extrapolate(traces[0], traces[1], self.removed)
         if intervals is None:

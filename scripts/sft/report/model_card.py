@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sft.config import load
-from sft.config.schema import Config
+from sft.config.schema import PREFERENCES, Config
 from sft.report.html import number
 
 ADAPTER, SAFETENSORS = "adapter", "hf"  # forms of a model besides gguf and ollama
@@ -136,6 +136,7 @@ def _training(result: Mapping[str, Any], config: Config) -> str:
     facts = {
         "epochs": summary.get("epochs"), "learning rate": train.learning_rate, "schedule": train.lr_scheduler_type,
         "rows a step": train.effective_batch, "longest row": f"{config.model.max_seq_len} tokens",
+        "objective": train.objective + (f", beta {train.preference.beta}" if train.objective in PREFERENCES else ""),
         "labels": train.labels, "optimizer": train.optim, "seed": train.seed, "steps": summary.get("steps"),
         "best step": summary.get("best_step"), "tokens": summary.get("tokens"),
         "time": f"{summary['seconds']:.0f} s" if "seconds" in summary else None, "device": summary.get("device"),

@@ -4,8 +4,10 @@ A causal batch is `{"input_ids": [T], "labels": [T], "lengths": [R]}`, a seq2seq
 "source_lengths": [R], "labels": [T], "lengths": [R]}`: R rows end to end. The first label of a causal row is masked,
 because no token precedes it; so the number of labels other than -100 is the number of losses. Either may have
 `"weights": [T]`, fp32: how much the loss of each label counts; without them each counts 1.
-Where rows 2i and 2i + 1 belong together (a chosen and a rejected answer), it has `"ratings": [R / 2]`; they are never
-parted, count as one row wherever rows are limited, and have one loss (`step/preferences.py`).
+For preferences (`step/preferences.py`) it has `"ratings"`. Zeros, [R / 2]: rows 2i and 2i + 1 are a chosen and a
+rejected answer, which are never parted, count as one row wherever rows are limited, and have one loss. 1 for a good and
+-1 for a bad answer, [R]: each row has one loss, and under `other_...` is a second batch, of other rows' answers to its
+prompts.
 `split_micro_batches` decides how many tokens are computed at a time; it never changes the step's gradient.
 """
 
@@ -37,7 +39,8 @@ class MicroBatch:
     inputs: the model's keyword arguments, [1, T] with restarting `position_ids`, or [B, L] padded on the right.
     targets: the token that each position predicts, IGNORED where no loss is taken; [1, T] or [B, L].
     rows: indices of its rows in the step batch. computed: tokens, padding included. labelled: number of losses.
-    weights: of the targets, in their shape; None where each is 1. counts: of pairs only, the losses of each row.
+    weights: of the targets, in their shape; None where each is 1. counts: for preferences only, the
+    labels of each row. ratings: of its rows, 1 or -1; empty for pairs.
     """
 
     inputs: dict[str, Tensor]
@@ -48,12 +51,14 @@ class MicroBatch:
     seq2seq: bool = field(default=False)
     weights: Tensor | None = field(default=None)
     counts: tuple[int, ...] = field(default=())
+    ratings: tuple[int, ...] = field(default=())
 
 
 class Collator:
     """Collates rows `{"input_ids": [...], "labels": [...], "weights"?: [...]}` into one flat step batch; ignores other
     keys. normalize: `rows` divides the weights of a row's labels by their number, so that long answers do not count
-    more than short ones. A pair is one row whose first `chosen` tokens are its first side.
+    more than short ones. A pair is one row whose first `chosen` tokens are its first side; with a `rating` that is
+    the row itself, and the rest another answer to its prompt.
     """
 
     def __init__(self, kind: Kind = "causal", normalize: Literal["tokens", "rows"] = "tokens") -> None:
@@ -63,7 +68,11 @@ class Collator:
         """The step batch of these rows, in their order. Raises ValueError if tokens and labels differ in number."""
         if features and features[0].get("chosen"):
             sides = [side for feature in features for side in _sides(feature)]
-            return {**self(sides), "ratings": torch.tensor([feature.get("rating", 0) for feature in features])}
+            ratings = {"ratings": torch.tensor([feature.get("rating", 0) for feature in features])}
+            if not features[0].get("rating"):
+                return {**self(sides), **ratings}
+            others = {f"other_{name}": tensor for name, tensor in self(sides[1::2]).items()}
+            return {**self(sides[::2]), **others, **ratings}
         ids = [torch.tensor(list(feature["input_ids"]), dtype=torch.long) for feature in features]
         labels = [torch.tensor(list(feature["labels"]), dtype=torch.long) for feature in features]
         sources = {"input_ids": torch.cat(ids)}
@@ -103,11 +112,19 @@ def loss_weight(batch: Batch) -> float:
     return float(batch["weights"][batch["labels"] != IGNORED].double().sum())
 
 
-def split_micro_batches(batch: Batch, *, tokens: int, rows: int | None = None, packed: bool) -> list[MicroBatch]:
+def other_answers(batch: Batch) -> dict[str, Tensor]:
+    """The second batch of a batch of rated answers."""
+    return {name.removeprefix("other_"): tensor for name, tensor in batch.items() if name.startswith("other_")}
+
+
+def split_micro_batches(
+    batch: Batch, *, tokens: int, rows: int | None = None, packed: bool, counted: bool = False
+) -> list[MicroBatch]:
     """Splits the batch into micro-batches of at most `tokens` computed tokens and `rows` rows, each row in exactly one.
 
     packed: without padding, for a model whose attention keeps rows apart; else groups of similar length, padded on the
     right, where padding counts as tokens. A row longer than the budget gets a micro-batch of its own. Deterministic.
+    counted: gives each row's labels as `counts`, as for preferences.
     """
     lengths, seq2seq = batch["lengths"].tolist(), "source_ids" in batch
     most_rows = rows or len(lengths)
@@ -121,30 +138,41 @@ def split_micro_batches(batch: Batch, *, tokens: int, rows: int | None = None, p
         # a label moves to the position that predicts it
         targets = [pad(row[1:], (0, min(1, len(row))), value=IGNORED) for row in targets]
         weights = None if weights is None else [pad(row[1:], (0, min(1, len(row)))) for row in weights]
-    if "ratings" in batch:
-        return _split_pairs(ids, targets, lengths, tokens=tokens, pairs=most_rows, packed=packed)
-    if packed and not seq2seq:
-        return [_pack(ids, targets, weights, group) for group in _best_fit(lengths, tokens, most_rows)]
-    groups = _group_by_length(sizes, tokens, most_rows)
-    return [_pad(ids, targets, weights, group, seq2seq=seq2seq) for group in groups]
+    rated = "other_lengths" in batch
+    if "ratings" in batch and not rated:
+        groups = _groups_of_pairs(lengths, tokens, most_rows, packed=packed)
+    elif packed and not seq2seq:
+        groups = _best_fit(lengths, tokens, most_rows)
+    else:
+        groups = _group_by_length(sizes, tokens, most_rows)
+    micros = [
+        _pack(ids, targets, weights, group)
+        if packed and not seq2seq
+        else _pad(ids, targets, weights, group, seq2seq=seq2seq)
+        for group in groups
+    ]
+    if not (counted or "ratings" in batch):
+        return micros
+    of_rows = torch.stack([(row != IGNORED).sum() for row in targets]).tolist()
+    ratings = batch["ratings"].tolist() if rated else []
+    return [
+        replace(
+            micro,
+            counts=tuple(of_rows[row] for row in micro.rows),
+            ratings=tuple(ratings[row] for row in micro.rows if rated),
+        )
+        for micro in micros
+    ]
 
 
-def _split_pairs(
-    ids: Sequence[Tensor], targets: Sequence[Tensor], lengths: list[int], *, tokens: int, pairs: int, packed: bool
-) -> list[MicroBatch]:
-    """The same for rows of which each two belong together."""
+def _groups_of_pairs(lengths: list[int], tokens: int, pairs: int, *, packed: bool) -> list[list[int]]:
+    """Groups of rows of which each two belong together."""
     both = list(zip(lengths[::2], lengths[1::2], strict=True))
     if packed:
         groups = _best_fit([sum(pair) for pair in both], tokens, pairs)
     else:
         groups = _group_by_length([(max(pair), 0) for pair in both], tokens // 2, pairs)
-    of_rows = torch.stack([(row != IGNORED).sum() for row in targets]).tolist()
-    micros = []
-    for group in groups:
-        rows = [row for pair in group for row in (2 * pair, 2 * pair + 1)]
-        micro = _pack(ids, targets, None, rows) if packed else _pad(ids, targets, None, rows, seq2seq=False)
-        micros.append(replace(micro, counts=tuple(of_rows[row] for row in rows)))
-    return micros
+    return [[row for pair in group for row in (2 * pair, 2 * pair + 1)] for group in groups]
 
 
 def row_indices(micro: MicroBatch, batch: Batch) -> Tensor:

@@ -26,7 +26,7 @@ from sft.step import attention
 from sft.step.batch import IGNORED, Batch, Collator, Kind, MicroBatch, loss_weight, row_indices, split_micro_batches
 from sft.step.loss import loss_dtype
 from sft.step.objectives import OBJECTIVES, ObjectiveName
-from sft.step.preferences import MEASURES, PreferenceName, pair_losses
+from sft.step.preferences import SUMS, PreferenceName, drift_sum, pair_losses
 
 log = logging.getLogger("sft.step")
 EVALUATED_TOGETHER = 256  # rows that are split into micro-batches together when evaluating
@@ -106,8 +106,8 @@ def make_step_config(
 
 
 class StepResult(NamedTuple):
-    """loss: mean loss of the batch, a detached scalar. config: to use from here on. measures: of pairs, the means of
-    their `MEASURES`; zeros for other batches.
+    """loss: mean loss of the batch, a detached scalar. config: to use from here on. measures: the sums that
+    `preferences.means` takes, [SUMS]; zeros without preferences.
     """
 
     loss: Tensor
@@ -119,8 +119,8 @@ class StepResult(NamedTuple):
 class EvaluationLoss:
     """row_sums: each row's loss summed over its labelled tokens, fp64 [R]; row_counts: its labelled tokens, int64 [R].
 
-    Both on the CPU, in the order of the rows; a pair has one loss. config: to use from here on. measures: of pairs,
-    their `MEASURES` summed, fp64.
+    Both on the CPU, in the order of the rows; a pair has one loss. config: to use from here on. measures: as in
+    StepResult, fp64.
     """
 
     row_sums: Tensor
@@ -154,20 +154,24 @@ def forward_backward(
     normalizer: int | float | Tensor | None = None,
     backward: Callable[[Tensor], object] = torch.Tensor.backward,
     replay: bool = True,
+    reduce: Callable[[Tensor], Tensor] = torch.Tensor.detach,
 ) -> StepResult:
     """Forward and backward of a whole step batch; leaves the gradient of its mean loss on the model.
 
     normalizer: `loss_weight` of the batch over all ranks; that of this batch by default. backward: for example
-    `accelerator.backward`. replay: False lets an out-of-memory error through.
+    `accelerator.backward`. replay: False lets an out-of-memory error through. reduce: a sum over all ranks, for kto.
     Gradients must be clear at the start: when memory runs out, all of them are dropped and formed again, with the same
     random numbers, in smaller micro-batches. Raises EnvironmentProblem if a single row does not fit.
     """
     normalizer, device = loss_weight(batch) if normalizer is None else normalizer, batch["labels"].device
     random_state, gpu_state = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    drift = torch.zeros(()) if "other_lengths" not in batch else None
     while True:
         micros = [micro for micro in _split(batch, config, config.micro_batch_tokens) if micro.labelled]
         try:
-            loss, measures = _accumulate(model, micros, config, normalizer, backward)
+            if drift is None:
+                drift = (reduce(drift_sum(model, batch, config)) / normalizer).clamp(min=0)
+            loss, measures = _accumulate(model, micros, config, normalizer, backward, drift)
             return StepResult(loss, config, measures)
         except (RuntimeError, MemoryError) as error:
             memory = out_of_memory(error)
@@ -202,7 +206,7 @@ def evaluate_loss(model: nn.Module, rows: Sequence[Mapping[str, Any]], config: S
     sums, counts = torch.zeros(len(rows), dtype=torch.float64), torch.zeros(len(rows), dtype=torch.long)
     sizes = [(len(row["input_ids"]), len(row["labels"])) for row in rows]
     order = sorted(range(len(rows)), key=sizes.__getitem__)
-    collate, start, measures = Collator(config.kind), 0, torch.zeros(len(MEASURES), dtype=torch.float64)
+    collate, start, measures = Collator(config.kind), 0, torch.zeros(SUMS, dtype=torch.float64)
     plain = replace(config, objective="response", label_smoothing=0.0, z_loss=0.0)
     while start < len(order):
         chosen = order[start : start + EVALUATED_TOGETHER]
@@ -231,16 +235,17 @@ def _accumulate(
     config: StepConfig,
     normalizer: int | float | Tensor,
     backward: Callable[[Tensor], object],
+    drift: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Adds the gradients of all micro-batches; returns their loss and measures, divided by the normalizer."""
+    """Adds the gradients of all micro-batches; returns their loss, divided by the normalizer, and summed measures."""
     parameter = next(model.parameters())
     total = torch.zeros((), dtype=loss_dtype(parameter.dtype), device=parameter.device)
-    measures = total.new_zeros(len(MEASURES))
+    measures = total.new_zeros(SUMS)
     for micro in micros:
         with config.forward_context(), noisy_embeddings(model, micro, config.neftune_alpha):
             if micro.counts:
-                losses, measured = pair_losses(model, micro, config)
-                measures = measures + measured.sum(0) / normalizer
+                losses, measured = pair_losses(model, micro, config, drift)
+                measures = measures + measured.sum(0)
             else:
                 losses = token_losses(model, micro, config)
             loss = losses.sum() / normalizer
@@ -260,13 +265,15 @@ def _evaluate_batch(
     """
     rows = len(batch["ratings" if "ratings" in batch else "lengths"])
     sums, counts = torch.zeros(rows, dtype=torch.float64), torch.zeros(rows, dtype=torch.long)
-    measures = torch.zeros(len(MEASURES), dtype=torch.float64)
+    measures, drift = torch.zeros(SUMS, dtype=torch.float64), torch.zeros(())
+    if "other_lengths" in batch:
+        drift = (drift_sum(model, batch, config) / rows).clamp(min=0)
     for micro in micros:
         with config.forward_context():
             if micro.counts:
-                losses, measured = pair_losses(model, micro, config)
-                pairs = [row // 2 for row in micro.rows[::2]]
-                sums[pairs], counts[pairs] = losses.double().cpu(), 1
+                losses, measured = pair_losses(model, micro, config, drift)
+                compared = list(micro.rows) if micro.ratings else [row // 2 for row in micro.rows[::2]]
+                sums[compared], counts[compared] = losses.double().cpu(), 1
                 measures += measured.double().cpu().sum(0)
                 continue
             losses = token_losses(model, micro, config)
@@ -294,7 +301,7 @@ def release_memory() -> None:
 
 def smaller_budget(micros: Sequence[MicroBatch], tokens: int) -> int:
     """The token budget for the next try: half of the largest micro-batch. Raises EnvironmentProblem at single rows."""
-    shared = [micro.computed for micro in micros if len(micro.rows) > (2 if micro.counts else 1)]
+    shared = [micro.computed for micro in micros if len(micro.rows) > (2 if micro.counts and not micro.ratings else 1)]
     if shared:
         return max(1, min(tokens, max(shared)) // 2)
     longest = max(micros, key=lambda micro: micro.computed)

@@ -29,7 +29,7 @@ from sft.model.adapters import unwrap
 from sft.runs import step_of
 from sft.step.batch import Collator, count_labels, loss_weight
 from sft.step.optimizer import averaged_weights, begin_training, create_optimizer, create_scheduler, end_training
-from sft.step.preferences import MEASURES
+from sft.step.preferences import SUMS, means
 from sft.step.step import StepConfig, evaluate_loss, forward_backward, optimizer_step
 from sft.training import checkpoint as ckpt
 from sft.training import distributed
@@ -207,11 +207,14 @@ class TrainingLoop:
             log.warning("step %d has no labelled token: it trains nothing", progress.global_step + 1)
             self.monitor.gradient(0.0)
 
-        loss, measures = torch.zeros((), device=self.device), torch.zeros(len(MEASURES), device=self.device)
+        loss, measures = torch.zeros((), device=self.device), torch.zeros(SUMS, device=self.device)
         if batch:
             backward = self.accelerator.backward
-            result = forward_backward(self.model, batch, self.step, normalizer=weight or 1, backward=backward)
-            loss, self.step, measures = result
+            loss, self.step, measures = forward_backward(
+                self.model, batch, self.step, normalizer=weight or 1, backward=backward, reduce=distributed.all_reduce
+            )
+        elif self.settings.objective == "kto":
+            distributed.all_reduce(loss)  # of the drift, in which each rank takes part
         distributed.sum_gradients(self.model.parameters())
         if self.pairs:
             sums = distributed.all_reduce(measures.float()).tolist()
@@ -255,10 +258,7 @@ class TrainingLoop:
             if self.ewc is not None:
                 entry["ewc_penalty"] = self.ewc_penalty
             if self.pairs:
-                entry |= {
-                    name: total / (step - last_logged)
-                    for name, total in zip(MEASURES, self.progress.measures, strict=True)
-                }
+                entry |= means(self.progress.measures)
                 self.progress.measures = []
             if self.progress.skipped:
                 entry["windows_skipped"] = len(self.progress.skipped)
@@ -308,10 +308,10 @@ class TrainingLoop:
             self.step = result.config
             sums = [result.loss_sum, result.count, *result.measures.tolist()]
             sums = distributed.all_reduce(torch.tensor(sums, dtype=torch.float64, device=self.device)).tolist()
-            loss, *measures = (total / max(1.0, sums[1]) for total in (sums[0], *sums[2:]))
+            loss = sums[0] / max(1.0, sums[1])
             metrics = {"eval_loss": loss, **self.monitor.gap(loss)}
             if self.pairs:
-                metrics |= {f"eval_{name}": value for name, value in zip(MEASURES, measures, strict=True)}
+                metrics |= {f"eval_{name}": value for name, value in means(sums[2:]).items()}
             else:
                 metrics["eval_perplexity"] = math.exp(min(loss, 700.0))
             if self.answer is not None:
