@@ -33,8 +33,8 @@ TORCH: dict[str, Callable[..., torch.optim.Optimizer]] = {
 class Muon(torch.optim.Optimizer):
     """torch's Muon for groups with `matrices`, AdamW for the others, as one optimizer.
 
-    A step of Muon has the size that AdamW's has (`match_rms_adamw`; Liu et al., 2025, arXiv 2502.16982), so that both
-    use the same rate and weight decay.
+    A step of Muon has the size that AdamW's has in long training, 0.2 of the rate (`match_rms_adamw`; Liu et al., 2025,
+    arXiv 2502.16982), so that one rate and weight decay serve both.
     """
 
     def __init__(self, groups: list[dict[str, Any]], lr: float) -> None:
