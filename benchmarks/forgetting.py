@@ -29,7 +29,8 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {  # what differs from COMMON
     "rate": ("a lower rate, 3e-5", ["train.learning_rate=3e-5"]),
     "replay": ("replay of Alpaca rows, ratio 0.1", ["data.replay.ratio=0.1"]),
     "rehearsal": ("rehearsal, share 0.1", ["train.rehearsal.rows=auto"]),
-    "ewc": ("EWC, strength 1e4", ["train.ewc.strength=1e4"]),
+    "ewc": ("EWC, strength 500", ["train.ewc.strength=500"]),
+    "stiff": ("EWC, strength 1e4", ["train.ewc.strength=1e4"]),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -58,9 +59,10 @@ def test_a_step_is_that_of_the_loss_with_one_penalty_however_it_is_split(
 
 
 def test_a_run_stores_its_fisher_information_and_resumes_with_it_bit_for_bit(
-    tmp_path: Path, tiny_qwen2: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_qwen2: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("SFT_ROOT", str(tmp_path))
+    monkeypatch.setattr(logging.getLogger("sft"), "propagate", True)
     root = project.make(tmp_path, tiny_qwen2, mode="full")
     sets = (f"train.ewc.path={general(root)}", "train.learning_rate=1e-3", "logging.log_interval=1")
     with pytest.raises(ConfigError, match=r"train.ewc.strength is 1, but tuning.mode is lora") as caught:
@@ -69,6 +71,10 @@ def test_a_run_stores_its_fisher_information_and_resumes_with_it_bit_for_bit(
         caught.value
     )
     project.run(root, *sets, "train.output_dir=outputs/off")
+    with caplog.at_level(logging.WARNING, "sft"):
+        project.run(root, *sets, "train.ewc.strength=1e6", "train.output_dir=outputs/stiff", "train.max_steps=1")
+    assert "train.ewc.strength is 1e+06: a step of the rate 0.001 in every weight costs" in caplog.text
+    caplog.clear()
     project.run(root, *sets, "train.ewc.strength=1e3")
     log = dict(project.losses(root, "t", "train/ewc_penalty"))
     assert log[1] == 0.0 < log[6]

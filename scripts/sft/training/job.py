@@ -604,6 +604,14 @@ def _consolidate(
     job = replace(job, rows=replace(job.rows, ledgers={**job.rows.ledgers, "ewc": ledger}))
     if distributed.rank() == 0:
         files.write_json(opened.run.folder / "ledger.json", job.rows.ledger())
+    section, rate = job.config.train.ewc, float(job.config.train.learning_rate)
+    cost = section.strength / 2 * rate**2 * sum(float(values.sum()) for values in fisher.values())
+    if cost > 1 and "sgd" not in job.config.train.optim:
+        log.warning(
+            "train.ewc.strength is %g: a step of the rate %g in every weight costs %.2g nats, so the weights will not"
+            " settle; fix: a lower rate, or --set train.ewc.strength=%.1g",
+            section.strength, rate, cost, section.strength / cost / 10,
+        )  # fmt: skip
     return job, Consolidation.around(model, fisher, job.config.train.ewc.strength)
 
 
