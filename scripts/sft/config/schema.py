@@ -414,7 +414,7 @@ class RehearsalSection(Section):
         "Most questions to use; `auto`: all of the file where the training answers are narrow (docs/TRAINING.md) and"
         " the base can answer, else none.",
     )
-    share: float = key(0.1, "Share of the loss tokens that are rehearsal.", gt=0, lt=1)
+    share: float = key(0.2, "Share of the loss tokens that are rehearsal.", gt=0, lt=1)
     path: str | None = key(
         None,
         "Your own questions, JSON lines with `user` (an `assistant` beside it is used as the answer); null:"
