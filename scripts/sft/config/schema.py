@@ -456,12 +456,15 @@ class TrainSection(Section):
 
     output_dir: str = key("outputs/run", "The run's folder; its last part is the run's name.", min_length=1)
     seed: int = key(42, "Seeds the order of rows, adapters and dropout.", ge=0)
-    epochs: Auto | Positive = key("auto", "Passes over the data; `auto`: 5 below 1,000 rows, 3 below 10,000, else 1.")
+    epochs: Auto | Positive = key(
+        "auto",
+        "Passes over the data; `auto`: 5 below 1,000 rows, 3 below 10,000, else 1; for preferences 2, from 1,000 on 1.",
+    )
     max_steps: int | None = key(None, "Stop after this many steps, whatever `epochs` is.", ge=1)
     learning_rate: Auto | Annotated[float, Gt(0), Le(1)] = key(
         "auto",
-        "Peak rate; `auto`: adapters 2e-4 below 3B parameters, else 1e-4; full tuning by the nearest"
-        " size: 1B 1e-4, 7B 2e-5, 13B 1e-5, 70B 5e-6.",
+        "Peak rate; `auto`: adapters 2e-4 below 3B parameters, else 1e-4, for preferences 2e-5; full tuning by the"
+        " nearest size: 1B 1e-4, 7B 2e-5, 13B 1e-5, 70B 5e-6.",
     )
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup", "warmup_stable_decay"] = key(
         "cosine",
