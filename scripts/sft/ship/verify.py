@@ -189,7 +189,9 @@ def verify_merge(files: ModelFiles, folder: Path, config: Config, adapter: Path,
         raise ModelError(
             f"merging raises the held-out loss from {compared.loss_adapter:.4f} to {compared.loss_merged:.4f}",
             where=sample.source,
-            fix="nothing was written; try --dtype fp32",
+            fix="nothing was written; changes of few steps are smaller than bf16 can add to a weight: --dtype fp16"
+            if dtype == "bf16"
+            else "nothing was written; try --dtype fp32",
         )
     return compared
 
