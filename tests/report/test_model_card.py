@@ -61,7 +61,7 @@ def test_rehearsal_is_part_of_the_data() -> None:
     counts = {"rows_read": 90, "rows_trained": 63, "tokens": 900, "labelled_tokens": 400}
     for ledger, is_named in (({"train": counts}, False), ({"train": counts, "rehearsal": counts}, True)):
         text = card(Config(), "mine", "adapter", result={**MEASURED, "data": {"run": ledger}})
-        line = "Rehearsed beside them: 63 general questions with the base's own answers, 10% of the tokens in the loss."
+        line = "Rehearsed beside them: 63 general questions with the base's own answers, 20% of the tokens in the loss."
         assert (line in text) == is_named
 
 
