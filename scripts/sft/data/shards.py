@@ -259,11 +259,11 @@ def download(url: str, root: Path) -> Path:
             log.info("%s: the copy of %s is used; to download it again, delete %s", shown, about["at"], target)
         else:
             about = {"url": shown, "at": time.strftime("%Y-%m-%d %H:%M"), "file": _file_name(place)}
-            wanted = [place]
+            addresses = [place]
             if not is_rows(Path(about["file"])) and system.isdir(place):
-                wanted, about["file"] = [name for name in system.ls(place, detail=False) if is_rows(Path(name))], ""
+                addresses, about["file"] = [name for name in system.ls(place, detail=False) if is_rows(Path(name))], ""
             with files.atomic_folder(target) as staged:
-                for name in wanted:
+                for name in addresses:
                     log.info("downloading %s", _file_name(name) if name != place else shown)
                     system.get_file(name, str(staged / _file_name(name)))
                 files.write_json(staged / ABOUT, about)

@@ -336,6 +336,8 @@ class TrainingLoop:
         if best is not None:
             than = f"{best:.4f} at step {progress.best_global_step}"
             verdict += f", better than {than}" if better else f", not better than {than}"
+        if (accuracy := metrics.get("eval_rewards/accuracies")) is not None:
+            verdict += f"; the chosen answer is ahead in {accuracy:.0%} of the pairs"
         if stop_rate is not None:
             verdict += f"; {stop_rate:.0%} of the sample answers end by themselves"
         log.info(verdict if stops else f"{verdict}: too few for the best checkpoint (train.min_stop_rate)")
