@@ -10,7 +10,7 @@ import pytest
 
 from sft.config.schema import DataSection, SplitSection
 from sft.data import rows, store
-from sft.data.formats import Formats, guess_columns, make_row, parse_text, rendered_record, to_record
+from sft.data.formats import Formats, guess_columns, make_row, parse_text
 from sft.data.process import process
 from sft.data.readers import RawRow
 from sft.data.rows import RowFault
@@ -445,13 +445,14 @@ def test_ids_tags_and_weights_of_a_row_are_stored() -> None:
 
 
 def test_the_id_depends_on_the_content_alone_in_either_shape() -> None:
-    one = to_record([{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}], origin="x:1")
-    same = to_record([{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}], origin="y:9", tag=1)
+    def record(origin: str, answer: str, **more: Any) -> dict[str, Any]:
+        return make_row(RawRow(origin, {"question": "u", "answer": answer, **more}), Formats("auto", None), None)[0]
+
+    one, same = record("x:1", "a"), record("y:9", "a", tag=1)
     assert one["id"] == same["id"] == rows.row_id({"messages": rows.messages(one)}) == "d6f57b3204f6026f"
-    other = to_record([{"role": "user", "content": "u"}, {"role": "assistant", "content": "b"}])
-    assert other["id"] != one["id"]
+    assert record("x:1", "b")["id"] != one["id"]
     assert rows.reference(one) == "a" and not rows.is_rendered(one)
-    assert rows.reference(rendered_record("i", "t")) == "t"
+    assert rows.reference({"input": "i", "target": "t"}) == "t"
 
 
 def test_the_schema_knows_the_formats() -> None:

@@ -19,7 +19,7 @@ from sft.data.messages import (
     to_text,
 )
 from sft.data.readers import RawRow
-from sft.data.rows import Message, Row, RowFault, content_hash, content_id, dump_json, parse_json, row_id, to_weight
+from sft.data.rows import Message, Row, RowFault, dump_json, parse_json, row_id, to_weight
 from sft.errors import DataError, nearest
 
 Names = dict[str, str]  # plain spelling of a key (`best_answer`) -> the key in the row (`Best Answer`)
@@ -31,15 +31,8 @@ INPUTS = ("input", "context")
 PASSAGES = ("context", "passage")
 OUTPUTS = ("output", "response")
 TURNS = ("messages", "conversations", "conversation")
-LISTS = (
-    "dialog",
-    "dialogue",
-    "utterances",
-    "turns",
-    "chat_messages",
-    "contents",
-    "data",
-)  # turns if they have roles, see _turns_key
+# turns if they have roles, see _turns_key
+LISTS = ("dialog", "dialogue", "utterances", "turns", "chat_messages", "contents", "data")
 TOOLS = ("tools", "functions")
 USERS = ("user", "human")
 ASSISTANTS = ("assistant", "gpt", "bot")
@@ -183,41 +176,34 @@ class Formats:
 def _refuse(row: Row, names: Names) -> None:
     """Raises RowFault for rows that would be trained on for what they are not: their text looks like any other."""
     if row.keys() >= TREE_MESSAGE:
-        raise RowFault(
-            "unknown format", f"a message that no first message leads to: its parent is {row['parent_id']!r}"
-        )
+        what = f"a message that no first message leads to: its parent is {row['parent_id']!r}"
+        raise RowFault("unknown format", what)
     if (key := _first(names, COMPARED)) and row[key] and not _first(names, REJECTED):
         what = f"two answers (`{key}` and another): name the better one `chosen` and the other `rejected`"
         raise RowFault("preference pair", what)
     speaker, text = _first(names, SPEAKER_KEYS), _first(names, ("content", "text", "message", "value", "utterance"))
-    if (
-        speaker
-        and text
-        and isinstance(row[text], str)
-        and not _first(names, (*TURNS, *ANSWERING, "prompt", "question", "label", "reply"))
-    ):
-        raise RowFault(
-            "unknown format",
-            f"one turn of a conversation (`{speaker}`, `{text}`): join its turns into a list, `messages`",
-        )
-    scored = next((names[name] for name in SCORED if name in names and _has_scores(row[names[name]], row)), None)
-    if scored:
-        what = (
-            f"several answers with scores or ranks (`{scored}`): write the best as `chosen`, a worse one as `rejected`"
-        )
+    is_more = _first(names, (*TURNS, *ANSWERING, "prompt", "question", "label", "reply"))
+    if speaker and text and isinstance(row[text], str) and not is_more:
+        what = f"one turn of a conversation (`{speaker}`, `{text}`): join its turns into a list, `messages`"
+        raise RowFault("unknown format", what)
+    if key := next((names[name] for name in SCORED if name in names and _has_scores(row[names[name]], row)), None):
+        what = f"several answers with scores or ranks (`{key}`): write the best as `chosen`, a worse one as `rejected`"
         raise RowFault("preference pair", what)
-    choices, answer = (row[_first(names, keys) or ""] if _first(names, keys) else None for keys in (CHOICES, CORRECT))
+    if _is_multiple_choice(row, names):
+        raise RowFault("unknown format", "multiple choice: write the choices into the question, and the answer as text")
+    if key := next((names[name] for name in MEDIA if name in names and row[names[name]]), None):
+        raise RowFault("not text", f"the row comes with media (`{key}`): only text is trained on")
+
+
+def _is_multiple_choice(row: Row, names: Names) -> bool:
+    choices, answer = (row.get(_first(names, keys) or "") for keys in (CHOICES, CORRECT))
     short = isinstance(answer, int) or (isinstance(answer, str) and len(answer) < 3)
     columns = {match[1] for name in names if (match := CHOICE.fullmatch(name))}
-    marked = "answers" in names and isinstance(row[names["answers"]], list) and _first(names, CORRECT[1:])
-    if marked and isinstance(row[marked], int) and len(row[names["answers"]]) > 1:
-        choices, short = row[names["answers"]], True
-    if short and (
-        (choices and isinstance(choices, (list, dict))) or str(answer).lower() in columns or len(columns) > 2
-    ):
-        raise RowFault("unknown format", "multiple choice: write the choices into the question, and the answer as text")
-    if (key := next((names[name] for name in MEDIA if name in names and row[names[name]]), None)) is not None:
-        raise RowFault("not text", f"the row comes with media (`{key}`): only text is trained on")
+    answers, marked = row.get(names.get("answers", "")), _first(names, CORRECT[1:])
+    if isinstance(answers, list) and len(answers) > 1 and marked and isinstance(row[marked], int):
+        choices, short = answers, True
+    named = bool(choices) and isinstance(choices, list | dict)
+    return short and (named or str(answer).lower() in columns or len(columns) > 2)
 
 
 def _says_bad(row: Row, names: Names) -> str | None:
@@ -323,8 +309,9 @@ def make_row(raw: RawRow, formats: Formats, system_prompt: str | None) -> tuple[
         extra[field] = to_weight(raw.value[field], field)
         formats.weighted += 1
     if parsed.pair:
-        check_turns(_exchange(*parsed.pair))
-        return rendered_record(*parsed.pair, origin=raw.origin, **extra), parsed.format
+        source, target = parsed.pair
+        check_turns(_exchange(source, target))
+        return to_record({"input": source, "target": target}, raw.origin, **extra), parsed.format
     turns = parsed.messages
     if system_prompt and turns and turns[0]["role"] != "system":
         turns = [{"role": "system", "content": system_prompt}, *turns]
@@ -332,12 +319,15 @@ def make_row(raw: RawRow, formats: Formats, system_prompt: str | None) -> tuple[
         formats.cut += 1
         turns = whole
     check_turns(turns)
+    if parsed.chosen:
+        before, chosen, rejected = turns[: -parsed.chosen], turns[-parsed.chosen :], list(parsed.rejected)
+        check_turns([*before, *rejected])
+        content = _pair_content(before, chosen, rejected)
+    else:
+        content = _content(turns, is_short=not parsed.tools)
+    tools = {"tools": parsed.tools} if parsed.tools else {}
     try:
-        if parsed.chosen:
-            before, chosen, rejected = turns[: -parsed.chosen], turns[-parsed.chosen :], list(parsed.rejected)
-            check_turns([*before, *rejected])
-            return pair_record(before, chosen, rejected, parsed.tools, origin=raw.origin, **extra), parsed.format
-        return to_record(turns, parsed.tools, origin=raw.origin, **extra), parsed.format
+        return to_record(content | tools, raw.origin, **extra), parsed.format
     except TypeError as error:  # a value that JSON does not have
         raise RowFault("not text", str(error)) from None
 
@@ -351,34 +341,23 @@ def without_empty_end(turns: list[Message]) -> list[Message]:
     return rest if any(turn["role"] == "assistant" for turn in rest) else []
 
 
-def to_record(messages: list[Message], tools: list[Message] | None = None, *, origin: str = "", **extra: Any) -> Row:
-    """The stored row of these turns: short if it is one plain exchange without tools, else `messages`.
+def to_record(content: Row, origin: str, **extra: Any) -> Row:
+    """The stored row of this content; extra: more keys, such as `tags`."""
+    return {"id": row_id(content), "origin": origin, **content, **extra}
 
-    extra: more keys, such as `tags`.
-    """
-    row: Row = {"id": content_id(messages, tools)} | ({"origin": origin} if origin else {})
+
+def _content(messages: list[Message], *, is_short: bool) -> Row:
+    """The turns in the short shape, if `is_short` and they are one plain exchange, else as `messages`."""
     texts = {message["role"]: message["content"] for message in messages}
     roles = [message["role"] for message in messages]
     plain = all(len(message) == 2 and isinstance(message["content"], str) for message in messages)
-    if plain and not tools and roles in (["user", "assistant"], ["system", "user", "assistant"]):
-        row |= {"system": texts.get("system", ""), "user": texts["user"], "assistant": texts["assistant"]}
-    else:
-        row |= {"messages": messages} | ({"tools": tools} if tools else {})
-    return row | extra
+    if is_short and plain and roles in (["user", "assistant"], ["system", "user", "assistant"]):
+        return {"system": texts.get("system", ""), "user": texts["user"], "assistant": texts["assistant"]}
+    return {"messages": messages}
 
 
-def pair_record(
-    prompt: list[Message],
-    chosen: list[Message],
-    rejected: list[Message],
-    tools: list[Message] | None,
-    *,
-    origin: str,
-    **extra: Any,
-) -> Row:
-    """The stored row of a preference pair; answers and a prompt of one plain turn are texts. Raises RowFault if both
-    answers are the same.
-    """
+def _pair_content(prompt: list[Message], chosen: list[Message], rejected: list[Message]) -> Row:
+    """A preference pair; answers and a prompt of one plain turn are texts. Raises RowFault for two equal answers."""
     if chosen == rejected:
         raise RowFault("preference pair", "the chosen and the rejected answer are the same")
 
@@ -388,15 +367,7 @@ def pair_record(
 
     question = short(prompt, "user")
     row: Row = {"prompt": question} if isinstance(question, str) else {"messages": prompt}
-    row |= {"tools": tools} if tools else {}
-    row |= {"chosen": short(chosen, "assistant"), "rejected": short(rejected, "assistant")}
-    return {"id": row_id(row)} | ({"origin": origin} if origin else {}) | row | extra
-
-
-def rendered_record(source: str, target: str, *, origin: str = "", **extra: Any) -> Row:
-    """The stored row of a text that no template is applied to."""
-    content = {"input": source, "target": target}
-    return {"id": content_hash(content)} | ({"origin": origin} if origin else {}) | content | extra
+    return row | {"chosen": short(chosen, "assistant"), "rejected": short(rejected, "assistant")}
 
 
 def to_line(row: Row) -> bytes:

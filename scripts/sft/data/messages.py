@@ -8,14 +8,10 @@ import ast
 import json
 import re
 import warnings
+from contextlib import suppress
 from typing import Any
 
-from sft.data.rows import (
-    Message,
-    RowFault,
-    parse_json,
-    to_weight,
-)
+from sft.data.rows import Message, RowFault, parse_json, to_weight
 
 ROLES = {
     **dict.fromkeys(("user", "human", "prompter", "usr", "customer", "client"), "user"),
@@ -56,12 +52,12 @@ def normalize_messages(turns: Any, where: str) -> list[Message]:
         turns = _as_list(turns, where, "list of turns")
     if not isinstance(turns, list):
         raise RowFault("unknown format", f"{where} is {_type(turns)}, not a list of turns")
-    pair = next(
-        (pair for pair in PAIRS if turns and all(isinstance(t, dict) and t.keys() >= {*pair} for t in turns)), ()
-    )
-    if pair:  # a question and its answer in one, as in Firefly and Capybara
-        turns = [turn[key] for turn in turns for key in pair]
-    if turns and (pair or all(isinstance(turn, str) for turn in turns)):  # texts by turns, as in LIMA
+    by_turns = all(isinstance(turn, str) for turn in turns)  # texts alone, as in LIMA
+    for pair in PAIRS:  # a question and its answer in one, as in Firefly and Capybara
+        if turns and all(isinstance(turn, dict) and turn.keys() >= {*pair} for turn in turns):
+            turns, by_turns = [turn[key] for turn in turns for key in pair], True
+            break
+    if by_turns:
         turns = [{"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(turns)]
     messages: list[Message] = []
     for number, turn in enumerate(turns):
@@ -107,11 +103,8 @@ def _parts(parts: list[Any], where: str) -> Message:
     message: Message = {"content": ""}
     for item in parts:
         part = {"text": item} if isinstance(item, str) else item
-        kind = (
-            part.get("type", "text" if {"text", "value", "content"} & part.keys() else None)
-            if isinstance(part, dict)
-            else None
-        )
+        keys = part.keys() if isinstance(part, dict) else {}
+        kind = part["type"] if "type" in keys else "text" if {"text", "value", "content"}.intersection(keys) else None
         if kind in ("text", "input_text", "output_text"):
             message["content"] += to_text(part.get("text", part.get("value", part.get("content"))), where)
         elif kind in ("reasoning", "thinking"):
@@ -121,11 +114,7 @@ def _parts(parts: list[Any], where: str) -> Message:
             calls = normalize_tool_calls(part.get("value", part.get(kind)), where)
             message["tool_calls"] = [*message.get("tool_calls", ()), *calls]
         else:
-            what = (
-                f"of the type {kind!r}"
-                if kind
-                else f"with {', '.join(part) if isinstance(part, dict) else _type(part)}"
-            )
+            what = f"of the type {kind!r}" if kind else f"with {', '.join(keys) or _type(part)}"
             raise RowFault("not text", f"{where} has a part {what}: only text is trained on")
     return message
 
@@ -138,8 +127,9 @@ def normalize_tool_calls(value: Any, where: str) -> list[Message]:
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise RowFault("unreadable", f"{where} has a tool call without a function's name")
         arguments = function.get("arguments", function.get("parameters", {}))
-        if isinstance(arguments, str):
-            arguments = _object_in(arguments)
+        with suppress(RowFault):
+            parsed = parse_json(arguments) if isinstance(arguments, str) else None
+            arguments = parsed if isinstance(parsed, dict) else arguments
         if isinstance(arguments, dict):  # a typed table (Parquet) fills in null for keys that a row does not have
             arguments = {key: item for key, item in arguments.items() if item is not None}
         calls.append({"type": "function", "function": {"name": function["name"], "arguments": arguments}})
@@ -165,20 +155,18 @@ def check_turns(messages: list[Message]) -> None:
     start = 1 if roles[0] == "system" else 0
     for number, message in enumerate(messages[start:], start):
         role, before = message["role"], roles[number - 1] if number > start else "system"
+        name = f"turn {number + 1}"
         if before not in BEFORE[role]:
-            what = (
-                f"turn {number + 1} is {role} after {before}" if number > start else f"the first turn is of the {role}"
-            )
+            what = f"{name} is {role} after {before}" if number > start else f"the first turn is of the {role}"
             raise RowFault("roles out of order", f"{what}: questions and answers take turns, a question first")
         empty = not message["content"].strip()
         if role == "user" and (mark := MEDIA_MARK.search(message["content"])):
-            raise RowFault(
-                "not text", f"turn {number + 1} holds {mark[0].strip()}, the place of media: only text is trained on"
-            )
+            what = f"{name} holds {mark[0].strip()}, the place of media: only text is trained on"
+            raise RowFault("not text", what)
         if role == "user" and empty:
-            raise RowFault("no user turn", f"turn {number + 1} (user) is empty")
+            raise RowFault("no user turn", f"{name} (user) is empty")
         if role == "assistant" and empty and not message.get("tool_calls"):
-            raise RowFault("empty answer", f"turn {number + 1} (assistant) is empty")
+            raise RowFault("empty answer", f"{name} (assistant) is empty")
     if roles[-1] != "assistant":
         raise RowFault("empty answer", f"the last turn has the role {roles[-1]}: there is no answer")
 
@@ -204,15 +192,6 @@ def _python_literal(text: str) -> list[Any] | dict[str, Any] | None:
     except (ValueError, SyntaxError, RecursionError, MemoryError):
         return None
     return value if isinstance(value, (list, dict)) else None
-
-
-def _object_in(text: str) -> Any:
-    """The JSON object in a text, else the text itself."""
-    try:
-        value = parse_json(text)
-    except RowFault:
-        return text
-    return value if isinstance(value, dict) else text
 
 
 def _type(value: Any) -> str:

@@ -27,7 +27,7 @@ from sft.config.schema import DataSection, ReplaySection, SourceSection
 from sft.data import shards
 from sft.data.rows import MAX_DEPTH, RowFault, parse_json
 from sft.data.store import BROKEN, open_bytes
-from sft.errors import DataError, nearest
+from sft.errors import DataError, nearest, one_line
 
 Kind = Literal["jsonl", "json", "csv", "parquet", "arrow", "xlsx", "qa"]
 Progress = Callable[[int, int], None]  # bytes read, bytes in total
@@ -56,6 +56,7 @@ OTHER_FILES = {  # first bytes -> what the file is, and what to do
     b"Rar!": ("a rar archive", "unpack it"),
     b"SQLite format 3": ("an SQLite data base", "sqlite3 -header -csv {path} 'select * from TABLE' > rows.csv"),
 }
+BINARY: dict[bytes, Kind] = {b"PAR1": "parquet", b"ARROW1": "arrow", b"\xff\xff\xff\xff": "arrow"}  # by first bytes
 CONTROL = re.compile("[\0-\x08\x0e-\x1f\ufffe\uffff]")
 INVALID = re.compile("[\ud800-\udfff]")  # bytes that are invalid in the encoding are decoded to these
 BYTE_ORDER_MARKS = {"utf-32": (b"\xff\xfe\0\0", b"\0\0\xfe\xff"), "utf-16": (b"\xff\xfe", b"\xfe\xff")}
@@ -119,7 +120,8 @@ class Source:
     def rows(self, on_progress: Progress | None = None) -> Iterator[RawRow]:
         """Every row, in order. Raises DataError if the source cannot be read to its end."""
         if self.format is None:
-            return _hub(self)
+            values = shards.load_hub(self.name, self.hub_config, self.hub_split)
+            return (RawRow(f"{self.name}[{index}]", value) for index, value in enumerate(values))
         read = {
             "jsonl": _json_lines, "json": _json, "csv": _csv, "parquet": _arrow, "arrow": _arrow, "xlsx": _excel,
             "qa": _qa_text,
@@ -162,12 +164,11 @@ def open_source(path: Path, root: Path, text: str = "", section: Section | None 
         other = "a web page or XML (did a download or a login fail?)"
     if head[257:262] == b"ustar":
         other, fix = "a tar archive", "tar -xf {path}"
-    if head.startswith(b"PAR1"):
-        return Source(display_path(path, root), path, "parquet")
-    if head.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
-        return Source(display_path(path, root), path, "arrow")
+    binary: Kind | None = next((kind for opening, kind in BINARY.items() if head.startswith(opening)), None)
     if other and zipfile.is_zipfile(path) and "xl/workbook.xml" in zipfile.ZipFile(path).namelist():
-        return Source(display_path(path, root), path, "xlsx")
+        binary = "xlsx"
+    if binary:
+        return Source(display_path(path, root), path, binary)
     if other or len(CONTROL.findall(content)) * 50 > len(content):
         fix = fix.replace("{path}", shlex.quote(str(path)))
         raise DataError(f"the file is {other or 'binary'}", where=str(path), fix=fix)
@@ -216,9 +217,8 @@ def _kind(path: Path, head: str, named: Kind | None, *, cut: bool) -> tuple[Kind
     if SEPARATOR.fullmatch(first):
         return "csv", first[-1]
     header = re.sub(r'"[^"]*"', "", first)
-    marks = [
-        mark for mark in ",\t;|" if mark in header and (cut or lines[1:] == [] or any(mark in row for row in lines[1:]))
-    ]
+    rest = "\n".join(lines[1:])
+    marks = [mark for mark in ",\t;|" if mark in header and (cut or not rest or mark in rest)]
     delimiter = max(marks, key=header.count, default="")
     if named == "jsonl" and (values or not delimiter):
         return "jsonl", ","
@@ -273,9 +273,8 @@ def _pieces(
                     on_progress(min(raw.tell(), total), total)
                 yield piece
         except (UnicodeDecodeError, *BROKEN) as error:
-            raise DataError(
-                f"the file is truncated: {error}", where=str(path), fix="save or download it again"
-            ) from None
+            what = f"the file is truncated: {error}"
+            raise DataError(what, where=str(path), fix="save or download it again") from None
 
 
 def _lines(source: Source, on_progress: Progress | None) -> Iterator[tuple[int, str]]:
@@ -474,9 +473,8 @@ def _csv(source: Source, on_progress: Progress | None) -> Iterator[RawRow]:
         elif not header and (cells or fault):
             header = _csv_header(source, cells, fault)
         elif cells and len(cells) != len(header):
-            fault = (
-                f"{len(cells)} cells where the header has {len(header)}; a cell with a {name} needs quotes around it"
-            )
+            counts = f"{len(cells)} cells where the header has {len(header)}"
+            fault = f"{counts}; a cell with a {name} needs quotes around it"
         elif cells:
             text = "".join(line for _, line in record)
             invalid = _invalid_text(source, text)
@@ -515,7 +513,7 @@ def _excel(source: Source, on_progress: Progress | None) -> Iterator[RawRow]:
     try:
         book = openpyxl.load_workbook(source.path, read_only=True, data_only=True)
     except Exception as error:  # the library raises whatever it stumbles over
-        what = f"the Excel file is broken: {_first_line(error)}"
+        what = f"the Excel file is broken: {one_line(error)}"
         raise DataError(what, where=str(source.path), fix="save it again, or as CSV") from None
     for sheet in book.worksheets:
         header: list[str] = []
@@ -572,11 +570,3 @@ def _qa_text(source: Source, on_progress: Progress | None) -> Iterator[RawRow]:
         yield finished()
 
 
-def _hub(source: Source) -> Iterator[RawRow]:
-    """The rows of a data set of the Hugging Face hub."""
-    for index, value in enumerate(shards.load_hub(source.name, source.hub_config, source.hub_split)):
-        yield RawRow(f"{source.name}[{index}]", value)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]

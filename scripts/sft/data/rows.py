@@ -180,7 +180,7 @@ def row_id(row: Row) -> str:
         return content_hash({"input": row["input"], "target": row["target"]})
     if is_pair(row):
         return content_hash([messages(row), _answer(row["rejected"]), tools(row)])
-    return content_id(messages(row), tools(row))
+    return content_hash([messages(row), tools(row)])
 
 
 def texts(row: Row, *roles: str) -> list[str]:
@@ -220,11 +220,6 @@ def comparison_text(row: Row) -> str:
     """All turns but the system text, which many rows share: what rows are compared by."""
     rejected = _answer(row["rejected"]) if is_pair(row) else []
     return "\n".join([*texts(row, "user", "assistant", "tool"), *(str(turn["content"] or "") for turn in rejected)])
-
-
-def content_id(messages: list[Message], tools: list[Message] | None = None) -> str:
-    """Equal turns and tools have an equal id; nothing else counts."""
-    return content_hash([messages, tools or None])
 
 
 def content_hash(content: Any) -> str:

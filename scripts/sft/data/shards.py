@@ -232,10 +232,8 @@ def _reading(file: Path) -> Iterator[None]:
     try:
         yield
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        kind = "Parquet" if file.suffix.lower() == ".parquet" else "Arrow"
-        raise DataError(
-            f"the {kind} file is broken: {one_line(error)}", where=str(file), fix="fetch it again"
-        ) from None
+        what = f"the {'Parquet' if file.suffix.lower() == '.parquet' else 'Arrow'} file is broken: {one_line(error)}"
+        raise DataError(what, where=str(file), fix="fetch it again") from None
 
 
 # -- what is not on this machine ---------------------------------------------------------------------------------------
@@ -302,8 +300,8 @@ def load_hub(name: str, config: str | None, split: str) -> Any:
             "check the name (no file has it here either), or name config and split: --set data.hub_config=... --set"
             " data.hub_split=train; without a network, or with HF_HUB_OFFLINE, give a file with --raw_path"
         )
-        first = (str(error).splitlines() or [type(error).__name__])[0][:300]
-        raise DataError(f"the data set cannot be loaded: {first}", where=where, fix=fix) from None
+        what = f"the data set cannot be loaded: {one_line(error) or type(error).__name__}"
+        raise DataError(what, where=where, fix=fix) from None
 
 
 def _hub_folder(name: str, config: str | None, split: str, root: Path) -> Path:

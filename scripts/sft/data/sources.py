@@ -17,7 +17,7 @@ from typing import Any
 from sft.config.load import display_path, resolve_path
 from sft.config.schema import DataSection, ReplaySection
 from sft.data import rows
-from sft.data.formats import TREE_MESSAGE, Formats, make_row, rendered_record, to_line
+from sft.data.formats import TREE_MESSAGE, Formats, make_row, to_line, to_record
 from sft.data.ledger import Ledger
 from sft.data.readers import COMPRESSED, SPLITS, SUFFIXES, Progress, RawRow, Section, Source, is_data_file, open_source
 from sft.data.rows import RowFault, dump_json
@@ -215,7 +215,7 @@ def _replay_rows(
             except RowFault:
                 if not isinstance(text, str) or not text.strip():
                     raise
-                row, format = rendered_record("", text, origin=raw.origin), "plain text"
+                row, format = to_record({"input": "", "target": text}, raw.origin), "plain text"
             check(row)
         except RowFault:
             continue
