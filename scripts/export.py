@@ -75,10 +75,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         system=system_text(target.config, target.folder, root),
     )
     with console.progress(f"exporting as {args.format}") as advance:
-        report = export(
-            target, args.format, kind, out, root, card=text, converter=args.converter,
-            progress=lambda done, total, name: advance(done, total),
-        )  # fmt: skip
+        report = export(target, args.format, kind, out, root, card=text, converter=args.converter, progress=advance)
     certificate = report.parity
     rows = [(name, decimal(size)) for name, size in report.files.items() if size > 1e5]
     if report.largest_error is not None:

@@ -47,14 +47,7 @@ def _merge(args: argparse.Namespace, out: Path, root: Path) -> dict[str, Any]:
     loaded = load(args.config, args.set, root=root)
     base = loaded.config.model.name if str(loaded.origin("model.name")).startswith("--set") else None
     with console.progress("merging") as advance:
-        report = merge(
-            args.adapters or root / "adapters" / "last",
-            out,
-            args.dtype,
-            root,
-            lambda done, total, name: advance(done, total),
-            base=base,
-        )
+        report = merge(args.adapters or root / "adapters" / "last", out, args.dtype, root, advance, base=base)
     shown = display_path(out, root)
     rows = [
         ("base", report.base),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,7 @@ def exported(project: Path, monkeypatch: pytest.MonkeyPatch, *flags: str) -> dic
 
 
 def test_without_llama_cpp_a_k_quant_is_f16_and_the_command_that_quantises_it(project, monkeypatch, capfd):
-    monkeypatch.setattr(ship_gguf, "has_llama_cpp", lambda: False)
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)  # as if it were not installed
     report = exported(project, monkeypatch, "--type", "q4_k_m")
     assert (report["type"], report["llama_cpp"], report["loss"]) == ("f16", None, None)
     out, printed = project / "outputs" / "export" / "first-gguf", capfd.readouterr()
@@ -127,7 +128,7 @@ def test_without_llama_cpp_a_k_quant_is_f16_and_the_command_that_quantises_it(pr
 def test_for_ollama_the_command_that_quantises_is_ollamas_where_it_makes_that_type(
     project, monkeypatch, capfd, kind, expected
 ):
-    monkeypatch.setattr(ship_gguf, "has_llama_cpp", lambda: False)
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)  # as if it were not installed
     exported(project, monkeypatch, "--format", "ollama", "--type", kind)
     assert expected.format(out="outputs/export/first-ollama") in capfd.readouterr().out
 

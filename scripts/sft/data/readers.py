@@ -568,5 +568,3 @@ def _qa_text(source: Source, on_progress: Progress | None) -> Iterator[RawRow]:
             parts[-1].append(line.strip("\r\n"))
     if parts:
         yield finished()
-
-

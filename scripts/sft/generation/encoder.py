@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 
 from sft.chat.encode import Encoder, build_encoder
 from sft.config.schema import Config, ModelSection
+from sft.files import read_json
 from sft.model import hub
 from sft.model.files import ModelFiles
 from sft.model.tokenizer import load_tokenizer, round_trip_problem
@@ -54,8 +54,5 @@ def _files_without_weights(section: ModelSection, root: Path) -> ModelFiles:
 
 def _end_ids(folder: Path) -> list[int]:
     """The end tokens that the model's generation_config.json names: a base may end its answers with others."""
-    try:
-        ids = json.loads((folder / "generation_config.json").read_text(encoding="utf-8")).get("eos_token_id")
-    except (OSError, ValueError, AttributeError):
-        return []
+    ids = read_json(folder / "generation_config.json").get("eos_token_id")
     return [int(token) for token in (ids if isinstance(ids, list) else [ids]) if token is not None]

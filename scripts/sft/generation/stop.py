@@ -5,20 +5,12 @@ from __future__ import annotations
 import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
+
+from sft.chat.template_probe import Stops
 
 LOOP_TOKENS, LOOP_PERIOD, LOOP_EVERY = 48, 64, 16  # see `repeats`; looked for after every so many tokens
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what the bytes of an unfinished character decode to
-
-
-class Stops(Protocol):
-    """What ends an answer by the chat template: end tokens and strings (the encoder's `stops`)."""
-
-    @property
-    def ids(self) -> frozenset[int]: ...
-
-    @property
-    def strings(self) -> tuple[str, ...]: ...
 
 
 @dataclass(frozen=True)

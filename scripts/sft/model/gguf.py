@@ -7,12 +7,14 @@ token, does not split digits, and decodes byte-level tokens as SentencePiece's.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import logging
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -342,21 +344,39 @@ def _write_tokenizer(
 
 
 def _llama_cpp_difference(path: Path, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The first probe for which llama.cpp has other ids, described; None if all are equal or it is not installed."""
-    if importlib.util.find_spec("llama_cpp") is None:
-        return None
-    import llama_cpp  # type: ignore[import-not-found, unused-ignore]
-
-    try:
-        theirs = llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
-    except (ValueError, RuntimeError) as error:
-        log.warning("llama.cpp cannot open %s, so its token ids are not compared: %s", path.name, one_line(error))
-        return None
-    for text in (unicodedata.normalize("NFC", text) for text in PROBES):
+    """The first probe for which llama.cpp has other ids, described; None if all are equal or it cannot be used."""
+    theirs = open_in_llama_cpp(path, vocab_only=True)
+    for text in (unicodedata.normalize("NFC", text) for text in PROBES if theirs):
         ids = tokenizer.encode(text, add_special_tokens=False)
         if ids != (other := theirs.tokenize(text.encode(), add_bos=False, special=True)):
             return f"{text!r} becomes {ids[:12]} here and {other[:12]} in llama.cpp"
     return None
+
+
+def has_llama_cpp() -> bool:
+    """Whether llama-cpp-python can be imported."""
+    return importlib.util.find_spec("llama_cpp") is not None
+
+
+def open_in_llama_cpp(path: Path, **options: Any) -> Any:
+    """llama.cpp's model of a file; None where llama-cpp-python is not installed or, with a warning, cannot open it."""
+    if not has_llama_cpp():
+        return None
+    llama = llama_cpp()
+    try:
+        return llama.Llama(str(path), n_gpu_layers=0, verbose=False, **options)
+    except (ValueError, RuntimeError) as error:
+        log.warning(f"llama-cpp-python {llama.__version__} cannot open {path.name}: {one_line(error)}")
+        return None
+
+
+@cache
+def llama_cpp() -> Any:
+    """llama_cpp without its log, which would go to stderr."""
+    llama: Any = importlib.import_module("llama_cpp")
+    llama.silent_log = llama.llama_log_callback(lambda level, text, data: None)  # llama.cpp holds only a pointer to it
+    llama.llama_log_set(llama.silent_log, None)
+    return llama
 
 
 def _write_weights(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from sft.model.files import ModelFiles
 from sft.model.gguf import Vocabulary, vocabulary_of_file
 from sft.model.tokenizer import load_tokenizer
 from sft.ship import EXPORT_REPORT, PARITY, gguf, merge, parity, verify
-from sft.ship.gguf import Progress
+from sft.ship.lora_delta import Progress
 from sft.ship.parity import GOLDEN_ROWS, GoTemplate, Route
 
 MODELFILE = "Modelfile"
@@ -63,7 +63,7 @@ def export(
     *,
     card: str,
     converter: Path | None = None,
-    progress: Progress = lambda done, total, name: None,
+    progress: Progress = lambda done, total: None,
 ) -> ExportReport:
     """Exports `target` to the folder `out`, or leaves `out` unchanged. card: the text of its README.md.
 
@@ -97,10 +97,10 @@ def export(
         _refuse_unsupported(files, form, target.config, converter)
         encoder = _training_encoder(target, files, root)
         routes = [parity.route_of_folder(folder, trust_remote_code=target.config.model.trust_remote_code)]
-        written = _Written()
+        figures: dict[str, Any] = {"tensors": 0, "largest_error": None, "llama_cpp": None, "loss": None}
         if form != "hf":
-            written = _write_gguf(files, staged, kind, form, encoder, target, root, converter, progress)
-            routes += written.routes
+            figures, of_file = _write_gguf(files, staged, kind, form, encoder, target, root, converter, progress)
+            routes += of_file
         own = verify.run_rows(target.config, root)
         rows = [*GOLDEN_ROWS, *verify.shipped_rows(root), *(own[1][:_RUN_ROWS] if own else [])]
         sources = ["golden", "data/samples", *([own[0]] if own else [])]
@@ -113,10 +113,7 @@ def export(
         disk.write_text(staged / "README.md", card)
         sizes = {path.name: path.stat().st_size for path in sorted(staged.iterdir()) if path.is_file()}
         seconds = round(time.monotonic() - started, 1)
-        report = ExportReport(
-            str(out), form, kind, sizes, written.tensors, written.largest_error, written.llama_cpp, written.loss,
-            certificate, seconds,
-        )  # fmt: skip
+        report = ExportReport(str(out), form, kind, sizes, **figures, parity=certificate, seconds=seconds)
         disk.write_json(staged / EXPORT_REPORT, asdict(report))
     return report
 
@@ -170,17 +167,6 @@ def _training_encoder(target: Target, files: ModelFiles, root: Path) -> Encoder:
     return load_encoder(config.model_copy(update={"model": any_length}), root, files=files, tokenizer=source)
 
 
-@dataclass(frozen=True)
-class _Written:
-    """What is known of the GGUF file: as in `ExportReport`, and the routes of the file and the Modelfile."""
-
-    tensors: int = 0
-    largest_error: float | None = None
-    llama_cpp: str | None = None
-    loss: dict[str, Any] | None = None
-    routes: list[Route] = field(default_factory=list)
-
-
 def _write_gguf(
     files: ModelFiles,
     staged: Path,
@@ -191,8 +177,8 @@ def _write_gguf(
     root: Path,
     converter: Path | None,
     progress: Progress,
-) -> _Written:
-    """Writes and checks the GGUF file (and the Modelfile)."""
+) -> tuple[dict[str, Any], list[Route]]:
+    """Writes and checks the GGUF file (and the Modelfile); what `ExportReport` says of it, and their routes."""
     k_quant = kind in gguf.K_QUANTS
     first = gguf.K_SOURCE if k_quant else kind
     merge.require_space(staged, int(files.parameters * gguf.BYTES[first] * (1.5 if k_quant else 1)), "the GGUF file")
@@ -223,8 +209,9 @@ def _write_gguf(
         system = system_text(target.config, target.folder, root)
         disk.write_text(staged / MODELFILE, modelfile(path.name, go_template, stops, target.config, system, context))
         routes.append(parity.route_of_ollama(vocabulary, go_template, stops, text_ids))
-    version = gguf.llama_cpp_version() if text_ids else None
-    return _Written(tensors, largest_error, version, _losses(files, path, kind, encoder, target.config, root), routes)
+    version = str(gguf.llama_cpp().__version__) if text_ids else None
+    loss = _losses(files, path, kind, encoder, target.config, root)
+    return {"tensors": tensors, "largest_error": largest_error, "llama_cpp": version, "loss": loss}, routes
 
 
 def _losses(
@@ -234,7 +221,7 @@ def _losses(
 
     Raises ModelError if a file that is not quantised has another loss than its weights.
     """
-    if not gguf.has_llama_cpp():
+    if not gguf.has_llama_cpp():  # before the rows are encoded
         return None
     sample = verify.held_out_sample(encoder, config, root, int(files.config.get("vocab_size", 1 << 17)))
     logits = gguf.logits(path, [row.input_ids for row in sample.rows])

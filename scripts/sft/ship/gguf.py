@@ -6,17 +6,13 @@ convert_hf_to_gguf.py.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import json
-import logging
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +35,13 @@ from sft.model.gguf import (
     USER_DEFINED,
     Vocabulary,
     first_difference,
+    has_llama_cpp,
+    llama_cpp,
+    open_in_llama_cpp,
     rope_factors,
     rope_settings,
 )
+from sft.ship.lora_delta import Progress
 
 ARCHITECTURES = {
     "Qwen2ForCausalLM": "qwen2",
@@ -63,9 +63,7 @@ _TOKENISE = """import llama_cpp, sys
 model = llama_cpp.Llama(sys.argv[1], vocab_only=True, verbose=False)
 for text in sys.argv[2:]: model.tokenize(text.encode(), add_bos=True, special=True)"""
 _RELATIVE_ERROR = {"F32": 0.0, "F16": 2**-11, "BF16": 2**-8}  # half a step
-log = logging.getLogger("sft.ship")
 Array = NDArray[Any]
-Progress = Callable[[int, int, str], None]  # tensors done, tensors in all, the name of the last one
 
 
 # --- the architecture
@@ -278,7 +276,7 @@ def write(
                 reason = "a number in it becomes infinite"
                 raise ModelError(f"{plan.source} does not fit f16: {reason}", fix="--type bf16, f32 or q8_0")
             writer.write_tensor_data(gguf.quants.quantize(values, plan.kind))
-            progress(at + 1, len(plans), plan.name)
+            progress(at + 1, len(plans))
         if factors is not None:
             writer.write_tensor_data(factors)
     finally:
@@ -308,7 +306,7 @@ def check(files: ModelFiles, path: Path, kind: str, progress: Progress) -> float
                 fix="report this; --format hf is not affected",
             )
         largest = max(largest, float(error.max(initial=0.0)))
-        progress(at + 1, len(plans), plan.name)
+        progress(at + 1, len(plans))
     return largest
 
 
@@ -338,13 +336,12 @@ def convert(converter: Path, folder: Path, path: Path, kind: str, name: str) -> 
     if done.returncode == 0 and path.is_file():
         try:
             count = len(gguf.GGUFReader(path).tensors)
-        except Exception as error:  # whatever reading beyond the end of the file leads to
-            problem = f"its file cannot be read: {one_line(error, 120)}"
-        else:
             tried = [sys.executable, "-c", _TOKENISE, str(path), *PROBES]  # llama.cpp ends a process that it fails in
             if not has_llama_cpp() or subprocess.run(tried, check=False, capture_output=True).returncode == 0:
                 return count
             problem = "llama.cpp cannot tokenise with its file"
+        except Exception as error:  # whatever reading beyond the end of the file leads to
+            problem = f"its file cannot be read: {one_line(error, 120)}"
     raise ModelError(
         f"{converter.name} cannot convert {name}: {one_line(problem, 300)}",
         where=str(converter),
@@ -352,19 +349,9 @@ def convert(converter: Path, folder: Path, path: Path, kind: str, name: str) -> 
     )
 
 
-def has_llama_cpp() -> bool:
-    """Whether llama-cpp-python can be imported."""
-    return importlib.util.find_spec("llama_cpp") is not None
-
-
-def llama_cpp_version() -> str:
-    """The version of the installed llama-cpp-python."""
-    return str(_llama_cpp().__version__)
-
-
 def quantize(source: Path, target: Path, kind: str) -> None:
     """Writes the GGUF file `source` as `kind` to `target`. Raises ModelError if llama.cpp cannot."""
-    llama = _llama_cpp()
+    llama = llama_cpp()
     params = llama.llama_model_quantize_default_params()
     params.ftype = getattr(llama, f"LLAMA_FTYPE_MOSTLY_{K_QUANTS[kind]}")
     if code := llama.llama_model_quantize(str(source).encode(), str(target).encode(), params):
@@ -376,7 +363,7 @@ def text_ids(path: Path, begin: str) -> Callable[[str], list[int]] | None:
 
     begin: the begin token that llama.cpp puts first itself, "" if it puts none; it is removed from the text.
     """
-    model = _open(path, vocab_only=True)
+    model = open_in_llama_cpp(path, vocab_only=True)
     if model is None:
         return None
     return lambda text: list(model.tokenize(text.removeprefix(begin).encode(), add_bos=True, special=True))
@@ -385,7 +372,7 @@ def text_ids(path: Path, begin: str) -> Callable[[str], list[int]] | None:
 def logits(path: Path, rows: list[list[int]]) -> list[Array] | None:
     """llama.cpp's logits [tokens, vocabulary] for each row of ids, computed on the CPU; None as for `text_ids`."""
     length = max(map(len, rows))
-    model = _open(path, n_ctx=length, n_batch=length, logits_all=True)
+    model = open_in_llama_cpp(path, n_ctx=length, n_batch=length, logits_all=True)
     if model is None:
         return None
     result = []
@@ -394,27 +381,3 @@ def logits(path: Path, rows: list[list[int]]) -> list[Array] | None:
         model.eval(ids)
         result.append(model.scores[: len(ids)].copy())
     return result
-
-
-def _open(path: Path, **options: Any) -> Any:
-    """llama.cpp's model of a file; None where llama-cpp-python is not installed or, with a warning, cannot open it."""
-    if not has_llama_cpp():
-        return None
-    llama = _llama_cpp()
-    try:
-        return llama.Llama(str(path), n_gpu_layers=0, verbose=False, **options)
-    except (ValueError, RuntimeError) as error:
-        log.warning(f"llama-cpp-python {llama.__version__} cannot open {path.name}: {one_line(error)}")
-        return None
-
-
-def _llama_cpp() -> Any:
-    """llama_cpp without its log, which would go to stderr."""
-    llama = importlib.import_module("llama_cpp")
-    llama.llama_log_set(_silent_log(llama), None)
-    return llama
-
-
-@cache
-def _silent_log(llama: Any) -> Any:  # cached, because llama.cpp holds only a pointer to it
-    return llama.llama_log_callback(lambda level, text, data: None)

@@ -31,7 +31,7 @@ TORCH_DTYPE = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 _ROUNDING = 1e-6  # relative; a smaller difference is float32's rounding, not a change
 _INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-Progress = Callable[[int, int, str], None]  # tensors done, tensors in all, the name of the last one
+Progress = Callable[[int, int], None]  # tensors done, tensors in all
 
 
 @dataclass
@@ -249,7 +249,7 @@ def write_merged(
                     _write_tensor(file, name, weight, deltas.get(name), dtype, counts)
                     del weight
                 done += 1
-                progress(done, total, name)
+                progress(done, total)
     return counts
 
 

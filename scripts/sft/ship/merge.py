@@ -59,7 +59,7 @@ def merge(
     out: Path,
     dtype: str,
     root: Path,
-    on_progress: Progress = lambda done, total, name: None,
+    on_progress: Progress = lambda done, total: None,
     *,
     base: str | None = None,
 ) -> MergeReport:
