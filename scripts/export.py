@@ -51,6 +51,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     from sft.config.load import display_path
     from sft.files import read_json
     from sft.generation.load import resolve_model, system_text
+    from sft.model.gguf import has_llama_cpp
     from sft.report.compare import FOLDER, RESULT
     from sft.report.model_card import card
     from sft.ship import gguf
@@ -60,7 +61,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     default = args.config == console.default_config()
     config = Path(args.config)
     target = resolve_model(config, args.set, adapters=args.adapters, merged=args.merged, is_default=default, root=root)
-    by_hand = args.type in gguf.K_QUANTS and not gguf.has_llama_cpp() and args.format != "hf"
+    by_hand = args.type in gguf.K_QUANTS and not has_llama_cpp() and args.format != "hf"
     kind = gguf.K_SOURCE if by_hand else args.type
     name = f"{target.name}-{args.format}{'' if kind == 'f16' else f'-{kind}'}"  # a type does not replace another one
     out = args.out or root / "outputs" / "export" / name

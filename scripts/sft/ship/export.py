@@ -21,7 +21,7 @@ from sft.generation.encoder import load_encoder
 from sft.generation.load import Target, system_text
 from sft.model import hub
 from sft.model.files import ModelFiles
-from sft.model.gguf import Vocabulary, vocabulary_of_file
+from sft.model.gguf import Vocabulary, has_llama_cpp, llama_cpp, vocabulary_of_file
 from sft.model.tokenizer import load_tokenizer
 from sft.ship import EXPORT_REPORT, PARITY, gguf, merge, parity, verify
 from sft.ship.lora_delta import Progress
@@ -209,7 +209,7 @@ def _write_gguf(
         system = system_text(target.config, target.folder, root)
         disk.write_text(staged / MODELFILE, modelfile(path.name, go_template, stops, target.config, system, context))
         routes.append(parity.route_of_ollama(vocabulary, go_template, stops, text_ids))
-    version = str(gguf.llama_cpp().__version__) if text_ids else None
+    version = str(llama_cpp().__version__) if text_ids else None
     loss = _losses(files, path, kind, encoder, target.config, root)
     return {"tensors": tensors, "largest_error": largest_error, "llama_cpp": version, "loss": loss}, routes
 
@@ -221,7 +221,7 @@ def _losses(
 
     Raises ModelError if a file that is not quantised has another loss than its weights.
     """
-    if not gguf.has_llama_cpp():  # before the rows are encoded
+    if not has_llama_cpp():  # before the rows are encoded
         return None
     sample = verify.held_out_sample(encoder, config, root, int(files.config.get("vocab_size", 1 << 17)))
     logits = gguf.logits(path, [row.input_ids for row in sample.rows])
