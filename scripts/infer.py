@@ -43,10 +43,11 @@ def main(args: argparse.Namespace) -> dict[str, Any] | None:
     system = args.system if args.system is not None else load.system_text(target.config, target.folder, root)
     requests = batch_io.read(args.input_file, system) if batch else []
     adapter, merged = (None, None) if args.base else (target.adapter, target.merged)
-    low_memory = None if batch else "4bit"
+    low_memory: load.LowMemory | None = None if batch else "4bit"
     loaded = load.open_model(target.config, adapter=adapter, merged=merged, root=root, low_memory=low_memory)
     if not batch:
-        return chat(loaded, target.config.generation, system, root)
+        chat(loaded, target.config.generation, system, root)
+        return None
     with console.progress("answering") as advance:
         answers = load.answer_all(loaded, [request.row for request in requests], target.config, advance)
     batch_io.write(args.output_file, requests, answers)
@@ -68,13 +69,14 @@ def chat(loaded: Any, settings: Any, system: str | None, root: Path) -> None:
     def show_status(text: str) -> None:
         console.write(f"\r\x1b[2K{text}\r" if text else "\r\x1b[2K")
 
+    terminal = on_terminal()
     session = ChatSession(
         loaded.stream, console.write, settings=settings, system=system, save_path=root / "outputs" / "chat.jsonl",
         count_tokens=lambda messages: len(loaded.encoder.prompt(messages)),
         render=lambda messages: loaded.tokenizer.decode(loaded.encoder.prompt(messages)),
         base=loaded.stream_base if loaded.adapted else None,
         side_by_side=lambda base, tuned: console.table("", ["base", "tuned"], [[base, tuned]], text=True),
-        **({"markdown": markdown, "status": show_status} if on_terminal() else {}),
+        markdown=markdown if terminal else None, status=show_status if terminal else lambda _: None,
     )  # fmt: skip
     name = str(loaded.name).removeprefix(f"{root}/")
     console.say(f"{name} on {loaded.device}; /help lists the commands")

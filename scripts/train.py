@@ -15,6 +15,7 @@ import argparse
 import logging
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 from sft import console
@@ -115,12 +116,25 @@ def main(args: argparse.Namespace) -> dict[str, Any] | None:
 
     # 7. merged weights, where the config asks for them
     if job.config.train.merge_at_end and job.config.tuning.mode != "full":
-        from sft.ship.merge import merge
-
-        merged = opened.run.folder / "merged"
-        merge(opened.run.adapter_dir, merged, "bf16" if job.device.bf16 else "fp16", root)
-        say([f"merged into {merged}"])
+        summary["merged"] = merge_adapter(opened.run.adapter_dir, opened.run.folder / "merged", root)
     return summary
+
+
+def merge_adapter(adapter: Path, merged: Path, root: Path) -> str | None:
+    """Merges a finished run's adapter; None, with a warning, where it cannot be merged: the run is finished anyway."""
+    from sft.config.load import display_path
+    from sft.errors import SftError
+    from sft.ship.merge import merge
+
+    command = f"--adapters {display_path(adapter, root)} --out {display_path(merged, root)}"
+    try:
+        merge(adapter, merged, "fp16", root)
+    except (SftError, OSError) as error:
+        again = f"python scripts/merge_lora.py {command}"
+        console.warn(f"{adapter.name} is trained, but not merged: {error}\n  again: {again}")
+        return None
+    console.say(f"merged into {display_path(merged, root)}")
+    return str(merged)
 
 
 def say(lines: list[str]) -> None:

@@ -229,5 +229,8 @@ def test_weights_are_cached_with_the_rows_and_a_key_that_no_row_has_is_an_error(
         assert "1 rows have no weight of their own (data.weight_field): each counts 1" in ledger.sentences()
     joined = split.train.joined([{"id": "x", "input_ids": [1, 2], "labels": [-100, 2]}])
     assert "weights" in joined[0] and "weights" not in joined[3]
-    with pytest.raises(DataError, match="no training row has the key 'mark'"):
-        job.read_rows(stage, plain_encoder(weight_field="mark"), answered=0, cache=tmp_path / "c")
+    for name, fix in (("given", "a number under this key in its rows"), ("processed", "make process, which stores it")):
+        with pytest.raises(DataError, match=r"no training row of train\.jsonl has the key 'mark'") as caught:
+            stage = store.Stage(name, train, None, None)
+            job.read_rows(stage, plain_encoder(weight_field="mark"), answered=0, cache=tmp_path / "c")
+        assert str(caught.value.fix).startswith(fix)

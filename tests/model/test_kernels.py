@@ -199,6 +199,8 @@ def test_the_update_of_a_lora_layer_has_the_gradients_of_its_formula(dropout: fl
     dropped = x if mask is None else x * mask / (1 - 19661 / 65536)
     assert torch.allclose(update(*inputs), result + 0.5 * dropped @ a.T @ b.T)
     assert torch.autograd.gradcheck(update, inputs)
+    gradient = torch.autograd.grad(update(*inputs).add_(x[..., :9]).sum(), x)[0]  # in place, as in Falcon's layers
+    assert torch.allclose(gradient, torch.autograd.grad((update(*inputs) + x[..., :9]).sum(), x)[0])
 
 
 def test_a_dropout_mask_drops_its_share_and_follows_the_seed() -> None:

@@ -87,7 +87,15 @@ def test_the_verdict_follows_loss_and_checks() -> None:
 def test_the_remedy_names_a_setting_that_the_run_did_not_have(tmp_path: Path) -> None:
     run = runs.at(tmp_path / "outputs" / "mine", tmp_path)
     run.folder.mkdir(parents=True)
-    config = Config.model_validate({"train": {"rehearsal": {"share": 0.15}}})
-    assert compare.against_forgetting(Target(config, run), tmp_path).endswith("make train SET=train.rehearsal.rows=100")
+
+    def remedy(rate: float = 2e-4, **train: object) -> str:
+        config = Config.model_validate({"train": {"learning_rate": rate, **train}})
+        return compare.against_forgetting(Target(config, run), tmp_path).removeprefix("to keep more of the rest: ")
+
+    assert remedy() == "make train SET=train.rehearsal.rows=100"
+    assert remedy(objective="dpo").endswith("SET=train.learning_rate=0.0001")  # rehearsal has no pairs
+    run.settings.write_text("train: {epochs: 1}\n")
     (run.folder / "ledger.json").write_text('{"rehearsal": {"rows_trained": 60}}')
-    assert compare.against_forgetting(Target(config, run), tmp_path).endswith("SET=train.rehearsal.share=0.3")
+    again = "make train CONFIG=outputs/mine/config.resolved.yaml SET=train"
+    assert remedy(rehearsal={"share": 0.15}) == f"{again}.rehearsal.share=0.3"
+    assert remedy(rehearsal={"share": 0.5}) == f"{again}.learning_rate=0.0001"

@@ -135,19 +135,25 @@ def test_a_killed_rank_ends_the_launch_and_the_next_one_resumes_bit_for_bit(tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["lora", "full"])  # full with elastic weight consolidation
-def test_two_processes_give_the_result_of_one(mode: str, tmp_path: Path, tiny_qwen2: Path) -> None:
+@pytest.mark.parametrize("case", ["lora", "full", "kto"])  # full with elastic weight consolidation
+def test_two_processes_give_the_result_of_one(case: str, tmp_path: Path, tiny_qwen2: Path) -> None:
     general = tmp_path / "general.jsonl"
     general.write_text("".join(f'{{"user": "{n} + 1?", "assistant": "{n + 1}"}}\n' for n in range(5)))
     sets = "--set tuning.lora.dropout=0.0 --set train.normalize=rows --set train.z_loss=1e-3"
     sets += " --set data.weight_field=grade"
-    if mode == "full":
+    more = {"lora": ["eval/loss"], "full": ["eval/loss", "train/ewc_penalty"], "kto": ["train/rewards/margins"]}[case]
+    if case == "full":
         sets = f"--set train.learning_rate=1e-3 --set train.ewc.strength=1e3 --set train.ewc.path={general}"
+    elif case == "kto":
+        sets = "--set tuning.lora.dropout=0.0 --set train.objective=kto"
     for name, count in (("one", 1), ("two", 2)):
-        launch = torchrun(project.make(tmp_path / name, tiny_qwen2, mode=mode), count, sets=sets)
+        root = project.make(tmp_path / name, tiny_qwen2, mode="full" if case == "full" else "lora")
+        if case == "kto":
+            project.as_pairs(root)
+        launch = torchrun(root, count, sets=sets)
         output = launch.communicate(timeout=280)[0]
         assert launch.returncode == 0 and output.count("t is finished") == 1, output
-    for key in ("train/loss", "eval/loss", "train/grad_norm", *(["train/ewc_penalty"] if mode == "full" else [])):
+    for key in ("train/loss", "train/grad_norm", *more):
         one, two = (project.losses(tmp_path / name, "t", key) for name in ("one", "two"))
         assert [step for step, _ in one] == [step for step, _ in two] != []
         assert all(abs(a - b) < 1e-4 for (_, a), (_, b) in zip(one, two, strict=True))

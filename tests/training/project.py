@@ -37,6 +37,18 @@ def make(root: Path, model: Path, *, mode: str = "lora", rows: int = 20) -> Path
     return root
 
 
+def as_pairs(root: Path) -> Path:
+    """Makes each row of the project a pair: the right name against another answer. Returns `root`."""
+    for path in (root / "data/processed").glob("*.jsonl"):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        pairs = [
+            {"id": row["id"], "prompt": row["user"], "chosen": row["assistant"], "rejected": "Nobody at all"}
+            for row in rows
+        ]
+        path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    return root
+
+
 def run(root: Path, *sets: str, resume: str = "auto", allow: tuple[str, ...] = (), dry: bool = False) -> Any:
     """What `python scripts/train.py` returns; SFT_ROOT must name `root`."""
     line = ["--config", str(root / "config.yaml"), "--resume", resume, *(["--dry-run"] if dry else [])]

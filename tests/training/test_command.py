@@ -303,10 +303,23 @@ def test_the_best_metric_may_be_any_that_is_measured_and_the_end_may_merge(root:
     summary = project.run(root, *settings)
     assert summary["best_step"] == 2 and "length_tokens" in summary["eval"]
     assert (root / "outputs/t/merged/model.safetensors").is_file()
+    assert summary["merged"] == str(root / "outputs/t/merged")
     with pytest.raises(ConfigError, match="'bleurt', which is not measured"):
         project.run(root, "train.metric_for_best_model=bleurt")
     with pytest.raises(ConfigError, match=r"eval\.train_sample is 0"):
         project.run(root, "train.metric_for_best_model=rougeL", "eval.train_sample=0")
+
+
+def test_a_run_whose_adapter_cannot_be_merged_is_finished_with_a_warning(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ("train.merge_at_end=true", "train.max_steps=1", "train.learning_rate=1e-9", "eval.train_sample=0")
+    summary = project.run(root, *settings)
+    assert summary["merged"] is None and (root / "outputs/t/finished.json").is_file()
+    assert not (root / "outputs/t/merged").exists()
+    warned = " ".join(capsys.readouterr().err.split())
+    assert "t is trained, but not merged: the merge changed nothing" in warned and "try --dtype fp32" in warned
+    assert "scripts/merge_lora.py --adapters adapters/t --out outputs/t/merged" in warned
 
 
 def test_a_checkpoint_whose_answers_do_not_stop_is_never_the_best(root: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -22,15 +22,7 @@ from tests.training import project
 def root(tmp_path: Path, tiny_qwen2: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A project whose rows are pairs: the right name against another one."""
     monkeypatch.setenv("SFT_ROOT", str(tmp_path))
-    project.make(tmp_path, tiny_qwen2)
-    for path in (tmp_path / "data/processed").glob("*.jsonl"):
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-        pairs = [
-            {"id": row["id"], "prompt": row["user"], "chosen": row["assistant"], "rejected": "Nobody at all"}
-            for row in rows
-        ]
-        path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    return tmp_path
+    return project.as_pairs(project.make(tmp_path, tiny_qwen2))
 
 
 def weights(root: Path) -> dict[str, torch.Tensor]:

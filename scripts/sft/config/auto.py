@@ -185,7 +185,7 @@ def _epochs(config: Config, facts: Facts) -> tuple[float, str]:
     if rows is None:
         return 3.0, "the number of rows is not known"
     if config.train.objective in PREFERENCES:
-        return 2.0 if rows < 1_000 else 1.0, f"{rows:,} pairs"
+        return 2.0 if rows < 1_000 else 1.0, f"{rows:,} training rows"
     return 5.0 if rows < 1_000 else 3.0 if rows < 10_000 else 1.0, f"{rows:,} training rows"
 
 

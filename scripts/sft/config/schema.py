@@ -574,7 +574,7 @@ class TrainSection(Section):
     early_stopping: EarlyStoppingSection = Field(default_factory=EarlyStoppingSection)
     rehearsal: RehearsalSection = Field(default_factory=RehearsalSection)
     ewc: EwcSection = Field(default_factory=EwcSection)
-    merge_at_end: bool = key(False, "Merge the adapter into 16-bit weights when training ends.")
+    merge_at_end: bool = key(False, "When training ends, merge the adapter into fp16 weights in outputs/<run>/merged.")
 
     @model_validator(mode="after")
     def _is_consistent(self) -> TrainSection:

@@ -25,10 +25,11 @@ class LoraUpdate(torch.autograd.Function):
             mask, scaling = keep_mask(rows, dropout), scaling / (1 - _rounded(dropout))
             low_a, low_b = a.to(dtype), (b * scaling).to(dtype)
             hidden = (rows if mask is None else rows * mask) @ low_a.t()
-            out = torch.addmm(result.reshape(-1, result.shape[-1]), hidden, low_b.t())
+            out = torch.empty(result.shape, dtype=dtype, device=result.device)  # no view: Falcon adds to it in place
+            torch.addmm(result.reshape(-1, out.shape[-1]), hidden, low_b.t(), out=out.view(-1, out.shape[-1]))
         ctx.save_for_backward(rows, mask, low_a, low_b, hidden)
         ctx.scaling, ctx.like = scaling, (x.shape, x.dtype, a.dtype, b.dtype)
-        return out.view(result.shape)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from sft import files, runs
-from sft.config.load import dump_config, model_name, resolve_path, shipped
-from sft.config.schema import Config
+from sft.config.load import display_path, dump_config, model_name, resolve_path, shipped
+from sft.config.schema import PREFERENCES, Config
 from sft.data import rows as records
 from sft.data import store
 from sft.errors import DataError, ModelError
@@ -40,6 +40,7 @@ from sft.runs import Run
 SHIPPED = "data/samples/general.jsonl"
 FORGETTING_LOSS = 0.1  # nats a token above which general answers count as forgotten: a perplexity a tenth higher
 UNKNOWING_LOSS = 6.0  # nats a token of good answers above which the base itself does not know them
+MOST_REHEARSED = 0.5  # share of rehearsal beyond which it is not raised
 MIN_STOP_RATE = 0.9  # share of answers that end by themselves, below which there is a warning
 ROW_LOSS = "row_loss"  # of a row: mean over its labelled tokens (`loss` in metrics.json weighs every token alike)
 OF_ANSWERS = ("stop_rate", "loop_rate", "repetition", "empty_rate", "length_tokens")  # metrics that need no reference
@@ -325,11 +326,15 @@ def forgetting(
 
 
 def against_forgetting(target: Target, root: Path) -> str:
-    """The setting that helps a run that has forgotten: rehearsal where it had none, else more of it."""
-    section = target.config.train.rehearsal
-    if "rehearsal" not in files.read_json(run_of(target, root).folder / "ledger.json"):
-        return "it trained on the task alone; to keep the rest: make train SET=train.rehearsal.rows=100"
-    return f"to keep more of the rest: make train SET=train.rehearsal.share={min(0.5, 2 * section.share):g}"
+    """The command for the run again with what may keep the rest: rehearsal, more of it, or a lower learning rate."""
+    run, train = run_of(target, root), target.config.train
+    share = train.rehearsal.share if "rehearsal" in files.read_json(run.folder / "ledger.json") else 0
+    if (train.objective in PREFERENCES or share >= MOST_REHEARSED) and train.learning_rate != "auto":
+        setting = f"train.learning_rate={train.learning_rate / 2:g}"
+    else:
+        setting = f"train.rehearsal.share={min(MOST_REHEARSED, 2 * share):g}" if share else "train.rehearsal.rows=100"
+    config = f"CONFIG={display_path(run.settings, root)} " if run.settings.is_file() else ""
+    return f"to keep more of the rest: make train {config}SET={setting}"
 
 
 def constant_baseline(side: Side, constant: Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -259,9 +259,9 @@ def read_rows(
     if not train.rows:
         raise train.ledger.no_rows_left(encoder.template.name)
     if encoder.weight_field and not train.ledger.rows_weighted:
-        what = f"no training row has the key {encoder.weight_field!r}"
-        fix = "make process, which stores it with each row; or --set data.weight_field=null"
-        raise DataError(what, where="data.weight_field", fix=fix)
+        what = f"no training row of {stage.train.name} has the key {encoder.weight_field!r}"
+        store_it = "a number under this key in its rows" if stage.name == "given" else "make process, which stores it"
+        raise DataError(what, where="data.weight_field", fix=f"{store_it}; or --set data.weight_field=null")
     validation, validation_ledger, answer_rows = TokenisedRows(), RunLedger(), []
     if stage.val is not None:
         split = tokenise(stage.val, hashes[stage.val])
