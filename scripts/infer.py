@@ -3,11 +3,13 @@
 python scripts/infer.py                                                       a chat with the newest run
 python scripts/infer.py --base --set generation.temperature=0.7 --set generation.do_sample=true
 python scripts/infer.py --mode batch --input_file q.txt --output_file a.txt   a line a question (or .jsonl)
+python scripts/infer.py --mode requests --json                                JSON lines in, answers out as they grow
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from sft import console
 def parser() -> argparse.ArgumentParser:
     flags = console.parser(__doc__)
     add = flags.add_argument
-    add("--mode", choices=["interactive", "batch"], help="default: batch with --input_file")
+    add("--mode", choices=["interactive", "batch", "requests"], help="default: batch with --input_file")
     add("--input_file", type=Path, metavar="F", help="questions: .txt (lines) or .jsonl (rows)")
     add("--output_file", type=Path, metavar="F", help="answers: .txt or .jsonl")
     add("--adapters", type=Path, metavar="DIR", help="an adapter (default: the newest run's)")
@@ -33,6 +35,8 @@ def main(args: argparse.Namespace) -> dict[str, Any] | None:
     from sft.generation import batch_io, load
 
     root = console.project_root()
+    if args.mode == "requests":
+        return answer_requests(args, root)
     batch = args.mode == "batch" or (args.mode is None and args.input_file is not None)
     if batch and (args.input_file is None or args.output_file is None):
         raise ConfigError("batch mode needs --input_file and --output_file", fix="name both")
@@ -55,6 +59,18 @@ def main(args: argparse.Namespace) -> dict[str, Any] | None:
     stopped = sum(answer.stopped for answer in written)
     console.say(f"{len(written)} answers in {args.output_file}; {stopped} stopped by themselves")
     return {"rows": len(written), "stopped": stopped, "output_file": str(args.output_file)}
+
+
+def answer_requests(args: argparse.Namespace, root: Path) -> dict[str, Any]:
+    """Answers the requests on stdin, of any of the models, until its end."""
+    from sft.errors import ConfigError
+    from sft.generation.requests import Models, serve
+
+    if args.adapters or args.merged or args.base or args.system is not None:
+        what = "--adapters, --merged, --base and --system do not go with --mode requests"
+        raise ConfigError(what, fix='leave them out: a request names its model, e.g. {"model": "base", ...}')
+    is_default = args.config == console.default_config()
+    return serve(sys.stdin, console.emit, Models(Path(args.config), args.set, is_default=is_default, root=root))
 
 
 def chat(loaded: Any, settings: Any, system: str | None, root: Path) -> None:

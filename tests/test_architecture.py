@@ -33,6 +33,7 @@ MAY_IMPORT = {  # package -> packages it may import besides itself and EVERYONE;
     "memory": {"step", "model", "config"},
     "ship": {"generation", "chat", "data", "model", "step", "config", "runs"},
     "report": {"generation", "chat", "data", "model", "step", "metrics", "config", "runs"},
+    "server": {"config", "runs"},
     "preflight": {"report", "memory", "generation", "chat", "data", "model", "metrics", "config", "runs"},
 }
 CORE_COMMANDS = ("train", "eval", "infer")
@@ -51,7 +52,7 @@ PRIVATE_NAMES = {  # underscore names of other libraries that the core reads (no
     "_version": "torch: how often a tensor was changed in place",
 }
 # Upper limits, with the GGUF import (550 lines of core) and rehearsal (310). The aim: 8,000 in the core, 17,000 in all.
-MOST = {"core files": 60, "core lines": 15_330, "files": 131, "lines": 27_990, "small modules with one importer": 10}
+MOST = {"core files": 60, "core lines": 15_400, "files": 134, "lines": 28_900, "small modules with one importer": 10}
 
 
 def imports(path: Path, *, top_only: bool = False) -> Iterator[tuple[str, int]]:

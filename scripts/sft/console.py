@@ -178,7 +178,7 @@ def write(piece: str) -> None:
 
 def emit(value: Any) -> None:
     """Prints one JSON value as a line on stdout, for commands whose --json is one line a row."""
-    print(redact(json.dumps(value, ensure_ascii=False)))
+    print(redact(json.dumps(value, ensure_ascii=False)), flush=True)
 
 
 def confirmed(question: str, force: bool, fix: str) -> bool:

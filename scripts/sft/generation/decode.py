@@ -162,11 +162,23 @@ class KVCache(Cache):  # type: ignore[misc]
                 states[target, :, start : self.at] = states[source, :, start : self.at]
 
     def shift(self, by: int) -> None:
-        """Moves the columns up to `at` to the left; the first `by` are lost."""
+        """Moves the columns up to `at` to the left, the first `by` are lost; if `by` is negative, to the right."""
         for layer in self.layers:
             for states in (layer.keys, layer.values):
-                states[:, :, : self.at - by] = states[:, :, by : self.at].clone()
+                states[:, :, max(-by, 0) : self.at - by] = states[:, :, max(by, 0) : self.at].clone()
         self.at -= by
+
+    def grow(self, rows: int, columns: int) -> None:
+        """Gives the cache more rows and columns; what it holds stays where it is."""
+        for layer in self.layers:
+            if layer.is_initialized:
+                old = layer.keys, layer.values
+                layer.keys, layer.values = (
+                    states.new_zeros(rows, states.shape[1], columns, states.shape[3]) for states in old
+                )
+                for new, states in zip((layer.keys, layer.values), old, strict=True):
+                    new[: self.rows, :, : self.at] = states[:, :, : self.at]
+        self.rows, self.columns = rows, columns
 
 
 class _KVLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -233,7 +245,7 @@ class Decoder:
         self.waiting = deque(sorted(sequences, key=lambda sequence: (-len(sequence.prompt), sequence.index)))
         self.active: list[DecodingSequence] = []
         self.shared = shared_prefix([sequence.prompt for sequence in sequences])
-        columns = len(self.waiting[0].prompt) + max(sequence.max_tokens for sequence in sequences) + SPARE_COLUMNS
+        columns = max((len(s.prompt) + s.max_tokens for s in sequences), default=0) + SPARE_COLUMNS
         self.rows = min(rows, len(sequences), rows_in_memory(base, columns, device))
         self.cache = KVCache(base.config.get_text_config().num_hidden_layers, self.rows, columns)
         self.columns = torch.arange(columns, device=device)
@@ -248,14 +260,19 @@ class Decoder:
         while self.waiting or self.active:
             free = self.rows - len(self.active)
             if self.waiting and (free >= self.rows / 4 or not self.active):
-                advanced, logits = self._admit(free)
+                yield self._append(*self._admit(free))
             else:
-                advanced, logits = self._step()
-            tokens = choose_tokens(logits, advanced, self.settings, self.stop.ids)
-            for sequence, token in zip(advanced, tokens, strict=True):
-                sequence.append(token, self.stop)
-            self._remove_done()
-            yield advanced
+                yield self._append(*self._step())
+
+    def _append(self, advanced: list[DecodingSequence], logits: Tensor) -> list[DecodingSequence]:
+        """Chooses the next token of the sequences that advanced; finished ones leave the batch. logits: [B, V]."""
+        for sequence, token in zip(advanced, self._choose(advanced, logits), strict=True):
+            sequence.append(token, self.stop)
+        self._remove_done()
+        return advanced
+
+    def _choose(self, advanced: Sequence[DecodingSequence], logits: Tensor) -> list[int]:
+        return choose_tokens(logits, advanced, self.settings, self.stop.ids)
 
     def _admit(self, free: int) -> tuple[list[DecodingSequence], Tensor]:
         """Reads waiting prompts into at most `free` rows; logits [B, V] of the first tokens of their answers."""
@@ -282,13 +299,17 @@ class Decoder:
         """Logits [B, V] of one more token for every active sequence."""
         low = min(sequence.start for sequence in self.active)
         if self.cache.at == self.cache.columns:
-            self.cache.shift(low)
-            self.starts -= low
-            for sequence in self.active:
-                sequence.start -= low
+            self._shift(low)
             low = 0
         self.cache.select(0, len(self.active), low)
         return list(self.active), self._forward([sequence.tokens[-1:] for sequence in self.active], 0)
+
+    def _shift(self, by: int) -> None:
+        """Moves the cache's columns and the rows' beginnings, as `KVCache.shift`."""
+        self.cache.shift(by)
+        self.starts -= by
+        for sequence in self.active:
+            sequence.start -= by
 
     @torch.no_grad()
     def _forward(self, ids: list[list[int]], shared: int) -> Tensor:
@@ -340,7 +361,9 @@ def rows_in_memory(base: Any, columns: int, device: torch.device) -> int:
 
 def shared_prefix(prompts: Sequence[list[int]]) -> int:
     """How many first tokens all prompts have in common, at least one of each left over; 0 if they are too few."""
+    if len(prompts) < 2:
+        return 0
     first, last = min(prompts), max(prompts)
     equal = next((at for at, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
     length = min(equal, min(len(prompt) for prompt in prompts) - 1)
-    return length if len(prompts) > 1 and length >= MIN_SHARED_PREFIX else 0
+    return length if length >= MIN_SHARED_PREFIX else 0

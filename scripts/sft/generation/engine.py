@@ -266,6 +266,11 @@ class LoadedModel:
             stopping_criteria=StoppingCriteriaList([ended]),
         )
 
+    def complete(self, sequence: DecodingSequence, settings: GenerationSection, stop: StopCriteria) -> None:
+        """Decodes one sequence to its end with transformers' `generate`: for families that our loop does not decode."""
+        with self._answering():
+            self._library_generate([sequence], settings, stop)
+
     def pad_id(self) -> int:
         """A token for padding, which is always masked."""
         candidates = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, *sorted(self.encoder.stops.ids))

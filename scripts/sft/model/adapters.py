@@ -405,15 +405,29 @@ def restore(model: PeftModel, folder: Path) -> tuple[list[str], list[str]]:
     return [name for name in result.missing_keys if name in trained], list(result.unexpected_keys)
 
 
-def load(model: PreTrainedModel, folder: Path, *, trainable: bool = False) -> PeftModel:
-    """The adapter of `folder` on its base. Raises ModelError if `model` is another base, naming both."""
+def load(
+    model: PreTrainedModel | PeftModel, folder: Path, *, trainable: bool = False, name: str = "default"
+) -> PeftModel:
+    """The adapter of `folder` on its base, or beside the adapters that the base has, of which `name` is then one.
+
+    Raises ModelError if `model` is another base, naming both.
+    """
     from peft import PeftModel
 
-    _check_base(model, folder)
-    adapted = PeftModel.from_pretrained(
-        model, str(folder), is_trainable=trainable, use_safetensors=True, local_files_only=True
-    )
+    _check_base(unwrap(model), folder)
+    settings: dict[str, Any] = {"is_trainable": trainable, "use_safetensors": True, "local_files_only": True}
+    if isinstance(model, PeftModel):
+        model.load_adapter(str(folder), name, **settings)
+        return model.eval()
+    adapted = PeftModel.from_pretrained(model, str(folder), adapter_name=name, **settings)
     return adapted if trainable else adapted.eval()
+
+
+def shares_base(folder: Path) -> bool:
+    """Whether the adapter leaves its base as it is and can lie on it beside others (peft allows no second bias)."""
+    config = base_of(folder)["config"]
+    own = ("modules_to_save", "trainable_token_indices")
+    return config.get("peft_type") == "LORA" and config.get("bias") == "none" and not any(map(config.get, own))
 
 
 def _check_base(model: Any, folder: Path) -> dict[str, Any]:
@@ -463,7 +477,14 @@ def other_base(folder: Path, trained_on: str, loaded: str, problem: str) -> Mode
 
 def _shape_problem(model: Any, folder: Path, config: Mapping[str, Any]) -> str | None:
     """The first way in which the adapter's shapes are not this model's, None if all fit."""
-    layers, adapted = {name: module for name, module in model.named_modules() if is_linear(module)}, set()
+    adapted, layers = (
+        set(),
+        {
+            name.removesuffix(".base_layer"): module  # inside of an adapter that it has already
+            for name, module in model.named_modules()
+            if is_linear(module) and ".lora_" not in name
+        },
+    )
     for key, entry in tensors(folder / WEIGHTS).items():
         name, _, side = key.removeprefix("base_model.model.").rpartition(".lora_")
         if side not in ("A.weight", "B.weight"):
