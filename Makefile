@@ -11,7 +11,7 @@
 .PHONY: help coverage install install-dev install-unsloth lock setup-dirs download-model import-gguf demo-model process advise sweep style render \
 	full-pipeline style-if-set preview report-data plan check train train-bnb train-unsloth train-with-tb train-bnb-tb \
 	train-unsloth-tb pause resume doctor tensorboard tb-stop tb-clean tb-open eval eval-val eval-test eval-quick eval-full compare lm-eval infer \
-	infer-interactive infer-batch merge merge-bf16 merge-test export push \
+	infer-interactive infer-batch merge merge-bf16 merge-test export push serve \
 	config-docs test test-all fuzz test-faults lint clean quick-start
 
 PYTHON ?= .venv/bin/python
@@ -21,7 +21,7 @@ OUTPUT ?= outputs/preds.txt
 .NOTPARALLEL:
 .SILENT:
 
-KNOWN := CONFIG RUN SET ARGS RESUME ALLOW SWEEP RAW USER_COL ANSWER_COL STYLE MODEL MODELS TB_PORT INPUT OUTPUT ADAPTERS BASE FORCE GPU PNG TASKS FORMAT TYPE CONVERTER REPO DRY FILE OUT PYTHON
+KNOWN := CONFIG RUN SET ARGS RESUME ALLOW SWEEP RAW USER_COL ANSWER_COL STYLE MODEL MODELS TB_PORT INPUT OUTPUT ADAPTERS BASE FORCE GPU PNG TASKS FORMAT TYPE CONVERTER REPO DRY FILE OUT HOST PORT PYTHON
 export $(KNOWN)
 GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command line,$(origin $(name))),$(name)))
 $(foreach name,$(filter-out $(KNOWN) SHELL MAKEFLAGS,$(GIVEN)),$(error $(name)= is not a variable of this kit. Known: $(KNOWN). \
@@ -34,6 +34,7 @@ $(call only,RESUME,$(TRAIN_TARGETS))
 $(call only,ALLOW,$(TRAIN_TARGETS) resume)
 $(call only,USER_COL ANSWER_COL,process full-pipeline advise)
 $(call only,SWEEP,sweep)
+$(call only,$(filter HOST PORT,$(GIVEN)),serve)
 $(call only,BASE,infer infer-interactive infer-batch)
 ifneq ($(filter help install% lock setup-dirs demo-model full-pipeline clean lint tb-% tensorboard %-tb,$(MAKECMDGOALS)),)
 $(if $(ARGS),$(error ARGS= does not work in $(MAKECMDGOALS)))
@@ -165,6 +166,9 @@ $(if $(RUN)$(SET)$(CONFIG),$(error make push uploads the newest export; name ano
 endif
 push: $(ENV) ## upload the newest export to the hub with its model card (REPO=me/model, DRY=1 only lists the files)
 	$(SCRIPT)/push.py --repo "$(REPO)" $(if $(DRY),--dry-run) $(ARGS)
+
+serve: $(ENV) ## a page, a job queue and a chat endpoint on http://127.0.0.1:8000 (PORT=8000, HOST=0.0.0.0 for others, with a token)
+	$(call stoppable,$(SCRIPT)/serve.py $(if $(filter HOST,$(GIVEN)),--host "$$HOST") $(if $(filter PORT,$(GIVEN)),--port "$$PORT") $(ARGS))
 
 config-docs: $(ENV) ## write docs/CONFIG.md from the schema
 	$(SCRIPT)/config_reference.py $(ARGS)

@@ -21,7 +21,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
-    from sft import runs
+    from sft import files, runs
     from sft.errors import RunError
 
     running = runs.running(console.project_root())
@@ -32,7 +32,9 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         raise RunError(what, where=f"runs in progress: {names}", fix="make train starts one, make resume continues one")
     for run in selected:
         (run.folder / runs.PAUSE).touch()
-        console.say(f"{run.name} stops after its current step. Continue with: make resume RUN={run.name}")
+        status = files.read_json(run.folder / runs.STATUS)
+        at = f" ({status['phase']}, step {status['step']} of {status['total_steps']})" if "step" in status else ""
+        console.say(f"{run.name}{at} stops after its current step. Continue with: make resume RUN={run.name}")
     return {"paused": [run.name for run in selected]}
 
 

@@ -37,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
     add("--tokenizer", metavar="DIR", help="a folder of tokenizer files instead of model.name")
     add("--template", metavar="NAME|FILE", help="a chat template instead of data.template_path")
     add("--seed", type=int, default=0, help="seed of the random rows")
+    add("--tokens", action="store_true", help="with --json: also the text and state of each token")
     return result
 
 
@@ -57,13 +58,13 @@ def main(args: argparse.Namespace) -> None:
         some = None if args.id or args.json or args.limit == 0 else FIRST_ROWS
         rows = choose_rows(list(islice(store.iter_rows(path), some)), path, args)
         encoder, rows = sides(encoder, rows)
-        if args.json:
+        if args.json and not args.tokens:
             print_json(encoder, rows)
             return
         shown = [pair for row in rows for pair in encode(encoder, row)]
     if args.json:
-        for piece, _ in shown:
-            print_piece(piece)
+        for piece, tokens in shown:
+            print_piece(piece, tokens if args.tokens else None)
         return
     if args.html:
         write_text(args.html, preview.page(f"{path.name}, {encoder.template.name}", shown))
@@ -153,10 +154,11 @@ def print_json(encoder: Any, rows: list[dict[str, Any]]) -> None:
                 print_piece(piece)
 
 
-def print_piece(piece: Any) -> None:
+def print_piece(piece: Any, tokens: Any = None) -> None:
     keys = ["id", "text", "input_ids", "labels", "truncated_tokens", "dropped"]
     keys += ["weights"] if piece.weights else []
-    console.emit({key: getattr(piece, key) for key in keys})
+    more = {} if tokens is None else {"tokens": [[token.text, token.state] for token in tokens]}
+    console.emit({key: getattr(piece, key) for key in keys} | more)
 
 
 if __name__ == "__main__":

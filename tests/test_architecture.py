@@ -38,7 +38,7 @@ MAY_IMPORT = {  # package -> packages it may import besides itself and EVERYONE;
 }
 CORE_COMMANDS = ("train", "eval", "infer")
 AROUND_THE_CORE = {"api", "memory", "ship", "report", "preflight", "server"}
-LIGHT = {"config", "data", "metrics", "errors", "files", "console", "runs"}
+LIGHT = {"config", "data", "metrics", "errors", "files", "console", "runs", "server"}
 HEAVY = {"torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes"}
 OPTIONAL = {"bitsandbytes", "unsloth", "liger_kernel"}
 CORE = {"config", "data", "chat", "model", "step", "training", "generation", "metrics"}
@@ -52,7 +52,7 @@ PRIVATE_NAMES = {  # underscore names of other libraries that the core reads (no
     "_version": "torch: how often a tensor was changed in place",
 }
 # Upper limits, with the GGUF import (550 lines of core) and rehearsal (310). The aim: 8,000 in the core, 17,000 in all.
-MOST = {"core files": 60, "core lines": 15_400, "files": 134, "lines": 28_900, "small modules with one importer": 10}
+MOST = {"core files": 60, "core lines": 15_460, "files": 137, "lines": 30_270, "small modules with one importer": 10}
 
 
 def imports(path: Path, *, top_only: bool = False) -> Iterator[tuple[str, int]]:

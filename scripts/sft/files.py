@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from sft.errors import EnvironmentProblem, RunError, SftError, one_line
 
@@ -348,7 +348,7 @@ def lock(path: Path, what: str) -> Iterator[None]:
         file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
     with file:
         try:
-            fcntl.fcntl(file, fcntl.F_OFD_SETLK, _WRITE_LOCK)
+            take_lock(file)
         except BlockingIOError:
             file.seek(0)
             raise RunError(
@@ -359,6 +359,14 @@ def lock(path: Path, what: str) -> Iterator[None]:
         with writing(path):
             put(path, f"pid {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
         yield
+
+
+def take_lock(file: IO[Any]) -> None:
+    """Locks an open file until it, and every copy that a child process has inherited, is closed.
+
+    Raises BlockingIOError if it is locked.
+    """
+    fcntl.fcntl(file, fcntl.F_OFD_SETLK, _WRITE_LOCK)
 
 
 def is_locked(path: Path) -> bool:

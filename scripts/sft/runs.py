@@ -5,10 +5,12 @@ A run is `outputs/<name>`, its adapter `adapters/<name>`, its curves `outputs/tb
 
 from __future__ import annotations
 
+import json
 import os
 import re
-from collections.abc import Iterable
-from contextlib import suppress
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -16,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from sft import files
 from sft.config.load import display_path, dump_config, load, resolve_path
-from sft.errors import ConfigError, RunError, nearest, redact
+from sft.errors import ConfigError, RunError, Stopped, nearest, one_line, redact
 
 if TYPE_CHECKING:
     from sft.config.schema import Config
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 MODEL_CONFIG = "config.json"  # of a model's folder: merged weights lie in outputs/ too, with a RESOLVED, and are no run
 SETTINGS, RESOLVED, FINISHED = "config.yaml", "config.resolved.yaml", "finished.json"
 LOCK, PAUSE, SAVE = "lock", "pause", "save"
+STATUS = "status.json"  # what the run's process is doing: phase, pid, step, the last figures, when it was written
 FINGERPRINT = "backend.json"  # of a run and a checkpoint: the settings that its weights depend on
 SERVING = "serving.json"  # of an adapter or model: {"system": the system text that all training rows share}
 _RESERVED = {"tb", "wandb", "mlflow", "trackio", "last", ""}
@@ -243,6 +246,34 @@ def run_of_adapter(folder: Path) -> Config:
             return load(place / RESOLVED, root=Path.cwd()).config
     what = f"{folder} holds no {RESOLVED}, so its base model and template are unknown"
     raise RunError(what, fix="name a folder that `train` wrote, such as adapters/last")
+
+
+def update_status(folder: Path, **values: object) -> None:
+    """Merges `values` into the status.json of a run's folder. Not flushed, and a disk that refuses it stops no run."""
+    path = folder / STATUS
+    staged = files.beside(path, "part")
+    with suppress(OSError):
+        staged.write_text(json.dumps({**files.read_json(path), **values, "updated": time.time()}), encoding="utf-8")
+        staged.replace(path)
+
+
+@contextmanager
+def reporting(run: Run, model: str) -> Iterator[None]:
+    """Writes into status.json that this process works on the run, and at the end of the block how that ended.
+
+    The environment may name the job (SFT_JOB) that the server started the process for.
+    """
+    job, gpu = os.environ.get("SFT_JOB"), os.environ.get("CUDA_VISIBLE_DEVICES")
+    update_status(run.folder, phase="starting", pid=os.getpid(), job=job, gpu=gpu, error=None, model=model)
+    try:
+        yield
+    except (Stopped, KeyboardInterrupt) as stop:
+        update_status(run.folder, phase="stopped", error=one_line(stop) or None)
+        raise
+    except BaseException as error:
+        update_status(run.folder, phase="failed", error=one_line(error))
+        raise
+    update_status(run.folder, phase="completed" if run.finished else "stopped")
 
 
 def point_last(run: Run, root: Path) -> None:

@@ -428,6 +428,7 @@ def hold_run(job: Job, opened: OpenRun, allowed: list[str]) -> Iterator[list[str
         def begin() -> list[str]:
             files.make_folder(run.folder)
             stack.enter_context(files.lock(run.folder / runs.LOCK, f"the run {run.name}"))
+            stack.enter_context(runs.reporting(run, job.files.name))
             files.sweep(run.folder)
             files.sweep(run.adapter_dir.parent, run.adapter_dir.name)
             accepted = check_fingerprint(opened.checkpoint, job.fingerprint(), allowed) if opened.checkpoint else []

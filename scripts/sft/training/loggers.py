@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from sft import files
+from sft import files, runs
 from sft.errors import EnvironmentProblem, one_line, redact
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ NAMES = {
     "windows_skipped": "train/windows_skipped",
 }
 SECONDS_PER_LINE = 30.0  # of progress where there is no bar
+SECONDS_PER_STATUS = 1.0  # of status.json
 Report = Callable[[int, int, str], None]  # steps done, steps in all, what to show beside them
 
 
@@ -92,7 +93,8 @@ class Loggers:
         self.writer: Any = None
         self.trackers, self._after_step = trackers, after_step
         self._start = (time.monotonic(), 0, 0, 0.0)  # when this process began to train; steps, tokens, seconds before
-        self._line = -math.inf  # when the last line of progress was logged
+        self._line = self._written = -math.inf  # when the last line of progress, and status.json, were written
+        self._metrics: dict[str, float | None] = {}  # the last value of each
         if path is None:
             return
         files.write_text(path, "".join(_json_line(entry) for entry in read(path) if entry["step"] <= after_step))
@@ -111,6 +113,7 @@ class Loggers:
         values = public_names(entry) | (gpu_gauges() if self.gpu and "loss" in entry else {})
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         files.append(self.path, _json_line({"step": step, **finite}))
+        self._metrics |= finite
         self._to_tensorboard(step, lambda writer: [writer.add_scalar(name, values[name], step) for name in values])
         if self.trackers is not None:
             self.trackers.log(step, finite)
@@ -137,7 +140,8 @@ class Loggers:
         self.busy(progress.global_step, "the first step")
 
     def busy(self, step: int, doing: str) -> None:
-        """Shows on the progress bar what takes longer than a step."""
+        """Shows on the progress bar, and in status.json, what takes longer than a step."""
+        self._status(phase=doing, step=step)
         if self.report is not None:
             self.report(step, self.total_steps, f"step {step}/{self.total_steps}  {doing}")
 
@@ -146,6 +150,9 @@ class Loggers:
         now, step, (since, steps, tokens, seconds) = time.monotonic(), progress.global_step, self._start
         speed = (progress.tokens - tokens) / max(progress.seconds - seconds, 1e-9)
         left = (now - since) / (step - steps) * (self.total_steps - step)
+        if step == self.total_steps or now - self._written >= SECONDS_PER_STATUS:
+            self._written = now
+            self._status(phase="training", step=step, tokens_per_second=round(speed, 1), seconds_left=round(left))
         shown = f"step {step}/{self.total_steps}  loss {progress.last_loss:.4f}  {speed:,.0f} tokens/s"
         shown += f"  {clock(left)} left"
         if self.report is not None:
@@ -153,6 +160,10 @@ class Loggers:
         elif step == self.total_steps or now - self._line >= SECONDS_PER_LINE:
             self._line = now
             log.info(shown)
+
+    def _status(self, **values: object) -> None:
+        if self.path is not None:
+            runs.update_status(self.path.parent, total_steps=self.total_steps, metrics=self._metrics, **values)
 
     def sync(self) -> None:
         """Called before a checkpoint is written: it must never know more than the log beside it."""

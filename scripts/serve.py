@@ -1,0 +1,78 @@
+"""Serves the kit on this machine: a page to work in, jobs over REST, and an endpoint for programs that chat.
+
+    python scripts/serve.py                      http://127.0.0.1:8000, for this machine alone
+    python scripts/serve.py --host 0.0.0.0       for others too: with a token, which is printed (or SFT_TOKEN)
+
+A job is scripts/train.py (or merge_lora, export, eval, compare) in a process of its own: it goes on when the server
+ends, and is found again. Queue and logs lie in outputs/.server. The routes are listed at /docs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import Any
+
+from sft import console
+
+
+def parser() -> argparse.ArgumentParser:
+    flags = console.parser(__doc__, config=False)
+    add = flags.add_argument
+    add("--host", default="127.0.0.1", metavar="IP", help="address to listen on (default 127.0.0.1)")
+    add("--port", type=int, default=8000, metavar="N", help="port (default 8000)")
+    add("--allow-host", action="append", default=[], metavar="NAME", help="a name that the server is called by")
+    add("--allow-outside", action="store_true", help="configs that come by HTTP may name paths outside the project")
+    add("--allow-remote-code", action="store_true", help="they may set model.trust_remote_code")
+    add("--max-upload", type=float, default=2.0, metavar="GIB", help="largest file of rows (default 2)")
+    return flags
+
+
+def main(args: argparse.Namespace) -> dict[str, Any]:
+    """Binds the address, so that a port in use is an error at once, and serves until Ctrl-C."""
+    import ipaddress
+    import secrets
+    import socket
+
+    import uvicorn
+
+    from sft.errors import EnvironmentProblem
+    from sft.server.api import Settings, create_app
+
+    try:
+        local = ipaddress.ip_address(args.host).is_loopback
+    except ValueError:
+        local = args.host == "localhost"
+    token = os.environ.get("SFT_TOKEN") or (None if local else secrets.token_urlsafe(24))
+    settings = Settings(
+        root=console.project_root(), token=token, trust_remote_code=args.allow_remote_code, outside=args.allow_outside,
+        max_upload=int(args.max_upload * 2**30),
+    )  # fmt: skip
+    try:
+        listener = socket.create_server(
+            (args.host, args.port), family=socket.AF_INET6 if ":" in args.host else socket.AF_INET
+        )
+    except OSError as error:
+        what = f"{args.host}:{args.port} cannot be listened on: {error.strerror}"
+        raise EnvironmentProblem(what, where="--port", fix=f"another one: --port {args.port + 1}") from None
+    port = listener.getsockname()[1]
+    shown = (
+        "127.0.0.1" if args.host in ("0.0.0.0", "localhost") else f"[{args.host}]" if ":" in args.host else args.host
+    )
+    console.say(
+        f"http://{shown}:{port}/{f'?token={token}' if token else ''}   routes: /docs   stop: Ctrl-C (jobs go on)"
+    )
+    if not local:
+        console.say(
+            "Others who reach this machine can use it with that token. It travels unencrypted: use a network you trust."
+        )
+    app = create_app(settings, tuple(args.allow_host))
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, timeout_graceful_shutdown=3, server_header=False
+    )
+    uvicorn.Server(config).run(sockets=[listener])
+    return {"stopped": True}
+
+
+if __name__ == "__main__":
+    console.run(parser(), main)

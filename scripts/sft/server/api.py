@@ -1,0 +1,778 @@
+"""The server's routes under /api/v1/sft, each over what a command reads or writes, and who may call them.
+
+Nothing here can do what the commands cannot. What a client sends is checked before a command sees it: paths stay inside
+the project, bodies are bounded, and code that comes with a model runs only where the server was started with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import ipaddress
+import json
+import logging
+import os
+import re
+import tempfile
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass
+from html import escape
+from http.cookies import CookieError, SimpleCookie
+from itertools import islice
+from pathlib import Path as FilePath
+from typing import Annotated, Any, Literal
+from urllib.parse import parse_qs, urlsplit
+
+from fastapi import APIRouter, Depends, FastAPI, Header, Path, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, RedirectResponse, StreamingResponse
+from fastapi.staticfiles import StaticFiles
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from sft import files, runs
+from sft.config.load import Loaded, Node, Problems, display_path, dump_yaml, load, parse, plain, resolve_path
+from sft.config.reference import table
+from sft.errors import ConfigError, DataError, EnvironmentProblem, SftError, one_line, redact, register_secret
+from sft.server.chat_api import create_router
+from sft.server.jobs import ENDED, Conflict, NotFound, Queue, run_command
+
+PREFIX = "/api/v1/sft"
+MAX_BODY = 2**20  # bytes of a request that is no upload
+MAX_UPLOAD = 2 * 2**30
+MAX_PREVIEW = 50  # rows
+MAX_COMMANDS = (2, 10)  # commands whose answers clients wait for: running, and together with those that wait
+UPLOADS = "data/uploads"
+COOKIE = "sft_token"
+POLL_SECONDS = 1.0  # of a follower of a log
+DATA_NAME = re.compile(r"[\w][\w .-]{0,80}\.(jsonl?|csv|tsv|parquet|arrow|txt|xlsx)(\.(gz|zst|bz2|xz))?", re.IGNORECASE)
+FREE_TEXT = (  # keys whose values are never a path
+    "experiment.", "generation.", "logging.", "tuning.freeze", "tuning.lora.", "model.add_tokens", "data.system_prompt",
+    "data.template_options", "data.columns.", "data.weight_field", "data.split.", "eval.format",
+)  # fmt: skip
+FILE = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+log = logging.getLogger("sft.server")
+Name = Annotated[str, Path(pattern=r"^\w[\w.+-]{0,100}$", description="a job's id, or the name of a run")]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the server was started.
+
+    token: what every request must carry; None on a loopback address. trust_remote_code, outside: what a config that
+    comes by HTTP may do besides. max_upload: bytes.
+    """
+
+    root: FilePath
+    token: str | None = None
+    trust_remote_code: bool = False
+    outside: bool = False
+    max_upload: int = MAX_UPLOAD
+
+
+# -- what clients send and get
+
+
+class StrictModel(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class ConfigRequest(StrictModel):
+    """A config: a file of the project, or its YAML text, and keys to set over it."""
+
+    config_path: Annotated[str, Field(max_length=300, examples=["configs/run_bnb.yaml"])] | None = None
+    config: Annotated[str, Field(max_length=200_000, description="YAML, instead of config_path")] | None = None
+    overrides: Annotated[dict[str, Any], Field(examples=[{"train.epochs": 2}])] = {}
+
+
+class TrainRequest(ConfigRequest):
+    resume_from_checkpoint: Annotated[str, Field(max_length=300, examples=["outputs/run/checkpoint-200"])] | None = None
+    force: Annotated[bool, Field(description="train even if the memory plan says that it does not fit")] = False
+
+
+class PlanRequest(ConfigRequest):
+    gpu: Annotated[str, Field(pattern=r"^[\w .]{1,40}$", examples=["RTX 4060", "8GiB", "cpu"])] | None = None
+
+
+class PreviewRequest(ConfigRequest):
+    rows: Annotated[list[dict[str, Any]], Field(max_length=MAX_PREVIEW)] | None = None
+    split: Literal["train", "val", "test"] = "train"
+    limit: Annotated[int, Field(ge=1, le=MAX_PREVIEW)] = 6
+    template: Annotated[str, Field(pattern=r"^[\w-]{1,60}$")] | None = None
+
+
+class MergeRequest(StrictModel):
+    dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
+
+
+class ExportRequest(StrictModel):
+    format: Literal["gguf", "ollama", "hf"] = "gguf"
+    type: Literal["f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "bf16", "f32"] = "f16"
+
+
+class EvaluateRequest(StrictModel):
+    split: Literal["val", "test"] = "test"
+    limit: Annotated[int, Field(ge=0, le=10**6, description="only the first rows; 0: all")] = 0
+    both: Annotated[bool, Field(description="score the base too")] = True
+
+
+class ReportRequest(StrictModel):
+    limit: Annotated[int, Field(ge=0, le=10**6, description="only the first rows; 0: all")] = 0
+
+
+class JobError(BaseModel):
+    error: str
+    where: str | None = None
+    fix: str | None = None
+
+
+class ErrorAnswer(JobError):
+    model_config = ConfigDict(extra="allow")
+    problems: list[JobError] = []
+
+
+class JobStatus(BaseModel):
+    """A job, or a run that a command started. Times are seconds since 1970."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    job_id: str
+    kind: Literal["train", "merge", "export", "evaluate", "report"]
+    run: str | None
+    model: str | None
+    status: Literal["queued", "running", "paused", "completed", "failed", "stopped"]
+    phase: str | None
+    wanted: str | None
+    progress: float
+    current_step: int
+    total_steps: int
+    metrics: dict[str, float]
+    tokens_per_second: float | None
+    seconds_left: float | None
+    error: JobError | None
+    created_at: float
+    updated_at: float
+
+
+class JobList(BaseModel):
+    jobs: list[JobStatus]
+
+
+# -- configs that come by HTTP
+
+
+class Configs:
+    """Reads the config of a request, under the rules for those that come by HTTP."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings, self.root = settings, settings.root
+
+    def load(self, request: ConfigRequest, default: FilePath | None = None) -> Loaded:
+        """The config of a request, or of the file `default`. Raises ConfigError with every mistake."""
+        if request.config_path and request.config is not None:
+            raise ConfigError("config_path and config are both set", where="config", fix="send one of them")
+        sets = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in request.overrides.items()]
+        if request.config is not None:
+            self._check_includes(request.config)
+            with self.text_file(request.config, ".yaml") as path, renamed(path, self.root, "config"):
+                loaded = load(path, sets, root=self.root)
+            return self._check(loaded, by_http=True)
+        if request.config_path:
+            default = self.inside(request.config_path, "config_path")
+        if default is None or default.suffix not in (".yaml", ".yml"):
+            fix = "GET /api/v1/sft/configs lists them"
+            raise ConfigError("no config is named, or it is no YAML file", where="config_path", fix=fix)
+        return self._check(load(default, sets, root=self.root), by_http=False)
+
+    def inside(self, text: str, key: str) -> FilePath:
+        """The path in the project that `text` means. Raises ConfigError for any other."""
+        if self.settings.outside:
+            return resolve_path(self.root, text, inside=False)
+        if leaves(text, self.root):
+            fix = "name a path inside the project, or start the server with --allow-outside"
+            raise ConfigError(f"{text!r} leads out of the project", where=key, fix=fix)
+        return resolve_path(self.root, text)
+
+    @contextmanager
+    def text_file(self, text: str, ending: str) -> Iterator[FilePath]:
+        """A file that holds `text` during the block."""
+        folder = self.root / "outputs" / ".server"
+        with tempfile.NamedTemporaryFile("w", suffix=ending, dir=folder, encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            yield FilePath(file.name)
+
+    def _check_includes(self, text: str) -> None:
+        """Raises ConfigError for an include of anything but the project's configs/: an error would quote the file."""
+        node = parse(text, "config", Problems())
+        include = node.value.get("include") if node and isinstance(node.value, dict) else None
+        values = include.value if include and isinstance(include.value, list) else [include] if include else []
+        for each in values:
+            path = FilePath(os.path.normpath(self.root / str(each.value)))
+            if not self.settings.outside and each.value is not None and not path.is_relative_to(self.root / "configs"):
+                fix = "include files of configs/, such as configs/config_base.yaml"
+                raise ConfigError(f"a config that comes by HTTP cannot include {each.value}", where=each.where, fix=fix)
+
+    def _check(self, loaded: Loaded, *, by_http: bool) -> Loaded:
+        problems = Problems()
+        for key, value in leaf_values(loaded.config.model_dump()):
+            origin = str(loaded.origin(re.sub(r"\[\d+\].*", "", key)))
+            if not by_http and not origin.startswith("--set"):
+                continue  # the user's own file
+            if key == "model.trust_remote_code" and value and not self.settings.trust_remote_code:
+                what = "a config that comes by HTTP cannot set model.trust_remote_code"
+                problems.add(what, origin, "start the server with --allow-remote-code")
+            is_path = isinstance(value, str) and not key.startswith(FREE_TEXT) and not self.settings.outside
+            if is_path and leaves(value, self.root):
+                what, fix = f"`{key}`: {value!r} leads out of the project", "start the server with --allow-outside"
+                problems.add(what, origin, fix)
+        problems.raise_all(FilePath("the request"))
+        return loaded
+
+
+def leaf_values(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of everything in nested mappings and lists."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from leaf_values(inner, f"{key}.{name}".lstrip("."))
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from leaf_values(inner, f"{key}[{index}]")
+    else:
+        yield key, value
+
+
+def leaves(text: str, root: FilePath) -> bool:
+    """Whether a text, read as a path, lies outside `root` (a URL or the id of a model does not)."""
+    if "\0" in text or text.startswith("~") or text.lower().startswith("file:"):
+        return True
+    return not FilePath(os.path.normpath(root / text)).is_relative_to(root)
+
+
+@contextmanager
+def renamed(path: FilePath, root: FilePath, name: str) -> Iterator[None]:
+    """Has an error name the request's `name` where it names the temporary file."""
+    try:
+        yield
+    except SftError as error:
+        for each in (error, *error.problems):
+            for shown in (display_path(path, root), str(path)):
+                each.what = each.what.replace(shown, name)
+                each.where = each.where.replace(shown, name) if each.where else None
+        raise
+
+
+def snapshot(loaded: Loaded) -> str:
+    """YAML of the keys that a config sets, includes and overrides merged."""
+    return dump_yaml(plain(Node(loaded.tree, "")))
+
+
+# -- who may call
+
+
+class Guard:
+    """Lets in who may call: Host, Origin and token checked, bodies bounded, pages without foreign scripts."""
+
+    def __init__(self, app: ASGIApp, settings: Settings, hosts: tuple[str, ...]) -> None:
+        self.app, self.token, self.hosts = app, settings.token, hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        is_upload = scope["method"] == "POST" and scope["path"] == f"{PREFIX}/data"
+        refusal = self._refusal(scope, headers, is_upload)
+        if isinstance(refusal, SftError):
+            status = 401 if "token" in refusal.what else 413 if "bytes" in refusal.what else 403
+            refusal = JSONResponse(error_json(refusal), status)
+        if refusal is not None:
+            await refusal(scope, receive, send)
+            return
+        size = 0
+
+        async def bounded() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > MAX_BODY and not is_upload:
+                raise HTTPException(413, f"a request may have {MAX_BODY} bytes")
+            return message
+
+        async def with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                inline = " 'unsafe-inline'; sandbox allow-scripts" if "/report" in scope["path"] else ""
+                policy = f"default-src 'self' data:{inline}; frame-ancestors 'self'"
+                message["headers"] += [
+                    (b"content-security-policy", policy.encode()),
+                    (b"x-content-type-options", b"nosniff"),
+                    (b"referrer-policy", b"no-referrer"),
+                ]
+            await send(message)
+
+        await self.app(scope, bounded, with_headers)
+
+    def _refusal(self, scope: Scope, headers: dict[str, str], is_upload: bool) -> SftError | Response | None:
+        host = headers.get("host", "")
+        if not self._is_our_host(host):
+            what = f"the host {host[:100]!r} is not this server's"  # DNS rebinding: a foreign name that leads here
+            return EnvironmentProblem(what, where="Host", fix="use its IP address, or start it with --allow-host NAME")
+        origin = headers.get("origin")
+        if origin is not None and urlsplit(origin).netloc != host:
+            return EnvironmentProblem("the request comes from another page", where="Origin")
+        if headers.get("sec-fetch-site") == "cross-site" and scope["method"] != "GET":
+            return EnvironmentProblem("the request comes from another page", where="Sec-Fetch-Site")
+        length = headers.get("content-length", "0")
+        if not is_upload and (not length.isdigit() or int(length) > MAX_BODY):
+            return EnvironmentProblem(f"a request may have {MAX_BODY} bytes", where="Content-Length")
+        if self.token is None:
+            return None
+        query = parse_qs(scope["query_string"].decode("latin-1")).get("token", [])
+        if scope["method"] == "GET" and scope["path"] == "/" and query and self._is_token(query[0]):
+            answer = RedirectResponse("/", 303)
+            answer.set_cookie(COOKIE, self.token, httponly=True, samesite="strict", max_age=30 * 86400)
+            return answer
+        cookies: SimpleCookie = SimpleCookie()
+        with suppress(CookieError):
+            cookies.load(headers.get("cookie", ""))
+        bearer = headers.get("authorization", "").removeprefix("Bearer ").strip()
+        if not self._is_token(bearer) and not (COOKIE in cookies and self._is_token(cookies[COOKIE].value)):
+            fix = "send `Authorization: Bearer TOKEN`, or open /?token=TOKEN"
+            return EnvironmentProblem("a token is needed", where="Authorization", fix=fix)
+        return None
+
+    def _is_our_host(self, host: str) -> bool:
+        """An IP address, localhost or a name that the server was started with, whatever the port."""
+        with suppress(ValueError):
+            name = urlsplit(f"//{host}").hostname or ""
+            if name == "localhost" or name in self.hosts:
+                return True
+            ipaddress.ip_address(name)
+            return True
+        return False
+
+    def _is_token(self, text: str) -> bool:
+        return hmac.compare_digest(text.encode("utf-8", "replace"), (self.token or "").encode())
+
+
+# -- the application
+
+
+def error_json(error: SftError) -> dict[str, Any]:
+    problems = [each.entry() for each in error.problems]
+    text = json.dumps({**error.entry(), **error.details, "problems": problems}, default=str)
+    return dict(json.loads(redact(text)))
+
+
+def create_app(settings: Settings, hosts: tuple[str, ...] = ()) -> FastAPI:
+    """The application: the queue's thread runs as long as it does. hosts: further names that it is called by."""
+    root = settings.root
+    if settings.token:
+        register_secret(settings.token)
+    chat: Any = create_router(root)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        loop = asyncio.get_running_loop()
+
+        def before_training() -> None:
+            try:
+                asyncio.run_coroutine_threadsafe(chat.release(), loop).result(60)
+            except Exception as error:  # a training does not wait for a chat that does not end
+                log.warning("the chat's model is still loaded: %s", one_line(error))
+
+        app.state.queue = queue = Queue(root, before_training)
+        thread = threading.Thread(target=queue.run, name="queue", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            await run_in_threadpool(queue.close)
+            await run_in_threadpool(thread.join, 10)
+
+    app = FastAPI(
+        title="sft-play", description="Fine-tuning jobs on this machine. A job is a command of the kit.",
+        lifespan=lifespan, docs_url=None, redoc_url=None,
+    )  # fmt: skip
+    app.add_middleware(Guard, settings=settings, hosts=hosts)  # type: ignore[arg-type]
+
+    @app.exception_handler(SftError)
+    async def refused(_: Request, error: SftError) -> JSONResponse:
+        status = 404 if isinstance(error, NotFound) else 409 if isinstance(error, Conflict) else 422
+        return JSONResponse(error_json(error), status)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        problems = [SftError(each["msg"], where=".".join(map(str, each["loc"]))) for each in error.errors()]
+        what = SftError(
+            "the request is not as this route takes it", fix="GET /docs lists the routes", problems=problems
+        )
+        return JSONResponse(error_json(what), 422)
+
+    @app.exception_handler(HTTPException)
+    async def no_route(_: Request, error: HTTPException) -> JSONResponse:
+        what = SftError(one_line(error.detail), fix="GET /docs lists the routes")
+        return JSONResponse(error_json(what), error.status_code, headers=error.headers)
+
+    @app.get("/docs", response_class=HTMLResponse, include_in_schema=False)
+    def docs() -> str:
+        return docs_page(app.openapi())
+
+    app.include_router(make_router(settings))
+    app.include_router(chat)
+    sft = FilePath(__file__).parents[1]
+
+    @app.get("/report.css", include_in_schema=False)
+    def style() -> FileResponse:
+        return FileResponse(sft / "report" / "templates" / "page.css")
+
+    if (static := sft / "server" / "static").is_dir():
+        app.mount("/", StaticFiles(directory=static, html=True), name="page")
+    return app
+
+
+def docs_page(openapi: dict[str, Any]) -> str:
+    """The routes as a plain page; openapi.json has them in full."""
+    rows = [
+        f"<tr><td><code>{method.upper()} {escape(path)}</code><td>{escape(str(entry.get('description', '')))}"
+        for path, methods in openapi["paths"].items()
+        for method, entry in methods.items()
+    ]
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8"><title>sft-play: routes</title><h1>Routes</h1>'
+        '<p>In full: <a href="/openapi.json">openapi.json</a></p>'
+        f"<table>{''.join(rows)}</table></html>"
+    )
+
+
+def queue_of(request: Request) -> Queue:
+    queue: Queue = request.app.state.queue
+    return queue
+
+
+Jobs = Annotated[Queue, Depends(queue_of)]
+
+
+def make_router(settings: Settings) -> APIRouter:  # noqa: PLR0915  # one route after the other
+    """The routes of the jobs, configs, templates, data and models."""
+    root, configs = settings.root, Configs(settings)
+    commands, waiting = (threading.BoundedSemaphore(count) for count in MAX_COMMANDS)
+    router = APIRouter(
+        prefix=PREFIX, responses={"4XX": {"model": ErrorAnswer, "description": "what is wrong, and where"}}
+    )
+
+    def run(name: str, *args: str, lines: bool = False) -> Any:
+        if not waiting.acquire(blocking=False):
+            raise Conflict("too many plans and previews are being computed", where=name, fix="wait a few seconds")
+        try:
+            with commands:
+                return run_command(root, name, *args, lines=lines)
+        finally:
+            waiting.release()
+
+    def plan_of(loaded: Loaded, gpu: str | None = None) -> dict[str, Any]:
+        with configs.text_file(snapshot(loaded), ".yaml") as path, renamed(path, root, "config"):
+            return dict(run("plan", "--config", str(path), *(["--gpu", gpu] if gpu else [])))
+
+    # -- jobs
+
+    @router.post("/train", status_code=201)
+    def train(request: TrainRequest, queue: Jobs) -> JobStatus:
+        """Checks a config and its memory plan, and queues a training with it."""
+        checkpoint, opened = request.resume_from_checkpoint, None
+        if checkpoint is not None:
+            folder = configs.inside(checkpoint, "resume_from_checkpoint")
+            opened = runs.open_run("outputs/run", root, str(folder))
+        loaded = configs.load(request, opened.run.settings if opened else None)
+        output = resolve_path(root, loaded.config.train.output_dir)
+        if output.parent != root / "outputs":
+            what = f"train.output_dir is {loaded.config.train.output_dir}, but the server's runs lie in outputs/"
+            raise ConfigError(what, where="train.output_dir", fix="train.output_dir: outputs/NAME")
+        runs.check_place(loaded.config.train.output_dir, root)
+        if not request.force:
+            plan = plan_of(loaded)
+            if not plan["fits"]:
+                what = f"it does not fit: {plan['peak_gib']} GiB are needed, {plan['device']['name']}"
+                what += f" has {plan['device']['gib']}"
+                hints = [f"{each['setting']} (saves {each['saves_gib']:.2f} GiB)" for each in plan["remedies"]]
+                refusal = Conflict(what, where="the memory plan", fix="; ".join(hints) or "a smaller model")
+                refusal.details = {"plan": plan}
+                raise refusal
+        args = ["--resume", str(folder) if checkpoint is not None else "auto", *(["--force"] if request.force else [])]
+        name, run = (None, opened.run.name) if opened else (output.name, None)
+        return status_of(queue, queue.add("train", args, name=name, run=run, config=snapshot(loaded)))
+
+    @router.get("/jobs")
+    def list_jobs(queue: Jobs, limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> JobList:
+        """The newest jobs, and the runs that commands started; the last changed first."""
+        return JobList(jobs=[JobStatus(**view) for view in queue.views(limit)])
+
+    def status_of(queue: Queue, name: str) -> JobStatus:
+        return JobStatus(**queue.view(name))
+
+    @router.get("/jobs/{job_id}")
+    def get_job(job_id: Name, queue: Jobs) -> JobStatus:
+        """One job, or the run of that name."""
+        return status_of(queue, job_id)
+
+    @router.delete("/jobs/{job_id}")
+    def stop_job(job_id: Name, queue: Jobs, at_once: bool = False) -> JobStatus:
+        """Stops a job after its step, with a checkpoint; at_once: kills it."""
+        queue.stop(job_id, "stopped", at_once=at_once)
+        return status_of(queue, job_id)
+
+    @router.post("/jobs/{job_id}/pause")
+    def pause_job(job_id: Name, queue: Jobs) -> JobStatus:
+        """Stops a job after its step, with a checkpoint, to be resumed; the next one in the queue starts."""
+        queue.stop(job_id, "paused")
+        return status_of(queue, job_id)
+
+    @router.post("/jobs/{job_id}/resume")
+    def resume_job(job_id: Name, queue: Jobs) -> JobStatus:
+        """Queues a job again that was paused or stopped, or has failed; a training goes on at its checkpoint."""
+        return status_of(queue, queue.resume(job_id))
+
+    @router.get("/jobs/{job_id}/metrics")
+    def metrics(job_id: Name, queue: Jobs, after: Annotated[int, Query(ge=-1)] = -1) -> dict[str, Any]:
+        """The history: what was logged after the step `after`, one entry each."""
+        name = queue.view(job_id)["run"]
+        path = root / "outputs" / name / "log.jsonl" if name else None
+        return {"run": name, "history": [each for each in read_lines(path) if each.get("step", 0) > after]}
+
+    @router.get("/jobs/{job_id}/logs", response_class=StreamingResponse)
+    async def logs(
+        job_id: Name, queue: Jobs, last_event_id: Annotated[str | None, Header(pattern=r"^\d{1,15}$")] = None
+    ) -> StreamingResponse:
+        """The log as server-sent events until the job ends, then the event `end`; ids are places in the file."""
+        path = await run_in_threadpool(queue.log_path, job_id)
+        stream = follow(path, int(last_event_id or 0), lambda: str(queue.view(job_id)["status"]))
+        return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+
+    # -- configs and plans
+
+    @router.get("/configs")
+    def list_configs() -> dict[str, Any]:
+        """The config files of the project, and which one the commands take by default."""
+        paths = sorted((root / "configs").glob("**/*.yaml"))
+        local = root / "configs" / "local.yaml"
+        default = local if local.is_file() else root / "configs" / "run_bnb.yaml"
+        entries = [{"path": display_path(path, root), "description": first_comment(path)} for path in paths]
+        return {"configs": entries, "default": display_path(default, root)}
+
+    @router.get("/configs/schema")
+    def schema() -> dict[str, Any]:
+        """Every key of a config: what it takes, its default, its meaning."""
+        return {"keys": [{**vars(field), "default": field.default} for field in table().values()]}
+
+    @router.post("/configs/validate")
+    def validate(request: ConfigRequest) -> dict[str, Any]:
+        """Every mistake of a config, each with its place and the nearest name; without one, the whole config."""
+        try:
+            loaded = configs.load(request)
+        except ConfigError as error:
+            return {"valid": False, "errors": [each.entry() for each in error.problems or [error]]}
+        return {"valid": True, "errors": [], "config": loaded.config.model_dump()}
+
+    @router.post("/plan")
+    def plan(request: PlanRequest) -> dict[str, Any]:
+        """Whether it fits: the memory of every phase, and what would help."""
+        return plan_of(configs.load(request), request.gpu)
+
+    # -- templates and data
+
+    @router.get("/templates")
+    def templates() -> dict[str, Any]:
+        """The chat templates of the project, by the name that data.template_path takes."""
+        paths = sorted((root / "chat_templates").glob("*.jinja"))
+        return {"templates": [{"name": path.stem, "description": first_comment(path)} for path in paths]}
+
+    @router.post("/templates/preview")
+    def preview(request: PreviewRequest) -> dict[str, Any]:
+        """Rows as the model is trained on them: each token, and whether it is in the loss."""
+        loaded = configs.load(request)
+        args = ["--limit", str(request.limit), "--split", request.split, "--tokens"]
+        args += ["--template", request.template] if request.template else []
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in request.rows or [])
+        with (
+            configs.text_file(snapshot(loaded), ".yaml") as config,
+            configs.text_file(lines, ".jsonl") as rows,
+            renamed(rows, root, "rows"),
+        ):
+            args += ["--in", str(rows)] if request.rows is not None else []
+            return {"rows": run("preview", "--config", str(config), *args, lines=True)}
+
+    @router.post("/data", status_code=201, openapi_extra={"requestBody": {"required": True, "content": FILE}})
+    async def upload(
+        request: Request,
+        name: Annotated[str, Query(max_length=100, examples=["rows.jsonl"])],
+        user_col: Annotated[str | None, Query(max_length=100)] = None,
+        answer_col: Annotated[str | None, Query(max_length=100)] = None,
+    ) -> dict[str, Any]:
+        """Takes a file of rows as the request's body and processes it; answers with the ledger of every row.
+
+        `overrides` are the keys with which a training uses these rows.
+        """
+        if not DATA_NAME.fullmatch(name):
+            raise DataError(
+                f"{name!r} is not the name of a file of rows", where="name", fix="such as rows.jsonl or rows.csv"
+            )
+        folder = root / UPLOADS / re.sub(r"[^\w-]+", "-", name.partition(".")[0])
+        path, size = folder / name, 0
+        await run_in_threadpool(files.make_folder, folder)
+        with files.atomic_file(path) as staged, open(staged, "wb") as file:
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size > settings.max_upload:
+                    what = f"the file has more than {files.format_bytes(settings.max_upload)}"
+                    raise DataError(
+                        what, where=name, fix="start the server with a larger --max-upload, or make process"
+                    )
+                await run_in_threadpool(file.write, chunk)
+        processed = display_path(folder / "processed", root)
+        args = ["--raw_path", str(path), "--set", f"data.processed_dir={processed}"]
+        args += [f"--user_col={user_col}"] if user_col else []
+        args += [f"--answer_col={answer_col}"] if answer_col else []
+        ledger = await run_in_threadpool(run, "process_data", *args)
+        overrides = {"data.processed_dir": processed, "data.stage": "processed"}
+        return {"path": display_path(path, root), "bytes": size, "ledger": ledger, "overrides": overrides}
+
+    # -- models
+
+    def finished(model_id: str) -> runs.Run:
+        run = runs.at(root / "outputs" / model_id, root)
+        if not run.finished or not (run.folder / runs.RESOLVED).is_file():
+            fix = "GET /api/v1/sft/models lists them"
+            raise NotFound(f"there is no model {model_id}: no run of that name has finished", where="model_id", fix=fix)
+        return run
+
+    def info(run: runs.Run) -> dict[str, Any]:
+        summary, status = files.read_json(run.folder / runs.FINISHED), files.read_json(run.folder / runs.STATUS)
+        return {
+            "id": run.name,
+            "base": status.get("model"),
+            "finished_at": (run.folder / runs.FINISHED).stat().st_mtime,
+            "loss": (summary.get("eval") or {}).get("loss", summary.get("train_loss_last")),
+            "has_report": (run.folder / "report" / "index.html").is_file(),
+            "has_samples": (run.folder / "samples.jsonl").is_file(),
+        }
+
+    @router.get("/models")
+    def list_models() -> dict[str, Any]:
+        """The finished runs, the newest first."""
+        paths = (root / "outputs").glob(f"*/{runs.FINISHED}")
+        names = [
+            path.parent for path in paths if not path.parent.is_symlink() and (path.parent / runs.RESOLVED).is_file()
+        ]
+        models = [info(runs.at(folder, root)) for folder in names]
+        return {"models": sorted(models, key=lambda each: each["finished_at"], reverse=True)}
+
+    @router.get("/models/{model_id}/info")
+    def model_info(model_id: Name) -> dict[str, Any]:
+        """A finished run: its summary, the metrics of its evaluations, its whole config, its files."""
+        run = finished(model_id)
+        place = run.model_dir if run.model_dir.is_dir() else run.adapter_dir
+        return {
+            **info(run),
+            "summary": files.read_json(run.folder / runs.FINISHED),
+            "metrics": files.read_json(run.folder / "metrics.json"),
+            "config": load(run.folder / runs.RESOLVED, root=root).config.model_dump(),
+            "folder": display_path(place, root),
+            "bytes": files.size(place),
+        }
+
+    @router.get("/models/{model_id}/samples")
+    def samples(model_id: Name, limit: Annotated[int, Query(ge=1, le=1000)] = 50) -> dict[str, Any]:
+        """Answers of the last evaluation, with their references and scores."""
+        return {"samples": list(islice(read_lines(finished(model_id).folder / "samples.jsonl"), limit))}
+
+    @router.get("/models/{model_id}/report", response_class=HTMLResponse)
+    def report_page(model_id: Name) -> FileResponse:
+        """The comparison of base and tuned model, as `make compare` wrote it."""
+        page = finished(model_id).folder / "report" / "index.html"
+        if not page.is_file():
+            fix = f"POST {PREFIX}/models/{model_id}/report"
+            raise NotFound(f"{model_id} has no report yet", where="model_id", fix=fix)
+        return FileResponse(page, media_type="text/html")
+
+    def queued(queue: Queue, kind: str, model_id: str, *args: str) -> JobStatus:
+        run = finished(model_id)
+        return status_of(queue, queue.add(kind, ["--run", run.name, *args], run=run.name))
+
+    @router.post("/models/{model_id}/merge", status_code=201)
+    def merge(model_id: Name, queue: Jobs, request: MergeRequest = MergeRequest()) -> JobStatus:  # noqa: B008
+        """Queues the merge of an adapter into its base: outputs/<run>/merged_<dtype>."""
+        out = root / "outputs" / model_id / f"merged_{request.dtype}"
+        return queued(queue, "merge", model_id, "--dtype", request.dtype, "--out", str(out))
+
+    @router.post("/models/{model_id}/export", status_code=201)
+    def export(model_id: Name, queue: Jobs, request: ExportRequest = ExportRequest()) -> JobStatus:  # noqa: B008
+        """Queues an export: outputs/export/<run>-<format>."""
+        return queued(queue, "export", model_id, "--format", request.format, "--type", request.type)
+
+    @router.post("/models/{model_id}/evaluate", status_code=201)
+    def evaluate(model_id: Name, queue: Jobs, request: EvaluateRequest = EvaluateRequest()) -> JobStatus:  # noqa: B008
+        """Queues an evaluation on held-out rows."""
+        args = ["--split", request.split, "--limit", str(request.limit), *(["--both"] if request.both else [])]
+        return queued(queue, "evaluate", model_id, *args)
+
+    @router.post("/models/{model_id}/report", status_code=201)
+    def report(model_id: Name, queue: Jobs, request: ReportRequest = ReportRequest()) -> JobStatus:  # noqa: B008
+        """Queues the comparison of base and tuned model on the same rows."""
+        return queued(queue, "report", model_id, "--limit", str(request.limit))
+
+    return router
+
+
+async def follow(path: FilePath, offset: int, status: Callable[[], str]) -> AsyncIterator[str]:
+    """Server-sent events with the lines of a file from the byte `offset` on, until the job ends."""
+    idle = 0.0
+    while True:
+        state = await run_in_threadpool(status)
+        chunk = await run_in_threadpool(read_from, path, offset, state in ENDED)
+        for line in chunk.splitlines(keepends=True):
+            offset += len(line)
+            text = redact(line.decode("utf-8", "replace").rstrip("\r\n").replace("\r", " "))
+            yield f"id: {offset}\ndata: {text}\n\n"
+        if state in ENDED and not chunk:
+            yield f"event: end\ndata: {state}\n\n"
+            return
+        idle = 0.0 if chunk else idle + POLL_SECONDS
+        if idle >= 15:  # tells proxies, and us, that the client is still there
+            idle = 0.0
+            yield ": waiting\n\n"
+        if not chunk:
+            await asyncio.sleep(POLL_SECONDS)
+
+
+def read_from(path: FilePath, offset: int, whole: bool) -> bytes:
+    """At most 64 KiB of whole lines from `offset` on. whole: the last line may lack its end, for no more will come."""
+    with suppress(FileNotFoundError), open(path, "rb") as file:
+        file.seek(offset if offset <= path.stat().st_size else 0)
+        chunk = file.read(2**16)
+        return chunk if whole or len(chunk) == 2**16 else chunk[: chunk.rfind(b"\n") + 1]
+    return b""
+
+
+def read_lines(path: FilePath | None) -> Iterator[dict[str, Any]]:
+    """The JSON objects of a file, without a line that is still being written."""
+    if path is None or not path.is_file():
+        return
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            with suppress(ValueError):
+                entry = json.loads(line)
+                if isinstance(entry, dict):
+                    yield entry
+
+
+def first_comment(path: FilePath) -> str:
+    """The comment with which a config or a template begins, without its marks."""
+    with suppress(OSError, UnicodeDecodeError):
+        line = path.read_text(encoding="utf-8").partition("\n")[0]
+        if line.startswith(("#", "{#")):
+            return line.strip("{}#- ")
+    return ""

@@ -1,0 +1,241 @@
+"""The routes: what they answer, whom they refuse, and one training from request to model through the real server."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from starlette.testclient import TestClient
+
+from sft.server.api import MAX_BODY, PREFIX, Settings, create_app
+from tests.conftest import ROOT
+from tests.server import quick
+from tests.server.quick import wait_for
+from tests.training import project
+
+YAML = "model: {name: models/tiny}\ntrain: {output_dir: outputs/t}\n"
+
+
+@pytest.fixture
+def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClient]:
+    quick.install(tmp_path, monkeypatch)
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "mine.yaml").write_text("# Mine.\n" + YAML)
+    with TestClient(create_app(Settings(tmp_path)), base_url="http://localhost:8000") as client:
+        yield client
+
+
+def start(client: TestClient, steps: int, name: str = "chat") -> str:
+    """A job of the quick script, past the plan, which needs a model."""
+    return str(client.app.state.queue.add("train", ["--resume", "auto"], name=name, config=f"steps={steps}"))  # type: ignore[attr-defined]
+
+
+def test_a_job_is_listed_watched_paused_resumed_and_stopped(client: TestClient) -> None:
+    job = start(client, 60)
+    wait_for(lambda: client.get(f"{PREFIX}/jobs/{job}").json()["current_step"] > 1)
+    status = client.get(f"{PREFIX}/jobs/{job}").json()
+    assert {
+        "job_id",
+        "status",
+        "progress",
+        "current_step",
+        "total_steps",
+        "metrics",
+        "created_at",
+        "updated_at",
+    } <= set(status)
+    assert (status["status"], status["phase"], status["total_steps"], status["model"]) == (
+        "running", "training", 60, "tiny",
+    )  # fmt: skip
+    assert [each["job_id"] for each in client.get(f"{PREFIX}/jobs").json()["jobs"]] == [job]
+    assert client.post(f"{PREFIX}/jobs/{job}/pause").json()["wanted"] == "paused"
+    wait_for(lambda: client.get(f"{PREFIX}/jobs/{job}").json()["status"] == "paused")
+    assert client.post(f"{PREFIX}/jobs/{job}/resume").json()["status"] in ("queued", "running")
+    wait_for(lambda: client.get(f"{PREFIX}/jobs/{job}").json()["phase"] == "training")
+    client.delete(f"{PREFIX}/jobs/{job}")
+    wait_for(lambda: client.get(f"{PREFIX}/jobs/{job}").json()["status"] == "stopped")
+    history = client.get(f"{PREFIX}/jobs/{job}/metrics").json()["history"]
+    assert [entry["step"] for entry in history] == list(range(1, len(history) + 1))
+    after = client.get(f"{PREFIX}/jobs/{job}/metrics", params={"after": 2}).json()["history"]
+    assert after == history[2:]
+
+
+def test_logs_are_events_that_go_on_after_the_last_one_that_was_seen(client: TestClient) -> None:
+    job = start(client, 5)
+    whole = client.get(f"{PREFIX}/jobs/{job}/logs").text  # ends with the job
+    events = [dict(line.partition(": ")[::2] for line in event.splitlines()) for event in whole.split("\n\n") if event]
+    assert [event["data"] for event in events] == [f"step {step}" for step in range(1, 6)] + ["completed"]
+    assert events[-1]["event"] == "end"
+    rest = client.get(f"{PREFIX}/jobs/{job}/logs", headers={"Last-Event-ID": events[2]["id"]}).text
+    assert [line for line in rest.splitlines() if line.startswith("data")][:2] == ["data: step 4", "data: step 5"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/jobs/nothing", 404),
+        ("DELETE", "/jobs/nothing", 404),
+        ("GET", "/jobs/..%2f..%2fetc", 404),
+        ("GET", "/jobs/.server", 422),
+        ("GET", "/models/nothing/info", 404),
+        ("GET", "/models/last/report", 404),
+        ("GET", "/nothing", 404),
+        ("PUT", "/jobs", 405),
+    ],
+)
+def test_what_does_not_exist_is_an_error_in_three_parts(
+    client: TestClient, method: str, path: str, status: int
+) -> None:
+    answer = client.request(method, PREFIX + path)
+    assert answer.status_code == status and {"error", "where", "fix"} <= set(answer.json())
+
+
+def test_every_mistake_of_a_config_is_named_with_its_line(client: TestClient) -> None:
+    answer = client.post(
+        f"{PREFIX}/configs/validate", json={"config": YAML + "tarin: 1\ndata: {max_droped: 0.5}\n"}
+    ).json()
+    assert not answer["valid"]
+    assert [(error["where"], error["fix"]) for error in answer["errors"]] == [
+        ("config:3", "did you mean `train`?"),
+        ("config:4", "did you mean `data.max_dropped`?"),
+    ]
+    good = client.post(
+        f"{PREFIX}/configs/validate", json={"config_path": "configs/mine.yaml", "overrides": {"train.epochs": 2}}
+    )
+    assert good.json()["config"]["train"]["epochs"] == 2
+    listed = client.get(f"{PREFIX}/configs").json()["configs"]
+    assert listed == [{"path": "configs/mine.yaml", "description": "Mine."}]
+    keys = {each["key"]: each for each in client.get(f"{PREFIX}/configs/schema").json()["keys"]}
+    assert keys["tuning.mode"]["choices"] == ["qlora", "lora", "full"] and keys["train.epochs"]["default"] == "auto"
+
+
+@pytest.mark.parametrize(
+    ("body", "what"),
+    [
+        ({"config": "model: {name: /etc}"}, "leads out of the project"),
+        ({"config": "model: {name: ~/secret}"}, "leads out of the project"),
+        ({"config": "data: {raw_path: ../../etc/passwd}"}, "leads out of the project"),
+        ({"config": "data: {sources: [{path: 'file:///etc/passwd'}]}"}, "leads out of the project"),
+        ({"config": "model: {trust_remote_code: true}"}, "cannot set model.trust_remote_code"),
+        ({"config_path": "configs/mine.yaml", "overrides": {"model.trust_remote_code": True}}, "cannot set"),
+        ({"config_path": "configs/mine.yaml", "overrides": {"model.name": "/etc"}}, "leads out of the project"),
+        ({"config_path": "/etc/passwd"}, "leads out of the project"),
+        ({"config_path": "quick/train.py"}, "no YAML file"),
+        ({"config": "include: /etc/passwd"}, "cannot include"),
+        ({"config": "include: [data/raw/x.yaml]"}, "cannot include"),
+        ({"config": "train: {output_dir: elsewhere/run}"}, "lie in outputs/"),
+        ({"config": "a", "config_path": "b"}, "both set"),
+        ({}, "no config is named"),
+        ({"config_path": "configs/mine.yaml", "unknown": 1}, "not as this route takes it"),
+        ({"config_path": "configs/mine.yaml", "resume_from_checkpoint": "/etc"}, "leads out of the project"),
+        ({"config_path": "configs/mine.yaml", "resume_from_checkpoint": "outputs/none"}, "no run or checkpoint"),
+    ],
+)
+def test_a_config_that_comes_by_http_stays_inside_the_project(client: TestClient, body: Any, what: str) -> None:
+    answer = client.post(f"{PREFIX}/train", json=body)
+    assert answer.status_code == 422 and what in answer.text, answer.text
+    assert client.get(f"{PREFIX}/jobs").json()["jobs"] == []
+
+
+def test_only_this_machine_calls_and_no_other_page(client: TestClient) -> None:
+    url = f"{PREFIX}/jobs"
+    for headers in ({"Host": "evil.example"}, {"Origin": "http://evil.example"}, {"Origin": "null"}):
+        answer = client.get(url, headers=headers)
+        assert answer.status_code == 403 and answer.json()["where"] in ("Host", "Origin")
+    for host in ("127.0.0.1:8000", "[::1]:8000", "192.168.1.5", "localhost"):
+        assert client.get(url, headers={"Host": host}).status_code == 200
+    assert client.get(url, headers={"Origin": "http://localhost:8000"}).status_code == 200
+    too_long = client.post(f"{PREFIX}/configs/validate", content=b"x" * (MAX_BODY + 1))
+    assert too_long.status_code == 413
+    in_chunks = client.post(f"{PREFIX}/configs/validate", content=(b"x" * 65536 for _ in range(20)))
+    assert in_chunks.status_code == 413
+    assert "default-src 'self'" in client.get("/docs").headers["content-security-policy"]
+
+
+def test_a_token_is_needed_where_the_server_has_one(tmp_path: Path) -> None:
+    app = create_app(Settings(tmp_path, token="a-long-secret-token"))
+    with TestClient(app, base_url="http://localhost:8000") as client:
+        url = f"{PREFIX}/jobs"
+        assert client.get(url).status_code == 401
+        assert client.get(url, headers={"Authorization": "Bearer wrong"}).status_code == 401
+        assert client.get(url, headers={"Authorization": "Bearer a-long-secret-token"}).status_code == 200
+        assert client.get("/", params={"token": "wrong"}).status_code == 401
+        opened = client.get("/", params={"token": "a-long-secret-token"}, follow_redirects=False)
+        assert opened.status_code == 303 and "HttpOnly" in opened.headers["set-cookie"]
+        assert client.get(url).status_code == 200  # by the cookie
+
+
+def test_uploads_are_processed_bounded_and_have_the_name_of_a_data_file(client: TestClient, tmp_path: Path) -> None:
+    for name in ("../x.jsonl", "x.yaml", ".jsonl", "a/b.csv", "x\0.csv"):
+        assert client.post(f"{PREFIX}/data", params={"name": name}, content=b"{}").status_code == 422
+    with TestClient(create_app(Settings(tmp_path / "small", max_upload=10)), base_url="http://localhost") as small:
+        answer = small.post(f"{PREFIX}/data", params={"name": "rows.jsonl"}, content=b"x" * 11)
+        assert answer.status_code == 422 and "--max-upload" in answer.json()["fix"]
+        assert not list((tmp_path / "small" / "data").rglob("*.jsonl"))
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, tiny_qwen2: Path) -> Iterator[tuple[httpx.Client, Path]]:
+    """`python scripts/serve.py` on a port that is free, in a project with rows and a tiny model."""
+    root = project.make(tmp_path_factory.mktemp("project"), tiny_qwen2)
+    (root / "configs").mkdir()
+    (root / "config.yaml").rename(root / "configs" / "run_bnb.yaml")
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "scripts" / "serve.py"), "--port", "0"], stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "SFT_ROOT": str(root), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert process.stdout
+    address = process.stdout.readline().split()[0]
+    with httpx.Client(base_url=address, timeout=120) as client:
+        yield client, root
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 130
+
+
+def done(client: httpx.Client, job: str) -> bool:
+    status = client.get(f"{PREFIX}/jobs/{job}").json()
+    assert status["status"] != "failed", status["error"]
+    return bool(status["status"] == "completed")
+
+
+def test_from_an_upload_to_a_trained_and_evaluated_model(server: tuple[httpx.Client, Path]) -> None:
+    client, root = server
+    rows = [{"user": f"Name: N{index}", "assistant": f"N{index}"} for index in range(40)]
+    body = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    data = client.post(f"{PREFIX}/data", params={"name": "my rows.jsonl"}, content=body).json()
+    assert "ledger" in data, data
+    assert data["ledger"]["rows_read"] == 40, data
+    config = {"config_path": "configs/run_bnb.yaml", "overrides": {**data["overrides"], "train.max_steps": 3}}
+    preview = client.post(f"{PREFIX}/templates/preview", json={**config, "limit": 2}).json()["rows"]
+    assert len(preview) == 2 and "labelled" in {state for _, state in preview[0]["tokens"]}
+    answer = client.post(f"{PREFIX}/train", json=config)
+    assert answer.status_code == 201, answer.text
+    job = answer.json()["job_id"]
+    wait_for(lambda: done(client, job), 200)
+    status = client.get(f"{PREFIX}/jobs/{job}").json()
+    assert (status["run"], status["current_step"], status["progress"]) == ("t", 3, 1.0)
+    assert status["metrics"]["train/loss"] > 0 and status["tokens_per_second"] > 0
+    assert "t is finished" in (root / "outputs/.server" / job / "log.txt").read_text()
+    (model,) = client.get(f"{PREFIX}/models").json()["models"]
+    assert (model["id"], model["has_samples"]) == ("t", False)
+    evaluation = client.post(f"{PREFIX}/models/t/evaluate", json={"limit": 2}).json()["job_id"]
+    wait_for(lambda: done(client, evaluation), 200)
+    assert len(client.get(f"{PREFIX}/models/t/samples").json()["samples"]) == 2
+    info = client.get(f"{PREFIX}/models/t/info").json()
+    assert info["config"]["train"]["max_steps"] == 3 and info["metrics"]["base"] and info["bytes"] > 0
+
+
+def test_what_does_not_fit_is_refused_with_what_would_help(server: tuple[httpx.Client, Path]) -> None:
+    client, _ = server
+    plan = client.post(f"{PREFIX}/plan", json={"config_path": "configs/run_bnb.yaml", "gpu": "8GiB"}).json()
+    assert plan["fits"] and plan["device"]["kind"] == "cuda"
+    wrong = client.post(f"{PREFIX}/plan", json={"config_path": "configs/run_bnb.yaml", "gpu": "no such card"})
+    assert wrong.status_code == 422 and "card" in wrong.json()["error"].lower() + str(wrong.json()["fix"]).lower()
