@@ -9,7 +9,7 @@
 
 .DEFAULT_GOAL := help
 .PHONY: help coverage install install-dev install-unsloth lock setup-dirs download-model import-gguf demo-model process advise sweep style render \
-	full-pipeline style-if-set preview report-data plan check train train-bnb train-unsloth train-with-tb train-bnb-tb \
+	full-pipeline style-if-set preview report-data plan check train train-bnb train-unsloth train-multi train-with-tb train-bnb-tb \
 	train-unsloth-tb pause resume doctor tensorboard tb-stop tb-clean tb-open eval eval-val eval-test eval-quick eval-full compare lm-eval infer \
 	infer-interactive infer-batch merge merge-bf16 merge-test export push serve \
 	config-docs test test-all fuzz test-faults lint clean quick-start
@@ -21,7 +21,7 @@ OUTPUT ?= outputs/preds.txt
 .NOTPARALLEL:
 .SILENT:
 
-KNOWN := CONFIG RUN SET ARGS RESUME ALLOW SWEEP RAW USER_COL ANSWER_COL STYLE MODEL MODELS TB_PORT INPUT OUTPUT ADAPTERS BASE FORCE GPU PNG TASKS FORMAT TYPE CONVERTER REPO DRY FILE OUT HOST PORT PYTHON
+KNOWN := CONFIG RUN SET ARGS RESUME ALLOW SWEEP RAW USER_COL ANSWER_COL STYLE MODEL MODELS NPROC SHARD TB_PORT INPUT OUTPUT ADAPTERS BASE FORCE GPU PNG TASKS FORMAT TYPE CONVERTER REPO DRY FILE OUT HOST PORT PYTHON
 export $(KNOWN)
 GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command line,$(origin $(name))),$(name)))
 $(foreach name,$(filter-out $(KNOWN) SHELL MAKEFLAGS,$(GIVEN)),$(error $(name)= is not a variable of this kit. Known: $(KNOWN). \
@@ -29,12 +29,14 @@ $(foreach name,$(filter-out $(KNOWN) SHELL MAKEFLAGS,$(GIVEN)),$(error $(name)= 
 
 # $(call only,NAMES,TARGETS): these variables in another target are an error, not ignored
 only = $(foreach name,$(1),$(if $($(name)),$(if $(filter $(2),$(MAKECMDGOALS)),,$(error $(name)= works in: $(2)))))
-TRAIN_TARGETS := train train-bnb train-unsloth train-with-tb train-bnb-tb train-unsloth-tb
+TRAIN_TARGETS := train train-bnb train-unsloth train-multi train-with-tb train-bnb-tb train-unsloth-tb
 $(call only,RESUME,$(TRAIN_TARGETS))
 $(call only,ALLOW,$(TRAIN_TARGETS) resume)
 $(call only,USER_COL ANSWER_COL,process full-pipeline advise)
 $(call only,SWEEP,sweep)
 $(call only,$(filter HOST PORT,$(GIVEN)),serve)
+$(call only,NPROC,train-multi)
+$(call only,SHARD,train-multi plan)
 $(call only,BASE,infer infer-interactive infer-batch)
 ifneq ($(filter help install% lock setup-dirs demo-model full-pipeline clean lint tb-% tensorboard %-tb,$(MAKECMDGOALS)),)
 $(if $(ARGS),$(error ARGS= does not work in $(MAKECMDGOALS)))
@@ -114,6 +116,8 @@ train-bnb: $(ENV) ## train with the bitsandbytes backend
 	$(call stoppable,$(SCRIPT)/train.py $(WITH) --set tuning.backend=bnb $(TRAIN))
 train-unsloth: $(ENV) ## train with the unsloth backend (falls back to bnb and says why)
 	$(call stoppable,$(SCRIPT)/train.py $(WITH) $(UNSLOTH) $(TRAIN))
+train-multi: $(ENV) ## train in several processes, one a GPU (NPROC=2; SHARD=fsdp: they share the weights)
+	$(call stoppable,$(SCRIPT)/train_multi.py $(WITH) $(if $(NPROC),--nproc "$$NPROC") $(if $(SHARD),--shard "$$SHARD") $(TRAIN))
 train-with-tb: tensorboard train ## train, with TensorBoard in the background
 train-bnb-tb: tensorboard train-bnb ## train-bnb, with TensorBoard in the background
 train-unsloth-tb: tensorboard train-unsloth ## train-unsloth, with TensorBoard in the background

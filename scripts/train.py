@@ -3,7 +3,7 @@
     python scripts/train.py --config configs/run_bnb.yaml
     python scripts/train.py --set tuning.mode=lora --set train.epochs=2 --dry-run
     python scripts/train.py --resume outputs/run/checkpoint-200
-    accelerate launch --config_file env/accelerate_config.yaml scripts/train.py --config configs/run_bnb.yaml
+    accelerate launch --config_file env/accelerate_ddp_2.yaml scripts/train.py --config configs/run_bnb.yaml
 
 Reads data/processed (or what data.stage says); writes outputs/<run>, outputs/tb/<run> and adapters/<run>, or
 outputs/<run>/model in full mode. Unfinished runs resume automatically.
@@ -51,6 +51,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> dict[str, Any] | None:
+    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+        return _main(args)
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    return record(_main)(args)  # for the launcher, the last error of each process
+
+
+def _main(args: argparse.Namespace) -> dict[str, Any] | None:
     from sft import runs
     from sft.errors import Stopped
     from sft.memory import plan
@@ -73,7 +81,7 @@ def main(args: argparse.Namespace) -> dict[str, Any] | None:
     loaded = console.load_config(args)
     output_dir = loaded.config.train.output_dir
     runs.check_place(output_dir, root)
-    distributed.start()
+    distributed.start(loaded.config.model_dump())
     opened = distributed.on_rank0(lambda: runs.open_run(output_dir, root, args.resume))
 
     # 2. the rows, and every setting resolved
@@ -83,11 +91,14 @@ def main(args: argparse.Namespace) -> dict[str, Any] | None:
 
     # 3. whether disk and memory suffice
     distributed.on_rank0(lambda: disk_space.require_disk_space(job.config, job.files, opened.run))
-    rehearsal = {"rehearsal": job.config.train.rehearsal}
-    unresolved = job.config.model_copy(update={"train": job.unresolved.model_copy(update=rehearsal)})
+    train = job.unresolved.model_copy(update={"rehearsal": job.config.train.rehearsal})
+    unresolved = job.config.model_copy(update={"train": train})
     distributed.on_rank0(
-        lambda: plan.memory_check(unresolved, job.files, job.device, longest=job.longest, force=args.force)
-    )
+        lambda: plan.memory_check(
+            unresolved, job.files, job.device, longest=job.longest,
+            force=args.force or distributed.sharding() is not None,  # it plans for whole weights
+        )
+    )  # fmt: skip
     if args.dry_run:
         return jobs.as_json(job, opened)
 

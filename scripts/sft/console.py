@@ -103,7 +103,7 @@ def use_run(args: argparse.Namespace) -> None:
 _VARIABLES = {
     "set": "SET", "allow-change": "ALLOW", "resume": "RESUME", "adapters": "ADAPTERS", "run": "RUN", "config": "CONFIG",
     "style": "STYLE", "raw_path": "RAW", "user_col": "USER_COL", "answer_col": "ANSWER_COL", "gpu": "GPU",
-    "out": "OUT", "type": "TYPE", "format": "FORMAT", "converter": "CONVERTER",
+    "nproc": "NPROC", "shard": "SHARD", "out": "OUT", "type": "TYPE", "format": "FORMAT", "converter": "CONVERTER",
 }  # fmt: skip
 _VALUE = r"((?:'[^']*'|[^\s'])+?)(?=[),;:]*(?:\s|$))"
 
@@ -126,17 +126,19 @@ def as_typed(text: str) -> str:
 
 def continue_command(run: str) -> str:
     """What continues the training run of this process: the same command, or the run by its name after a --resume."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    target = os.environ.get("SFT_MAKE")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and target != "train-multi":
         return "the same command"
     if Path(sys.argv[0]).suffix != ".py" or "ipykernel" in sys.argv[0]:  # a notebook, or Python itself
         return f"the same call, or make resume RUN={_quoted(run)}"
     by_name = any(word.startswith(("--resume", "--run")) for word in sys.argv)
-    if target := os.environ.get("SFT_MAKE"):
-        if by_name or not target.startswith("train"):
+    if target:
+        if target != "train-multi" and (by_name or not target.startswith("train")):
             return f"make resume RUN={_quoted(run)}"
         words = re.findall(r"(?:\\.|\S)+", os.environ.get("MAKEFLAGS", "").partition("-- ")[2])  # make escapes with \
         typed = [re.sub(r"\\(.)", r"\1", word).replace("$$", "$").partition("=") for word in words]
-        return " ".join(["make", target, *(f"{name}={_quoted(value)}" for name, _, value in reversed(typed))])
+        variables = (f"{name}={_quoted(value)}" for name, _, value in reversed(typed) if name != "RESUME")
+        return " ".join(["make", target, *variables])
     return shlex.join([_python(), sys.argv[0], *(["--run", run] if by_name else sys.argv[1:])])
 
 

@@ -81,10 +81,11 @@ def test_loading_a_configuration_imports_nothing_heavy() -> None:
 
 
 def test_accelerate_files_leave_the_precision_to_the_run() -> None:
-    one, two = (yaml.safe_load((ROOT / "env" / name).read_text()) for name in
-                ("accelerate_config.yaml", "accelerate_ddp_2.yaml"))  # fmt: skip
+    one, two, shared = (yaml.safe_load((ROOT / "env" / name).read_text()) for name in
+                ("accelerate_config.yaml", "accelerate_ddp_2.yaml", "accelerate_fsdp_2.yaml"))  # fmt: skip
     assert (one["num_processes"], one["distributed_type"], one["mixed_precision"]) == (1, "NO", "no")
     assert (two["num_processes"], two["distributed_type"], two["mixed_precision"]) == (2, "MULTI_GPU", "no")
+    assert (shared["num_processes"], shared["distributed_type"], shared["mixed_precision"]) == (2, "FSDP", "no")
 
 
 def test_paths_count_from_the_root(tmp_path: Path) -> None:

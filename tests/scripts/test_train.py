@@ -86,6 +86,9 @@ def test_closing_the_terminal_stops_with_a_checkpoint(tmp_path: Path, tiny_qwen2
     assert files.manifest_problem(checkpoint) is None
 
 
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+
+
 def torchrun(root: Path, count: int, **how: str) -> subprocess.Popen[str]:
     """Launches `count` processes whose output goes into one pipe."""
     with socket.socket() as free:
@@ -96,7 +99,7 @@ def torchrun(root: Path, count: int, **how: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, *launcher, str(ROOT / "scripts" / "train.py"), *settings],
         cwd=root,
-        env={**os.environ, "SFT_ROOT": str(root), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "SFT_ROOT": str(root), "OMP_NUM_THREADS": "1", **(FSDP if how.get("shard") else {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -104,7 +107,10 @@ def torchrun(root: Path, count: int, **how: str) -> subprocess.Popen[str]:
 
 
 @pytest.mark.slow
-def test_a_killed_rank_ends_the_launch_and_the_next_one_resumes_bit_for_bit(tmp_path: Path, tiny_qwen2: Path) -> None:
+@pytest.mark.parametrize("shard", ["", "fsdp"])
+def test_a_killed_rank_ends_the_launch_and_the_next_one_resumes_bit_for_bit(
+    shard: str, tmp_path: Path, tiny_qwen2: Path
+) -> None:
     import psutil
     from safetensors.torch import load_file
 
@@ -113,7 +119,7 @@ def test_a_killed_rank_ends_the_launch_and_the_next_one_resumes_bit_for_bit(tmp_
     adapters = {}
     for name in ("straight", "broken"):
         root = project.make(tmp_path / name, tiny_qwen2)
-        launch = torchrun(root, 2, sets=sets)
+        launch = torchrun(root, 2, sets=sets, shard=shard)
         if name == "broken":
             until = time.monotonic() + 200
             while not (root / "outputs/t/checkpoint-4").is_dir() and time.monotonic() < until:
@@ -126,7 +132,7 @@ def test_a_killed_rank_ends_the_launch_and_the_next_one_resumes_bit_for_bit(tmp_
             alone = torchrun(root, 1, sets=sets)
             output = alone.communicate(timeout=200)[0]
             assert alone.returncode != 0 and "world_size: was 2, is 1" in output, output
-            launch = torchrun(root, 2, sets=sets)
+            launch = torchrun(root, 2, sets=sets, shard=shard)
         output = launch.communicate(timeout=280)[0]
         assert launch.returncode == 0, output
         assert ("resuming outputs/t at checkpoint-" in output) == (name == "broken")
@@ -135,22 +141,26 @@ def test_a_killed_rank_ends_the_launch_and_the_next_one_resumes_bit_for_bit(tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["lora", "full", "kto"])  # full with elastic weight consolidation
+@pytest.mark.parametrize("case", ["lora", "full", "kto", "lora fsdp", "full fsdp", "kto fsdp"])  # full with ewc
 def test_two_processes_give_the_result_of_one(case: str, tmp_path: Path, tiny_qwen2: Path) -> None:
+    case, _, shard = case.partition(" ")
     general = tmp_path / "general.jsonl"
     general.write_text("".join(f'{{"user": "{n} + 1?", "assistant": "{n + 1}"}}\n' for n in range(5)))
     sets = "--set tuning.lora.dropout=0.0 --set train.normalize=rows --set train.z_loss=1e-3"
     sets += " --set data.weight_field=grade"
-    more = {"lora": ["eval/loss"], "full": ["eval/loss", "train/ewc_penalty"], "kto": ["train/rewards/margins"]}[case]
+    more = {"lora": ["eval/loss"], "full": ["eval/loss"], "kto": ["train/rewards/margins"]}[case]
     if case == "full":
-        sets = f"--set train.learning_rate=1e-3 --set train.ewc.strength=1e3 --set train.ewc.path={general}"
+        sets = "--set train.learning_rate=1e-3"
+        if not shard:
+            sets += f" --set train.ewc.strength=1e3 --set train.ewc.path={general}"
+            more.append("train/ewc_penalty")
     elif case == "kto":
         sets = "--set tuning.lora.dropout=0.0 --set train.objective=kto"
     for name, count in (("one", 1), ("two", 2)):
         root = project.make(tmp_path / name, tiny_qwen2, mode="full" if case == "full" else "lora")
         if case == "kto":
             project.as_pairs(root)
-        launch = torchrun(root, count, sets=sets)
+        launch = torchrun(root, count, sets=sets, shard=shard if count > 1 else "")
         output = launch.communicate(timeout=280)[0]
         assert launch.returncode == 0 and output.count("t is finished") == 1, output
     for key in ("train/loss", "train/grad_norm", *more):

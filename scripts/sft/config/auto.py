@@ -32,6 +32,7 @@ class Facts:
     capability: the GPU's compute capability. parameters: of the base model. train_rows: rows to train on.
     measured_batch: rows at max_seq_len that a micro-batch was measured to hold. bf16_supported: torch's answer,
     which can rule bfloat16 out but not in where the capability is known: torch counts emulation on older cards.
+    sharded: the processes of the run share the weights.
     """
 
     device: Literal["cpu", "cuda"]
@@ -41,6 +42,7 @@ class Facts:
     measured_batch: int | None = None
     seq2seq: bool = False
     bf16_supported: bool | None = None
+    sharded: bool = False
 
     @property
     def has_bf16(self) -> bool:
@@ -269,12 +271,13 @@ RULES: dict[str, Callable[[Config, Facts], tuple[Any, str]]] = {
         else (False, "on CPU, recomputation costs more than it saves")
     ),
     "kernels": lambda config, facts: (
-        ("fused", "LoRA layers are faster so on the CPU") if facts.device == "cpu" and config.tuning.mode != "full"
+        ("plain", "the processes share the weights") if facts.sharded
+        else ("fused", "LoRA layers are faster so on the CPU") if facts.device == "cpu" and config.tuning.mode != "full"
         and config.tuning.adapter == "lora" and not config.tuning.lora.use_dora
         else ("plain", "faster kernels are used only where the config names them")
     ),
     "optim": lambda config, facts: (
-        ("adafactor", "as T5 was trained: an encoder-decoder") if facts.seq2seq
+        ("adafactor", "as T5 was trained: an encoder-decoder") if facts.seq2seq and not facts.sharded
         else ("adamw_torch_fused" if facts.device == "cuda" else "adamw_torch", f"AdamW on {facts.name}")
     ),
     "learning_rate": _learning_rate,

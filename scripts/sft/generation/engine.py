@@ -23,6 +23,7 @@ from sft.generation.decode import Decoder, DecodingSequence, choose_tokens, seed
 from sft.generation.stop import Answer, IncrementalText, StopCriteria
 from sft.model.adapters import has_prefix, unwrap
 from sft.model.files import Kind
+from sft.model.shard import is_sharded
 from sft.step.step import out_of_memory, release_memory
 
 log = logging.getLogger("sft.generation")
@@ -120,7 +121,7 @@ class LoadedModel:
                             on_progress(_answers_done(sequences, answers.values(), settings), len(sequences))
                     continue
                 except (RuntimeError, MemoryError) as error:
-                    if not out_of_memory(error):
+                    if not out_of_memory(error) or is_sharded(self.model):  # other ranks wait in the same forward pass
                         raise
                 rows_together = min(rows_together, len(left)) // 2
                 if not rows_together:

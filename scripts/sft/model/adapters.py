@@ -350,15 +350,18 @@ def set_checkpointing(model: Any, on: bool) -> None:
         model.gradient_checkpointing_disable()
 
 
-def save(model: PeftModel, folder: Path) -> None:
+def save(model: PeftModel, folder: Path, state: Mapping[str, Any] | None = None) -> None:
     """Writes adapter_model.safetensors, adapter_config.json and base.json (the base's name and fingerprint).
 
     An adapter that began with the base's weights is written as plain LoRA of twice the rank, the second half being what
-    is subtracted; so it fits the unchanged base, in every program.
+    is subtracted; so it fits the unchanged base, in every program. state: the model's, by default.
     """
     import torch
 
-    state, begun = model.state_dict(), [(n, layer) for n, layer in lora_layers(model) if hasattr(layer, "first_a")]
+    state, begun = (
+        dict(model.state_dict() if state is None else state),
+        [(n, layer) for n, layer in lora_layers(model) if hasattr(layer, "first_a")],
+    )
     for name, layer in begun:
         a, b = f"{name}.lora_A.default.weight", f"{name}.lora_B.default.weight"
         state[a], state[b] = torch.cat([state[a], layer.first_a]), torch.cat([state[b], -layer.first_b], dim=1)

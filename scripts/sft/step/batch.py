@@ -54,6 +54,13 @@ class MicroBatch:
     ratings: tuple[int, ...] = field(default=())
 
 
+def filler(kind: Kind, device: str, *, packed: bool, paired: bool, rated: bool) -> MicroBatch:
+    """A micro-batch of a few tokens for a rank that has fewer than others; it has no rows, and its loss is to be 0."""
+    row = {"input_ids": [0] * 4, "labels": [0] * 4, "chosen": 2 * paired, "rating": int(rated)}
+    batch = {name: tensor.to(device) for name, tensor in Collator(kind)([row]).items()}
+    return replace(split_micro_batches(batch, tokens=1, packed=packed)[0], rows=())
+
+
 class Collator:
     """Collates rows `{"input_ids": [...], "labels": [...], "weights"?: [...]}` into one flat step batch; ignores other
     keys. normalize: `rows` divides the weights of a row's labels by their number, so that long answers do not count

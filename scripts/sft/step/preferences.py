@@ -89,14 +89,17 @@ def drift_sum(model: nn.Module, batch: Batch, config: StepConfig) -> Tensor:
     """How much more likely the model finds the other answers of a batch of rated ones than the base does: the sum of
     the log-ratios. Without gradients and dropout.
     """
-    others, total = other_answers(batch), torch.zeros((), device=batch["labels"].device)
+    others, total = other_answers(batch), torch.zeros((), device=config.device)
     settings = {"tokens": config.micro_batch_tokens, "rows": config.max_rows, "packed": config.packed}
-    for micro in split_micro_batches(others, **settings, counted=True):  # type: ignore[arg-type]
+    micros = split_micro_batches(others, **settings, counted=True) if others else []  # type: ignore[arg-type]
+    for micro in config.in_lockstep(micros):
         with config.forward_context():
             with reference(model):
                 before = log_probs(model, micro, config)
             with frozen(model):
-                total = total + (log_probs(model, micro, config) - before).sum()
+                ratios = log_probs(model, micro, config) - before
+            if micro.rows:
+                total = total + ratios.sum()
     return total
 
 

@@ -18,12 +18,22 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from sft.config.schema import PreferenceSection, TrainSection
+from sft.config.schema import PREFERENCES, PreferenceSection, TrainSection
 from sft.errors import EnvironmentProblem, one_line
 from sft.model import kernels
 from sft.model.adapters import unwrap
 from sft.step import attention
-from sft.step.batch import IGNORED, Batch, Collator, Kind, MicroBatch, loss_weight, row_indices, split_micro_batches
+from sft.step.batch import (
+    IGNORED,
+    Batch,
+    Collator,
+    Kind,
+    MicroBatch,
+    filler,
+    loss_weight,
+    row_indices,
+    split_micro_batches,
+)
 from sft.step.loss import loss_dtype
 from sft.step.objectives import OBJECTIVES, ObjectiveName
 from sft.step.preferences import SUMS, PreferenceName, drift_sum, pair_losses
@@ -41,7 +51,8 @@ class StepConfig:
     for any number. eval_tokens: the budget that evaluation was lowered to when memory ran out in it, else None.
     packed: rows share a sequence without padding (`attention.keeps_rows_apart`). logits_tile: positions of one tile of
     the chunked head. autocast: the 16-bit type to compute in, None for the weights' own. offload: activations wait in
-    the machine's memory for the backward pass.
+    the machine's memory for the backward pass. lockstep: where weights are sharded, the largest of a number over all
+    ranks, who run their forward and backward passes together; else None.
     """
 
     kind: Kind = "causal"
@@ -59,11 +70,20 @@ class StepConfig:
     offload: bool = False
     eval_tokens: int | None = None
     preference: PreferenceSection = field(default_factory=PreferenceSection)
+    lockstep: Callable[[int], int] | None = None
 
     @property
     def budget(self) -> list[Any]:
         """What decides how a batch is split: tokens, rows, packed or padded."""
         return [self.micro_batch_tokens, self.max_rows, self.packed]
+
+    def in_lockstep(self, micros: list[MicroBatch]) -> list[MicroBatch]:
+        """The micro-batches, with fillers up to the number of the rank that has most where weights are sharded."""
+        if self.lockstep is None:
+            return micros
+        missing = self.lockstep(len(micros)) - len(micros)
+        paired, rated = self.objective in PREFERENCES, self.objective == "kto"
+        return micros + [filler(self.kind, self.device, packed=self.packed, paired=paired, rated=rated)] * missing
 
     @contextlib.contextmanager
     def forward_context(self) -> Iterator[None]:
@@ -159,15 +179,18 @@ def forward_backward(
     """Forward and backward of a whole step batch; leaves the gradient of its mean loss on the model.
 
     normalizer: `loss_weight` of the batch over all ranks; that of this batch by default. backward: for example
-    `accelerator.backward`. replay: False lets an out-of-memory error through. reduce: a sum over all ranks, for kto.
+    `accelerator.backward`. replay: False lets an out-of-memory error through, as sharded weights do: other ranks wait
+    in the middle of the step. reduce: a sum over all ranks, for kto. The batch is empty for a rank without rows.
     Gradients must be clear at the start: when memory runs out, all of them are dropped and formed again, with the same
     random numbers, in smaller micro-batches. Raises EnvironmentProblem if a single row does not fit.
     """
-    normalizer, device = loss_weight(batch) if normalizer is None else normalizer, batch["labels"].device
+    normalizer = loss_weight(batch) if normalizer is None else normalizer
+    device = batch["labels"].device if batch else next(model.parameters()).device
     random_state, gpu_state = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    drift = torch.zeros(()) if "other_lengths" not in batch else None
+    drift = None if config.objective == "kto" else torch.zeros(())
     while True:
         micros = [micro for micro in _split(batch, config, config.micro_batch_tokens) if micro.labelled]
+        micros = config.in_lockstep(micros)
         try:
             if drift is None:
                 drift = (reduce(drift_sum(model, batch, config)) / normalizer).clamp(min=0)
@@ -175,6 +198,8 @@ def forward_backward(
             return StepResult(loss, config, measures)
         except (RuntimeError, MemoryError) as error:
             memory = out_of_memory(error)
+            if memory and config.lockstep is not None:
+                raise _cannot_repeat(micros, config) from error
             if not (replay and (memory or kernels.compiler_failed(error))):
                 raise
             message = one_line(error, 200)
@@ -192,8 +217,16 @@ def forward_backward(
             log.warning("torch.compile failed: replaying this step with plain layers (%s)", message)
 
 
+def _cannot_repeat(micros: Sequence[MicroBatch], config: StepConfig) -> EnvironmentProblem:
+    return EnvironmentProblem(
+        "memory ran out on a rank, and where ranks share the weights it cannot repeat the step alone",
+        where=f"micro-batches of at most {config.micro_batch_tokens} tokens",
+        fix=f"--set train.micro_batch_tokens={smaller_budget(micros, config.micro_batch_tokens)}",
+    )
+
+
 def _split(batch: Batch, config: StepConfig, tokens: int) -> list[MicroBatch]:
-    return split_micro_batches(batch, tokens=tokens, rows=config.max_rows, packed=config.packed)
+    return split_micro_batches(batch, tokens=tokens, rows=config.max_rows, packed=config.packed) if batch else []
 
 
 def evaluate_loss(model: nn.Module, rows: Sequence[Mapping[str, Any]], config: StepConfig) -> EvaluationLoss:
@@ -208,14 +241,15 @@ def evaluate_loss(model: nn.Module, rows: Sequence[Mapping[str, Any]], config: S
     order = sorted(range(len(rows)), key=sizes.__getitem__)
     collate, start, measures = Collator(config.kind), 0, torch.zeros(SUMS, dtype=torch.float64)
     plain = replace(config, objective="response", label_smoothing=0.0, z_loss=0.0)
-    while start < len(order):
+    while (config.lockstep or int)(len(order) - start):
         chosen = order[start : start + EVALUATED_TOGETHER]
-        batch = {name: tensor.to(config.device) for name, tensor in collate([rows[i] for i in chosen]).items()}
+        features = [rows[i] for i in chosen]
+        batch = {name: tensor.to(config.device) for name, tensor in collate(features).items()} if features else {}
         batch.pop("weights", None)
         tokens = min(config.eval_tokens or config.micro_batch_tokens, config.micro_batch_tokens)
-        micros = _split(batch, config, tokens)
+        micros = config.in_lockstep(_split(batch, config, tokens))
         try:
-            settings = config if "ratings" in batch else plain
+            settings = plain if batch and "ratings" not in batch else config
             sums[chosen], counts[chosen], more = _evaluate_batch(model, batch, micros, settings)
             measures += more
             start += len(chosen)
@@ -223,6 +257,8 @@ def evaluate_loss(model: nn.Module, rows: Sequence[Mapping[str, Any]], config: S
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
+            if config.lockstep is not None:
+                raise _cannot_repeat(micros, config) from error
         release_memory()
         config = replace(config, eval_tokens=smaller_budget(micros, tokens))
         log.warning("out of memory in evaluation: continuing in micro-batches of at most %d tokens", config.eval_tokens)
@@ -239,16 +275,17 @@ def _accumulate(
 ) -> tuple[Tensor, Tensor]:
     """Adds the gradients of all micro-batches; returns their loss, divided by the normalizer, and summed measures."""
     parameter = next(model.parameters())
-    total = torch.zeros((), dtype=loss_dtype(parameter.dtype), device=parameter.device)
+    device = micros[0].targets.device if micros else parameter.device  # offloaded weights are elsewhere
+    total = torch.zeros((), dtype=loss_dtype(parameter.dtype), device=device)
     measures = total.new_zeros(SUMS)
     for micro in micros:
         with config.forward_context(), noisy_embeddings(model, micro, config.neftune_alpha):
             if micro.counts:
                 losses, measured = pair_losses(model, micro, config, drift)
-                measures = measures + measured.sum(0)
+                measures = measures + (measured.sum(0) if micro.rows else 0)
             else:
                 losses = token_losses(model, micro, config)
-            loss = losses.sum() / normalizer
+            loss = losses.sum() / normalizer if micro.rows else losses.sum() * 0
             del losses
         backward(loss)
         total = total + loss.detach()
@@ -263,20 +300,24 @@ def _evaluate_batch(
     """Each row's summed loss, fp64 [R], its number of labelled tokens, int64 [R], and the sums of the pairs' measures,
     on the CPU.
     """
-    rows = len(batch["ratings" if "ratings" in batch else "lengths"])
+    rows = len(batch.get("ratings", batch.get("lengths", ())))
     sums, counts = torch.zeros(rows, dtype=torch.float64), torch.zeros(rows, dtype=torch.long)
     measures, drift = torch.zeros(SUMS, dtype=torch.float64), torch.zeros(())
-    if "other_lengths" in batch:
-        drift = (drift_sum(model, batch, config) / rows).clamp(min=0)
+    if config.objective == "kto":
+        drift = (drift_sum(model, batch, config) / max(1, rows)).clamp(min=0)
     for micro in micros:
         with config.forward_context():
             if micro.counts:
                 losses, measured = pair_losses(model, micro, config, drift)
+                if not micro.rows:
+                    continue
                 compared = list(micro.rows) if micro.ratings else [row // 2 for row in micro.rows[::2]]
                 sums[compared], counts[compared] = losses.double().cpu(), 1
                 measures += measured.double().cpu().sum(0)
                 continue
             losses = token_losses(model, micro, config)
+        if not micro.rows:
+            continue
         indices = row_indices(micro, batch)[micro.targets != IGNORED].cpu()
         sums.index_add_(0, indices, losses.double().cpu())  # on the CPU, where the order of additions is fixed
         counts += indices.bincount(minlength=rows)

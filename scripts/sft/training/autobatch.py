@@ -22,6 +22,7 @@ from sft.errors import EnvironmentProblem
 from sft.model import adapters
 from sft.model.adapters import unwrap
 from sft.model.hardware import memory
+from sft.model.shard import is_sharded
 from sft.step.batch import Collator, split_micro_batches
 from sft.step.step import StepConfig, forward_backward, out_of_memory, release_memory, token_losses
 from sft.training import distributed
@@ -77,6 +78,10 @@ def choose(job: Job, model: Any, step: StepConfig, checkpoint: Path | None = Non
     """
     train, unresolved = job.config.train, job.unresolved
     progress = None if checkpoint is None else Progress.read(checkpoint)
+    if is_sharded(model):  # running out of memory on one rank cannot be tried
+        if progress and unresolved.micro_batch_tokens == "auto":
+            return replace(step, micro_batch_tokens=int(progress.asked_budget[0])), {}
+        return step, {}
     if job.device.device != "cuda":
         if unresolved.micro_batch_tokens != "auto":
             return step, {}

@@ -20,13 +20,15 @@ from safetensors.torch import load_file
 
 from sft import files, runs
 from sft.config.schema import LoraSection
-from sft.errors import EnvironmentProblem, RunError
-from sft.model import adapters
+from sft.errors import EnvironmentProblem, RunError, one_line
+from sft.model import adapters, shard
 from sft.runs import Run, step_of
 from sft.step.step import out_of_memory, release_memory
+from sft.training import distributed
 
 log = logging.getLogger("sft.training")
 OPTIMIZER, RNG, SCHEDULER, SCALER = "optimizer.pt", "rng.pt", "scheduler.json", "scaler.json"
+OPTIMIZER_PARTS = "optimizer"  # the folder in the place of optimizer.pt where the weights are sharded
 PROGRESS, FINGERPRINT, REHEARSAL = "trainer_state.json", runs.FINGERPRINT, "rehearsal.json"
 OLD_SESSION = "session.json"  # the second half of the progress in checkpoints of earlier versions
 
@@ -84,26 +86,62 @@ class CheckpointManager:
         """The folder of the checkpoint at `step`."""
         return self.run.folder / f"checkpoint-{step}"
 
-    def save(self, model: Any, progress: Progress, states: Mapping[str, Any]) -> Path:
+    def save(
+        self,
+        model: Any,
+        progress: Progress,
+        states: Mapping[str, Any],
+        weights: Mapping[str, Any] | None = None,
+        parts: Path | None = None,
+    ) -> Path:
         """Writes a checkpoint, once more if memory runs out meanwhile, then removes old ones.
 
-        states: for each state file what it holds. Raises EnvironmentProblem when the disk refuses; older checkpoints
-        then stay.
+        states: for each state file what it holds. weights: `whole_state`, parts: of `save_parts`, where the weights are
+        sharded. Raises EnvironmentProblem when the disk refuses; older checkpoints then stay.
         """
         try:
-            return self._save(model, progress, states)
+            return self._save(model, progress, states, weights, parts)
         except (EnvironmentProblem, RuntimeError, MemoryError) as error:
-            if not (out_of_memory(error) or out_of_memory(error.__cause__)):
+            if parts is not None or not (out_of_memory(error) or out_of_memory(error.__cause__)):
                 raise
         release_memory()
         log.warning("out of memory while saving: trying once more")
-        return self._save(model, progress, states)
+        return self._save(model, progress, states, weights, parts)
 
-    def _save(self, model: Any, progress: Progress, states: Mapping[str, Any]) -> Path:
+    def save_parts(self, model: Any, optimizer: torch.optim.Optimizer, step: int) -> Path:
+        """Every rank writes its part of the optimizer's state into a folder that `save` then takes into the checkpoint.
+
+        Raises EnvironmentProblem on every rank when the disk refuses one.
+        """
+        from torch.distributed.checkpoint.api import CheckpointException
+        from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+        from torch.distributed.checkpoint.state_dict_saver import save
+
+        target = self.run.folder / f"{OPTIMIZER_PARTS}-{step}"
+        folder = Path(distributed.on_rank0(lambda: str(files.beside(target, "part"))))
+        try:
+            save({OPTIMIZER_PARTS: get_optimizer_state_dict(model, optimizer)}, checkpoint_id=folder)
+        except CheckpointException as error:
+            rank, failure = next(iter(error.failures.items()))
+            what = f"the optimizer's state could not be written on rank {rank}: {one_line(failure[0], 200)}"
+            fix = "free disk space and run the same command: it resumes from the newest checkpoint"
+            raise EnvironmentProblem(what, where=str(self.folder(step)), fix=fix) from error
+        return folder
+
+    def _save(
+        self,
+        model: Any,
+        progress: Progress,
+        states: Mapping[str, Any],
+        weights: Mapping[str, Any] | None,
+        parts: Path | None,
+    ) -> Path:
         target = self.folder(progress.global_step)
         try:
             with files.atomic_folder(target) as staged:
-                save_weights(model, staged)
+                save_weights(model, staged, weights)
+                if parts is not None:
+                    files.rename(parts, staged / OPTIMIZER_PARTS)
                 for name, state in {**states, PROGRESS: asdict(progress)}.items():
                     as_json = json.dumps(state, indent=1) + "\n" if name.endswith(".json") else None
                     files.put(staged / name, as_json or partial(torch.save, state))
@@ -152,13 +190,24 @@ def is_adapter(model: torch.nn.Module) -> bool:
     return hasattr(model, "peft_config")
 
 
-def save_weights(model: Any, folder: Path) -> None:
-    """Writes the trained weights into `folder`: the adapter with its config, or the whole model."""
-    files.put(folder, (lambda to: adapters.save(model, to)) if is_adapter(model) else model.save_pretrained)
+def save_weights(model: Any, folder: Path, state: Mapping[str, Any] | None = None) -> None:
+    """Writes the trained weights into `folder`: the adapter with its config, or the whole model.
+
+    state: `whole_state`, where the weights are sharded.
+    """
+    if is_adapter(model):
+        files.put(folder, lambda to: adapters.save(model, to, state))
+    else:
+        files.put(folder, partial(model.save_pretrained, state_dict=state))
 
 
 def load_weights(model: Any, folder: Path) -> None:
     """Loads what `save_weights` wrote into the model, bit for bit. Raises RunError if the names differ."""
+    with shard.loading_whole(model):
+        _load_weights(model, folder)
+
+
+def _load_weights(model: Any, folder: Path) -> None:
     if is_adapter(model):
         missing, unexpected = adapters.restore(model, folder)
     else:
@@ -176,13 +225,23 @@ def load_weights(model: Any, folder: Path) -> None:
         )
 
 
-def restore_optimizer(checkpoint: Path, optimizer: Any, scheduler: Any) -> None:
+def restore_optimizer(checkpoint: Path, optimizer: Any, scheduler: Any, model: Any = None) -> None:
     """Loads the state of both. Each parameter group keeps the peak rate and weight decay of the current config.
 
-    These differ from the stored ones only where --allow-change accepted that.
+    These differ from the stored ones only where --allow-change accepted that. model: needed for a state that was
+    written in parts.
     """
     decays, base_rates = [group["weight_decay"] for group in optimizer.param_groups], list(scheduler.base_lrs)
-    optimizer.load_state_dict(read_state(checkpoint, OPTIMIZER))
+    if (parts := checkpoint / OPTIMIZER_PARTS).is_dir():
+        from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+        from torch.distributed.checkpoint.state_dict_loader import load
+
+        inner = getattr(optimizer, "optimizer", optimizer)
+        state = {OPTIMIZER_PARTS: get_optimizer_state_dict(model, inner)}
+        load(state, checkpoint_id=parts)
+        set_optimizer_state_dict(model, inner, state[OPTIMIZER_PARTS])
+    else:
+        optimizer.load_state_dict(read_state(checkpoint, OPTIMIZER))
     scheduler.load_state_dict(read_state(checkpoint, SCHEDULER))
     scheduler.base_lrs = base_rates
     stored = [group["lr"] for group in optimizer.param_groups]
@@ -235,9 +294,11 @@ OF_OLD_RUNS: dict[str, Any] = {  # keys that runs of earlier versions lack
     "objective": "response", "rehearsal": "off", "normalize": "tokens", "z_loss": 0.0, "weight_field": None,
     "min_lr_ratio": 0.0, "decay_ratio": None,
     "adapter": "lora", "adapter_path": None, "freeze": [], "neftune_alpha": None, "ewc": "off",
-    "preference": None,
+    "preference": None, "sharding": "off",
 }  # fmt: skip
-NEVER_ALLOWED = {"backend", "mode", "kind", "base_model", "precision", "lora", "optim", "freeze", "adapter", "ewc"}
+NEVER_ALLOWED = {
+    "backend", "mode", "kind", "base_model", "precision", "lora", "optim", "freeze", "adapter", "ewc", "sharding",
+}  # fmt: skip
 
 
 def check_fingerprint(folder: Path, fingerprint: dict[str, Any], allowed: Iterable[str] = ()) -> list[str]:

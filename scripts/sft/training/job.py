@@ -25,7 +25,7 @@ from sft.config.load import Loaded, display_path, resolve_path
 from sft.config.schema import PREFERENCES, Config, TrainSection
 from sft.data import shards, store
 from sft.errors import ConfigError, DataError, EnvironmentProblem, RunError, Stopped
-from sft.model import backends, hardware, hub
+from sft.model import backends, hardware, hub, shard
 from sft.runs import OpenRun, Run
 from sft.training import distributed
 
@@ -123,6 +123,7 @@ class Job:
             "weight_field": self.config.data.weight_field,
             "max_seq_len": self.config.model.max_seq_len,
             "world_size": distributed.world(),
+            "sharding": "fsdp" if distributed.sharding() else "off",
             "total_steps": self.schedule.total_steps,
             "warmup_steps": self.schedule.warmup_steps,
             "rehearsal": train.rehearsal.model_dump() if self.questions else "off",
@@ -185,8 +186,11 @@ def prepare(
         train_rows=len(rows.train),
         seq2seq=model_files.kind == "seq2seq",
         bf16_supported=device.bf16,
+        sharded=distributed.sharding() is not None,
     )
     resolved = auto.resolve(config, facts)
+    if facts.sharded:
+        _require_shardable(resolved.config.train, config, backend.name)
     stored = files.read_json(checkpoint / REHEARSAL) if checkpoint else None
     answers = stage.val is None or not shards.has_tokens(stage.val)
     schedule = make_schedule(resolved.config, len(rows.train), validation=bool(rows.validation), answers=answers)
@@ -215,6 +219,28 @@ def prepare(
         extra_tokens=extra_tokens,
         adapter_digest=adapter_digest,
     )
+
+
+def _require_shardable(train: TrainSection, config: Config, backend: str) -> None:
+    """Raises ConfigError for settings that are not supported where processes share the weights."""
+    from sft.step.optimizer import TORCH
+
+    supported = {
+        "tuning.adapter": (config.tuning.adapter == "lora", "lora"),
+        "tuning.mode": (config.tuning.mode != "qlora", "lora"),
+        "tuning.backend": (backend == "bnb", "bnb"),
+        "train.ewc.strength": (not train.ewc.strength, "0"),
+        "train.fp16": (train.fp16 is not True, "false"),
+        "train.kernels": (train.kernels == "plain", "plain"),
+        "train.activation_offload": (not train.activation_offload, "false"),
+        "train.optim": (train.optim in TORCH, "adamw_torch"),
+    }
+    if wrong := [(key, value) for key, (is_supported, value) in supported.items() if not is_supported]:
+        raise ConfigError(
+            f"with FSDP {', '.join(key for key, _ in wrong)} cannot be as it is set: this needs whole weights",
+            where=", ".join(key for key, _ in wrong),
+            fix=" ".join(f"--set {key}={value}" for key, value in wrong) + ", or DDP",
+        )
 
 
 def _find_adapter(config: Config, root: Path) -> tuple[Config, str | None]:
@@ -448,7 +474,7 @@ def make_loop(job: Job, opened: OpenRun, root: Path, report: Report | None) -> t
     """
     from sft.generation.engine import LoadedModel
     from sft.model.kernels import apply_kernels
-    from sft.step.step import make_step_config
+    from sft.step.step import compute_dtype, make_step_config
     from sft.training import autobatch
     from sft.training.checkpoint import CheckpointManager
     from sft.training.loggers import Loggers, Trackers
@@ -456,6 +482,7 @@ def make_loop(job: Job, opened: OpenRun, root: Path, report: Report | None) -> t
 
     run, train = opened.run, job.config.train
     model = load_model(job.config, job.files, job.backend.name, device=job.device.device)
+    distributed.shard_model(model, compute_dtype(train))
     rows_given = (job.unresolved.batch_size, job.unresolved.grad_accum) != ("auto", "auto")
     step = make_step_config(
         train, model, job.files.kind, job.device.device, max_rows=int(train.batch_size) if rows_given else None
@@ -559,7 +586,7 @@ def _answers(
         with loaded.base_only() if has_prefix(loaded.model) else contextlib.nullcontext():  # new LoRA changes nothing
             return rehearsal.answer(questions, loaded, weights, job.config, root, auto=auto, on_progress=on_progress)
 
-    return distributed.on_rank0(ask)
+    return distributed.on_rank0(ask, together=shard.is_sharded(loaded.model))
 
 
 def _consolidate(
@@ -638,7 +665,8 @@ def load_model(config: Config, model_files: ModelFiles, backend: str, *, device:
     if backend == "unsloth":
         return backends.load_unsloth(model_files, config.model, tuning, dtype, gradient_checkpointing=checkpointing)
     implementation = attention.choose(device, model_files.config)
-    model = load_base(model_files, config.model, tuning, dtype, device=device, train=True, attention=implementation)
+    place = "cpu" if distributed.sharding() else device  # each layer then moves to the GPU in parts
+    model = load_base(model_files, config.model, tuning, dtype, device=place, train=True, attention=implementation)
     if tuning.mode == "full":
         vars(model.config).pop(NEW_TOKENS, None)  # all rows are trained
         adapters.freeze(model, tuning.freeze)
@@ -657,7 +685,8 @@ def sample_answers(loaded: LoadedModel, rows: list[dict[str, Any]], config: Conf
     questions = evaluate.questions(lambda row: loaded.prompt(row, config.generation), rows, config, root)
 
     def answer(model: Any) -> tuple[dict[str, float], str]:
-        mine = range(distributed.rank(), len(questions), distributed.world())
+        together = shard.is_sharded(model)  # every rank then answers every question, as forward passes are collective
+        mine = range(0 if together else distributed.rank(), len(questions), 1 if together else distributed.world())
         prompts = [questions[index].ids for index in mine]
         generated = replace(loaded, model=model).generate(prompts, config.generation, config.eval.batch_size)
         shares = distributed.all_gather(dict(zip(mine, generated, strict=True)))
@@ -708,16 +737,19 @@ def stopped_by_until(loop: TrainingLoop, run: Run) -> dict[str, Any] | None:
 def finish(job: Job, loop: TrainingLoop, run: Run, root: Path) -> dict[str, Any]:
     """Writes the adapter or the model, marks the run finished and returns its summary. Every rank calls it."""
     best = loop.load_best()
-    return distributed.on_rank0(lambda: _write_result(job, loop, run, root, best))
+    weights = shard.whole_state(loop.model)
+    return distributed.on_rank0(lambda: _write_result(job, loop, run, root, best, weights))
 
 
-def _write_result(job: Job, loop: TrainingLoop, run: Run, root: Path, best: int | None) -> dict[str, Any]:
+def _write_result(
+    job: Job, loop: TrainingLoop, run: Run, root: Path, best: int | None, weights: dict[str, Any] | None
+) -> dict[str, Any]:
     from sft.training.checkpoint import is_adapter, save_weights
 
     progress, train, tuning = loop.progress, job.config.train, job.config.tuning
     target = run.adapter_dir if is_adapter(loop.model) else run.model_dir
     with files.atomic_folder(target) as staged:
-        save_weights(loop.model, staged)
+        save_weights(loop.model, staged, weights)
         files.put(staged, partial(_save_tokenizer, job))
         job.write_settings(staged)
         files.write_json(staged / runs.SERVING, {"system": job.rows.system})

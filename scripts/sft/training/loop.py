@@ -23,13 +23,13 @@ import torch
 
 from sft import files
 from sft.config.schema import PREFERENCES, Config, TrainSection
-from sft.errors import EnvironmentProblem, RunError, one_line
-from sft.model import kernels
+from sft.errors import RunError, one_line
+from sft.model import kernels, shard
 from sft.model.adapters import unwrap
 from sft.runs import step_of
 from sft.step.batch import Collator, count_labels, loss_weight
 from sft.step.optimizer import averaged_weights, begin_training, create_optimizer, create_scheduler, end_training
-from sft.step.preferences import SUMS, means
+from sft.step.preferences import means
 from sft.step.step import StepConfig, evaluate_loss, forward_backward, optimizer_step
 from sft.training import checkpoint as ckpt
 from sft.training import distributed
@@ -109,10 +109,13 @@ class TrainingLoop:
     ) -> None:
         self.model, self.rows, self.validation, self.rehearsal = model, rows, validation, rehearsal
         self.ewc, self.ewc_penalty = ewc, 0.0
+        if sharded := shard.is_sharded(model):
+            step = replace(step, lockstep=distributed.largest_number)
+        self.sharded, self.device = sharded, torch.device(step.device) if sharded else next(model.parameters()).device
         self.settings, self.schedule, self.step, self.initial_step = config.train, schedule, step, step
         self.log_every = config.logging.log_interval
         self.checkpoints, self.answer, self.loggers = checkpoints, answer, loggers or Loggers()
-        self.device = next(model.parameters()).device
+        shard.release(model)
         optimizer = create_optimizer(model, self.settings, config.tuning.lora.lora_plus_ratio)
         self.accelerator = make_accelerator(self.settings, step.device)
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
@@ -207,15 +210,14 @@ class TrainingLoop:
             log.warning("step %d has no labelled token: it trains nothing", progress.global_step + 1)
             self.monitor.gradient(0.0)
 
-        loss, measures = torch.zeros((), device=self.device), torch.zeros(SUMS, device=self.device)
-        if batch:
-            backward = self.accelerator.backward
-            loss, self.step, measures = forward_backward(
-                self.model, batch, self.step, normalizer=weight or 1, backward=backward, reduce=distributed.all_reduce
-            )
-        elif self.settings.objective == "kto":
-            distributed.all_reduce(loss)  # of the drift, in which each rank takes part
-        distributed.sum_gradients(self.model.parameters())
+        backward = self.accelerator.backward
+        loss, self.step, measures = forward_backward(
+            self.model, batch, self.step, normalizer=weight or 1, backward=backward, reduce=distributed.all_reduce
+        )
+        if not self.sharded:
+            distributed.sum_gradients(self.model.parameters())
+            tokens = -distributed.largest([-self.step.micro_batch_tokens], self.device)[0]
+            self.step = replace(self.step, micro_batch_tokens=tokens)  # where memory ran out on any rank
         if self.pairs:
             sums = distributed.all_reduce(measures.float()).tolist()
             progress.measures = [
@@ -232,7 +234,8 @@ class TrainingLoop:
                 scaler = self.accelerator.scaler
                 self.ewc_penalty = float(self.ewc.add_gradients(1.0 if scaler is None else scaler.get_scale()))
             max_norm = self.settings.max_grad_norm or math.inf
-            grad_norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), max_norm))
+            norm = self.accelerator.clip_grad_norm_(self.model.parameters(), max_norm)
+            grad_norm = float(norm.full_tensor() if self.sharded else norm)
             if self.accelerator.scaler is None:  # a gradient scaler detects and skips infinite gradients itself
                 self.monitor.gradient(grad_norm)
                 usable = self._check_finite(grad_norm, "gradient norm", ids)
@@ -319,6 +322,7 @@ class TrainingLoop:
                     scores, samples = self.answer(self.model)
                 metrics |= {f"eval_{name}": value for name, value in scores.items()}
         self.model.train()
+        shard.release(self.model)
         self.log({**metrics, "eval_seconds": time.monotonic() - start})
         if samples:
             self.loggers.text(self.progress.global_step, "eval/samples", samples)
@@ -354,7 +358,9 @@ class TrainingLoop:
         self.model.zero_grad(set_to_none=True)
         step = self.progress.global_step + 1
         rows = [name for share in distributed.all_gather(ids) for name in share]
-        alone = [name for share in distributed.all_gather(self._not_finite_alone(ids)) for name in share]
+        alone = self._not_finite_alone(rows if self.sharded else ids)
+        if not self.sharded:
+            alone = [name for share in distributed.all_gather(alone) for name in share]
         where = f"the rows of this step: {', '.join(rows)}"
         if alone and len(alone) < len(rows):
             where += f"; not finite by themselves: {', '.join(alone)}"
@@ -379,6 +385,7 @@ class TrainingLoop:
         rows = [row for row in self.rows if row["id"] in names]
         sums = {str(row["id"]): evaluate_loss(self.model, [row], self.step).loss_sum for row in rows}
         self.model.train(training)
+        shard.release(self.model)
         return [name for name, loss_sum in sums.items() if not math.isfinite(loss_sum)]
 
     def _halve_micro_batches(self) -> None:
@@ -394,20 +401,23 @@ class TrainingLoop:
         progress.evaluating, progress.kernels = self.step.eval_tokens, kernels.kernels_of(self.model)
         progress.checkpointing = bool(getattr(unwrap(self.model), "is_gradient_checkpointing", False))
         states = {
-            ckpt.OPTIMIZER: self.optimizer.state_dict(),
+            **({} if self.sharded else {ckpt.OPTIMIZER: self.optimizer.state_dict()}),
             ckpt.SCHEDULER: self.scheduler.state_dict(),
             ckpt.RNG: distributed.all_gather(ckpt.random_state()),
             **({} if scaler is None else {ckpt.SCALER: scaler.state_dict()}),
             **({} if self.rehearsal is None else {ckpt.REHEARSAL: self.rehearsal.state()}),
         }
         self.loggers.sync()
-        distributed.on_rank0(lambda: str(self.checkpoints.save(self.model, progress, states)))
+        weights, parts = shard.whole_state(self.model), None
+        if self.sharded:
+            parts = self.checkpoints.save_parts(self.model, self.optimizer.optimizer, progress.global_step)
+        distributed.on_rank0(lambda: str(self.checkpoints.save(self.model, progress, states, weights, parts)))
 
     def resume(self, checkpoint: Path) -> None:
         """Restores everything that the next step depends on; checkpoints of later steps are renamed."""
         distributed.on_rank0(lambda: self.checkpoints.archive_newer(step_of(checkpoint)))
         ckpt.load_weights(self.model, checkpoint)
-        ckpt.restore_optimizer(checkpoint, self.optimizer, self.scheduler)
+        ckpt.restore_optimizer(checkpoint, self.optimizer, self.scheduler, self.model)
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(ckpt.read_state(checkpoint, ckpt.SCALER))
         self.progress = progress = replace(Progress.read(checkpoint), max_steps=self.schedule.total_steps)
@@ -449,25 +459,18 @@ class TrainingLoop:
 
 
 def make_accelerator(train: TrainSection, device: str) -> Any:
-    """The accelerator for one step batch a step; sets TF32. Raises EnvironmentProblem under FSDP and DeepSpeed.
+    """The accelerator for one step batch a step; sets TF32.
 
     bf16 is not left to it: the step computes under autocast itself. fp16 is, because the gradient scaler belongs to it.
     """
     from accelerate import Accelerator
-    from accelerate.utils import DistributedType, GradientAccumulationPlugin
+    from accelerate.utils import GradientAccumulationPlugin
 
     accelerator = Accelerator(
         cpu=not device.startswith("cuda"),
         mixed_precision="fp16" if train.fp16 is True else "no",
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
     )
-    supported = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-    if accelerator.distributed_type not in supported:
-        raise EnvironmentProblem(
-            "sharded training (FSDP, DeepSpeed) is not supported: its checkpoints could not be resumed exactly",
-            where="the accelerate config",
-            fix="accelerate launch --config_file env/accelerate_ddp_2.yaml scripts/train.py",
-        )
     if device.startswith("cuda"):
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = bool(train.tf32)
     return accelerator

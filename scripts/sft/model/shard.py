@@ -1,0 +1,97 @@
+"""Weights that the processes of a run share: each holds a part and gathers a layer while it is computed.
+
+torch's `fully_shard` (FSDP2) does it; here is which modules it wraps, and how whole tensors go in and come out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sft.model.adapters import unwrap
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+def shard(
+    model: Any,
+    mesh: DeviceMesh,
+    *,
+    dtype: torch.dtype = torch.float32,
+    reshard: bool = True,
+    offload: bool = False,
+) -> None:
+    """Shards every layer of the transformers model (`_no_split_modules`), then what is left of it, over `mesh` [ranks].
+
+    Gradients are the sums over ranks, in fp32. dtype: that is computed in; a 16-bit one is also what layers are
+    gathered in, while each rank's part keeps its type. reshard: a layer's other parts are freed after its
+    forward pass and gathered again for the backward pass (ZeRO-3), else after the backward pass (ZeRO-2). offload:
+    this rank's parts, with their gradients and optimizer states, stay in the machine's memory.
+    """
+    from torch.distributed.fsdp import (
+        CPUOffloadPolicy,
+        FSDPModule,
+        MixedPrecisionPolicy,
+        OffloadPolicy,
+        fully_shard,
+    )
+
+    base: Any = unwrap(model)
+    how: dict[str, Any] = {"mesh": mesh, "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy()}
+    if dtype != torch.float32:
+        how["mp_policy"] = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    layers = set(base._no_split_modules or ())
+    for module in list(base.modules()):
+        if type(module).__name__ in layers:
+            fully_shard(module, reshard_after_forward=reshard, **how)
+    fully_shard(base, **how)
+    for module in base.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no other reduction
+
+
+def is_sharded(model: Any) -> bool:
+    """Whether `shard` was called on the model, so that its forward and backward passes are collective."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(unwrap(model), FSDPModule)
+
+
+def release(model: Any) -> None:
+    """Frees the weights that stay whole after a forward pass without a backward pass; `parameters` are parts again."""
+    if is_sharded(model):
+        base: Any = unwrap(model)
+        base.reshard()
+
+
+def whole_state(model: Any) -> dict[str, torch.Tensor] | None:
+    """The state dict in whole tensors, on the CPU of rank 0 and empty elsewhere; of an adapted model the trained ones.
+
+    Every rank calls it. None where the model is not sharded.
+    """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    if not is_sharded(model):
+        return None
+    options = StateDictOptions(
+        full_state_dict=True, cpu_offload=True, ignore_frozen_params=hasattr(model, "peft_config")
+    )
+    state: dict[str, Any] = dict(get_model_state_dict(model, options=options))
+    named = dict(model.named_parameters(remove_duplicate=False))
+    first = {id(weight): name for name, weight in reversed(named.items())}
+    for name in state.keys() & named.keys():  # tied weights are one tensor again
+        state[name] = state.get(first[id(named[name])], state[name])
+    return state
+
+
+@contextlib.contextmanager
+def loading_whole(model: Any) -> Any:
+    """Within the block whole tensors can be copied into sharded weights: each rank takes its part."""
+    from torch.distributed.tensor.experimental import implicit_replication
+
+    with implicit_replication() if is_sharded(model) else contextlib.nullcontext():
+        yield

@@ -1,0 +1,43 @@
+"""What each process of a sharded run does in test_sharded.py: `torchrun ... -m tests.training.sharded MODEL FOLDER`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sft.model import shard
+from sft.training import distributed
+from tests.training import bench
+
+# 9 rows in steps of 4: one rank has no row in the last step of an epoch; row 1 has no loss token
+CASES: dict[str, Any] = {
+    "full": {"tuning": {"mode": "full"}, "train": {"learning_rate": 1e-3}},
+    "lora": {"tuning": {"lora": {"r": 4, "dropout": 0.0}}},
+}
+
+
+def train(
+    model: Path, folder: Path, case: str, checkpoint: str | None = None
+) -> tuple[dict[str, Any], list[float], list[float]]:
+    """The trained weights, the losses and the validation losses; resumed from `checkpoint`."""
+    sections = {**CASES[case], "train": {"epochs": 2, "micro_batch_tokens": 24, **CASES[case].get("train", {})}}
+    loop = bench.make_loop(bench.config(model, folder / "outputs" / case, **sections), rows=9, validation=3)
+    loop.rows[1]["labels"] = [-100] * len(loop.rows[1]["labels"])
+    loop.fit(folder / "outputs" / case / checkpoint if checkpoint else None)
+    state = shard.whole_state(loop.model)
+    weights = bench.trained(loop) if state is None else state
+    return weights, bench.logged(loop, "loss"), bench.logged(loop, "eval_loss")
+
+
+if __name__ == "__main__":
+    model, folder = map(Path, sys.argv[1:])
+    distributed.start()
+    results = {case: train(model, folder, case) for case in CASES}
+    results |= {f"{case} resumed": train(model, folder, case, "checkpoint-3") for case in CASES}
+    if distributed.rank() == 0:
+        torch.save(results, folder / "results.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
