@@ -3,7 +3,7 @@
     python scripts/train.py --config configs/run_bnb.yaml
     python scripts/train.py --set tuning.mode=lora --set train.epochs=2 --dry-run
     python scripts/train.py --resume outputs/run/checkpoint-200
-    accelerate launch --config_file env/accelerate_ddp_2.yaml scripts/train.py --config configs/run_bnb.yaml
+    python scripts/train.py --nproc 2 --shard fsdp --set tuning.mode=full
 
 Reads data/processed (or what data.stage says); writes outputs/<run>, outputs/tb/<run> and adapters/<run>, or
 outputs/<run>/model in full mode. Unfinished runs resume automatically.
@@ -47,18 +47,34 @@ def build_parser() -> argparse.ArgumentParser:
         default=[],
         help="resume although this setting has changed (the error names the keys)",
     )
+    parser.add_argument("--nproc", type=int, metavar="N", help="train in so many processes, one a GPU; or on the CPU")
+    parser.add_argument(
+        "--shard",
+        choices=["ddp", "fsdp", "deepspeed"],
+        help="with --nproc: each process has a copy of the model (ddp, the default), or they share it (fsdp)",
+    )
     return parser
 
 
 def main(args: argparse.Namespace) -> dict[str, Any] | None:
-    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
-        return _main(args)
-    from torch.distributed.elastic.multiprocessing.errors import record
+    if "RANK" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import record
 
-    return record(_main)(args)  # for the launcher, the last error of each process
+        return record(train)(args)  # for the launcher: the last error of this process
+    if args.nproc is None and args.shard is None:
+        return train(args)
+    from sft.training.launch import launch
+
+    budget = console.load_config(args).config.train.micro_batch_tokens  # an error in the config is shown once
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--nproc")
+    own.add_argument("--shard")
+    arguments = own.parse_known_args(sys.argv[1:])[1]
+    launch(args.nproc or 2, args.shard or "ddp", console.project_root(), arguments, budget=budget)
+    return None
 
 
-def _main(args: argparse.Namespace) -> dict[str, Any] | None:
+def train(args: argparse.Namespace) -> dict[str, Any] | None:
     from sft import runs
     from sft.errors import Stopped
     from sft.memory import plan

@@ -45,6 +45,7 @@ CORE = {"config", "data", "chat", "model", "step", "training", "generation", "me
 PRIVATE_NAMES = {  # underscore names of other libraries that the core reads (none is written), and why
     "_attn_implementation": "transformers: the attention that a model runs, of which the config has no public name",
     "_base": "torch: the tensor that a view belongs to",
+    "_no_split_modules": "transformers: the classes of the layers, which FSDP shards one by one",
     "_replace": "collections.namedtuple: public, named so to avoid fields' names",
     "_supports_attention_backend": "transformers: whether a family takes its attention from the registry",
     "_supports_sdpa": "transformers: whether a family has SDPA attention",
@@ -52,7 +53,7 @@ PRIVATE_NAMES = {  # underscore names of other libraries that the core reads (no
     "_version": "torch: how often a tensor was changed in place",
 }
 # Upper limits, with the GGUF import (550 lines of core) and rehearsal (310). The aim: 8,000 in the core, 17,000 in all.
-MOST = {"core files": 60, "core lines": 15_460, "files": 137, "lines": 30_270, "small modules with one importer": 10}
+MOST = {"core files": 61, "core lines": 15_900, "files": 139, "lines": 30_720, "small modules with one importer": 10}
 
 
 def imports(path: Path, *, top_only: bool = False) -> Iterator[tuple[str, int]]:

@@ -66,7 +66,7 @@ def test_the_end_of_a_run_fails_on_every_process_with_the_error_of_the_first(mon
     monkeypatch.setattr(distributed, "world", lambda: 2)
     monkeypatch.setattr(distributed, "rank", lambda: 1)
     monkeypatch.setattr(dist, "broadcast_object_list", lambda values: values.__setitem__(1, RunError("disk full")))
-    loop: Any = SimpleNamespace(load_best=lambda: None)
+    loop: Any = SimpleNamespace(load_best=lambda: None, model=torch.nn.Linear(1, 1))
     unused: Any = None
     with pytest.raises(RunError, match="disk full"):
         job.finish(unused, loop, unused, unused)

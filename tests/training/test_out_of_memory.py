@@ -84,8 +84,8 @@ def _generation(loop: bench.TrainingLoop, fault: Once, _: Any) -> None:
 def _saving(loop: bench.TrainingLoop, fault: Once, patch: pytest.MonkeyPatch) -> None:
     real = checkpoint.save_weights
 
-    def save(model: Any, folder: Path) -> None:
-        real(model, folder)
+    def save(model: Any, folder: Path, state: Any) -> None:
+        real(model, folder, state)
         fault()
 
     patch.setattr(checkpoint, "save_weights", save)
