@@ -19,6 +19,7 @@ import tempfile
 import threading
 import time
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 
 import httpx
@@ -78,7 +79,8 @@ def steps_per_second(client: httpx.Client, job: str, seconds: float) -> float:
     first = client.get(f"{PREFIX}/jobs/{job}").json()
     time.sleep(seconds)
     last = client.get(f"{PREFIX}/jobs/{job}").json()
-    return (last["current_step"] - first["current_step"]) / (last["updated_at"] - first["updated_at"])
+    passed = datetime.fromisoformat(last["updated_at"]) - datetime.fromisoformat(first["updated_at"])
+    return float(last["current_step"] - first["current_step"]) / passed.total_seconds()
 
 
 def main() -> None:

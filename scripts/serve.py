@@ -36,42 +36,48 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 
     import uvicorn
 
-    from sft.errors import EnvironmentProblem
+    from sft.errors import EnvironmentProblem, register_secret
     from sft.server.api import Settings, create_app
 
     try:
         local = ipaddress.ip_address(args.host).is_loopback
     except ValueError:
         local = args.host == "localhost"
-    token = os.environ.get("SFT_TOKEN") or (None if local else secrets.token_urlsafe(24))
+    token = os.environ.pop("SFT_TOKEN", "") or (None if local else secrets.token_urlsafe(24))
     settings = Settings(
         root=console.project_root(), token=token, trust_remote_code=args.allow_remote_code, outside=args.allow_outside,
         max_upload=int(args.max_upload * 2**30),
     )  # fmt: skip
-    try:
-        listener = socket.create_server(
-            (args.host, args.port), family=socket.AF_INET6 if ":" in args.host else socket.AF_INET
-        )
-    except OSError as error:
-        what = f"{args.host}:{args.port} cannot be listened on: {error.strerror}"
-        raise EnvironmentProblem(what, where="--port", fix=f"another one: --port {args.port + 1}") from None
-    port = listener.getsockname()[1]
-    shown = (
-        "127.0.0.1" if args.host in ("0.0.0.0", "localhost") else f"[{args.host}]" if ":" in args.host else args.host
-    )
-    console.say(
-        f"http://{shown}:{port}/{f'?token={token}' if token else ''}   routes: /docs   stop: Ctrl-C (jobs go on)"
-    )
-    if not local:
-        console.say(
-            "Others who reach this machine can use it with that token. It travels unencrypted: use a network you trust."
-        )
     app = create_app(settings, tuple(args.allow_host))
+    family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
+    try:
+        listener = socket.create_server((args.host, args.port), family=family)
+    except OSError as error:
+        what = f"{args.host}:{args.port} cannot be listened on: {str(error.strerror).partition(' (')[0]}"
+        raise EnvironmentProblem(what, where="--host, --port", fix=f"another port: --port {args.port + 1}") from None
+    shown = own_address() if args.host in ("0.0.0.0", "::") else args.host
+    url = f"http://{f'[{shown}]' if ':' in shown else shown}:{listener.getsockname()[1]}/"
+    console.say(f"{url}{f'?token={token}' if token else ''}   routes: {url}docs   stop: Ctrl-C (jobs go on)")
+    if not local:
+        console.say("Others can use it with that token, which travels unencrypted: use a network that you trust.")
+    register_secret(token or "")  # from here on
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, timeout_graceful_shutdown=3, server_header=False
     )
     uvicorn.Server(config).run(sockets=[listener])
     return {"stopped": True}
+
+
+def own_address() -> str:
+    """The address with which this machine reaches others; a UDP socket that connects sends nothing."""
+    import socket
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))
+        except OSError:
+            return "127.0.0.1"
+        return str(probe.getsockname()[0])
 
 
 if __name__ == "__main__":

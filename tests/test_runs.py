@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sft import files, runs
-from sft.errors import ConfigError, RunError
+from sft.errors import ConfigError, RunError, Stopped
 
 
 def checkpoint(folder: Path, step: int) -> Path:
@@ -189,3 +189,28 @@ def test_a_folder_that_holds_other_things_is_no_place_for_a_run(tmp_path: Path, 
         runs.check_place(output_dir, tmp_path)
     checkpoint(tmp_path / "outputs/chat", 3)
     runs.check_place("outputs/chat", tmp_path)
+
+
+def test_status_json_says_how_the_work_on_a_run_ended(tmp_path: Path) -> None:
+    run = runs.at(tmp_path / "outputs" / "chat", tmp_path)
+    run.folder.mkdir(parents=True)
+
+    def status() -> dict[str, object]:
+        return files.read_json(run.folder / runs.STATUS)
+
+    with pytest.raises(Stopped), runs.reporting(run, "tiny"):
+        assert (status()["phase"], status()["pid"], status()["model"]) == ("starting", os.getpid(), "tiny")
+        runs.update_status(run.folder, phase="training", step=3)
+        raise Stopped("Stopped at step 3 of 9, with a checkpoint.")
+    assert (status()["phase"], status()["step"]) == ("stopped", 3)
+    with pytest.raises(ValueError), runs.reporting(run, "tiny"):
+        raise ValueError("a row is wrong")
+    assert (status()["phase"], status()["error"]) == ("failed", "a row is wrong")
+    with runs.reporting(run, "tiny"):
+        finished(run.folder)
+    assert (status()["phase"], status()["error"]) == ("completed", None)
+
+
+def test_a_disk_that_refuses_the_status_stops_no_run(tmp_path: Path) -> None:
+    runs.update_status(tmp_path / "missing", phase="training")
+    assert not (tmp_path / "missing").exists()

@@ -239,3 +239,20 @@ def test_what_does_not_fit_is_refused_with_what_would_help(server: tuple[httpx.C
     assert plan["fits"] and plan["device"]["kind"] == "cuda"
     wrong = client.post(f"{PREFIX}/plan", json={"config_path": "configs/run_bnb.yaml", "gpu": "no such card"})
     assert wrong.status_code == 422 and "card" in wrong.json()["error"].lower() + str(wrong.json()["fix"]).lower()
+
+
+def test_texts_that_are_no_unicode_and_endless_nesting_are_refused(client: TestClient) -> None:
+    for overrides in ('{"data.system_prompt": "\\ud800"}', '{"data.template_options": ' + "[" * 900 + "]" * 900 + "}"):
+        answer = client.post(
+            f"{PREFIX}/configs/validate", content='{"config_path": "configs/mine.yaml", "overrides": ' + overrides + "}"
+        )
+        assert answer.status_code in (200, 400, 422), answer.text
+    assert client.get(f"{PREFIX}/jobs", headers={"Origin": "http://["}).status_code == 403
+
+
+def test_a_port_in_use_is_an_error_at_once(server: tuple[httpx.Client, Path], command: Any, tmp_path: Path) -> None:
+    client, root = server
+    refused = command("serve", "--port", client.base_url.port, SFT_ROOT=str(tmp_path))
+    assert refused.returncode == 2 and f"--port {client.base_url.port + 1}" in refused.stderr  # type: ignore[operator]
+    second = command("serve", "--port", 0, SFT_ROOT=str(root))
+    assert second.returncode == 2 and "another server of this project" in second.stderr

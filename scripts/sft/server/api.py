@@ -18,6 +18,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from html import escape
 from http.cookies import CookieError, SimpleCookie
 from itertools import islice
@@ -26,6 +27,7 @@ from typing import Annotated, Any, Literal
 from urllib.parse import parse_qs, urlsplit
 
 from fastapi import APIRouter, Depends, FastAPI, Header, Path, Query, Request, Response
+from fastapi.concurrency import contextmanager_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, RedirectResponse, StreamingResponse
 from fastapi.staticfiles import StaticFiles
@@ -37,7 +39,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from sft import files, runs
 from sft.config.load import Loaded, Node, Problems, display_path, dump_yaml, load, parse, plain, resolve_path
 from sft.config.reference import table
-from sft.errors import ConfigError, DataError, EnvironmentProblem, SftError, one_line, redact, register_secret
+from sft.errors import ConfigError, DataError, EnvironmentProblem, SftError, one_line, redact
 from sft.server.chat_api import create_router
 from sft.server.jobs import ENDED, Conflict, NotFound, Queue, run_command
 
@@ -136,7 +138,7 @@ class ErrorAnswer(JobError):
 
 
 class JobStatus(BaseModel):
-    """A job, or a run that a command started. Times are seconds since 1970."""
+    """A job, or a run that a command started."""
 
     model_config = ConfigDict(protected_namespaces=())
 
@@ -154,8 +156,8 @@ class JobStatus(BaseModel):
     tokens_per_second: float | None
     seconds_left: float | None
     error: JobError | None
-    created_at: float
-    updated_at: float
+    created_at: datetime
+    updated_at: datetime
 
 
 class JobList(BaseModel):
@@ -321,11 +323,8 @@ class Guard:
         if not self._is_our_host(host):
             what = f"the host {host[:100]!r} is not this server's"  # DNS rebinding: a foreign name that leads here
             return EnvironmentProblem(what, where="Host", fix="use its IP address, or start it with --allow-host NAME")
-        origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if headers.get("origin", f"http://{host}") not in (f"http://{host}", f"https://{host}"):
             return EnvironmentProblem("the request comes from another page", where="Origin")
-        if headers.get("sec-fetch-site") == "cross-site" and scope["method"] != "GET":
-            return EnvironmentProblem("the request comes from another page", where="Sec-Fetch-Site")
         length = headers.get("content-length", "0")
         if not is_upload and (not length.isdigit() or int(length) > MAX_BODY):
             return EnvironmentProblem(f"a request may have {MAX_BODY} bytes", where="Content-Length")
@@ -349,10 +348,7 @@ class Guard:
         """An IP address, localhost or a name that the server was started with, whatever the port."""
         with suppress(ValueError):
             name = urlsplit(f"//{host}").hostname or ""
-            if name == "localhost" or name in self.hosts:
-                return True
-            ipaddress.ip_address(name)
-            return True
+            return name == "localhost" or name in self.hosts or bool(ipaddress.ip_address(name))
         return False
 
     def _is_token(self, text: str) -> bool:
@@ -369,14 +365,16 @@ def error_json(error: SftError) -> dict[str, Any]:
 
 
 def create_app(settings: Settings, hosts: tuple[str, ...] = ()) -> FastAPI:
-    """The application: the queue's thread runs as long as it does. hosts: further names that it is called by."""
+    """The application: the queue's thread runs as long as it does. hosts: further names that it is called by.
+
+    Raises RunError if another server has the project.
+    """
     root = settings.root
-    if settings.token:
-        register_secret(settings.token)
     chat: Any = create_router(root)
+    queue = Queue(root)
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         loop = asyncio.get_running_loop()
 
         def before_training() -> None:
@@ -385,7 +383,7 @@ def create_app(settings: Settings, hosts: tuple[str, ...] = ()) -> FastAPI:
             except Exception as error:  # a training does not wait for a chat that does not end
                 log.warning("the chat's model is still loaded: %s", one_line(error))
 
-        app.state.queue = queue = Queue(root, before_training)
+        queue.before_training = before_training
         thread = threading.Thread(target=queue.run, name="queue", daemon=True)
         thread.start()
         try:
@@ -398,6 +396,7 @@ def create_app(settings: Settings, hosts: tuple[str, ...] = ()) -> FastAPI:
         title="sft-play", description="Fine-tuning jobs on this machine. A job is a command of the kit.",
         lifespan=lifespan, docs_url=None, redoc_url=None,
     )  # fmt: skip
+    app.state.queue = queue
     app.add_middleware(Guard, settings=settings, hosts=hosts)  # type: ignore[arg-type]
 
     @app.exception_handler(SftError)
@@ -405,13 +404,16 @@ def create_app(settings: Settings, hosts: tuple[str, ...] = ()) -> FastAPI:
         status = 404 if isinstance(error, NotFound) else 409 if isinstance(error, Conflict) else 422
         return JSONResponse(error_json(error), status)
 
+    @app.exception_handler(RecursionError)
+    @app.exception_handler(UnicodeError)
+    async def no_text(_: Request, error: Exception) -> JSONResponse:
+        return JSONResponse(error_json(SftError(f"a value is not a text or a plain value: {one_line(error)}")), 422)
+
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
         problems = [SftError(each["msg"], where=".".join(map(str, each["loc"]))) for each in error.errors()]
-        what = SftError(
-            "the request is not as this route takes it", fix="GET /docs lists the routes", problems=problems
-        )
-        return JSONResponse(error_json(what), 422)
+        what = "the request is not as this route takes it"
+        return JSONResponse(error_json(SftError(what, fix="GET /docs", problems=problems)), 422)
 
     @app.exception_handler(HTTPException)
     async def no_route(_: Request, error: HTTPException) -> JSONResponse:
@@ -442,11 +444,8 @@ def docs_page(openapi: dict[str, Any]) -> str:
         for path, methods in openapi["paths"].items()
         for method, entry in methods.items()
     ]
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><title>sft-play: routes</title><h1>Routes</h1>'
-        '<p>In full: <a href="/openapi.json">openapi.json</a></p>'
-        f"<table>{''.join(rows)}</table></html>"
-    )
+    head = '<!doctype html><html lang="en"><meta charset="utf-8"><title>sft-play: routes</title><h1>Routes</h1>'
+    return f'{head}<p>In full: <a href="/openapi.json">openapi.json</a></p><table>{"".join(rows)}</table></html>'
 
 
 def queue_of(request: Request) -> Queue:
@@ -461,9 +460,7 @@ def make_router(settings: Settings) -> APIRouter:  # noqa: PLR0915  # one route 
     """The routes of the jobs, configs, templates, data and models."""
     root, configs = settings.root, Configs(settings)
     commands, waiting = (threading.BoundedSemaphore(count) for count in MAX_COMMANDS)
-    router = APIRouter(
-        prefix=PREFIX, responses={"4XX": {"model": ErrorAnswer, "description": "what is wrong, and where"}}
-    )
+    router = APIRouter(prefix=PREFIX, responses={"4XX": {"model": ErrorAnswer, "description": "what is wrong"}})
 
     def run(name: str, *args: str, lines: bool = False) -> Any:
         if not waiting.acquire(blocking=False):
@@ -487,6 +484,9 @@ def make_router(settings: Settings) -> APIRouter:  # noqa: PLR0915  # one route 
         if checkpoint is not None:
             folder = configs.inside(checkpoint, "resume_from_checkpoint")
             opened = runs.open_run("outputs/run", root, str(folder))
+            if opened.run.folder.parent != root / "outputs" or queue.is_running(opened.run.name):
+                what = f"{opened.run.name} is running, or lies outside of outputs/"
+                raise Conflict(what, where="resume_from_checkpoint", fix="pause it first: POST /jobs/NAME/pause")
         loaded = configs.load(request, opened.run.settings if opened else None)
         output = resolve_path(root, loaded.config.train.output_dir)
         if output.parent != root / "outputs":
@@ -502,9 +502,9 @@ def make_router(settings: Settings) -> APIRouter:  # noqa: PLR0915  # one route 
                 refusal = Conflict(what, where="the memory plan", fix="; ".join(hints) or "a smaller model")
                 refusal.details = {"plan": plan}
                 raise refusal
-        args = ["--resume", str(folder) if checkpoint is not None else "auto", *(["--force"] if request.force else [])]
-        name, run = (None, opened.run.name) if opened else (output.name, None)
-        return status_of(queue, queue.add("train", args, name=name, run=run, config=snapshot(loaded)))
+        args = [*(["--force"] if request.force else []), "--resume", str(folder) if opened else "auto"]
+        place = {"run": opened.run.name} if opened else {"name": output.name}
+        return status_of(queue, queue.add("train", args, **place, config=snapshot(loaded)))
 
     @router.get("/jobs")
     def list_jobs(queue: Jobs, limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> JobList:
@@ -618,20 +618,18 @@ def make_router(settings: Settings) -> APIRouter:  # noqa: PLR0915  # one route 
         """
         if not DATA_NAME.fullmatch(name):
             raise DataError(
-                f"{name!r} is not the name of a file of rows", where="name", fix="such as rows.jsonl or rows.csv"
+                f"{name!r} is no name of a file of rows", where="name", fix="such as rows.jsonl or rows.csv"
             )
         folder = root / UPLOADS / re.sub(r"[^\w-]+", "-", name.partition(".")[0])
         path, size = folder / name, 0
         await run_in_threadpool(files.make_folder, folder)
-        with files.atomic_file(path) as staged, open(staged, "wb") as file:
+        async with contextmanager_in_threadpool(files.atomic_file(path)) as staged:
             async for chunk in request.stream():
                 size += len(chunk)
                 if size > settings.max_upload:
                     what = f"the file has more than {files.format_bytes(settings.max_upload)}"
-                    raise DataError(
-                        what, where=name, fix="start the server with a larger --max-upload, or make process"
-                    )
-                await run_in_threadpool(file.write, chunk)
+                    raise DataError(what, where=name, fix="start the server with a larger --max-upload")
+                await run_in_threadpool(append, staged, chunk)
         processed = display_path(folder / "processed", root)
         args = ["--raw_path", str(path), "--set", f"data.processed_dir={processed}"]
         args += [f"--user_col={user_col}"] if user_col else []
@@ -654,7 +652,7 @@ def make_router(settings: Settings) -> APIRouter:  # noqa: PLR0915  # one route 
         return {
             "id": run.name,
             "base": status.get("model"),
-            "finished_at": (run.folder / runs.FINISHED).stat().st_mtime,
+            "finished_at": datetime.fromtimestamp((run.folder / runs.FINISHED).stat().st_mtime, timezone.utc),
             "loss": (summary.get("eval") or {}).get("loss", summary.get("train_loss_last")),
             "has_report": (run.folder / "report" / "index.html").is_file(),
             "has_samples": (run.folder / "samples.jsonl").is_file(),
@@ -664,10 +662,8 @@ def make_router(settings: Settings) -> APIRouter:  # noqa: PLR0915  # one route 
     def list_models() -> dict[str, Any]:
         """The finished runs, the newest first."""
         paths = (root / "outputs").glob(f"*/{runs.FINISHED}")
-        names = [
-            path.parent for path in paths if not path.parent.is_symlink() and (path.parent / runs.RESOLVED).is_file()
-        ]
-        models = [info(runs.at(folder, root)) for folder in names]
+        folders = [path.parent for path in paths if not path.parent.is_symlink()]
+        models = [info(runs.at(folder, root)) for folder in folders if (folder / runs.RESOLVED).is_file()]
         return {"models": sorted(models, key=lambda each: each["finished_at"], reverse=True)}
 
     @router.get("/models/{model_id}/info")
@@ -755,6 +751,11 @@ def read_from(path: FilePath, offset: int, whole: bool) -> bytes:
         chunk = file.read(2**16)
         return chunk if whole or len(chunk) == 2**16 else chunk[: chunk.rfind(b"\n") + 1]
     return b""
+
+
+def append(path: FilePath, chunk: bytes) -> None:
+    with open(path, "ab") as file:
+        file.write(chunk)
 
 
 def read_lines(path: FilePath | None) -> Iterator[dict[str, Any]]:

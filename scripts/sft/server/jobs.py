@@ -93,8 +93,9 @@ class Queue:
     before_training: called before a training starts. Raises RunError if another server has the project.
     """
 
-    def __init__(self, root: Path, before_training: Callable[[], None] = lambda: None) -> None:
-        self.root, self.before_training = root, before_training
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.before_training: Callable[[], object] = lambda: None
         self.home = root / "outputs" / ".server"
         files.make_folder(self.home)
         self._own = open(self.home / "server.lock", "a+", encoding="utf-8")  # noqa: SIM115  # held as long as this object is
@@ -102,7 +103,7 @@ class Queue:
             files.take_lock(self._own)
         except BlockingIOError:
             raise RunError(
-                "another server of this project is running", where=str(self.home / "server.lock"), fix="stop it first"
+                "another server of this project is running", where=str(root), fix="use that one, or stop it (Ctrl-C)"
             ) from None
         self.mutex, self.reading = threading.RLock(), threading.Lock()  # so that looking waits for no start
         self.wake, self.closed = threading.Event(), threading.Event()
@@ -201,6 +202,11 @@ class Queue:
                 _signal(job.pid or _find_process(job.token), job.process_created, at_once)
         self.wake.set()
 
+    def is_running(self, run: str) -> bool:
+        """Whether a job that trains this run is queued or running, or a command trains it."""
+        busy = self._rows("kind = 'train' AND run = ? AND state IN ('queued', 'running')", run)
+        return bool(busy) or _held(self.root / "outputs" / run / runs.LOCK)
+
     def _stop_run(self, run: Run, at_once: bool) -> None:
         status = files.read_json(run.folder / runs.STATUS)
         if not _held(run.folder / runs.LOCK) or not isinstance(status.get("pid"), int):
@@ -213,7 +219,7 @@ class Queue:
             job = self.find(name)
             if job is None:
                 run = self.outside_run(name)
-                if run.finished or _held(run.folder / runs.LOCK):
+                if run.finished or self.is_running(run.name):
                     what = f"{name} is {'finished' if run.finished else 'running'}"
                     raise Conflict(what, where=name, fix="resume works for a run that was stopped or has failed")
                 return self.add("train", ["--config", str(run.settings), "--resume", str(run.folder)], run=run.name)
