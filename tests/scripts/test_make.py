@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from sft.training.loggers import read
+from sft.runs import read_log
 from tests.conftest import ROOT
 from tests.training import project
 
@@ -42,7 +42,7 @@ def test_ctrl_c_ends_make_quietly_and_resume_continues_that_run_with_its_own_set
     sets = "train.eval_strategy=no train.save_strategy=no experiment.description=two words train.max_steps=60"
     running = start(root, "train", f"CONFIG={root / 'config.yaml'}", f"SET={sets}")
     log, until = root / "outputs/t/log.jsonl", time.monotonic() + 120
-    while not read(log) and time.monotonic() < until and running.poll() is None:
+    while not read_log(log) and time.monotonic() < until and running.poll() is None:
         time.sleep(0.05)
     os.killpg(running.pid, signal.SIGINT)
     output, errors = running.communicate(timeout=60)
@@ -57,7 +57,7 @@ def test_ctrl_c_ends_make_quietly_and_resume_continues_that_run_with_its_own_set
 
     code, output = make(root, "resume")
     assert code == 0 and output.startswith("config: outputs/t/config.yaml\nresuming outputs/t at checkpoint-"), output
-    assert "split differently" not in output and read(log)[-1]["step"] == 60
+    assert "split differently" not in output and read_log(log)[-1]["step"] == 60
 
     code, output = make(root, "resume")
     assert code == 2 and "there is no unfinished run to resume" in output and "fix:   make train" in output

@@ -20,6 +20,7 @@ import pytest
 import quick_start
 from sft.config.load import load
 from sft.errors import DataError
+from sft.preflight import advise
 from tests.conftest import ROOT
 
 Command = Callable[..., CompletedProcess[str]]
@@ -34,26 +35,31 @@ def empty_project(root: Path) -> Path:
 
 
 def test_without_a_gpu_the_real_model_is_the_default_from_the_hub_or_else_from_the_package_index() -> None:
-    times = dict.fromkeys((quick_start.SMALL, quick_start.SMALL_PACKAGE), "about 6 min") | {
-        quick_start.DEMO: "about 2 min"
-    }
-    from_hub = quick_start.choices(None, 0.0, True, [], True, times)
+    from_hub = advise.choices(None, 0.0, [], hub=True, index=True)
     assert [name for name, _ in from_hub] == [quick_start.SMALL, quick_start.DEMO]
-    assert [reason.rpartition("; ")[2] for _, reason in from_hub] == ["about 6 min", "about 2 min"]
-    from_index = quick_start.choices(None, 0.0, False, [], True, times)
+    from_index = advise.choices(None, 0.0, [], hub=False, index=True)
     assert [name for name, _ in from_index] == [quick_start.SMALL_PACKAGE, quick_start.DEMO]
     assert "the hub is out of reach" in from_index[0][1]
-    alone = quick_start.choices(None, 0.0, False, [])
+    alone = advise.choices(None, 0.0, [], hub=False, index=False)
     assert [name for name, _ in alone] == [quick_start.DEMO]
     assert "neither the model hub nor the package index can be reached" in alone[0][1]
 
 
+def test_each_model_is_offered_with_the_time_that_training_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(advise.hub, "cached", lambda name, revision: tmp_path)
+    times = {quick_start.SMALL: "about 6 min", quick_start.DEMO: "about 2 min"}
+    offers = advise.models_for(None, 0.0, tmp_path, times)
+    assert [reason.rpartition("; ")[2] for _, reason in offers] == ["about 6 min", "about 2 min"]
+
+
 def test_with_a_gpu_the_first_that_fits_is_the_default_and_the_demo_the_last() -> None:
     fitting = ["Qwen/Qwen2.5-3B-Instruct", "Qwen/Qwen2.5-1.5B-Instruct"]
-    offers = quick_start.choices("RTX 4060", 8.0, True, fitting)
+    offers = advise.choices("RTX 4060", 8.0, fitting, hub=True, index=False)
     assert [name for name, _ in offers] == [*fitting, quick_start.SMALL, quick_start.DEMO]
     assert offers[0][1] == "fits RTX 4060 (8 GiB) in 4-bit"
-    offline = quick_start.choices("RTX 4060", 8.0, False, fitting, True)
+    offline = advise.choices("RTX 4060", 8.0, fitting, hub=False, index=True)
     assert [name for name, _ in offline] == [quick_start.SMALL_PACKAGE, quick_start.DEMO]
 
 

@@ -57,8 +57,8 @@ def test_the_rungs_of_halving() -> None:
 def test_a_value_that_is_not_finite_ranks_last_in_either_direction() -> None:
     values = {"a": 2.0, "b": float("nan"), "c": 1.0, "d": None}
     trials = [sweep.Trial(name, {}, Config(), {"1": {"step": 4, "value": value}}) for name, value in values.items()]
-    assert [trial.name for trial in sweep.ranked(trials, 1, ("loss", False))][:2] == ["c", "a"]
-    assert [trial.name for trial in sweep.ranked(trials, 1, ("rougeL", True))][:2] == ["a", "c"]
+    assert [trial.name for trial in sweep.order(trials, ("loss", False))][:2] == ["c", "a"]
+    assert [trial.name for trial in sweep.order(trials, ("rougeL", True))][:2] == ["a", "c"]
 
 
 def test_the_metric_is_that_of_the_best_checkpoint(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from sft import files
-from sft.training.loggers import read
+from sft.runs import read_log
 from tests.conftest import ROOT
 from tests.training import project
 
@@ -38,7 +38,7 @@ def test_ctrl_c_stops_with_a_checkpoint_and_the_same_command_resumes(
         text=True,
     )
     log, until = root / "outputs/t/log.jsonl", time.monotonic() + 120
-    while not read(log) and time.monotonic() < until and running.poll() is None:
+    while not read_log(log) and time.monotonic() < until and running.poll() is None:
         time.sleep(0.1)
     running.send_signal(signal.SIGINT)
     output, errors = running.communicate(timeout=60)
@@ -60,7 +60,7 @@ def test_ctrl_c_stops_with_a_checkpoint_and_the_same_command_resumes(
     assert f"resuming outputs/t at checkpoint-{step}" in result.stderr
     assert f"step {step + 1}/{step + 4}  loss" in result.stderr and f"step {step + 4}/{step + 4}  loss" in result.stderr
     assert json.loads(result.stdout)["steps"] == step + 4
-    steps = [entry["step"] for entry in read(log)]
+    steps = [entry["step"] for entry in read_log(log)]
     assert steps == sorted(set(steps)) and steps[-1] == step + 4
 
 
@@ -76,7 +76,7 @@ def test_closing_the_terminal_stops_with_a_checkpoint(tmp_path: Path, tiny_qwen2
         os.execv(command[0], [*command, *sets])
     log, until = root / "outputs/t/log.jsonl", time.monotonic() + 200
     os.set_blocking(terminal, False)
-    while not read(log) and time.monotonic() < until:
+    while not read_log(log) and time.monotonic() < until:
         time.sleep(0.1)
         with contextlib.suppress(BlockingIOError):
             os.read(terminal, 65536)

@@ -39,15 +39,15 @@ def test_a_resumed_run_leaves_one_curve_without_overlap(tmp_path: Path) -> None:
     write(tmp_path, 3, range(4, 7), 0.5)  # resumed at checkpoint-3
     expected = [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.5), (5, 5.5), (6, 6.5)]
     assert scalars(tmp_path / "tb", "eval/loss") == expected
-    assert [(entry["step"], entry["eval/loss"]) for entry in loggers.read(tmp_path / "log.jsonl")] == expected
+    assert [(entry["step"], entry["eval/loss"]) for entry in runs.read_log(tmp_path / "log.jsonl")] == expected
 
 
 def test_an_incomplete_line_of_a_crash_is_ignored(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     path.write_text('{"step": 1, "train/loss": 2.0}\n{"step": 2, "train/lo', encoding="utf-8")
-    assert loggers.read(path) == [{"step": 1, "train/loss": 2.0}]
+    assert runs.read_log(path) == [{"step": 1, "train/loss": 2.0}]
     loggers.Loggers(path, after_step=5).entry(3, {"eval_loss": 1.0})
-    assert [entry["step"] for entry in loggers.read(path)] == [1, 3]
+    assert [entry["step"] for entry in runs.read_log(path)] == [1, 3]
 
 
 def test_a_disk_that_refuses_tensorboards_last_file_does_not_fail_the_run(
@@ -148,7 +148,7 @@ def test_a_resumed_run_continues_its_local_run_of_every_tracker(
         (root / "outputs" / "t" / "finished.json").unlink()
         shutil.rmtree(root / "outputs" / "t" / "checkpoint-4")
     assert f"{name}: the same run as before" in done.stderr
-    logged = {entry["step"] for entry in loggers.read(root / "outputs" / "t" / "log.jsonl") if "eval/loss" in entry}
+    logged = {entry["step"] for entry in runs.read_log(root / "outputs" / "t" / "log.jsonl") if "eval/loss" in entry}
     assert sorted(set(STEPS_OF[name](root, "eval/loss"))) == sorted(logged) == [2, 4]
     assert len(STEPS_OF[name](root, "train/loss")) <= 4  # steps 1, 2, 4; the last one may come twice
 
@@ -170,7 +170,7 @@ def test_a_tracker_that_fails_in_the_middle_ends_alone(tmp_path: Path, caplog: p
     logger.entry(1, {"eval_loss": 1.0})
     logger.entry(2, {"eval_loss": 2.0})
     assert caplog.text.count("wandb ends at step 1 (no space left on the device)") == 1
-    assert [entry["eval/loss"] for entry in loggers.read(tmp_path / "log.jsonl")] == [1.0, 2.0]
+    assert [entry["eval/loss"] for entry in runs.read_log(tmp_path / "log.jsonl")] == [1.0, 2.0]
 
 
 def test_other_spellings_of_the_backends(tmp_path: Path) -> None:

@@ -141,12 +141,9 @@ class TokenisedRows(Sequence[Feature]):
             return [self[one] for one in range(*index.indices(len(self)))]
         index = range(len(self))[index]
         ids = {name: self._table.column(name)[index].values.to_numpy().tolist() for name in ("input_ids", "labels")}
-        if (weights := self._table.column("weights")[index]).is_valid:
-            ids["weights"] = weights.values.to_numpy().tolist()
-        for name in ("chosen", "rating"):
-            if value := self._table.column(name)[index].as_py():
-                ids[name] = value
-        return {"id": self._table.column("id")[index].as_py(), **ids}
+        more = {name: self._table.column(name)[index].as_py() for name in ("weights", "chosen", "rating")}
+        more = {name: value for name, value in more.items() if value}
+        return {"id": self._table.column("id")[index].as_py(), **ids, **more}
 
     def joined(self, others: Sequence[Feature]) -> TokenisedRows:
         """These rows and, behind them, others, whose `prompt_id` is 0."""
@@ -220,10 +217,9 @@ class Tokeniser:
         ledger, earlier, system, mapped = RunLedger(), set(self.encoder.warnings), None, {}
         if shards.has_tokens(path):
             if self.encoder.pairs or self.encoder.rated:
+                what = "train.objective compares two answers, and rows of tokens have one"
                 fix = "train on pairs of `chosen` and `rejected`, or --set train.objective=response"
-                raise DataError(
-                    "train.objective compares two answers, and rows of tokens have one", where=str(path), fix=fix
-                )
+                raise DataError(what, where=str(path), fix=fix)
             scan = pretokenised.scan(path, self.encoder, on_progress)
             log.info("%s: %s", path.name, scan.sentence())
             pieces, mapped = self._tokens(path, scan, ledger), scan.mapped
@@ -235,15 +231,9 @@ class Tokeniser:
         with pyarrow.ipc.new_file(sink, schema) as out:
             while part := list(islice(pieces, 4 * BATCH)):
                 columns = {
-                    "id": [piece.id for _, piece in part],
-                    "prompt_id": [prompt_id for prompt_id, _ in part],
-                    "chosen": [piece.chosen for _, piece in part],
-                    "rating": [piece.rating for _, piece in part],
-                    "input_ids": [piece.input_ids for _, piece in part],
-                    "labels": [piece.labels for _, piece in part],
-                    "weights": [piece.weights for _, piece in part],
+                    name: [getattr(piece, name, prompt_id) for prompt_id, piece in part] for name in schema.names
                 }
-                out.write_batch(pyarrow.RecordBatch.from_pydict({name: columns[name] for name in schema.names}, schema))
+                out.write_batch(pyarrow.RecordBatch.from_pydict(columns, schema))
         warnings = {kind: text for kind, text in self.encoder.warnings.items() if kind not in earlier}
         return {"ledger": vars(ledger), "system": system, "warnings": warnings, "mapped": mapped}
 
@@ -253,9 +243,8 @@ class Tokeniser:
         if scan.mapped:
             ledger.rows_read = ledger.rows_trained = ledger.pieces = scan.rows
             ledger.tokens, ledger.labelled_tokens = scan.tokens, scan.labelled
-            yield from (
-                (prompt_id, Encoded(id_, [], [])) for prompt_id, id_ in zip(prompt_ids, scan.ids(), strict=True)
-            )
+            for prompt_id, name in zip(prompt_ids, scan.ids(), strict=True):
+                yield prompt_id, Encoded(name, [], [])
             return
         for prompt_id, piece in zip(prompt_ids, pretokenised.encoded(path, self.encoder), strict=True):
             ledger.add(piece)

@@ -24,12 +24,7 @@ from sft.errors import DataError
 
 log = logging.getLogger("sft.chat")
 _FIX = "write the files again from the rows"
-MASKS = (
-    "completion_mask",
-    "assistant_masks",
-    "loss_mask",
-    "mask",
-)  # 1 where a loss is taken, as TRL and others name it
+MASKS = ("completion_mask", "assistant_masks", "loss_mask", "mask")  # 1 where a loss is taken: TRL's name, and others
 _IDS, _WEIGHTS = pyarrow.list_(pyarrow.int32()), pyarrow.list_(pyarrow.float32())
 
 
@@ -222,10 +217,8 @@ def _check(part: Part, encoder: Encoder, vocabulary: int) -> None:
         right, why = (part.labels >= 0) & (part.labels < vocabulary), in_vocabulary
     else:
         _require_equal(part.lengths, part.label_lengths, part.file, part.first, "labels")
-        right, why = (
-            part.labels == part.ids,
-            "it is neither -100 nor the token at its own place (labels are not shifted)",
-        )
+        why = "it is neither -100 nor the token at its own place (labels are not shifted)"
+        right = part.labels == part.ids
     _require(part, (part.ids >= 0) & (part.ids < vocabulary), "token", part.ids, part.lengths, in_vocabulary, encoder)
     _require(part, right | (part.labels == IGNORED), "label", part.labels, part.label_lengths, why, encoder)
     if part.weights is not None:

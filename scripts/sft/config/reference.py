@@ -62,7 +62,8 @@ def _walk(section: dict[str, Any], prefix: str, definitions: dict[str, Any]) -> 
             description=entry.get("description") or (inner or {})["description"],
             section=is_section,
             nullable={"type": "null"} in members,
-            text=any(_takes_text(each) for each in members + items) and not any(map(_takes_numbers, members)),
+            text=any(each.get("type") == "string" and not _choices(each) for each in members + items)
+            and not any(member.get("type") in ("integer", "number") for member in members),
             choices=tuple(str(choice) for each in members + items for choice in _choices(each)),
         )
         if inner:
@@ -71,14 +72,6 @@ def _walk(section: dict[str, Any], prefix: str, definitions: dict[str, Any]) -> 
 
 def _choices(member: dict[str, Any]) -> list[Any]:
     return member.get("enum") or ([member["const"]] if "const" in member else [])
-
-
-def _takes_text(member: dict[str, Any]) -> bool:
-    return member.get("type") == "string" and not _choices(member)
-
-
-def _takes_numbers(member: dict[str, Any]) -> bool:
-    return member.get("type") in ("integer", "number")
 
 
 def _expected(member: dict[str, Any]) -> str:

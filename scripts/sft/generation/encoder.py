@@ -28,7 +28,10 @@ def load_encoder(
     loaded = load_tokenizer(tokenizer or model, trust_remote_code=config.model.trust_remote_code)
     if files is None and (problem := round_trip_problem(loaded)):
         log.warning(problem)
-    return build_encoder(config, loaded, model.kind, root, eos_ids=_end_ids(model.path))
+    # a base may end its answers with other tokens than the tokenizer's end token
+    ends = read_json(model.path / "generation_config.json").get("eos_token_id")
+    ids = [int(token) for token in (ends if isinstance(ends, list) else [ends]) if token is not None]
+    return build_encoder(config, loaded, model.kind, root, eos_ids=ids)
 
 
 def load_named_encoder(config: Config, root: Path, *, tokenizer: str | None, template: str | None) -> Encoder:
@@ -50,9 +53,3 @@ def _files_without_weights(section: ModelSection, root: Path) -> ModelFiles:
     if folder is None or (folder / "config.json").is_file():
         return hub.find(section, root, weights=False)
     return ModelFiles(folder, section.name, None, {}, "seq2seq" if section.type == "seq2seq" else "causal")
-
-
-def _end_ids(folder: Path) -> list[int]:
-    """The end tokens that the model's generation_config.json names: a base may end its answers with others."""
-    ids = read_json(folder / "generation_config.json").get("eos_token_id")
-    return [int(token) for token in (ids if isinstance(ids, list) else [ids]) if token is not None]

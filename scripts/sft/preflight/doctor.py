@@ -25,15 +25,18 @@ _VARIABLES = tuple("CUDA_ HF_ HUGGING TRANSFORMERS_ PYTORCH_ TORCH_ OMP_ SFT_ LD
 
 def sections(context: CheckContext) -> Iterator[tuple[str, list[str]]]:
     """Title and lines of each section: kit, packages, machine, checks, last run, last error; the home folder as ~."""
-    home = str(Path.home())
+    home, last_error = str(Path.home()), context.root / "outputs" / LAST_ERROR
+    names = [*(requirement.name for requirement in requirements()), "unsloth"]
+    installed = runs.versions(names)
+    errors = last_error.read_text(encoding="utf-8", errors="replace").splitlines() if last_error.is_file() else ["none"]
     for title, lines in (
         ("kit", _kit(context.root)),
-        ("packages", _packages()),
+        ("packages", [", ".join(f"{name} {installed.get(name, 'missing')}" for name in names)]),
         ("machine", _machine(context.root)),
         ("environment", _environment()),
         ("checks", [f"{each.level:8} {each.name:12} {each.message}" for each in checks.run(context)]),
         ("last run", _last_run(context.root)),
-        ("last errors, newest first", _last_error(context.root)),
+        ("last errors, newest first", errors),
     ):
         yield title, [line.replace(home, "~") if len(home) > 1 else line for line in lines]
 
@@ -45,12 +48,6 @@ def _kit(root: Path) -> list[str]:
         commit = subprocess.run(git, capture_output=True, text=True, timeout=5, check=False).stdout.strip()
     kit = f"sft-play {commit or 'without git'} at {root}, {time.strftime('%Y-%m-%d %H:%M %Z')}"
     return [kit, f"Python {sys.version.split()[0]} ({sys.executable})"]
-
-
-def _packages() -> list[str]:
-    names = [*(requirement.name for requirement in requirements()), "unsloth"]
-    installed = runs.versions(names)
-    return [", ".join(f"{name} {installed.get(name, 'missing')}" for name in names)]
 
 
 def _machine(root: Path) -> list[str]:
@@ -91,8 +88,3 @@ def _last_run(root: Path) -> list[str]:
     log = run.folder / "log.jsonl"
     logged = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
     return lines + [line for line in logged if '"eval/samples"' not in line][-3:]  # answers quote the user's rows
-
-
-def _last_error(root: Path) -> list[str]:
-    path = root / "outputs" / LAST_ERROR
-    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ["none"]

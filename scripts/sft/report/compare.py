@@ -15,7 +15,6 @@ import platform
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from itertools import count
@@ -437,13 +436,10 @@ def _ledgers(target: Target, root: Path) -> dict[str, Any]:
 def log_curves(run: Run) -> dict[str, list[tuple[float, float]]]:
     """{name: [(step, value)]} from the run's log.jsonl."""
     curves: dict[str, list[tuple[float, float]]] = {}
-    path = run.folder / "log.jsonl"
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        with suppress(ValueError):  # a last line that a crash cut short
-            entry = json.loads(line)
-            for name in entry.keys() - {"step"}:
-                if isinstance(entry[name], int | float):
-                    curves.setdefault(name, []).append((entry["step"], entry[name]))
+    for entry in runs.read_log(run.folder / "log.jsonl"):
+        for name in entry.keys() - {"step"}:
+            if isinstance(entry[name], int | float):
+                curves.setdefault(name, []).append((entry["step"], entry[name]))
     return curves
 
 
@@ -487,7 +483,7 @@ def write(result: dict[str, Any], measured: Sequence[Side], target: Target, root
     rows = answer_rows(measured, result["first_metric"])
     files.write_json(folder / RESULT, result)
     files.write_text(folder / ANSWERS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    form = model_card.form_of_run(target.config)
+    form = "hf" if target.config.tuning.mode == "full" else model_card.ADAPTER  # of what training left
     name, system = result["comparisons"][0]["name"], load.system_text(target.config, target.folder, root)
     files.write_text(folder / CARD, model_card.card(target.config, name, form, result=result, system=system))
     files.write_text(folder / PAGE, compare_page.page(result, rows, log_curves(run), dump_config(target.config)))

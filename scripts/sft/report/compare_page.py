@@ -13,11 +13,8 @@ from sft.metrics.scoring import greater_is_better
 from sft.report import html
 from sft.report.html import Cell, Chart
 
-MAX_ROWS, FOLDED_AFTER, MAX_DIFF = (
-    1_000,
-    700,
-    4_000,
-)  # rows shown; characters before folding, and for which words are diffed
+# rows shown; characters before folding, and for which words are diffed
+MAX_ROWS, FOLDED_AFTER, MAX_DIFF = 1_000, 700, 4_000
 ARROWS = {True: " ↑", False: " ↓"}  # higher is better, lower is better
 FINDINGS = {"same": "equal in every row", "unclear": "no clear difference"}
 COLUMNS = ["metric", "base", "tuned", "difference", "95 % interval", "won / tied / lost", "finding"]

@@ -217,14 +217,15 @@ def _short(text: str) -> str:
 
 def page(result: Figures, title: str) -> str:
     """The whole page. result: of `figures`, with `token_figures` under "tokens" (None without a tokenizer)."""
-    ledger, tokens = result["ledger"], result["tokens"]
+    names = {"format": "formats", "shape": "shapes", "encoding": "encoding", "copies by weight": "rows_repeated"}
+    names["replayed"] = "rows_replayed"
     return html.render(
         "data.html.j2",
         title,
-        **{**result, "tokens": tokens},
+        **result,
         findings=_findings(result),
-        facts=_ledger_facts(ledger),
-        length_charts=_length_charts(tokens) if tokens else [],
+        facts={name: value for name, key in names.items() if (value := result["ledger"].get(key))},
+        length_charts=_length_charts(result["tokens"]) if result["tokens"] else [],
         bar_charts=_bar_charts(result),
     )
 
@@ -265,12 +266,6 @@ def _token_findings(tokens: Figures) -> list[tuple[str, str, str]]:
     bad = (cut + dropped) / max(1, run["rows_read"]) > 0.01
     labels = f"{share:.0%} of the tokens are in the loss; the others are only read"
     return [("Length", words, "bad" if bad else "good"), ("Labels", labels, "bad" if share < 0.02 else "even")]
-
-
-def _ledger_facts(ledger: Figures) -> dict[str, str]:
-    facts = {"format": ledger.get("formats"), "shape": ledger.get("shapes"), "encoding": ledger.get("encoding")}
-    facts |= {"copies by weight": ledger.get("rows_repeated"), "replayed": ledger.get("rows_replayed")}
-    return {name: html.plain(value) for name, value in facts.items() if value}
 
 
 def _length_charts(tokens: Figures) -> list[Chart]:

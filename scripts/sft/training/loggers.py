@@ -56,19 +56,6 @@ def public_names(entry: Mapping[str, Any]) -> dict[str, float]:
     return {key: float(value) for key, value in values.items()}
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """The entries of a log.jsonl, without lines that a crash left incomplete."""
-    entries = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []:
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
-            entries.append(entry)
-    return entries
-
-
 class Loggers:
     """Logs a run from the step after `after_step` on.
 
@@ -97,7 +84,9 @@ class Loggers:
         self._metrics: dict[str, float | None] = {}  # the last value of each
         if path is None:
             return
-        files.write_text(path, "".join(_json_line(entry) for entry in read(path) if entry["step"] <= after_step))
+        files.write_text(
+            path, "".join(_json_line(entry) for entry in runs.read_log(path) if entry["step"] <= after_step)
+        )
         if curves is not None:
             from torch.utils.tensorboard import SummaryWriter
 
