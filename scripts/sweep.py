@@ -175,9 +175,10 @@ def shares(count: int) -> list[float]:
 
 def rank(result: dict[str, Any], metric: tuple[str, bool]) -> float:
     """Lower is better; a value that is not finite is the worst."""
-    value = result.get("value")
-    usable = value is not None and math.isfinite(value)
-    return (-value if metric[1] else value) if usable else math.inf
+    value: float | None = result.get("value")
+    if value is None or not math.isfinite(value):
+        return math.inf
+    return -value if metric[1] else value
 
 
 # --- one run

@@ -240,11 +240,8 @@ def progress(title: str, *, remaining: bool = True) -> Iterator[Callable[..., No
             if now - last_line >= SECONDS_PER_LINE:
                 last_line = now
                 share = f" {done / total:.0%}" if total else ""
-                share += (
-                    f", {duration((now - started) * (total - done) / done)} left"
-                    if total and done >= 0.01 * total
-                    else ""
-                )
+                if total and done >= 0.01 * total:
+                    share += f", {duration((now - started) * (total - done) / done)} left"
                 print(f"{title}{share}  {beside}".rstrip(), file=sys.stderr, flush=True)
 
         yield advance

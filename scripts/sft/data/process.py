@@ -95,18 +95,8 @@ def process(
         ledger.sources = [part.to_json() for part in parts]
         ledger.reports |= _reports(rows, pairs, places, checks)
         _require_good_rows(ledger, staged, target, root, checks.formats.table, raw_path)
-        ledger.warnings += _row_warnings(ledger.reports, checks)
-        if plain := ledger.formats.get("rendered"):
-            ledger.warnings.append(
-                f"{plain:,} rows of `input` and `target` are trained on as they are, without the chat template; for"
-                " questions and answers: --user_col input --answer_col target"
-            )
-        if bad := ledger.named["marked as bad"]:
-            ledger.warnings.append(
-                f"{bad:,} rows with bad answers are left out; train.objective=kto learns from them too"
-            )
-        for name in moved:
-            ledger.warnings.append(f"{name} would be empty with so few rows: one row was moved to it")
+        ledger.warnings += _row_warnings(ledger, checks)
+        ledger.warnings += [f"{name} would be empty with so few rows: one row was moved to it" for name in moved]
         held_out = {row.prompt for row, place in zip(rows, places, strict=True) if place in ("val", "test")}
         ledger.warnings += split.share_warnings(ledger.splits, data.split)
         add_replay(data, root, staged, ledger, lambda row: checks.check_replay(row, held_out))
@@ -299,8 +289,8 @@ def _reports(rows: list[Pending], pairs: Pairs, places: Places, checks: RowCheck
     return reports
 
 
-def _row_warnings(reports: dict[str, Any], checks: RowChecks) -> list[str]:
-    warnings, by = [], checks.data.split.group_by
+def _row_warnings(ledger: Ledger, checks: RowChecks) -> list[str]:
+    warnings, reports, by = list[str](), ledger.reports, checks.data.split.group_by
     if "placeholders" not in checks.data.drop and (unfilled := reports["quality"]["placeholders"]):
         warnings.append(
             f"{unfilled:,} rows hold a placeholder such as {{{{name}}}} (the first: {checks.placeholder}), which the"
@@ -325,6 +315,13 @@ def _row_warnings(reports: dict[str, Any], checks: RowChecks) -> list[str]:
         if leaks := [f"{count:,} ({kind})" for kind, count in counts.items() if count]:
             fix = "keep such rows together: data.near_duplicates=report, or data.split.group_by=KEY"
             warnings.append(f"rows of {name} that also occur in train: {', '.join(leaks)}; {fix}")
+    if plain := ledger.formats.get("rendered"):
+        warnings.append(
+            f"{plain:,} rows of `input` and `target` are trained on as they are, without the chat template; for"
+            " questions and answers: --user_col input --answer_col target"
+        )
+    if bad := ledger.named["marked as bad"]:
+        warnings.append(f"{bad:,} rows with bad answers are left out; train.objective=kto learns from them too")
     return warnings
 
 
@@ -355,9 +352,8 @@ def _require_good_rows(
         user, answer = (shlex.quote(column) for column in columns)
         fix = f"say which columns hold question and answer: make process{raw} USER_COL={user} ANSWER_COL={answer}"
         if is_row:
-            fix = (
-                f"if line 1 is a row, write names above it, such as question and answer; if it names the columns, {fix}"
-            )
+            above = "if line 1 is a row, write names above it, such as question and answer"
+            fix = f"{above}; if it names the columns, {fix}"
     elif most == "preference pair":
         fix = "write each row as `prompt`, `chosen` and `rejected`, whose answers differ"
     elif ledger.written and ledger.fault_share <= 0.5:

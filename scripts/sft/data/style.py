@@ -30,10 +30,8 @@ def style_text(style: str) -> str:
     if close or not style.strip() or (style.isascii() and len(style.split()) < 2):
         what = f"there is no preset {style!r}" if style.strip() else "the style is empty"
         hint = f"did you mean {close}? " if close else ""
-        raise DataError(
-            what,
-            fix=f"{hint}presets: {', '.join(PRESETS)}; or a sentence of your own: --style 'Answer in a funny tone.'",
-        )
+        own = "or a sentence of your own: --style 'Answer in a funny tone.'"
+        raise DataError(what, fix=f"{hint}presets: {', '.join(PRESETS)}; {own}")
     return style
 
 

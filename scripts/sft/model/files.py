@@ -182,14 +182,11 @@ def weight_files(folder: Path, name: str) -> list[Path]:
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ModelError(f"the index of {name} cannot be read", where=str(index), fix=_again(name)) from None
     elif not has_weights(folder):
-        pickles = sorted(path.name for path in folder.glob("*.bin"))
-        raise ModelError(
-            f"{name} has no safetensors weights" + (f", only {pickles[0]}, which can run code" if pickles else ""),
-            where=str(folder),
-            fix=f"if you trust it: python scripts/download_model.py --model {folder} --allow-pickle"
-            if pickles
-            else "use a repository or folder with model.safetensors",
-        )
+        what, fix = f"{name} has no safetensors weights", "use a repository or folder with model.safetensors"
+        if pickles := sorted(path.name for path in folder.glob("*.bin")):
+            what += f", only {pickles[0]}, which can run code"
+            fix = f"if you trust it: python scripts/download_model.py --model {folder} --allow-pickle"
+        raise ModelError(what, where=str(folder), fix=fix)
     if missing := [path.name for path in paths if not path.is_file()]:
         names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise ModelError(

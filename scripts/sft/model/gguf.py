@@ -226,13 +226,11 @@ def import_file(path: Path, out: Path, *, source: str = "", progress: Callable[[
         license_, name = values.get("general.license", "not stated"), values.get("general.name", path.stem)
         record = {"source": source or str(path), "file": path.name, "bytes": path.stat().st_size, "stored": stored}
         files.write_json(folder / RECORD, {**record, "name": name, "license": license_})
-        note = (
-            f"dequantised from {stored}, so they are not those that were published" if dtype == "bfloat16" else stored
-        )
-        files.write_text(
-            folder / "README.md",
-            f"# {out.name}\n\n{name}, imported from `{path.name}`. Weights: {note}. License: {license_}.\n",
-        )
+        note = stored
+        if dtype == "bfloat16":
+            note = f"dequantised from {stored}, so they are not those that were published"
+        card = f"# {out.name}\n\n{name}, imported from `{path.name}`. Weights: {note}. License: {license_}.\n"
+        files.write_text(folder / "README.md", card)
 
 
 def _open(path: Path) -> gguf.GGUFReader:

@@ -62,9 +62,8 @@ def apply_kernels(
         allowed = TOLERANCE[str(dtype).removeprefix("torch.")]
         if not all(difference <= allowed for difference in differences):  # a NaN is not
             amounts = " and ".join(f"{difference:.1e}" for difference in differences)
-            raise EnvironmentProblem(
-                f"loss and gradients differ by {amounts}, where {allowed:.0e} is allowed in {dtype}"
-            )
+            what = f"loss and gradients differ by {amounts}, where {allowed:.0e} is allowed in {dtype}"
+            raise EnvironmentProblem(what)
     except Exception as error:  # a compiler, a kernel or a driver raises anything
         restore_plain_layers(model)
         reason = error.what if isinstance(error, EnvironmentProblem) else f"{type(error).__name__}: {one_line(error)}"
@@ -125,12 +124,8 @@ def use_fused_lora(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, LoraLayer) and is_linear(module.get_base_layer()):
             names = module.active_adapters
-            if (
-                len(names) == 1
-                and names[0] in module.lora_A
-                and not module.lora_variant
-                and not module.lora_bias[names[0]]
-            ):
+            is_plain = len(names) == 1 and names[0] in module.lora_A and not module.lora_variant
+            if is_plain and not module.lora_bias[names[0]]:
                 _set_forward(module, functools.partial(_fused_lora, module, module.forward, names[0]), "fused")
 
 

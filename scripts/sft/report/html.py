@@ -152,9 +152,7 @@ def _draw(fill: Callable[[Any], None], label: str, *, height: float = HEIGHT) ->
     return Markup(svg.replace("<svg ", f'<svg role="img" aria-label="{escape(label)}" ', 1).strip())
 
 
-def histogram(
-    values: Values, axis: str, label: str, *, limits: Values = (), log: bool = False, bins: int = 40
-) -> Markup:
+def histogram(values: Values, axis: str, label: str, *, limits: Values = (), log: bool = False) -> Markup:
     """How often each size occurs. limits: vertical lines with their number."""
     import numpy as np
     from matplotlib.ticker import LogLocator, NullFormatter

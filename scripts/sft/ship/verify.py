@@ -186,13 +186,11 @@ def verify_merge(files: ModelFiles, folder: Path, config: Config, adapter: Path,
             fix="nothing was written; with fp16 or bf16 try --dtype fp32, else report this",
         )
     if compared.loss_merged > compared.loss_adapter + LOSS_LIMIT:
-        raise ModelError(
-            f"merging raises the held-out loss from {compared.loss_adapter:.4f} to {compared.loss_merged:.4f}",
-            where=sample.source,
-            fix="nothing was written; changes of few steps are smaller than bf16 can add to a weight: --dtype fp16"
-            if dtype == "bf16"
-            else "nothing was written; try --dtype fp32",
-        )
+        what = f"merging raises the held-out loss from {compared.loss_adapter:.4f} to {compared.loss_merged:.4f}"
+        fix = "try --dtype fp32"
+        if dtype == "bf16":
+            fix = "changes of few steps are smaller than bf16 can add to a weight: --dtype fp16"
+        raise ModelError(what, where=sample.source, fix=f"nothing was written; {fix}")
     return compared
 
 
@@ -236,11 +234,8 @@ def open_streamed(files: ModelFiles, *, trust_remote_code: bool, adapter: Path |
         own = {key: stored[weight] for key, weight in module._parameters.items() if weight in stored}
         if own:  # a DoRA layer reads the weights of its base layer itself, and so does that of new tokens
             unit = dora_layers.get(id(module), module)
-            unit.forward = (
-                partial(_run_linear, module, own)
-                if type(unit) is nn.Linear
-                else partial(_run_loaded, unit.forward, module, own)
-            )
+            run: Any = _run_linear if type(unit) is nn.Linear else partial(_run_loaded, unit.forward)
+            unit.forward = partial(run, module, own)
     return model.eval()
 
 
