@@ -10,7 +10,6 @@ Results go to outputs/<run>/lm_eval/{tuned,base}; the tasks' data come from the 
 from __future__ import annotations
 
 import argparse
-import gc
 import importlib
 import inspect
 import sys
@@ -53,13 +52,10 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     settings = {"limit": args.limit, "apply_chat_template": args.chat, **parse_options(args.options, harness)}
     folder = root / "outputs" / target.name / "lm_eval"
     scores: dict[str, Scores] = {}
-    for side in ["tuned"] if args.tuned_only else ["tuned", "base"]:
-        adapter, merged = (target.adapter, target.merged) if side == "tuned" else (None, None)
+    for side, model in load.open_sides(target, ["tuned"] if args.tuned_only else ["tuned", "base"], root):
         console.say(f"{side}: {', '.join(tasks)}")
-        model = load.open_model(target.config, adapter=adapter, merged=merged, root=root)
         scores[side] = evaluate(harness, model, tasks, settings, folder / side)
-        del model
-        gc.collect()
+        del model  # before the next side is opened
     console.table(f"{target.name}, {args.tasks}", *table(scores))
     console.say(f"\nwritten to {folder}")
     return {"run": target.name, "tasks": tasks, **scores}

@@ -21,7 +21,6 @@ import sys
 import threading
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -276,15 +275,6 @@ def install_token(root: Path) -> str:
     return place
 
 
-@dataclass(frozen=True)
-class Listing:
-    """The files to download of a hub repository at one commit, and their size together."""
-
-    commit: str
-    names: list[str]
-    bytes: int
-
-
 def download(section: ModelSection, root: Path, *, weights: bool = True) -> Path:
     """Downloads what is missing of a hub model into the hub's cache and returns its folder.
 
@@ -305,19 +295,23 @@ def download(section: ModelSection, root: Path, *, weights: bool = True) -> Path
             where="model.name",
             fix="fix the network, or name a folder (the shipped demo model: --set model.name=models/demo)",
         )
-    listing = list_files(section, root, weights=weights)
-    cache, needed = Path(constants.HF_HUB_CACHE), int(listing.bytes * 1.02)
-    files.require_free(cache, needed, name, fix="free space there, or set HF_HOME to a larger disk")
-    log.info(f"downloading {name}: {listing.bytes / 1e6:,.0f} MB in {len(listing.names)} files to the hub's cache")
+    names, size = list_files(section, root, weights=weights)
+    fix = "free space there, or set HF_HOME to a larger disk"
+    files.require_free(Path(constants.HF_HUB_CACHE), int(size * 1.02), name, fix=fix)
+    log.info(f"downloading {name}: {size / 1e6:,.0f} MB in {len(names)} files to the hub's cache")
     install_token(root)
     try:  # by the branch's name, so that it is found by it when offline
-        return Path(snapshot_download(name, revision=section.revision, allow_patterns=listing.names))
+        return Path(snapshot_download(name, revision=section.revision, allow_patterns=names))
     except Exception as error:
         raise _as_model_error(section, error) from None
 
 
-def list_files(section: ModelSection, root: Path, *, weights: bool = True, timeout: float = 20) -> Listing:
-    """What would be downloaded, by asking the hub. Raises ModelError: not found, gated, no safetensors, no answer."""
+def list_files(
+    section: ModelSection, root: Path, *, weights: bool = True, timeout: float = 20
+) -> tuple[list[str], int]:
+    """The files to download of a hub model, and their bytes. Raises ModelError: not found, gated, no safetensors, no
+    answer.
+    """
     from huggingface_hub import HfApi
 
     api = HfApi(token=find_token(root)[0])
@@ -342,7 +336,7 @@ def list_files(section: ModelSection, root: Path, *, weights: bool = True, timeo
             " python scripts/download_model.py --model models/NAME --allow-pickle",
         )
     names = sorted(small + (large if weights else []))
-    return Listing(info.sha or "main", names, sum(sizes[name] for name in names))
+    return names, sum(sizes[name] for name in names)
 
 
 def _as_model_error(section: ModelSection, error: Exception) -> ModelError:

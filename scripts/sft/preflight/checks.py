@@ -170,7 +170,7 @@ def check_model(context: CheckContext) -> Iterator[Finding]:
         fix = "fix the network, or --set model.name=models/demo"
         yield Finding("error", "model", f"{section.name} is not in the cache, and the hub does not answer", fix)
     else:
-        context.download_bytes = hub.list_files(section, context.root, timeout=1.5).bytes
+        _, context.download_bytes = hub.list_files(section, context.root, timeout=1.5)
         message = f"{section.name} is on the hub: {context.download_bytes / 1e9:.2f} GB to download"
         yield Finding("warning", "model", message, "make download-model (train downloads it too)")
     message = f"from {token_place}" if token_place else "none (needed for gated and private models only)"
