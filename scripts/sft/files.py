@@ -99,11 +99,9 @@ def writing(target: Path, staged: Path | None = None) -> Iterator[None]:
         reason = os.strerror(number) if number else one_line(error, 120)
         needed = f"more than {size(staged) / 2**20:,.1f} MiB are needed, " if staged else ""
         permission = number in (errno.EACCES, errno.EPERM)
-        raise EnvironmentProblem(
-            f"{target.name} could not be written ({reason}): {needed}{free_bytes(target) / 2**20:,.1f} MiB are free",
-            where=str(target),
-            fix="fix the folder's permissions" if permission else "free space on that disk",
-        ) from error
+        what = f"{target.name} could not be written ({reason}): {needed}{free_bytes(target) / 2**20:,.1f} MiB are free"
+        fix = "fix the folder's permissions" if permission else "free space on that disk"
+        raise EnvironmentProblem(what, where=str(target), fix=fix) from error
 
 
 def put(path: Path, content: Content) -> None:

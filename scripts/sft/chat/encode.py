@@ -105,11 +105,9 @@ class Encoder:
         self.spans = AssistantSpans(self.template, self.vocabulary, self.traits.turn)
         turn = self.traits.turn
         if not (turn.end.strip() or turn.middle_end.strip()) and self.tokenizer.eos_token_id is None:
-            raise TemplateError(
-                "neither the template nor the tokenizer has an end token, so answers would never stop",
-                where=self.template.name,
-                fix="use another template: --set data.template_path=chatml",
-            )
+            what = "neither the template nor the tokenizer has an end token, so answers would never stop"
+            fix = "use another template: --set data.template_path=chatml"
+            raise TemplateError(what, where=self.template.name, fix=fix)
         return find_stops(self.traits, self.tokens, self.vocabulary, self.tokenizer, eos_ids)
 
     # --- training rows
@@ -139,11 +137,9 @@ class Encoder:
         if self.rated:
             return self._rated(rows)
         if bad := next(filter(records.is_bad, rows), None):
-            raise DataError(
-                "this answer is rated as bad, and train.objective would teach it",
-                where=str(bad.get("origin", records.row_id(bad))),
-                fix="--set train.objective=kto, or process the rows again without it",
-            )
+            what = "this answer is rated as bad, and train.objective would teach it"
+            fix = "--set train.objective=kto, or process the rows again without it"
+            raise DataError(what, where=str(bad.get("origin", records.row_id(bad))), fix=fix)
         splits = self.over_length == "split_turns" and self.in_loss != "last_assistant"
         pairs = zip(rows, self.encode_batch(rows), strict=True)
         return [
@@ -174,11 +170,9 @@ class Encoder:
             both = zip(records.sides(row), (True, False), strict=True)
             return [{**side, "prompt": prompt, "good": good} for side, good in both]
         if not isinstance(row.get("label"), bool) or records.is_rendered(row):
-            raise DataError(
-                "train.objective is kto, and this row does not say whether its answer is good",
-                where=str(row.get("origin", records.row_id(row))),
-                fix="process rows with a `label` (true or false) again, with train.objective=kto in the config",
-            )
+            what = "train.objective is kto, and this row does not say whether its answer is good"
+            fix = "process rows with a `label` (true or false) again, with train.objective=kto in the config"
+            raise DataError(what, where=str(row.get("origin", records.row_id(row))), fix=fix)
         turns = records.messages(row)
         context = [{**turn, "weight": 0} if turn["role"] == "assistant" else turn for turn in turns[:-1]]
         answer = {"id": records.row_id(row), "messages": [*context, turns[-1]], "tools": records.tools(row)}
@@ -187,11 +181,9 @@ class Encoder:
     def sides(self, row: Row) -> tuple[Row, Row]:
         """The chosen and the rejected side of a pair, as rows. Raises DataError for a row with one answer."""
         if not records.is_pair(row):
-            raise DataError(
-                "train.objective compares two answers, and this row has one",
-                where=str(row.get("origin", records.row_id(row))),
-                fix="train on pairs of `chosen` and `rejected`, or --set train.objective=response",
-            )
+            what = "train.objective compares two answers, and this row has one"
+            fix = "train on pairs of `chosen` and `rejected`, or --set train.objective=response"
+            raise DataError(what, where=str(row.get("origin", records.row_id(row))), fix=fix)
         return records.sides(row)
 
     def _pieces(self, row: Row, whole: Encoded) -> list[Encoded]:

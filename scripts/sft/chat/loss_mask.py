@@ -79,11 +79,9 @@ def fit_length(
     if len(row.ids) <= limit:
         return row, None
     if policy == "error":
-        raise DataError(
-            f"row {name} has {len(row.ids):,} tokens, more than model.max_seq_len {limit:,}",
-            where=f"row {name}",
-            fix=f"--set model.max_seq_len={len(row.ids)}, or model.over_length: truncate_left, split_turns or drop",
-        )
+        what = f"row {name} has {len(row.ids):,} tokens, more than model.max_seq_len {limit:,}"
+        fix = f"--set model.max_seq_len={len(row.ids)}, or model.over_length: truncate_left, split_turns or drop"
+        raise DataError(what, where=f"row {name}", fix=fix)
     if policy == "drop" or not row.answers:
         return row, OVER_LENGTH
     return _truncate_right(row, limit) if policy == "truncate_right" else _truncate_left(row, limit, bos)

@@ -55,11 +55,9 @@ class Seq2SeqEncoder(Encoder):
             ids, labels = words[cut:middle] + end, words[middle:] + end
         longest, dropped = max(len(ids), len(labels)), None
         if longest > limit and policy == "error":
-            raise DataError(
-                f"row {name} has {len(ids):,} + {len(labels):,} tokens, more than model.max_seq_len {limit:,} a side",
-                where=f"row {name}",
-                fix=f"--set model.max_seq_len={longest}, or another model.over_length",
-            )
+            what = f"row {name} has {len(ids):,} + {len(labels):,} tokens, more than model.max_seq_len {limit:,} a side"
+            fix = f"--set model.max_seq_len={longest}, or another model.over_length"
+            raise DataError(what, where=f"row {name}", fix=fix)
         if longest > limit and (policy == "drop" or (policy == "truncate_left" and len(labels) > limit)):
             dropped = OVER_LENGTH
         elif longest > limit:  # a target that is cut keeps its end; a source is cut from its begin (`truncate_left`)

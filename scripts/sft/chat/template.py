@@ -132,22 +132,18 @@ class ChatTemplate:
         variables = jinja2.meta.find_undeclared_variables(self.syntax())
         self.style: Literal["messages", "turn"] = "messages" if "messages" in variables else "turn"
         if self.style == "turn" and "assistant" not in variables:
-            raise TemplateError(
-                "the template never shows the answer: it uses neither `messages` nor `assistant`",
-                where=self.name,
-                fix="loop over `messages`, or write {{ system }}, {{ user }} and {{ assistant }}",
-            )
+            what = "the template never shows the answer: it uses neither `messages` nor `assistant`"
+            fix = "loop over `messages`, or write {{ system }}, {{ user }} and {{ assistant }}"
+            raise TemplateError(what, where=self.name, fix=fix)
 
     def _compile(self, source: str) -> jinja2.Template:
         try:
             return _Environment(self.day).from_string(source)
         except jinja2.TemplateSyntaxError as error:
             line = source.splitlines()[error.lineno - 1].strip() if source.splitlines() else ""
-            raise TemplateError(
-                f"template syntax: {error.message}",
-                where=f"{self.name}:{error.lineno}: {line[:120]}",
-                fix="fix that line, or use another template: --set data.template_path=chatml",
-            ) from None
+            what = f"template syntax: {error.message}"
+            fix = "fix that line, or use another template: --set data.template_path=chatml"
+            raise TemplateError(what, where=f"{self.name}:{error.lineno}: {line[:120]}", fix=fix) from None
         except (RecursionError, MemoryError, ValueError, jinja2.TemplateError) as error:
             raise TemplateError(f"the template does not compile: {error}", where=self.name) from None
 
@@ -294,11 +290,9 @@ def load_template(data: DataSection, tokenizer: PreTrainedTokenizerBase, root: P
         known = template_names(root)
         near = nearest(Path(name).stem, known, cutoff=0.5)
         guess = f"did you mean {near}? " if near else ""
-        raise TemplateError(
-            f"the chat template {name!r} does not exist",
-            where=f"data.template_path, looked for {shown}",
-            fix=f"{guess}names: {', '.join(known)}; or a file that ends in .jinja",
-        ) from None
+        what = f"the chat template {name!r} does not exist"
+        fix = f"{guess}names: {', '.join(known)}; or a file that ends in .jinja"
+        raise TemplateError(what, where=f"data.template_path, looked for {shown}", fix=fix) from None
     except (OSError, UnicodeDecodeError) as error:
         raise TemplateError(f"the chat template cannot be read: {error}", where=shown) from None
     template = ChatTemplate(shown, source, **common)

@@ -80,17 +80,13 @@ def resolve(config: Config, facts: Facts) -> Resolved:
     reasons = {}
     if config.tuning.adapter == "prefix":
         if config.train.gradient_checkpointing is True:
-            raise ConfigError(
-                "prefix tuning (tuning.adapter) puts keys and values in front of each row, which recomputation drops",
-                where="train.gradient_checkpointing",
-                fix="--set train.gradient_checkpointing=false",
-            )
+            what = "prefix tuning (tuning.adapter) puts keys and values in front of each row, which recomputation drops"
+            fix = "--set train.gradient_checkpointing=false"
+            raise ConfigError(what, where="train.gradient_checkpointing", fix=fix)
         if config.train.merge_at_end:
-            raise ConfigError(
-                "a prefix (tuning.adapter) cannot be merged into the weights",
-                where="train.merge_at_end",
-                fix="--set train.merge_at_end=false, or --set tuning.adapter=lora",
-            )
+            what = "a prefix (tuning.adapter) cannot be merged into the weights"
+            fix = "--set train.merge_at_end=false, or --set tuning.adapter=lora"
+            raise ConfigError(what, where="train.merge_at_end", fix=fix)
     if config.train.bf16 is True and not facts.has_bf16:
         log.warning(f"train.bf16 is true, but {facts.name} has no bfloat16: it is emulated and slow")
     if config.train.fp16 is True and facts.device == "cpu":

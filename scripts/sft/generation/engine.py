@@ -125,10 +125,8 @@ class LoadedModel:
                         raise
                 rows_together = min(rows_together, len(left)) // 2
                 if not rows_together:
-                    raise EnvironmentProblem(
-                        "there is not enough memory for a single answer",
-                        fix="--set generation.max_new_tokens=64, a shorter prompt, or a smaller model",
-                    )
+                    fix = "--set generation.max_new_tokens=64, a shorter prompt, or a smaller model"
+                    raise EnvironmentProblem("there is not enough memory for a single answer", fix=fix)
                 log.warning("out of memory: continuing with %d answers in a batch", rows_together)
                 for sequence in left:
                     sequence.restart()

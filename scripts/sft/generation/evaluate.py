@@ -89,11 +89,8 @@ def _shots(config: Config, root: Path) -> list[Row]:
     path = store.resolve_stage(config.data, root).train
     rows = [row for row in islice(store.iter_rows(path), FIRST_ROWS) if _is_single_exchange(row)]
     if len(rows) < config.eval.shots:
-        raise ConfigError(
-            f"eval.shots is {config.eval.shots}, but {path.name} has {len(rows)} rows of one question and one answer",
-            where="eval.shots",
-            fix=f"--set eval.shots={len(rows)}",
-        )
+        what = f"eval.shots is {config.eval.shots}, but {path.name} has {len(rows)} rows of one question and one answer"
+        raise ConfigError(what, where="eval.shots", fix=f"--set eval.shots={len(rows)}")
     return random.Random(config.generation.seed).sample(rows, min(len(rows), config.eval.shots + SPARE_SHOTS))
 
 

@@ -85,11 +85,9 @@ def targets(model: nn.Module, lora: LoraSection) -> list[str] | str:
     names = [name for name, _ in model.named_modules()]
     layers = {int(number) for name in names for number in re.findall(r"^(?:.*?\.)?[^.]*\.(\d+)\.", name)}
     if unknown_layers := sorted(set(lora.layers_to_transform or []) - layers):
-        raise ModelError(
-            f"tuning.lora.layers_to_transform names layers that the model does not have: {unknown_layers}",
-            where="tuning.lora.layers_to_transform",
-            fix=f"its layers are 0 to {max(layers, default=0)}",
-        )
+        what = f"tuning.lora.layers_to_transform names layers that the model does not have: {unknown_layers}"
+        fix = f"its layers are 0 to {max(layers, default=0)}"
+        raise ModelError(what, where="tuning.lora.layers_to_transform", fix=fix)
     if lora.all_linear:
         return [name for name in linear_names(model) if _last(name) not in lora.modules_to_save]
     if isinstance(lora.target_modules, str):
@@ -104,11 +102,9 @@ def targets(model: nn.Module, lora: LoraSection) -> list[str] | str:
     unknown = [target for target in lora.target_modules if not any(hits(target, name) for name in names)]
     if unknown:
         near = nearest(unknown[0], sorted({_last(name) for name in names}), 0.4)
-        raise ModelError(
-            f"tuning.lora.target_modules names layers that the model does not have: {', '.join(unknown)}",
-            where="tuning.lora.target_modules",
-            fix=f"did you mean {near}? " * bool(near) + f"it has {', '.join(linear_names(model))}, or use auto",
-        )
+        what = f"tuning.lora.target_modules names layers that the model does not have: {', '.join(unknown)}"
+        fix = f"did you mean {near}? " * bool(near) + f"it has {', '.join(linear_names(model))}, or use auto"
+        raise ModelError(what, where="tuning.lora.target_modules", fix=fix)
     return list(lora.target_modules)
 
 
@@ -117,11 +113,9 @@ def _refuse_idle_patterns(lora: LoraSection, adapted: Sequence[str]) -> None:
     for key in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(lora, key):
             if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in adapted):  # as peft matches
-                raise ModelError(
-                    f"tuning.lora.{key} has {pattern!r}, which matches no layer with an adapter",
-                    where=f"tuning.lora.{key}",
-                    fix=f"it is matched against the end of names such as {adapted[0]}",
-                )
+                what = f"tuning.lora.{key} has {pattern!r}, which matches no layer with an adapter"
+                fix = f"it is matched against the end of names such as {adapted[0]}"
+                raise ModelError(what, where=f"tuning.lora.{key}", fix=fix)
 
 
 def attach(model: PreTrainedModel, tuning: TuningSection, *, gradient_checkpointing: bool) -> PeftModel:
@@ -202,11 +196,8 @@ def _attach_prefix(model: PreTrainedModel, tokens: int) -> PeftModel:
     from peft import PrefixTuningConfig, TaskType, get_peft_model
 
     if model.config.is_encoder_decoder:
-        raise ModelError(
-            "prefix tuning is for decoder-only models",
-            where="tuning.adapter",
-            fix="--set tuning.adapter=lora",
-        )
+        what = "prefix tuning is for decoder-only models"
+        raise ModelError(what, where="tuning.adapter", fix="--set tuning.adapter=lora")
     set_checkpointing(model, False)
     revision = (getattr(model, "sft_base", None) or {}).get("revision")
     config = PrefixTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=tokens, revision=revision)
@@ -251,11 +242,9 @@ def freeze(model: nn.Module, expressions: Sequence[str]) -> None:
     for expression in expressions:
         matched = [name for name in named if re.search(expression, name)]
         if not matched:
-            raise ModelError(
-                f"tuning.freeze has {expression!r}, which matches no weight of the model",
-                where="tuning.freeze",
-                fix=f"names are such as {', '.join(list(named)[:3])}; a tied head goes by its embedding",
-            )
+            what = f"tuning.freeze has {expression!r}, which matches no weight of the model"
+            fix = f"names are such as {', '.join(list(named)[:3])}; a tied head goes by its embedding"
+            raise ModelError(what, where="tuning.freeze", fix=fix)
         for name in matched:
             named[name].requires_grad_(False)
     if not any(weight.requires_grad for weight in named.values()):
@@ -297,18 +286,13 @@ def _begin_with_weights(model: nn.Module, init: str) -> None:
     for name, layer in lora_layers(model):
         base = layer.get_base_layer()
         if not is_linear(base):
-            raise ModelError(
-                f"tuning.lora.init is {init}, which needs linear layers, and {name} is {type(base).__name__}",
-                where="tuning.lora.init",
-                fix="--set tuning.lora.init=default",
-            )
+            what = f"tuning.lora.init is {init}, which needs linear layers, and {name} is {type(base).__name__}"
+            raise ModelError(what, where="tuning.lora.init", fix="--set tuning.lora.init=default")
         a, b, scaling = layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.scaling["default"]
         if len(a) > min(widths(base)):
-            raise ModelError(
-                f"tuning.lora.init is {init}: {name} has {min(widths(base))} singular values, fewer than r {len(a)}",
-                where="tuning.lora.r",
-                fix=f"a smaller r, or --set tuning.lora.rank_pattern={{{_last(name)}: {min(widths(base))}}}",
-            )
+            what = f"tuning.lora.init is {init}: {name} has {min(widths(base))} singular values, fewer than r {len(a)}"
+            fix = f"a smaller r, or --set tuning.lora.rank_pattern={{{_last(name)}: {min(widths(base))}}}"
+            raise ModelError(what, where="tuning.lora.r", fix=fix)
         if a.device.type != "meta":
             weight = dequantize_module_weight(base).detach().float()
             weight = weight if hasattr(base, "in_features") else weight.T
@@ -457,11 +441,9 @@ def base_of(folder: Path) -> dict[str, Any]:
         )
     if not (folder / WEIGHTS).is_file():
         pickled = (folder / "adapter_model.bin").is_file()
-        raise ModelError(
-            f"{folder} has no {WEIGHTS}" + (", only a pickled adapter, which can run code" if pickled else ""),
-            where=str(folder),
-            fix="save it again as safetensors" if pickled else "train again, or use another checkpoint",
-        )
+        what = f"{folder} has no {WEIGHTS}" + (", only a pickled adapter, which can run code" if pickled else "")
+        fix = "save it again as safetensors" if pickled else "train again, or use another checkpoint"
+        raise ModelError(what, where=str(folder), fix=fix)
     config, base = files.read_json(folder / CONFIG), files.read_json(folder / BASE)
     if not config:
         raise ModelError("the adapter's description is not JSON", where=str(folder / CONFIG))

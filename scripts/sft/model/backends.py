@@ -110,8 +110,5 @@ def load_unsloth(
             max_seq_length=model.max_seq_len,
         )
     except (RuntimeError, ValueError, NotImplementedError) as error:
-        raise ModelError(
-            f"unsloth cannot load {files.name}: {one_line(error)}",
-            where="tuning.backend",
-            fix="--set tuning.backend=bnb",
-        ) from None
+        what = f"unsloth cannot load {files.name}: {one_line(error)}"
+        raise ModelError(what, where="tuning.backend", fix="--set tuning.backend=bnb") from None

@@ -33,17 +33,12 @@ def kind_of(config: dict[str, Any], requested: str = "auto", *, name: str = "the
     kind = _kind(config)
     shown = str((config.get("architectures") or [""])[0]) or config.get("model_type")
     if kind is None:
-        raise ModelError(
-            f"{name} has no head that writes text ({shown}), so it cannot be trained on answers",
-            where="model.name",
-            fix="choose a decoder-only model (Qwen2.5, Llama, Mistral, GPT-2) or an encoder-decoder (T5)",
-        )
+        what = f"{name} has no head that writes text ({shown}), so it cannot be trained on answers"
+        fix = "choose a decoder-only model (Qwen2.5, Llama, Mistral, GPT-2) or an encoder-decoder (T5)"
+        raise ModelError(what, where="model.name", fix=fix)
     if requested not in ("auto", kind):
-        raise ModelError(
-            f"model.type is {requested}, but {name} is {kind} ({shown})",
-            where="model.type",
-            fix=f"set model.type to auto or {kind}",
-        )
+        what = f"model.type is {requested}, but {name} is {kind} ({shown})"
+        raise ModelError(what, where="model.type", fix=f"set model.type to auto or {kind}")
     return kind
 
 
@@ -150,17 +145,11 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
     """The folder's config.json. Raises ModelError if it is missing or no JSON object."""
     path = folder / "config.json"
     if (folder / "adapter_config.json").is_file() and not path.is_file():
-        raise ModelError(
-            f"{name} is an adapter, not a model",
-            where=str(folder),
-            fix="set model.name to its base; name the adapter by --adapters",
-        )
+        what = f"{name} is an adapter, not a model"
+        raise ModelError(what, where=str(folder), fix="set model.name to its base; name the adapter by --adapters")
     if not path.is_file():
-        raise ModelError(
-            f"the folder {name} has no config.json, so it is not a model",
-            where=str(folder),
-            fix="name a folder with config.json, tokenizer and safetensors, or a hub id",
-        )
+        fix = "name a folder with config.json, tokenizer and safetensors, or a hub id"
+        raise ModelError(f"the folder {name} has no config.json, so it is not a model", where=str(folder), fix=fix)
     config = files.read_json(path)
     if not config:
         raise ModelError(f"config.json of {name} is not a JSON object", where=str(path), fix=_again(name))
@@ -210,11 +199,8 @@ def tensors(path: Path) -> dict[str, dict[str, Any]]:
                 raise ValueError("no header")
             header: dict[str, dict[str, Any]] = json.loads(file.read(length))
     except (OSError, ValueError) as error:
-        raise ModelError(
-            f"{path.name} is not a safetensors file, or is truncated ({error})",
-            where=str(path),
-            fix="download or write it again",
-        ) from None
+        what = f"{path.name} is not a safetensors file, or is truncated ({error})"
+        raise ModelError(what, where=str(path), fix="download or write it again") from None
     header.pop("__metadata__", None)
     return header
 

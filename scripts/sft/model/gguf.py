@@ -240,11 +240,8 @@ def _open(path: Path) -> gguf.GGUFReader:
     try:
         return gguf.GGUFReader(path)
     except Exception as error:  # whatever reading beyond the end of the file leads to
-        raise ModelError(
-            f"{path.name} is not a GGUF file, or is cut short: {one_line(error, 120)}",
-            where=str(path),
-            fix="download or copy it again",
-        ) from None
+        what = f"{path.name} is not a GGUF file, or is cut short: {one_line(error, 120)}"
+        raise ModelError(what, where=str(path), fix="download or copy it again") from None
 
 
 def _config(reader: gguf.GGUFReader, values: dict[str, Any]) -> dict[str, Any]:

@@ -48,11 +48,8 @@ def choose(device_map: str) -> Hardware:
     device = probe()
     gpus = [f"cuda:{number}" for number in range(device.count)] if device.device == "cuda" else []
     if device_map not in ("auto", *gpus) and not (device_map == "cuda" and gpus):
-        raise ConfigError(
-            f"model.device_map is {device_map}, and this machine has {', '.join(gpus) or 'no CUDA GPU'}",
-            where="model.device_map",
-            fix="--set model.device_map=auto",
-        )
+        what = f"model.device_map is {device_map}, and this machine has {', '.join(gpus) or 'no CUDA GPU'}"
+        raise ConfigError(what, where="model.device_map", fix="--set model.device_map=auto")
     if device_map in gpus:
         import torch
 

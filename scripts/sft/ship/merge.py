@@ -165,11 +165,9 @@ def find_base(section: ModelSection, moved: str | None, adapter: Path, root: Pat
 def _check_inputs(adapter: Path, out: Path, files: ModelFiles, record: dict[str, Any]) -> None:
     """Raises ModelError for a base that is quantised or not the adapter's, RunError for an `out` that is in use."""
     if files.quantised:
-        raise ModelError(
-            f"{files.name} is stored quantised ({files.quantised}); merging would round away most of what is added",
-            where="model.name",
-            fix="merge into the full-precision model that it was quantised from: --set model.name=NAME",
-        )
+        what = f"{files.name} is stored quantised ({files.quantised}); merging would round away most of what is added"
+        fix = "merge into the full-precision model that it was quantised from: --set model.name=NAME"
+        raise ModelError(what, where="model.name", fix=fix)
     if record["fingerprint"] and record["fingerprint"] != files.fingerprint():
         raise adapters.other_base(adapter, str(record["name"]), files.name, "the weights differ")
     require_replaceable(out, MERGE_REPORT, "a merged model")

@@ -231,11 +231,9 @@ def rebuilt_ids(vocabulary: Vocabulary) -> TextIds:
     is not known.
     """
     if not vocabulary.scores and vocabulary.pre not in PRE_TOKENIZERS:
-        raise ModelError(
-            f"the token ids of this file cannot be checked: its pre-tokenizer is {vocabulary.pre!r}",
-            where="tokenizer.ggml.pre",
-            fix="pip install llama-cpp-python, then try again: its own tokenizer is used where it is installed",
-        )
+        what = f"the token ids of this file cannot be checked: its pre-tokenizer is {vocabulary.pre!r}"
+        fix = "pip install llama-cpp-python, then try again: its own tokenizer is used where it is installed"
+        raise ModelError(what, where="tokenizer.ggml.pre", fix=fix)
     tokenizer = vocabulary.as_tokenizer()
     begin = [vocabulary.bos] if vocabulary.adds_bos and vocabulary.bos is not None else []
     begin_text = vocabulary.tokens[begin[0]] if begin else ""
@@ -319,11 +317,9 @@ def go_template(template: ChatTemplate, begin: str) -> GoTemplate:
         first_user, prompt = around(user)
         _, between, end = around(user, answer, prompt=False)
     except Refused as refused:
-        raise TemplateError(
-            f"{template.name} has no form as an Ollama template: {refused}",
-            where=template.name,
-            fix="--format gguf keeps the template as it is, and llama.cpp's server uses it",
-        ) from None
+        what = f"{template.name} has no form as an Ollama template: {refused}"
+        fix = "--format gguf keeps the template as it is, and llama.cpp's server uses it"
+        raise TemplateError(what, where=template.name, fix=fix) from None
     before_system: str | None = None
     before_next_user: str | None = None
     after_system = ""

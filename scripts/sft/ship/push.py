@@ -63,11 +63,8 @@ def push(folder: Path, repo: str, root: Path, *, private: bool, dry_run: bool) -
     except Exception as error:  # httpx's, the hub's, xet's, and whatever the threads of an upload wrap them in
         raise upload_error(error, repo) from None
     if private and not is_private:
-        raise RunError(
-            f"{repo} exists already and is public; nothing was sent",
-            where=repo,
-            fix="make it private in its settings on the hub, or push with --public",
-        )
+        what = f"{repo} exists already and is public; nothing was sent"
+        raise RunError(what, where=repo, fix="make it private in its settings on the hub, or push with --public")
     return Push(repo, is_private, sizes, False, f"{hub.endpoint}/{repo}")
 
 
