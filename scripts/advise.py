@@ -229,8 +229,7 @@ def measure(config: Config, rows: Rows, root: Path) -> Facts:
 
     stage, split = rows.stage, config.data.split
     sample, train = data_report.sample_rows(store.iter_rows(stage.train), SAMPLE, split.seed)
-    held_out = {name: path for name, path in (("val", stage.val), ("test", stage.test)) if path}
-    counts = {"train": train, **{name: shards.count(path) for name, path in held_out.items()}}
+    held_out = {name: shards.count(path) for name, path in stage.paths.items() if name != "train"}
     sizes, answers = list[int](), list[int]()
     try:
         encoder = load_encoder(config, root)
@@ -240,7 +239,7 @@ def measure(config: Config, rows: Rows, root: Path) -> Facts:
         answers = [figures["by_role"].get(role, {}).get("longest", 0) for role in ("assistant", "target")]
     except ModelError as error:
         console.warn(f"lengths are estimated from characters, because there is no tokenizer yet: {error.what}")
-    return advise.measure(sample, counts, sizes, answers)
+    return advise.measure(sample, {"train": train, **held_out}, sizes, answers)
 
 
 # --- the model and the questions

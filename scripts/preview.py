@@ -83,8 +83,7 @@ def rows_of_split(data: Any, root: Path, split: str) -> Path:
     from sft.data import store
     from sft.errors import DataError
 
-    stage = store.resolve_stage(data, root)
-    path = {"train": stage.train, "val": stage.val, "test": stage.test}[split]
+    path = store.resolve_stage(data, root).paths.get(split)
     if path is None:
         raise DataError(f"there are no {split} rows", where=f"data.{split}_path", fix="make process")
     return path

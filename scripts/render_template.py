@@ -42,10 +42,9 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         pairs = {args.target: (Path(args.source), Path(args.target))}
     else:
         stage = "auto" if config.data.stage == "rendered" else config.data.stage
-        files = store.resolve_stage(config.data.model_copy(update={"stage": stage}), root)
+        splits = store.resolve_stage(config.data.model_copy(update={"stage": stage}), root).paths
         folder = resolve_path(root, config.data.rendered_dir)
-        splits = {"train": files.train, "val": files.val, "test": files.test}
-        pairs = {name: (path, folder / f"{name}.jsonl") for name, path in splits.items() if path}
+        pairs = {name: (path, folder / f"{name}.jsonl") for name, path in splits.items()}
     results = {name: render(encoder, source, target) for name, (source, target) in pairs.items()}
     console.say(f"template: {encoder.template.name}")
     table = [(name, result["rows"], len(result["refused"])) for name, result in results.items()]

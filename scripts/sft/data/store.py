@@ -152,6 +152,11 @@ class Stage:
     val: Path | None
     test: Path | None
 
+    @property
+    def paths(self) -> dict[str, Path]:
+        """The splits that have rows: train, val, test."""
+        return {name: path for name in SPLITS if (path := getattr(self, name))}
+
 
 def resolve_stage(data: DataSection, root: Path) -> Stage:
     """The files to train and evaluate on, by `data.stage`; `data.train_path`, `val_path` and `test_path` win.

@@ -122,8 +122,7 @@ def check_data(context: CheckContext) -> Iterator[Finding]:
         yield Finding("warning", "data", f"{raw.name} ({raw.kind}) is not processed yet", "make process")
         return
     stage = store.resolve_stage(data, context.root)
-    splits = (("train", stage.train), ("val", stage.val), ("test", stage.test))
-    counts = {name: shards.count(path) for name, path in splits if path is not None}
+    counts = {name: shards.count(path) for name, path in stage.paths.items()}
     if not counts["train"]:
         yield Finding("error", "data", f"{display_path(stage.train, context.root)} has no rows", "make process")
         return

@@ -40,13 +40,13 @@ def figures(config: Config, stage: store.Stage, folder: Path, limit: int) -> tup
     folder: where ledger.json and quarantine.jsonl are. limit: most rows in the sample, 0 is all.
     """
     ledger = files.read_json(folder / "ledger.json") if stage.name != "given" else {}
-    held_out = {name: path for name, path in (("val", stage.val), ("test", stage.test)) if path is not None}
     rows, total = sample_rows(store.iter_rows(stage.train), limit, config.data.split.seed)
+    held_out = {name: shards.count(path) for name, path in stage.paths.items() if name != "train"}
     size = next(f"{total:,} rows to train on: {words}" for minimum, words in SIZES if total >= minimum)
     result = {
         "stage": stage.name,
-        "files": {name: path.name for name, path in {"train": stage.train, **held_out}.items()},
-        "rows": {"train": total, **{name: shards.count(path) for name, path in held_out.items()}},
+        "files": {name: path.name for name, path in stage.paths.items()},
+        "rows": {"train": total, **held_out},
         "ledger": ledger,
         "verdict": ledger.get("verdict") or size,
         "sample": {"rows": len(rows), "of": total, "seed": config.data.split.seed},
