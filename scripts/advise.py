@@ -136,7 +136,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     for line in memory_report.help_lines(plan):
         console.say(console.as_typed(line))
     console.say(f"each value has its reason there; to train: make train CONFIG={display_path(out, root)}")
-    counts = {"train": facts.train, "val": facts.val, "test": facts.test}
+    counts = {name: facts.rows.get(name, 0) for name in ("train", "val", "test")}
     return {
         "approach": approach, "reasons": reasons, "case": vars(case), "rows": counts, "model": name, "mode": mode,
         "fits": plan.fits, "peak_gib": round(plan.peak, 3), "config": str(out),
@@ -293,7 +293,7 @@ def ask(args: argparse.Namespace, facts: Facts | None, device: Device) -> UseCas
         console.say(
             f"taken as usual or measured (a flag changes it, e.g. --budget high): {', '.join(assumed)}", wrap=True
         )
-    count = args.examples if args.examples is not None else facts.train + facts.val + facts.test if facts else 0
+    count = args.examples if args.examples is not None else sum(facts.rows.values()) if facts else 0
     return UseCase(
         count, answers["task"], answers["form"] == "strict", answers["knowledge"] == "special", answers["facts"],
         answers["latency"] == "tight", answers["budget"],

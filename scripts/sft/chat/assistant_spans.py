@@ -9,14 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from sft.chat.sentinels import (
-    Layout,
-    Region,
-    Rendered,
-    has_content,
-    read_sentinels,
-    render_with_sentinels,
-)
+from sft.chat.sentinels import Layout, Region, Rendered, has_content, read_sentinels, render_with_sentinels
 from sft.chat.template import ChatTemplate, Message, Refused, Tools
 from sft.chat.tokenize import Vocabulary, common_prefix
 

@@ -265,8 +265,7 @@ class DataSection(Section):
         "File, folder of files, URL or hub data set to process; null is data/raw/raw.jsonl, then data/raw/raw.json.",
     )
     sources: list[SourceSection] = key(
-        [],
-        "Several sources instead of `raw_path`: [{path: P, weight: 1.0, limit: null}, ...].",
+        [], "Several sources instead of `raw_path`: [{path: P, weight: 1.0, limit: null}, ...]."
     )
     format: Literal[
         "auto", "chat", "qa", "prompt", "alpaca", "sharegpt", "messages", "openassistant", "rendered", "text",

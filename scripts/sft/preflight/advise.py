@@ -53,15 +53,14 @@ class UseCase:
 
 @dataclass(frozen=True)
 class Facts:
-    """The rows. sizes: tokens of each sampled row; answers: of each answer; exact: whether a tokenizer counted them.
+    """rows: of each split that has any. sizes: tokens of each sampled row; answers: of each answer; exact: whether a
+    tokenizer counted them.
 
     form: that most answers have (`free`: none), and its share. labels: different answers if they repeat, else 0.
     pairs: share of preference pairs.
     """
 
-    train: int
-    val: int
-    test: int
+    rows: Mapping[str, int]
     sizes: Sequence[int]
     answers: Sequence[int]
     exact: bool
@@ -95,17 +94,9 @@ def measure(rows: Sequence[Row], counts: dict[str, int], sizes: Sequence[int], a
     if not exact:
         sizes = [round(sum(len(str(value)) for key, value in row.items() if key != "id") / CHARACTERS) for row in rows]
         answers = [round(len(text) / CHARACTERS) for text in texts]
-    return Facts(
-        counts.get("train", 0),
-        counts.get("val", 0),
-        counts.get("test", 0),
-        sizes,
-        answers,
-        exact,
-        (most, count / len(texts)),
-        distinct if distinct * REPEATED <= len(texts) else 0,
-        sum("rejected" in row for row in rows) / len(rows),
-    )
+    labels = distinct if distinct * REPEATED <= len(texts) else 0
+    pairs = sum("rejected" in row for row in rows) / len(rows)
+    return Facts(counts, sizes, answers, exact, (most, count / len(texts)), labels, pairs)
 
 
 def recommend(
@@ -210,7 +201,7 @@ def settings(
 
     config: with model and tuning.mode as chosen. rank: of the adapter, where the user has chosen it.
     """
-    tuning, rows = config.tuning, facts.train
+    tuning, rows = config.tuning, facts.rows["train"]
     on_cpu = device.kind == "cpu"
     chosen: list[Setting] = []
     if tuning.mode != "full":
@@ -239,7 +230,7 @@ def settings(
     ]
     if on_cpu and parameters < 2e7:
         chosen.append(("train.bf16", False, "on a model this small fp32 is faster on a CPU"))
-    if not facts.val:
+    if not facts.rows.get("val"):
         chosen.append(("train.eval_strategy", "no", "there are no validation rows"))
     elif steps > 1_000:
         chosen.append(("train.eval_strategy", "steps", f"an epoch has {steps:,} steps: too long to wait for a figure"))
