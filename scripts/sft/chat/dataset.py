@@ -230,9 +230,8 @@ class Tokeniser:
         schema = pyarrow.schema([field for field in SCHEMA if field.name not in mapped])
         with pyarrow.ipc.new_file(sink, schema) as out:
             while part := list(islice(pieces, 4 * BATCH)):
-                columns = {
-                    name: [getattr(piece, name, prompt_id) for prompt_id, piece in part] for name in schema.names
-                }
+                columns = {name: [getattr(piece, name, None) for _, piece in part] for name in schema.names}
+                columns["prompt_id"] = [prompt_id for prompt_id, _ in part]
                 out.write_batch(pyarrow.RecordBatch.from_pydict(columns, schema))
         warnings = {kind: text for kind, text in self.encoder.warnings.items() if kind not in earlier}
         return {"ledger": vars(ledger), "system": system, "warnings": warnings, "mapped": mapped}
