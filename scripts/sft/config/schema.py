@@ -11,7 +11,7 @@ from datetime import date
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Auto = Literal["auto"]
 Count = Annotated[int, Ge(1)]
@@ -32,12 +32,16 @@ RENAMED = {
 }  # other accepted spellings of a key -> the key
 
 
-def _compile(expression: str) -> None:
+def _compiles(expression: str) -> str:
     """Raises ValueError, in words, for text that is not a regular expression."""
     try:
         re.compile(expression)
     except re.error as error:
         raise ValueError(f"{expression!r} is not a regular expression: {error}") from None
+    return expression
+
+
+Expression = Annotated[str, AfterValidator(_compiles)]
 
 
 def key(default: Any, description: str, **limits: Any) -> Any:
@@ -91,7 +95,7 @@ class LoraSection(Section):
     r: int = key(16, "Rank of the adapter's matrices.", ge=1)
     alpha: int = key(32, "Scale: the adapter's output is multiplied by alpha / r.", ge=1)
     dropout: float = key(0.05, "Dropout in front of the adapter.", ge=0, lt=1)
-    target_modules: str | list[str] = key(
+    target_modules: Expression | list[str] = key(
         "auto",
         "`auto` (or `all-linear`): every linear layer except the head; a list of module names; or a regular"
         " expression that matches whole names, such as `.*layers[.][0-9][.].*_proj`.",
@@ -99,10 +103,10 @@ class LoraSection(Section):
     layers_to_transform: list[int] | None = key(
         None, "Numbers of the layers that get adapters, from 0, where `target_modules` has no expression; null: all."
     )
-    rank_pattern: dict[str, Annotated[int, Ge(1)]] = key(
+    rank_pattern: dict[Expression, Count] = key(
         {}, "Other ranks by layer: {name or regular expression: r}, matched against the end of a layer's name."
     )
-    alpha_pattern: dict[str, Annotated[int, Ge(1)]] = key({}, "Other alphas by layer, as in `rank_pattern`.")
+    alpha_pattern: dict[Expression, Count] = key({}, "Other alphas by layer, as in `rank_pattern`.")
     init: str = key(
         "default",
         "First values of the matrices: `default`, `gaussian`, or from the base's weights: `pissa` (its largest singular"
@@ -127,13 +131,6 @@ class LoraSection(Section):
         if not re.fullmatch("default|gaussian|olora|pissa|pissa_niter_[1-9][0-9]*", name):
             raise ValueError(f"{name!r} is none of default, gaussian, olora, pissa, pissa_niter_N (N: iterations)")
         return name
-
-    @field_validator("target_modules", "rank_pattern", "alpha_pattern")
-    @classmethod
-    def _compiles(cls, value: Any) -> Any:
-        for expression in [value] if isinstance(value, str) else value if isinstance(value, dict) else []:
-            _compile(expression)
-        return value
 
     @model_validator(mode="after")
     def _fits_together(self) -> LoraSection:
@@ -175,20 +172,13 @@ class TuningSection(Section):
         "Folder of an adapter to go on from, such as adapters/last; its base, and its shape in `lora`, must be the"
         " run's. Null: a new one.",
     )
-    freeze: list[str] = key(
+    freeze: list[Expression] = key(
         [],
         "For mode `full`: regular expressions; weights whose names contain a match are not trained, e.g."
         " [embed_tokens, 'layers[.][0-7][.]'].",
     )
     quant_type: Literal["nf4", "fp4"] = key("nf4", "4-bit number format of a QLoRA base.")
     double_quant: bool = key(True, "Quantise the quantisation constants too (saves 0.4 bit a weight).")
-
-    @field_validator("freeze")
-    @classmethod
-    def _compiles(cls, expressions: list[str]) -> list[str]:
-        for expression in expressions:
-            _compile(expression)
-        return expressions
 
     @model_validator(mode="after")
     def _fits_the_mode(self) -> TuningSection:
