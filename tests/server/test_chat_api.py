@@ -167,7 +167,15 @@ def test_a_worker_that_dies_is_named_and_started_again_and_a_client_that_leaves_
         await left.aclose()
         assert not worker.waiting
         assert [event async for _, event in worker.ask([short])][-1]["done"]["completion_tokens"] == 2
+        process = worker.process
         await worker.release()
-        assert worker.process.returncode is not None
+        assert process.returncode is not None
+        (root / "configs" / "local.yaml").write_text("train: {epochs: many}")
+        try:
+            with pytest.raises(Refused, match="epochs"):
+                await anext(worker.ask([{**short, "model": "base"}]))
+        finally:
+            (root / "configs" / "local.yaml").unlink()
+            await worker.close()
 
     asyncio.run(scenario())

@@ -216,19 +216,25 @@ class Worker:
 
     async def _read(self, process: asyncio.subprocess.Process) -> None:
         assert process.stdout is not None
+        last: Event = {}
         async for line in process.stdout:
             event = json.loads(line)
             if (events := self.waiting.get(str(event.get("id")))) is not None:
                 events.put_nowait(event)
+            elif event.get("id") is None:
+                last = event  # why it could not start
         code = await process.wait()
-        what = f"the process that answers has ended with code {code}"
+        if process is not self.process:
+            return
         log_path = self.log_path.relative_to(self.root)
+        what = {"error": f"the process that answers has ended with code {code}", "fix": f"its log is {log_path}"}
         for events in set(self.waiting.values()):
-            events.put_nowait({"error": {"error": what, "fix": f"send it again; its log is {log_path}"}, "status": 503})
+            events.put_nowait({"error": last if "error" in last else what, "status": 503})
 
     def _idle(self) -> None:
-        if not self.waiting and self.process is not None and self.process.stdin is not None:
-            self.process.stdin.close()
+        process, self.process = self.process, None
+        if process is not None and process.stdin is not None:
+            process.stdin.close()
 
     async def release(self) -> None:
         """Ends the process if it has nothing to answer, and frees its memory."""
@@ -237,10 +243,11 @@ class Worker:
 
     async def close(self) -> None:
         """Ends the process."""
-        if self.process is not None and self.process.returncode is None:
+        process, self.process = self.process, None
+        if process is not None and process.returncode is None:
             with suppress(ProcessLookupError):
-                self.process.terminate()
-            await self.process.wait()
+                process.terminate()
+            await process.wait()
 
 
 def create_router(root: Path) -> APIRouter:
