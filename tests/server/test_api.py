@@ -233,12 +233,27 @@ def test_from_an_upload_to_a_trained_and_evaluated_model(server: tuple[httpx.Cli
     assert info["config"]["train"]["max_steps"] == 3 and info["metrics"]["base"] and info["bytes"] > 0
 
 
-def test_what_does_not_fit_is_refused_with_what_would_help(server: tuple[httpx.Client, Path]) -> None:
+def test_a_plan_is_for_the_card_that_is_named(server: tuple[httpx.Client, Path]) -> None:
     client, _ = server
     plan = client.post(f"{PREFIX}/plan", json={"config_path": "configs/run_bnb.yaml", "gpu": "8GiB"}).json()
     assert plan["fits"] and plan["device"]["kind"] == "cuda"
     wrong = client.post(f"{PREFIX}/plan", json={"config_path": "configs/run_bnb.yaml", "gpu": "no such card"})
-    assert wrong.status_code == 422 and "card" in wrong.json()["error"].lower() + str(wrong.json()["fix"]).lower()
+    assert wrong.status_code == 422 and wrong.json()["fix"]
+
+
+def test_what_does_not_fit_is_refused_unless_forced_and_settings_are_copied(client: TestClient, tmp_path: Path) -> None:
+    remedy = {"setting": "model.max_seq_len=256", "saves_gib": 1.25}
+    plan = {"fits": False, "peak_gib": 9.5, "device": {"name": "RTX 4060", "gib": 8.0}, "remedies": [remedy]}
+    (tmp_path / "quick" / "plan.py").write_text(f"print({json.dumps(plan)!r})")
+    body = {"config_path": "configs/mine.yaml", "overrides": {"train.epochs": 2}}
+    refused = client.post(f"{PREFIX}/train", json=body)
+    assert refused.status_code == 409 and refused.json()["plan"] == plan
+    assert refused.json()["error"] == "it does not fit: 9.5 GiB are needed, RTX 4060 has 8.0"
+    assert refused.json()["fix"] == "model.max_seq_len=256 (saves 1.25 GiB)"
+    job = client.post(f"{PREFIX}/train", json={**body, "force": True}).json()
+    assert (job["kind"], job["error"]) == ("train", None)
+    copied = (tmp_path / "outputs" / ".server" / job["job_id"] / "config.yaml").read_text()
+    assert copied == "model:\n  name: models/tiny\ntrain:\n  output_dir: outputs/t\n  epochs: 2\n"
 
 
 def test_texts_that_are_no_unicode_and_endless_nesting_are_refused(client: TestClient) -> None:

@@ -95,6 +95,15 @@ def test_a_job_that_died_is_failed_with_the_signal_and_one_that_was_refused_with
     assert not (queue.root / "outputs/other").exists()
 
 
+def test_a_name_that_a_job_did_not_use_is_free_for_the_next_one(queue: Queue) -> None:
+    first, second = train(queue, fail="early"), train(queue)
+    wait_for(lambda: is_(queue, second, "completed"))
+    assert (queue.view(first)["run"], queue.view(second)["run"]) == (None, "chat")
+    queue.resume(first)
+    queue.tick()
+    assert queue.view(first)["run"] == "chat-2"
+
+
 def test_a_queued_job_is_stopped_without_starting(queue: Queue) -> None:
     first, second = train(queue, steps=200), train(queue)
     queue.tick()
@@ -193,6 +202,23 @@ def test_runs_of_commands_show_up_are_waited_for_and_can_be_stopped_and_resumed(
     assert queue.view("mine")["job_id"] == resumed and starts(queue, "mine")[-1] == f"{resumed}.1"
     with pytest.raises(NotFound):
         queue.view("nothing")
+
+
+def test_a_command_that_goes_on_with_a_stopped_job_is_what_the_job_shows(queue: Queue) -> None:
+    job = train(queue, steps=100)
+    wait_for(lambda: at_step(queue, job, 1))
+    queue.stop(job, "stopped")
+    wait_for(lambda: is_(queue, job, "stopped"))
+    config = queue.folder(job) / "config.yaml"
+    command = [sys.executable, str(jobs.SCRIPTS / "train.py"), "--config", str(config), "--resume", "outputs/chat"]
+    process = subprocess.Popen(command, env={**os.environ, "SFT_ROOT": str(queue.root)})
+    wait_for(lambda: is_(queue, job, "running"))
+    with pytest.raises(Conflict, match="running"):
+        queue.resume(job)
+    assert process.wait() == 0
+    assert is_(queue, job, "completed")
+    with pytest.raises(Conflict, match="finished"):
+        queue.resume(job)
 
 
 def test_a_gpu_has_one_job_at_a_time(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:

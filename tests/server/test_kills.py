@@ -47,6 +47,10 @@ class Server:
     def job(self, name: str) -> dict[str, object]:
         return dict(self.client.get(f"/jobs/{name}").json())
 
+    def resume(self, name: str) -> None:
+        answer = self.client.post(f"/jobs/{name}/resume")
+        assert answer.status_code == 200, answer.text
+
 
 def processes(job: str) -> list[int]:
     """The pids of the job's processes, by their environment; only leaders of a group."""
@@ -91,13 +95,13 @@ def test_kills_at_random_lose_no_job_and_change_no_weight(tmp_path: Path, tiny_q
             assert status["status"] in ("queued", "running", "failed", "completed"), status
             if status["status"] == "failed":
                 assert "its process died" in str(status["error"]), status
-                server.client.post(f"/jobs/{job}/resume").raise_for_status()
+                server.resume(job)
     end = time.monotonic() + 900
     while any(server.job(job)["status"] != "completed" for job in jobs):
         assert time.monotonic() < end
         for job in jobs:
             if server.job(job)["status"] == "failed":
-                server.client.post(f"/jobs/{job}/resume").raise_for_status()
+                server.resume(job)
         time.sleep(0.5)
     assert [server.job(job)["run"] for job in jobs] == ["t", "t-2"]
     server.kill()

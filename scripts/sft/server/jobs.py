@@ -191,8 +191,8 @@ class Queue:
         """Has a job end with a checkpoint, as `paused` or as `stopped`. at_once: kill it. Raises NotFound, Conflict."""
         with self.mutex:
             job = self.find(name)
-            if job is None:
-                self._stop_run(self.outside_run(name), at_once)
+            if job is None or (job.state in ENDED and self._continued(job)):
+                self._stop_run(self.outside_run(job.run if job and job.run else name), at_once)
             elif job.state == "queued" or (job.state == "paused" and wanted == "stopped"):
                 self._set(job, state=wanted, wanted=wanted)
             elif job.state != "running":
@@ -217,17 +217,26 @@ class Queue:
         """Queues a paused, stopped or failed job again, or a run that `make train` left. Returns the job's id."""
         with self.mutex:
             job = self.find(name)
-            if job is None:
-                run = self.outside_run(name)
+            if job is not None and job.state not in ("paused", "stopped", "failed"):
+                raise Conflict(f"{name} is {job.state}", where=name, fix="wait for its end, or pause it first")
+            if job is None or (job.kind == "train" and job.run):
+                run = self.outside_run(name) if job is None else self._run(job)
                 if run.finished or self.is_running(run.name):
                     what = f"{name} is {'finished' if run.finished else 'running'}"
                     raise Conflict(what, where=name, fix="resume works for a run that was stopped or has failed")
-                return self.add("train", ["--config", str(run.settings), "--resume", str(run.folder)], run=run.name)
-            if job.state not in ("paused", "stopped", "failed"):
-                raise Conflict(f"{name} is {job.state}", where=name, fix="wait for its end, or pause it first")
+                if job is None:
+                    return self.add("train", ["--config", str(run.settings), "--resume", str(run.folder)], run=run.name)
             self._set(job, state="queued", wanted=None, error=None)
         self.wake.set()
         return job.id
+
+    def _run(self, job: Job) -> Run:
+        return runs.at(self.root / "outputs" / str(job.run), self.root)
+
+    def _continued(self, job: Job) -> bool:
+        """Whether a command, and not the job, worked on the job's run last."""
+        owner = files.read_json(self._run(job).folder / runs.STATUS) if job.kind == "train" and job.run else {}
+        return bool(owner) and not str(owner.get("job")).startswith(f"{job.id}.")
 
     # -- starting and ending
 
@@ -256,7 +265,10 @@ class Queue:
                 self.before_training()
             with self.mutex:
                 for job in self._rows("id = ? AND state = 'queued'", queued[0].id):
-                    self._start(job, device)
+                    try:
+                        self._start(job, device)
+                    except SftError as error:
+                        self._set(job, state="failed", error=error.entry())
 
     def _free_device(self) -> str | None:
         running = self._rows("state = 'running'")
@@ -304,10 +316,11 @@ class Queue:
         status = files.read_json(run / runs.STATUS) if job.kind == "train" and job.run else {}
         started = status.get("job") == job.token
         if job.name and job.run:
-            with suppress(OSError):
-                run.rmdir()  # if it began nothing
+            with suppress(OSError):  # a run with files in it
+                run.rmdir()
+                self._set(job, run=None)  # another job may take the name
         result = files.read_json(self.folder(job.id) / "result.json")
-        if (started and (run / runs.FINISHED).is_file()) or (job.kind != "train" and result and "error" not in result):
+        if (result and "error" not in result) or (started and (run / runs.FINISHED).is_file()):
             return self._set(job, state="completed")
         if job.wanted or (started and status.get("phase") == "stopped"):
             return self._set(job, state=job.wanted or "paused")
@@ -359,8 +372,9 @@ class Queue:
         return [self._view(each) if isinstance(each, Job) else self._view_run(each) for _, each in changed[:limit]]
 
     def _view(self, job: Job) -> dict[str, Any]:
-        run = self.root / "outputs" / job.run if job.kind == "train" and job.run else None
-        status = files.read_json(run / runs.STATUS) if run else {}
+        if job.state in ENDED and self._continued(job):
+            return {**self._view_run(self._run(job)), "job_id": job.id}
+        status = files.read_json(self._run(job).folder / runs.STATUS) if job.kind == "train" and job.run else {}
         own = status if status.get("job") == job.token or job.state != "running" else {}
         return {
             **_figures(own, job.state), "job_id": job.id, "kind": job.kind, "run": job.run, "status": job.state,
