@@ -120,10 +120,8 @@ def evaluate(harness: Any, model: Any, tasks: list[str], settings: dict[str, Any
     try:
         results = harness.simple_evaluate(model=wrapped, tasks=tasks, **settings)
     except Exception as error:  # anything that a task, its data or the harness raises
-        raise EnvironmentProblem(
-            f"the harness failed: {type(error).__name__}: {error}",
-            fix="`lm_eval ls tasks` lists its tasks; their data come from the hub",
-        ) from error
+        fix = "`lm_eval ls tasks` lists its tasks; their data come from the hub"
+        raise EnvironmentProblem(f"the harness failed: {type(error).__name__}: {error}", fix=fix) from error
     files.write_json(folder / f"results_{time.strftime('%Y-%m-%dT%H-%M-%S')}.json", {"results": results["results"]})
     return read_scores(results["results"])
 
