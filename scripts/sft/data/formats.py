@@ -324,7 +324,7 @@ def make_row(raw: RawRow, formats: Formats, system_prompt: str | None) -> tuple[
         check_turns([*before, *rejected])
         content = _pair_content(before, chosen, rejected)
     else:
-        content = _content(turns, is_short=not parsed.tools)
+        content = _content(turns, has_tools=bool(parsed.tools))
     tools = {"tools": parsed.tools} if parsed.tools else {}
     try:
         return to_record(content | tools, raw.origin, **extra), parsed.format
@@ -346,12 +346,12 @@ def to_record(content: Row, origin: str, **extra: Any) -> Row:
     return {"id": row_id(content), "origin": origin, **content, **extra}
 
 
-def _content(messages: list[Message], *, is_short: bool) -> Row:
-    """The turns in the short shape, if `is_short` and they are one plain exchange, else as `messages`."""
+def _content(messages: list[Message], *, has_tools: bool) -> Row:
+    """The turns in the short shape if they are one plain exchange without tools, else as `messages`."""
     texts = {message["role"]: message["content"] for message in messages}
     roles = [message["role"] for message in messages]
     plain = all(len(message) == 2 and isinstance(message["content"], str) for message in messages)
-    if is_short and plain and roles in (["user", "assistant"], ["system", "user", "assistant"]):
+    if plain and not has_tools and roles in (["user", "assistant"], ["system", "user", "assistant"]):
         return {"system": texts.get("system", ""), "user": texts["user"], "assistant": texts["assistant"]}
     return {"messages": messages}
 
