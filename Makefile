@@ -9,7 +9,7 @@
 
 .DEFAULT_GOAL := help
 .PHONY: help coverage install install-dev install-unsloth lock setup-dirs download-model import-gguf demo-model process advise sweep style render \
-	full-pipeline style-if-set preview report-data plan check train train-bnb train-unsloth train-multi train-with-tb train-bnb-tb \
+	full-pipeline style-if-set preview export-data report-data plan check train train-bnb train-unsloth train-multi train-with-tb train-bnb-tb \
 	train-unsloth-tb pause resume doctor tensorboard tb-stop tb-clean tb-open eval eval-val eval-test eval-quick eval-full compare lm-eval infer \
 	infer-interactive infer-batch merge merge-bf16 merge-test export push serve \
 	config-docs test test-all fuzz test-faults lint clean quick-start
@@ -21,7 +21,7 @@ OUTPUT ?= outputs/preds.txt
 .NOTPARALLEL:
 .SILENT:
 
-KNOWN := CONFIG RUN SET ARGS RESUME ALLOW SWEEP RAW USER_COL ANSWER_COL STYLE MODEL MODELS NPROC SHARD TB_PORT INPUT OUTPUT ADAPTERS BASE FORCE GPU PNG TASKS FORMAT TYPE CONVERTER REPO DRY FILE OUT HOST PORT PYTHON
+KNOWN := CONFIG RUN SET ARGS RESUME ALLOW SWEEP RAW USER_COL ANSWER_COL STYLE MODEL MODELS NPROC SHARD TB_PORT INPUT OUTPUT ADAPTERS BASE FORCE GPU PNG TASKS TO FORMAT TYPE CONVERTER REPO DRY FILE OUT HOST PORT PYTHON
 export $(KNOWN)
 GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command line,$(origin $(name))),$(name)))
 $(foreach name,$(filter-out $(KNOWN) SHELL MAKEFLAGS,$(GIVEN)),$(error $(name)= is not a variable of this kit. Known: $(KNOWN). \
@@ -96,13 +96,15 @@ style-if-set: $(ENV)
 	$(if $(STYLE),$(SCRIPT)/style_prompt.py $(WITH) --style "$$STYLE",@echo "no STYLE=: skipping style")
 preview: $(ENV) ## show rows token by token: what is in the loss, what is masked
 	$(SCRIPT)/preview.py $(WITH)
+export-data: $(ENV) ## the rows as TRL, NeMo AutoModel or torchtitan read them (TO=trl|nemo|torchtitan)
+	$(SCRIPT)/export_data.py $(WITH) $(if $(TO),--to "$$TO") $(if $(OUT),--out "$$OUT")
 report-data: $(ENV) ## write a page with plots of the training rows (outputs/reports/data.html)
 	$(SCRIPT)/report_data.py $(WITH)
 advise: $(ENV) ## prompt, few-shot, retrieval, adapter or full tuning? asks, then writes configs/advised.yaml (RAW=, GPU=, MODEL=, OUT=)
 	$(SCRIPT)/advise.py $(WITH) $(if $(RAW),--raw_path "$$RAW") $(if $(USER_COL),--user_col "$$USER_COL") \
 		$(if $(ANSWER_COL),--answer_col "$$ANSWER_COL") $(if $(GPU),--gpu "$$GPU") $(if $(MODEL),--model "$$MODEL") $(if $(OUT),--out "$$OUT")
-plan: $(ENV) ## will it fit? memory of every phase by part, and what would help (SET="model.name=...", GPU="8GiB", PNG=f)
-	$(SCRIPT)/plan.py $(WITH) $(if $(GPU),--gpu "$$GPU") $(if $(PNG),--png "$(PNG)")
+plan: $(ENV) ## will it fit? memory of every phase by part, and what would help (SET="model.name=...", GPU="8GiB", PNG=f; GPU="2x24GiB" SHARD=fsdp)
+	$(SCRIPT)/plan.py $(WITH) $(if $(GPU),--gpu "$$GPU") $(if $(SHARD),--shard "$$SHARD") $(if $(PNG),--png "$(PNG)")
 plan-models: $(ENV) ## which models fit this card (GPU="8GiB", MODELS="names or a file")
 	$(SCRIPT)/plan.py $(WITH) $(if $(GPU),--gpu "$$GPU") --models $(MODELS)
 check: $(ENV) ## check environment, config, data, template, model, disk, memory and ports, with a fix for each problem

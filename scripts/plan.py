@@ -5,6 +5,8 @@
     python scripts/plan.py --gpu 12GiB --png plan.png with a picture of where the memory goes
     python scripts/plan.py --gpu 24GiB --models       which models of the shipped list fit, with this config's settings
     python scripts/plan.py --models my-models.txt     of a file with one name per line, or of names
+    python scripts/plan.py --gpu 2x24GiB --shard fsdp two cards that share the weights, and how fast they can be
+    python scripts/plan.py --gpu H100 --shard fsdp --clusters --price 2     a table for 8 to 1,024 cards
 
 Writes nothing but the picture of --png. Exits with 0 whether it fits or not: the answer is `fits`.
 """
@@ -27,6 +29,10 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--gpu", metavar="CARD", help='`8GiB`, `"RTX 4060"` or `cpu` (default: this machine)')
     add("--models", metavar="NAME", nargs="*", help="which of these fit: names, a file of names, or the shipped list")
+    add("--shard", choices=("ddp", "zero2", "fsdp"), default="ddp", help="what several cards share (default: ddp)")
+    add("--link", type=float, metavar="GB/S", help="between two cards, in each direction (default: as published)")
+    add("--clusters", action="store_true", help="a table for 8 to 1,024 of the card")
+    add("--price", type=float, metavar="X", help="of a card's hour, for the cost in that table")
     add("--png", metavar="FILE", type=Path, help="draw where the memory goes")
     return parser
 
@@ -40,8 +46,14 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     if args.models is not None:
         return plan_models(args, loaded, root)
     device = devices.parse(args.gpu) if args.gpu else devices.this_machine()
+    description = report.model_config(loaded.config.model, root)
+    if args.clusters:
+        with console.progress("tracing the model"):
+            table, plans = report.scaling_table(loaded.config, description, device, args.shard, args.link, args.price)
+        console.table(*table)
+        return {"model": loaded.config.model.name, "clusters": plans}
     with console.progress("tracing the model"):
-        plan = make_plan(loaded.config, report.model_config(loaded.config.model, root), device)
+        plan = make_plan(loaded.config, description, device, sharding=args.shard, link=args.link)
     for line in report.verdict(plan):
         console.say(line)
     for table in report.tables(plan):

@@ -109,12 +109,18 @@ def train(args: argparse.Namespace) -> dict[str, Any] | None:
     distributed.on_rank0(lambda: disk_space.require_disk_space(job.config, job.files, opened.run))
     train = job.unresolved.model_copy(update={"rehearsal": job.config.train.rehearsal})
     unresolved = job.config.model_copy(update={"train": train})
+    ranks, shared = distributed.world(), distributed.what_is_shared()
     distributed.on_rank0(
         lambda: plan.memory_check(
-            unresolved, job.files, job.device, longest=job.longest,
-            force=args.force or distributed.sharding() is not None,  # it plans for whole weights
+            unresolved,
+            job.files,
+            job.device,
+            longest=job.longest,
+            force=args.force,
+            ranks=ranks,
+            sharding=shared,
         )
-    )  # fmt: skip
+    )
     if args.dry_run:
         return jobs.as_json(job, opened)
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
+import train
 from sft.config import load as paths
 from sft.config import reference
 from sft.config.auto import Facts, resolve
@@ -86,6 +89,58 @@ def test_accelerate_files_leave_the_precision_to_the_run() -> None:
     assert (one["num_processes"], one["distributed_type"], one["mixed_precision"]) == (1, "NO", "no")
     assert (two["num_processes"], two["distributed_type"], two["mixed_precision"]) == (2, "MULTI_GPU", "no")
     assert (shared["num_processes"], shared["distributed_type"], shared["mixed_precision"]) == (2, "FSDP", "no")
+
+
+def test_files_for_several_machines_start_what_accelerate_and_torchrun_accept(tmp_path: Path) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+    from torch.distributed.run import get_args_parser
+
+    own = ["--config", "configs/run_bnb.yaml", "--set", "experiment.name=two words"]
+    several = ROOT / "env/accelerate_multinode.yaml"
+    loaded = load_config_from_file(str(several))  # refuses a key that it does not know
+    assert (loaded.num_machines, loaded.num_processes, str(loaded.distributed_type)) == (2, 16, "DistributedType.FSDP")
+    two = yaml.safe_load((ROOT / "env/accelerate_fsdp_2.yaml").read_text())
+    assert loaded.fsdp_config == two["fsdp_config"] and loaded.mixed_precision == "no"
+
+    stubs = tmp_path / "stubs"
+    stubs.mkdir()
+    for name, line in {
+        "torchrun": 'printf "%s\\n" "$FSDP_VERSION" "$@"',
+        "scontrol": "printf 'node-7\\nnode-8\\n'",
+        "srun": 'shift; SLURM_NODEID=1 exec "$@"',
+    }.items():
+        (stubs / name).write_text(f"#!/bin/sh\n{line}\n")
+        (stubs / name).chmod(0o755)
+    env = {"PATH": f"{stubs}{os.pathsep}{os.environ['PATH']}", "TORCHRUN": str(stubs / "torchrun")}
+
+    def started(script: str, *arguments: str, **extra: str) -> Any:
+        """What torchrun is started with, parsed by its own parser."""
+        done = subprocess.run(
+            ["bash", "-c", script, "job", *arguments],
+            env=env | extra,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        version, *words = done.stdout.splitlines()
+        parsed = get_args_parser().parse_args(words)
+        assert version == "2" and Path(parsed.training_script).name == "train.py"
+        train.build_parser().parse_args(parsed.training_script_args)
+        return parsed
+
+    slurm = {"SLURM_NNODES": "4", "SLURM_JOB_ID": "123", "SLURM_JOB_NODELIST": "node-[7-8]", "SLURM_SUBMIT_DIR": "."}
+    job = started((ROOT / "env/slurm.sbatch").read_text(), *own, SLURM_GPUS_ON_NODE="4", **slurm)
+    assert (job.nnodes, job.node_rank, job.nproc_per_node, job.master_addr) == ("4", 1, "4", "node-7")
+    assert job.training_script_args == own
+
+    task = yaml.safe_load((ROOT / "env/skypilot.yaml").read_text())
+    assert task["num_nodes"] == 2 and subprocess.run(["bash", "-n", "-c", task["setup"]], check=True)
+    sky = {"SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1", "SKYPILOT_NUM_GPUS_PER_NODE": "8"}
+    job = started(task["run"], SKYPILOT_NODE_IPS="10.0.0.4\n10.0.0.5", **sky, **task["envs"])
+    assert (job.nnodes, job.node_rank, job.nproc_per_node, job.master_addr) == ("2", 1, "8", "10.0.0.4")
+    assert job.training_script_args == task["envs"]["ARGS"].split()
 
 
 def test_paths_count_from_the_root(tmp_path: Path) -> None:

@@ -32,11 +32,13 @@ from sft.memory import devices
 )
 def test_a_card_is_recognised_by_name_or_memory(text: str, name: str, gib: float) -> None:
     assert devices.parse(text) == devices.Device("cuda", name, gib)
+    assert devices.parse(f"2x{text}") == devices.parse(f"2 x {text}") == devices.Device("cuda", name, gib, 2)
 
 
 def test_cpu_is_this_machines_memory() -> None:
     device = devices.parse("CPU")
     assert (device.kind, device.gib > 0.5) == ("cpu", True)
+    assert devices.parse("2xcpu").gib == pytest.approx(device.gib / 2)  # two processes share it
 
 
 @pytest.mark.parametrize(
@@ -49,6 +51,9 @@ def test_cpu_is_this_machines_memory() -> None:
         ("1e3GiB", "unknown card"),
         ("-4GiB", "-4GiB is not a memory size"),
         ("0 GB", "0 GB is not a memory size"),
+        ("0x8GiB", "0 devices cannot be planned for"),
+        ("99999x8GiB", "99999 devices cannot be planned for"),
+        ("2xbanana", "unknown card: banana"),
         ("RX 7900 XTX 24GB", "only NVIDIA GPUs and the CPU"),
         ("Apple M3 Max", "only NVIDIA GPUs and the CPU"),
     ],

@@ -167,3 +167,32 @@ def test_two_processes_give_the_result_of_one(case: str, tmp_path: Path, tiny_qw
         one, two = (project.losses(tmp_path / name, "t", key) for name in ("one", "two"))
         assert [step for step, _ in one] == [step for step, _ in two] != []
         assert all(abs(a - b) < 1e-4 for (_, a), (_, b) in zip(one, two, strict=True))
+
+
+@pytest.mark.slow
+def test_two_machines_train_one_run(tmp_path: Path, tiny_qwen2: Path) -> None:
+    """env/torchrun.sh twice, as on two machines that see one folder."""
+    root = project.make(tmp_path, tiny_qwen2)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings = {
+        "NODES": "2",
+        "GPUS": "1",
+        "PORT": str(port),
+        "TORCHRUN": str(Path(sys.executable).with_name("torchrun")),
+    }
+    machines = [
+        subprocess.Popen(
+            [ROOT / "env/torchrun.sh", "--config", root / "config.yaml", "--set", "train.max_steps=4"],
+            env={**os.environ, **settings, "NODE": str(number), "SFT_ROOT": str(root), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for number in (0, 1)
+    ]
+    first, second = (machine.communicate(timeout=280)[0] for machine in machines)
+    assert [machine.returncode for machine in machines] == [0, 0], first + second
+    assert "t is finished" in first and "t is finished" not in second
+    assert files.read_json(root / "outputs/t/backend.json")["fixed"]["world_size"] == 2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from sft.errors import ConfigError, nearest
@@ -28,24 +28,37 @@ CARDS: dict[str, tuple[float, ...]] = {  # memory in GiB as sold, the most commo
     "GTX 1650 Super": (4,), "GTX 1660": (6,), "GTX 1660 Super": (6,), "GTX 1660 Ti": (6,),
 }  # fmt: skip
 _SIZE = re.compile(r"(?<![\d.e])(\d+(?:\.\d+)?)\s*(gib|gb|g|mib|mb)\b", re.IGNORECASE)
+_SEVERAL = re.compile(r"\s*(\d+)\s*[x\u00d7*]\s*(\S.*)", re.IGNORECASE)
+MOST_RANKS = 16_384
 _OTHER_MAKERS = re.compile(r"\b(amd|radeon|rocm|instinct|rx ?\d{3,4}|mi\d{2,3}x?|apple|m[1-5]|mps|metal|intel|arc)\b")
 
 
 @dataclass(frozen=True)
 class Device:
-    """What to plan for. gib: its memory (GiB = 2^30 bytes; a card sold with 8 GB has 8 GiB)."""
+    """What to plan for. gib: its memory (GiB = 2^30 bytes; a card sold with 8 GB has 8 GiB). count: so many of them."""
 
     kind: Literal["cuda", "cpu"]
     name: str
     gib: float
+    count: int = 1
 
 
 def parse(text: str) -> Device:
     """The device that `--gpu text` names.
 
     `cpu` is this machine's memory. A card with several memory sizes counts with its first unless a size is given as
-    well (`RTX 3080 12GB`); an unknown card needs a size. Raises ConfigError with the nearest known name.
+    well (`RTX 3080 12GB`); an unknown card needs a size. `2x24GiB`: two of them; `2xcpu`: two processes that share this
+    machine's memory. Raises ConfigError with the nearest known name.
     """
+    if several := _SEVERAL.match(text):
+        count, device = int(several[1]), parse(several[2])
+        if not 0 < count <= MOST_RANKS:
+            raise ConfigError(
+                f"{count} devices cannot be planned for: 1 to {MOST_RANKS:,} can be",
+                where="--gpu",
+                fix="write it like this: --gpu 2x24GiB, or --gpu 8GiB for one",
+            )
+        return replace(device, count=count, gib=device.gib / (count if device.kind == "cpu" else 1))
     if text.strip().lower() == "cpu":
         return this_cpu()
     match = _SIZE.search(text)

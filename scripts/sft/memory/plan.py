@@ -12,14 +12,17 @@ from typing import Any
 
 from sft.config.auto import Facts, resolve
 from sft.config.schema import Config
-from sft.errors import EnvironmentProblem, ModelError, SftError
+from sft.errors import ConfigError, EnvironmentProblem, ModelError, SftError
 from sft.memory import shapes
 from sft.memory.devices import Device, smallest_card
 from sft.memory.estimate import CONTEXT, GIB, OVERHEAD_SOURCE, QUICK_START_MODELS, upper_bound, with_overhead
-from sft.memory.trace import Interval, Tracer, traced_optimizer
+from sft.memory.scaling import Speed, bound, ring_all_reduce
+from sft.memory.trace import Interval, Sharding, Tracer, traced_optimizer
 from sft.model.files import ModelFiles
 from sft.model.hardware import Hardware
+from sft.model.shard import require_shardable
 from sft.model.tokenizer import NEW_TOKENS
+from sft.step.optimizer import TORCH
 
 MOST_TOKENS = 4096  # of a micro-batch; a larger one is not faster
 WORTHWHILE = 0.01  # GiB: a suggestion that saves less is left out
@@ -83,6 +86,8 @@ class Plan:
     config: Config
     phases: dict[str, Phase]
     parameters: int
+    sharding: Sharding = "ddp"
+    speed: Speed | None = None
     suggestions: list[Suggestion] = field(default_factory=list)
     combination: Combination | None = None
 
@@ -111,6 +116,7 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         train = self.config.train
+        several = {} if self.speed is None else {"sharding": self.sharding, "speed": self.speed.to_json()}
         return {
             "fits": self.fits,
             "peak_gib": round(self.peak, 3),
@@ -127,24 +133,38 @@ class Plan:
             "smallest_card": self.smallest_card,
             "residual": OVERHEAD_SOURCE[self.device.kind],
             "method": "traced",
-            "device": {"kind": self.device.kind, "name": self.device.name, "gib": round(self.device.gib, 2)},
+            "device": {"kind": self.device.kind, "name": self.device.name, "gib": round(self.device.gib, 2)}
+            | ({"count": self.device.count} if several else {}),
+            **several,
         }
 
 
-def make_plan(config: Config, description: Mapping[str, Any], device: Device, *, suggest: bool = True) -> Plan:
+def make_plan(
+    config: Config,
+    description: Mapping[str, Any],
+    device: Device,
+    *,
+    suggest: bool = True,
+    sharding: Sharding = "ddp",
+    link: float | None = None,
+) -> Plan:
     """The plan for `config` on `device` of the model that `description`, its config.json, describes.
 
     A micro-batch that the config leaves open is the most rows at max_seq_len that fit. suggest: look for changes that
-    help where it does not fit. Raises ConfigError if batch settings contradict each other, ModelError for a model
-    that cannot be traced or is stored quantised.
+    help where it does not fit. sharding: what several devices share; every one of them needs the same memory. link:
+    GB/s between them, in each direction; None for what is published. Raises ConfigError if settings contradict each
+    other, ModelError for a model that cannot be traced or is stored quantised.
     """
     _refuse_unusable(config, description)
+    if device.count == 1 and sharding != "ddp":
+        raise ConfigError(f"one device shards nothing ({sharding})", where="--shard", fix="--gpu 2x24GiB --shard fsdp")
     if config.model.add_tokens and NEW_TOKENS not in description:  # the model's files are not there yet
         rows, new = int(description["vocab_size"]), len(config.model.add_tokens)
         description = {**description, "vocab_size": rows + new, NEW_TOKENS: list(range(rows, rows + new))}
-    planner = _Planner(description, device)
+    planner = _Planner(description, device, sharding)
     run = planner.run(config)
-    plan = Plan(device, run.config, planner.phases(run), run.tracer.parameters)
+    speed = None if device.count == 1 else planner.speed(run, link)
+    plan = Plan(device, run.config, planner.phases(run), run.tracer.parameters, sharding, speed)
     if plan.fits or not suggest:
         return plan
     suggestions, combination = _suggestions(config, run, planner)
@@ -181,8 +201,8 @@ class _Run:
 class _Planner:
     """Plans variants of a run on one model and one device; variants that share a traced model share its traces."""
 
-    def __init__(self, description: Mapping[str, Any], device: Device) -> None:
-        self.description, self.device = description, device
+    def __init__(self, description: Mapping[str, Any], device: Device, sharding: Sharding = "ddp") -> None:
+        self.description, self.device, self.sharding = description, device, sharding
         self._tracers: dict[str, Tracer] = {}
 
     def run(self, config: Config) -> _Run:
@@ -203,7 +223,7 @@ class _Planner:
         between two traced points: what fits by that line fits.
         """
         row_tokens = config.model.max_seq_len * _sides(tracer)
-        most = max(1, min(MOST_TOKENS // row_tokens, int(resolved.train.effective_batch)))
+        most = max(1, min(MOST_TOKENS // row_tokens, self._own_rows(resolved)))
         low, high = (self._training(self._resolve(config, rows=rows), tracer).peak for rows in (1, most))
         limit = self.device.gib
         if low > limit or high <= limit:
@@ -215,7 +235,7 @@ class _Planner:
         config, tracer = run.config, run.tracer
         phases = {"training": run.training}
         if config.train.eval_strategy != "no":
-            lengths = _row_lengths(config, tracer)
+            lengths = _row_lengths(config, tracer, self._own_rows(config))
             note = f"{sum(lengths)} tokens at a time"
             phases["evaluation"] = self._traced(tracer.evaluation(lengths), config, tracer, note)
             if config.eval.train_sample:
@@ -231,14 +251,21 @@ class _Planner:
             parameters=parameters,
             measured_batch=(rows or 1) if gpu else None,
             seq2seq=bool(self.description.get("is_encoder_decoder", False)),
+            sharded=self.sharding != "ddp",
         )
-        return resolve(config, facts).config
+        resolved = resolve(config, facts).config
+        if facts.sharded:
+            require_shardable(resolved, resolved.tuning.backend, TORCH)
+        return resolved
 
     def _tracer(self, config: Config) -> Tracer:
         optimizer = traced_optimizer(config.train.optim, self.device.kind)
         key = f"{config.tuning.model_dump_json()} {config.train.model_dump(include=_TRACED_KEYS)} {optimizer}"
         if key not in self._tracers:
-            self._tracers[key] = Tracer(config, self.description, device=self.device.kind)
+            ranks = self.device.count
+            self._tracers[key] = Tracer(
+                config, self.description, device=self.device.kind, ranks=ranks, sharding=self.sharding
+            )
         return self._tracers[key]
 
     def _traced(self, traced: Interval, config: Config, tracer: Tracer, note: str) -> Phase:
@@ -250,10 +277,27 @@ class _Planner:
         return Phase(allocated, with_overhead(allocated, self.device.kind), parts, note=note)
 
     def _training(self, config: Config, tracer: Tracer) -> Phase:
-        lengths = _row_lengths(config, tracer)
+        lengths = _row_lengths(config, tracer, self._own_rows(config))
         more_rows = isinstance(config.train.rehearsal.rows, int)  # rehearsal rows come on top of the step's own
-        traced = tracer.step(lengths, accumulating=more_rows or len(lengths) < int(config.train.effective_batch))
+        traced = tracer.step(lengths, accumulating=more_rows or len(lengths) < self._own_rows(config))
         return self._traced(traced, config, tracer, f"{sum(lengths)} tokens at a time")
+
+    def _own_rows(self, config: Config) -> int:
+        """Rows of a step on the rank that has most of them."""
+        return -(-int(config.train.effective_batch) // self.device.count)
+
+    def speed(self, run: _Run, link: float | None) -> Speed:
+        """How fast a step can be, where every row has max_seq_len tokens."""
+        config, tracer = run.config, run.tracer
+        own, length = self._own_rows(config), config.model.max_seq_len * _sides(tracer)
+        lengths = _row_lengths(config, tracer, own)
+        micro_batches = -(-own * length // sum(lengths))
+        sent = tracer.step(lengths, accumulating=micro_batches > 1).sent * micro_batches
+        if self.sharding == "ddp":
+            sent = ring_all_reduce(tracer.gradient_bytes(), self.device.count)
+        per_token = tracer.operations_per_token(config.model.max_seq_len)
+        operations = None if per_token is None else per_token * own * length
+        return bound(self.device, int(config.train.effective_batch) * length, sent, operations, link)
 
     def _generation(self, config: Config, tracer: Tracer) -> Phase:
         """Answers side by side; where they do not fit half as many, as generation itself does."""
@@ -268,16 +312,15 @@ class _Planner:
             rows //= 2
 
 
-def _row_lengths(config: Config, tracer: Tracer) -> list[int]:
+def _row_lengths(config: Config, tracer: Tracer, most: int) -> list[int]:
     """The rows of the largest micro-batch that a resolved config allows: at max_seq_len, the last one shorter; of pairs
-    both sides.
+    both sides. most: rows of a rank's step.
     """
-    train, length, sides = config.train, config.model.max_seq_len, _sides(tracer)
-    tokens, effective = int(train.micro_batch_tokens), int(train.effective_batch)
-    rows = max(1, min(tokens // (length * sides), effective))
+    length, sides, tokens = config.model.max_seq_len, _sides(tracer), int(config.train.micro_batch_tokens)
+    rows = max(1, min(tokens // (length * sides), most))
     count = 2 if tracer.pairs else 1
     rest = min((tokens - count * rows * length) // count, length)
-    return [length] * count * rows + ([rest] * count if tracer.packed and rows < effective and rest > 1 else [])
+    return [length] * count * rows + ([rest] * count if tracer.packed and rows < most and rest > 1 else [])
 
 
 def _sides(tracer: Tracer) -> int:
@@ -294,7 +337,10 @@ def _suggestions(config: Config, run: _Run, planner: _Planner) -> tuple[list[Sug
     suggestions: list[Suggestion] = []
     changes: list[dict[str, Any]] = []
     for settings, costs in _changes(config, run.config, gpu=planner.device.kind == "cuda"):
-        new = planner.run(_with(config, settings)).training.peak
+        try:
+            new = planner.run(_with(config, settings)).training.peak
+        except ConfigError:  # not where the weights are shared
+            continue
         if peak - new > WORTHWHILE:
             saves = round(peak - new, 3)
             suggestions.append(Suggestion(" ".join(_as_flags(settings)), saves, costs, new <= limit))
@@ -377,19 +423,30 @@ def _smaller_model(config: Config, run: _Run, device: Device) -> list[Suggestion
 # ---- the check before training
 
 
-def memory_check(config: Config, files: ModelFiles, hardware: Hardware, *, longest: int, force: bool = False) -> None:
+def memory_check(
+    config: Config,
+    files: ModelFiles,
+    hardware: Hardware,
+    *,
+    longest: int,
+    force: bool = False,
+    ranks: int = 1,
+    sharding: Sharding = "ddp",
+) -> None:
     """Raises EnvironmentProblem if not even the smallest micro-batch fits what is free on the device.
 
     config: as the user wrote it, before `auto` is resolved. longest: tokens of the longest row. force: only warn.
-    A model that cannot be traced passes, with a warning.
+    ranks: processes of the run, each on a GPU of its own, or all in this machine's memory. A model that cannot be
+    traced passes, with a warning.
     """
     free = hardware.free_bytes / GIB + (CONTEXT["cuda"] if hardware.device == "cuda" else 0.0)  # this process's own
-    if upper_bound(files.config, config, files.parameters, longest) < UNTRACED * free:
+    processes = 1 if hardware.device == "cuda" else ranks
+    if processes * upper_bound(files.config, config, files.parameters, longest) < UNTRACED * free:
         return
     shorter = _with(config, {"model.max_seq_len": min(config.model.max_seq_len, max(1, longest))})
-    device = Device(hardware.device, hardware.name, min(free, hardware.total_bytes / GIB))
+    device = Device(hardware.device, hardware.name, min(free, hardware.total_bytes / GIB) / processes, ranks)
     try:
-        plan = make_plan(shorter, files.config, device)
+        plan = make_plan(shorter, files.config, device, sharding=sharding)
     except SftError as error:
         log.warning("memory is not checked before training, because this model cannot be planned: %s", error)
         return

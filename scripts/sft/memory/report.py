@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,17 @@ from sft.config.schema import Config, ModelSection
 from sft.errors import ConfigError, SftError
 from sft.memory.devices import Device
 from sft.memory.estimate import OVERHEAD_SOURCE
-from sft.memory.plan import Plan, make_plan
+from sft.memory.plan import MOST_TOKENS, Plan, make_plan
+from sft.memory.scaling import EFFICIENCY, Speed
 from sft.memory.shapes import shipped_models
-from sft.memory.trace import PARTS, quiet
+from sft.memory.trace import PARTS, Sharding, quiet
 
+SHARDINGS = {  # what the processes share, and what each has whole
+    "ddp": "a copy of the model on each",
+    "zero2": "sharded, gathered once a micro-batch",
+    "fsdp": "sharded, gathered twice a micro-batch",
+}
+CLUSTERS = (8, 64, 256, 1024)
 Table = tuple[str, tuple[str, ...], Sequence[Sequence[str]]]  # title, columns, rows
 
 
@@ -24,12 +32,32 @@ def verdict(plan: Plan) -> list[str]:
     rows = max(1, min(int(train.batch_size), int(train.micro_batch_tokens) // length))
     lines = [
         f"{plan.config.model.name}, {plan.config.tuning.mode}, rows of {length} tokens:",
-        f"{'fits' if plan.fits else 'does NOT fit'} {plan.device.name} ({plan.device.gib:.1f} GiB)",
+        f"{'fits' if plan.fits else 'does NOT fit'} {_devices(plan)}",
         f"  {plan.worst_phase} needs {plan.peak:.2f} GiB ({OVERHEAD_SOURCE[plan.device.kind]})",
         f"  a step: {train.effective_batch} rows, {rows} of {length} tokens at a time",
     ]
     if plan.smallest_card:
         lines.append(f"  the smallest card that would do: {plan.smallest_card}")
+    return lines + ([] if plan.speed is None else _speed_lines(plan, plan.speed))
+
+
+def _devices(plan: Plan) -> str:
+    device = plan.device
+    if device.count == 1:
+        return f"{device.name} ({device.gib:.1f} GiB)"
+    return f"{device.count} x {device.name} ({device.gib:.1f} GiB each), {SHARDINGS[plan.sharding]}"
+
+
+def _speed_lines(plan: Plan, speed: Speed) -> list[str]:
+    """What a step sends and how fast it can be, as a bound."""
+    lines = [f"  each sends {speed.sent / 1e9:.3g} GB a step of {speed.tokens:,} tokens"]
+    if speed.link is not None and speed.sending is not None:
+        lines[0] += f": {speed.sending:.3g} s"
+        lines.append(f"    over {speed.link[1]}, {speed.link[0]:g} GB/s in each direction (--link)")
+    if speed.tokens_per_second is not None:
+        low, high = speed.tokens_per_second
+        lines.append(f"  its arithmetic takes {speed.arithmetic:.3g} s at {EFFICIENCY:.0%} of the published peak")
+        lines.append(f"  so {low:,.0f} tokens/s, or {high:,.0f} where both overlap (not measured)")
     return lines
 
 
@@ -137,3 +165,45 @@ def plan_models(
                 results[name] = {"fits": False, "error": str(error).splitlines()[0]}
             progress(done, len(names))
     return dict(sorted(results.items(), key=lambda item: float(item[1].get("billions", "inf"))))
+
+
+def scaling_table(
+    config: Config,
+    description: dict[str, Any],
+    device: Device,
+    sharding: Sharding,
+    link: float | None,
+    price: float | None,
+) -> tuple[Table, list[dict[str, Any]]]:
+    """Plans for CLUSTERS of a card, each with a micro-batch a step: a table and the plans as JSON.
+
+    price: of a card's hour, in any currency. Raises ConfigError for a card whose speed is not known.
+    """
+    rows: list[list[str]] = []
+    plans: list[dict[str, Any]] = []
+    share = max(1, MOST_TOKENS // config.model.max_seq_len)
+    for count in CLUSTERS:
+        train = config.train.model_copy(update={"effective_batch": count * share})
+        settings, many = config.model_copy(update={"train": train}), replace(device, count=count)
+        plan = make_plan(settings, description, many, suggest=False, sharding=sharding, link=link)
+        speed = plan.speed
+        if speed is None or speed.tokens_per_second is None:
+            raise ConfigError(f"no published speed of {device.name} is known here", where="--gpu", fix="--gpu H100")
+        slow, fast = speed.tokens_per_second
+        figures = [f"{plan.peak:.1f}", f"{speed.tokens:,}", f"{speed.sent / 1e9:.1f}", f"{speed.sending:.2f}"]
+        figures += [f"{speed.arithmetic:.2f}", f"{slow:,.0f}", f"{fast:,.0f}"]
+        figures += [] if price is None else [f"{count * price * 1e9 / 3600 / rate:,.0f}" for rate in (slow, fast)]
+        rows.append([f"{count:,}", *figures])
+        plans.append(plan.to_json())
+    columns: tuple[str, ...] = (
+        "cards",
+        "GiB each",
+        "tokens a step",
+        "GB sent",
+        "s sending",
+        "s computing",
+        "tokens/s",
+        "overlapped",
+    )
+    columns += () if price is None else ("cost of 10^9 tokens", "overlapped")
+    return (f"{config.model.name}, {config.tuning.mode}, {device.name}: {SHARDINGS[sharding]}", columns, rows), plans

@@ -17,7 +17,8 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from datetime import timedelta
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,8 @@ from sft.config.auto import optimizer_state
 from sft.config.schema import PAIRED, PREFERENCES, Config
 from sft.errors import ModelError
 from sft.memory import shapes
-from sft.model import kernels
+from sft.memory.scaling import operations_per_token
+from sft.model import kernels, shard
 from sft.model.adapters import head, unwrap
 from sft.step import attention
 from sft.step.batch import Collator, MicroBatch, split_micro_batches
@@ -39,9 +41,11 @@ from sft.step.step import StepConfig, compute_dtype, stays_on_gpu, token_losses
 
 PARTS = (
     "weights in 4 bit", "weights", "embedding and head", "adapters", "gradients", "optimizer", "activations", "logits",
-    "dequantised", "weights cast", "consolidation",
+    "dequantised", "weights cast", "consolidation", "gathered",
 )  # fmt: skip
 MODEL_PARTS = frozenset(("weights", "embedding and head", "adapters"))
+GATHERING = frozenset(("all_gather_copy_in", "_allgather_base_", "split_with_sizes_copy", "_reduce_scatter_base_"))
+BUCKET_BYTES = 25 * 2**20  # of gradients that copies of a model add up together, or a single larger one
 ROUNDING = {"cuda": 512, "cpu": 1}  # bytes: CUDA's caching allocator hands out multiples of 512
 log = logging.getLogger("sft.memory")
 
@@ -51,11 +55,15 @@ log = logging.getLogger("sft.memory")
 
 @dataclass(frozen=True)
 class Interval:
-    """The highest moment between two labels, in bytes. parts: those of the peak."""
+    """The highest moment between two labels, in bytes. parts: those of the peak. sent: by a trace, to other ranks."""
 
     label: str
     peak: int
     parts: dict[str, int]
+    sent: int = 0
+
+
+Sharding = Literal["ddp", "zero2", "fsdp"]  # what ranks share: nothing; gradients and optimizer; the weights too
 
 
 class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -69,13 +77,36 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self, *, rounding: int, vocabulary: int, fake: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.rounding, self.vocabulary = rounding, vocabulary
+        self.rounding, self.vocabulary, self.fake = rounding, vocabulary, fake
         self.now: dict[str, int] = dict.fromkeys(PARTS, 0)
         self.total = 0
         self.part: str | None = None  # what new storages are counted as, None to recognise them
         self._storages: dict[int, tuple[weakref.ref[Any], str, int]] = {}
         self._run = fake_ops() if fake else lambda func, args, kwargs: func(*args, **kwargs)
+        self._resize = torch.UntypedStorage.resize_
         self.reset()
+
+    def __enter__(self) -> MemoryTracker:
+        """Follows resizes too, which are no operations: `fully_shard` frees and allocates a layer's weights by them."""
+        tracker, resize = self, self._resize
+
+        def resized(storage: Any, size: int) -> Any:
+            result = resize(storage, size)
+            ref, part, old = tracker._storages.get(storage._cdata, (None, "", 0))
+            if ref is not None and ref() is not None:
+                new = tracker.rounded(size)
+                tracker._storages[storage._cdata] = (ref, part, new)
+                tracker.now[part] += new - old
+                tracker.total += new - old
+                tracker._update_peak()
+            return result
+
+        torch.UntypedStorage.resize_ = resized  # type: ignore[method-assign, assignment]
+        return super().__enter__()  # type: ignore[no-any-return, no-untyped-call]
+
+    def __exit__(self, *error: Any) -> None:
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -86,10 +117,17 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         name = func.overloadpacket.__name__
         for tensor in tree_iter(out):
             if isinstance(tensor, Tensor):
-                self._add(tensor, self.part or self._recognise(name, tensor, args))
+                self._add(local(tensor), self.part or self._recognise(name, tensor, args))
+        if name in GATHERING:  # the sharded weights themselves are arguments of the first
+            buffers = out if name == "all_gather_copy_in" else (args, kwargs)
+            self.assign([tensor for tensor in tree_iter(buffers) if isinstance(tensor, Tensor)], "gathered")
+            if "_base_" in name:  # each rank passes on all parts but one
+                self.sent += abs(args[0].nbytes - args[1].nbytes)
         if name == "gemm_4bit":  # dequantises the weight and its scales for itself
             weights = args[2][0] * args[2][1]
             self._update_peak(weights * args[0].element_size() + weights // 64 * 4)
+        if name == "_reduce_scatter_base_" and self.fake and self.rounding == 1:  # gloo, on a CPU, copies its input
+            self._update_peak(args[1].nbytes, "gathered")
         return out
 
     def rounded(self, size: int) -> int:
@@ -98,7 +136,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def assign(self, tensors: Iterable[Tensor], part: str) -> None:
         """Counts the tensors' storages as `part`, whatever they were counted as before."""
-        for tensor in tensors:
+        for tensor in map(local, tensors):
             key = tensor.untyped_storage()._cdata
             ref, old, size = self._storages.get(key, (None, "", 0))
             if ref is None or ref() is None:
@@ -111,6 +149,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def reset(self) -> None:
         """Forgets the intervals so far; a first one without a label begins."""
         self.intervals: list[Interval] = []
+        self.sent = 0  # bytes to other ranks, as a ring sends them
         self._begin("")
 
     def mark(self, label: str) -> None:
@@ -145,10 +184,11 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.now[known[1]] -= known[2]
             self.total -= known[2]
 
-    def _update_peak(self, dequantised: int = 0) -> None:
-        if self.total + dequantised > self.peak:
-            self.peak, self.at_peak = self.total + dequantised, dict(self.now)
-            self.at_peak["dequantised"] += dequantised
+    def _update_peak(self, inside: int = 0, part: str = "dequantised") -> None:
+        """inside: bytes of `part` that the operation allocates for itself."""
+        if self.total + inside > self.peak:
+            self.peak, self.at_peak = self.total + inside, dict(self.now)
+            self.at_peak[part] += inside
 
     def _recognise(self, name: str, tensor: Tensor, args: Any) -> str:
         if tensor.ndim > 1 and tensor.shape[-1] == self.vocabulary and tensor.is_floating_point():
@@ -162,6 +202,33 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if source == "dequantised":
                 return "dequantised"
         return "activations"
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor, any other as it is."""
+    return getattr(tensor, "_local_tensor", tensor)
+
+
+@functools.cache
+def fake_mesh(ranks: int) -> Any:
+    """A mesh of this process and of ranks that do not exist: its collectives only have shapes."""
+    import torch.distributed as dist
+    from torch.distributed import distributed_c10d as c10d
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    alone = not dist.is_initialized()
+    if alone:
+        dist.init_process_group("fake", rank=0, world_size=1, store=FakeStore())
+    world, wait = list(range(ranks)), timedelta(minutes=1)
+    group, _ = c10d._new_process_group_helper(
+        ranks, 0, world, "fake", FakeStore(), c10d.GroupName(f"plan of {ranks}"), timeout=wait
+    )
+    c10d._world.pg_group_ranks[group] = {rank: rank for rank in world}
+    mesh = DeviceMesh.from_group(group, "cpu")
+    if alone:
+        c10d._update_default_pg(None)
+    return mesh
 
 
 # ---- operations on fake tensors
@@ -314,11 +381,14 @@ class Phases:
     """The passes of a run on one model, real or fake, followed by a tracker.
 
     Layers and arriving gradients begin an interval each. An optimizer whose step allocates (most on a CPU) is stepped
-    for real; the state of the others is only counted (`Tracer.optimizer_bytes`), for their step works in place.
+    for real; the state of the others is only counted (`Tracer.optimizer_bytes`), for their step works in place. copies:
+    other processes train copies of the model.
     """
 
-    def __init__(self, model: nn.Module, config: Config, tracker: MemoryTracker, *, device: str) -> None:
-        self.model, self.config, self.tracker = model, config, tracker
+    def __init__(
+        self, model: nn.Module, config: Config, tracker: MemoryTracker, *, device: str, copies: bool = False
+    ) -> None:
+        self.model, self.config, self.tracker, self.copies = model, config, tracker, copies
         self.offload = config.train.activation_offload and device == "cuda"
         train, dtype = config.train, compute_dtype(config.train)
         self.step_config = StepConfig(  # autocast is the CPU's, as fake tensors are, whatever device is traced
@@ -381,6 +451,10 @@ class Phases:
         loss.backward()  # type: ignore[no-untyped-call]
         del loss
         tracker.mark(OPTIMIZER)
+        if self.copies:  # ranks add up their gradients in buckets, of which one exists beside them
+            flat = torch.empty(max(BUCKET_BYTES, *(weight.nbytes for weight in self.trained)), dtype=torch.uint8)
+            tracker.assign([flat], "gathered")
+            del flat
         if self.ewc is not None:
             self.ewc.add_gradients()
         if train.max_grad_norm:
@@ -596,16 +670,26 @@ class Tracer:
     description: the model's config.json. extrapolated: False traces every layer. parameters: of the base model. kind:
     `causal` or `seq2seq`. packed: whether rows go without padding. Nothing is traced twice. What is traced has the
     optimizer's state only where its step allocates: add `optimizer_bytes`. Raises ModelError for a family that
-    transformers does not implement or that cannot run without values.
+    transformers does not implement or that cannot run without values. Of several ranks one is traced.
     """
 
     def __init__(
-        self, config: Config, description: Mapping[str, Any], *, device: str, extrapolated: bool = True
+        self,
+        config: Config,
+        description: Mapping[str, Any],
+        *,
+        device: str,
+        extrapolated: bool = True,
+        ranks: int = 1,
+        sharding: Sharding = "ddp",
     ) -> None:
         self.config, self.description, self.device = config, description, device
-        self.parameters = 0
+        self.parameters = self.attention = self.head = 0
+        self.multiplied: int | None = None
         self.removed = 0  # periods of layers that the shallower model is without
         self._results: dict[tuple[Any, ...], Interval] = {}
+        self.ranks, self.sharding = ranks, sharding
+        self.mesh = None if sharding == "ddp" else fake_mesh(ranks)
         self._models = [_FakeModel(self, deeper=False if extrapolated else None)]
         if self.removed:
             self._models.append(_FakeModel(self, deeper=True))
@@ -617,11 +701,32 @@ class Tracer:
         if traced_optimizer(optim, self.device) or optim.startswith("paged"):
             return 0
         moments, size = optimizer_state(optim)
-        shallow, *deep = (  # one allocation per weight
-            sum(model.tracker.rounded(weight.numel() * size) for weight in model.phases.trained)
-            for model in self._models
+        rounded = self._models[0].tracker.rounded
+        return moments * self._trained(lambda weight: rounded(local(weight).numel() * size))
+
+    def gradient_bytes(self) -> int:
+        """Bytes of the gradients of all trained weights."""
+        return self._trained(lambda weight: weight.nbytes)
+
+    def _trained(self, size: Callable[[Tensor], int]) -> int:
+        """The sum over the trained weights of the full depth."""
+        shallow, *deep = (sum(map(size, model.phases.trained)) for model in self._models)
+        return shallow + self.removed * (sum(deep) - shallow)
+
+    def operations_per_token(self, length: int) -> float | None:
+        """Of a training step on rows of `length` tokens; None for a mixture of experts, which uses a few of them."""
+        if self.multiplied is None:
+            return None
+        trained, repeated = self._trained(Tensor.numel), self.config.train.gradient_checkpointing is True
+        adapters = 0 if self.config.tuning.mode == "full" else trained
+        return operations_per_token(
+            self.multiplied,
+            adapters,
+            min(trained, self.multiplied + adapters),
+            self.attention,
+            length,
+            self.multiplied - self.head if repeated else 0,
         )
-        return moments * (shallow + self.removed * (sum(deep) - shallow))
 
     def step(self, lengths: Sequence[int], *, accumulating: bool) -> Interval:
         """The peak of a step whose largest micro-batch has rows of these lengths, every token labelled.
@@ -656,14 +761,31 @@ class Tracer:
         objective = "response" if pad else self.config.train.objective
         micro = micro_batch(self.kind, lengths, packed=self.packed and not pad, objective=objective)
         traces = [model.trace(micro, run) for model in self._models]
+        shallow, *deep = (model.tracker.sent for model in self._models)
+        sent = shallow + self.removed * (sum(deep) - shallow)
         intervals = traces[0] if len(traces) == 1 else extrapolate(traces[0], traces[1], self.removed)
         if intervals is None:
             log.debug("%s: its layers do not repeat as they seem to; every layer is traced", self.config.model.name)
             self._models, self.removed = [_FakeModel(self, deeper=None)], 0
             intervals = self._models[0].trace(micro, run)
+            sent = self._models[0].tracker.sent
         top = max(intervals, key=lambda interval: interval.peak)
-        self._results[key] = replace(top, parts={part: size for part, size in top.parts.items() if size})
+        self._results[key] = replace(top, parts={part: size for part, size in top.parts.items() if size}, sent=sent)
         return self._results[key]
+
+
+def _arithmetic(base: Any) -> tuple[int, int, int | None]:
+    """(layers times the width of all heads, weights of the head, weights in matrix products or None for a mixture
+    of experts)."""
+    config = base.config.get_text_config()
+    if any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
+        return 0, 0, None
+    heads = config.num_attention_heads
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    top, embedding = base.get_output_embeddings(), base.get_input_embeddings()
+    looked_up = 0 if top is not None and top.weight is embedding.weight else embedding.weight.numel()
+    matrices = sum(weight.numel() for weight in base.parameters() if weight.ndim > 1)
+    return config.num_hidden_layers * width, 0 if top is None else top.weight.numel(), matrices - looked_up
 
 
 class _FakeModel:
@@ -678,6 +800,7 @@ class _FakeModel:
 
         def on_base(base: Any) -> None:
             tracer.parameters = sum(weight.numel() for weight in base.parameters())
+            tracer.attention, tracer.head, tracer.multiplied = _arithmetic(base)
             if deeper is not None:
                 removed = remove_layers(base, deeper=deeper)
                 tracer.removed = tracer.removed or removed
@@ -698,7 +821,10 @@ class _FakeModel:
         self.tracker = MemoryTracker(rounding=ROUNDING[self.device], vocabulary=vocabulary, fake=True)
         with self._faking():
             shapes.add_storage(model, dtype)
-            self.phases = Phases(model, config, self.tracker, device=self.device)
+            if tracer.mesh is not None:
+                shard.shard(model, tracer.mesh, dtype=dtype, reshard=tracer.sharding == "fsdp")
+            copies = tracer.ranks > 1 and tracer.sharding == "ddp"
+            self.phases = Phases(model, config, self.tracker, device=self.device, copies=copies)
 
     def trace(self, real: MicroBatch, run: Callable[[Phases, MicroBatch], list[Interval]]) -> list[Interval]:
         """The intervals of `run` on a micro-batch of the shapes of `real`."""

@@ -6,10 +6,13 @@ torch's `fully_shard` (FSDP2) does it; here is which modules it wraps, and how w
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sft.config.schema import Config
+from sft.errors import ConfigError
 from sft.model.adapters import unwrap
 
 if TYPE_CHECKING:
@@ -52,6 +55,30 @@ def shard(
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no other reduction
+
+
+def require_shardable(config: Config, backend: str, optimizers: Collection[str]) -> None:
+    """Raises ConfigError for settings that are not supported where processes share the weights.
+
+    config: resolved. optimizers: those that work on parts of weights.
+    """
+    train = config.train
+    supported = {
+        "tuning.adapter": (config.tuning.adapter == "lora", "lora"),
+        "tuning.mode": (config.tuning.mode != "qlora", "lora"),
+        "tuning.backend": (backend == "bnb", "bnb"),
+        "train.ewc.strength": (not train.ewc.strength, "0"),
+        "train.fp16": (train.fp16 is not True, "false"),
+        "train.kernels": (train.kernels == "plain", "plain"),
+        "train.activation_offload": (not train.activation_offload, "false"),
+        "train.optim": (train.optim in optimizers, "adamw_torch"),
+    }
+    if wrong := [(key, value) for key, (is_supported, value) in supported.items() if not is_supported]:
+        raise ConfigError(
+            f"with FSDP {', '.join(key for key, _ in wrong)} cannot be as it is set: this needs whole weights",
+            where=", ".join(key for key, _ in wrong),
+            fix=" ".join(f"--set {key}={value}" for key, value in wrong) + ", or DDP",
+        )
 
 
 def is_sharded(model: Any) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -103,6 +103,12 @@ def sharding() -> Any:
 
 def _is_set(variable: str) -> bool:
     return os.environ.get(variable, "false").lower() in ("1", "true", "yes")
+
+
+def what_is_shared() -> Literal["ddp", "zero2", "fsdp"]:
+    """By the processes: nothing, gradients and optimizer states, or the weights too."""
+    settings = sharding()
+    return "ddp" if settings is None else "fsdp" if settings.reshard_after_forward else "zero2"
 
 
 def shard_model(model: Any, dtype: torch.dtype) -> None:

@@ -190,7 +190,9 @@ def prepare(
     )
     resolved = auto.resolve(config, facts)
     if facts.sharded:
-        _require_shardable(resolved.config.train, config, backend.name)
+        from sft.step.optimizer import TORCH
+
+        shard.require_shardable(resolved.config, backend.name, TORCH)
     stored = files.read_json(checkpoint / REHEARSAL) if checkpoint else None
     answers = stage.val is None or not shards.has_tokens(stage.val)
     schedule = make_schedule(resolved.config, len(rows.train), validation=bool(rows.validation), answers=answers)
@@ -219,28 +221,6 @@ def prepare(
         extra_tokens=extra_tokens,
         adapter_digest=adapter_digest,
     )
-
-
-def _require_shardable(train: TrainSection, config: Config, backend: str) -> None:
-    """Raises ConfigError for settings that are not supported where processes share the weights."""
-    from sft.step.optimizer import TORCH
-
-    supported = {
-        "tuning.adapter": (config.tuning.adapter == "lora", "lora"),
-        "tuning.mode": (config.tuning.mode != "qlora", "lora"),
-        "tuning.backend": (backend == "bnb", "bnb"),
-        "train.ewc.strength": (not train.ewc.strength, "0"),
-        "train.fp16": (train.fp16 is not True, "false"),
-        "train.kernels": (train.kernels == "plain", "plain"),
-        "train.activation_offload": (not train.activation_offload, "false"),
-        "train.optim": (train.optim in TORCH, "adamw_torch"),
-    }
-    if wrong := [(key, value) for key, (is_supported, value) in supported.items() if not is_supported]:
-        raise ConfigError(
-            f"with FSDP {', '.join(key for key, _ in wrong)} cannot be as it is set: this needs whole weights",
-            where=", ".join(key for key, _ in wrong),
-            fix=" ".join(f"--set {key}={value}" for key, value in wrong) + ", or DDP",
-        )
 
 
 def _find_adapter(config: Config, root: Path) -> tuple[Config, str | None]:
