@@ -37,6 +37,7 @@ SCRIPT = {  # kind of a job -> its command
 }  # fmt: skip
 ENDED = ("paused", "completed", "failed", "stopped")
 SECONDS_PER_TICK = 0.5
+NICER = 5  # than the server is a job, so that the server answers while it computes
 COMMAND_SECONDS = 600.0  # for a command whose answer a client waits for
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (
@@ -306,7 +307,9 @@ class Queue:
             )  # fmt: skip
         self.processes[job.id] = process
         with suppress(psutil.Error):
-            self._set(job, pid=process.pid, process_created=psutil.Process(process.pid).create_time())
+            leader = psutil.Process(process.pid)
+            leader.nice(min(19, os.nice(0) + NICER))
+            self._set(job, pid=process.pid, process_created=leader.create_time())
 
     def _end(self, job: Job) -> None:
         """Notes how a job ended whose process is gone."""
