@@ -86,27 +86,43 @@ def test_closing_the_terminal_stops_with_a_checkpoint(tmp_path: Path, tiny_qwen2
     assert files.manifest_problem(checkpoint) is None
 
 
-FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-
-
 def torchrun(root: Path, count: int, **how: str) -> subprocess.Popen[str]:
-    """Launches `count` processes whose output goes into one pipe."""
+    """Launches `count` processes whose output goes into one pipe; with `shard` through accelerate."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={count}", f"--master_port={port}"]
     settings = ["--config", "config.yaml", *how.get("sets", "").split()]
+    if shard := how.get("shard"):
+        launcher, settings = [], [*settings, "--nproc", str(count), "--shard", shard]
     return subprocess.Popen(
         [sys.executable, *launcher, str(ROOT / "scripts" / "train.py"), *settings],
         cwd=root,
-        env={**os.environ, "SFT_ROOT": str(root), "OMP_NUM_THREADS": "1", **(FSDP if how.get("shard") else {})},
+        env={**os.environ, "SFT_ROOT": str(root), "OMP_NUM_THREADS": "1", "PYTHONPATH": how.get("path", "")},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,
     )
 
 
 @pytest.mark.slow
+def test_ctrl_c_stops_all_processes_with_one_checkpoint(tmp_path: Path, tiny_qwen2: Path) -> None:
+    root = project.make(tmp_path, tiny_qwen2)
+    sets = "--set train.eval_strategy=no --set train.save_strategy=no --set train.max_steps=3000"
+    launch = torchrun(root, 2, sets=sets, shard="fsdp")
+    log, until = root / "outputs/t/log.jsonl", time.monotonic() + 120
+    while not read_log(log) and time.monotonic() < until and launch.poll() is None:
+        time.sleep(0.1)
+    os.killpg(launch.pid, signal.SIGINT)
+    output = launch.communicate(timeout=60)[0]
+    assert launch.returncode == 130 and output.count("Stopped at step") == 1 and "error:" not in output, output
+    (checkpoint,) = (root / "outputs/t").glob("checkpoint-*")
+    assert files.manifest_problem(checkpoint) is None
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("shard", ["", "fsdp"])
 def test_a_killed_rank_ends_the_launch_and_the_next_one_resumes_bit_for_bit(
     shard: str, tmp_path: Path, tiny_qwen2: Path
@@ -129,6 +145,7 @@ def test_a_killed_rank_ends_the_launch_and_the_next_one_resumes_bit_for_bit(
             output = launch.communicate(timeout=200)[0]
             assert launch.returncode != 0 and not (root / "outputs/t/finished.json").exists(), output
             assert "this is a bug in sft-play, not your mistake" not in output, output
+            assert not shard or "rank 1 ended with exit code -9, and so all did: Signal 9" in output, output
             alone = torchrun(root, 1, sets=sets)
             output = alone.communicate(timeout=200)[0]
             assert alone.returncode != 0 and "world_size: was 2, is 1" in output, output
@@ -140,24 +157,53 @@ def test_a_killed_rank_ends_the_launch_and_the_next_one_resumes_bit_for_bit(
     assert all(bool((adapters["broken"][key] == one).all()) for key, one in adapters["straight"].items())
 
 
+OUT_OF_MEMORY = """
+import os, pathlib
+if os.environ.get("RANK") == "1":
+    import torch
+    marker, real, calls = pathlib.Path(__file__).with_name("injected"), torch.nn.functional.embedding, [0]
+    def embedding(*args, **more):
+        calls[0] += torch.is_grad_enabled()
+        if calls[0] == 5 and not marker.exists():
+            marker.touch()
+            raise torch.OutOfMemoryError("out of memory: injected")
+        return real(*args, **more)
+    torch.nn.functional.embedding = embedding
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["lora", "full", "kto", "lora fsdp", "full fsdp", "kto fsdp"])  # full with ewc
+def test_where_memory_runs_out_on_a_rank_that_shares_the_weights_all_go_on_in_smaller_micro_batches(
+    tmp_path: Path, tiny_qwen2: Path
+) -> None:
+    (tmp_path / "path").mkdir()
+    (tmp_path / "path" / "sitecustomize.py").write_text(OUT_OF_MEMORY)
+    root = project.make(tmp_path / "p", tiny_qwen2)
+    launch = torchrun(root, 2, sets="--set eval.train_sample=0", shard="fsdp", path=str(tmp_path / "path"))
+    output = launch.communicate(timeout=280)[0]
+    assert (tmp_path / "path" / "injected").exists() and launch.returncode == 0, output
+    assert "all processes start again from the newest checkpoint with --set train.micro_batch_tokens=" in output
+    assert output.count("t is finished") == 1 and [step for step, _ in project.losses(root, "t")][-1] == 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["lora", "full", "kto", "lora fsdp", "full fsdp", "qlora fsdp", "kto fsdp"])
 def test_two_processes_give_the_result_of_one(case: str, tmp_path: Path, tiny_qwen2: Path) -> None:
     case, _, shard = case.partition(" ")
     general = tmp_path / "general.jsonl"
     general.write_text("".join(f'{{"user": "{n} + 1?", "assistant": "{n + 1}"}}\n' for n in range(5)))
     sets = "--set tuning.lora.dropout=0.0 --set train.normalize=rows --set train.z_loss=1e-3"
     sets += " --set data.weight_field=grade"
-    more = {"lora": ["eval/loss"], "full": ["eval/loss"], "kto": ["train/rewards/margins"]}[case]
+    more = ["train/rewards/margins"] if case == "kto" else ["eval/loss"]
     if case == "full":
         sets = "--set train.learning_rate=1e-3"
-        if not shard:
+        if not shard:  # with elastic weight consolidation
             sets += f" --set train.ewc.strength=1e3 --set train.ewc.path={general}"
             more.append("train/ewc_penalty")
     elif case == "kto":
         sets = "--set tuning.lora.dropout=0.0 --set train.objective=kto"
     for name, count in (("one", 1), ("two", 2)):
-        root = project.make(tmp_path / name, tiny_qwen2, mode="full" if case == "full" else "lora")
+        root = project.make(tmp_path / name, tiny_qwen2, mode="lora" if case == "kto" else case)
         if case == "kto":
             project.as_pairs(root)
         launch = torchrun(root, count, sets=sets, shard=shard if count > 1 else "")

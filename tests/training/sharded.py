@@ -1,4 +1,7 @@
-"""What each process of a sharded run does in test_sharded.py: `torchrun ... -m tests.training.sharded MODEL FOLDER`."""
+"""What each process of a sharded run does in test_sharded.py: `torchrun ... -m tests.training.sharded MODEL FOLDER`.
+
+Trains every case, and resumes it from its third step; with RESUMED alone, from the checkpoints that FOLDER has.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from tests.training import bench
 CASES: dict[str, Any] = {
     "full": {"tuning": {"mode": "full"}, "train": {"learning_rate": 1e-3}},
     "lora": {"tuning": {"lora": {"r": 4, "dropout": 0.0}}},
+    "bf16": {"tuning": {"mode": "full"}, "train": {"learning_rate": 1e-4, "bf16": True}},
 }
 
 
@@ -33,9 +37,9 @@ def train(
 
 
 if __name__ == "__main__":
-    model, folder = map(Path, sys.argv[1:])
+    model, folder = map(Path, sys.argv[1:3])
     distributed.start()
-    results = {case: train(model, folder, case) for case in CASES}
+    results = {} if "RESUMED" in sys.argv else {case: train(model, folder, case) for case in CASES}
     results |= {f"{case} resumed": train(model, folder, case, "checkpoint-3") for case in CASES}
     if distributed.rank() == 0:
         torch.save(results, folder / "results.pt")

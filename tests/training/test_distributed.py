@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,11 +22,16 @@ TWO_PROCESSES = """
 import sys
 sys.path.insert(0, "scripts")
 import torch
-from sft.errors import RunError
+from sft.errors import ConfigError, RunError
 from sft.training import distributed
 
-distributed.start()
 rank = distributed.rank()
+try:
+    distributed.start({"train": {"seed": 7 + rank, "epochs": 2}})
+    raise AssertionError("no error")
+except ConfigError as error:
+    assert "rank 1 has another config than rank 0: train.seed is 8, not 7" in str(error)
+    assert error.where == "train.seed"
 assert distributed.on_rank0(lambda: ["a value", 1]) == ["a value", 1]
 assert distributed.largest([rank, 5 - rank]) == [1, 5]
 
@@ -90,6 +96,23 @@ def test_gradients_are_reduced_in_buckets_of_one_type(monkeypatch: pytest.Monkey
     assert [len(bucket) for bucket in sent] == [8, 30, 2]
     assert all(bool((weight.grad == 2 * value).all()) for value, weight in enumerate(weights))
     assert weights[4].grad is not None and weights[4].grad.shape == (2, 1)
+
+
+@pytest.mark.slow
+def test_a_process_without_its_launchers_variables_says_which(tmp_path: Path) -> None:
+    code = "from sft.training import distributed; distributed.start()"
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("MASTER_", "RANK", "LOCAL_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT / "scripts",
+        env={**env, "WORLD_SIZE": "2", "RANK": "0"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert "the 2 processes of this run do not meet" in done.stderr
+    assert "MASTER_ADDR=(not set)" in done.stderr and "make train-multi NPROC=2" in done.stderr
 
 
 @pytest.mark.slow

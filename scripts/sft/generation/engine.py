@@ -52,7 +52,9 @@ class LoadedModel:
     def device(self) -> str:
         """Where inputs belong."""
         embedding = self.base.get_input_embeddings()
-        return str((embedding.weight if embedding is not None else next(self.base.parameters())).device)
+        weight = embedding.weight if embedding is not None else next(self.base.parameters())
+        mesh = getattr(weight, "device_mesh", None)  # of sharded weights, which may wait elsewhere
+        return str(weight.device if mesh is None else mesh.device_type)
 
     @property
     def adapted(self) -> bool:

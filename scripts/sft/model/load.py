@@ -29,12 +29,14 @@ def load_base(
     train: bool,
     attention: str | None = None,
     quantise: bool = True,
+    sharded: bool = False,
 ) -> PreTrainedModel:
     """The base model on `device`, with `dtype` as its weights' (or, where 4-bit, its other tensors' and sums') type.
 
-    4-bit where `tuning.mode` is qlora and `quantise`. attention: the attention function to use where
-    `model.attn_implementation` is auto. With `train` false the model is in eval mode with its cache on. The model keeps
-    `files.name` as its `name_or_path` and its fingerprint as `sft_base`, which `adapters` compares.
+    4-bit where `tuning.mode` is qlora and `quantise`; sharded: stored so that ranks can share it. attention: the
+    attention function to use where `model.attn_implementation` is auto. With `train` false the model is in eval mode
+    with its cache on. The model keeps `files.name` as its `name_or_path` and its fingerprint as `sft_base`, which
+    `adapters` compares.
 
     Raises ModelError (incomplete, other shapes than config.json says, already quantised), EnvironmentProblem (memory).
     """
@@ -62,7 +64,7 @@ def load_base(
     if implementation := attention if model.attn_implementation == "auto" else model.attn_implementation:
         settings["attn_implementation"] = implementation
     if tuning.mode == "qlora" and quantise and not method:
-        settings["quantization_config"] = four_bit_config(tuning, dtype)
+        settings["quantization_config"] = four_bit_config(tuning, dtype, sharded=sharded)
     family = AutoModelForSeq2SeqLM if files.kind == "seq2seq" else AutoModelForCausalLM
     try:
         loaded, report = family.from_pretrained(files.path, **settings)
@@ -89,8 +91,10 @@ def placement(device_map: str, device: str) -> str:
     return f"cuda:{hardware.local_rank()}" if device.startswith("cuda") else "cpu"
 
 
-def four_bit_config(tuning: TuningSection, dtype: torch.dtype) -> Any:
-    """transformers' settings for 4-bit weights that compute in `dtype`."""
+def four_bit_config(tuning: TuningSection, dtype: torch.dtype, *, sharded: bool = False) -> Any:
+    """transformers' settings for 4-bit weights that compute in `dtype`. sharded: their bytes are stored as numbers of
+    that type, as FSDP shards floats alone.
+    """
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
@@ -98,6 +102,7 @@ def four_bit_config(tuning: TuningSection, dtype: torch.dtype) -> Any:
         bnb_4bit_quant_type=tuning.quant_type,
         bnb_4bit_use_double_quant=tuning.double_quant,
         bnb_4bit_compute_dtype=dtype,
+        **({"bnb_4bit_quant_storage": dtype} if sharded else {}),
     )
 
 

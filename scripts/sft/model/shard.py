@@ -20,30 +20,20 @@ if TYPE_CHECKING:
 
 
 def shard(
-    model: Any,
-    mesh: DeviceMesh,
-    *,
-    dtype: torch.dtype = torch.float32,
-    reshard: bool = True,
-    offload: bool = False,
+    model: Any, mesh: DeviceMesh, *, dtype: torch.dtype = torch.float32, reshard: bool = True, offload: bool = False
 ) -> None:
     """Shards every layer of the transformers model (`_no_split_modules`), then what is left of it, over `mesh` [ranks].
 
-    Gradients are the sums over ranks, in fp32. dtype: that is computed in; a 16-bit one is also what layers are
-    gathered in, while each rank's part keeps its type. reshard: a layer's other parts are freed after its
-    forward pass and gathered again for the backward pass (ZeRO-3), else after the backward pass (ZeRO-2). offload:
-    this rank's parts, with their gradients and optimizer states, stay in the machine's memory.
+    Gradients are the sums over ranks, in fp32. dtype: the type that is computed in; layers are gathered in it where it
+    is a 16-bit one, and each rank's part keeps its own. reshard: a layer's other parts are freed after its forward pass
+    and gathered again for the backward pass (ZeRO-3), else after the backward pass (ZeRO-2). offload: this rank's
+    parts, with their gradients and optimizer states, stay in the machine's memory.
     """
-    from torch.distributed.fsdp import (
-        CPUOffloadPolicy,
-        FSDPModule,
-        MixedPrecisionPolicy,
-        OffloadPolicy,
-        fully_shard,
-    )
+    from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
     base: Any = unwrap(model)
-    how: dict[str, Any] = {"mesh": mesh, "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy()}
+    policy = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy()
+    how: dict[str, Any] = {"mesh": mesh, "offload_policy": policy}
     if dtype != torch.float32:
         how["mp_policy"] = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     layers = set(base._no_split_modules or ())
@@ -65,7 +55,6 @@ def require_shardable(config: Config, backend: str, optimizers: Collection[str])
     train = config.train
     supported = {
         "tuning.adapter": (config.tuning.adapter == "lora", "lora"),
-        "tuning.mode": (config.tuning.mode != "qlora", "lora"),
         "tuning.backend": (backend == "bnb", "bnb"),
         "train.ewc.strength": (not train.ewc.strength, "0"),
         "train.fp16": (train.fp16 is not True, "false"),
@@ -104,9 +93,8 @@ def whole_state(model: Any) -> dict[str, torch.Tensor] | None:
 
     if not is_sharded(model):
         return None
-    options = StateDictOptions(
-        full_state_dict=True, cpu_offload=True, ignore_frozen_params=hasattr(model, "peft_config")
-    )
+    is_adapter = hasattr(model, "peft_config")
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=is_adapter)
     state: dict[str, Any] = dict(get_model_state_dict(model, options=options))
     named = dict(model.named_parameters(remove_duplicate=False))
     first = {id(weight): name for name, weight in reversed(named.items())}

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from sft.errors import ConfigError, EnvironmentProblem, RunError, SftError, one_line
 from sft.model import shard
 
 T = TypeVar("T")
 BUCKET_BYTES = 25 * 2**20  # of gradients that are reduced together, about, as DistributedDataParallel does
+LOST = "another process of this run has ended"
 _LOST_PEER = "closed by peer|reset by peer|Broken pipe|Timed out|timed out|NCCL|Gloo|gloo|recvValue".split("|")
 
 
@@ -37,6 +41,8 @@ def start(settings: Mapping[str, Any] | None = None) -> None:
         return
     from accelerate import PartialState
 
+    from sft.training.loggers import flat
+
     try:
         PartialState(cpu=not torch.cuda.is_available())
     except (ValueError, RuntimeError) as error:
@@ -46,59 +52,53 @@ def start(settings: Mapping[str, Any] | None = None) -> None:
             where=", ".join(f"{name}={os.environ.get(name, '(not set)')}" for name in names),
             fix="make train-multi NPROC=2, or another launcher that sets these variables",
         ) from error
-    of_ranks = all_gather({**_flat(settings or {}), "ACCELERATE_USE_FSDP": _is_set("ACCELERATE_USE_FSDP")})
-    for other, found in enumerate(of_ranks):
-        if differing := [key for key in {**of_ranks[0], **found} if of_ranks[0].get(key) != found.get(key)]:
+    of_ranks = all_gather({**flat(settings or {}), "ACCELERATE_USE_FSDP": _is_set("ACCELERATE_USE_FSDP")})
+    for other, values in enumerate(of_ranks):
+        if differing := [key for key in {**of_ranks[0], **values} if of_ranks[0].get(key) != values.get(key)]:
             key = differing[0]
             raise ConfigError(
-                f"rank {other} has another config than rank 0: {key} is {found.get(key)}, not {of_ranks[0].get(key)}",
+                f"rank {other} has another config than rank 0: {key} is {values.get(key)}, not {of_ranks[0].get(key)}",
                 where=", ".join(differing),
                 fix="start every process with the same config and the same --set",
             )
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted names."""
-    pairs = ((f"{prefix}{key}", value) for key, value in settings.items())
-    return {
-        name: leaf
-        for key, value in pairs
-        for name, leaf in (_flat(value, f"{key}.") if isinstance(value, Mapping) else {key: value}).items()
-    }
-
-
 def sharding() -> Any:
     """accelerate's `fsdp_config` where the launcher chose FSDP, None for a copy of the model on each rank.
 
-    Raises EnvironmentProblem for DeepSpeed, FSDP 1, and settings that the config of a run has.
+    Raises EnvironmentProblem for DeepSpeed, FSDP 1, and what a config of ours decides.
     """
     if _is_set("ACCELERATE_USE_DEEPSPEED"):
-        raise EnvironmentProblem(
-            "DeepSpeed is not supported: FSDP2 shards the same states (ZeRO-3, or ZeRO-2 with"
-            " fsdp_reshard_after_forward: false) and belongs to torch",
-            where="the accelerate config",
-            fix="make train-multi SHARD=fsdp",
-        )
+        raise deepspeed_problem("the accelerate config")
     if world() == 1 or not _is_set("ACCELERATE_USE_FSDP"):
         return None
     from accelerate import FullyShardedDataParallelPlugin
 
+    where, wrong = "fsdp_config in the accelerate config", ""
     try:
         settings = FullyShardedDataParallelPlugin()
     except ValueError as error:
-        raise EnvironmentProblem(
-            one_line(error), where="fsdp_config in the accelerate config", fix="see env/accelerate_fsdp_2.yaml"
-        ) from error
-    wrong = {"fsdp_version: 2": settings.fsdp_version != 2}
-    wrong["fsdp_activation_checkpointing: false (train.gradient_checkpointing does it)"] = (
-        settings.activation_checkpointing
-    )
-    wrong["fsdp_cpu_ram_efficient_loading: false"] = _is_set("FSDP_CPU_RAM_EFFICIENT_LOADING")
-    if missing := [setting for setting, is_wrong in wrong.items() if is_wrong]:
-        raise EnvironmentProblem(
-            f"FSDP is used with {', '.join(missing)}", where="fsdp_config in the accelerate config", fix="set that"
-        )
+        raise EnvironmentProblem(one_line(error), where=where, fix="see env/accelerate_fsdp_2.yaml") from error
+    if settings.fsdp_version != 2:
+        wrong = "fsdp_version: 2"
+    elif settings.activation_checkpointing:
+        wrong = "fsdp_activation_checkpointing: false, and train.gradient_checkpointing as you want it"
+    elif settings.transformer_cls_names_to_wrap or "SIZE" in os.environ.get("FSDP_AUTO_WRAP_POLICY", ""):
+        wrong = "fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP, which takes the model's own layers"
+    elif _is_set("FSDP_CPU_RAM_EFFICIENT_LOADING"):
+        wrong = "fsdp_cpu_ram_efficient_loading: false, as the ranks of a machine load one after another"
+    if wrong:
+        raise EnvironmentProblem("this setting of FSDP is not supported", where=where, fix=wrong)
     return settings
+
+
+def deepspeed_problem(where: str) -> EnvironmentProblem:
+    return EnvironmentProblem(
+        "DeepSpeed is not supported: torch's own FSDP2 shards the same states as ZeRO-3, and as ZeRO-2 with"
+        " fsdp_reshard_after_forward: false in env/accelerate_fsdp_2.yaml",
+        where=where,
+        fix="--shard fsdp",
+    )
 
 
 def _is_set(variable: str) -> bool:
@@ -111,14 +111,32 @@ def what_is_shared() -> Literal["ddp", "zero2", "fsdp"]:
     return "ddp" if settings is None else "fsdp" if settings.reshard_after_forward else "zero2"
 
 
+@contextlib.contextmanager
+def in_turn() -> Iterator[None]:
+    """Where ranks share the weights, the ranks of a machine do the block one after another: each first loads the whole
+    model into the machine's memory, which then holds it once.
+    """
+    if sharding() is None:
+        yield
+        return
+    _mesh()  # all ranks make it together
+    mine = int(os.environ.get("LOCAL_RANK", "0"))
+    for turn in range(largest_number(mine) + 1):
+        if turn == mine:
+            yield
+        dist.barrier()
+
+
+@functools.cache
+def _mesh() -> DeviceMesh:
+    return init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (world(),))
+
+
 def shard_model(model: Any, dtype: torch.dtype) -> None:
     """Shards the model, which computes in `dtype`, over all ranks where the launcher chose that."""
-    from torch.distributed.device_mesh import init_device_mesh
-
     if (settings := sharding()) is not None:
-        mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (world(),))
         offload = _is_set("FSDP_OFFLOAD_PARAMS")
-        shard.shard(model, mesh, dtype=dtype, reshard=settings.reshard_after_forward, offload=offload)
+        shard.shard(model, _mesh(), dtype=dtype, reshard=settings.reshard_after_forward, offload=offload)
 
 
 def on_rank0(function: Callable[[], T], *, together: bool = False) -> T:

@@ -362,6 +362,8 @@ def describe(job: Job, opened: OpenRun) -> list[str]:
         adapter = f", {tuning.prefix_tokens} positions; rows are padded, not packed"
     adapter += f", going on from {tuning.adapter_path}" if tuning.adapter_path else ""
     library = ", unsloth" if job.backend.name == "unsloth" else ""
+    if (world := distributed.world()) > 1:
+        library += f", {world} processes that {'share the weights' if distributed.sharding() else 'have a copy each'}"
     lines = [
         opened.message,
         f"model   {job.files.name} ({job.files.parameters / 1e6:,.1f}M parameters, {job.files.kind}),"
@@ -461,8 +463,9 @@ def make_loop(job: Job, opened: OpenRun, root: Path, report: Report | None) -> t
     from sft.training.loop import TrainingLoop
 
     run, train = opened.run, job.config.train
-    model = load_model(job.config, job.files, job.backend.name, device=job.device.device)
-    distributed.shard_model(model, compute_dtype(train))
+    with distributed.in_turn():
+        model = load_model(job.config, job.files, job.backend.name, device=job.device.device)
+        distributed.shard_model(model, compute_dtype(train))
     rows_given = (job.unresolved.batch_size, job.unresolved.grad_accum) != ("auto", "auto")
     step = make_step_config(
         train, model, job.files.kind, job.device.device, max_rows=int(train.batch_size) if rows_given else None
@@ -645,8 +648,11 @@ def load_model(config: Config, model_files: ModelFiles, backend: str, *, device:
     if backend == "unsloth":
         return backends.load_unsloth(model_files, config.model, tuning, dtype, gradient_checkpointing=checkpointing)
     implementation = attention.choose(device, model_files.config)
-    place = "cpu" if distributed.sharding() else device  # each layer then moves to the GPU in parts
-    model = load_base(model_files, config.model, tuning, dtype, device=place, train=True, attention=implementation)
+    sharded = distributed.sharding() is not None
+    place = "cpu" if sharded else device  # from where each layer moves to the GPU in parts
+    model = load_base(
+        model_files, config.model, tuning, dtype, device=place, train=True, attention=implementation, sharded=sharded
+    )
     if tuning.mode == "full":
         vars(model.config).pop(NEW_TOKENS, None)  # all rows are trained
         adapters.freeze(model, tuning.freeze)

@@ -9,12 +9,16 @@ from __future__ import annotations
 import logging
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
+import psutil
+
 from sft.config.load import shipped
 from sft.errors import EnvironmentProblem, RunError, one_line
+from sft.training.distributed import LOST, deepspeed_problem
 
 FILES = {"ddp": "env/accelerate_ddp_2.yaml", "fsdp": "env/accelerate_fsdp_2.yaml", "deepspeed": None}
 BUDGET = re.compile(r"--set train\.micro_batch_tokens=\d+")
@@ -33,23 +37,25 @@ def launch(processes: int, shard: str, root: Path, arguments: list[str], *, budg
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     if (file := FILES[shard]) is None:
-        raise EnvironmentProblem(
-            "DeepSpeed is not supported: fsdp shards the same states as ZeRO-3, and as ZeRO-2 with"
-            f" fsdp_reshard_after_forward: false in {FILES['fsdp']}",
-            where="--shard deepspeed",
-            fix="--shard fsdp",
-        )
+        raise deepspeed_problem("--shard deepspeed")
     gpus, cores = torch.cuda.device_count(), os.cpu_count() or 1
-    if not 1 <= processes <= (gpus or cores):
-        what = f"{processes} processes on {f'{gpus} GPUs' if gpus else f'{cores} CPU cores'}"
-        raise EnvironmentProblem(what, where="--nproc", fix=f"--nproc {gpus or cores}")
+    most = gpus or cores
+    if not 2 <= processes <= most:
+        what = f"--nproc {processes} on {f'{gpus} GPU' if gpus else f'{cores} CPU core'}{'s' * (most > 1)}"
+        fix = f"--nproc {most}" if processes > most > 1 else "leave out --nproc and --shard: one process needs none"
+        raise EnvironmentProblem(what, where="--nproc", fix=fix)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # `_report` names what ended
     command = ["--config_file", str(shipped(root, file)), "--num_processes", str(processes)]
     command += ["--main_process_port", "0", str(shipped(root, "scripts/train.py")), *arguments]
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # torch's agent would kill a rank after 30 seconds
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _forward)
     while True:
+        settings = launch_command_parser().parse_args(command)
+        settings.signals_to_handle, settings.local_ranks_filter = "SIGQUIT", "0"  # what all say is shown once
         try:
-            launch_command(launch_command_parser().parse_args(command))
+            launch_command(settings)
             return
         except SignalException as error:
             sys.exit(128 + error.sigval)
@@ -61,19 +67,27 @@ def launch(processes: int, shard: str, root: Path, arguments: list[str], *, budg
         command += ["--resume", "auto", *smaller[0].split()]
 
 
+def _forward(number: int, _: object) -> None:
+    """Sends a signal on to all ranks, which are no part of the terminal's process group: they stop after their step."""
+    for process in psutil.Process().children():
+        process.send_signal(number)
+
+
 def _last_error(failure: Any) -> str:
     message = failure.message
     return str(message["message"] if isinstance(message, dict) else message)
 
 
 def _report(failures: dict[int, Any]) -> NoReturn:
-    """Names the rank that was the first to end; one that ended with a message, or because of another, comes last."""
-    codes = {rank: failure.exitcode for rank, failure in failures.items()}
-    rank = min(codes, key=lambda rank: (codes[rank] in (2, 130, 143, -15), codes[rank] == -15, rank))
-    if (code := codes[rank]) in (2, 130, 143):
+    """Names the rank that ended of itself; the first one has shown its own message. Others end because it did."""
+    errors = {rank: _last_error(failure) for rank, failure in failures.items()}
+    ended = [rank for rank in sorted(errors) if failures[rank].exitcode != -signal.SIGTERM and LOST not in errors[rank]]
+    rank = ended[0] if ended else min(errors)
+    code = failures[rank].exitcode
+    if code in (130, 143) or (rank == 0 and code > 1):
         sys.exit(code)
-    hint = "; SIGKILL is what the system sends where memory runs out" if code == -9 else ""
+    hint = "; SIGKILL is what the system sends where memory runs out" if code == -signal.SIGKILL else ""
     raise RunError(
-        f"rank {rank} ended with exit code {code}, and so all did: {one_line(_last_error(failures[rank]))}{hint}",
+        f"rank {rank} ended with exit code {code}, and so all did: {one_line(errors[rank])}{hint}",
         fix="the same command resumes from the newest checkpoint",
     )

@@ -147,7 +147,7 @@ class TrainingLoop:
             if not distributed.is_lost_peer(error):
                 raise
             raise RunError(
-                f"another process of this run has ended ({one_line(error, 120)})",
+                f"{distributed.LOST} ({one_line(error, 120)})",
                 where=f"after step {self.progress.global_step}",
                 fix="run the same command: it resumes from the newest checkpoint",
             ) from error
