@@ -204,7 +204,8 @@ def test_another_base_waits_for_the_answers_before_it(tmp_path: Path, tiny_qwen2
     order: list[Any] = []
 
     def send(event: dict[str, Any]) -> None:
-        if "done" in event or "error" in event:
+        assert "error" not in event
+        if "done" in event:
             order.append(event["id"])
 
     class Lines:

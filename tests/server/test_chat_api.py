@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from tests.generation import tiny_runs
@@ -135,6 +136,13 @@ def test_mistakes_are_named(client: Any, root: Path, settings: dict[str, Any], s
         assert raised.value.status_code == status and words in raised.value.message
 
 
+def test_half_a_character_is_refused(address: str) -> None:
+    body = {"model": "first", "messages": [{"role": "user", "content": "\ud800"}]}
+    headers = {"Content-Type": "application/json"}
+    answer = httpx.post(f"{address}/chat/completions", content=json.dumps(body), headers=headers)
+    assert answer.status_code == 400 and "surrogates not allowed" in answer.json()["error"]["message"]
+
+
 def test_calls_of_tools_have_the_form_of_the_client() -> None:
     from sft.server.chat_api import Form
 
@@ -148,6 +156,7 @@ def test_calls_of_tools_have_the_form_of_the_client() -> None:
     assert chunk.choices[0].delta.tool_calls[0].index == 0 and chunk.choices[0].finish_reason == "tool_calls"
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_named_and_started_again_and_a_client_that_leaves_is_forgotten(root: Path) -> None:
     from sft.server.chat_api import Refused, Worker
 

@@ -99,8 +99,7 @@ def test_from_a_file_to_a_chat_beside_the_base(page: Any, tmp_path: Path) -> Non
 
     page.set_input_files("input[type=file]", tmp_path / "sums.jsonl")
     page.get_by_text("40 of 41 rows are used").wait_for()
-    marked = page.locator(".tokens mark").nth(1)  # the first explains the mark
-    marked.wait_for()
+    page.locator(".tokens mark").first.wait_for()
     assert page.get_by_text("It fits:").is_visible()
     page.get_by_text("all settings").click()
     page.get_by_label("find a setting").fill("max_steps")

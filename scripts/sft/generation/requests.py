@@ -47,6 +47,7 @@ from sft.step.step import out_of_memory, release_memory
 log = logging.getLogger("sft.generation")
 MOST_ROWS = 32  # answers side by side
 MOST_ADAPTERS = 8  # in memory
+TURN = 4  # tokens
 CALLS = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|$)", re.DOTALL)
 Send = Callable[[dict[str, Any]], None]
 
@@ -283,6 +284,7 @@ class Models:
         source, served = self._source(name), self.served.get(name)
         same_base = self.served and next(iter(self.served.values())).source.base == source.base
         if served and same_base and served.source.version == source.version:
+            served.source = source  # the generation settings of today
             return served
         if served and same_base and served.batch.requests:
             return None  # trained again since then
@@ -405,12 +407,14 @@ def _admit(entry: dict[str, Any], models: Models, send: Send) -> bool:
 
 
 def _advance(models: Models, send: Send) -> None:
-    """Gives every batch its next token."""
-    for served in models.busy:
+    """Gives every batch its next token, or TURN where several models answer: a switch takes as long as a token."""
+    busy = models.busy
+    for served in busy:
         models.activate(served)
         try:
-            for request in served.batch.advance():
-                request.report(send)
+            for _ in range(TURN if len(busy) > 1 else 1):
+                for request in served.batch.advance() if served.batch.requests else []:
+                    request.report(send)
         except Exception as error:
             for request in served.batch.requests:
                 _refuse(request.id, error, send)

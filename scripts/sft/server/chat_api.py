@@ -67,6 +67,7 @@ class AnswerRequest(BaseModel):
 
     @model_validator(mode="after")
     def refuse_what_would_be_ignored(self) -> AnswerRequest:
+        json.dumps(self.model_dump(), ensure_ascii=False).encode()  # half a character: a ValueError, here and not later
         for key, value in (self.model_extra or {}).items():
             if key in NEUTRAL and value not in NEUTRAL[key]:
                 raise ValueError(f"{key} is not supported here: leave it out")

@@ -299,7 +299,7 @@ async function viewNew(_, signal) {
     try {
       const {rows} = await api("POST", "templates/preview", {...request(), limit: 4}, signal);
       show(preview, h("h3", {}, "What the model is trained on"),
-        h("p", {class: "soft"}, "It learns the ", h("span", {class: "tokens"}, h("mark", {}, "marked text")), "; the rest is what it reads before it."), rows.map(tokens));
+        h("p", {class: "soft"}, "It learns the ", h("mark", {}, "marked text"), "; the rest is what it reads before it."), rows.map(tokens));
     } catch (error) { if (!signal.aborted) show(preview, problem(error)); }
   }
 
@@ -317,7 +317,7 @@ async function viewNew(_, signal) {
       const checked = await api("POST", "configs/validate", request(), signal);
       if (turn !== planned) return;
       for (const control of main.querySelectorAll("[data-key]"))
-        control.setAttribute("aria-invalid", (checked.errors ?? []).some(error => `${error.where} ${error.error}`.includes(control.dataset.key)));
+        control.setAttribute("aria-invalid", (checked.errors ?? []).some(error => `${error.where} ${error.error}`.split(/[^\w.]+/).includes(control.dataset.key)));
       if (!checked.valid) { show(plan, problem({detail: {error: "the settings cannot be used", problems: checked.errors}})); return; }
       shown = checked.config;
       for (const control of main.querySelectorAll("[data-key]")) control.show?.(shown);
