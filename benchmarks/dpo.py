@@ -5,7 +5,8 @@
 
 The pairs are made of real Alpaca rows: the row's answer is the chosen one; the rejected one is another row's answer, or
 the first third of its own. Each side is a process of its own (memory is its highest resident size) and takes the same
-pairs in the same order, from the same adapter (LoRA r 16 on all linear layers, without dropout), in bf16 with AdamW.
+pairs in the same order, from the same adapter (LoRA r 16 on all linear layers, without dropout), with AdamW. In fp32
+(`--dtype fp32 --pairs 64`) the losses of both sides are the same but for rounding.
 `trl 4x4`: 4 pairs a micro-batch, 4 micro-batches a step. `sft`: our step on both answers of each pair as plain rows.
 """
 
@@ -36,6 +37,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=200)
     parser.add_argument("--longest", type=int, default=128, help="tokens of a prompt with its answer")
     parser.add_argument("--rate", type=float, default=1e-4)
+    parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--sides", nargs="+", default=["ours", "trl 4x4", "sft"])
     parser.add_argument("--out", type=Path, help="folder of results; default: benchmarks/results")
@@ -108,7 +110,8 @@ def run_side(args: Any) -> Row:
     attention.register()
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM")
     kind = "sdpa" if args.side.startswith("trl") else attention.NAME
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16, attn_implementation=kind)
+    dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, attn_implementation=kind)
     with tempfile.TemporaryDirectory() as folder:
         if args.side.startswith("trl"):
             result = trl(model, lora, pairs, args, Path(folder))
@@ -135,7 +138,9 @@ def ours(model: Any, pairs: list[Row], args: Any, folder: Path) -> Row:
     from benchmarks import sides
     from sft.config import auto
 
-    settings = sides.Settings(longest=args.longest, folder=folder, rate=args.rate, rows=STEP, bf16=True, tokens=1024)
+    settings = sides.Settings(
+        longest=args.longest, folder=folder, rate=args.rate, rows=STEP, bf16=args.dtype == "bf16", tokens=1024
+    )
     config = sides.config(settings)
     train: Row = {"objective": "dpo", "seed": 42}
     rows = pairs
@@ -177,8 +182,8 @@ def trl(model: Any, lora: Any, pairs: list[Row], args: Any, folder: Path) -> Row
     config = DPOConfig(
         output_dir=str(folder), num_train_epochs=1, per_device_train_batch_size=micro, beta=0.1, max_length=None,
         gradient_accumulation_steps=accumulate, learning_rate=args.rate, lr_scheduler_type="constant", weight_decay=0.0,
-        optim="adamw_torch", bf16=True, gradient_checkpointing=False, use_cpu=True, save_strategy="no", logging_steps=1,
-        disable_tqdm=True, report_to=[], remove_unused_columns=False,
+        optim="adamw_torch", bf16=args.dtype == "bf16", gradient_checkpointing=False, use_cpu=True, save_strategy="no",
+        logging_steps=1, disable_tqdm=True, report_to=[], remove_unused_columns=False,
     )  # fmt: skip
     rows = [
         {

@@ -300,13 +300,19 @@ def test_llama_cpps_own_converter_writes_what_we_do_not(smollm2: Path, tmp_path:
 # --- memory
 
 
-def test_the_planned_peak_is_the_peak_of_the_process(tmp_path: Path, smollm2: Path, rows: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("objective", ["response", "dpo"])
+def test_the_planned_peak_is_the_peak_of_the_process(
+    tmp_path: Path, smollm2: Path, rows: list[dict[str, Any]], objective: str
+) -> None:
     long = [{**row, "user": " ".join(other["user"] for other in rows[at : at + 8])} for at, row in enumerate(rows[:48])]
+    if objective == "dpo":
+        others = (row["assistant"] for row in rows[1:])
+        long = [{"prompt": row["user"], "chosen": row["assistant"], "rejected": next(others)} for row in long]
     (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in long), encoding="utf-8")
     config = CONFIG.format(model=smollm2, mode="lora", steps=2, save=2, rehearsal="off")
     (tmp_path / "config.yaml").write_text(config, encoding="utf-8")
     run_command(tmp_path, "process_data", "--raw_path", tmp_path / "long.jsonl")
-    budget = ["--set", "train.micro_batch_tokens=1024"]
+    budget = ["--set", f"train.micro_batch_tokens=1024 train.objective={objective}"]
     planned = json.loads(run_command(tmp_path, "plan", "--gpu", "cpu", "--json", *budget))
     train = [sys.executable, str(ROOT / "scripts" / "train.py"), "--config", str(tmp_path / "config.yaml"), *budget]
     silent: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}

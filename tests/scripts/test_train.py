@@ -194,7 +194,7 @@ def test_two_processes_give_the_result_of_one(case: str, tmp_path: Path, tiny_qw
     general.write_text("".join(f'{{"user": "{n} + 1?", "assistant": "{n + 1}"}}\n' for n in range(5)))
     sets = "--set tuning.lora.dropout=0.0 --set train.normalize=rows --set train.z_loss=1e-3"
     sets += " --set data.weight_field=grade"
-    more = ["train/rewards/margins"] if case == "kto" else ["eval/loss"]
+    more = ["train/rewards/margins", "eval/rewards/margins"] if case == "kto" else []
     if case == "full":
         sets = "--set train.learning_rate=1e-3"
         if not shard:  # with elastic weight consolidation
@@ -209,7 +209,7 @@ def test_two_processes_give_the_result_of_one(case: str, tmp_path: Path, tiny_qw
         launch = torchrun(root, count, sets=sets, shard=shard if count > 1 else "")
         output = launch.communicate(timeout=280)[0]
         assert launch.returncode == 0 and output.count("t is finished") == 1, output
-    for key in ("train/loss", "train/grad_norm", *more):
+    for key in ("train/loss", "eval/loss", "train/grad_norm", *more):
         one, two = (project.losses(tmp_path / name, "t", key) for name in ("one", "two"))
         assert [step for step, _ in one] == [step for step, _ in two] != []
         assert all(abs(a - b) < 1e-4 for (_, a), (_, b) in zip(one, two, strict=True))

@@ -36,7 +36,7 @@ from sft.step.batch import (
 )
 from sft.step.loss import loss_dtype
 from sft.step.objectives import OBJECTIVES, ObjectiveName
-from sft.step.preferences import SUMS, PreferenceName, drift_sum, pair_losses
+from sft.step.preferences import SUMS, PreferenceName, drift_sum, frozen, pair_losses, reference
 
 log = logging.getLogger("sft.step")
 EVALUATED_TOGETHER = 256  # rows that are split into micro-batches together when evaluating
@@ -229,13 +229,22 @@ def _split(batch: Batch, config: StepConfig, tokens: int) -> list[MicroBatch]:
     return split_micro_batches(batch, tokens=tokens, rows=config.max_rows, packed=config.packed) if batch else []
 
 
-def evaluate_loss(model: nn.Module, rows: Sequence[Mapping[str, Any]], config: StepConfig) -> EvaluationLoss:
+def evaluate_loss(
+    model: nn.Module,
+    rows: Sequence[Mapping[str, Any]],
+    config: StepConfig,
+    reduce: Callable[[Tensor], Tensor] = torch.Tensor.detach,
+) -> EvaluationLoss:
     """The cross-entropy of rows `{"input_ids", "labels"}` without gradients, whatever the objective is; each label
     counts 1. Of pairs the objective's loss.
 
-    Leaves the model's training mode as it is. When memory runs out, goes on in smaller micro-batches.
-    Raises EnvironmentProblem if a single row does not fit.
+    reduce: a sum over all ranks, for the drift of kto, which is that of all their rows. Leaves the model's training
+    mode as it is. When memory runs out, goes on in smaller micro-batches. Raises EnvironmentProblem if a single row
+    does not fit.
     """
+    drift = 0.0
+    if config.objective == "kto" and all("rating" in row for row in rows):
+        drift, config = _evaluated_drift(model, rows, config, reduce)
     sums, counts = torch.zeros(len(rows), dtype=torch.float64), torch.zeros(len(rows), dtype=torch.long)
     sizes = [(len(row["input_ids"]), len(row["labels"])) for row in rows]
     order = sorted(range(len(rows)), key=sizes.__getitem__)
@@ -250,7 +259,7 @@ def evaluate_loss(model: nn.Module, rows: Sequence[Mapping[str, Any]], config: S
         micros = config.in_lockstep(_split(batch, config, tokens))
         try:
             settings = plain if batch and "ratings" not in batch else config
-            sums[chosen], counts[chosen], more = _evaluate_batch(model, batch, micros, settings)
+            sums[chosen], counts[chosen], more = _evaluate_batch(model, batch, micros, settings, drift)
             measures += more
             start += len(chosen)
             continue
@@ -263,6 +272,21 @@ def evaluate_loss(model: nn.Module, rows: Sequence[Mapping[str, Any]], config: S
         config = replace(config, eval_tokens=smaller_budget(micros, tokens))
         log.warning("out of memory in evaluation: continuing in micro-batches of at most %d tokens", config.eval_tokens)
     return EvaluationLoss(sums, counts, config, measures)
+
+
+def _evaluated_drift(
+    model: nn.Module, rows: Sequence[Mapping[str, Any]], config: StepConfig, reduce: Callable[[Tensor], Tensor]
+) -> tuple[float, StepConfig]:
+    """kto's drift from the reference over all rated rows: the mean log-ratio of their other answers, at least 0."""
+    others = [{key: row[key][row["chosen"] :] for key in ("input_ids", "labels")} for row in rows]
+    plain = replace(config, objective="response")
+    with frozen(model):
+        result = evaluate_loss(model, others, plain)
+    with reference(model):
+        before = evaluate_loss(model, others, result.config)
+    sums = torch.tensor([before.loss_sum - result.loss_sum, len(rows)], dtype=torch.float64, device=config.device)
+    total, count = reduce(sums).tolist()
+    return max(0.0, total / max(1.0, count)), replace(before.config, objective="kto")
 
 
 def _accumulate(
@@ -295,16 +319,14 @@ def _accumulate(
 
 @torch.no_grad()
 def _evaluate_batch(
-    model: nn.Module, batch: Batch, micros: Sequence[MicroBatch], config: StepConfig
+    model: nn.Module, batch: Batch, micros: Sequence[MicroBatch], config: StepConfig, drift: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Each row's summed loss, fp64 [R], its number of labelled tokens, int64 [R], and the sums of the pairs' measures,
     on the CPU.
     """
     rows = len(batch.get("ratings", batch.get("lengths", ())))
     sums, counts = torch.zeros(rows, dtype=torch.float64), torch.zeros(rows, dtype=torch.long)
-    measures, drift = torch.zeros(SUMS, dtype=torch.float64), torch.zeros(())
-    if config.objective == "kto":
-        drift = (drift_sum(model, batch, config) / max(1, rows)).clamp(min=0)
+    measures = torch.zeros(SUMS, dtype=torch.float64)
     for micro in micros:
         with config.forward_context():
             if micro.counts:

@@ -307,7 +307,7 @@ class TrainingLoop:
         self.model.eval()
         with torch.random.fork_rng():
             mine = range(distributed.rank(), len(self.validation), distributed.world())
-            result = evaluate_loss(self.model, RowsAt(self.validation, mine), self.step)
+            result = evaluate_loss(self.model, RowsAt(self.validation, mine), self.step, distributed.all_reduce)
             self.step = result.config
             sums = [result.loss_sum, result.count, *result.measures.tolist()]
             sums = distributed.all_reduce(torch.tensor(sums, dtype=torch.float64, device=self.device)).tolist()
