@@ -19,6 +19,7 @@ from tests.training import bench
 CASES: dict[str, Any] = {
     "full": {"tuning": {"mode": "full"}, "train": {"learning_rate": 1e-3}},
     "lora": {"tuning": {"lora": {"r": 4, "dropout": 0.0}}},
+    "qlora": {"tuning": {"mode": "qlora", "lora": {"r": 4, "dropout": 0.0}}},
     "bf16": {"tuning": {"mode": "full"}, "train": {"learning_rate": 1e-4, "bf16": True}},
 }
 
