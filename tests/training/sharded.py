@@ -1,6 +1,6 @@
-"""What each process of a sharded run does in test_sharded.py: `torchrun ... -m tests.training.sharded MODEL FOLDER`.
+"""What each process of a sharded run does in test_sharded.py: `... -m tests.training.sharded MODEL FOLDER CASES`.
 
-Trains every case, and resumes it from its third step; with RESUMED alone, from the checkpoints that FOLDER has.
+Trains each case, and resumes it from its third step; with RESUMED only that, from the checkpoints that FOLDER has.
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ def train(
 if __name__ == "__main__":
     model, folder = map(Path, sys.argv[1:3])
     distributed.start()
-    results = {} if "RESUMED" in sys.argv else {case: train(model, folder, case) for case in CASES}
-    results |= {f"{case} resumed": train(model, folder, case, "checkpoint-3") for case in CASES}
+    cases = sys.argv[3].split(",")
+    results = {} if "RESUMED" in sys.argv else {case: train(model, folder, case) for case in cases}
+    results |= {f"{case} resumed": train(model, folder, case, "checkpoint-3") for case in cases}
     if distributed.rank() == 0:
         torch.save(results, folder / "results.pt")
     torch.distributed.barrier()

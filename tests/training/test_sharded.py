@@ -33,11 +33,12 @@ def differences(weights: dict[str, torch.Tensor], others: dict[str, torch.Tensor
     return max(float((weights[name] - other).abs().max()) for name, other in others.items())
 
 
-def test_two_processes_that_share_the_weights_train_as_one(tiny_qwen2: Path, tmp_path: Path) -> None:
-    done = launch(2, "-m", "tests.training.sharded", tiny_qwen2, tmp_path)
+@pytest.mark.parametrize("cases", ["full,lora", pytest.param("qlora,bf16", marks=pytest.mark.slow)])
+def test_two_processes_that_share_the_weights_train_as_one(cases: str, tiny_qwen2: Path, tmp_path: Path) -> None:
+    done = launch(2, "-m", "tests.training.sharded", tiny_qwen2, tmp_path, cases)
     assert done.returncode == 0, done.stderr
     results = torch.load(tmp_path / "results.pt", weights_only=True)
-    for case in sharded.CASES:
+    for case in cases.split(","):
         expected = sharded.train(tiny_qwen2, tmp_path / "one", case)
         weights, near = results[case][0], 3e-2 if case == "bf16" else 1e-5
         for key in (1, 2):
@@ -51,10 +52,10 @@ def test_two_processes_that_share_the_weights_train_as_one(tiny_qwen2: Path, tmp
 
 @pytest.mark.slow
 def test_four_processes_resume_what_two_began(tiny_qwen2: Path, tmp_path: Path) -> None:
-    done = launch(2, "-m", "tests.training.sharded", tiny_qwen2, tmp_path)
+    done = launch(2, "-m", "tests.training.sharded", tiny_qwen2, tmp_path, ",".join(sharded.CASES))
     assert done.returncode == 0, done.stderr
     two = torch.load(tmp_path / "results.pt", weights_only=True)
-    done = launch(4, "-m", "tests.training.sharded", tiny_qwen2, tmp_path, "RESUMED")
+    done = launch(4, "-m", "tests.training.sharded", tiny_qwen2, tmp_path, ",".join(sharded.CASES), "RESUMED")
     assert done.returncode == 0, done.stderr
     four = torch.load(tmp_path / "results.pt", weights_only=True)
     for case in sharded.CASES:
