@@ -28,7 +28,7 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {  # what differs from COMMON
     "nothing": ("nothing", []),
     "rate": ("a lower rate, 3e-5", ["train.learning_rate=3e-5"]),
     "replay": ("replay of Alpaca rows, ratio 0.1", ["data.replay.ratio=0.1"]),
-    "rehearsal": ("rehearsal, share 0.1", ["train.rehearsal.rows=auto"]),
+    "rehearsal": ("rehearsal, share 0.2", ["train.rehearsal.rows=auto", "train.rehearsal.share=0.2"]),
     "ewc": ("EWC, strength 500", ["train.ewc.strength=500"]),
     "stiff": ("EWC, strength 1e4", ["train.ewc.strength=1e4"]),
 }
