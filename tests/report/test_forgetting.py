@@ -88,12 +88,14 @@ def test_the_remedy_names_a_setting_that_the_run_did_not_have(tmp_path: Path) ->
     run = runs.at(tmp_path / "outputs" / "mine", tmp_path)
     run.folder.mkdir(parents=True)
 
-    def remedy(rate: float = 2e-4, **train: object) -> str:
-        config = Config.model_validate({"train": {"learning_rate": rate, **train}})
+    def remedy(rate: float = 2e-4, mode: str = "lora", **train: object) -> str:
+        config = Config.model_validate({"tuning": {"mode": mode}, "train": {"learning_rate": rate, **train}})
         return compare.against_forgetting(Target(config, run), tmp_path).removeprefix("to keep more of the rest: ")
 
     assert remedy() == "make train SET=train.rehearsal.rows=100"
     assert remedy(objective="dpo").endswith("SET=train.learning_rate=0.0001")  # rehearsal has no pairs
+    lora = "tuning.mode=lora train.learning_rate=auto train.ewc.strength=0 train.rehearsal.rows=100"
+    assert remedy(mode="full", ewc={"strength": 500}) == f'make train SET="{lora}"'
     run.settings.write_text("train: {epochs: 1}\n")
     (run.folder / "ledger.json").write_text('{"rehearsal": {"rows_trained": 60}}')
     again = "make train CONFIG=outputs/mine/config.resolved.yaml SET=train"

@@ -330,6 +330,9 @@ def against_forgetting(target: Target, root: Path) -> str:
     share = train.rehearsal.share if "rehearsal" in files.read_json(run.folder / "ledger.json") else 0
     if (train.objective in PREFERENCES or share >= MOST_REHEARSED) and train.learning_rate != "auto":
         setting = f"train.learning_rate={train.learning_rate / 2:g}"
+    elif target.config.tuning.mode == "full":  # where rehearsal was not enough, and was with an adapter: RESULTS.md
+        without = " train.ewc.strength=0" if train.ewc.strength else ""
+        setting = f'"tuning.mode=lora train.learning_rate=auto{without} train.rehearsal.rows=100"'
     else:
         setting = f"train.rehearsal.share={min(MOST_REHEARSED, 2 * share):g}" if share else "train.rehearsal.rows=100"
     config = f"CONFIG={display_path(run.settings, root)} " if run.settings.is_file() else ""
