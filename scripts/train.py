@@ -79,7 +79,7 @@ def train(args: argparse.Namespace) -> dict[str, Any] | None:
     from sft.errors import Stopped
     from sft.memory import plan
     from sft.preflight import disk_space
-    from sft.training import distributed
+    from sft.training import distributed, result
     from sft.training import job as jobs
 
     if os.environ.get("RANK", "0") != "0":
@@ -138,14 +138,14 @@ def train(args: argparse.Namespace) -> dict[str, Any] | None:
                 f"Stopped at once; the last checkpoint is {saved[-1].name}." if saved else "Stopped: no checkpoint yet."
             )
             raise Stopped(what, fix=continue_command) from None
-        jobs.require_finished(loop, continue_command)
+        result.require_finished(loop, continue_command)
         if not loop.complete:
-            return jobs.stopped_by_until(loop, opened.run)
+            return result.stopped_by_until(loop, opened.run)
         # 6. the adapter or model, the summary
-        summary = jobs.finish(job, loop, opened.run, root)
+        summary = result.finish(job, loop, opened.run, root)
     if distributed.rank() != 0:
         return None
-    say(jobs.describe_result(job, summary, root))
+    say(result.describe_result(job, summary, root))
 
     # 7. merged weights, where the config asks for them
     if job.config.train.merge_at_end and job.config.tuning.mode != "full":

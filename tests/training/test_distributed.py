@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from sft.errors import RunError
-from sft.training import distributed, job
+from sft.training import distributed, result
 from tests.conftest import ROOT
 
 TWO_PROCESSES = """
@@ -75,7 +75,7 @@ def test_the_end_of_a_run_fails_on_every_process_with_the_error_of_the_first(mon
     loop: Any = SimpleNamespace(load_best=lambda: None, model=torch.nn.Linear(1, 1))
     unused: Any = None
     with pytest.raises(RunError, match="disk full"):
-        job.finish(unused, loop, unused, unused)
+        result.finish(unused, loop, unused, unused)
 
 
 def test_gradients_are_reduced_in_buckets_of_one_type(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
-"""A training job: from a config to everything that the loop needs, and from the trained model to the run's result.
+"""A training job: from a config to everything that the loop needs.
 
 `prepare` reads, checks and resolves; it loads no weights. `hold_run` locks the run's folder. `make_loop` loads the
-model and builds the loop; `finish` writes the adapter (or the model) and the summary.
+model and builds the loop. What the run leaves at its end is written by `result`.
 """
 
 from __future__ import annotations
@@ -9,24 +9,21 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import resource
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft import files, runs
 from sft.config import auto
-from sft.config.load import Loaded, display_path, resolve_path
+from sft.config.load import Loaded, resolve_path
 from sft.config.schema import PREFERENCES, Config, TrainSection
 from sft.data import shards, store
-from sft.errors import ConfigError, DataError, EnvironmentProblem, RunError, Stopped
+from sft.errors import ConfigError, DataError, EnvironmentProblem
 from sft.model import backends, hardware, hub, shard
-from sft.runs import OpenRun, Run
+from sft.runs import OpenRun
 from sft.training import distributed
 
 if TYPE_CHECKING:
@@ -34,11 +31,8 @@ if TYPE_CHECKING:
     from sft.generation.engine import LoadedModel
     from sft.model.backends import Backend
     from sft.model.files import ModelFiles
-    from sft.step.ewc import Consolidation
-    from sft.step.step import StepConfig
     from sft.training.loggers import Report
     from sft.training.loop import Answer, Feature, Schedule, TrainingLoop
-    from sft.training.rehearsal import Rehearsal
 
 # unsloth must be imported before transformers: `prepare` sees to that, and whatever imports transformers comes after it
 log = logging.getLogger("sft.training")
@@ -206,7 +200,7 @@ def prepare(
     general = rehearsal.read_questions(ewc, root)[: ewc.rows] if ewc.strength and checkpoint is None else []
     longest, extra_tokens = rehearsal.sizes(questions, encoder, rows.system, due)
     return Job(
-        config=_with_rehearsal(resolved.config, len(questions)),
+        config=rehearsal.with_rows(resolved.config, len(questions)),
         unresolved=config.train,
         reasons=resolved.reasons | ({"train.rehearsal.rows": reason} if reason else {}),
         files=model_files,
@@ -233,12 +227,6 @@ def _find_adapter(config: Config, root: Path) -> tuple[Config, str | None]:
     adapters.base_of(folder)
     tuning = config.tuning.model_copy(update={"adapter_path": str(folder)})
     return config.model_copy(update={"tuning": tuning}), files.sha256(folder / adapters.WEIGHTS)
-
-
-def _with_rehearsal(config: Config, rows: int) -> Config:
-    """The config with the resolved number of rehearsal questions, 0 for `off`."""
-    section = config.train.rehearsal.model_copy(update={"rows": rows or "off"})
-    return config.model_copy(update={"train": config.train.model_copy(update={"rehearsal": section})})
 
 
 def read_rows(
@@ -319,6 +307,15 @@ def make_schedule(config: Config, rows: int, *, validation: bool, answers: bool 
         )
     warmup_steps = math.ceil(train.warmup_ratio * total) if train.warmup_steps is None else train.warmup_steps
     return Schedule(per_epoch, total, warmup_steps, _best_metric(config, answers) if evaluates else None)
+
+
+def step_of_share(until: float | None, schedule: Schedule) -> int | None:
+    """The step that `--until` means: a share of all steps below 1, else a step. Raises ConfigError below 0."""
+    if until is None:
+        return None
+    if until <= 0:
+        raise ConfigError(f"--until {until:g} is no step", where="--until", fix="a step (100) or a share (0.25)")
+    return math.ceil(until * schedule.total_steps) if until < 1 else int(until)
 
 
 def _best_metric(config: Config, answers: bool) -> str:
@@ -457,7 +454,7 @@ def make_loop(job: Job, opened: OpenRun, root: Path, report: Report | None) -> t
     from sft.generation.engine import LoadedModel
     from sft.model.kernels import apply_kernels
     from sft.step.step import compute_dtype, make_step_config
-    from sft.training import autobatch
+    from sft.training import autobatch, rehearsal
     from sft.training.checkpoint import CheckpointManager
     from sft.training.loggers import Loggers, Trackers
     from sft.training.loop import TrainingLoop
@@ -480,9 +477,9 @@ def make_loop(job: Job, opened: OpenRun, root: Path, report: Report | None) -> t
     loaded = LoadedModel(model, job.encoder.tokenizer, job.encoder, job.files.kind)
     if job.questions:
         with step.forward_context():
-            job, rehearsed, rows = _rehearse(job, loaded, run, root, report)
+            job, rehearsed, rows = rehearsal.rehearse(job, loaded, run, root, report)
     if train.ewc.strength:
-        job, ewc = _consolidate(job, loaded, step, opened, root, report)
+        job, ewc = rehearsal.consolidate(job, loaded, step, opened, root, report)
     if job.rows.answer_rows:
         answer = sample_answers(loaded, job.rows.answer_rows, job.config, root)
     all_rows = replace(job, rows=replace(job.rows, train=rows))
@@ -516,114 +513,6 @@ def make_loop(job: Job, opened: OpenRun, root: Path, report: Report | None) -> t
         loggers=loggers,
     )
     return job, loop
-
-
-def _rehearse(
-    job: Job, loaded: LoadedModel, run: Run, root: Path, report: Report | None
-) -> tuple[Job, Rehearsal | None, TokenisedRows]:
-    """Asks the base, encodes its answers; returns them, the rows to train on with them behind, and the job with the
-    setting and the ledger that follow. The job is without rehearsal where `auto` finds that the base completes too few.
-    """
-    from sft.training import rehearsal
-
-    auto = job.unresolved.rehearsal.rows == "auto"
-    answered = _answers(job, job.questions, loaded, root, report, auto=auto)
-    rehearsed: Rehearsal | None = None
-    complete = sum(bool(row["assistant"]) for row in answered)
-    if auto and complete < rehearsal.MIN_COMPLETE:
-        log.info("no rehearsal: the base ended only %d of %d answers by itself", complete, len(answered))
-        job = replace(job, config=_with_rehearsal(job.config, 0), questions=[])
-        rows = job.rows.train
-    else:
-        rehearsed, rows = rehearsal.make(answered, job.rows.train, job.encoder, job.config, job.rows.system)
-        ledger = rehearsed.ledger
-        job = replace(job, rows=replace(job.rows, ledgers={**job.rows.ledgers, "rehearsal": ledger}))
-        log.info("rehearsal: %d of %d general questions, with answers of the base", ledger.rows_trained, len(answered))
-    if distributed.rank() == 0:
-        job.write_settings(run.folder)
-        files.write_json(run.folder / "ledger.json", job.rows.ledger())
-    return job, rehearsed, rows
-
-
-def _answers(
-    job: Job, questions: list[dict[str, Any]], loaded: LoadedModel, root: Path, report: Report | None, *, auto: bool
-) -> list[dict[str, Any]]:
-    """The questions with the base's answers, which the first process asks for."""
-    from sft.model.adapters import has_prefix
-    from sft.training import rehearsal
-    from sft.training.loggers import SECONDS_PER_LINE
-
-    last_line = time.monotonic()
-
-    def on_progress(done: float, total: int) -> None:
-        nonlocal last_line
-        line = f"the base answers general questions, {done:.0f} of {total}"
-        if report is not None:
-            report(int(done), total, line)
-        elif time.monotonic() - last_line >= SECONDS_PER_LINE:
-            last_line = time.monotonic()
-            log.info(line)
-
-    def ask() -> list[dict[str, Any]]:
-        weights = job.files.fingerprint()
-        with loaded.base_only() if has_prefix(loaded.model) else contextlib.nullcontext():  # new LoRA changes nothing
-            return rehearsal.answer(questions, loaded, weights, job.config, root, auto=auto, on_progress=on_progress)
-
-    return distributed.on_rank0(ask, together=shard.is_sharded(loaded.model))
-
-
-def _consolidate(
-    job: Job, loaded: LoadedModel, step: StepConfig, opened: OpenRun, root: Path, report: Report | None
-) -> tuple[Job, Consolidation]:
-    """Elastic weight consolidation of the base that is loaded, and the job with its ledger.
-
-    A new run estimates the Fisher information and stores it, with its rows, in outputs/<run>/ewc; a resumed one reads
-    it there. Raises ModelError, RunError.
-    """
-    from safetensors.torch import load_file, save_file
-
-    from sft.step.ewc import Consolidation, squared_gradients
-    from sft.training import rehearsal
-
-    folder, model = opened.run.folder / "ewc", loaded.model
-    path, rows_path = folder / "fisher.safetensors", folder / "rows.json"
-    if opened.checkpoint is not None:
-        if problem := distributed.on_rank0(lambda: files.manifest_problem(folder)):
-            what = f"the Fisher information of this run cannot be used: {problem}"
-            raise RunError(what, where=str(folder), fix="restore it, or start a new run: --resume never")
-        rows = files.read_json(rows_path)["rows"]
-    else:
-        with step.forward_context():
-            rows = _answers(job, job.general, loaded, root, report, auto=False)
-    ledger, features = rehearsal.encode(rows, job.encoder, job.rows.system, "train.ewc")
-    if opened.checkpoint is not None:
-        fisher = load_file(path, device=str(next(model.parameters()).device))
-    else:
-        fisher, labels = squared_gradients(model, features[distributed.rank() :: distributed.world()], step)
-        labels = sum(distributed.all_gather(labels))
-        for squares in fisher.values():
-            distributed.all_reduce(squares).div_(max(1, labels))
-
-        def store() -> None:
-            with files.atomic_folder(folder) as staged:
-                files.put(staged / path.name, partial(save_file, fisher))
-                files.write_json(staged / rows_path.name, {"rows": rows})
-                files.write_manifest(staged)
-
-        distributed.on_rank0(store)
-        log.info("ewc: Fisher information of %d answers, %d tokens", len(features), labels)
-    job = replace(job, rows=replace(job.rows, ledgers={**job.rows.ledgers, "ewc": ledger}))
-    if distributed.rank() == 0:
-        files.write_json(opened.run.folder / "ledger.json", job.rows.ledger())
-    section, rate = job.config.train.ewc, float(job.config.train.learning_rate)
-    cost = section.strength / 2 * rate**2 * sum(float(values.sum()) for values in fisher.values())
-    if cost > 1 and "sgd" not in job.config.train.optim:
-        log.warning(
-            "train.ewc.strength is %g: a step of the rate %g in every weight costs %.2g nats, so the weights will not"
-            " settle; fix: a lower rate, or --set train.ewc.strength=%.1g",
-            section.strength, rate, cost, section.strength / cost / 10,
-        )  # fmt: skip
-    return job, Consolidation.around(model, fisher, job.config.train.ewc.strength)
 
 
 def load_model(config: Config, model_files: ModelFiles, backend: str, *, device: str) -> Any:
@@ -690,138 +579,3 @@ def sample_answers(loaded: LoadedModel, rows: list[dict[str, Any]], config: Conf
 
 
 # -- after training ----------------------------------------------------------------------------------------------------
-
-
-def require_finished(loop: TrainingLoop, continue_command: str) -> None:
-    """Raises Stopped, with the command that continues the run, if it was stopped before its end."""
-    code, progress = loop.signals.exit_code, loop.progress
-    if code is not None and not loop.complete:
-        what = f"Stopped at step {progress.global_step} of {progress.max_steps}, with a checkpoint."
-        raise Stopped(what, exit_code=code, fix=continue_command)
-
-
-def step_of_share(until: float | None, schedule: Schedule) -> int | None:
-    """The step that `--until` means: a share of all steps below 1, else a step. Raises ConfigError below 0."""
-    if until is None:
-        return None
-    if until <= 0:
-        raise ConfigError(f"--until {until:g} is no step", where="--until", fix="a step (100) or a share (0.25)")
-    return math.ceil(until * schedule.total_steps) if until < 1 else int(until)
-
-
-def stopped_by_until(loop: TrainingLoop, run: Run) -> dict[str, Any] | None:
-    """The steps and the last evaluation of a run that `--until` stopped; None on other ranks than 0."""
-    if distributed.rank() != 0:
-        return None
-    evaluations = [entry for entry in loop.progress.log_history if "eval_loss" in entry]
-    last = {name[5:]: value for name, value in (evaluations or [{}])[-1].items() if name.startswith("eval_")}
-    steps = {"steps": loop.progress.global_step, "planned_steps": loop.schedule.total_steps}
-    log.info("step %d of %d (--until), with a checkpoint: without --until it goes on", *steps.values())
-    return {"run": run.name, **steps, "eval": last}
-
-
-def finish(job: Job, loop: TrainingLoop, run: Run, root: Path) -> dict[str, Any]:
-    """Writes the adapter or the model, marks the run finished and returns its summary. Every rank calls it."""
-    best = loop.load_best()
-    weights = shard.whole_state(loop.model)
-    return distributed.on_rank0(lambda: _write_result(job, loop, run, root, best, weights))
-
-
-def _write_result(
-    job: Job, loop: TrainingLoop, run: Run, root: Path, best: int | None, weights: dict[str, Any] | None
-) -> dict[str, Any]:
-    from sft.training.checkpoint import is_adapter, save_weights
-
-    progress, train, tuning = loop.progress, job.config.train, job.config.tuning
-    target = run.adapter_dir if is_adapter(loop.model) else run.model_dir
-    with files.atomic_folder(target) as staged:
-        save_weights(loop.model, staged, weights)
-        files.put(staged, partial(_save_tokenizer, job))
-        job.write_settings(staged)
-        files.write_json(staged / runs.SERVING, {"system": job.rows.system})
-        files.write_manifest(staged)
-    if progress.skipped:
-        files.write_json(run.folder / "ledger.json", {**job.rows.ledger(), "skipped_windows": progress.skipped})
-    losses = [entry["loss"] for entry in progress.log_history if "loss" in entry]
-    evaluations = [entry for entry in progress.log_history if "eval_loss" in entry]
-    shown = next((entry for entry in evaluations if entry["step"] == best), evaluations[-1] if evaluations else {})
-    names = sorted(key[5:] for key in shown if key.startswith("eval_") and key not in ("eval_seconds", "eval_loss"))
-    summary: dict[str, Any] = {  # losses: means over labelled tokens; seconds: of training steps only
-        "run": run.name,
-        "steps": progress.global_step,
-        "planned_steps": job.schedule.total_steps,
-        "epochs": round(progress.epoch, 2),
-        "train_loss_first": losses[0] if losses else None,
-        "train_loss_last": losses[-1] if losses else None,
-        "best_step": best,
-        "skipped_windows": len(progress.skipped),
-        "eval": {name: shown[f"eval_{name}"] for name in (["loss"] if shown else []) + names},
-        "tokens": progress.tokens,
-        "labelled_tokens": progress.labelled,
-        "seconds": round(progress.seconds, 3),
-        "tokens_per_second": round(progress.tokens / max(progress.seconds, 1e-9), 1),
-        "peak_memory_gib": round(peak_bytes() / 2**30, 3),
-        "device": job.device.name,
-        "output": str(target),
-    }
-    settings: dict[str, Any] = {"model": job.files.name, "mode": tuning.mode, "backend": job.backend.name}
-    settings |= {name: float(getattr(train, name)) for name in ("learning_rate", "effective_batch", "epochs")}
-    settings |= {"rows": len(job.rows.train), "lora_r": tuning.lora.r, "lora_alpha": tuning.lora.alpha}
-    results = {f"hparam/{name}": float(shown[f"eval_{name}"]) for name in summary["eval"]}
-    results["hparam/train_loss"] = losses[-1] if losses else 0.0
-    loop.loggers.close(progress.global_step, settings, results)
-    runs.point_last(run, root)
-    files.write_json(run.folder / runs.FINISHED, summary)
-    return summary
-
-
-def _save_tokenizer(job: Job, folder: Path) -> None:
-    """Saves the tokenizer with the very template that was trained on. A template over turns, which other libraries
-    cannot use, is saved beside it as template.jinja.
-    """
-    tokenizer, template = job.encoder.tokenizer, job.encoder.template
-    own_template, over_messages = tokenizer.chat_template, template.style == "messages"
-    if over_messages and template.tool_source is None:
-        tokenizer.chat_template = template.source
-    try:
-        tokenizer.save_pretrained(folder)
-    finally:
-        tokenizer.chat_template = own_template
-    if not over_messages:
-        (folder / "template.jinja").write_text(template.source, encoding="utf-8")
-
-
-def peak_bytes() -> int:
-    """The most memory that this process has used: of the GPU if there is one, else of the system."""
-    import torch
-
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return int(torch.cuda.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def describe_result(job: Job, summary: dict[str, Any], root: Path) -> list[str]:
-    """What a user sees after training, and what to do next."""
-    from sft.training.loggers import clock
-
-    first, last, scores = summary["train_loss_first"], summary["train_loss_last"], summary["eval"]
-    loss = "" if first is None else f", loss {first:.4f} -> {last:.4f}"
-    lines = [
-        f"{summary['run']} is finished: {summary['steps']:,} steps in {clock(summary['seconds'])}{loss},"
-        f" {summary['tokens_per_second']:,.0f} tokens/s, peak memory {summary['peak_memory_gib']:.2f} GiB",
-    ]
-    if summary["steps"] < summary["planned_steps"]:
-        lines.append(f"stopped early ({summary['planned_steps']:,} steps were planned): evaluation no longer improved")
-    if scores:
-        chosen = "the best checkpoint" if summary["best_step"] else "the last evaluation"
-        named = [name for name in ("rougeL", "exact_match", "stop_rate") if name in scores]
-        shown = "".join(f", {name} {scores[name]:.4f}" for name in named)
-        lines.append(f"{chosen} (step {summary['best_step'] or summary['steps']}): loss {scores['loss']:.4f}{shown}")
-    lines += [
-        f"written to {display_path(Path(summary['output']), root)}",
-        "next:   make eval    (scores it on the validation rows; make eval-test for the test rows)",
-        "next:   make infer   (chat with it)",
-    ]
-    if job.config.tuning.mode != "full" and job.config.tuning.adapter == "lora" and not job.config.train.merge_at_end:
-        lines.append("next:   make merge   (one model, without the adapter)")
-    return lines

@@ -1,17 +1,22 @@
 """Rehearsal: general questions with the base's own answers, trained on beside the task to keep the rest.
 
-`choose` decides before any weight is loaded; `answer` asks the base, once, before the first step; `Rehearsal.mix` adds
-rows to the steps. The reasons and measurements: docs/decisions/0021-rehearsal.md.
+`choose` decides before any weight is loaded; `rehearse` asks the base, once, before the first step; `Rehearsal.mix`
+adds rows to the steps. `consolidate` asks the same questions for elastic weight consolidation. The reasons and
+measurements: docs/decisions/0021-rehearsal.md.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import logging
 import math
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,10 +29,21 @@ from sft.config.load import display_path, resolve_path, shipped
 from sft.config.schema import Config, EwcSection, GenerationSection, RehearsalSection
 from sft.data import rows as records
 from sft.data.rows import RowFault, parse_json
-from sft.errors import ConfigError, DataError, ModelError
+from sft.errors import ConfigError, DataError, ModelError, RunError
 from sft.generation import evaluate
 from sft.generation.engine import LoadedModel, Progress
+from sft.model import shard
+from sft.runs import OpenRun, Run
+from sft.training import distributed
 from sft.training.loop import step_batches
+
+if TYPE_CHECKING:
+    from sft.step.ewc import Consolidation
+    from sft.step.step import StepConfig
+    from sft.training.job import Job
+    from sft.training.loggers import Report
+
+log = logging.getLogger("sft.training")
 
 SHIPPED = "data/samples/rehearsal.jsonl"
 NARROW = 150  # tokens of effective vocabulary below which answers are narrow: tickets 72, SQL 78; Alpaca 430 and more
@@ -273,3 +289,113 @@ def encode(rows: list[Row], encoder: Encoder, system: str | None, section: str) 
             fix=f"--set {off}, or questions with answers of your own: --set {section}.path=FILE",
         )
     return ledger, features
+
+
+def with_rows(config: Config, rows: int) -> Config:
+    """The config with the resolved number of rehearsal questions, 0 for `off`."""
+    section = config.train.rehearsal.model_copy(update={"rows": rows or "off"})
+    return config.model_copy(update={"train": config.train.model_copy(update={"rehearsal": section})})
+
+
+def rehearse(
+    job: Job, loaded: LoadedModel, run: Run, root: Path, report: Report | None
+) -> tuple[Job, Rehearsal | None, TokenisedRows]:
+    """Asks the base, encodes its answers; returns them, the rows to train on with them behind, and the job with the
+    setting and the ledger that follow. The job is without rehearsal where `auto` finds that the base completes too few.
+    """
+    auto = job.unresolved.rehearsal.rows == "auto"
+    answered = _base_answers(job, job.questions, loaded, root, report, auto=auto)
+    rehearsed: Rehearsal | None = None
+    complete = sum(bool(row["assistant"]) for row in answered)
+    if auto and complete < MIN_COMPLETE:
+        log.info("no rehearsal: the base ended only %d of %d answers by itself", complete, len(answered))
+        job = replace(job, config=with_rows(job.config, 0), questions=[])
+        rows = job.rows.train
+    else:
+        rehearsed, rows = make(answered, job.rows.train, job.encoder, job.config, job.rows.system)
+        ledger = rehearsed.ledger
+        job = replace(job, rows=replace(job.rows, ledgers={**job.rows.ledgers, "rehearsal": ledger}))
+        log.info("rehearsal: %d of %d general questions, with answers of the base", ledger.rows_trained, len(answered))
+    if distributed.rank() == 0:
+        job.write_settings(run.folder)
+        files.write_json(run.folder / "ledger.json", job.rows.ledger())
+    return job, rehearsed, rows
+
+
+def _base_answers(
+    job: Job, questions: list[dict[str, Any]], loaded: LoadedModel, root: Path, report: Report | None, *, auto: bool
+) -> list[dict[str, Any]]:
+    """The questions with the base's answers, which the first process asks for."""
+    from sft.model.adapters import has_prefix
+    from sft.training.loggers import SECONDS_PER_LINE
+
+    last_line = time.monotonic()
+
+    def on_progress(done: float, total: int) -> None:
+        nonlocal last_line
+        line = f"the base answers general questions, {done:.0f} of {total}"
+        if report is not None:
+            report(int(done), total, line)
+        elif time.monotonic() - last_line >= SECONDS_PER_LINE:
+            last_line = time.monotonic()
+            log.info(line)
+
+    def ask() -> list[dict[str, Any]]:
+        weights = job.files.fingerprint()
+        with loaded.base_only() if has_prefix(loaded.model) else contextlib.nullcontext():  # new LoRA changes nothing
+            return answer(questions, loaded, weights, job.config, root, auto=auto, on_progress=on_progress)
+
+    return distributed.on_rank0(ask, together=shard.is_sharded(loaded.model))
+
+
+def consolidate(
+    job: Job, loaded: LoadedModel, step: StepConfig, opened: OpenRun, root: Path, report: Report | None
+) -> tuple[Job, Consolidation]:
+    """Elastic weight consolidation of the base that is loaded, and the job with its ledger.
+
+    A new run estimates the Fisher information and stores it, with its rows, in outputs/<run>/ewc; a resumed one reads
+    it there. Raises ModelError, RunError.
+    """
+    from safetensors.torch import load_file, save_file
+
+    from sft.step.ewc import Consolidation, squared_gradients
+
+    folder, model = opened.run.folder / "ewc", loaded.model
+    path, rows_path = folder / "fisher.safetensors", folder / "rows.json"
+    if opened.checkpoint is not None:
+        if problem := distributed.on_rank0(lambda: files.manifest_problem(folder)):
+            what = f"the Fisher information of this run cannot be used: {problem}"
+            raise RunError(what, where=str(folder), fix="restore it, or start a new run: --resume never")
+        rows = files.read_json(rows_path)["rows"]
+    else:
+        with step.forward_context():
+            rows = _base_answers(job, job.general, loaded, root, report, auto=False)
+    ledger, features = encode(rows, job.encoder, job.rows.system, "train.ewc")
+    if opened.checkpoint is not None:
+        fisher = load_file(path, device=str(next(model.parameters()).device))
+    else:
+        fisher, labels = squared_gradients(model, features[distributed.rank() :: distributed.world()], step)
+        labels = sum(distributed.all_gather(labels))
+        for squares in fisher.values():
+            distributed.all_reduce(squares).div_(max(1, labels))
+
+        def store() -> None:
+            with files.atomic_folder(folder) as staged:
+                files.put(staged / path.name, partial(save_file, fisher))
+                files.write_json(staged / rows_path.name, {"rows": rows})
+                files.write_manifest(staged)
+
+        distributed.on_rank0(store)
+        log.info("ewc: Fisher information of %d answers, %d tokens", len(features), labels)
+    job = replace(job, rows=replace(job.rows, ledgers={**job.rows.ledgers, "ewc": ledger}))
+    if distributed.rank() == 0:
+        files.write_json(opened.run.folder / "ledger.json", job.rows.ledger())
+    section, rate = job.config.train.ewc, float(job.config.train.learning_rate)
+    cost = section.strength / 2 * rate**2 * sum(float(values.sum()) for values in fisher.values())
+    if cost > 1 and "sgd" not in job.config.train.optim:
+        log.warning(
+            "train.ewc.strength is %g: a step of the rate %g in every weight costs %.2g nats, so the weights will not"
+            " settle; fix: a lower rate, or --set train.ewc.strength=%.1g",
+            section.strength, rate, cost, section.strength / cost / 10,
+        )  # fmt: skip
+    return job, Consolidation.around(model, fisher, job.config.train.ewc.strength)
