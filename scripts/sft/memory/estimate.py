@@ -12,16 +12,17 @@ from sft.config.schema import PAIRED, Config
 
 GIB = float(2**30)
 # What a tensor trace cannot see. Presumed for CUDA: no consumer card has been measured yet (docs/MEMORY.md).
-# CONTEXT, GiB: the CUDA context with cuBLAS's workspaces; on a CPU, Python with torch (measured: 0.40-0.53).
-# FRAGMENTATION, share of the allocated bytes: what PyTorch's caching allocator holds beyond them; on a CPU, blocks
-# that glibc does not return and buffers inside of kernels (measured on SmolLM2-135M, docs/MEMORY.md).
-CONTEXT = {"cuda": 0.6, "cpu": 0.5}
-FRAGMENTATION = {"cuda": 0.06, "cpu": 0.36}
+# CONTEXT, GiB: the CUDA context with cuBLAS's workspaces; on a CPU, Python with torch (0.40-0.53) and its kernels.
+# FRAGMENTATION: what PyTorch's caching allocator holds beyond the allocated bytes, as a share of them; on a CPU, blocks
+# that glibc does not return, as a share of the tensors that come and go (measured on SmolLM2-135M, docs/MEMORY.md).
+CONTEXT = {"cuda": 0.6, "cpu": 0.75}
+FRAGMENTATION = {"cuda": 0.06, "cpu": 0.29}
 OVERHEAD_SOURCE = {
     "cuda": "of it, 6 % and the context are presumed",
-    "cpu": "of it, 36 % for the allocator and 0.5 for Python",
+    "cpu": "of it, 29 % of activations and 0.75 for Python",
 }
-LIBRARIES_RAM = {"cuda": 2.0, "cpu": CONTEXT["cpu"]}  # GiB of RAM for Python and torch; presumed with CUDA's libraries
+LIBRARIES_RAM = {"cuda": 2.0, "cpu": 0.5}  # GiB of RAM for Python and torch; presumed with CUDA's libraries
+COME_AND_GO = ("activations", "logits", "dequantised", "gathered")
 MARGIN = 0.1  # share of a card left free when the quick start proposes a model: the desktop, a browser
 # GiB of a QLoRA step with the default config and one row of 512 tokens, overhead included, as `plan` traces it
 # (tests/memory/test_estimate.py). In the order in which they are offered: a good default, smaller ones, larger ones.
@@ -35,9 +36,11 @@ QUICK_START_MODELS = {
 }
 
 
-def with_overhead(allocated_gib: float, kind: str) -> float:
-    """GiB of a device (`cuda` or `cpu`) that `allocated_gib` of tensors take."""
-    return allocated_gib * (1 + FRAGMENTATION[kind]) + CONTEXT[kind]
+def with_overhead(parts: Mapping[str, float], kind: str) -> float:
+    """GiB of a device (`cuda` or `cpu`) that tensors take; parts: their GiB by kind (`trace.PARTS`)."""
+    total = sum(parts.values())
+    fragmented = sum(parts.get(part, 0.0) for part in COME_AND_GO) if kind == "cpu" else total
+    return total + fragmented * FRAGMENTATION[kind] + CONTEXT[kind]
 
 
 def models_that_fit(gib: float) -> list[str]:

@@ -276,8 +276,7 @@ class _Planner:
         parts = {name: size / GIB for name, size in traced.parts.items()}
         if state:
             parts["optimizer"] = state / GIB
-        allocated = (traced.peak + state) / GIB
-        return Phase(allocated, with_overhead(allocated, self.device.kind), parts, note=note)
+        return Phase((traced.peak + state) / GIB, with_overhead(parts, self.device.kind), parts, note=note)
 
     def _training(self, config: Config, tracer: Tracer) -> Phase:
         lengths = _row_lengths(config, tracer, self._own_rows(config))
