@@ -38,15 +38,22 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
+    from sft.errors import ConfigError
     from sft.memory import devices, report
     from sft.memory.plan import make_plan
 
     root = console.project_root()
     loaded = console.load_config(args)
+    if args.clusters and (args.models is not None or args.png):
+        raise ConfigError("--clusters goes without --models and --png", where="--clusters", fix="leave the others out")
     if args.models is not None:
         return plan_models(args, loaded, root)
     device = devices.parse(args.gpu) if args.gpu else devices.this_machine()
     description = report.model_config(loaded.config.model, root)
+    if args.price is not None and not args.clusters:
+        raise ConfigError("a price is for the table of --clusters", where="--price", fix="add --clusters")
+    if args.link is not None and not args.link > 0:
+        raise ConfigError(f"{args.link:g} is no speed", where="--link", fix="--link 50, in GB/s")
     if args.clusters:
         with console.progress("tracing the model"):
             table, plans = report.scaling_table(loaded.config, description, device, args.shard, args.link, args.price)
@@ -85,7 +92,7 @@ def plan_models(args: argparse.Namespace, loaded: Loaded, root: Path) -> dict[st
         loaded = load(root / console.DEFAULT_CONFIG, args.set, root=root)
     names = report.model_names(args.models)
     with console.progress("planning models") as progress:
-        results = report.plan_models(names, loaded.config, device, root, progress)
+        results = report.plan_models(names, loaded.config, device, root, progress, args.shard)
     length = loaded.config.model.max_seq_len
     return show_models(results, f"{device.name}, {loaded.config.tuning.mode}, rows of {length} tokens")
 

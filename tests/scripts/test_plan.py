@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import plan as plan_command
+from sft.errors import ConfigError
 
 KEYS = {
     "fits",
@@ -108,6 +109,38 @@ def test_models_are_planned_for_a_gpu_with_qlora_unless_a_flag_says_otherwise(
     assert "a card of 8 GiB, qlora, rows of 64 tokens" in title()
     assert "a card of 8 GiB, lora," in title("--set", "tuning.mode=lora")
     assert "CPU of this machine, lora," in title("--gpu", "cpu")
+
+
+def test_two_cards_share_the_weights(
+    tiny_qwen2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SFT_ROOT", str(tmp_path))
+    config = tmp_path / "run.yaml"
+    config.write_text(f"model: {{name: {tiny_qwen2}, max_seq_len: 64}}\ntuning: {{mode: full}}\n")
+
+    def plan(*arguments: str) -> dict[str, Any]:
+        return plan_command.main(plan_command.build_parser().parse_args(["--config", str(config), *arguments]))
+
+    copies, shared = (plan("--gpu", "2x RTX 4090", "--shard", shard) for shard in ("ddp", "fsdp"))
+    assert shared["parts"]["optimizer"] == pytest.approx(copies["parts"]["optimizer"] / 2, rel=0.05)
+    assert (shared["sharding"], shared["device"]["count"], shared["device"]["gib"]) == ("fsdp", 2, 24)
+    speed = plan("--gpu", "2x RTX 4090", "--shard", "fsdp", "--link", "10")["speed"]
+    assert speed["sending_seconds"] == pytest.approx(speed["sent_bytes"] / 10e9)
+    slow, fast = speed["tokens_per_second"]
+    longest = max(speed["sending_seconds"], speed["arithmetic_seconds"])
+    assert fast == pytest.approx(speed["tokens_a_step"] / longest) and slow < fast
+    assert "2 x RTX 4090 (24.0 GiB each), sharded" in capsys.readouterr().out
+    for arguments, message in (
+        (("--gpu", "24GiB", "--shard", "fsdp"), "one device shards nothing"),
+        (
+            ("--gpu", "2x24GiB", "--shard", "fsdp", "--set", "tuning.mode=lora", "--set", "train.optim=adamw_8bit"),
+            "FSDP",
+        ),
+        (("--gpu", "2x24GiB", "--link", "0"), "0 is no speed"),
+        (("--gpu", "24GiB", "--clusters"), "no published speed of a card of 24 GiB"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            plan(*arguments)
 
 
 def test_an_unknown_card_is_exit_2(command: Callable[..., Any], config: Path) -> None:

@@ -168,7 +168,7 @@ def make_plan(
     if plan.fits or not suggest:
         return plan
     suggestions, combination = _suggestions(config, run, planner)
-    suggestions += _smaller_model(config, run, device)
+    suggestions += _smaller_model(config, run, device, sharding)
     return replace(plan, suggestions=suggestions, combination=combination)
 
 
@@ -409,13 +409,13 @@ def _as_flags(settings: Mapping[str, Any]) -> list[str]:
     return [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in settings.items()]
 
 
-def _smaller_model(config: Config, run: _Run, device: Device) -> list[Suggestion]:
+def _smaller_model(config: Config, run: _Run, device: Device, sharding: Sharding) -> list[Suggestion]:
     """The largest of the quick start's models whose training step fits the GPU under the same settings."""
     candidates = sorted(QUICK_START_MODELS.items(), key=lambda item: -item[1]) if device.kind == "cuda" else []
     for name, least in candidates:
         if name != config.model.name and least <= min(device.gib, run.training.peak):
             smaller = _with(config, {"model.name": name, "model.revision": None})
-            peak = _Planner(shapes.shipped_models()[name], device).run(smaller).training.peak
+            peak = _Planner(shapes.shipped_models()[name], device, sharding).run(smaller).training.peak
             if peak <= device.gib:
                 saves = round(run.training.peak - peak, 3)
                 return [Suggestion(f"model.name={name}", saves, "a smaller model", True)]
@@ -433,14 +433,17 @@ def memory_check(
     longest: int,
     force: bool = False,
     ranks: int = 1,
-    sharding: Sharding = "ddp",
+    sharding: Sharding | None = "ddp",
 ) -> None:
     """Raises EnvironmentProblem if not even the smallest micro-batch fits what is free on the device.
 
     config: as the user wrote it, before `auto` is resolved. longest: tokens of the longest row. force: only warn.
-    ranks: processes of the run, each on a GPU of its own, or all in this machine's memory. A model that cannot be
-    traced passes, with a warning.
+    ranks: processes of the run, each on a GPU of its own, or all in this machine's memory. sharding: None where it is
+    not planned. What cannot be traced passes, with a warning.
     """
+    if sharding is None:
+        log.warning("memory is not checked before training: fsdp_offload_params is not planned")
+        return
     free = hardware.free_bytes / GIB + (CONTEXT["cuda"] if hardware.device == "cuda" else 0.0)  # this process's own
     processes = 1 if hardware.device == "cuda" else ranks
     if processes * upper_bound(files.config, config, files.parameters, longest) < UNTRACED * free:

@@ -77,6 +77,8 @@ def help_lines(plan: Plan) -> list[str]:
     if plan.combination is None:
         return []
     lines = ["what would help:"]
+    if plan.device.count > 1 and plan.sharding == "ddp" and plan.config.tuning.mode != "qlora":
+        lines.append("  --shard fsdp\n      the cards share the weights")
     for suggestion in plan.suggestions:
         enough = ", enough alone" if suggestion.fits else ""
         lines.append(f"  {suggestion.setting}\n      saves {suggestion.saves_gib:.2f} GiB{enough}; {suggestion.costs}")
@@ -150,7 +152,12 @@ def model_config(section: ModelSection, root: Path) -> dict[str, Any]:
 
 
 def plan_models(
-    names: Sequence[str], config: Config, device: Device, root: Path, progress: Callable[[int, int], None]
+    names: Sequence[str],
+    config: Config,
+    device: Device,
+    root: Path,
+    progress: Callable[[int, int], None],
+    sharding: Sharding = "ddp",
 ) -> dict[str, dict[str, Any]]:
     """The plan of every model under this config as JSON, smallest first; `error` says why one cannot be planned."""
     results: dict[str, dict[str, Any]] = {}
@@ -159,7 +166,7 @@ def plan_models(
             section = config.model.model_copy(update={"name": name, "revision": None})
             try:
                 settings = config.model_copy(update={"model": section})
-                plan = make_plan(settings, model_config(section, root), device, suggest=False)
+                plan = make_plan(settings, model_config(section, root), device, suggest=False, sharding=sharding)
                 results[name] = {"billions": plan.parameters / 1e9, **plan.to_json()}
             except SftError as error:
                 results[name] = {"fits": False, "error": str(error).splitlines()[0]}

@@ -105,9 +105,11 @@ def _is_set(variable: str) -> bool:
     return os.environ.get(variable, "false").lower() in ("1", "true", "yes")
 
 
-def what_is_shared() -> Literal["ddp", "zero2", "fsdp"]:
-    """By the processes: nothing, gradients and optimizer states, or the weights too."""
+def what_is_shared() -> Literal["ddp", "zero2", "fsdp"] | None:
+    """By the processes: nothing, gradients and optimizer states, or the weights too; None where parts are offloaded."""
     settings = sharding()
+    if settings is not None and _is_set("FSDP_OFFLOAD_PARAMS"):
+        return None
     return "ddp" if settings is None else "fsdp" if settings.reshard_after_forward else "zero2"
 
 
