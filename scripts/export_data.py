@@ -103,8 +103,8 @@ def plain(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Turns without our own keys; tool calls and their results have ids, as NeMo needs them."""
     result: list[dict[str, Any]] = []
     unanswered: list[str] = []
-    for given in turns:
-        turn = {key: value for key, value in given.items() if key != "weight"}
+    for stored in turns:
+        turn = {key: value for key, value in stored.items() if key != "weight"}
         if calls := turn.get("tool_calls"):
             turn["tool_calls"] = [{"id": f"call_{number}", **call} for number, call in enumerate(calls)]
             unanswered = [call["id"] for call in turn["tool_calls"]]
