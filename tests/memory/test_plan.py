@@ -122,7 +122,7 @@ def full(files: ModelFiles) -> Config:
 def test_a_run_that_cannot_fit_is_refused_with_suggestions_unless_forced(
     files: ModelFiles, caplog: pytest.LogCaptureFixture
 ) -> None:
-    small = machine(530 * MIB)  # Python and torch are presumed to take 512 of them
+    small = machine(530 * MIB)  # Python and torch alone are presumed to take 768
     with pytest.raises(EnvironmentProblem, match="does not fit") as caught:
         plan.memory_check(full(files), files, small, longest=1024)
     message = str(caught.value)
