@@ -92,7 +92,7 @@ def help_lines(plan: Plan) -> list[str]:
 
 _COLOURS = (
     "#33508c", "#4f77c4", "#8fb0e6", "#1f8a70", "#7cc6a4", "#c9a227", "#d9743c", "#b8405e", "#8e6bb0", "#c3b1dd",
-    "#6b6b6b",
+    "#6b6b6b", "#e58fb1",
 )  # fmt: skip
 
 
