@@ -58,6 +58,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         with console.progress("tracing the model"):
             table, plans = report.scaling_table(loaded.config, description, device, args.shard, args.link, args.price)
         console.table(*table)
+        console.say("GiB: of each card; k tokens, GB sent, s link, s math: of a step, sent by each; k/s: thousands")
+        console.say("of tokens a second, at best with link and arithmetic overlapped; cost: of 10^9 tokens at k/s")
         return {"model": loaded.config.model.name, "clusters": plans}
     with console.progress("tracing the model"):
         plan = make_plan(loaded.config, description, device, sharding=args.shard, link=args.link)

@@ -197,20 +197,11 @@ def scaling_table(
         if speed is None or speed.tokens_per_second is None:
             raise ConfigError(f"no published speed of {device.name} is known here", where="--gpu", fix="--gpu H100")
         slow, fast = speed.tokens_per_second
-        figures = [f"{plan.peak:.1f}", f"{speed.tokens:,}", f"{speed.sent / 1e9:.1f}", f"{speed.sending:.2f}"]
-        figures += [f"{speed.arithmetic:.2f}", f"{slow:,.0f}", f"{fast:,.0f}"]
-        figures += [] if price is None else [f"{count * price * 1e9 / 3600 / rate:,.0f}" for rate in (slow, fast)]
+        figures = [f"{plan.peak:.1f}", f"{speed.tokens / 1e3:,.0f}", f"{speed.sent / 1e9:.1f}", f"{speed.sending:.2f}"]
+        figures += [f"{speed.arithmetic:.2f}", f"{slow / 1e3:,.0f}", f"{fast / 1e3:,.0f}"]
+        figures += [] if price is None else [f"{count * price * 1e9 / 3600 / slow:,.0f}"]
         rows.append([f"{count:,}", *figures])
         plans.append(plan.to_json())
-    columns: tuple[str, ...] = (
-        "cards",
-        "GiB each",
-        "tokens a step",
-        "GB sent",
-        "s sending",
-        "s computing",
-        "tokens/s",
-        "overlapped",
-    )
-    columns += () if price is None else ("cost of 10^9 tokens", "overlapped")
+    columns: tuple[str, ...] = ("cards", "GiB", "k tokens", "GB sent", "s link", "s math", "k/s", "at best")
+    columns += () if price is None else ("cost",)
     return (f"{config.model.name}, {config.tuning.mode}, {device.name}: {SHARDINGS[sharding]}", columns, rows), plans
