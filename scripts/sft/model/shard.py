@@ -79,16 +79,15 @@ def is_sharded(model: Any) -> bool:
 
 def release(model: Any) -> None:
     """Frees the weights that stay whole after a forward pass without a backward pass; `parameters` are parts again."""
-    if is_sharded(model):
-        base: Any = unwrap(model)
-        base.reshard()
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in unwrap(model).modules():  # with `reshard` off, layers stay whole too
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def whole_state(model: Any) -> dict[str, torch.Tensor] | None:
-    """The state dict in whole tensors, on the CPU of rank 0 and empty elsewhere; of an adapted model the trained ones.
-
-    Every rank calls it. None where the model is not sharded.
-    """
+    """The state in whole tensors (of an adapter the trained ones) on rank 0, elsewhere empty. All ranks call it."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     if not is_sharded(model):
