@@ -17,8 +17,9 @@ from pathlib import Path
 from sft import files, runs
 from sft.errors import Stopped
 root, args = Path(os.environ["SFT_ROOT"]), sys.argv[1:]
-output = [arg for arg in args if arg.startswith("train.output_dir=")]
-folder = root / (output[0].partition("=")[2] if output else args[args.index("--resume") + 1])
+output = [arg.partition("=")[2] for arg in args if arg.startswith("train.output_dir=")]
+resume = args[args.index("--resume") + 1] if "--resume" in args else "auto"
+folder = runs.open_run((output or ["outputs/run"])[0], root, resume).run.folder
 settings = dict(pair.split("=") for pair in Path(args[args.index("--config") + 1]).read_text().split())
 if settings.get("fail") == "early":
     print(json.dumps({{"error": "no rows", "where": "data", "fix": "make process"}}))

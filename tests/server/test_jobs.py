@@ -66,9 +66,9 @@ def test_a_paused_job_lets_the_next_one_start_and_goes_on_where_it_was(queue: Qu
     wait_for(lambda: at_step(queue, first, 2))
     queue.stop(first, "paused")
     wait_for(lambda: is_(queue, first, "paused"))
-    wait_for(lambda: is_(queue, second, "running"))
+    wait_for(lambda: at_step(queue, second, 1))
     queue.stop(second, "stopped")
-    wait_for(lambda: is_(queue, second, "stopped"))
+    wait_for(lambda: is_(queue, second, "stopped"))  # its run is chat-2: newer than the one that goes on
     step = queue.view(first)["current_step"]
     assert 2 <= step < 40
     assert queue.resume(first) == first
@@ -211,7 +211,7 @@ def test_a_command_that_goes_on_with_a_stopped_job_is_what_the_job_shows(queue: 
     wait_for(lambda: is_(queue, job, "stopped"))
     config = queue.folder(job) / "config.yaml"
     command = [sys.executable, str(jobs.SCRIPTS / "train.py"), "--config", str(config), "--resume", "outputs/chat"]
-    process = subprocess.Popen(command, env={**os.environ, "SFT_ROOT": str(queue.root)})
+    process = subprocess.Popen(command, cwd=queue.root, env={**os.environ, "SFT_ROOT": str(queue.root)})
     wait_for(lambda: is_(queue, job, "running"))
     with pytest.raises(Conflict, match="running"):
         queue.resume(job)

@@ -66,7 +66,9 @@ def processes(job: str) -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
-def test_kills_at_random_lose_no_job_and_change_no_weight(tmp_path: Path, tiny_qwen2: Path) -> None:
+def test_kills_at_random_lose_no_job_and_change_no_weight(
+    tmp_path: Path, tiny_qwen2: Path, request: pytest.FixtureRequest
+) -> None:
     steps = 8 * ROUNDS
     root = project.make(tmp_path, tiny_qwen2)
     (root / "configs").mkdir()
@@ -75,6 +77,7 @@ def test_kills_at_random_lose_no_job_and_change_no_weight(tmp_path: Path, tiny_q
     settings |= {"train.save_steps": 2, "train.save_total_limit": 2}
     body = {"config_path": "configs/run_bnb.yaml", "overrides": settings, "force": True}
     draw, server, killed = random.Random(int(os.environ.get("SFT_SEED", "0"))), Server(root), {"server": 0, "job": 0}
+    request.addfinalizer(server.kill)
     jobs = [server.client.post("/train", json=body).json()["job_id"] for _ in range(2)]
     while sum(killed.values()) < ROUNDS:
         time.sleep(draw.uniform(0.0, 15.0))

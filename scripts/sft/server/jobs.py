@@ -287,8 +287,9 @@ class Queue:
             run = run or runs.open_run(f"outputs/{job.name}", self.root, "never").run.name
             files.make_folder(self.root / "outputs" / run)  # the name is used from now on
             args = [*args, "--set", f"train.output_dir=outputs/{run}"]
-        elif job.kind == "train" and job.attempts:  # where it stopped, not where it was first to be resumed
-            args = [*args[: args.index("--resume")], "--resume", f"outputs/{run}"]
+        if job.name or (job.kind == "train" and job.attempts):  # this run, where it stopped: `auto` takes the newest
+            at = args.index("--resume")
+            args = [*args[:at], "--resume", f"outputs/{run}", *args[at + 2 :]]
         self._set(job, state="running", run=run, attempts=job.attempts + 1, gpu=device, pid=None, error=None)
         job = self._rows("id = ?", job.id)[0]
         environment = {**os.environ, "SFT_JOB": job.token, "SFT_ROOT": str(self.root), "PYTHONUNBUFFERED": "1"}
