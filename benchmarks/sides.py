@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
+from accelerate.utils import extract_model_from_parallel
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
@@ -144,6 +145,7 @@ class Side:
         settings, types = self.settings, {name: weight.dtype for name, weight in self.model.named_parameters()}
         if settings.device == "cpu":
             settings = replace(settings, bf16=False)
+            extract_model_from_parallel(self.model, keep_fp32_wrapper=False)  # else accelerate's autocast stays on it
             self.model.float()
         step_config = make_step_config(config(settings).train, self.model, "causal", settings.device)
         self.model.eval()
@@ -342,7 +344,10 @@ def _work(pipe: Any, name: str, folder: Path, settings: Settings, threads: int) 
 
     side: Side | None = None
     while True:
-        rows = pipe.recv()
+        try:
+            rows = pipe.recv()
+        except EOFError:  # the benchmark has ended
+            return
         try:
             side = (
                 side or make_sides(model, settings, [{"hf": "hf steps", "trl": "trl default"}.get(trainer, trainer)])[0]
