@@ -37,7 +37,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     import uvicorn
 
     from sft.errors import EnvironmentProblem, register_secret
-    from sft.server.api import Settings, create_app
+    from sft.server.access import Settings
+    from sft.server.api import create_app
 
     try:
         local = ipaddress.ip_address(args.host).is_loopback

@@ -19,10 +19,7 @@ QUESTIONS = [f"What is {n} + {n}?" + " Please answer." * (7 * n % 5) for n in ra
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory, tiny_qwen2: Path) -> Path:
-    root = tiny_runs.project(tmp_path_factory.mktemp("requests"), tiny_qwen2)
-    for seed, name in enumerate(("first", "second")):
-        tiny_runs.finished_run(root, name=name, seed=seed)
-    return root
+    return tiny_runs.two_runs(tmp_path_factory.mktemp("requests"), tiny_qwen2)
 
 
 def models(root: Path) -> Models:

@@ -79,3 +79,11 @@ def finished_run(root: Path, *, name: str = "tiny", seed: int = 1, scale: float 
     (run.folder / runs.FINISHED).write_text("{}")
     runs.point_last(run, root)
     return run.adapter_dir
+
+
+def two_runs(root: Path, model: Path) -> Path:
+    """A project with the finished runs `first` and `second`, of other adapters of one base."""
+    project(root, model)
+    for seed, name in enumerate(("first", "second")):
+        finished_run(root, name=name, seed=seed)
+    return root

@@ -15,7 +15,8 @@ import httpx
 import pytest
 from starlette.testclient import TestClient
 
-from sft.server.api import MAX_BODY, PREFIX, Settings, create_app
+from sft.server.access import MAX_BODY, PREFIX, Settings
+from sft.server.api import create_app
 from tests.conftest import ROOT
 from tests.server import quick
 from tests.server.quick import wait_for
@@ -56,7 +57,7 @@ def test_a_job_is_listed_watched_paused_resumed_and_stopped(client: TestClient) 
         "running", "training", 60, "tiny",
     )  # fmt: skip
     assert [each["job_id"] for each in client.get(f"{PREFIX}/jobs").json()["jobs"]] == [job]
-    assert client.post(f"{PREFIX}/jobs/{job}/pause").json()["wanted"] == "paused"
+    assert client.post(f"{PREFIX}/jobs/{job}/pause").json()["requested"] == "paused"
     wait_for(lambda: client.get(f"{PREFIX}/jobs/{job}").json()["status"] == "paused")
     assert client.post(f"{PREFIX}/jobs/{job}/resume").json()["status"] in ("queued", "running")
     wait_for(lambda: client.get(f"{PREFIX}/jobs/{job}").json()["phase"] == "training")
@@ -147,7 +148,7 @@ def test_a_config_that_comes_by_http_stays_inside_the_project(client: TestClient
 
 def test_only_this_machine_calls_and_no_other_page(client: TestClient) -> None:
     url = f"{PREFIX}/jobs"
-    for headers in ({"Host": "evil.example"}, {"Origin": "http://evil.example"}, {"Origin": "null"}):
+    for headers in ({"Host": "token.example"}, {"Origin": "http://evil.example"}, {"Origin": "null"}):
         answer = client.get(url, headers=headers)
         assert answer.status_code == 403 and answer.json()["where"] in ("Host", "Origin")
     for host in ("127.0.0.1:8000", "[::1]:8000", "192.168.1.5", "localhost"):

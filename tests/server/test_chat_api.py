@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import pytest
 
 from tests.generation import tiny_runs
 from tests.generation.test_requests import QUESTIONS, one_by_one
+from tests.server.serving import serving
 
 pytest.importorskip("fastapi", reason="the server's packages are not installed")
 openai = pytest.importorskip("openai", reason="the openai client is not installed")
@@ -22,30 +21,19 @@ openai = pytest.importorskip("openai", reason="the openai client is not installe
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory, tiny_qwen2: Path) -> Path:
-    root = tiny_runs.project(tmp_path_factory.mktemp("chat"), tiny_qwen2)
-    for seed, name in enumerate(("first", "second")):
-        tiny_runs.finished_run(root, name=name, seed=seed)
-    return root
+    return tiny_runs.two_runs(tmp_path_factory.mktemp("chat"), tiny_qwen2)
 
 
 @pytest.fixture(scope="module")
 def address(root: Path) -> Iterator[str]:
-    import uvicorn
     from fastapi import FastAPI
 
     from sft.server.chat_api import create_router
 
     app = FastAPI()
     app.include_router(create_router(root))
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.05)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/v1"
-    server.should_exit = True
-    thread.join(30)
-    assert not thread.is_alive()
+    with serving(app) as server:
+        yield f"{server}/v1"
 
 
 @pytest.fixture(scope="module")

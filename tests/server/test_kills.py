@@ -15,7 +15,7 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
-from sft.server.api import PREFIX
+from sft.server.access import PREFIX
 from tests.conftest import ROOT
 from tests.training import project
 

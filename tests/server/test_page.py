@@ -8,8 +8,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,9 +18,11 @@ pytest.importorskip("fastapi", reason="the server's packages are not installed")
 
 from starlette.testclient import TestClient
 
-from sft.server.api import Settings, create_app
+from sft.server.access import Settings
+from sft.server.api import create_app
 from tests.generation import tiny_runs
 from tests.report.browser import chromium
+from tests.server.serving import serving
 
 AXE = os.environ.get("SFT_AXE")
 MINUTES = 60_000  # milliseconds
@@ -30,17 +30,9 @@ MINUTES = 60_000  # milliseconds
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory, tiny_qwen2: Path) -> Iterator[str]:
-    import uvicorn
-
     root = tiny_runs.project(tmp_path_factory.mktemp("page"), tiny_qwen2)
-    server = uvicorn.Server(uvicorn.Config(create_app(Settings(root)), port=0, log_level="warning"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.05)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
-    server.should_exit = True
-    thread.join(30)
+    with serving(create_app(Settings(root))) as server:
+        yield f"{server}/"
 
 
 @pytest.fixture

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
@@ -13,8 +11,10 @@ from typing import Any
 
 import pytest
 
-from sft.server.api import Settings, create_app
+from sft.server.access import Settings
+from sft.server.api import create_app
 from tests.server import quick
+from tests.server.serving import serving
 
 schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed")
 EXAMPLES = int(os.environ.get("SFT_FUZZ_EXAMPLES", "300"))  # of each route, valid ones and invalid ones
@@ -24,8 +24,6 @@ ANSWERS = {"plan": '{"fits": true}', "preview": '{"id": "a", "text": "b"}', "pro
 @pytest.fixture
 def address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A server whose commands answer at once, with a run that has finished and one that has not."""
-    import uvicorn
-
     quick.install(tmp_path, monkeypatch)
     for name, answer in ANSWERS.items():
         (tmp_path / "quick" / f"{name}.py").write_text(f"print({answer!r})")
@@ -38,14 +36,8 @@ def address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         folder.mkdir(parents=True)
         (folder / "config.resolved.yaml").write_text("model: {name: models/tiny}")
     (tmp_path / "outputs" / "done" / "finished.json").write_text("{}")
-    server = uvicorn.Server(uvicorn.Config(create_app(Settings(tmp_path)), port=0, log_level="critical"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.05)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    thread.join(60)
+    with serving(create_app(Settings(tmp_path))) as server:
+        yield server
 
 
 @pytest.mark.slow

@@ -1,94 +1,61 @@
-"""The server's routes under /api/v1/sft, each over what a command reads or writes, and who may call them.
+"""The server's routes under /api/v1/sft, each over what a command reads or writes.
 
-Nothing here can do what the commands cannot. What a client sends is checked before a command sees it: paths stay inside
-the project, bodies are bounded, and code that comes with a model runs only where the server was started with it.
+Nothing here can do what the commands cannot. What a client sends is checked first (`sft.server.access`).
 """
 
 from __future__ import annotations
 
 import asyncio
-import hmac
-import ipaddress
 import json
 import logging
-import os
 import re
-import tempfile
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import asynccontextmanager, suppress
 from datetime import datetime, timezone
 from html import escape
-from http.cookies import CookieError, SimpleCookie
 from itertools import islice
 from pathlib import Path as FilePath
 from typing import Annotated, Any, Literal
-from urllib.parse import parse_qs, urlsplit
 
-from fastapi import APIRouter, Depends, FastAPI, Header, Path, Query, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Header, Path, Query, Request
 from fastapi.concurrency import contextmanager_in_threadpool
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, RedirectResponse, StreamingResponse
+from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sft import files, runs
-from sft.config.load import Loaded, Node, Problems, display_path, dump_yaml, load, parse, plain, resolve_path
+from sft.config.load import Loaded, display_path, load, resolve_path
 from sft.config.reference import table
-from sft.errors import ConfigError, DataError, EnvironmentProblem, SftError, one_line, redact
+from sft.errors import ConfigError, DataError, SftError, one_line, redact
+from sft.server.access import (
+    PREFIX,
+    ConfigRequest,
+    Configs,
+    Guard,
+    Settings,
+    StrictModel,
+    error_json,
+    renamed,
+    snapshot,
+)  # fmt: skip
 from sft.server.chat_api import create_router
 from sft.server.jobs import ENDED, Conflict, NotFound, Queue, run_command
 
-PREFIX = "/api/v1/sft"
-MAX_BODY = 2**20  # bytes of a request that is no upload
-MAX_UPLOAD = 2 * 2**30
 MAX_PREVIEW = 50  # rows
 MAX_COMMANDS = (2, 10)  # commands whose answers clients wait for: running, and together with those that wait
 UPLOADS = "data/uploads"
-COOKIE = "sft_token"
 POLL_SECONDS = 1.0  # of a follower of a log
 DATA_NAME = re.compile(r"[\w][\w .-]{0,80}\.(jsonl?|csv|tsv|parquet|arrow|txt|xlsx)(\.(gz|zst|bz2|xz))?", re.IGNORECASE)
-FREE_TEXT = (  # keys whose values are never a path
-    "experiment.", "generation.", "logging.", "tuning.freeze", "tuning.lora.", "model.add_tokens", "data.system_prompt",
-    "data.template_options", "data.columns.", "data.weight_field", "data.split.", "eval.format",
-)  # fmt: skip
 FILE = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
 log = logging.getLogger("sft.server")
 Name = Annotated[str, Path(pattern=r"^\w[\w.+-]{0,100}$", description="a job's id, or the name of a run")]
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How the server was started.
-
-    token: what every request must carry; None on a loopback address. trust_remote_code, outside: what a config that
-    comes by HTTP may do besides. max_upload: bytes.
-    """
-
-    root: FilePath
-    token: str | None = None
-    trust_remote_code: bool = False
-    outside: bool = False
-    max_upload: int = MAX_UPLOAD
-
-
 # -- what clients send and get
-
-
-class StrictModel(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class ConfigRequest(StrictModel):
-    """A config: a file of the project, or its YAML text, and keys to set over it."""
-
-    config_path: Annotated[str, Field(max_length=300, examples=["configs/run_bnb.yaml"])] | None = None
-    config: Annotated[str, Field(max_length=200_000, description="YAML, instead of config_path")] | None = None
-    overrides: Annotated[dict[str, Any], Field(examples=[{"train.epochs": 2}])] = {}
 
 
 class TrainRequest(ConfigRequest):
@@ -148,7 +115,7 @@ class JobStatus(BaseModel):
     model: str | None
     status: Literal["queued", "running", "paused", "completed", "failed", "stopped"]
     phase: str | None
-    wanted: str | None
+    requested: str | None
     progress: float
     current_step: int
     total_steps: int
@@ -164,204 +131,7 @@ class JobList(BaseModel):
     jobs: list[JobStatus]
 
 
-# -- configs that come by HTTP
-
-
-class Configs:
-    """Reads the config of a request, under the rules for those that come by HTTP."""
-
-    def __init__(self, settings: Settings) -> None:
-        self.settings, self.root = settings, settings.root
-
-    def load(self, request: ConfigRequest, default: FilePath | None = None) -> Loaded:
-        """The config of a request, or of the file `default`. Raises ConfigError with every mistake."""
-        if request.config_path and request.config is not None:
-            raise ConfigError("config_path and config are both set", where="config", fix="send one of them")
-        sets = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in request.overrides.items()]
-        if request.config is not None:
-            self._check_includes(request.config)
-            with self.text_file(request.config, ".yaml") as path, renamed(path, self.root, "config"):
-                loaded = load(path, sets, root=self.root)
-            return self._check(loaded, by_http=True)
-        if request.config_path:
-            default = self.inside(request.config_path, "config_path")
-        if default is None or default.suffix not in (".yaml", ".yml"):
-            fix = "GET /api/v1/sft/configs lists them"
-            raise ConfigError("no config is named, or it is no YAML file", where="config_path", fix=fix)
-        return self._check(load(default, sets, root=self.root), by_http=False)
-
-    def inside(self, text: str, key: str) -> FilePath:
-        """The path in the project that `text` means. Raises ConfigError for any other."""
-        if self.settings.outside:
-            return resolve_path(self.root, text, inside=False)
-        if leaves(text, self.root):
-            fix = "name a path inside the project, or start the server with --allow-outside"
-            raise ConfigError(f"{text!r} leads out of the project", where=key, fix=fix)
-        return resolve_path(self.root, text)
-
-    @contextmanager
-    def text_file(self, text: str, ending: str) -> Iterator[FilePath]:
-        """A file that holds `text` during the block."""
-        folder = self.root / "outputs" / ".server"
-        with tempfile.NamedTemporaryFile("w", suffix=ending, dir=folder, encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            yield FilePath(file.name)
-
-    def _check_includes(self, text: str) -> None:
-        """Raises ConfigError for an include of anything but the project's configs/: an error would quote the file."""
-        node = parse(text, "config", Problems())
-        include = node.value.get("include") if node and isinstance(node.value, dict) else None
-        values = include.value if include and isinstance(include.value, list) else [include] if include else []
-        for each in values:
-            path = FilePath(os.path.normpath(self.root / str(each.value)))
-            if not self.settings.outside and each.value is not None and not path.is_relative_to(self.root / "configs"):
-                fix = "include files of configs/, such as configs/config_base.yaml"
-                raise ConfigError(f"a config that comes by HTTP cannot include {each.value}", where=each.where, fix=fix)
-
-    def _check(self, loaded: Loaded, *, by_http: bool) -> Loaded:
-        problems = Problems()
-        for key, value in leaf_values(loaded.config.model_dump()):
-            origin = str(loaded.origin(re.sub(r"\[\d+\].*", "", key)))
-            if not by_http and not origin.startswith("--set"):
-                continue  # the user's own file
-            if key == "model.trust_remote_code" and value and not self.settings.trust_remote_code:
-                what = "a config that comes by HTTP cannot set model.trust_remote_code"
-                problems.add(what, origin, "start the server with --allow-remote-code")
-            is_path = isinstance(value, str) and not key.startswith(FREE_TEXT) and not self.settings.outside
-            if is_path and leaves(value, self.root):
-                what, fix = f"`{key}`: {value!r} leads out of the project", "start the server with --allow-outside"
-                problems.add(what, origin, fix)
-        problems.raise_all(FilePath("the request"))
-        return loaded
-
-
-def leaf_values(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of everything in nested mappings and lists."""
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            yield from leaf_values(inner, f"{key}.{name}".lstrip("."))
-    elif isinstance(value, list):
-        for index, inner in enumerate(value):
-            yield from leaf_values(inner, f"{key}[{index}]")
-    else:
-        yield key, value
-
-
-def leaves(text: str, root: FilePath) -> bool:
-    """Whether a text, read as a path, lies outside `root` (a URL or the id of a model does not)."""
-    if "\0" in text or text.startswith("~") or text.lower().startswith("file:"):
-        return True
-    return not FilePath(os.path.normpath(root / text)).is_relative_to(root)
-
-
-@contextmanager
-def renamed(path: FilePath, root: FilePath, name: str) -> Iterator[None]:
-    """Has an error name the request's `name` where it names the temporary file."""
-    try:
-        yield
-    except SftError as error:
-        for each in (error, *error.problems):
-            for shown in (display_path(path, root), str(path)):
-                each.what = each.what.replace(shown, name)
-                each.where = each.where.replace(shown, name) if each.where else None
-        raise
-
-
-def snapshot(loaded: Loaded) -> str:
-    """YAML of the keys that a config sets, includes and overrides merged."""
-    return dump_yaml(plain(Node(loaded.tree, "")))
-
-
-# -- who may call
-
-
-class Guard:
-    """Lets in who may call: Host, Origin and token checked, bodies bounded, pages without foreign scripts."""
-
-    def __init__(self, app: ASGIApp, settings: Settings, hosts: tuple[str, ...]) -> None:
-        self.app, self.token, self.hosts = app, settings.token, hosts
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        is_upload = scope["method"] == "POST" and scope["path"] == f"{PREFIX}/data"
-        refusal = self._refusal(scope, headers, is_upload)
-        if isinstance(refusal, SftError):
-            status = 401 if "token" in refusal.what else 413 if "bytes" in refusal.what else 403
-            refusal = JSONResponse(error_json(refusal), status)
-        if refusal is not None:
-            await refusal(scope, receive, send)
-            return
-        size = 0
-
-        async def bounded() -> Message:
-            nonlocal size
-            message = await receive()
-            size += len(message.get("body", b""))
-            if size > MAX_BODY and not is_upload:
-                raise HTTPException(413, f"a request may have {MAX_BODY} bytes")
-            return message
-
-        async def with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                inline = " 'unsafe-inline'; sandbox allow-scripts" if "/report" in scope["path"] else ""
-                policy = f"default-src 'self' data:{inline}; frame-ancestors 'self'"
-                message["headers"] += [
-                    (b"content-security-policy", policy.encode()),
-                    (b"x-content-type-options", b"nosniff"),
-                    (b"referrer-policy", b"no-referrer"),
-                ]
-            await send(message)
-
-        await self.app(scope, bounded, with_headers)
-
-    def _refusal(self, scope: Scope, headers: dict[str, str], is_upload: bool) -> SftError | Response | None:
-        host = headers.get("host", "")
-        if not self._is_our_host(host):
-            what = f"the host {host[:100]!r} is not this server's"  # DNS rebinding: a foreign name that leads here
-            return EnvironmentProblem(what, where="Host", fix="use its IP address, or start it with --allow-host NAME")
-        if headers.get("origin", f"http://{host}") not in (f"http://{host}", f"https://{host}"):
-            return EnvironmentProblem("the request comes from another page", where="Origin")
-        length = headers.get("content-length", "0")
-        if not is_upload and (not length.isdigit() or int(length) > MAX_BODY):
-            return EnvironmentProblem(f"a request may have {MAX_BODY} bytes", where="Content-Length")
-        if self.token is None:
-            return None
-        query = parse_qs(scope["query_string"].decode("latin-1")).get("token", [])
-        if scope["method"] == "GET" and scope["path"] == "/" and query and self._is_token(query[0]):
-            answer = RedirectResponse("/", 303)
-            answer.set_cookie(COOKIE, self.token, httponly=True, samesite="strict", max_age=30 * 86400)
-            return answer
-        cookies: SimpleCookie = SimpleCookie()
-        with suppress(CookieError):
-            cookies.load(headers.get("cookie", ""))
-        bearer = headers.get("authorization", "").removeprefix("Bearer ").strip()
-        if not self._is_token(bearer) and not (COOKIE in cookies and self._is_token(cookies[COOKIE].value)):
-            fix = "send `Authorization: Bearer TOKEN`, or open /?token=TOKEN"
-            return EnvironmentProblem("a token is needed", where="Authorization", fix=fix)
-        return None
-
-    def _is_our_host(self, host: str) -> bool:
-        """An IP address, localhost or a name that the server was started with, whatever the port."""
-        with suppress(ValueError):
-            name = urlsplit(f"//{host}").hostname or ""
-            return name == "localhost" or name in self.hosts or bool(ipaddress.ip_address(name))
-        return False
-
-    def _is_token(self, text: str) -> bool:
-        return hmac.compare_digest(text.encode("utf-8", "replace"), (self.token or "").encode())
-
-
 # -- the application
-
-
-def error_json(error: SftError) -> dict[str, Any]:
-    problems = [each.entry() for each in error.problems]
-    text = json.dumps({**error.entry(), **error.details, "problems": problems}, default=str)
-    return dict(json.loads(redact(text)))
 
 
 def create_app(settings: Settings, hosts: tuple[str, ...] = ()) -> FastAPI:
@@ -424,7 +194,11 @@ def create_app(settings: Settings, hosts: tuple[str, ...] = ()) -> FastAPI:
     def docs() -> str:
         return docs_page(app.openapi())
 
-    app.include_router(make_router(settings))
+    configs = Configs(settings)
+    commands = Commands(root, configs)
+    app.include_router(job_routes(settings, configs, commands))
+    app.include_router(config_and_data_routes(settings, configs, commands))
+    app.include_router(model_routes(settings))
     app.include_router(chat)
     sft = FilePath(__file__).parents[1]
 
@@ -456,26 +230,40 @@ def queue_of(request: Request) -> Queue:
 Jobs = Annotated[Queue, Depends(queue_of)]
 
 
-def make_router(settings: Settings) -> APIRouter:  # noqa: PLR0915  # one route after the other
-    """The routes of the jobs, configs, templates, data and models."""
-    root, configs = settings.root, Configs(settings)
-    commands, waiting = (threading.BoundedSemaphore(count) for count in MAX_COMMANDS)
-    router = APIRouter(prefix=PREFIX, responses={"4XX": {"model": ErrorAnswer, "description": "what is wrong"}})
+def new_router() -> APIRouter:
+    return APIRouter(prefix=PREFIX, responses={"4XX": {"model": ErrorAnswer, "description": "what is wrong"}})
 
-    def run(name: str, *args: str, lines: bool = False) -> Any:
-        if not waiting.acquire(blocking=False):
+
+def status_of(queue: Queue, name: str) -> JobStatus:
+    return JobStatus(**queue.view(name))
+
+
+class Commands:
+    """The commands whose answers clients wait for, a few at a time."""
+
+    def __init__(self, root: FilePath, configs: Configs) -> None:
+        self.root, self.configs = root, configs
+        self.running, self.waiting = (threading.BoundedSemaphore(count) for count in MAX_COMMANDS)
+
+    def run(self, name: str, *args: str, lines: bool = False) -> Any:
+        """A command's JSON. Raises Conflict if too many others wait for theirs."""
+        if not self.waiting.acquire(blocking=False):
             raise Conflict("too many plans and previews are being computed", where=name, fix="wait a few seconds")
         try:
-            with commands:
-                return run_command(root, name, *args, lines=lines)
+            with self.running:
+                return run_command(self.root, name, *args, lines=lines)
         finally:
-            waiting.release()
+            self.waiting.release()
 
-    def plan_of(loaded: Loaded, gpu: str | None = None) -> dict[str, Any]:
-        with configs.text_file(snapshot(loaded), ".yaml") as path, renamed(path, root, "config"):
-            return dict(run("plan", "--config", str(path), *(["--gpu", gpu] if gpu else [])))
+    def plan(self, loaded: Loaded, gpu: str | None = None) -> dict[str, Any]:
+        """The memory plan of a config, for this machine or another GPU."""
+        with self.configs.text_file(snapshot(loaded), ".yaml") as path, renamed(path, self.root, "config"):
+            return dict(self.run("plan", "--config", str(path), *(["--gpu", gpu] if gpu else [])))
 
-    # -- jobs
+
+def job_routes(settings: Settings, configs: Configs, commands: Commands) -> APIRouter:
+    """Queue a training; watch, stop, pause and resume jobs."""
+    root, router = settings.root, new_router()
 
     @router.post("/train", status_code=201)
     def train(request: TrainRequest, queue: Jobs) -> JobStatus:
@@ -494,7 +282,7 @@ def make_router(settings: Settings) -> APIRouter:  # noqa: PLR0915  # one route 
             raise ConfigError(what, where="train.output_dir", fix="train.output_dir: outputs/NAME")
         runs.check_place(loaded.config.train.output_dir, root)
         if not request.force:
-            plan = plan_of(loaded)
+            plan = commands.plan(loaded)
             if not plan["fits"]:
                 what = f"it does not fit: {plan['peak_gib']} GiB are needed, {plan['device']['name']}"
                 what += f" has {plan['device']['gib']}"
@@ -510,9 +298,6 @@ def make_router(settings: Settings) -> APIRouter:  # noqa: PLR0915  # one route 
     def list_jobs(queue: Jobs, limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> JobList:
         """The newest jobs, and the runs that commands started; the last changed first."""
         return JobList(jobs=[JobStatus(**view) for view in queue.views(limit)])
-
-    def status_of(queue: Queue, name: str) -> JobStatus:
-        return JobStatus(**queue.view(name))
 
     @router.get("/jobs/{job_id}")
     def get_job(job_id: Name, queue: Jobs) -> JobStatus:
@@ -541,7 +326,7 @@ def make_router(settings: Settings) -> APIRouter:  # noqa: PLR0915  # one route 
         """The history: what was logged after the step `after`, one entry each."""
         name = queue.view(job_id)["run"]
         path = root / "outputs" / name / "log.jsonl" if name else None
-        return {"run": name, "history": [each for each in read_lines(path) if each.get("step", 0) > after]}
+        return {"run": name, "history": [each for each in runs.read_log(path) if each["step"] > after] if path else []}
 
     @router.get("/jobs/{job_id}/logs", response_class=StreamingResponse)
     async def logs(
@@ -552,7 +337,12 @@ def make_router(settings: Settings) -> APIRouter:  # noqa: PLR0915  # one route 
         stream = follow(path, int(last_event_id or 0), lambda: str(queue.view(job_id)["status"]))
         return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
-    # -- configs and plans
+    return router
+
+
+def config_and_data_routes(settings: Settings, configs: Configs, commands: Commands) -> APIRouter:
+    """Configs, their plans, templates, and files of rows."""
+    root, router = settings.root, new_router()
 
     @router.get("/configs")
     def list_configs() -> dict[str, Any]:
@@ -580,9 +370,7 @@ def make_router(settings: Settings) -> APIRouter:  # noqa: PLR0915  # one route 
     @router.post("/plan")
     def plan(request: PlanRequest) -> dict[str, Any]:
         """Whether it fits: the memory of every phase, and what would help."""
-        return plan_of(configs.load(request), request.gpu)
-
-    # -- templates and data
+        return commands.plan(configs.load(request), request.gpu)
 
     @router.get("/templates")
     def templates() -> dict[str, Any]:
@@ -603,7 +391,7 @@ def make_router(settings: Settings) -> APIRouter:  # noqa: PLR0915  # one route 
             renamed(rows, root, "rows"),
         ):
             args += ["--in", str(rows)] if request.rows is not None else []
-            return {"rows": run("preview", "--config", str(config), *args, lines=True)}
+            return {"rows": commands.run("preview", "--config", str(config), *args, lines=True)}
 
     @router.post("/data", status_code=201, openapi_extra={"requestBody": {"required": True, "content": FILE}})
     async def upload(
@@ -634,11 +422,16 @@ def make_router(settings: Settings) -> APIRouter:  # noqa: PLR0915  # one route 
         args = ["--raw_path", str(path), "--set", f"data.processed_dir={processed}"]
         args += [f"--user_col={user_col}"] if user_col else []
         args += [f"--answer_col={answer_col}"] if answer_col else []
-        ledger = await run_in_threadpool(run, "process_data", *args)
+        ledger = await run_in_threadpool(commands.run, "process_data", *args)
         overrides = {"data.processed_dir": processed, "data.stage": "processed"}
         return {"path": display_path(path, root), "bytes": size, "ledger": ledger, "overrides": overrides}
 
-    # -- models
+    return router
+
+
+def model_routes(settings: Settings) -> APIRouter:
+    """The finished runs, and what can be made of them."""
+    root, router = settings.root, new_router()
 
     def finished(model_id: str) -> runs.Run:
         run = runs.at(root / "outputs" / model_id, root)
@@ -758,9 +551,9 @@ def append(path: FilePath, chunk: bytes) -> None:
         file.write(chunk)
 
 
-def read_lines(path: FilePath | None) -> Iterator[dict[str, Any]]:
+def read_lines(path: FilePath) -> Iterator[dict[str, Any]]:
     """The JSON objects of a file, without a line that is still being written."""
-    if path is None or not path.is_file():
+    if not path.is_file():
         return
     with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:

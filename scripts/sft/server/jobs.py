@@ -42,7 +42,7 @@ COMMAND_SECONDS = 600.0  # for a command whose answer a client waits for
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (
   number INTEGER PRIMARY KEY, id TEXT UNIQUE NOT NULL, kind TEXT NOT NULL, args TEXT NOT NULL, name TEXT, run TEXT,
-  state TEXT NOT NULL, wanted TEXT, attempts INTEGER NOT NULL DEFAULT 0, pid INTEGER, process_created REAL, gpu TEXT,
+  state TEXT NOT NULL, requested TEXT, attempts INTEGER NOT NULL DEFAULT 0, pid INTEGER, process_created REAL, gpu TEXT,
   error TEXT, created REAL NOT NULL, updated REAL NOT NULL);
 CREATE INDEX IF NOT EXISTS by_state ON jobs (state);
 CREATE INDEX IF NOT EXISTS by_run ON jobs (run);
@@ -63,7 +63,7 @@ class Job:
     """A row of the queue.
 
     args: of its command. name: of a training that starts a new run, which is then `run`, with a number where the name
-    is in use. wanted: `paused` or `stopped` once requested. error: its three parts.
+    is in use. requested: `paused` or `stopped` once requested. error: its three parts.
     """
 
     number: int
@@ -73,7 +73,7 @@ class Job:
     name: str | None
     run: str | None
     state: str
-    wanted: str | None
+    requested: str | None
     attempts: int
     pid: int | None
     process_created: float | None
@@ -115,6 +115,8 @@ class Queue:
         self.reader.row_factory = sqlite3.Row
         self.database.execute("PRAGMA journal_mode=WAL")
         self.database.execute("PRAGMA synchronous=FULL")  # a job that was accepted survives a power cut
+        with suppress(sqlite3.OperationalError):  # no table, or one that has the new name already
+            self.database.execute("ALTER TABLE jobs RENAME COLUMN wanted TO requested")
         self.database.executescript(_SCHEMA)
 
     def close(self) -> None:
@@ -188,18 +190,18 @@ class Queue:
         self.wake.set()
         return job_id
 
-    def stop(self, name: str, wanted: str, *, at_once: bool = False) -> None:
+    def stop(self, name: str, requested: str, *, at_once: bool = False) -> None:
         """Has a job end with a checkpoint, as `paused` or as `stopped`. at_once: kill it. Raises NotFound, Conflict."""
         with self.mutex:
             job = self.find(name)
             if job is None or (job.state in ENDED and self._continued(job)):
                 self._stop_run(self.outside_run(job.run if job and job.run else name), at_once)
-            elif job.state == "queued" or (job.state == "paused" and wanted == "stopped"):
-                self._set(job, state=wanted, wanted=wanted)
+            elif job.state == "queued" or (job.state == "paused" and requested == "stopped"):
+                self._set(job, state=requested, requested=requested)
             elif job.state != "running":
                 raise Conflict(f"{name} is {job.state}", where=name, fix="GET /api/v1/sft/jobs lists what is running")
             else:
-                self._set(job, wanted=wanted)
+                self._set(job, requested=requested)
                 _signal(job.pid or _find_process(job.token), job.process_created, at_once)
         self.wake.set()
 
@@ -227,7 +229,7 @@ class Queue:
                     raise Conflict(what, where=name, fix="resume works for a run that was stopped or has failed")
                 if job is None:
                     return self.add("train", ["--config", str(run.settings), "--resume", str(run.folder)], run=run.name)
-            self._set(job, state="queued", wanted=None, error=None)
+            self._set(job, state="queued", requested=None, error=None)
         self.wake.set()
         return job.id
 
@@ -326,8 +328,8 @@ class Queue:
         result = files.read_json(self.folder(job.id) / "result.json")
         if (result and "error" not in result) or (started and (run / runs.FINISHED).is_file()):
             return self._set(job, state="completed")
-        if job.wanted or (started and status.get("phase") == "stopped"):
-            return self._set(job, state=job.wanted or "paused")
+        if job.requested or (started and status.get("phase") == "stopped"):
+            return self._set(job, state=job.requested or "paused")
         if "error" in result:
             return self._set(job, state="failed", error={key: result.get(key) for key in ("error", "where", "fix")})
         if job.pid is None and not started:  # the server was killed before it could start it
@@ -382,7 +384,7 @@ class Queue:
         own = status if status.get("job") == job.token or job.state != "running" else {}
         return {
             **_figures(own, job.state), "job_id": job.id, "kind": job.kind, "run": job.run, "status": job.state,
-            "wanted": job.wanted, "error": job.error, "created_at": job.created,
+            "requested": job.requested, "error": job.error, "created_at": job.created,
             "updated_at": max(job.updated, own.get("updated") or 0),
         }  # fmt: skip
 
@@ -403,7 +405,7 @@ class Queue:
         stat = run.folder.stat()
         return {
             **_figures(status, state), "job_id": run.name, "kind": "train", "run": run.name, "status": state,
-            "wanted": None, "error": error, "created_at": stat.st_ctime,
+            "requested": None, "error": error, "created_at": stat.st_ctime,
             "updated_at": status.get("updated") or stat.st_mtime,
         }  # fmt: skip
 

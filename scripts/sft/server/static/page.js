@@ -107,7 +107,7 @@ function table(columns, rows, caption) {
 
 const WORDS = {queued: "waiting", running: "running", paused: "paused", completed: "done", failed: "failed", stopped: "stopped"};
 const KINDS = {train: "training", merge: "merge", export: "export", evaluate: "evaluation", report: "comparison"};
-const state = job => h("span", {class: `state ${job.status}`}, job.wanted && job.status === "running" ? "stopping" : WORDS[job.status] ?? job.status);
+const state = job => h("span", {class: `state ${job.status}`}, job.requested && job.status === "running" ? "stopping" : WORDS[job.status] ?? job.status);
 const href = (...parts) => `#/${parts.map(encodeURIComponent).join("/")}`;
 
 function howFar(job) {
