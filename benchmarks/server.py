@@ -18,7 +18,8 @@ import sys
 import tempfile
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -46,6 +47,19 @@ def make_project(root: Path, runs: int) -> None:
         (root / name).mkdir()
     (root / "models" / "demo").symlink_to(ROOT / "models" / "demo")
     (root / "data" / "samples").symlink_to(ROOT / "data" / "samples")
+
+
+@contextmanager
+def server(root: Path) -> Iterator[tuple[int, str]]:
+    """(pid, address) of a server of the project, during the block."""
+    command = [sys.executable, str(ROOT / "scripts" / "serve.py"), "--port", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "SFT_ROOT": str(root)})
+    try:
+        assert process.stdout
+        yield process.pid, process.stdout.readline().split()[0].rstrip("/")
+    finally:
+        process.terminate()
+        process.wait()
 
 
 def percentile(values: list[float], share: float) -> float:
@@ -94,16 +108,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         make_project(root, args.runs)
-        environment = {**os.environ, "SFT_ROOT": str(root)}
-        server = subprocess.Popen(
-            [sys.executable, str(ROOT / "scripts" / "serve.py"), "--port", "0"],
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        assert server.stdout
-        address = server.stdout.readline().split()[0].rstrip("/")
-        with httpx.Client(base_url=address, timeout=120) as client:
+        with server(root) as (pid, address), httpx.Client(base_url=address, timeout=120) as client:
             rows = (ROOT / "data" / "samples" / "support_desk.jsonl").read_bytes()
             data = client.post(f"{PREFIX}/data", params={"name": "rows.jsonl"}, content=rows).raise_for_status().json()
             overrides = {
@@ -131,9 +136,9 @@ def main() -> None:
                             target=follow, args=(address, f"{PREFIX}/jobs/{job}/logs", ended), daemon=True
                         ).start()
                     time.sleep(2)
-                before = cpu_seconds(server.pid)
+                before = cpu_seconds(pid)
                 speeds[side].append(steps_per_second(client, job, args.seconds))
-                spent[side].append((cpu_seconds(server.pid) - before) / args.seconds)
+                spent[side].append((cpu_seconds(pid) - before) / args.seconds)
                 ended.set()
                 if side == "with":
                     time.sleep(20)  # until each has seen the next comment, and left
@@ -143,8 +148,6 @@ def main() -> None:
             change = statistics.median(speeds["with"]) / statistics.median(speeds["without"]) - 1
             result["change of the training's speed"] = change
             client.delete(f"{PREFIX}/jobs/{job}", params={"at_once": True})
-        server.terminate()
-        server.wait()
     print(json.dumps(result, indent=2))
 
 

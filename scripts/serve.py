@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 from typing import Any
 
 from sft import console
@@ -32,11 +33,10 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     """Binds the address, so that a port in use is an error at once, and serves until Ctrl-C."""
     import ipaddress
     import secrets
-    import socket
 
     import uvicorn
 
-    from sft.errors import EnvironmentProblem, register_secret
+    from sft.errors import register_secret
     from sft.server.access import Settings
     from sft.server.api import create_app
 
@@ -50,12 +50,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         max_upload=int(args.max_upload * 2**30),
     )  # fmt: skip
     app = create_app(settings, tuple(args.allow_host))
-    family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
-    try:
-        listener = socket.create_server((args.host, args.port), family=family)
-    except OSError as error:
-        what = f"{args.host}:{args.port} cannot be listened on: {str(error.strerror).partition(' (')[0]}"
-        raise EnvironmentProblem(what, where="--host, --port", fix=f"another port: --port {args.port + 1}") from None
+    listener = listen(args.host, args.port)
     shown = own_address() if args.host in ("0.0.0.0", "::") else args.host
     url = f"http://{f'[{shown}]' if ':' in shown else shown}:{listener.getsockname()[1]}/"
     console.say(f"{url}{f'?token={token}' if token else ''}   routes: {url}docs   stop: Ctrl-C (jobs go on)")
@@ -69,10 +64,21 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     return {"stopped": True}
 
 
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket. asyncio does not set TCP_NODELAY for it, and without that each answer takes 40 ms more."""
+    from sft.errors import EnvironmentProblem
+
+    try:
+        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        what = f"{host}:{port} cannot be listened on: {str(error.strerror).partition(' (')[0]}"
+        raise EnvironmentProblem(what, where="--host, --port", fix=f"another port: --port {port + 1}") from None
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # its connections inherit it
+    return listener
+
+
 def own_address() -> str:
     """The address with which this machine reaches others; a UDP socket that connects sends nothing."""
-    import socket
-
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(("192.0.2.1", 9))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import httpx
 import pytest
 from starlette.testclient import TestClient
 
+import serve
 from sft.server.access import MAX_BODY, PREFIX, Settings
 from sft.server.api import create_app
 from tests.conftest import ROOT
@@ -159,6 +161,13 @@ def test_only_this_machine_calls_and_no_other_page(client: TestClient) -> None:
     in_chunks = client.post(f"{PREFIX}/configs/validate", content=(b"x" * 65536 for _ in range(20)))
     assert in_chunks.status_code == 413
     assert "default-src 'self'" in client.get("/docs").headers["content-security-policy"]
+
+
+def test_answers_do_not_wait_for_the_other_side_s_acknowledgement() -> None:
+    with serve.listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()[:2]):
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_a_token_is_needed_where_the_server_has_one(tmp_path: Path) -> None:
