@@ -17,6 +17,7 @@ import pytest
 from starlette.testclient import TestClient
 
 import serve
+from sft.server import api
 from sft.server.access import MAX_BODY, PREFIX, Settings
 from sft.server.api import create_app
 from tests.conftest import ROOT
@@ -110,6 +111,11 @@ def test_every_mistake_of_a_config_is_named_with_its_line(client: TestClient) ->
         ("config:3", "did you mean `train`?"),
         ("config:4", "did you mean `data.max_dropped`?"),
     ]
+    as_yaml = client.post(f"{PREFIX}/configs/validate", content=YAML + "tarin: 1\n")  # curl --data-binary @FILE
+    assert as_yaml.json()["errors"] == answer["errors"][:1]
+    no_text = client.post(f"{PREFIX}/configs/validate", content=b"\xff", headers={"Content-Type": "application/yaml"})
+    wrong = client.post(f"{PREFIX}/configs/validate", json={"configs": YAML})
+    assert (no_text.status_code, wrong.status_code) == (422, 422) and wrong.json()["problems"][0]["where"] == "configs"
     good = client.post(
         f"{PREFIX}/configs/validate", json={"config_path": "configs/mine.yaml", "overrides": {"train.epochs": 2}}
     )
@@ -190,6 +196,19 @@ def test_uploads_are_processed_bounded_and_have_the_name_of_a_data_file(client: 
         answer = small.post(f"{PREFIX}/data", params={"name": "rows.jsonl"}, content=b"x" * 11)
         assert answer.status_code == 422 and "--max-upload" in answer.json()["fix"]
         assert not list((tmp_path / "small" / "data").rglob("*.jsonl"))
+
+
+def test_an_upload_replaces_no_rows_that_a_job_may_use(tmp_path: Path) -> None:
+    def upload(name: str, rows: str) -> str:
+        (tmp_path / ".incoming").write_text(rows)
+        path = api.place(tmp_path / ".incoming", name)
+        assert path.name == name and path.read_text() == rows and not (tmp_path / ".incoming").exists()
+        return path.parent.name
+
+    assert upload("my rows.jsonl", "broken") == upload("my rows.jsonl", "a") == "my-rows"
+    (tmp_path / "my-rows" / "processed").mkdir()
+    assert upload("my rows.jsonl", "a") == "my-rows"
+    assert upload("my rows.jsonl", "b") == upload("my rows.csv", "b") == "my-rows-2"
 
 
 @pytest.fixture(scope="module")

@@ -6,15 +6,17 @@ Nothing here can do what the commands cannot. What a client sends is checked fir
 from __future__ import annotations
 
 import asyncio
+import filecmp
 import json
 import logging
 import re
+import secrets
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from datetime import datetime, timezone
 from html import escape
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path as FilePath
 from typing import Annotated, Any, Literal
 
@@ -23,7 +25,7 @@ from fastapi.concurrency import contextmanager_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, StreamingResponse
 from fastapi.staticfiles import StaticFiles
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
@@ -48,9 +50,14 @@ from sft.server.jobs import ENDED, Conflict, NotFound, Queue, run_command
 MAX_PREVIEW = 50  # rows
 MAX_COMMANDS = (2, 10)  # commands whose answers clients wait for: running, and together with those that wait
 UPLOADS = "data/uploads"
+PLACING = threading.Lock()  # of uploads
 POLL_SECONDS = 1.0  # of a follower of a log
 DATA_NAME = re.compile(r"[\w][\w .-]{0,80}\.(jsonl?|csv|tsv|parquet|arrow|txt|xlsx)(\.(gz|zst|bz2|xz))?", re.IGNORECASE)
 FILE = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+CONFIG = {
+    "application/json": {"schema": ConfigRequest.model_json_schema()},
+    "application/yaml": {"schema": {"type": "string"}},
+}
 log = logging.getLogger("sft.server")
 Name = Annotated[str, Path(pattern=r"^\w[\w.+-]{0,100}$", description="a job's id, or the name of a run")]
 
@@ -238,6 +245,15 @@ def status_of(queue: Queue, name: str) -> JobStatus:
     return JobStatus(**queue.view(name))
 
 
+async def json_or_yaml(request: Request) -> ConfigRequest:
+    """A request's body: JSON where its Content-Type says so, else the YAML of a config."""
+    body, is_json = await request.body(), "json" in request.headers.get("content-type", "")
+    try:
+        return ConfigRequest.model_validate_json(body) if is_json else ConfigRequest(config=body.decode())
+    except ValidationError as error:
+        raise RequestValidationError(error.errors()) from None
+
+
 class Commands:
     """The commands whose answers clients wait for, a few at a time."""
 
@@ -358,9 +374,12 @@ def config_and_data_routes(settings: Settings, configs: Configs, commands: Comma
         """Every key of a config: what it takes, its default, its meaning."""
         return {"keys": [{**vars(field), "default": field.default} for field in table().values()]}
 
-    @router.post("/configs/validate")
-    def validate(request: ConfigRequest) -> dict[str, Any]:
-        """Every mistake of a config, each with its place and the nearest name; without one, the whole config."""
+    @router.post("/configs/validate", openapi_extra={"requestBody": {"required": True, "content": CONFIG}})
+    def validate(request: Annotated[ConfigRequest, Depends(json_or_yaml)]) -> dict[str, Any]:
+        """Every mistake of a config, each with its place and the nearest name; without one, the whole config.
+
+        The body is JSON as for /plan, or the YAML itself.
+        """
         try:
             loaded = configs.load(request)
         except ConfigError as error:
@@ -408,17 +427,17 @@ def config_and_data_routes(settings: Settings, configs: Configs, commands: Comma
             raise DataError(
                 f"{name!r} is no name of a file of rows", where="name", fix="such as rows.jsonl or rows.csv"
             )
-        folder = root / UPLOADS / re.sub(r"[^\w-]+", "-", name.partition(".")[0])
-        path, size = folder / name, 0
-        await run_in_threadpool(files.make_folder, folder)
-        async with contextmanager_in_threadpool(files.atomic_file(path)) as staged:
+        incoming, size = root / UPLOADS / f".{secrets.token_hex(8)}", 0
+        await run_in_threadpool(files.make_folder, incoming.parent)
+        async with contextmanager_in_threadpool(files.atomic_file(incoming)) as staged:
             async for chunk in request.stream():
                 size += len(chunk)
                 if size > settings.max_upload:
                     what = f"the file has more than {files.format_bytes(settings.max_upload)}"
                     raise DataError(what, where=name, fix="start the server with a larger --max-upload")
                 await run_in_threadpool(append, staged, chunk)
-        processed = display_path(folder / "processed", root)
+        path = await run_in_threadpool(place, incoming, name)
+        processed = display_path(path.parent / "processed", root)
         args = ["--raw_path", str(path), "--set", f"data.processed_dir={processed}"]
         args += [f"--user_col={user_col}"] if user_col else []
         args += [f"--answer_col={answer_col}"] if answer_col else []
@@ -544,6 +563,21 @@ def read_from(path: FilePath, offset: int, whole: bool) -> bytes:
         chunk = file.read(2**16)
         return chunk if whole or len(chunk) == 2**16 else chunk[: chunk.rfind(b"\n") + 1]
     return b""
+
+
+def place(incoming: FilePath, name: str) -> FilePath:
+    """Moves an upload into a folder of its name, with a number where that has other rows, which a job may use."""
+    folder = incoming.with_name(re.sub(r"[^\w-]+", "-", name.partition(".")[0]))
+    with PLACING:
+        places = (folder if number == 1 else folder.with_name(f"{folder.name}-{number}") for number in count(1))
+        path = next(each / name for each in places if not has_other_rows(each, name, incoming))
+        files.make_folder(path.parent)
+        return incoming.replace(path)
+
+
+def has_other_rows(folder: FilePath, name: str, incoming: FilePath) -> bool:
+    same = (folder / name).is_file() and filecmp.cmp(folder / name, incoming, shallow=False)
+    return (folder / "processed").exists() and not same
 
 
 def append(path: FilePath, chunk: bytes) -> None:
