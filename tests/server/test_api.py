@@ -133,6 +133,8 @@ def test_every_mistake_of_a_config_is_named_with_its_line(client: TestClient) ->
         ({"config": "model: {name: ~/secret}"}, "leads out of the project"),
         ({"config": "data: {raw_path: ../../etc/passwd}"}, "leads out of the project"),
         ({"config": "data: {sources: [{path: 'file:///etc/passwd'}]}"}, "leads out of the project"),
+        ({"config": "data: {raw_path: 'http://192.168.1.1/rows.jsonl'}"}, "leads out of the project"),
+        ({"config": "data: {raw_path: 'hf://a::http://192.168.1.1/rows.jsonl'}"}, "leads out of the project"),
         ({"config": "model: {trust_remote_code: true}"}, "cannot set model.trust_remote_code"),
         ({"config_path": "configs/mine.yaml", "overrides": {"model.trust_remote_code": True}}, "cannot set"),
         ({"config_path": "configs/mine.yaml", "overrides": {"model.name": "/etc"}}, "leads out of the project"),

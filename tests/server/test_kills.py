@@ -69,7 +69,7 @@ def processes(job: str) -> list[int]:
 def test_kills_at_random_lose_no_job_and_change_no_weight(
     tmp_path: Path, tiny_qwen2: Path, request: pytest.FixtureRequest
 ) -> None:
-    steps = 8 * ROUNDS
+    steps = 30 * ROUNDS  # so that they train until the last kill
     root = project.make(tmp_path, tiny_qwen2)
     (root / "configs").mkdir()
     (root / "config.yaml").rename(root / "configs" / "run_bnb.yaml")
@@ -99,6 +99,7 @@ def test_kills_at_random_lose_no_job_and_change_no_weight(
             if status["status"] == "failed":
                 assert "its process died" in str(status["error"]), status
                 server.resume(job)
+    assert min(killed.values()) > ROUNDS // 5, killed
     end = time.monotonic() + 900
     while any(server.job(job)["status"] != "completed" for job in jobs):
         assert time.monotonic() < end

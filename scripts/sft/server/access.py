@@ -150,8 +150,9 @@ def leaf_values(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def leaves(text: str, root: Path) -> bool:
-    """Whether a text, read as a path, lies outside `root` (a URL or the id of a model does not)."""
-    if "\0" in text or text.startswith("~") or text.lower().startswith("file:"):
+    """Whether a text, read as a path, lies outside `root`. A URL does (it may name the local network), a hub id not."""
+    is_url = "://" in text or "::" in text or text.lower().startswith("file:")
+    if "\0" in text or text.startswith("~") or (is_url and not re.fullmatch(r"hf://[^:]*", text)):
         return True
     return not Path(os.path.normpath(root / text)).is_relative_to(root)
 

@@ -312,6 +312,8 @@ class Queue:
         with suppress(psutil.Error):
             leader = psutil.Process(process.pid)
             leader.nice(min(19, os.nice(0) + NICER))
+            with suppress(OSError):  # Linux may weigh sessions instead of processes, and this is one of its own
+                Path(f"/proc/{process.pid}/autogroup").write_text(str(NICER), encoding="utf-8")
             self._set(job, pid=process.pid, process_created=leader.create_time())
 
     def _end(self, job: Job) -> None:
