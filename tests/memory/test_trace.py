@@ -34,7 +34,9 @@ def measured(folder: Path, config: Config, mesh: Any = None) -> Interval:
     files = find(changed(Config().model, name=str(folder)), folder, weights=True)
     chosen = attention.choose("cpu", files.config)
     dtype = torch.float32 if config.tuning.mode == "full" else compute_dtype(config.train)
-    model: Any = load.load_base(files, config.model, config.tuning, dtype, device="cpu", train=True, attention=chosen)
+    model: Any = load.load_base(
+        files, config.model, config.tuning, dtype, device="cpu", train=True, attention=chosen, sharded=mesh is not None
+    )
     checkpointing = config.train.gradient_checkpointing is True
     if config.tuning.mode == "full":
         adapters.freeze(model, config.tuning.freeze)
@@ -316,7 +318,7 @@ def live_bytes(rank: int, address: str, folder: Path, configs: list[Config], out
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "t5"])
 def test_the_plan_of_two_ranks_is_within_five_percent_of_their_live_bytes(family: str, tmp_path: Path) -> None:
-    ways = [("full", False), ("full", True), ("lora", False), ("lora", True)]
+    ways = [("full", False), ("full", True), ("lora", False), ("lora", True), ("qlora", True)]
     configs = [resolved(mode, "cpu", gradient_checkpointing=repeated) for mode, repeated in ways]
     folder = save_random_model(family, tmp_path / family)
     address = f"file://{tmp_path}/meeting"

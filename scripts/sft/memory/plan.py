@@ -256,9 +256,6 @@ class _Planner:
         resolved = resolve(config, facts).config
         if facts.sharded:
             require_shardable(resolved, resolved.tuning.backend, TORCH)
-            if config.tuning.mode == "qlora":
-                fix = "--set tuning.mode=lora: its base needs about four times the memory of qlora's"
-                raise ConfigError("qlora with sharded weights cannot be planned yet", where="tuning.mode", fix=fix)
         return resolved
 
     def _tracer(self, config: Config) -> Tracer:

@@ -77,7 +77,7 @@ def help_lines(plan: Plan) -> list[str]:
     if plan.combination is None:
         return []
     lines = ["what would help:"]
-    if plan.device.count > 1 and plan.sharding == "ddp" and plan.config.tuning.mode != "qlora":
+    if plan.device.count > 1 and plan.sharding == "ddp":
         lines.append("  --shard fsdp\n      the cards share the weights")
     for suggestion in plan.suggestions:
         enough = ", enough alone" if suggestion.fits else ""

@@ -79,12 +79,13 @@ def meta_model(
     attention: str,
     checkpointing: bool,
     on_base: Callable[[Any], object] | None = None,
+    sharded: bool = False,
 ) -> Any:
     """The model as training has it, on the meta device: `dtype` weights, 4-bit layers by transformers' rule, adapters.
 
     description: its config.json. attention: the attention function's name; a family without it gets transformers' eager
-    one. on_base: called with the bare model, from which it may remove layers. Raises ModelError for a config.json that
-    transformers cannot build.
+    one. on_base: called with the bare model, from which it may remove layers. sharded: 4-bit weights are stored so that
+    ranks can share them. Raises ModelError for a config.json that transformers cannot build.
     """
     quiet_libraries()
     with torch.device("meta"):
@@ -94,7 +95,9 @@ def meta_model(
         if tuning.mode == "qlora":
             from transformers.quantizers import AutoHfQuantizer
 
-            quantizer = AutoHfQuantizer.from_config(four_bit_config(tuning, dtype), pre_quantized=False)
+            quantizer = AutoHfQuantizer.from_config(
+                four_bit_config(tuning, dtype, sharded=sharded), pre_quantized=False
+            )
             quantizer.preprocess_model(model=model, dtype=dtype, device_map={"": "cpu"})
             keep_4bit_layout(model)
             model.is_loaded_in_4bit = True
@@ -157,7 +160,9 @@ def add_storage(model: nn.Module, dtype: torch.dtype) -> None:
                     if four_bit and hasattr(weight, "quant_type")
                     else nn.Parameter(torch.empty(weight.shape, dtype=weight.dtype), requires_grad=weight.requires_grad)
                 )
-            module._parameters[name] = copies[id(weight)]
+            module._parameters[name] = copy = copies[id(weight)]
+            if is_four_bit(copy):
+                module.quant_state = copy.quant_state  # type: ignore[attr-defined, assignment]
         for name, buffer in list(module._buffers.items()):
             if buffer is not None:
                 copy = copies.setdefault(id(buffer), torch.empty(buffer.shape, dtype=buffer.dtype))
@@ -165,12 +170,12 @@ def add_storage(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def is_four_bit(weight: Any) -> bool:
-    """Whether this parameter holds packed 4-bit numbers."""
+    """Whether this parameter, or the weight of this layer, holds packed 4-bit numbers."""
     return getattr(weight, "quant_state", None) is not None
 
 
-def scales(weight: Any) -> list[Tensor]:
+def scales(layer: Any) -> list[Tensor]:
     """The tensors beside a packed weight: the scales of its blocks and, with double quantisation, their scales."""
-    state = weight.quant_state
+    state = layer.quant_state
     inner = [state.state2.absmax, state.state2.code] if state.nested else []
     return [tensor for tensor in (state.absmax, state.code, state.offset, *inner) if tensor is not None]

@@ -508,12 +508,15 @@ def _assign_weights(model: nn.Module, tracker: MemoryTracker) -> None:
     base: Any = unwrap(model)
     top = head(base)
     adapted = hasattr(model, "peft_config")
-    four_bit = any(shapes.is_four_bit(weight) for weight in model.parameters())
+    packed = [module for module in base.modules() if shapes.is_four_bit(module)]
+    four_bit, ids = bool(packed), {id(module.weight) for module in packed}
     edges = {id(p) for m in base.modules() if m is top or isinstance(m, nn.Embedding) for p in m.parameters()}
+    for module in packed:
+        tracker.assign([module.weight, *shapes.scales(module)], "weights in 4 bit")
     for weight in model.parameters():
-        if shapes.is_four_bit(weight):
-            tracker.assign([weight, *shapes.scales(weight)], "weights in 4 bit")
-        elif weight.requires_grad and adapted:
+        if id(weight) in ids:
+            continue
+        if weight.requires_grad and adapted:
             tracker.assign([weight], "adapters")
         else:  # beside 4-bit weights, norms and biases count with the embedding
             small = weight.ndim < 2 and four_bit
@@ -813,6 +816,7 @@ class _FakeModel:
             attention=chosen,
             checkpointing=config.train.gradient_checkpointing is True,
             on_base=on_base,
+            sharded=tracer.mesh is not None,
         )
         base_config: Any = unwrap(model).config
         self.kind: Any = "seq2seq" if getattr(base_config, "is_encoder_decoder", False) else "causal"
@@ -823,6 +827,8 @@ class _FakeModel:
             shapes.add_storage(model, dtype)
             if tracer.mesh is not None:
                 shard.shard(model, tracer.mesh, dtype=dtype, reshard=tracer.sharding == "fsdp")
+                for layer in filter(shapes.is_four_bit, model.modules()):  # bitsandbytes would make a new, real tensor
+                    layer.register_forward_pre_hook(lambda it, _: setattr(it.weight, "quant_state", it.quant_state))
             copies = tracer.ranks > 1 and tracer.sharding == "ddp"
             self.phases = Phases(model, config, self.tracker, device=self.device, copies=copies)
 

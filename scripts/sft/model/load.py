@@ -175,6 +175,8 @@ def empty_4bit_weight(weight: Any, dtype: torch.dtype, codes: dict[str, torch.Te
         code = codes.setdefault("map", torch.empty(256))
         state.state2 = QuantState(torch.empty(-(-blocks // 256)), code=code, blocksize=256, dtype=torch.float32)
         state.offset, state.nested = torch.empty(()), True
-    packed: Any = torch.nn.Parameter(torch.empty((-(-weight.numel() // 2), 1), dtype=torch.uint8), requires_grad=False)
+    storage = weight.quant_storage
+    size = -(-weight.numel() // 2 // storage.itemsize)
+    packed: Any = torch.nn.Parameter(torch.empty((size, 1), dtype=storage), requires_grad=False)
     packed.quant_state, packed.quant_type, packed.compress_statistics = state, weight.quant_type, nested
     return packed  # type: ignore[no-any-return]
