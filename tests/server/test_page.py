@@ -111,7 +111,8 @@ def test_from_a_file_to_a_chat_beside_the_base(page: Any, tmp_path: Path) -> Non
     page.get_by_role("link", name="Chat", exact=True).nth(1).wait_for()  # the first is the header's
     assert page.locator("h1").inner_text() == "sums"
     assert "step 3 of 3" in page.locator(".lead").inner_text()
-    assert page.locator("figure").first.locator("figcaption").inner_text().startswith("Loss")
+    captions = page.locator("figcaption b").all_inner_texts()
+    assert captions == ["Loss", "Memory (GiB)", "Learning rate", "Speed (tokens/s)"]
     check_view(page)
     page.get_by_role("link", name="Chat", exact=True).nth(1).click()
 
@@ -121,6 +122,24 @@ def test_from_a_file_to_a_chat_beside_the_base(page: Any, tmp_path: Path) -> Non
     tuned, base = page.locator(".side").all()
     assert (tuned.locator("h3").inner_text(), base.locator("h3").inner_text()) == ("sums", "its base")
     assert tuned.locator("div").inner_text() and base.locator("div").inner_text()
+    check_view(page)
+
+    page.go_back()
+    page.get_by_role("button", name="Evaluate").click()
+    page.get_by_role("heading", name="Scores").wait_for()
+    page.get_by_role("heading", name="Answers of the last evaluation").wait_for()
+    page.get_by_role("button", name="Compare with its base").click()
+    report = page.get_by_role("link", name="Open the comparison")
+    report.wait_for()
+    page.get_by_label("Export as").select_option("hf")
+    page.get_by_role("button", name="Export").click()
+    page.locator("tr", has_text="export").get_by_text("done").wait_for()
+    check_view(page)
+    with page.context.expect_page() as opened:
+        report.click()
+    assert "sums" in opened.value.locator("h1").inner_text()
+    page.locator("tr", has_text="export").get_by_role("link").click()
+    page.get_by_text("outputs/export/sums-hf").first.wait_for()
     check_view(page)
 
 

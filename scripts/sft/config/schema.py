@@ -598,7 +598,7 @@ class LoggingSection(Section):
         " mlflow and trackio write into outputs/ and send nothing, unless your environment names a key or a server.",
     )
     log_interval: int = key(10, "Steps between log lines.", ge=1)
-    gpu_stats: bool = key(True, "Log GPU memory and utilisation.")
+    gpu_stats: bool = key(True, "Log the memory and utilisation of the GPU; on a CPU, the memory of the process.")
     samples: int = key(3, "Sample answers logged at each evaluation.", ge=0)
 
     @field_validator("backends", mode="before")

@@ -459,7 +459,7 @@ def make_loop(job: Job, opened: OpenRun, root: Path, report: Report | None) -> t
     from sft.training.loggers import Loggers, Trackers
     from sft.training.loop import TrainingLoop
 
-    run, train = opened.run, job.config.train
+    run, train, is_first = opened.run, job.config.train, distributed.rank() == 0
     with distributed.in_turn():
         model = load_model(job.config, job.files, job.backend.name, device=job.device.device)
         distributed.shard_model(model, compute_dtype(train))
@@ -476,6 +476,8 @@ def make_loop(job: Job, opened: OpenRun, root: Path, report: Report | None) -> t
     answer, rehearsed, ewc, rows = None, None, None, job.rows.train
     loaded = LoadedModel(model, job.encoder.tokenizer, job.encoder, job.files.kind)
     if job.questions:
+        if is_first:
+            runs.update_status(run.folder, phase=f"the base answers {len(job.questions)} general questions")
         with step.forward_context():
             job, rehearsed, rows = rehearsal.rehearse(job, loaded, run, root, report)
     if train.ewc.strength:
@@ -486,9 +488,9 @@ def make_loop(job: Job, opened: OpenRun, root: Path, report: Report | None) -> t
     step, settings = autobatch.choose(all_rows, model, step, opened.checkpoint)
     if settings:
         job = replace(job, config=job.config.model_copy(update={"train": job.config.train.model_copy(update=settings)}))
-        if distributed.rank() == 0:
+        if is_first:
             job.write_settings(run.folder)
-    section, is_first = job.config.logging, distributed.rank() == 0
+    section = job.config.logging
     trackers = [name for name in section.backends if name != "tensorboard"]
     loggers = Loggers(
         run.folder / "log.jsonl" if is_first else None,
@@ -496,7 +498,7 @@ def make_loop(job: Job, opened: OpenRun, root: Path, report: Report | None) -> t
         trackers=Trackers(trackers, run, job.config) if trackers else None,
         after_step=runs.step_of(opened.checkpoint) if opened.checkpoint else 0,
         total_steps=job.schedule.total_steps,
-        gpu=section.gpu_stats,
+        memory=section.gpu_stats,
         report=report if is_first else None,
     )
     loop = TrainingLoop(

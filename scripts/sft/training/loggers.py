@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+import psutil
+
 from sft import files, runs
 from sft.errors import EnvironmentProblem, one_line, redact
 
@@ -60,8 +62,8 @@ class Loggers:
     """Logs a run from the step after `after_step` on.
 
     path: its log.jsonl, one JSON object a line, in which a number that is not finite is null; None on other ranks than
-    0, which log nothing. curves: the folder for TensorBoard, None for no curves. trackers: wandb and others. gpu:
-    whether to add its memory and utilisation. report: called after each step, for a progress bar; without one, lines
+    0, which log nothing. curves: the folder for TensorBoard, None for no curves. trackers: wandb and others. memory:
+    whether to add `memory_gauges`. report: called after each step, for a progress bar; without one, lines
     are logged.
     """
 
@@ -73,10 +75,10 @@ class Loggers:
         trackers: Trackers | None = None,
         after_step: int = 0,
         total_steps: int = 0,
-        gpu: bool = False,
+        memory: bool = False,
         report: Report | None = None,
     ) -> None:
-        self.path, self.total_steps, self.gpu, self.report = path, total_steps, gpu, report
+        self.path, self.total_steps, self.memory, self.report = path, total_steps, memory, report
         self.writer: Any = None
         self.trackers, self._after_step = trackers, after_step
         self._start = (time.monotonic(), 0, 0, 0.0)  # when this process began to train; steps, tokens, seconds before
@@ -99,7 +101,7 @@ class Loggers:
         """Logs an entry of the loop's history."""
         if self.path is None:
             return
-        values = public_names(entry) | (gpu_gauges() if self.gpu and "loss" in entry else {})
+        values = public_names(entry) | (memory_gauges() if self.memory and "loss" in entry else {})
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         files.append(self.path, _json_line({"step": step, **finite}))
         self._metrics |= finite
@@ -343,15 +345,18 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def gpu_gauges() -> dict[str, float]:
-    """Peak memory of this process and utilisation of its GPU; {} without a GPU."""
+def memory_gauges() -> dict[str, float]:
+    """The GPU's utilisation and the peak of this process there, in GiB; without a GPU its peak and its memory now."""
     import torch
 
+    from sft.training.result import peak_bytes
+
+    peak = peak_bytes() / 2**30
     if not torch.cuda.is_available():
-        return {}
+        return {"cpu/memory_gib": peak, "cpu/memory_now_gib": psutil.Process().memory_info().rss / 2**30}
     from sft.model.hardware import gpu_stats
 
     stats = gpu_stats() or {}
-    values = {"memory_gib": torch.cuda.max_memory_allocated() / 2**30, "utilisation": stats.get("utilisation")}
+    values = {"memory_gib": peak, "utilisation": stats.get("utilisation")}
     values["memory_used_gib"] = stats["memory_used"] / 2**30 if stats else None
     return {f"gpu/{name}": value for name, value in values.items() if value is not None}

@@ -22,16 +22,21 @@ async function api(method, path, body, signal) {
   const url = path.startsWith("/") ? path : `${API}/${path}`;
   const upload = body instanceof Blob;
   const headers = body && !upload ? {"Content-Type": "application/json"} : {};
+  return (await request(url, {method, headers, signal, body: upload ? body : body && JSON.stringify(body)})).json();
+}
+
+/** A route's answer. Throws as `api` does. */
+async function request(url, options) {
   let answer;
   try {
-    answer = await fetch(url, {method, headers, signal, body: upload ? body : body && JSON.stringify(body)});
+    answer = await fetch(url, options);
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw failure({error: "the server does not answer", fix: "make serve"});
   }
+  if (answer.ok) return answer;
   const value = await answer.json().catch(() => ({}));
-  if (!answer.ok) throw failure(value.error ? value : {error: `the server answers ${answer.status}`});
-  return value;
+  throw failure(value.error ? value : {error: `the server answers ${answer.status}`});
 }
 
 function failure(detail) {
@@ -39,10 +44,10 @@ function failure(detail) {
   return Object.assign(new Error(what), {detail: {...detail, error: what}});
 }
 
-/** What went wrong, where, and what to do. */
+/** What went wrong, where, and what to do (a fix that is a route is for programs: the page has a button for it). */
 function problem(error) {
   const one = error.detail ?? {error: error.message};
-  const rest = entry => [entry.where && h("small", {}, ` ${entry.where}`), entry.fix && h("div", {}, "Fix: ", h("code", {}, entry.fix))];
+  const rest = entry => [entry.where && h("small", {}, ` ${entry.where}`), entry.fix && !/^(GET|POST) /.test(entry.fix) && h("div", {}, "Fix: ", h("code", {}, entry.fix))];
   const more = (one.problems ?? []).map(each => h("li", {}, each.error, rest(each)));
   return h("div", {class: "verdict bad", role: "alert"}, h("b", {}, sentence(one.error)), rest(one), more.length ? h("ul", {}, more) : null);
 }
@@ -50,7 +55,8 @@ function problem(error) {
 const sentence = text => text.charAt(0).toUpperCase() + text.slice(1);
 const verdict = (tone, headline, ...words) => h("div", {class: `verdict ${tone}`}, h("b", {}, headline), ...words);
 const count = value => Number(value).toLocaleString("en");
-const number = value => value == null ? "" : Math.abs(value) >= 100 || Number.isInteger(value) ? count(Math.round(value)) : value.toPrecision(4);
+const number = value => value == null ? "" : Math.abs(value) >= 100 || Number.isInteger(value) ? count(Math.round(value))
+  : Math.abs(value) < 1e-3 ? value.toExponential(2) : String(Number(value.toPrecision(4)));
 const gib = value => value < 0.1 ? `${Math.max(1, Math.round(value * 1024))} MiB` : `${value.toFixed(value < 10 ? 2 : 1)} GiB`;
 const show = (place, ...nodes) => place.replaceChildren(...nodes.flat(Infinity).filter(Boolean));
 const wait = (ms, signal) => new Promise(done => { const timer = setTimeout(done, ms); signal?.addEventListener("abort", () => clearTimeout(timer)); });
@@ -123,13 +129,15 @@ function howFar(job) {
 
 async function viewRuns(_, signal) {
   const list = h("div"), trouble = h("div");
-  main.append(h("div", {class: "title"}, h("h1", {}, "Runs"), h("a", {class: "button primary", href: "#/new"}, "New run")), trouble, list);
+  main.append(h("div", {class: "title"}, h("h1", {}, "Runs"), h("a", {class: "button", href: "#/new"}, "New run")), trouble, list);
   await poll(async () => {
     try {
       const {jobs} = await api("GET", "jobs?limit=200", undefined, signal);
       show(trouble);
-      update(list, jobs, () => jobs.length ? runTable(jobs) : [
-        h("p", {class: "lead"}, "There is no run yet. A run starts with a file of questions and answers.")]);
+      update(list, jobs, () => jobs.length ? runTable(jobs) : h("div", {class: "empty"},
+        h("h2", {}, "There is no run yet"),
+        h("p", {}, "A run starts with a file of questions and answers. You see what the model is trained on and whether it fits, watch it train, and chat with it beside the model that it was."),
+        h("a", {class: "button primary", href: "#/new"}, "Choose a file")));
     } catch (error) { if (!signal.aborted) show(trouble, problem(error)); }
   }, 2000, signal);
 }
@@ -138,49 +146,58 @@ function runTable(jobs) {
   return table(["run", "model", "state", "progress", "loss", "changed"], jobs.map(job => [
     h("a", {href: href("run", job.job_id)}, runName(job)), job.model ?? "", state(job),
     h("span", {}, job.status === "running" && job.total_steps ? [h("progress", {max: 1, value: job.progress, "aria-label": "progress"}), " "] : null, howFar(job)),
-    number(lossOf(job.metrics)), new Date(job.updated_at).toLocaleString([], {dateStyle: "medium", timeStyle: "short"})]));
+    number(lossOf(job.metrics)), when(job)]));
 }
 
+const when = job => new Date(job.updated_at).toLocaleString([], {dateStyle: "medium", timeStyle: "short"});
 const runName = job => job.kind === "train" ? job.run ?? job.job_id : `${KINDS[job.kind]} of ${job.run}`;
 const lossOf = metrics => metrics?.["eval/loss"] ?? metrics?.["train/loss"] ?? metrics?.loss;
 
 async function viewRun(id, signal) {
-  const head = h("div"), trouble = h("div"), curves = h("div", {class: "figures"}), after = h("div"), answers = h("div");
+  const head = h("div"), lost = h("div"), trouble = h("div"), curves = h("div", {class: "figures"}), after = h("div"), answers = h("div");
   const lines = h("pre", {class: "log", tabindex: "0", role: "log", "aria-label": "Log"});
   const log = h("details", {ontoggle: () => log.open && follow(id, lines, signal)}, h("summary", {}, "Log"), lines);
   const title = h("h1", {}, id);
-  main.append(title, head, trouble, curves, after, answers, log);
-  const history = [];
+  main.append(title, lost, head, trouble, curves, after, answers, log);
+  let history = [], opened = false;
   await poll(async () => {
     try {
       const job = await api("GET", `jobs/${encodeURIComponent(id)}`, undefined, signal);
+      show(lost);
       title.textContent = runName(job);
       update(head, job, () => runHead(job, trouble));
-      if (job.kind !== "train") { log.open = true; return; }
-      const last = history.length ? Math.max(...history.map(entry => entry.step ?? 0)) : -1;
-      history.push(...(await api("GET", `jobs/${encodeURIComponent(id)}/metrics?after=${last}`, undefined, signal)).history);
+      const last = Math.max(0, ...history.map(entry => entry.step)); // its evaluation may still come
+      const fresh = job.kind === "train" ? (await api("GET", `jobs/${encodeURIComponent(id)}/metrics?after=${last - 1}`, undefined, signal)).history : [];
+      history = [...history.filter(entry => entry.step < last), ...fresh];
+      if (!opened && (job.status === "failed" || !history.length)) log.open = opened = true; // there is nothing else to see
       update(curves, history.length, () => CURVES.map(([title, unit, names]) => chart(title, unit, seriesOf(history, names))));
       if (job.status !== "completed" || !job.run) return;
       const {jobs} = await api("GET", "jobs?limit=200", undefined, signal);
       const info = await api("GET", `models/${encodeURIComponent(job.run)}/info`, undefined, signal);
       const own = jobs.filter(one => one.run === job.run && one.kind !== "train");
-      update(after, [own, info.has_report], () => modelTools(job.run, info, own, trouble));
-      if (info.has_samples && !answers.hasChildNodes()) await showSamples(job.run, answers);
-    } catch (error) { if (!signal.aborted) show(trouble, problem(error)); }
+      update(after, [own, info], () => modelTools(job.run, info, own, trouble));
+      const evaluated = JSON.stringify(info.metrics);
+      if (info.has_samples && answers.dataset.evaluated !== evaluated) {
+        answers.dataset.evaluated = evaluated;
+        await showSamples(job.run, answers);
+      }
+    } catch (error) { if (!signal.aborted) show(lost, problem(error)); }
   }, 1500, signal);
 }
 
 function runHead(job, trouble) {
   const path = `jobs/${encodeURIComponent(job.job_id)}`;
-  const does = (label, method, end, kind) => action(label, trouble, async () => { await api(method, path + end); notice(`${label}: sent`); }, kind);
+  const does = (label, method, end, then, kind) => action(label, trouble, async () => { await api(method, path + end); notice(then); }, kind);
+  const stops = "It stops after this step, with a checkpoint", again = job.kind === "train" ? "Resume" : "Start again";
   const buttons = {
-    running: () => [does("Pause", "POST", "/pause"), does("Stop", "DELETE", "")], queued: () => [does("Remove from the queue", "DELETE", "")],
-    paused: () => [does("Resume", "POST", "/resume", "primary")], stopped: () => [does("Resume", "POST", "/resume")],
-    failed: () => [does("Resume", "POST", "/resume")], completed: () => [],
+    running: () => [job.kind === "train" && does("Pause", "POST", "/pause", stops), does("Stop", "DELETE", "", job.kind === "train" ? stops : "It stops")],
+    queued: () => [does("Remove from the queue", "DELETE", "", "Removed")],
+    paused: () => [does(again, "POST", "/resume", "In the queue", "primary")], stopped: () => [does(again, "POST", "/resume", "In the queue")],
+    failed: () => [does(again, "POST", "/resume", "In the queue")],
   }[job.status]?.() ?? [];
   return [
     h("p", {class: "lead"}, state(job), ", ", [job.kind !== "train" && KINDS[job.kind], job.model, howFar(job)].filter(Boolean).join(", ")),
-    job.status === "running" && h("progress", {max: 1, value: job.progress, "aria-label": "progress"}),
+    job.status === "running" && h("progress", {class: "wide", max: 1, value: job.progress || null, "aria-label": "progress"}),
     job.error && problem({detail: job.error}),
     buttons.length ? h("div", {class: "actions"}, buttons) : null];
 }
@@ -198,7 +215,16 @@ function modelTools(run, info, own, trouble) {
       action(info.has_report ? "Compare again" : "Compare with its base", trouble, start("report", () => ({}))),
       action("Evaluate", trouble, start("evaluate", () => ({}))),
       h("span", {}, format, " ", action("Export", trouble, start("export", () => ({format: format.value}))))),
-    own.length ? table(["work", "state", "progress"], own.map(job => [h("a", {href: href("run", job.job_id)}, KINDS[job.kind]), state(job), howFar(job)])) : null];
+    own.length ? table(["work", "state", "changed"], own.map(job => [h("a", {href: href("run", job.job_id)}, KINDS[job.kind]), state(job), when(job)])) : null,
+    scores(info.metrics)];
+}
+
+/** The last evaluation's figures. */
+function scores({tuned, base, rows, split}) {
+  if (!tuned) return null;
+  const names = Object.keys(tuned).filter(name => typeof tuned[name] === "number");
+  const columns = ["metric", ...(base ? ["base"] : []), "tuned"];
+  return [h("h2", {}, "Scores"), table(columns, names.map(name => [name, ...(base ? [base[name] ?? ""] : []), tuned[name]]), `of the last evaluation: ${count(rows)} rows (${split})`)];
 }
 
 async function showSamples(run, place) {
@@ -226,7 +252,7 @@ function follow(id, place, signal) {
 
 const CURVES = [
   ["Loss", "", {training: "train/loss", validation: "eval/loss"}],
-  ["Memory", "GiB", {peak: "gpu/memory_gib", "whole card": "gpu/memory_used_gib"}],
+  ["Memory", "GiB", {peak: "gpu/memory_gib", "whole card": "gpu/memory_used_gib", "peak of the process": "cpu/memory_gib", now: "cpu/memory_now_gib"}],
   ["Learning rate", "", {"learning rate": "train/lr"}],
   ["Speed", "tokens/s", {"tokens per second": "train/tokens_per_second"}],
 ];
@@ -237,19 +263,20 @@ function seriesOf(history, names) {
   return series.filter(([, points]) => points.length);
 }
 
-/** Lines over steps: one figure. series: [[label, [[step, value], ...]], ...]; nothing is drawn without a value. */
+/** Lines over steps: one figure. series: [[label, [[step, value], ...]], ...]; nothing is drawn without a value. With a unit
+ * the axis begins at 0: its figures are amounts. */
 function chart(title, unit, series) {
   if (!series.length) return null;
   const [width, height, left, bottom] = [460, 210, 54, 24], all = series.flatMap(([, points]) => points);
   const steps = all.map(point => point[0]), values = all.map(point => point[1]);
   const [x0, x1] = [Math.min(...steps), Math.max(...steps, Math.min(...steps) + 1)];
-  let [y0, y1] = [Math.min(...values), Math.max(...values)];
+  let [y0, y1] = [unit ? 0 : Math.min(...values), Math.max(...values)];
   const step = nice((y1 - y0 || Math.abs(y1) || 1) / 3);
   [y0, y1] = [Math.floor(y0 / step) * step, Math.max(Math.ceil(y1 / step) * step, Math.floor(y0 / step) * step + step)];
   const x = value => left + (value - x0) / (x1 - x0) * (width - left - 12), y = value => 10 + (y1 - value) / (y1 - y0) * (height - bottom - 10);
   const ticks = Array.from({length: Math.round((y1 - y0) / step) + 1}, (_, at) => y0 + at * step);
   const digits = step < 1 ? Math.min(6, Math.ceil(-Math.log10(step))) : 0;
-  const written = value => step < 1e-3 ? value.toExponential(1) : value.toFixed(digits);
+  const written = value => !value ? "0" : step < 1e-3 ? value.toExponential(1) : value.toFixed(digits);
   const last = series.map(([label, points]) => `${label} ${number(points.at(-1)[1])}`).join(", ");
   return h("figure", {}, h("svg", {class: "chart", viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `${title} over steps ${x0} to ${x1}; now: ${last}`},
     ticks.map(tick => [h("line", {class: "axis", x1: left, x2: width - 12, y1: y(tick), y2: y(tick)}),
@@ -299,7 +326,8 @@ async function viewNew(_, signal) {
     try {
       const {rows} = await api("POST", "templates/preview", {...request(), limit: 4}, signal);
       show(preview, h("h3", {}, "What the model is trained on"),
-        h("p", {class: "soft"}, "It learns the ", h("mark", {}, "marked text"), "; the rest is what it reads before it."), rows.map(tokens));
+        h("p", {class: "soft"}, "It learns the ", h("mark", {}, "marked text"), "; the rest is what it reads before it."), rows.slice(0, 2).map(tokens),
+        rows.length > 2 ? h("details", {}, h("summary", {}, `${rows.length - 2} more rows`), rows.slice(2).map(tokens)) : null);
     } catch (error) { if (!signal.aborted) show(preview, problem(error)); }
   }
 
@@ -330,10 +358,16 @@ async function viewNew(_, signal) {
   async function send(event) {
     event.preventDefault();
     start.disabled = true;
+    start.textContent = "Checking the memory plan…";
+    show(trouble);
     try {
       const job = await api("POST", "train", request());
       location.hash = href("run", job.job_id);
-    } catch (error) { show(trouble, problem(error)); start.disabled = false; }
+    } catch (error) {
+      show(trouble, problem(error));
+      start.disabled = false;
+      start.textContent = "Start training";
+    }
   }
 
   try {
@@ -343,7 +377,8 @@ async function viewNew(_, signal) {
     const control = each => keyField(each, setKey);
     fields.append(h("div", {class: "fields"}, MAIN_KEYS.map(key => known.find(each => each.key === key)).filter(Boolean).map(control)));
     const rest = known.filter(each => !MAIN_KEYS.includes(each.key) && each.key !== "train.output_dir").map(control);
-    const find = h("input", {type: "search", oninput: () => rest.forEach(one => { one.hidden = !one.textContent.toLowerCase().includes(find.value.toLowerCase()); })});
+    const find = h("input", {type: "search", oninput: () => rest.forEach(one => {
+      one.hidden = !one.classList.contains("changed") && !one.textContent.toLowerCase().includes(find.value.trim().toLowerCase()); })});
     more.append(field("find a setting", find, ""), h("div", {class: "fields"}, rest));
     config.addEventListener("change", () => changed());
     gpu.addEventListener("change", () => changed());
@@ -359,7 +394,7 @@ function keyField(key, set) {
     : key.expected.startsWith("`true`") ? ["true", "false"] : null;
   const control = choices ? h("select", {}, h("option", {value: ""}), choices.map(one => h("option", {}, one)))
     : h("input", {autocomplete: "off", inputmode: /number/.test(key.expected) ? "decimal" : "text"});
-  const box = field(key.key, control, `${key.description} Takes ${key.expected}.`.replaceAll("`", ""));
+  const box = field(key.key, control, choices || key.text ? key.description : `${key.description} Takes ${key.expected}.`.replaceAll("`", ""));
   control.dataset.key = key.key;
   control.show = config => {
     const value = key.key.split(".").reduce((section, part) => section?.[part], config);
@@ -452,7 +487,7 @@ async function viewChat(id, signal) {
   const button = h("button", {type: "submit", class: "primary"}, "Send");
   let running = null;
   main.append(h("h1", {}, "Chat"),
-    h("div", {class: "fields"}, field("model", model, ""), h("label", {class: "field"}, h("span", {}, "side by side"), beside, " with its base")),
+    h("div", {class: "fields"}, field("model", model, ""), h("label", {class: "field"}, h("span", {}, "side by side"), h("div", {class: "tick"}, beside, " with its base"))),
     h("details", {}, h("summary", {}, "settings"), h("div", {class: "fields"},
       field("system text", system, "Empty: the one that the model was trained with."),
       field("temperature", settings.temperature, "0 always gives the likeliest answer. Empty: the run's own settings."),
@@ -463,9 +498,9 @@ async function viewChat(id, signal) {
 
   function begin() {
     running?.abort();
-    show(talk);
     const names = beside.checked && !model.value.startsWith("base") ? [model.value, `${model.value}:base`] : [model.value];
     sides.splice(0, sides.length, ...names.map(name => ({name, messages: []})));
+    show(talk, h("div", {class: "empty"}, h("p", {class: "soft"}, "Ask what your users will ask.", sides.length > 1 && " The model and its base answer side by side.")));
     question.focus();
   }
 
@@ -480,6 +515,7 @@ async function viewChat(id, signal) {
     button.textContent = "Stop";
     const cells = sides.map(({name}) => h("section", {class: `side busy ${name.endsWith("base") ? "" : "tuned"}`},
       h("h3", {}, name.endsWith(":base") ? "its base" : name), h("div"), h("small", {}, "")));
+    talk.querySelector(".empty")?.remove();
     talk.append(h("article", {class: "turn"}, h("p", {class: "question"}, text), h("div", {class: "sides"}, cells)));
     cells[0].scrollIntoView({block: "nearest"});
     await Promise.all(sides.map((side, at) => answer(side, text, cells[at], running.signal)));
@@ -502,7 +538,7 @@ async function viewChat(id, signal) {
         place.textContent = whole;
         if (whole && !begun) { begun = performance.now(); foot.textContent = ""; }
         if (chunk.choices[0]?.finish_reason === "length") cut = ", cut at the longest answer";
-        if (chunk.usage) foot.textContent = `${chunk.usage.completion_tokens} tokens, ${number(chunk.usage.completion_tokens / (performance.now() - begun) * 1000)} a second${cut}`;
+        if (chunk.usage) foot.textContent = `${chunk.usage.completion_tokens} tokens, ${number(Number((chunk.usage.completion_tokens / (performance.now() - begun) * 1000).toPrecision(2)))} tokens/s${cut}`;
       }
     } catch (error) {
       if (error.name === "AbortError") foot.textContent = "stopped"; else { foot.textContent = ""; cell.append(problem(error)); }
@@ -522,8 +558,7 @@ async function viewChat(id, signal) {
 
 /** The values of a stream of server-sent events. */
 async function* streamOf(url, body, signal) {
-  const answer = await fetch(url, {method: "POST", headers: {"Content-Type": "application/json"}, body: JSON.stringify(body), signal});
-  if (!answer.ok) throw failure(await answer.json());
+  const answer = await request(url, {method: "POST", headers: {"Content-Type": "application/json"}, body: JSON.stringify(body), signal});
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   for (let text = "";;) {
     const {done, value} = await reader.read();
