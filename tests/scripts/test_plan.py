@@ -124,6 +124,8 @@ def test_two_cards_share_the_weights(
     copies, shared = (plan("--gpu", "2x RTX 4090", "--shard", shard) for shard in ("ddp", "fsdp"))
     assert shared["parts"]["optimizer"] == pytest.approx(copies["parts"]["optimizer"] / 2, rel=0.05)
     assert (shared["sharding"], shared["device"]["count"], shared["device"]["gib"]) == ("fsdp", 2, 24)
+    pairs = ("--set", "tuning.mode=lora", "--set", "train.objective=dpo")  # whose first pass is the reference's
+    assert plan("--gpu", "2x24GiB", "--shard", "fsdp", *pairs)["parts"]["adapters"] > 0
     speed = plan("--gpu", "2x RTX 4090", "--shard", "fsdp", "--link", "10")["speed"]
     assert speed["sending_seconds"] == pytest.approx(speed["sent_bytes"] / 10e9)
     slow, fast = speed["tokens_per_second"]

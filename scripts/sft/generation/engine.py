@@ -21,7 +21,7 @@ from sft.errors import DataError, EnvironmentProblem
 from sft.generation import decode
 from sft.generation.decode import Decoder, DecodingSequence, choose_tokens, seeds
 from sft.generation.stop import Answer, IncrementalText, StopCriteria
-from sft.model.adapters import has_prefix, unwrap
+from sft.model.adapters import has_prefix, unwrap, without_adapter
 from sft.model.files import Kind
 from sft.model.shard import is_sharded
 from sft.step.step import out_of_memory, release_memory
@@ -64,7 +64,7 @@ class LoadedModel:
     @contextmanager
     def base_only(self) -> Iterator[None]:
         """Switches the adapter off within the block."""
-        with self.model.disable_adapter() if self.adapted else nullcontext():
+        with without_adapter(self.model) if self.adapted else nullcontext():
             yield
 
     def context_length(self) -> int | None:

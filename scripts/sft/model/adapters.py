@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -234,6 +235,18 @@ def _go_on_from(model: PeftModel, folder: Path, saved: Mapping[str, Any]) -> Non
 def _plain(value: Any) -> Any:
     """A value of an adapter's config in one form: no order in lists, nothing for what is empty."""
     return sorted(value) if isinstance(value, list | set | tuple) else value or None
+
+
+@contextmanager
+def without_adapter(model: Any) -> Iterator[None]:
+    """Switches the adapter off within the block, and nothing else: peft would also set its `requires_grad` to False,
+    from which FSDP reads at a model's first forward pass in which type gradients are summed.
+    """
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    with model.disable_adapter():
+        for weight in trained:
+            weight.requires_grad_(True)
+        yield
 
 
 def freeze(model: nn.Module, expressions: Sequence[str]) -> None:

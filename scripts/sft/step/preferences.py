@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from sft.config.schema import WITH_REFERENCE
+from sft.model.adapters import without_adapter
 from sft.step.batch import Batch, MicroBatch, other_answers, split_micro_batches
 from sft.step.objectives import response
 
@@ -109,7 +110,7 @@ def reference(model: nn.Module) -> Iterator[None]:
     adapted: Any = model
     while not hasattr(adapted, "disable_adapter"):
         adapted = adapted.module
-    with frozen(model), adapted.disable_adapter():
+    with frozen(model), without_adapter(adapted):
         yield
 
 

@@ -219,11 +219,11 @@ class TrainingLoop:
             tokens = -distributed.largest([-self.step.micro_batch_tokens], self.device)[0]
             self.step = replace(self.step, micro_batch_tokens=tokens)  # where memory ran out on any rank
         if self.pairs:
-            sums = distributed.all_reduce(measures.float()).tolist()
+            sums = distributed.all_reduce(measures.double()).tolist()
             progress.measures = [
                 old + new for old, new in zip(progress.measures or [0.0] * len(sums), sums, strict=True)
             ]
-        mean_loss = float(distributed.all_reduce(loss.detach().float()))
+        mean_loss = float(distributed.all_reduce(loss.detach().double()))
 
         grad_norm, learning_rate = 0.0, float(self.optimizer.param_groups[0]["lr"])
         usable = self._check_finite(mean_loss, "loss", ids)
