@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from sft.config.schema import PREFERENCES, Config, EwcSection, LoraSection, PreferenceSection
 from sft.errors import ModelError
 from sft.memory import shapes
-from sft.memory.trace import Interval, MemoryTracker, Phases, Tracer, fake_mesh, micro_batch
+from sft.memory.trace import Phases, Tracer, fake_mesh, micro_batch
+from sft.memory.tracker import Interval, MemoryTracker
 from sft.model import adapters, load
 from sft.model.hub import find
 from sft.model.shard import shard

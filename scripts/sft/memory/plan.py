@@ -17,7 +17,8 @@ from sft.memory import shapes
 from sft.memory.devices import Device, smallest_card
 from sft.memory.estimate import CONTEXT, GIB, OVERHEAD_SOURCE, QUICK_START_MODELS, upper_bound, with_overhead
 from sft.memory.scaling import Speed, bound, ring_all_reduce
-from sft.memory.trace import Interval, Sharding, Tracer, traced_optimizer
+from sft.memory.trace import Sharding, Tracer, traced_optimizer
+from sft.memory.tracker import Interval
 from sft.model.files import ModelFiles
 from sft.model.hardware import Hardware
 from sft.model.shard import require_shardable

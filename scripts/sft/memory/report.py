@@ -15,7 +15,8 @@ from sft.memory.estimate import OVERHEAD_SOURCE
 from sft.memory.plan import MOST_TOKENS, Plan, make_plan
 from sft.memory.scaling import EFFICIENCY, Speed
 from sft.memory.shapes import shipped_models
-from sft.memory.trace import PARTS, Sharding, quiet
+from sft.memory.trace import Sharding, quiet
+from sft.memory.tracker import PARTS
 
 SHARDINGS = {  # what the processes share, and what each has whole
     "ddp": "a copy of the model on each",
