@@ -47,7 +47,9 @@ def page(address: str) -> Iterator[Any]:
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on(
             "console",
-            lambda line: errors.append(line.text) if line.type == "error" and "ERR_FAILED" not in line.text else None,
+            lambda line: (
+                errors.append(line.text) if line.type == "error" and "Failed to load" not in line.text else None
+            ),
         )
         page.goto(address)
         yield page
@@ -83,13 +85,14 @@ def test_the_page_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_from_a_file_to_a_chat_beside_the_base(page: Any, tmp_path: Path) -> None:
-    rows = [{"question": row["user"], "answer": row["assistant"]} for row in tiny_runs.rows(40)]
-    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"question": "2 + 2?"}]))
+    rows = [{"frage": row["user"], "antwort": row["assistant"]} for row in tiny_runs.rows(40)]
+    (tmp_path / "sums (1).jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"frage": "2 + 2?"}]))
     page.get_by_text("There is no run yet").wait_for()
     check_view(page)
     page.locator("main").get_by_role("link", name="New run").click()
 
-    page.set_input_files("input[type=file]", tmp_path / "sums.jsonl")
+    page.set_input_files("input[type=file]", tmp_path / "sums (1).jsonl")
+    page.get_by_role("button", name="Take frage as the question, antwort as the answer").click()
     page.get_by_text("40 of 41 rows are used").wait_for()
     page.locator(".tokens mark").first.wait_for()
     assert page.get_by_text("It fits:").is_visible()

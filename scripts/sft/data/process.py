@@ -55,12 +55,13 @@ class Pending(NamedTuple):
 class Rejected(DataError):
     """Too many rows have faults, or none is left; `ledger` accounts for all.
 
-    table: a row whose columns are not known but could be mapped (data.columns).
+    table: a row whose columns are not known but could be mapped (data.columns); details: which they may be.
     """
 
     def __init__(self, what: str, ledger: Ledger, table: Row | None, *, where: str, fix: str) -> None:
         super().__init__(what, where=where, fix=fix)
         self.ledger, self.table = ledger, table
+        self.details = {"columns": guess_columns(table)} if table else {}
 
 
 def process(

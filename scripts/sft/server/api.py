@@ -52,7 +52,9 @@ MAX_COMMANDS = (2, 10)  # commands whose answers clients wait for: running, and 
 UPLOADS = "data/uploads"
 PLACING = threading.Lock()  # of uploads
 POLL_SECONDS = 1.0  # of a follower of a log
-DATA_NAME = re.compile(r"[\w][\w .-]{0,80}\.(jsonl?|csv|tsv|parquet|arrow|txt|xlsx)(\.(gz|zst|bz2|xz))?", re.IGNORECASE)
+DATA_NAME = re.compile(
+    r"[\w][\w .-]{0,80}\.(jsonl?|ndjson|csv|tsv|parquet|arrow|txt|xlsx)(\.(gz|zst|bz2|xz))?", re.IGNORECASE
+)
 FILE = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
 CONFIG = {
     "application/json": {"schema": ConfigRequest.model_json_schema()},
@@ -424,9 +426,8 @@ def config_and_data_routes(settings: Settings, configs: Configs, commands: Comma
         `overrides` are the keys with which a training uses these rows.
         """
         if not DATA_NAME.fullmatch(name):
-            raise DataError(
-                f"{name!r} is no name of a file of rows", where="name", fix="such as rows.jsonl or rows.csv"
-            )
+            fix = "a file that ends in .jsonl, .json, .csv, .tsv, .parquet, .arrow, .xlsx or .txt (or these with .gz)"
+            raise DataError("this is not the name of a file of rows", where=name, fix=fix)
         incoming, size = root / UPLOADS / f".{secrets.token_hex(8)}", 0
         await run_in_threadpool(files.make_folder, incoming.parent)
         async with contextmanager_in_threadpool(files.atomic_file(incoming)) as staged:

@@ -48,11 +48,11 @@ function failure(detail) {
 function problem(error) {
   const one = error.detail ?? {error: error.message};
   const rest = entry => [entry.where && h("small", {}, ` ${entry.where}`), entry.fix && !/^(GET|POST) /.test(entry.fix) && h("div", {}, "Fix: ", h("code", {}, entry.fix))];
-  const more = (one.problems ?? []).map(each => h("li", {}, each.error, rest(each)));
+  const more = (one.problems ?? []).map(each => h("li", {}, sentence(each.error), rest(each)));
   return h("div", {class: "verdict bad", role: "alert"}, h("b", {}, sentence(one.error)), rest(one), more.length ? h("ul", {}, more) : null);
 }
 
-const sentence = text => text.charAt(0).toUpperCase() + text.slice(1);
+const sentence = text => text.replaceAll("`", "").replace(/^[a-z](?=[a-z]*[ ,:])/, first => first.toUpperCase()); // not a path
 const verdict = (tone, headline, ...words) => h("div", {class: `verdict ${tone}`}, h("b", {}, headline), ...words);
 const count = value => Number(value).toLocaleString("en");
 const number = value => value == null ? "" : Math.abs(value) >= 100 || Number.isInteger(value) ? count(Math.round(value))
@@ -252,9 +252,9 @@ function follow(id, place, signal) {
 
 const CURVES = [
   ["Loss", "", {training: "train/loss", validation: "eval/loss"}],
-  ["Memory", "GiB", {peak: "gpu/memory_gib", "whole card": "gpu/memory_used_gib", "peak of the process": "cpu/memory_gib", now: "cpu/memory_now_gib"}],
-  ["Learning rate", "", {"learning rate": "train/lr"}],
-  ["Speed", "tokens/s", {"tokens per second": "train/tokens_per_second"}],
+  ["Memory", "GiB", {peak: "gpu/memory_gib", "whole card": "gpu/memory_used_gib", "peak of the process": "cpu/memory_gib", "at this step": "cpu/memory_now_gib"}],
+  ["Learning rate", "", {last: "train/lr"}],
+  ["Speed", "tokens/s", {last: "train/tokens_per_second"}],
 ];
 
 function seriesOf(history, names) {
@@ -300,22 +300,24 @@ const MAIN_KEYS = ["model.name", "tuning.mode", "train.epochs", "train.learning_
 
 async function viewNew(_, signal) {
   const data = h("div"), preview = h("div"), fields = h("div"), more = h("div"), plan = h("div"), trouble = h("div");
-  const config = h("select"), name = h("input", {value: "my-run", pattern: "[A-Za-z0-9][A-Za-z0-9_.\\-]*", autocomplete: "off"});
+  const config = h("select"), name = h("input", {value: "my-run", pattern: "[A-Za-z0-9][A-Za-z0-9_.\\-]*", title: "letters, digits, _ . and -", autocomplete: "off"});
   const gpu = h("input", {placeholder: "this machine", autocomplete: "off"}), overrides = {}, dataKeys = {};
+  const rowsOf = h("p", {class: "soft"}, "Rows: the config's own");
   const start = h("button", {type: "submit", class: "primary"}, "Start training");
   main.append(h("h1", {}, "New run"), h("form", {class: "beside", onsubmit: send},
     h("div", {},
       h("h2", {}, "Questions and answers"), dropzone(uploaded, data), data, preview,
       h("h2", {}, "Settings"),
-      h("div", {class: "fields"}, field("name", name, "The run's folder: outputs/NAME."), field("config", config, "The file that the settings come from.")),
+      h("div", {class: "fields"}, field("name", name, "The run's folder below outputs/; a second run of this name gets a number."), field("config", config, "The file that the settings come from.")),
       fields, h("details", {}, h("summary", {}, "all settings"), more)),
     h("aside", {"aria-label": "Memory and start"}, h("h2", {}, "Memory"), plan,
-      field("graphics card", gpu, "To plan for another one: RTX 4060, 8GiB, or cpu."), trouble, h("div", {class: "actions"}, start))));
+      field("graphics card", gpu, "To plan for another one: RTX 4060, 8GiB, or cpu."), trouble, rowsOf, h("div", {class: "actions"}, start))));
   const request = () => ({config_path: config.value, overrides: {...overrides, ...dataKeys, "train.output_dir": `outputs/${name.value}`}});
   let planned = 0, shown = {};
 
-  async function uploaded(answer) {
+  async function uploaded(answer, file) {
     Object.assign(dataKeys, answer.overrides);
+    rowsOf.textContent = `Rows: ${file.name}`;
     show(data, ledger(answer.ledger));
     await changed();
     await previewRows();
@@ -325,7 +327,7 @@ async function viewNew(_, signal) {
     show(preview, h("p", {class: "soft", role: "status"}, "Reading the first rows as the model will…"));
     try {
       const {rows} = await api("POST", "templates/preview", {...request(), limit: 4}, signal);
-      show(preview, h("h3", {}, "What the model is trained on"),
+      show(preview, h("h3", {}, `What the model is trained on: ${rowsOf.textContent.slice(6)}`),
         h("p", {class: "soft"}, "It learns the ", h("mark", {}, "marked text"), "; the rest is what it reads before it."), rows.slice(0, 2).map(tokens),
         rows.length > 2 ? h("details", {}, h("summary", {}, `${rows.length - 2} more rows`), rows.slice(2).map(tokens)) : null);
     } catch (error) { if (!signal.aborted) show(preview, problem(error)); }
@@ -339,6 +341,7 @@ async function viewNew(_, signal) {
   /** Checks the settings and plans their memory, once the last change is `ms` old. */
   async function changed(ms = 0) {
     const turn = ++planned;
+    show(trouble);
     await wait(ms, signal);
     if (turn !== planned || signal.aborted) return;
     try {
@@ -351,7 +354,12 @@ async function viewNew(_, signal) {
       for (const control of main.querySelectorAll("[data-key]")) control.show?.(shown);
       show(plan, h("p", {class: "soft", role: "status"}, "Computing the plan…"));
       const planAnswer = await api("POST", "plan", {...request(), ...(gpu.value ? {gpu: gpu.value} : {})}, signal);
-      if (turn === planned) show(plan, planBar(planAnswer, (key, value) => { setKey(key, value); notice(`${key} is now ${value}`); }));
+      if (turn === planned) show(plan, planBar(planAnswer, (key, value) => {
+        const control = main.querySelector(`[data-key="${key}"]`);
+        control.value = value;
+        control.dispatchEvent(new Event("change"));
+        notice(`${key} is now ${value}`);
+      }));
     } catch (error) { if (turn === planned && !signal.aborted) show(plan, problem(error)); }
   }
 
@@ -394,7 +402,7 @@ function keyField(key, set) {
     : key.expected.startsWith("`true`") ? ["true", "false"] : null;
   const control = choices ? h("select", {}, h("option", {value: ""}), choices.map(one => h("option", {}, one)))
     : h("input", {autocomplete: "off", inputmode: /number/.test(key.expected) ? "decimal" : "text"});
-  const box = field(key.key, control, choices || key.text ? key.description : `${key.description} Takes ${key.expected}.`.replaceAll("`", ""));
+  const box = field(key.key, control, (choices || key.text ? key.description : `${key.description} Takes ${key.expected}.`).replaceAll("`", ""));
   control.dataset.key = key.key;
   control.show = config => {
     const value = key.key.split(".").reduce((section, part) => section?.[part], config);
@@ -418,13 +426,18 @@ function valueOf(text, isText) {
 }
 
 function dropzone(done, place) {
-  const input = h("input", {type: "file", accept: ".jsonl,.json,.csv,.tsv,.txt,.parquet,.xlsx,.gz,.zst", onchange: () => input.files[0] && take(input.files[0])});
+  const input = h("input", {type: "file", accept: ".jsonl,.ndjson,.json,.csv,.tsv,.txt,.parquet,.xlsx,.gz,.zst", onchange: () => input.files[0] && take(input.files[0])});
   const columns = {user_col: h("input", {autocomplete: "off"}), answer_col: h("input", {autocomplete: "off"})};
-  async function take(file) {
+  async function take(file, names = Object.values(columns).map(control => control.value)) {
     show(place, h("p", {class: "soft", role: "status"}, `Reading ${file.name}…`));
-    const chosen = Object.entries(columns).filter(([, control]) => control.value).map(([key, control]) => `&${key}=${encodeURIComponent(control.value)}`);
-    try { await done(await api("POST", `data?name=${encodeURIComponent(file.name)}${chosen.join("")}`, file)); }
-    catch (error) { show(place, problem(error)); }
+    const name = file.name.replace(/[^\p{L}\p{N}_.-]+/gu, "-").replace(/^[.-]+/, "").slice(-80);
+    const chosen = Object.keys(columns).map((key, at) => names[at] && `&${key}=${encodeURIComponent(names[at])}`).filter(Boolean);
+    try { await done(await api("POST", `data?name=${encodeURIComponent(name)}${chosen.join("")}`, file), file); }
+    catch (error) {
+      const guess = error.detail?.columns;
+      show(place, problem(error), guess && h("div", {class: "actions"}, h("button", {type: "button", onclick: () => take(file, guess)},
+        `Take ${guess[0]} as the question, ${guess[1]} as the answer`)));
+    }
     input.value = "";
   }
   const over = on => event => { event.preventDefault(); zone.classList.toggle("over", on); };
@@ -469,10 +482,11 @@ function planBar(plan, use) {
       `${plan.device?.name ?? ""}; most is needed in ${plan.worst_phase} (${phase.note})`),
     bar,
     h("ul", {class: "key"}, parts.map(([name, size], at) => h("li", {}, h("i", {class: colour(at)}), `${name} ${gib(size)}`))),
-    plan.remedies?.length ? table(["what would help", "saves", "costs", ""], plan.remedies.map(one => {
+    plan.remedies?.length ? [h("h3", {}, "What would help"), h("ul", {class: "remedies"}, plan.remedies.map(one => {
       const [, key, value] = /^([\w.]+)=(.*)$/s.exec(one.setting) ?? [];
-      return [h("code", {}, one.setting), gib(one.saves_gib), one.costs, key ? h("button", {type: "button", onclick: () => use(key, valueOf(value))}, "Use") : ""];
-    })) : null];
+      return h("li", {}, h("div", {}, h("code", {}, one.setting), h("small", {}, `saves ${gib(one.saves_gib)}; ${one.costs}`)),
+        key && h("button", {type: "button", "aria-label": `Use ${one.setting}`, onclick: () => use(key, value)}, "Use"));
+    }))] : null];
 }
 
 // ---- chat
@@ -551,6 +565,7 @@ async function viewChat(id, signal) {
     const {data} = await api("GET", "/v1/models", undefined, signal);
     const names = data.map(one => one.id).filter(name => !name.endsWith(":base"));
     model.append(...[...names.slice(1), "base"].map(name => h("option", {value: name, selected: name === id}, name === "base" ? "base (no training)" : name)));
+    if (id && !names.includes(id)) show(trouble, problem(new Error(`there is no finished run ${id}`)));
     [model, beside].forEach(control => control.addEventListener("change", begin));
     begin();
   } catch (error) { if (!signal.aborted) show(trouble, problem(error)); }
