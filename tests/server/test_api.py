@@ -80,6 +80,8 @@ def test_logs_are_events_that_go_on_after_the_last_one_that_was_seen(client: Tes
     assert events[-1]["event"] == "end"
     rest = client.get(f"{PREFIX}/jobs/{job}/logs", headers={"Last-Event-ID": events[2]["id"]}).text
     assert [line for line in rest.splitlines() if line.startswith("data")][:2] == ["data: step 4", "data: step 5"]
+    beyond = client.get(f"{PREFIX}/jobs/{job}/logs", headers={"Last-Event-ID": "999999"})  # of another file
+    assert beyond.text == whole
 
 
 @pytest.mark.parametrize(

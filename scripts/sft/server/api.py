@@ -541,7 +541,7 @@ async def follow(path: FilePath, offset: int, status: Callable[[], str]) -> Asyn
     idle = 0.0
     while True:
         state = status()  # a fraction of a millisecond each: cheaper than a thread
-        chunk = read_from(path, offset, state in ENDED)
+        offset, chunk = read_from(path, offset, state in ENDED)
         for line in chunk.splitlines(keepends=True):
             offset += len(line)
             text = redact(line.decode("utf-8", "replace").rstrip("\r\n").replace("\r", " "))
@@ -553,17 +553,19 @@ async def follow(path: FilePath, offset: int, status: Callable[[], str]) -> Asyn
         if idle >= 15:  # tells proxies, and us, that the client is still there
             idle = 0.0
             yield ": waiting\n\n"
-        if not chunk:
-            await asyncio.sleep(POLL_SECONDS)
+        await asyncio.sleep(0 if chunk else POLL_SECONDS)  # others have their turn, and a client that left is noticed
 
 
-def read_from(path: FilePath, offset: int, whole: bool) -> bytes:
-    """At most 64 KiB of whole lines from `offset` on. whole: the last line may lack its end, for no more will come."""
+def read_from(path: FilePath, offset: int, whole: bool) -> tuple[int, bytes]:
+    """(where it begins, at most 64 KiB of whole lines) from `offset` on; from 0 where that lies beyond the file's end.
+
+    whole: the last line may lack its end, for no more will come.
+    """
     with suppress(FileNotFoundError), open(path, "rb") as file:
-        file.seek(offset if offset <= path.stat().st_size else 0)
+        offset = file.seek(offset if offset <= path.stat().st_size else 0)
         chunk = file.read(2**16)
-        return chunk if whole or len(chunk) == 2**16 else chunk[: chunk.rfind(b"\n") + 1]
-    return b""
+        return offset, chunk if whole or len(chunk) == 2**16 else chunk[: chunk.rfind(b"\n") + 1]
+    return offset, b""
 
 
 def place(incoming: FilePath, name: str) -> FilePath:
