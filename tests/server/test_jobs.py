@@ -110,7 +110,8 @@ def test_a_queued_job_is_stopped_without_starting(queue: Queue) -> None:
     queue.stop(second, "stopped")
     queue.stop(first, "stopped", at_once=True)
     wait_for(lambda: is_(queue, first, "stopped"))
-    assert queue.view(second)["status"] == "stopped" and queue.view(second)["run"] is None
+    view = queue.view(second)
+    assert (view["status"], view["run"], view["name"]) == ("stopped", None, "chat")
 
 
 def killed(queue: Queue) -> Queue:

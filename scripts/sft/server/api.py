@@ -120,7 +120,8 @@ class JobStatus(BaseModel):
 
     job_id: str
     kind: Literal["train", "merge", "export", "evaluate", "report"]
-    run: str | None
+    run: Annotated[str | None, Field(description="none before a training has started")]
+    name: Annotated[str | None, Field(description="what the run is to be called; in use, it gets a number")] = None
     model: str | None
     status: Literal["queued", "running", "paused", "completed", "failed", "stopped"]
     phase: str | None

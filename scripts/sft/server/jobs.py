@@ -385,8 +385,8 @@ class Queue:
         status = files.read_json(self._run(job).folder / runs.STATUS) if job.kind == "train" and job.run else {}
         own = status if status.get("job") == job.token or job.state != "running" else {}
         return {
-            **_figures(own, job.state), "job_id": job.id, "kind": job.kind, "run": job.run, "status": job.state,
-            "requested": job.requested, "error": job.error, "created_at": job.created,
+            **_figures(own, job.state), "job_id": job.id, "kind": job.kind, "run": job.run, "name": job.name,
+            "status": job.state, "requested": job.requested, "error": job.error, "created_at": job.created,
             "updated_at": max(job.updated, own.get("updated") or 0),
         }  # fmt: skip
 

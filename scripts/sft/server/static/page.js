@@ -150,7 +150,7 @@ function runTable(jobs) {
 }
 
 const when = job => new Date(job.updated_at).toLocaleString([], {dateStyle: "medium", timeStyle: "short"});
-const runName = job => job.kind === "train" ? job.run ?? job.job_id : `${KINDS[job.kind]} of ${job.run}`;
+const runName = job => job.kind === "train" ? job.run ?? job.name ?? job.job_id : `${KINDS[job.kind]} of ${job.run}`;
 const lossOf = metrics => metrics?.["eval/loss"] ?? metrics?.["train/loss"] ?? metrics?.loss;
 
 async function viewRun(id, signal) {
@@ -166,8 +166,9 @@ async function viewRun(id, signal) {
       show(lost);
       title.textContent = runName(job);
       update(head, job, () => runHead(job, trouble));
+      if (job.kind !== "train") { log.open ||= !opened; opened = true; return; }
       const last = Math.max(0, ...history.map(entry => entry.step)); // its evaluation may still come
-      const fresh = job.kind === "train" ? (await api("GET", `jobs/${encodeURIComponent(id)}/metrics?after=${last - 1}`, undefined, signal)).history : [];
+      const {history: fresh} = await api("GET", `jobs/${encodeURIComponent(id)}/metrics?after=${last - 1}`, undefined, signal);
       history = [...history.filter(entry => entry.step < last), ...fresh];
       if (!opened && (job.status === "failed" || !history.length)) log.open = opened = true; // there is nothing else to see
       update(curves, history.length, () => CURVES.map(([title, unit, names]) => chart(title, unit, seriesOf(history, names))));
@@ -196,10 +197,12 @@ function runHead(job, trouble) {
     failed: () => [does(again, "POST", "/resume", "In the queue")],
   }[job.status]?.() ?? [];
   return [
-    h("p", {class: "lead"}, state(job), ", ", [job.kind !== "train" && KINDS[job.kind], job.model, howFar(job)].filter(Boolean).join(", ")),
+    h("p", {class: "lead"}, state(job), [job.kind !== "train" && KINDS[job.kind], job.model, howFar(job)].filter(Boolean).map(part => `, ${part}`)),
     job.status === "running" && h("progress", {class: "wide", max: 1, value: job.progress || null, "aria-label": "progress"}),
+    job.status === "queued" && h("p", {class: "soft"}, "One job runs at a time on each GPU (or on the CPU): it starts when those before it have ended."),
     job.error && problem({detail: job.error}),
-    buttons.length ? h("div", {class: "actions"}, buttons) : null];
+    buttons.length || job.kind !== "train" ? h("div", {class: "actions"}, buttons,
+      job.kind !== "train" && h("a", {class: "button", href: href("run", job.run)}, `The run ${job.run}`)) : null];
 }
 
 /** What can be done with a finished model, and how far that is. */
@@ -252,14 +255,14 @@ function follow(id, place, signal) {
 
 const CURVES = [
   ["Loss", "", {training: "train/loss", validation: "eval/loss"}],
-  ["Memory", "GiB", {peak: "gpu/memory_gib", "whole card": "gpu/memory_used_gib", "peak of the process": "cpu/memory_gib", "at this step": "cpu/memory_now_gib"}],
+  ["Memory", "GiB", {peak: ["gpu/memory_gib", "cpu/memory_gib"], "whole card": "gpu/memory_used_gib", "at this step": "cpu/memory_now_gib"}],
   ["Learning rate", "", {last: "train/lr"}],
   ["Speed", "tokens/s", {last: "train/tokens_per_second"}],
 ];
 
 function seriesOf(history, names) {
-  const series = Object.entries(names).map(([label, key]) =>
-    [label, history.filter(entry => Number.isFinite(entry[key])).map(entry => [entry.step, entry[key]])]);
+  const series = Object.entries(names).map(([label, keys]) =>
+    [label, history.map(entry => [entry.step, [keys].flat().map(key => entry[key]).find(Number.isFinite)]).filter(([, value]) => value !== undefined)]);
   return series.filter(([, points]) => points.length);
 }
 
