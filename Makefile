@@ -118,7 +118,7 @@ train-bnb: $(ENV) ## train with the bitsandbytes backend
 	$(call stoppable,$(SCRIPT)/train.py $(WITH) --set tuning.backend=bnb $(TRAIN))
 train-unsloth: $(ENV) ## train with the unsloth backend (falls back to bnb and says why)
 	$(call stoppable,$(SCRIPT)/train.py $(WITH) $(UNSLOTH) $(TRAIN))
-train-multi: $(ENV) ## train in several processes, one a GPU (NPROC=2; SHARD=fsdp: they share the weights)
+train-multi: $(ENV) ## train in several processes, one a GPU (NPROC=2; SHARD=fsdp or deepspeed: they share the weights)
 	$(call stoppable,$(SCRIPT)/train.py $(WITH) --nproc "$(or $(NPROC),2)" $(if $(SHARD),--shard "$$SHARD") $(TRAIN))
 train-with-tb: tensorboard train ## train, with TensorBoard in the background
 train-bnb-tb: tensorboard train-bnb ## train-bnb, with TensorBoard in the background

@@ -51,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--shard",
         choices=["ddp", "fsdp", "deepspeed"],
-        help="with --nproc: each process has a copy of the model (ddp, the default), or they share it (fsdp)",
+        help="with --nproc: each process has a copy of the model (ddp, the default), or they share it",
     )
     return parser
 

@@ -84,11 +84,14 @@ def test_loading_a_configuration_imports_nothing_heavy() -> None:
 
 
 def test_accelerate_files_leave_the_precision_to_the_run() -> None:
-    one, two, shared = (yaml.safe_load((ROOT / "env" / name).read_text()) for name in
-                ("accelerate_config.yaml", "accelerate_ddp_2.yaml", "accelerate_fsdp_2.yaml"))  # fmt: skip
+    one, two, shared, zero = (
+        yaml.safe_load((ROOT / f"env/accelerate_{name}.yaml").read_text())
+        for name in ("config", "ddp_2", "fsdp_2", "deepspeed_2")
+    )
     assert (one["num_processes"], one["distributed_type"], one["mixed_precision"]) == (1, "NO", "no")
     assert (two["num_processes"], two["distributed_type"], two["mixed_precision"]) == (2, "MULTI_GPU", "no")
     assert (shared["num_processes"], shared["distributed_type"], shared["mixed_precision"]) == (2, "FSDP", "no")
+    assert (zero["num_processes"], zero["distributed_type"], zero["mixed_precision"]) == (2, "DEEPSPEED", "no")
 
 
 def test_files_for_several_machines_start_what_accelerate_and_torchrun_accept(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import pty
@@ -86,6 +87,12 @@ def test_closing_the_terminal_stops_with_a_checkpoint(tmp_path: Path, tiny_qwen2
     assert files.manifest_problem(checkpoint) is None
 
 
+PATH = os.environ.get("PYTHONPATH", "")
+DEEPSPEED = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed: pip install deepspeed"
+)
+
+
 def torchrun(root: Path, count: int, **how: str) -> subprocess.Popen[str]:
     """Launches `count` processes whose output goes into one pipe; with `shard` through accelerate."""
     with socket.socket() as free:
@@ -98,7 +105,7 @@ def torchrun(root: Path, count: int, **how: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, *launcher, str(ROOT / "scripts" / "train.py"), *settings],
         cwd=root,
-        env={**os.environ, "SFT_ROOT": str(root), "OMP_NUM_THREADS": "1", "PYTHONPATH": how.get("path", "")},
+        env={**os.environ, "SFT_ROOT": str(root), "OMP_NUM_THREADS": "1", "PYTHONPATH": how.get("path", PATH)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -123,7 +130,7 @@ def test_ctrl_c_stops_all_processes_with_one_checkpoint(tmp_path: Path, tiny_qwe
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("shard", ["", "fsdp"])
+@pytest.mark.parametrize("shard", ["", "fsdp", pytest.param("deepspeed", marks=DEEPSPEED)])
 def test_a_killed_rank_ends_the_launch_and_the_next_one_resumes_bit_for_bit(
     shard: str, tmp_path: Path, tiny_qwen2: Path
 ) -> None:
@@ -187,7 +194,11 @@ def test_where_memory_runs_out_on_a_rank_that_shares_the_weights_all_go_on_in_sm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["lora", "full", "kto", "lora fsdp", "full fsdp", "qlora fsdp", "kto fsdp"])
+@pytest.mark.parametrize(
+    "case",
+    ["lora", "full", "kto", "lora fsdp", "full fsdp", "qlora fsdp", "kto fsdp"]
+    + [pytest.param(f"{case} deepspeed", marks=DEEPSPEED) for case in ("full", "kto")],
+)
 def test_two_processes_give_the_result_of_one(case: str, tmp_path: Path, tiny_qwen2: Path) -> None:
     case, _, shard = case.partition(" ")
     general = tmp_path / "general.jsonl"

@@ -10,7 +10,7 @@ from sft import runs
 from sft.config import auto
 from sft.config.schema import Config
 from sft.model import hub
-from sft.step.step import compute_dtype, make_step_config
+from sft.step.step import make_step_config
 from sft.training import distributed, job
 from sft.training.checkpoint import CheckpointManager
 from sft.training.loop import TrainingLoop
@@ -49,7 +49,7 @@ def make_loop(settings: Config, *, rows: int = 10, validation: int = 4, **more: 
     """
     model_files = hub.find(settings.model, Path("/"))
     model = job.load_model(settings, model_files, "bnb", device="cpu")
-    distributed.shard_model(model, compute_dtype(settings.train))
+    distributed.shard_model(model, settings)
     out = Path(settings.train.output_dir)
     run = runs.at(out, out.parent.parent)
     run.folder.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,8 @@
-"""Two processes that share the weights (FSDP2) or have a copy each (gloo on the CPU): the same steps as one process."""
+"""Two processes that share the weights (FSDP2, DeepSpeed) or have a copy each (gloo on the CPU): as one process."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -13,16 +14,20 @@ import torch
 from tests.conftest import ROOT
 from tests.training import sharded
 
+DEEPSPEED = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed: pip install deepspeed"
+)
 NEAR = {"bf16": 3e-2, "copies": 1e-12}
 
 
 def launch(count: int, *arguments: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
-    """Runs `python -m ...` in `count` processes that share the weights."""
-    fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    """Runs `python -m ...` in `count` processes that share the weights: with FSDP2, or as `env` says."""
+    env = env or {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    path = os.pathsep.join(filter(None, ("scripts", ".", os.environ.get("PYTHONPATH"))))
     return subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", *arguments],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"scripts{os.pathsep}.", **fsdp, **env},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **env},
         capture_output=True,
         text=True,
         timeout=240,
@@ -35,9 +40,21 @@ def differences(weights: dict[str, torch.Tensor], others: dict[str, torch.Tensor
     return max(float((weights[name] - other).abs().max()) for name, other in others.items())
 
 
-@pytest.mark.parametrize("cases", ["full,lora,copies", pytest.param("qlora,bf16", marks=pytest.mark.slow)])
-def test_two_processes_train_as_one(cases: str, tiny_qwen2: Path, tmp_path: Path) -> None:
-    done = launch(2, "-m", "tests.training.sharded", tiny_qwen2, tmp_path, cases)
+@pytest.mark.parametrize(
+    ("cases", "zero"),
+    [
+        ("full,lora,copies", ""),
+        pytest.param("qlora,bf16", "", marks=pytest.mark.slow),
+        pytest.param("full,lora,qlora,bf16", "2", marks=[pytest.mark.slow, DEEPSPEED]),
+        pytest.param("full,lora,qlora,bf16", "3", marks=[pytest.mark.slow, DEEPSPEED]),
+        pytest.param("full,lora", "3 offloaded", marks=[pytest.mark.slow, DEEPSPEED]),
+    ],
+)
+def test_two_processes_train_as_one(cases: str, zero: str, tiny_qwen2: Path, tmp_path: Path) -> None:
+    env = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": zero[0]} if zero else {}
+    if "offloaded" in zero:
+        env |= {f"ACCELERATE_DEEPSPEED_OFFLOAD_{what}_DEVICE": "cpu" for what in ("OPTIMIZER", "PARAM")}
+    done = launch(2, "-m", "tests.training.sharded", tiny_qwen2, tmp_path, cases, **env)
     assert done.returncode == 0, done.stderr
     results = torch.load(tmp_path / "results.pt", weights_only=True)
     for case in cases.split(","):

@@ -440,7 +440,7 @@ def memory_check(
     not planned. What cannot be traced passes, with a warning.
     """
     if sharding is None:
-        log.warning("memory is not checked before training: fsdp_offload_params is not planned")
+        log.warning("memory is not checked before training: neither fsdp_offload_params nor DeepSpeed is planned")
         return
     free = hardware.free_bytes / GIB + (CONTEXT["cuda"] if hardware.device == "cuda" else 0.0)  # this process's own
     processes = 1 if hardware.device == "cuda" else ranks

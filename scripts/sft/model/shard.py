@@ -1,12 +1,13 @@
 """Weights that the processes of a run share: each holds a part and gathers a layer while it is computed.
 
-torch's `fully_shard` (FSDP2) does it; here is which modules it wraps, and how whole tensors go in and come out.
+torch's `fully_shard` (FSDP2) does it; here is which modules it wraps, and how whole tensors go in and come out. Where
+DeepSpeed does it (`zero.Engine`), the same functions ask its engine.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,8 @@ from sft.model.adapters import unwrap
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+
+    from sft.model.zero import Engine
 
 
 def shard(
@@ -47,10 +50,11 @@ def shard(
             module.set_force_sum_reduction_for_comms(True)  # gloo has no other reduction
 
 
-def require_shardable(config: Config, backend: str, optimizers: Collection[str]) -> None:
+def require_shardable(config: Config, backend: str, optimizers: Collection[str], *, deepspeed: bool = False) -> None:
     """Raises ConfigError for settings that are not supported where processes share the weights.
 
-    config: resolved. optimizers: those that work on parts of weights.
+    config: resolved. optimizers: those that work on parts of weights. deepspeed: its engine does, which has taken the
+    step before the loop could drop it.
     """
     train = config.train
     supported = {
@@ -61,10 +65,12 @@ def require_shardable(config: Config, backend: str, optimizers: Collection[str])
         "train.kernels": (train.kernels == "plain", "plain"),
         "train.activation_offload": (not train.activation_offload, "false"),
         "train.optim": (train.optim in optimizers, "adamw_torch"),
+        "train.on_nan": (train.on_nan != "skip" or not deepspeed, "stop"),
     }
     if wrong := [(key, value) for key, (is_supported, value) in supported.items() if not is_supported]:
+        engine, why = ("DeepSpeed", "") if deepspeed else ("FSDP", ": this needs whole weights")
         raise ConfigError(
-            f"with FSDP {', '.join(key for key, _ in wrong)} cannot be as it is set: this needs whole weights",
+            f"with {engine} {', '.join(key for key, _ in wrong)} cannot be as it is set{why}",
             where=", ".join(key for key, _ in wrong),
             fix=" ".join(f"--set {key}={value}" for key, value in wrong) + ", or DDP",
         )
@@ -74,7 +80,19 @@ def is_sharded(model: Any) -> bool:
     """Whether `shard` was called on the model, so that its forward and backward passes are collective."""
     from torch.distributed.fsdp import FSDPModule
 
-    return isinstance(unwrap(model), FSDPModule)
+    return isinstance(unwrap(model), FSDPModule) or engine_of(model) is not None
+
+
+def engine_of(model: Any) -> Engine | None:
+    """DeepSpeed's engine where it trains the model."""
+    engine: Engine | None = vars(unwrap(model)).get("zero_engine")
+    return engine
+
+
+def compute(model: Any, losses: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """`losses()`, a forward pass of the model and its losses, in DeepSpeed's engine where it trains the model."""
+    engine = engine_of(model)
+    return losses() if engine is None else engine.forward(losses)
 
 
 def release(model: Any) -> None:
@@ -93,6 +111,8 @@ def whole_state(model: Any) -> dict[str, torch.Tensor] | None:
     if not is_sharded(model):
         return None
     is_adapter = hasattr(model, "peft_config")
+    if (engine := engine_of(model)) is not None:
+        return engine.whole_state(trained_only=is_adapter)
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=is_adapter)
     state: dict[str, Any] = dict(get_model_state_dict(model, options=options))
     named = dict(model.named_parameters(remove_duplicate=False))

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor, nn
 
 from sft.model.adapters import unwrap
+from sft.model.shard import compute
 from sft.step.batch import IGNORED, MicroBatch
 from sft.step.loss import TokenLoss, full_cross_entropy, tiled_cross_entropy
 
@@ -34,9 +35,8 @@ def response(model: nn.Module, micro: MicroBatch, config: StepConfig, *, dft: bo
     if micro.seq2seq:
         inputs["decoder_input_ids"] = _decoder_inputs(unwrap(model), micro.targets)
     loss = TokenLoss(config.label_smoothing, config.z_loss, dft)
-    if config.logits == "full":
-        return full_cross_entropy(model, inputs, micro.targets, loss, micro.weights)
-    return tiled_cross_entropy(model, inputs, micro.targets, loss, micro.weights, tile=config.logits_tile)
+    losses = full_cross_entropy if config.logits == "full" else partial(tiled_cross_entropy, tile=config.logits_tile)
+    return compute(model, lambda: losses(model, inputs, micro.targets, loss, micro.weights))
 
 
 OBJECTIVES: dict[ObjectiveName, Objective] = {"response": response, "dft": partial(response, dft=True)}

@@ -108,7 +108,7 @@ class CheckpointManager:
         log.warning("out of memory while saving: trying once more")
         return self._save(model, progress, states, weights, parts)
 
-    def save_parts(self, model: Any, optimizer: torch.optim.Optimizer, step: int) -> Path:
+    def save_parts(self, model: Any, optimizer: Any, step: int) -> Path:
         """Every rank writes its part of the optimizer's state into a folder that `save` then takes into the checkpoint.
 
         Raises EnvironmentProblem on every rank when the disk refuses one.
@@ -119,8 +119,11 @@ class CheckpointManager:
 
         target = self.run.folder / f"{OPTIMIZER_PARTS}-{step}"
         folder = Path(distributed.on_rank0(lambda: str(files.beside(target, "part"))))
+        if (engine := shard.engine_of(model)) is not None:
+            engine.save(folder)
+            return folder
         try:
-            save({OPTIMIZER_PARTS: get_optimizer_state_dict(model, optimizer)}, checkpoint_id=folder)
+            save({OPTIMIZER_PARTS: get_optimizer_state_dict(model, optimizer.optimizer)}, checkpoint_id=folder)
         except CheckpointException as error:
             rank, failure = next(iter(error.failures.items()))
             what = f"the optimizer's state could not be written on rank {rank}: {one_line(failure[0], 200)}"
@@ -202,7 +205,13 @@ def save_weights(model: Any, folder: Path, state: Mapping[str, Any] | None = Non
 
 
 def load_weights(model: Any, folder: Path) -> None:
-    """Loads what `save_weights` wrote into the model, bit for bit. Raises RunError if the names differ."""
+    """Loads what `save_weights` wrote into the model, bit for bit. Raises RunError if the names differ.
+
+    From DeepSpeed's part of the checkpoint in `folder`, with the optimizer's state, where its engine trains the model.
+    """
+    if (engine := shard.engine_of(model)) is not None:
+        engine.load(folder / OPTIMIZER_PARTS)
+        return
     with shard.loading_whole(model):
         _load_weights(model, folder)
 
@@ -232,7 +241,8 @@ def restore_optimizer(checkpoint: Path, optimizer: Any, scheduler: Any, model: A
     written in parts.
     """
     decays, base_rates = [group["weight_decay"] for group in optimizer.param_groups], list(scheduler.base_lrs)
-    if (parts := checkpoint / OPTIMIZER_PARTS).is_dir():
+    parts = checkpoint / OPTIMIZER_PARTS
+    if parts.is_dir() and shard.engine_of(model) is None:
         from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
         from torch.distributed.checkpoint.state_dict_loader import load
 
@@ -240,7 +250,7 @@ def restore_optimizer(checkpoint: Path, optimizer: Any, scheduler: Any, model: A
         state = {OPTIMIZER_PARTS: get_optimizer_state_dict(model, inner)}
         load(state, checkpoint_id=parts)
         set_optimizer_state_dict(model, inner, state[OPTIMIZER_PARTS])
-    else:
+    elif not parts.is_dir():
         optimizer.load_state_dict(read_state(checkpoint, OPTIMIZER))
     scheduler.load_state_dict(read_state(checkpoint, SCHEDULER))
     scheduler.base_lrs = base_rates

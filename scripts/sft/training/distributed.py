@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,8 +14,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from sft.config.schema import Config
 from sft.errors import ConfigError, EnvironmentProblem, RunError, SftError, one_line
-from sft.model import shard
+from sft.model import shard, zero
+from sft.model.adapters import unwrap
+from sft.step.optimizer import create_optimizer
+from sft.step.step import compute_dtype
 
 T = TypeVar("T")
 BUCKET_BYTES = 25 * 2**20  # of gradients that are reduced together, about, as DistributedDataParallel does
@@ -64,12 +69,12 @@ def start(settings: Mapping[str, Any] | None = None) -> None:
 
 
 def sharding() -> Any:
-    """accelerate's `fsdp_config` where the launcher chose FSDP, None for a copy of the model on each rank.
+    """accelerate's settings where the launcher chose FSDP or DeepSpeed, None for a copy of the model on each rank.
 
-    Raises EnvironmentProblem for DeepSpeed, FSDP 1, and what a config of ours decides.
+    Raises EnvironmentProblem for FSDP 1, and what a config of ours decides.
     """
     if _is_set("ACCELERATE_USE_DEEPSPEED"):
-        raise deepspeed_problem("the accelerate config")
+        return _deepspeed_settings()
     if world() == 1 or not _is_set("ACCELERATE_USE_FSDP"):
         return None
     from accelerate import FullyShardedDataParallelPlugin
@@ -92,13 +97,49 @@ def sharding() -> Any:
     return settings
 
 
-def deepspeed_problem(where: str) -> EnvironmentProblem:
-    return EnvironmentProblem(
-        "DeepSpeed is not supported: torch's own FSDP2 shards the same states as ZeRO-3, and as ZeRO-2 with"
-        " fsdp_reshard_after_forward: false in env/accelerate_fsdp_2.yaml",
-        where=where,
-        fix="--shard fsdp",
-    )
+def require_deepspeed() -> None:
+    """Raises EnvironmentProblem where DeepSpeed is not installed."""
+    if importlib.util.find_spec("deepspeed") is None:
+        raise EnvironmentProblem(
+            "DeepSpeed is not installed", where="--shard deepspeed", fix="pip install deepspeed, or --shard fsdp"
+        )
+
+
+def _deepspeed_settings() -> Any:
+    """accelerate's DeepSpeedPlugin, of which the engine takes `zero_optimization`."""
+    require_deepspeed()
+    from accelerate import DeepSpeedPlugin
+
+    where, fix, wrong = "deepspeed_config in the accelerate config", "see env/accelerate_deepspeed_2.yaml", ""
+    try:
+        settings = DeepSpeedPlugin()
+    except ValueError as error:
+        raise EnvironmentProblem(one_line(error), where=where, fix=fix) from error
+    zero, others = settings.deepspeed_config["zero_optimization"], {"zero_optimization", "steps_per_print"}
+    if world() == 1:
+        wrong, where, fix = "one process shares nothing", "num_processes in the accelerate config", "num_processes: 2"
+    elif settings.zero_stage not in (2, 3):
+        wrong = f"zero_stage {settings.zero_stage}: only 2 and 3 are supported"
+    elif any((zero.get(f"offload_{part}") or {}).get("device") == "nvme" for part in ("optimizer", "param")):
+        wrong = "offload to nvme is not supported"
+    elif ours := [k for k, v in settings.deepspeed_config.items() if k not in others and v not in ("auto", 1)]:
+        wrong = f"{', '.join(ours)}: the config of the run decides this"
+    if wrong:
+        raise EnvironmentProblem(f"DeepSpeed: {wrong}", where=where, fix=fix)
+    return settings
+
+
+def zero_stage() -> int | None:
+    """2 or 3 where the launcher chose DeepSpeed: the processes share optimizer states and gradients, or weights too."""
+    stage: int | None = getattr(sharding(), "zero_stage", None)
+    return stage
+
+
+def sharding_name() -> str:
+    """How the processes share a run, for its fingerprint; DeepSpeed's checkpoints fit one number of ranks alone."""
+    if stage := zero_stage():
+        return f"DeepSpeed ZeRO-{stage} on {world()} ranks"
+    return "fsdp" if sharding() else "off"
 
 
 def _is_set(variable: str) -> bool:
@@ -106,9 +147,11 @@ def _is_set(variable: str) -> bool:
 
 
 def what_is_shared() -> Literal["ddp", "zero2", "fsdp"] | None:
-    """By the processes: nothing, gradients and optimizer states, or the weights too; None where parts are offloaded."""
+    """By the processes: nothing, gradients and optimizer states, or the weights too; None where parts are offloaded,
+    and for DeepSpeed.
+    """
     settings = sharding()
-    if settings is not None and _is_set("FSDP_OFFLOAD_PARAMS"):
+    if settings is not None and (_is_set("FSDP_OFFLOAD_PARAMS") or zero_stage()):
         return None
     return "ddp" if settings is None else "fsdp" if settings.reshard_after_forward else "zero2"
 
@@ -118,7 +161,7 @@ def in_turn() -> Iterator[None]:
     """Where ranks share the weights, the ranks of a machine do the block one after another: each first loads the whole
     model into the machine's memory, which then holds it once.
     """
-    if sharding() is None:
+    if sharding() is None or zero_stage():  # DeepSpeed shards in all processes at once
         yield
         return
     _mesh()  # all ranks make it together
@@ -134,9 +177,15 @@ def _mesh() -> DeviceMesh:
     return init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (world(),))
 
 
-def shard_model(model: Any, dtype: torch.dtype) -> None:
-    """Shards the model, which computes in `dtype`, over all ranks where the launcher chose that."""
-    if (settings := sharding()) is not None:
+def shard_model(model: Any, config: Config) -> None:
+    """Shards the model over all ranks where the launcher chose that."""
+    settings = sharding()
+    if zero_stage():
+        optimizer = create_optimizer(model, config.train, config.tuning.lora.lora_plus_ratio)
+        zero_settings, max_norm = settings.deepspeed_config["zero_optimization"], config.train.max_grad_norm or 0.0
+        vars(unwrap(model))["zero_engine"] = zero.Engine(model, optimizer, zero_settings, max_norm=max_norm)
+    elif settings is not None:
+        dtype = compute_dtype(config.train)
         offload = _is_set("FSDP_OFFLOAD_PARAMS")
         shard.shard(model, _mesh(), dtype=dtype, reshard=settings.reshard_after_forward, offload=offload)
 

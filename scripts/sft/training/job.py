@@ -117,7 +117,7 @@ class Job:
             "weight_field": self.config.data.weight_field,
             "max_seq_len": self.config.model.max_seq_len,
             "world_size": distributed.world(),
-            "sharding": "fsdp" if distributed.sharding() else "off",
+            "sharding": distributed.sharding_name(),
             "total_steps": self.schedule.total_steps,
             "warmup_steps": self.schedule.warmup_steps,
             "rehearsal": train.rehearsal.model_dump() if self.questions else "off",
@@ -186,7 +186,7 @@ def prepare(
     if facts.sharded:
         from sft.step.optimizer import TORCH
 
-        shard.require_shardable(resolved.config, backend.name, TORCH)
+        shard.require_shardable(resolved.config, backend.name, TORCH, deepspeed=bool(distributed.zero_stage()))
     stored = files.read_json(checkpoint / REHEARSAL) if checkpoint else None
     answers = stage.val is None or not shards.has_tokens(stage.val)
     schedule = make_schedule(resolved.config, len(rows.train), validation=bool(rows.validation), answers=answers)
@@ -360,7 +360,9 @@ def describe(job: Job, opened: OpenRun) -> list[str]:
     adapter += f", going on from {tuning.adapter_path}" if tuning.adapter_path else ""
     library = ", unsloth" if job.backend.name == "unsloth" else ""
     if (world := distributed.world()) > 1:
-        library += f", {world} processes that {'share the weights' if distributed.sharding() else 'have a copy each'}"
+        shared = {None: "the weights" if distributed.sharding() else "", 2: "optimizer states", 3: "the weights"}
+        what = shared[distributed.zero_stage()]
+        library += f", {world} processes that {f'share {what}' if what else 'have a copy each'}"
     lines = [
         opened.message,
         f"model   {job.files.name} ({job.files.parameters / 1e6:,.1f}M parameters, {job.files.kind}),"
@@ -453,7 +455,7 @@ def make_loop(job: Job, opened: OpenRun, root: Path, report: Report | None) -> t
     """
     from sft.generation.engine import LoadedModel
     from sft.model.kernels import apply_kernels
-    from sft.step.step import compute_dtype, make_step_config
+    from sft.step.step import make_step_config
     from sft.training import autobatch, rehearsal
     from sft.training.checkpoint import CheckpointManager
     from sft.training.loggers import Loggers, Trackers
@@ -462,7 +464,7 @@ def make_loop(job: Job, opened: OpenRun, root: Path, report: Report | None) -> t
     run, train, is_first = opened.run, job.config.train, distributed.rank() == 0
     with distributed.in_turn():
         model = load_model(job.config, job.files, job.backend.name, device=job.device.device)
-        distributed.shard_model(model, compute_dtype(train))
+        distributed.shard_model(model, job.config)
     rows_given = (job.unresolved.batch_size, job.unresolved.grad_accum) != ("auto", "auto")
     step = make_step_config(
         train, model, job.files.kind, job.device.device, max_rows=int(train.batch_size) if rows_given else None
@@ -539,8 +541,9 @@ def load_model(config: Config, model_files: ModelFiles, backend: str, *, device:
     if backend == "unsloth":
         return backends.load_unsloth(model_files, config.model, tuning, dtype, gradient_checkpointing=checkpointing)
     implementation = attention.choose(device, model_files.config)
-    sharded = distributed.sharding() is not None
-    place = "cpu" if sharded else device  # from where each layer moves to the GPU in parts
+    stage = distributed.zero_stage()
+    sharded = stage is None and distributed.sharding() is not None
+    place = "cpu" if sharded or stage == 3 else device  # from where each layer moves to the GPU in parts
     model = load_base(
         model_files, config.model, tuning, dtype, device=place, train=True, attention=implementation, sharded=sharded
     )

@@ -18,9 +18,8 @@ import psutil
 
 from sft.config.load import shipped
 from sft.errors import EnvironmentProblem, RunError, one_line
-from sft.training.distributed import LOST, deepspeed_problem
+from sft.training.distributed import LOST, require_deepspeed
 
-FILES = {"ddp": "env/accelerate_ddp_2.yaml", "fsdp": "env/accelerate_fsdp_2.yaml", "deepspeed": None}
 BUDGET = re.compile(r"--set train\.micro_batch_tokens=\d+")
 log = logging.getLogger("sft.training")
 
@@ -36,8 +35,8 @@ def launch(processes: int, shard: str, root: Path, arguments: list[str], *, budg
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    if (file := FILES[shard]) is None:
-        raise deepspeed_problem("--shard deepspeed")
+    if shard == "deepspeed":
+        require_deepspeed()
     gpus, cores = torch.cuda.device_count(), os.cpu_count() or 1
     most = gpus or cores
     if not 2 <= processes <= most:
@@ -45,8 +44,10 @@ def launch(processes: int, shard: str, root: Path, arguments: list[str], *, budg
         fix = f"--nproc {most}" if processes > most > 1 else "leave out --nproc and --shard: one process needs none"
         raise EnvironmentProblem(what, where="--nproc", fix=fix)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
+    if not gpus:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would print that it has found none
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # `_report` names what ended
-    command = ["--config_file", str(shipped(root, file)), "--num_processes", str(processes)]
+    command = ["--config_file", str(shipped(root, f"env/accelerate_{shard}_2.yaml")), "--num_processes", str(processes)]
     command += ["--main_process_port", "0", str(shipped(root, "scripts/train.py")), *arguments]
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # torch's agent would kill a rank after 30 seconds
         if signal.getsignal(number) is not signal.SIG_IGN:

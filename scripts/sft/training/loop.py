@@ -116,9 +116,15 @@ class TrainingLoop:
         self.log_every = config.logging.log_interval
         self.checkpoints, self.answer, self.loggers = checkpoints, answer, loggers or Loggers()
         shard.release(model)
-        optimizer = create_optimizer(model, self.settings, config.tuning.lora.lora_plus_ratio)
-        self.accelerator = make_accelerator(self.settings, step.device)
-        self.optimizer = self.accelerator.prepare_optimizer(optimizer)
+        if (engine := shard.engine_of(model)) is None:
+            self.accelerator = make_accelerator(self.settings, step.device)
+            optimizer = create_optimizer(model, self.settings, config.tuning.lora.lora_plus_ratio)
+            self.optimizer = self.accelerator.prepare_optimizer(optimizer)
+        else:
+            self.accelerator, self.optimizer = engine, engine.optimizer
+        self.engine = engine
+        if step.device.startswith("cuda"):
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = bool(self.settings.tf32)
         self.scheduler = create_scheduler(self.optimizer, config.train, schedule.warmup_steps, schedule.total_steps)
         self.signals = SignalHandler(checkpoints.run.folder, partial(distributed.largest, device=self.device))
         self.progress = Progress(max_steps=schedule.total_steps)
@@ -235,12 +241,12 @@ class TrainingLoop:
                 self.ewc_penalty = float(self.ewc.add_gradients(1.0 if scaler is None else scaler.get_scale()))
             max_norm = self.settings.max_grad_norm or math.inf
             norm = self.accelerator.clip_grad_norm_(self.model.parameters(), max_norm)
-            grad_norm = float(norm.full_tensor() if self.sharded else norm)
+            grad_norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
             if self.accelerator.scaler is None:  # a gradient scaler detects and skips infinite gradients itself
                 self.monitor.gradient(grad_norm)
                 usable = self._check_finite(grad_norm, "gradient norm", ids)
                 grad_norm = grad_norm if usable else 0.0
-        if usable:
+        if usable and self.engine is None:  # which has updated the weights as it clipped the gradients
             optimizer_step(self.optimizer, self._halve_micro_batches)
         if not (usable and self.accelerator.optimizer_step_was_skipped):
             self.scheduler.step()
@@ -410,7 +416,7 @@ class TrainingLoop:
         self.loggers.sync()
         weights, parts = shard.whole_state(self.model), None
         if self.sharded:
-            parts = self.checkpoints.save_parts(self.model, self.optimizer.optimizer, progress.global_step)
+            parts = self.checkpoints.save_parts(self.model, self.optimizer, progress.global_step)
         distributed.on_rank0(lambda: str(self.checkpoints.save(self.model, progress, states, weights, parts)))
 
     def resume(self, checkpoint: Path) -> None:
@@ -459,18 +465,15 @@ class TrainingLoop:
 
 
 def make_accelerator(train: TrainSection, device: str) -> Any:
-    """The accelerator for one step batch a step; sets TF32.
+    """The accelerator for one step batch a step.
 
     bf16 is not left to it: the step computes under autocast itself. fp16 is, because the gradient scaler belongs to it.
     """
     from accelerate import Accelerator
     from accelerate.utils import GradientAccumulationPlugin
 
-    accelerator = Accelerator(
+    return Accelerator(
         cpu=not device.startswith("cuda"),
         mixed_precision="fp16" if train.fp16 is True else "no",
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
     )
-    if device.startswith("cuda"):
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = bool(train.tf32)
-    return accelerator
