@@ -534,7 +534,7 @@ async function viewChat(id, signal) {
       h("h3", {}, name.endsWith(":base") ? "its base" : name), h("div"), h("small", {}, "")));
     talk.querySelector(".empty")?.remove();
     talk.append(h("article", {class: "turn"}, h("p", {class: "question"}, text), h("div", {class: "sides"}, cells)));
-    cells[0].scrollIntoView({block: "nearest"});
+    scrollTo(0, document.body.scrollHeight);
     await Promise.all(sides.map((side, at) => answer(side, text, cells[at], running.signal)));
     running = null;
     button.textContent = "Send";
@@ -552,7 +552,9 @@ async function viewChat(id, signal) {
       for await (const chunk of streamOf("/v1/chat/completions", body, AbortSignal.any([stopped, signal]))) {
         if (chunk.error) throw failure(chunk);
         whole += chunk.choices[0]?.delta.content ?? "";
+        const atEnd = scrollY + innerHeight >= document.body.scrollHeight - 40;
         place.textContent = whole;
+        if (atEnd) scrollTo(0, document.body.scrollHeight);
         if (whole && !begun) { begun = performance.now(); foot.textContent = ""; }
         if (chunk.choices[0]?.finish_reason === "length") cut = ", cut at the longest answer";
         if (chunk.usage) foot.textContent = `${chunk.usage.completion_tokens} tokens, ${number(Number((chunk.usage.completion_tokens / (performance.now() - begun) * 1000).toPrecision(2)))} tokens/s${cut}`;
