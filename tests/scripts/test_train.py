@@ -180,13 +180,15 @@ if os.environ.get("RANK") == "1":
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("shard", ["fsdp", pytest.param("deepspeed", marks=DEEPSPEED)])
 def test_where_memory_runs_out_on_a_rank_that_shares_the_weights_all_go_on_in_smaller_micro_batches(
-    tmp_path: Path, tiny_qwen2: Path
+    shard: str, tmp_path: Path, tiny_qwen2: Path
 ) -> None:
     (tmp_path / "path").mkdir()
     (tmp_path / "path" / "sitecustomize.py").write_text(OUT_OF_MEMORY)
     root = project.make(tmp_path / "p", tiny_qwen2)
-    launch = torchrun(root, 2, sets="--set eval.train_sample=0", shard="fsdp", path=str(tmp_path / "path"))
+    path = os.pathsep.join(filter(None, (str(tmp_path / "path"), PATH)))
+    launch = torchrun(root, 2, sets="--set eval.train_sample=0", shard=shard, path=path)
     output = launch.communicate(timeout=280)[0]
     assert (tmp_path / "path" / "injected").exists() and launch.returncode == 0, output
     assert "all processes start again from the newest checkpoint with --set train.micro_batch_tokens=" in output

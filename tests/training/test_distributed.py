@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import socket
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from sft.errors import RunError
+from sft.errors import EnvironmentProblem, RunError
 from sft.training import distributed, result
 from tests.conftest import ROOT
 
@@ -134,3 +135,27 @@ def test_two_processes_exchange_results_errors_and_gradients() -> None:
     for process in processes:
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("WORLD_SIZE", "1", "DeepSpeed: one process shares nothing"),
+        ("ACCELERATE_DEEPSPEED_ZERO_STAGE", "1", "DeepSpeed: zero_stage 1: only 2 and 3 are supported"),
+        ("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "nvme", "DeepSpeed: offload to nvme is not supported"),
+        ("ACCELERATE_GRADIENT_CLIPPING", "0.3", "DeepSpeed: gradient_clipping: the config of the run decides this"),
+    ],
+)
+def test_what_deepspeed_cannot_do_here_is_refused(
+    variable: str, value: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, setting in (("WORLD_SIZE", "2"), ("ACCELERATE_USE_DEEPSPEED", "true")):
+        monkeypatch.setenv(name, setting)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(EnvironmentProblem, match="DeepSpeed is not installed"):
+        distributed.sharding()
+    monkeypatch.setattr(distributed, "require_deepspeed", lambda: None)
+    assert distributed.sharding_name() == "DeepSpeed ZeRO-2 on 2 ranks"  # accelerate's default
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(EnvironmentProblem, match=message):
+        distributed.sharding()
