@@ -95,6 +95,8 @@ def test_logs_are_events_that_go_on_after_the_last_one_that_was_seen(client: Tes
         ("GET", "/models/last/report", 404),
         ("GET", "/nothing", 404),
         ("PUT", "/jobs", 405),
+        ("GET", "/train", 404),
+        ("POST", "/nothing", 405),
     ],
 )
 def test_what_does_not_exist_is_an_error_in_three_parts(
@@ -102,6 +104,9 @@ def test_what_does_not_exist_is_an_error_in_three_parts(
 ) -> None:
     answer = client.request(method, PREFIX + path)
     assert answer.status_code == status and {"error", "where", "fix"} <= set(answer.json())
+    if path in ("/nothing", "/train"):
+        assert answer.json()["error"] == f"there is no route {method} {PREFIX}{path}"
+        assert "no route POST /v1/embeddings" in client.post("/v1/embeddings").json()["error"]["message"]
 
 
 def test_every_mistake_of_a_config_is_named_with_its_line(client: TestClient) -> None:
@@ -117,7 +122,7 @@ def test_every_mistake_of_a_config_is_named_with_its_line(client: TestClient) ->
     assert as_yaml.json()["errors"] == answer["errors"][:1]
     no_text = client.post(f"{PREFIX}/configs/validate", content=b"\xff", headers={"Content-Type": "application/yaml"})
     wrong = client.post(f"{PREFIX}/configs/validate", json={"configs": YAML})
-    assert (no_text.status_code, wrong.status_code) == (422, 422) and wrong.json()["problems"][0]["where"] == "configs"
+    assert (no_text.status_code, wrong.status_code) == (422, 422) and "did you mean `config`?" in wrong.text
     good = client.post(
         f"{PREFIX}/configs/validate", json={"config_path": "configs/mine.yaml", "overrides": {"train.epochs": 2}}
     )
@@ -147,15 +152,23 @@ def test_every_mistake_of_a_config_is_named_with_its_line(client: TestClient) ->
         ({"config": "train: {output_dir: elsewhere/run}"}, "lie in outputs/"),
         ({"config": "a", "config_path": "b"}, "both set"),
         ({}, "no config is named"),
-        ({"config_path": "configs/mine.yaml", "unknown": 1}, "not as this route takes it"),
+        ({"config_pth": "configs/mine.yaml"}, "did you mean `config_path`?"),
+        ({"config_path": "configs/mine.yaml", "gqu": 1}, "unknown key `gqu`"),
         ({"config_path": "configs/mine.yaml", "resume_from_checkpoint": "/etc"}, "leads out of the project"),
         ({"config_path": "configs/mine.yaml", "resume_from_checkpoint": "outputs/none"}, "no run or checkpoint"),
     ],
 )
 def test_a_config_that_comes_by_http_stays_inside_the_project(client: TestClient, body: Any, what: str) -> None:
     answer = client.post(f"{PREFIX}/train", json=body)
-    assert answer.status_code == 422 and what in answer.text, answer.text
+    assert answer.status_code == 422 and what in answer.text and ".server" not in answer.text, answer.text
     assert client.get(f"{PREFIX}/jobs").json()["jobs"] == []
+
+
+def test_a_body_that_is_not_sent_as_json_is_named_with_the_option_that_does(client: TestClient) -> None:
+    body = '{"config_path": "configs/mine.yaml"}'
+    answer = client.post(f"{PREFIX}/train", content=body, headers={"Content-Type": "application/x-www-form-urlencoded"})
+    assert answer.status_code == 422 and "curl --json" in answer.json()["fix"]
+    assert "curl --json" in client.post(f"{PREFIX}/train").json()["fix"]
 
 
 def test_only_this_machine_calls_and_no_other_page(client: TestClient) -> None:
@@ -196,6 +209,8 @@ def test_a_token_is_needed_where_the_server_has_one(tmp_path: Path) -> None:
 def test_uploads_are_processed_bounded_and_have_the_name_of_a_data_file(client: TestClient, tmp_path: Path) -> None:
     for name in ("../x.jsonl", "x.yaml", ".jsonl", "a/b.csv", "x\0.csv"):
         assert client.post(f"{PREFIX}/data", params={"name": name}, content=b"{}").status_code == 422
+    form = client.post(f"{PREFIX}/data", params={"name": "rows.jsonl"}, files={"file": ("rows.jsonl", b"{}")})
+    assert form.status_code == 422 and "curl --data-binary" in form.json()["fix"]
     with TestClient(create_app(Settings(tmp_path / "small", max_upload=10)), base_url="http://localhost") as small:
         answer = small.post(f"{PREFIX}/data", params={"name": "rows.jsonl"}, content=b"x" * 11)
         assert answer.status_code == 422 and "--max-upload" in answer.json()["fix"]
@@ -262,6 +277,7 @@ def test_from_an_upload_to_a_trained_and_evaluated_model(server: tuple[httpx.Cli
     evaluation = client.post(f"{PREFIX}/models/t/evaluate", json={"limit": 2}).json()["job_id"]
     wait_for(lambda: done(client, evaluation), 200)
     assert len(client.get(f"{PREFIX}/models/t/samples").json()["samples"]) == 2
+    assert client.get(f"{PREFIX}/jobs/{evaluation}").json()["result"]["rows"] == 2
     info = client.get(f"{PREFIX}/models/t/info").json()
     assert info["config"]["train"]["max_steps"] == 3 and info["metrics"]["base"] and info["bytes"] > 0
 

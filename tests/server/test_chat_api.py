@@ -51,6 +51,9 @@ def test_models_are_the_finished_runs_with_their_bases(client: Any, root: Path) 
     (root / "outputs" / "begun" / "config.resolved.yaml").write_text("{}")
     names = {model.id for model in client.models.list()}
     assert names == {"base", "first", "first:base", "second", "second:base"}
+    assert client.models.retrieve("first:base").id == "first:base"
+    with pytest.raises(openai.NotFoundError, match=r"did you mean first\?"):
+        client.models.retrieve("frist")
 
 
 def test_answers_are_those_of_infer_at_once_and_as_a_stream(client: Any, root: Path) -> None:
@@ -108,7 +111,8 @@ def test_settings_choose_how_it_answers(client: Any) -> None:
         ({"temperature": 3}, 400, "temperature"),
         ({"logprobs": True}, 400, "logprobs is not supported here"),
         ({"tool_choice": "required"}, 400, "tool_choice is not supported here"),
-        ({"extra_body": {"temprature": 1}}, 400, "there is no parameter temprature"),
+        ({"extra_body": {"temprature": 1}}, 400, "there is no parameter temprature: did you mean temperature?"),
+        ({"tools": [{"type": "function", "function": {"nme": "f"}}]}, 400, "tools[0] has no function with a name"),
         ({"messages": [{"role": "assistant", "content": "Hi"}]}, 400, "not a question"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, 400, "image_url"),
         ({"messages": [{"role": "user", "content": "word " * 3000}]}, 400, "the model reads 1,024"),

@@ -22,12 +22,12 @@ from urllib.parse import parse_qs, urlsplit
 
 from fastapi import Response
 from fastapi.responses import JSONResponse, RedirectResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sft.config.load import Loaded, Node, Problems, display_path, dump_yaml, load, parse, plain, resolve_path
-from sft.errors import ConfigError, EnvironmentProblem, SftError, redact
+from sft.errors import ConfigError, EnvironmentProblem, SftError, nearest, redact
 
 PREFIX = "/api/v1/sft"
 MAX_BODY = 2**20  # bytes of a request that is no upload
@@ -59,6 +59,16 @@ class StrictModel(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
+    @model_validator(mode="before")
+    @classmethod
+    def name_unknown_keys(cls, value: Any) -> Any:
+        for key in value if isinstance(value, dict) else ():
+            if key not in cls.model_fields:
+                close = nearest(key, cls.model_fields)
+                known = f"did you mean `{close}`?" if close else f"it takes {', '.join(cls.model_fields)}"
+                raise ValueError(f"unknown key `{key}`: {known}")
+        return value
+
 
 class ConfigRequest(StrictModel):
     """A config: a file of the project, or its YAML text, and keys to set over it."""
@@ -82,8 +92,7 @@ class Configs:
         if request.config is not None:
             self._check_includes(request.config)
             with self.text_file(request.config, ".yaml") as path, renamed(path, self.root, "config"):
-                loaded = load(path, sets, root=self.root)
-            return self._check(loaded, by_http=True)
+                return self._check(load(path, sets, root=self.root), by_http=True)
         if request.config_path:
             default = self.inside(request.config_path, "config_path")
         if default is None or default.suffix not in (".yaml", ".yml"):

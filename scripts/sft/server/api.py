@@ -44,13 +44,14 @@ from sft.server.access import (
     renamed,
     snapshot,
 )  # fmt: skip
-from sft.server.chat_api import create_router
+from sft.server.chat_api import Refused, create_router
 from sft.server.jobs import ENDED, Conflict, NotFound, Queue, run_command
 
 MAX_PREVIEW = 50  # rows
 MAX_COMMANDS = (2, 10)  # commands whose answers clients wait for: running, and together with those that wait
 UPLOADS = "data/uploads"
 PLACING = threading.Lock()  # of uploads
+SEE_ROUTES = "GET /docs lists the routes, /openapi.json what each takes"
 POLL_SECONDS = 1.0  # of a follower of a log
 DATA_NAME = re.compile(
     r"[\w][\w .-]{0,80}\.(jsonl?|ndjson|csv|tsv|parquet|arrow|txt|xlsx)(\.(gz|zst|bz2|xz))?", re.IGNORECASE
@@ -133,6 +134,7 @@ class JobStatus(BaseModel):
     tokens_per_second: float | None
     seconds_left: float | None
     error: JobError | None
+    result: Annotated[dict[str, Any] | None, Field(description="of one completed job: what --json prints")] = None
     created_at: datetime
     updated_at: datetime
 
@@ -191,14 +193,18 @@ def create_app(settings: Settings, hosts: tuple[str, ...] = ()) -> FastAPI:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        problems = [SftError(each["msg"], where=".".join(map(str, each["loc"]))) for each in error.errors()]
-        what = "the request is not as this route takes it"
-        return JSONResponse(error_json(SftError(what, fix="GET /docs", problems=problems)), 422)
+        problems = [mistake(each) for each in error.errors()]
+        what = SftError(f"{len(problems)} mistakes in the request", fix=SEE_ROUTES, problems=problems)
+        return JSONResponse(error_json(problems[0] if len(problems) == 1 else what), 422)
 
     @app.exception_handler(HTTPException)
-    async def no_route(_: Request, error: HTTPException) -> JSONResponse:
-        what = SftError(one_line(error.detail), fix="GET /docs lists the routes")
-        return JSONResponse(error_json(what), error.status_code, headers=error.headers)
+    async def no_route(request: Request, error: HTTPException) -> JSONResponse:
+        method, path, status = request.method, request.url.path, error.status_code
+        what = f"there is no route {method} {path}" if status in (404, 405) else one_line(error.detail)
+        body = error_json(SftError(what, fix=SEE_ROUTES))
+        if path.startswith("/v1/"):
+            body = Refused(status, f"{what}; fix: {SEE_ROUTES}").json()
+        return JSONResponse(body, status, headers=error.headers)
 
     @app.get("/docs", response_class=HTMLResponse, include_in_schema=False)
     def docs() -> str:
@@ -219,6 +225,16 @@ def create_app(settings: Settings, hosts: tuple[str, ...] = ()) -> FastAPI:
     if (static := sft / "server" / "static").is_dir():
         app.mount("/", StaticFiles(directory=static, html=True), name="page")
     return app
+
+
+def mistake(error: dict[str, Any]) -> SftError:
+    """One of pydantic's errors as ours."""
+    what, fix = str(error["msg"]).removeprefix("Value error, "), SEE_ROUTES
+    if error["type"] == "json_invalid":
+        what += f": {error['ctx']['error']}"
+    if error["loc"] == ("body",) and error["type"] in ("missing", "model_attributes_type"):
+        what, fix = "the body is no JSON object", "curl --json '{...}'; other clients: Content-Type: application/json"
+    return SftError(what, where=".".join(map(str, error["loc"])) or None, fix=fix)
 
 
 def docs_page(openapi: dict[str, Any]) -> str:
@@ -429,6 +445,10 @@ def config_and_data_routes(settings: Settings, configs: Configs, commands: Comma
         if not DATA_NAME.fullmatch(name):
             fix = "a file that ends in .jsonl, .json, .csv, .tsv, .parquet, .arrow, .xlsx or .txt (or these with .gz)"
             raise DataError("this is not the name of a file of rows", where=name, fix=fix)
+        if request.headers.get("content-type", "").startswith("multipart/"):
+            raise DataError(
+                "the body is a form, not a file", where=name, fix="the file itself: curl --data-binary @FILE"
+            )
         incoming, size = root / UPLOADS / f".{secrets.token_hex(8)}", 0
         await run_in_threadpool(files.make_folder, incoming.parent)
         async with contextmanager_in_threadpool(files.atomic_file(incoming)) as staged:

@@ -26,7 +26,7 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sft import runs
-from sft.errors import RunError
+from sft.errors import RunError, nearest
 
 IDLE_SECONDS = 600.0
 MOST_REQUESTS = 128  # at a time
@@ -72,7 +72,8 @@ class AnswerRequest(BaseModel):
             if key in NEUTRAL and value not in NEUTRAL[key]:
                 raise ValueError(f"{key} is not supported here: leave it out")
             if key not in NEUTRAL and key not in IGNORED:
-                raise ValueError(f"there is no parameter {key}")
+                close = nearest(key, type(self).model_fields)
+                raise ValueError(f"there is no parameter {key}" + (f": did you mean {close}?" if close else ""))
         return self
 
     def settings(self) -> dict[str, Any]:
@@ -105,6 +106,10 @@ class ChatRequest(AnswerRequest):
 
     def lines(self) -> list[dict[str, Any]]:
         self.max_tokens = self.max_completion_tokens or self.max_tokens
+        for at, tool in enumerate(self.tools or []):
+            function = tool.get("function", tool)
+            if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+                raise Refused(400, f"tools[{at}] has no function with a name", "tools")
         tools = self.tools if (self.model_extra or {}).get("tool_choice") != "none" else None
         return self.entries([{"messages": self.messages, "tools": tools}])
 
@@ -146,7 +151,8 @@ class OpenAIRoute(APIRoute):
             except RequestValidationError as error:
                 first = error.errors()[0]
                 place = ".".join(str(part) for part in first["loc"][1:])
-                refused = Refused(400, f"{place}: {first['msg']}".removeprefix(": "), place or None)
+                what = str(first["msg"]).removeprefix("Value error, ")
+                refused = Refused(400, f"{place}: {what}".removeprefix(": "), place or None)
             except Refused as error:
                 refused = error
             return JSONResponse(refused.json(), refused.status)
@@ -272,6 +278,15 @@ def create_router(root: Path) -> APIRouter:
                 created = int((run.folder / runs.FINISHED).stat().st_mtime)
                 entries += [{**entries[0], "id": run.name + side, "created": created} for side in ("", ":base")]
         return {"object": "list", "data": entries}
+
+    @router.get("/models/{model}")
+    def get_model(model: str) -> dict[str, Any]:
+        """One of the models that answer."""
+        for each in list_models()["data"]:
+            if each["id"] == model:
+                return dict(each)
+        check_name(model)
+        raise Refused(404, f"there is no model {model}", "model", "model_not_found")
 
     @router.post("/chat/completions", response_model=None)
     async def chat_completions(request: ChatRequest) -> Response:

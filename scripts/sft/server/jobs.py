@@ -221,7 +221,8 @@ class Queue:
         with self.mutex:
             job = self.find(name)
             if job is not None and job.state not in ("paused", "stopped", "failed"):
-                raise Conflict(f"{name} is {job.state}", where=name, fix="wait for its end, or pause it first")
+                fix = "start a new one" if job.state == "completed" else "wait for its end, or pause it first"
+                raise Conflict(f"{name} is {job.state}", where=name, fix=fix)
             if job is None or (job.kind == "train" and job.run):
                 run = self.outside_run(name) if job is None else self._run(job)
                 if run.finished or self.is_running(run.name):
@@ -357,9 +358,10 @@ class Queue:
         return run
 
     def view(self, name: str) -> dict[str, Any]:
-        """A job, or a run, as clients see it. Raises NotFound."""
+        """A job, or a run, as clients see it, with what its command printed. Raises NotFound."""
         job = self.find(name)
-        return self._view(job) if job else self._view_run(self.outside_run(name))
+        result = files.read_json(self.folder(job.id) / "result.json") if job and job.state == "completed" else None
+        return {**(self._view(job) if job else self._view_run(self.outside_run(name))), "result": result}
 
     def views(self, limit: int) -> list[dict[str, Any]]:
         """The newest jobs, and the runs that commands started, the last changed first."""
