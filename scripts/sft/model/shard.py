@@ -85,8 +85,7 @@ def is_sharded(model: Any) -> bool:
 
 def engine_of(model: Any) -> Engine | None:
     """DeepSpeed's engine where it trains the model."""
-    engine: Engine | None = vars(unwrap(model)).get("zero_engine")
-    return engine
+    return vars(unwrap(model)).get("zero_engine")
 
 
 def compute(model: Any, losses: Callable[[], torch.Tensor]) -> torch.Tensor:

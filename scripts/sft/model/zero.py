@@ -38,6 +38,7 @@ class Engine:
 
     model: on the device for ZeRO-2, on the CPU for ZeRO-3, which moves each weight to the GPU in parts. optimizer: of
     torch, on the model's weights. zero: DeepSpeed's `zero_optimization`. max_norm: gradients are clipped to it, 0: not.
+    Raises EnvironmentProblem for a version that is too old.
     """
 
     scaler, optimizer_step_was_skipped = None, False
@@ -59,6 +60,9 @@ class Engine:
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for the result
             import deepspeed
 
+            if not hasattr(deepspeed.DeepSpeedEngine, "managed_gradient_accumulation"):
+                what = f"DeepSpeed {deepspeed.__version__} fixes the number of micro-batches a step"
+                raise EnvironmentProblem(what, where="--shard deepspeed", fix="pip install 'deepspeed>=0.19.8'")
             for handler in logging.getLogger("DeepSpeed").handlers:
                 if isinstance(handler, logging.StreamHandler):
                     handler.setStream(sys.stderr)
@@ -112,9 +116,8 @@ class Engine:
         try:
             self.engine.save_checkpoint(str(folder), TAG, save_latest=False, exclude_frozen_parameters=True)
         except (OSError, RuntimeError) as error:
-            what = f"DeepSpeed could not write its checkpoint: {one_line(error, 200)}"
             fix = "free disk space and run the same command: it resumes from the newest checkpoint"
-            raise EnvironmentProblem(what, where=str(folder), fix=fix) from error
+            raise EnvironmentProblem(one_line(error, 200), where=str(folder), fix=fix) from error
 
     def load(self, folder: Path) -> None:
         """Restores what `save` wrote, on as many ranks."""

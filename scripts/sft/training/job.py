@@ -360,9 +360,8 @@ def describe(job: Job, opened: OpenRun) -> list[str]:
     adapter += f", going on from {tuning.adapter_path}" if tuning.adapter_path else ""
     library = ", unsloth" if job.backend.name == "unsloth" else ""
     if (world := distributed.world()) > 1:
-        shared = {None: "the weights" if distributed.sharding() else "", 2: "optimizer states", 3: "the weights"}
-        what = shared[distributed.zero_stage()]
-        library += f", {world} processes that {f'share {what}' if what else 'have a copy each'}"
+        what = "optimizer states" if distributed.zero_stage() == 2 else "the weights"
+        library += f", {world} processes that {f'share {what}' if distributed.sharding() else 'have a copy each'}"
     lines = [
         opened.message,
         f"model   {job.files.name} ({job.files.parameters / 1e6:,.1f}M parameters, {job.files.kind}),"
