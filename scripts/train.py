@@ -63,15 +63,28 @@ def main(args: argparse.Namespace) -> dict[str, Any] | None:
         return record(train)(args)  # for the launcher: the last error of this process
     if args.nproc is None and args.shard is None:
         return train(args)
+    from sft.config.load import load
     from sft.training.launch import launch
 
-    budget = console.load_config(args).config.train.micro_batch_tokens  # an error in the config is shown once
+    root = console.project_root()
+    resume_newest(args, root)
+    budget = load(args.config, args.set, root=root).config.train.micro_batch_tokens  # an error in it is shown once
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     own.add_argument("--nproc")
     own.add_argument("--shard")
     arguments = own.parse_known_args(sys.argv[1:])[1]
-    launch(args.nproc or 2, args.shard or "ddp", console.project_root(), arguments, budget=budget)
+    processes = 2 if args.nproc is None else args.nproc
+    launch(processes, args.shard or "ddp", root, arguments, budget=budget, again=console.continue_command(""))
     return None
+
+
+def resume_newest(args: argparse.Namespace, root: Path) -> None:
+    """--resume newest: the run and its own config."""
+    from sft import runs
+
+    if args.resume == "newest" and args.config == console.default_config():
+        args.run = runs.unfinished(root).name
+        args.config = str(runs.named(args.run, root).settings)
 
 
 def train(args: argparse.Namespace) -> dict[str, Any] | None:
@@ -89,9 +102,7 @@ def train(args: argparse.Namespace) -> dict[str, Any] | None:
     root = console.project_root()
 
     # 1. the config and the run
-    if args.resume == "newest" and args.config == console.default_config():
-        args.run = runs.unfinished(root).name
-        args.config = str(runs.named(args.run, root).settings)
+    resume_newest(args, root)
     if args.run and args.resume in ("auto", "newest"):
         args.resume = str(runs.named(args.run, root).folder)
     loaded = console.load_config(args)

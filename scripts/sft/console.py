@@ -127,8 +127,8 @@ def as_typed(text: str) -> str:
 def continue_command(run: str) -> str:
     """What continues the training run of this process: the same command, or the run by its name after a --resume."""
     target = os.environ.get("SFT_MAKE")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and target != "train-multi":
-        return "the same command"
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return os.environ.get("SFT_AGAIN", "the same command")  # set by training/launch.py
     if Path(sys.argv[0]).suffix != ".py" or "ipykernel" in sys.argv[0]:  # a notebook, or Python itself
         return f"the same call, or make resume RUN={_quoted(run)}"
     by_name = any(word.startswith(("--resume", "--run")) for word in sys.argv)
@@ -139,7 +139,9 @@ def continue_command(run: str) -> str:
         typed = [re.sub(r"\\(.)", r"\1", word).replace("$$", "$").partition("=") for word in words]
         variables = (f"{name}={_quoted(value)}" for name, _, value in reversed(typed) if name != "RESUME")
         return " ".join(["make", target, *variables])
-    return shlex.join([_python(), sys.argv[0], *(["--run", run] if by_name else sys.argv[1:])])
+    if by_name and not any(word.startswith(("--nproc", "--shard")) for word in sys.argv):
+        return shlex.join([_python(), sys.argv[0], "--run", run])
+    return re.sub(" --resume[= ]never", "", shlex.join([_python(), *sys.argv]))
 
 
 def _quoted(value: str) -> str:

@@ -18,6 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from sft import files
 from sft.runs import read_log
@@ -135,7 +137,6 @@ def test_a_killed_rank_ends_the_launch_and_the_next_one_resumes_bit_for_bit(
     shard: str, tmp_path: Path, tiny_qwen2: Path
 ) -> None:
     import psutil
-    from safetensors.torch import load_file
 
     sets = "--set eval.train_sample=0 --set train.save_steps=2 --set train.save_strategy=steps --set train.max_steps=30"
     sets += " --set train.eval_strategy=no"
@@ -152,10 +153,15 @@ def test_a_killed_rank_ends_the_launch_and_the_next_one_resumes_bit_for_bit(
             output = launch.communicate(timeout=200)[0]
             assert launch.returncode != 0 and not (root / "outputs/t/finished.json").exists(), output
             assert "this is a bug in sft-play, not your mistake" not in output, output
-            assert not shard or "rank 1 ended with exit code -9, and so all did: Signal 9" in output, output
+            if shard:
+                assert "rank 1 ended with exit code -9, and so all did: Signal 9" in output, output
+                assert f"fix:   python {ROOT / 'scripts/train.py'} --config config.yaml {sets} --nproc 2" in output, (
+                    output
+                )
             alone = torchrun(root, 1, sets=sets)
             output = alone.communicate(timeout=200)[0]
             assert alone.returncode != 0 and "world_size: was 2, is 1" in output, output
+            assert f"train.py --run t --nproc 2 --shard {shard or 'ddp'}; or start a new run" in output, output
             launch = torchrun(root, 2, sets=sets, shard=shard)
         output = launch.communicate(timeout=280)[0]
         assert launch.returncode == 0, output
@@ -164,6 +170,16 @@ def test_a_killed_rank_ends_the_launch_and_the_next_one_resumes_bit_for_bit(
     assert all(bool((adapters["broken"][key] == one).all()) for key, one in adapters["straight"].items())
 
 
+NOT_FINITE = "Ω"  # of the text of a row whose loss is made NaN
+MAKES_NAN = """
+import os
+if os.environ.get("RANK"):
+    import torch
+    real = torch.nn.functional.embedding
+    def embedding(ids, *args, **more):
+        return real(ids, *args, **more) * (float("nan") if (ids == {token}).any() else 1)
+    torch.nn.functional.embedding = embedding
+"""
 OUT_OF_MEMORY = """
 import os, pathlib
 if os.environ.get("RANK") == "1":
@@ -207,9 +223,13 @@ def test_two_processes_give_the_result_of_one(case: str, tmp_path: Path, tiny_qw
     general.write_text("".join(f'{{"user": "{n} + 1?", "assistant": "{n + 1}"}}\n' for n in range(5)))
     sets = "--set tuning.lora.dropout=0.0 --set train.normalize=rows --set train.z_loss=1e-3"
     sets += " --set data.weight_field=grade"
+    if case == "lora":  # with rehearsed rows, and merged
+        sets += f" --set train.rehearsal.rows=5 --set train.rehearsal.path={general} --set train.merge_at_end=true"
     more = ["train/rewards/margins", "eval/rewards/margins"] if case == "kto" else []
     if case == "full":
-        sets = "--set train.learning_rate=1e-3"
+        sets = "--set train.learning_rate=1e-3 --set train.on_nan=skip"
+        token = AutoTokenizer.from_pretrained(tiny_qwen2)(NOT_FINITE)["input_ids"][-1]
+        (tmp_path / "sitecustomize.py").write_text(MAKES_NAN.format(token=token))
         if not shard:  # with elastic weight consolidation
             sets += f" --set train.ewc.strength=1e3 --set train.ewc.path={general}"
             more.append("train/ewc_penalty")
@@ -219,13 +239,33 @@ def test_two_processes_give_the_result_of_one(case: str, tmp_path: Path, tiny_qw
         root = project.make(tmp_path / name, tiny_qwen2, mode="lora" if case == "kto" else case)
         if case == "kto":
             project.as_pairs(root)
-        launch = torchrun(root, count, sets=sets, shard=shard if count > 1 else "")
+        elif case == "full":
+            rows = root / "data/processed/train.jsonl"
+            rows.write_text(rows.read_text().replace('"system": ""', f'"system": "{NOT_FINITE}"', 1))
+        launch = torchrun(root, count, sets=sets, shard=shard if count > 1 else "", path=str(tmp_path))
         output = launch.communicate(timeout=280)[0]
         assert launch.returncode == 0 and output.count("t is finished") == 1, output
     for key in ("train/loss", "eval/loss", "train/grad_norm", *more):
         one, two = (project.losses(tmp_path / name, "t", key) for name in ("one", "two"))
         assert [step for step, _ in one] == [step for step, _ in two] != []
         assert all(abs(a - b) < 1e-4 for (_, a), (_, b) in zip(one, two, strict=True))
+    skipped = [
+        files.read_json(tmp_path / name / "outputs/t/ledger.json").get("skipped_windows") for name in ("one", "two")
+    ]
+    assert (skipped[0] is not None) == (case == "full")
+    assert [sorted(step["rows"]) for step in skipped[0] or []] == [sorted(step["rows"]) for step in skipped[1] or []]
+    for folder in ("adapters/t", "outputs/t/model", "outputs/t/merged"):  # the same files, with the same tensors
+        one, two = ({path.name: path for path in (tmp_path / name / folder).glob("*")} for name in ("one", "two"))
+        assert one.keys() == two.keys()
+        for name in one:
+            if name.endswith(".safetensors"):
+                tensors, others = load_file(one[name]), load_file(two[name])
+                assert {key: (t.shape, t.dtype) for key, t in tensors.items()} == {
+                    key: (t.shape, t.dtype) for key, t in others.items()
+                }
+                assert all(float((others[key].float() - t.float()).abs().max()) < 1e-3 for key, t in tensors.items())
+    if case == "lora":
+        assert (tmp_path / "two/outputs/t/merged/model.safetensors").is_file()
 
 
 @pytest.mark.slow

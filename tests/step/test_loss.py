@@ -133,6 +133,19 @@ def test_an_unknown_head_keeps_full_logits_with_one_warning(tiny_qwen2: Path, ca
     assert caplog.text.count("the loss uses full logits") == 1
 
 
+def test_a_first_batch_that_is_not_finite_decides_nothing_about_the_head(
+    tiny_qwen2: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A rank that shares the weights would run other forward passes than the rest from then on: all would wait."""
+    model = models.load(tiny_qwen2)
+    hook = model.model.embed_tokens.register_forward_hook(lambda *call: call[2] * float("nan"))
+    micro = split_micro_batches(models.batch(), tokens=10_000, packed=False)[0]
+    assert token_losses(model, micro, StepConfig()).isnan().all()
+    hook.remove()
+    assert max(_both(model)) < 1e-12
+    assert loss._transforms[model] == LogitTransform() and "full logits" not in caplog.text
+
+
 def test_full_logits_are_never_computed(tiny_qwen2: Path) -> None:
     from torch.utils._python_dispatch import TorchDispatchMode
 

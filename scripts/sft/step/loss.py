@@ -116,9 +116,9 @@ def tiled_cross_entropy(
     hidden, raw, logits = _run_to_head(model, head, inputs, positions=0 if base in _transforms else 1)
     if hidden is None or raw is None or hidden.shape[:2] != targets.shape:
         _transforms[base] = None
-    elif base not in _transforms:
+    elif base not in _transforms and bool(raw.isfinite().all()):  # NaN shows nothing, and differs between ranks
         _transforms[base] = _find_transform(base, raw, logits)
-    transform = _transforms[base]
+    transform = _transforms.get(base, IDENTITY)
     if transform is None or hidden is None or raw is None:
         log.warning("%s computes its logits in an unknown way: the loss uses full logits", type(base).__name__)
         return full_cross_entropy(model, inputs, targets, loss, weights, labelled_only=True)

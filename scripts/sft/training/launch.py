@@ -24,8 +24,9 @@ BUDGET = re.compile(r"--set train\.micro_batch_tokens=\d+")
 log = logging.getLogger("sft.training")
 
 
-def launch(processes: int, shard: str, root: Path, arguments: list[str], *, budget: int | str) -> None:
-    """Runs scripts/train.py with `arguments` in this many processes. budget: the config's `micro_batch_tokens`.
+def launch(processes: int, shard: str, root: Path, arguments: list[str], *, budget: int | str, again: str) -> None:
+    """Runs scripts/train.py with `arguments` in this many processes. budget: the config's `micro_batch_tokens`. again:
+    the command that goes on with the run.
 
     Exits with the code of a rank that ended with a message of its own; raises EnvironmentProblem, and RunError for a
     rank that ended without.
@@ -40,9 +41,11 @@ def launch(processes: int, shard: str, root: Path, arguments: list[str], *, budg
     gpus, cores = torch.cuda.device_count(), os.cpu_count() or 1
     most = gpus or cores
     if not 2 <= processes <= most:
-        what = f"--nproc {processes} on {f'{gpus} GPU' if gpus else f'{cores} CPU core'}{'s' * (most > 1)}"
+        what = f"a run in several processes has 2 or more, each on a {'GPU' if gpus else 'CPU core'} of its own"
+        what += f"; this machine has {most}, and {processes} was named"
         fix = f"--nproc {most}" if processes > most > 1 else "leave out --nproc and --shard: one process needs none"
         raise EnvironmentProblem(what, where="--nproc", fix=fix)
+    os.environ["SFT_AGAIN"] = again
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
     if not gpus:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would print that it has found none
@@ -63,9 +66,9 @@ def launch(processes: int, shard: str, root: Path, arguments: list[str], *, budg
         except ChildFailedError as error:
             smaller = BUDGET.search(" ".join(map(_last_error, error.failures.values())))
             if smaller is None or budget != "auto":
-                _report(error.failures)
+                _report(error.failures, again)
         log.warning("memory ran out: all processes start again from the newest checkpoint with %s", smaller[0])
-        command += ["--resume", "auto", *smaller[0].split()]
+        command += [*([] if "newest" in arguments else ["--resume", "auto"]), *smaller[0].split()]
 
 
 def _forward(number: int, _: object) -> None:
@@ -79,7 +82,7 @@ def _last_error(failure: Any) -> str:
     return str(message["message"] if isinstance(message, dict) else message)
 
 
-def _report(failures: dict[int, Any]) -> NoReturn:
+def _report(failures: dict[int, Any], again: str) -> NoReturn:
     """Names the rank that ended of itself; the first one has shown its own message. Others end because it did."""
     errors = {rank: _last_error(failure) for rank, failure in failures.items()}
     ended = [rank for rank in sorted(errors) if failures[rank].exitcode != -signal.SIGTERM and LOST not in errors[rank]]
@@ -88,7 +91,5 @@ def _report(failures: dict[int, Any]) -> NoReturn:
     if code in (130, 143) or (rank == 0 and code > 1):
         sys.exit(code)
     hint = "; SIGKILL is what the system sends where memory runs out" if code == -signal.SIGKILL else ""
-    raise RunError(
-        f"rank {rank} ended with exit code {code}, and so all did: {one_line(errors[rank])}{hint}",
-        fix="the same command resumes from the newest checkpoint",
-    )
+    what = f"rank {rank} ended with exit code {code}, and so all did: {one_line(errors[rank])}{hint}"
+    raise RunError(what, fix=f"{again}  # goes on from the newest checkpoint")
