@@ -10,6 +10,7 @@ ends, and is found again. Queue and logs lie in outputs/.server. The routes are 
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import socket
 from typing import Any
@@ -53,6 +54,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     listener = listen(args.host, args.port)
     shown = own_address() if args.host in ("0.0.0.0", "::") else args.host
     url = f"http://{f'[{shown}]' if ':' in shown else shown}:{listener.getsockname()[1]}/"
+    app.state.queue.note_address(url)
     console.say(f"{url}{f'?token={token}' if token else ''}   routes: {url}docs   stop: Ctrl-C (jobs go on)")
     if not local:
         console.say("Others can use it with that token, which travels unencrypted: use a network that you trust.")
@@ -70,9 +72,12 @@ def listen(host: str, port: int) -> socket.socket:
 
     try:
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except OSError as error:
-        what = f"{host}:{port} cannot be listened on: {str(error.strerror).partition(' (')[0]}"
-        raise EnvironmentProblem(what, where="--host, --port", fix=f"another port: --port {port + 1}") from None
+    except (OSError, OverflowError) as error:
+        reason = str(error.strerror if isinstance(error, OSError) else error).partition(" (")[0]
+        where, fix = "--port", f"another port: --port {port + 1 if 1023 < port < 65535 else 8000}"
+        if isinstance(error, OSError) and error.errno not in (errno.EADDRINUSE, errno.EACCES):
+            where, fix = "--host", "an address of this machine: --host 127.0.0.1, or --host 0.0.0.0 for all of them"
+        raise EnvironmentProblem(f"{host}:{port} cannot be listened on: {reason}", where=where, fix=fix) from None
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # its connections inherit it
     return listener
 

@@ -90,6 +90,7 @@ def test_the_text_of_an_error_fits_on_one_line_without_secrets() -> None:
         ("accept it: --allow-change one --allow-change two", 'accept it: ALLOW="one two"'),
         ("python scripts/eval.py --base", "python scripts/eval.py --base"),
         ("--gpu", "GPU="),
+        ('did you mean --gpu "RTX 4050 Laptop"? or --to trl', 'did you mean GPU="RTX 4050 Laptop"? or TO="trl"'),
     ],
 )  # fmt: skip
 def test_a_fix_is_what_can_be_typed_after_make(monkeypatch: pytest.MonkeyPatch, fix: str, typed: str) -> None:

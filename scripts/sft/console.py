@@ -104,8 +104,9 @@ _VARIABLES = {
     "set": "SET", "allow-change": "ALLOW", "resume": "RESUME", "adapters": "ADAPTERS", "run": "RUN", "config": "CONFIG",
     "style": "STYLE", "raw_path": "RAW", "user_col": "USER_COL", "answer_col": "ANSWER_COL", "gpu": "GPU",
     "nproc": "NPROC", "shard": "SHARD", "out": "OUT", "type": "TYPE", "format": "FORMAT", "converter": "CONVERTER",
+    "to": "TO", "host": "HOST", "port": "PORT",
 }  # fmt: skip
-_VALUE = r"((?:'[^']*'|[^\s'])+?)(?=[),;:]*(?:\s|$))"
+_VALUE = r"""((?:'[^']*'|"[^"]*"|[^\s'"])+?)(?=[),;:?]*(?:\s|$))"""
 
 
 def as_typed(text: str) -> str:
@@ -117,7 +118,7 @@ def as_typed(text: str) -> str:
         return f"{name}="
 
     def variable(flags: re.Match[str]) -> str:
-        values = [value.replace("'", "") for value in re.findall(rf"--[\w-]+ {_VALUE}", flags[0])]
+        values = [re.sub('^"|"$|\'', "", value) for value in re.findall(rf"--[\w-]+ {_VALUE}", flags[0])]
         return f'{_VARIABLES[flags[1]]}="{" ".join(values)}"'
 
     text = re.sub(rf"--({'|'.join(_VARIABLES)}) {_VALUE}(?: --\1 {_VALUE})*", variable, text)

@@ -17,6 +17,7 @@ import pytest
 from starlette.testclient import TestClient
 
 import serve
+from sft.errors import EnvironmentProblem
 from sft.server import api
 from sft.server.access import MAX_BODY, PREFIX, Settings
 from sft.server.api import create_app
@@ -318,5 +319,10 @@ def test_a_port_in_use_is_an_error_at_once(server: tuple[httpx.Client, Path], co
     client, root = server
     refused = command("serve", "--port", client.base_url.port, SFT_ROOT=str(tmp_path))
     assert refused.returncode == 2 and f"--port {client.base_url.port + 1}" in refused.stderr  # type: ignore[operator]
+    with pytest.raises(EnvironmentProblem, match="cannot be listened on") as no_host:
+        serve.listen("nowhere.invalid", 8000)
+    with pytest.raises(EnvironmentProblem, match="must be 0-65535") as no_port:
+        serve.listen("127.0.0.1", 99999)
+    assert (no_host.value.where, no_port.value.where) == ("--host", "--port")
     second = command("serve", "--port", 0, SFT_ROOT=str(root))
     assert second.returncode == 2 and "another server of this project" in second.stderr

@@ -175,7 +175,8 @@ def test_a_job_is_neither_lost_nor_run_twice_when_the_server_dies_while_starting
 
 
 def test_a_second_server_of_a_project_is_refused(queue: Queue) -> None:
-    with pytest.raises(RunError, match="another server"):
+    queue.note_address("http://127.0.0.1:8000/")
+    with pytest.raises(RunError, match=r"another server of this project is running at http://127\.0\.0\.1:8000/"):
         Queue(queue.root)
 
 

@@ -103,9 +103,9 @@ class Queue:
         try:
             files.take_lock(self._own)
         except BlockingIOError:
-            raise RunError(
-                "another server of this project is running", where=str(root), fix="use that one, or stop it (Ctrl-C)"
-            ) from None
+            self._own.seek(0)
+            what = f"another server of this project is running {self._own.read()}".strip()
+            raise RunError(what, where=str(root), fix="use that one, or stop it (Ctrl-C)") from None
         self.mutex, self.reading = threading.RLock(), threading.Lock()  # so that looking waits for no start
         self.wake, self.closed = threading.Event(), threading.Event()
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -118,6 +118,12 @@ class Queue:
         with suppress(sqlite3.OperationalError):  # no table, or one that has the new name already
             self.database.execute("ALTER TABLE jobs RENAME COLUMN wanted TO requested")
         self.database.executescript(_SCHEMA)
+
+    def note_address(self, url: str) -> None:
+        """Leaves where this server answers for whoever starts another one."""
+        self._own.truncate(0)
+        self._own.write(f"at {url}")
+        self._own.flush()
 
     def close(self) -> None:
         """Ends the thread; the jobs go on."""

@@ -43,7 +43,7 @@ def launch(processes: int, shard: str, root: Path, arguments: list[str], *, budg
     if not 2 <= processes <= most:
         what = f"a run in several processes has 2 or more, each on a {'GPU' if gpus else 'CPU core'} of its own"
         what += f"; this machine has {most}, and {processes} was named"
-        fix = f"--nproc {most}" if processes > most > 1 else "leave out --nproc and --shard: one process needs none"
+        fix = f"--nproc {most}" if processes > most > 1 else "one process: make train"
         raise EnvironmentProblem(what, where="--nproc", fix=fix)
     os.environ["SFT_AGAIN"] = again
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
