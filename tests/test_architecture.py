@@ -53,7 +53,7 @@ PRIVATE_NAMES = {  # underscore names of other libraries that the core reads (no
     "_version": "torch: how often a tensor was changed in place",
 }
 # Upper limits, with the GGUF import (550 lines of core) and rehearsal (310). The aim: 8,000 in the core, 17,000 in all.
-MOST = {"core files": 63, "core lines": 16_070, "files": 144, "lines": 31_410, "small modules with one importer": 10}
+MOST = {"core files": 63, "core lines": 16_085, "files": 144, "lines": 31_425, "small modules with one importer": 10}
 
 
 def imports(path: Path, *, top_only: bool = False) -> Iterator[tuple[str, int]]:

@@ -178,6 +178,9 @@ def test_a_row_of_several_pieces_is_one_row_of_the_ledger() -> None:
     assert (ledger.rows_read, ledger.rows_trained, ledger.pieces, ledger.labelled_tokens) == (3, 2, 3, 4)
     assert ledger.dropped == {"over length": ["c"]} and ledger.pieces_dropped == {"over length": 1}
     assert any("2 rows split at their turns into 3 pieces" in message for message in ledger.sentences())
+    rated = RunLedger()
+    rated.add(*(Encoded("a", [1, 2, 3], [-100, 2, 3], chosen=2, rating=rating) for rating in (1, -1)))
+    assert rated.sentences() == ["1 pairs: each answer counts as a row that is rated, 2 in all"]
 
 
 def test_split_rows_are_cached_by_piece_and_each_answer_is_in_the_loss_once(tmp_path: Path) -> None:

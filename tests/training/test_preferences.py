@@ -45,6 +45,7 @@ def test_a_run_on_pairs_raises_the_margin_and_resumes_exactly(root: Path, object
     assert (stored.objective, stored.preference.beta) == (objective, 0.5)
     ledger = json.loads((root / "outputs/t/ledger.json").read_text())["train"]
     assert (ledger["rows_read"], ledger["rows_trained"], ledger["pieces"]) == (20, 20, 40 if objective == "kto" else 20)
+    assert ledger["pairs_rated"] == (20 if objective == "kto" else 0)
     straight = weights(root)
     for name in ("checkpoint-6", "finished.json"):
         path = root / "outputs/t" / name

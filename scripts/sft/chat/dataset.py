@@ -54,8 +54,8 @@ SCHEMA = pyarrow.schema(
 class RunLedger:
     """rows_read = rows_trained + every row in `dropped` (reason -> ids).
 
-    pieces: what is trained on, which is rows unless `split_turns` cuts some into several. pieces_dropped: reason ->
-    number of unusable pieces of rows that are trained on nevertheless.
+    pieces: what is trained on, which is rows unless `split_turns` cuts some into several, or each answer of a pair is
+    rated (pairs_rated). pieces_dropped: reason -> number of unusable pieces of rows that are trained on nevertheless.
     """
 
     rows_read: int = 0
@@ -64,6 +64,7 @@ class RunLedger:
     tokens: int = 0
     labelled_tokens: int = 0
     rows_weighted: int = 0
+    pairs_rated: int = 0
     rows_truncated: int = 0
     tokens_truncated: int = 0
     dropped: dict[str, list[str]] = field(default_factory=dict)
@@ -81,6 +82,7 @@ class RunLedger:
             self.pieces_dropped[reason] = self.pieces_dropped.get(reason, 0) + 1
         self.rows_trained += 1
         self.rows_weighted += usable[0].row_weight is not None
+        self.pairs_rated += len(pieces) > 1 and pieces[0].rating != 0
         self.pieces += len(usable)
         self.tokens += sum(len(piece.input_ids) for piece in usable)
         self.labelled_tokens += sum(label != IGNORED for piece in usable for label in piece.labels)
@@ -98,9 +100,14 @@ class RunLedger:
             lines.append(f"{self.rows_truncated:,} rows cut to length, {self.tokens_truncated:,} tokens lost")
         if self.rows_weighted and (rest := self.rows_trained - self.rows_weighted):
             lines.append(f"{rest:,} rows have no weight of their own (data.weight_field): each counts 1")
-        if self.pieces > self.rows_trained:
+        if self.pairs_rated:
+            lines.append(
+                f"{self.pairs_rated:,} pairs: each answer counts as a row that is rated, {self.pieces:,} in all"
+            )
+        elif self.pieces > self.rows_trained:
             lines.append(f"{self.rows_trained:,} rows split at their turns into {self.pieces:,} pieces")
-        return lines + [f"{count:,} pieces of split rows dropped: {why}" for why, count in self.pieces_dropped.items()]
+        what = "answers of these pairs" if self.pairs_rated else "pieces of split rows"
+        return lines + [f"{count:,} {what} dropped: {why}" for why, count in self.pieces_dropped.items()]
 
     def no_rows_left(self, where: str) -> DataError:
         """The error for rows of which none can be trained on, with the reasons."""

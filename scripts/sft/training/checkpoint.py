@@ -332,8 +332,8 @@ def check_fingerprint(folder: Path, fingerprint: dict[str, Any], allowed: Iterab
         return [line + (f" ({CONSEQUENCES[key]})" if key in CONSEQUENCES else "") for key, line in lines.items()]
     fix = "start a new run (--resume never), or restore these settings"
     if not {*refused} - {"world_size", "sharding"}:
-        several = f" --nproc {stored['world_size']} --shard {stored['sharding'].replace('off', 'ddp')}"
-        same = several if stored["world_size"] > 1 else ""
+        shard = {"off": "ddp", "fsdp": "fsdp"}.get(stored["sharding"], "deepspeed")
+        same = f" --nproc {stored['world_size']} --shard {shard}" if stored["world_size"] > 1 else ""
         fix = f"python scripts/train.py --run {folder.parent.name}{same}; or start a new run: --resume never"
     if not NEVER_ALLOWED & set(refused):
         fix += "; or accept the change: " + " ".join(f"--allow-change {key}" for key in refused)
