@@ -202,8 +202,14 @@ def test_runs_of_commands_show_up_are_waited_for_and_can_be_stopped_and_resumed(
     resumed = queue.resume("mine")
     wait_for(lambda: is_(queue, resumed, "completed"))
     assert queue.view("mine")["job_id"] == resumed and starts(queue, "mine")[-1] == f"{resumed}.1"
-    with pytest.raises(NotFound):
-        queue.view("nothing")
+    merged = queue.root / "outputs/merged_fp16"
+    merged.mkdir()
+    for name in (runs.RESOLVED, runs.MODEL_CONFIG):
+        (merged / name).write_text("{}")
+    assert {view["run"] for view in queue.views(10)} == {"mine", "chat"}
+    for name in ("nothing", "merged_fp16"):
+        with pytest.raises(NotFound):
+            queue.view(name)
 
 
 def test_a_command_that_goes_on_with_a_stopped_job_is_what_the_job_shows(queue: Queue) -> None:

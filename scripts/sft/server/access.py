@@ -173,9 +173,10 @@ def renamed(path: Path, root: Path, name: str) -> Iterator[None]:
         yield
     except SftError as error:
         for each in (error, *error.problems):
-            for shown in (display_path(path, root), str(path)):
+            for shown in (str(path), display_path(path, root)):
                 each.what = each.what.replace(shown, name)
                 each.where = each.where.replace(shown, name) if each.where else None
+                each.fix = each.fix.replace(shown, name) if each.fix else None
         raise
 
 

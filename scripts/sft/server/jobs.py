@@ -358,7 +358,8 @@ class Queue:
     def outside_run(self, name: str) -> Run:
         """The run of that name under outputs/, started by whomever. Raises NotFound."""
         run = runs.at(self.root / "outputs" / name, self.root)
-        if Path(name).name != name or not (run.folder / runs.RESOLVED).is_file():
+        is_run = (run.folder / runs.RESOLVED).is_file() and not (run.folder / runs.MODEL_CONFIG).exists()
+        if Path(name).name != name or not is_run:
             fix = "GET /api/v1/sft/jobs lists them"
             raise NotFound(f"there is no job or run called {name}", where="job_id", fix=fix)
         return run
@@ -378,7 +379,7 @@ class Queue:
         with suppress(FileNotFoundError), os.scandir(self.root / "outputs") as entries:
             for entry in entries:
                 for name in (runs.STATUS, runs.RESOLVED):
-                    if entry.name in own or entry.is_symlink():
+                    if entry.name in own or entry.is_symlink() or Path(entry.path, runs.MODEL_CONFIG).exists():
                         break
                     with suppress(OSError):
                         at = Path(entry.path, name).stat().st_mtime
