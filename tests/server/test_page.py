@@ -89,7 +89,9 @@ def test_from_a_file_to_a_chat_beside_the_base(page: Any, tmp_path: Path) -> Non
     (tmp_path / "sums (1).jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"frage": "2 + 2?"}]))
     page.get_by_text("There is no run yet").wait_for()
     check_view(page)
-    page.locator("main").get_by_role("link", name="New run").click()
+    page.get_by_role("link", name="Choose a file").press("Enter")
+    page.get_by_role("link", name="Skip to the content").press("Enter")
+    assert page.url.endswith("#/new")
 
     page.set_input_files("input[type=file]", tmp_path / "sums (1).jsonl")
     page.get_by_role("button", name="Take frage as the question, antwort as the answer").click()
@@ -104,7 +106,7 @@ def test_from_a_file_to_a_chat_beside_the_base(page: Any, tmp_path: Path) -> Non
     page.get_by_text("The settings cannot be used").wait_for()
     assert steps.get_attribute("aria-invalid") == "true"
     steps.fill("3")
-    steps.press("Tab")
+    steps.press("Enter")
     page.get_by_text("It fits:").wait_for()
     assert steps.get_attribute("aria-invalid") == "false"
     page.get_by_label("name", exact=False).first.fill("sums")

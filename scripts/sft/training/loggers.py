@@ -105,6 +105,8 @@ class Loggers:
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         files.append(self.path, _json_line({"step": step, **finite}))
         self._metrics |= finite
+        if "loss" not in entry:  # an evaluation; figures of a step go with the step's own status
+            self._status()
         self._to_tensorboard(step, lambda writer: [writer.add_scalar(name, values[name], step) for name in values])
         if self.trackers is not None:
             self.trackers.log(step, finite)

@@ -306,7 +306,8 @@ async function viewNew(_, signal) {
   const config = h("select"), name = h("input", {value: "my-run", pattern: "[A-Za-z0-9][A-Za-z0-9_.\\-]*", title: "letters, digits, _ . and -", autocomplete: "off"});
   const gpu = h("input", {placeholder: "this machine", autocomplete: "off"}), overrides = {}, dataKeys = {};
   const rowsOf = h("p", {class: "soft"}, "Rows: the config's own");
-  const start = h("button", {type: "submit", class: "primary"}, "Start training");
+  // not a submit button: Enter in a field is the end of that field, and starts no training
+  const start = h("button", {type: "button", class: "primary", onclick: () => start.form.requestSubmit()}, "Start training");
   main.append(h("h1", {}, "New run"), h("form", {class: "beside", onsubmit: send},
     h("div", {},
       h("h2", {}, "Questions and answers"), dropzone(uploaded, data), data, preview,
@@ -607,5 +608,6 @@ function route() {
   VIEWS[shown](id, leave.signal);
 }
 
+document.querySelector(".skip").addEventListener("click", event => { event.preventDefault(); main.focus(); }); // #main names no view
 addEventListener("hashchange", () => { route(); main.focus(); });
 route();
