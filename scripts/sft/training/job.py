@@ -460,7 +460,7 @@ def make_loop(job: Job, opened: OpenRun, root: Path, report: Report | None) -> t
     from sft.training.loggers import Loggers, Trackers
     from sft.training.loop import TrainingLoop
 
-    run, train, is_first = opened.run, job.config.train, distributed.rank() == 0
+    run, train, section, is_first = opened.run, job.config.train, job.config.logging, distributed.rank() == 0
     with distributed.in_turn():
         model = load_model(job.config, job.files, job.backend.name, device=job.device.device)
         distributed.shard_model(model, job.config)
@@ -491,7 +491,6 @@ def make_loop(job: Job, opened: OpenRun, root: Path, report: Report | None) -> t
         job = replace(job, config=job.config.model_copy(update={"train": job.config.train.model_copy(update=settings)}))
         if is_first:
             job.write_settings(run.folder)
-    section = job.config.logging
     trackers = [name for name in section.backends if name != "tensorboard"]
     loggers = Loggers(
         run.folder / "log.jsonl" if is_first else None,
