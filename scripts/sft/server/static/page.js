@@ -136,7 +136,7 @@ async function viewRuns(_, signal) {
       show(trouble);
       update(list, jobs, () => jobs.length ? runTable(jobs) : h("div", {class: "empty"},
         h("h2", {}, "There is no run yet"),
-        h("p", {}, "A run starts with a file of questions and answers. You see what the model is trained on and whether it fits, watch it train, and chat with it beside the model that it was."),
+        h("p", {}, "A run starts with a file of questions and answers. You see what the model is trained on and whether it fits, watch it train, and chat with it beside its base."),
         h("a", {class: "button primary", href: "#/new"}, "Choose a file")));
     } catch (error) { if (!signal.aborted) show(trouble, problem(error)); }
   }, 2000, signal);
