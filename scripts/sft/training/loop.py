@@ -117,8 +117,8 @@ class TrainingLoop:
         self.checkpoints, self.answer, self.loggers = checkpoints, answer, loggers or Loggers()
         shard.release(model)
         if (engine := shard.engine_of(model)) is None:
-            self.accelerator = make_accelerator(self.settings, step.device)
             optimizer = create_optimizer(model, self.settings, config.tuning.lora.lora_plus_ratio)
+            self.accelerator = make_accelerator(self.settings, step.device)  # last: the other resets it
             self.optimizer = self.accelerator.prepare_optimizer(optimizer)
         else:
             self.accelerator, self.optimizer = engine, engine.optimizer
