@@ -561,8 +561,10 @@ async def follow(path: FilePath, offset: int, status: Callable[[], str]) -> Asyn
     """Server-sent events with the lines of a file from the byte `offset` on, until the job ends."""
     idle = 0.0
     while True:
-        state = status()  # a fraction of a millisecond each: cheaper than a thread
-        offset, chunk = read_from(path, offset, state in ENDED)
+        offset, chunk = read_from(path, offset, whole=False)
+        state = "" if chunk else status()  # a fraction of a millisecond: cheaper than a thread
+        if state in ENDED:
+            offset, chunk = read_from(path, offset, whole=True)
         for line in chunk.splitlines(keepends=True):
             offset += len(line)
             text = redact(line.decode("utf-8", "replace").rstrip("\r\n").replace("\r", " "))
