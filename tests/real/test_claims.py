@@ -309,7 +309,8 @@ def test_the_planned_peak_is_the_peak_of_the_process(
         others = (row["assistant"] for row in rows[1:])
         long = [{"prompt": row["user"], "chosen": row["assistant"], "rejected": next(others)} for row in long]
     (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in long), encoding="utf-8")
-    config = CONFIG.format(model=smollm2, mode="lora", steps=2, save=2, rehearsal="off")
+    # in the first ten steps a process grows by some per cent more: blocks that glibc does not return
+    config = CONFIG.format(model=smollm2, mode="lora", steps=14, save=14, rehearsal="off")
     (tmp_path / "config.yaml").write_text(config, encoding="utf-8")
     run_command(tmp_path, "process_data", "--raw_path", tmp_path / "long.jsonl")
     budget = ["--set", f"train.micro_batch_tokens=1024 train.objective={objective}"]

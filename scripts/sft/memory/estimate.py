@@ -15,11 +15,11 @@ GIB = float(2**30)
 # CONTEXT, GiB: the CUDA context with cuBLAS's workspaces; on a CPU, Python with torch (0.40-0.53) and its kernels.
 # FRAGMENTATION: what PyTorch's caching allocator holds beyond the allocated bytes, as a share of them; on a CPU, blocks
 # that glibc does not return, as a share of the tensors that come and go (measured on SmolLM2-135M, docs/MEMORY.md).
-CONTEXT = {"cuda": 0.6, "cpu": 0.75}
+CONTEXT = {"cuda": 0.6, "cpu": 0.82}
 FRAGMENTATION = {"cuda": 0.06, "cpu": 0.29}
 OVERHEAD_SOURCE = {
     "cuda": "of it, 6 % and the context are presumed",
-    "cpu": "of it, 29 % of activations and 0.75 for Python",
+    "cpu": "of it, 29 % of activations and 0.82 for Python",
 }
 LIBRARIES_RAM = {"cuda": 2.0, "cpu": 0.5}  # GiB of RAM for Python and torch; presumed with CUDA's libraries
 COME_AND_GO = ("activations", "logits", "dequantised", "gathered")
