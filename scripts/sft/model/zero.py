@@ -104,11 +104,14 @@ class Engine:
         import deepspeed
 
         state: dict[str, Tensor] = {}
+        copies: dict[int, Tensor] = {}  # tied weights stay one tensor
         for name, tensor in self.model.state_dict(keep_vars=True).items():
             if tensor.requires_grad or not trained_only:
                 with deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
                     if torch.distributed.get_rank() == 0:
-                        state[name] = tensor.detach().to("cpu", copy=True)
+                        if id(tensor) not in copies:
+                            copies[id(tensor)] = tensor.detach().to("cpu", copy=True)
+                        state[name] = copies[id(tensor)]
         return state
 
     def save(self, folder: Path) -> None:
